@@ -1,0 +1,1 @@
+"""Spatial-SSRL in JAX: self-supervised reinforcement learning for spatial understanding."""

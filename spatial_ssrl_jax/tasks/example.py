@@ -1,0 +1,54 @@
+"""The types every pretext task shares: what it takes, what it gives, and how it declines."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spatial_ssrl_jax.data.record import Record
+
+
+class Reject(Exception):
+    """A picture that yields no valid example; the message is a short, countable reason."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question whose answer is known by construction.
+
+    Attributes:
+      task: the task's name.
+      kind: the variety within the task, for example `2x2_masked` or `near`.
+      images: pictures in prompt order, each [H, W, 3] uint8 RGB.
+      question: the protocol's question. `<imageN>` stands where picture N goes; without any such
+        mark all pictures come first.
+      answer: the exact string that earns the accuracy reward.
+      reason: one short true sentence that leads to the answer, for cold-start responses.
+      truth: enough to check the answer without this code (see `examples.jsonl` in BUILD.md);
+        JSON types only, coordinates in pixels [x, y] of the original picture.
+      source: `{"spec", "record", "image"}` of the original picture.
+    """
+
+    task: str
+    kind: str
+    images: tuple[np.ndarray, ...]
+    question: str
+    answer: str
+    reason: str
+    truth: dict[str, Any]
+    source: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A pretext task: its name, its settings with the paper's defaults, and its maker.
+
+    `make(record, rng, settings)` returns an `Example` or raises `Reject`. Every draw comes from
+    `rng`, so the same record, generator state and settings give the same example.
+    """
+
+    name: str
+    needs_depth: bool
+    settings: type
+    make: Callable[[Record, np.random.Generator, Any], Example]
