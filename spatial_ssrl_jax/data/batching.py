@@ -1,0 +1,70 @@
+"""Padding prompts to static shapes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from spatial_ssrl_jax.data.prompts import Prompt
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.qwen2_5_vl.model import PromptBatch
+from spatial_ssrl_jax.qwen2_5_vl.vision import VisionInput
+
+
+def bucket(size: int, buckets: Sequence[int], name: str) -> int:
+    """The smallest bucket that holds `size`.
+
+    Raises:
+      UserError: none does; `name` is the setting to change.
+    """
+    for limit in sorted(buckets):
+        if size <= limit:
+            return limit
+    raise UserError(f"{name}={tuple(buckets)} has no bucket for {size}: add a larger one.")
+
+
+def pad_prompts(
+    prompts: Sequence[Prompt], prompt_buckets: Sequence[int], window_buckets: Sequence[int]
+) -> PromptBatch:
+    """Stacks prompts as NumPy arrays, padded to the smallest buckets that hold all of them."""
+    tokens = bucket(max(len(p.ids) for p in prompts), prompt_buckets, "data.prompt_buckets")
+    windows = bucket(max(len(p.frame) for p in prompts), window_buckets, "data.window_buckets")
+
+    def stack(name: str, length: int, axis: int = 0, fill: int = 0) -> np.ndarray:
+        padded = []
+        for prompt in prompts:
+            array = getattr(prompt, name)
+            width = [(0, 0)] * array.ndim
+            width[axis] = (0, length - array.shape[axis])
+            padded.append(np.pad(array, width, constant_values=fill))
+        return np.stack(padded)
+
+    return PromptBatch(
+        ids=stack("ids", tokens),
+        length=np.array([len(p.ids) for p in prompts], np.int32),
+        position=stack("position", tokens, axis=1),
+        next_position=np.array([p.next_position for p in prompts], np.int32),
+        image_index=stack("image_index", tokens, fill=-1),
+        vision=VisionInput(
+            patches=stack("patches", windows),
+            frame=stack("frame", windows, fill=-1),
+            coords=stack("coords", windows),
+        ),
+    )
+
+
+def pad_responses(responses: Sequence[Sequence[np.ndarray]], limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads the responses of B groups of G.
+
+    Args:
+      responses: B lists of G arrays [r] int32.
+      limit: R, tokens to pad to.
+
+    Returns:
+      [B, G, R] int32 tokens and [B, G] int32 lengths.
+    """
+    length = np.array([[len(r) for r in group] for group in responses], np.int32)
+    tokens = np.zeros((*length.shape, limit), np.int32)
+    for b, group in enumerate(responses):
+        for g, response in enumerate(group):
+            tokens[b, g, : len(response)] = response
+    return tokens, length

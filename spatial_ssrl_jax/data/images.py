@@ -1,0 +1,99 @@
+"""Reading pictures: whatever a file holds, upright 8-bit RGB comes out, or a `BadPicture`."""
+
+import io
+import os
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from spatial_ssrl_jax.errors import BadPicture
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+_SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # old Pillows open a 16-bit PNG as "I"
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+def open_image(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> np.ndarray:
+    """Reads one picture, turned upright by its EXIF orientation; an animation gives its first frame.
+
+    Alpha is dropped, never blended; 16-bit grey is scaled to 8 bits; CMYK and palettes are converted.
+
+    Args:
+      path_or_bytes: a file, or an encoded picture.
+      name: what errors call the picture; the path unless given.
+
+    Returns:
+      [H, W, 3] uint8, RGB, writable and contiguous.
+
+    Raises:
+      BadPicture: the file is missing, no picture, cut short, empty, or larger than `MAX_PIXELS`.
+    """
+    name = name or _name(path_or_bytes)
+    try:
+        with _open(path_or_bytes, name) as picture:
+            return _upright_rgb(picture, name)
+    except BadPicture:
+        raise
+    except Exception as error:  # decoders raise nearly anything on a damaged file
+        raise BadPicture(_damaged(name, error)) from error
+
+
+def image_size(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> tuple[int, int]:
+    """The (width, height) that `open_image` would give, from the header alone.
+
+    Raises:
+      BadPicture: as `open_image`, save that damage behind the header is not noticed.
+    """
+    name = name or _name(path_or_bytes)
+    try:
+        with _open(path_or_bytes, name) as picture:
+            # The base class's method: that of PNG decodes the whole picture to look behind it.
+            orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
+            width, height = picture.size
+    except BadPicture:
+        raise
+    except Exception as error:
+        raise BadPicture(_damaged(name, error)) from error
+    return (height, width) if orientation in _SIDEWAYS else (width, height)
+
+
+def _name(path_or_bytes: str | os.PathLike | bytes) -> str:
+    is_bytes = isinstance(path_or_bytes, bytes)
+    return f"a picture of {len(path_or_bytes)} bytes" if is_bytes else os.fspath(path_or_bytes)
+
+
+def _open(path_or_bytes: str | os.PathLike | bytes, name: str) -> Image.Image:
+    """Opens lazily: reads the header only, and refuses what should not be decoded."""
+    is_bytes = isinstance(path_or_bytes, bytes)
+    try:
+        picture = Image.open(io.BytesIO(path_or_bytes) if is_bytes else path_or_bytes)
+    except FileNotFoundError as error:
+        raise BadPicture(f"{name}: there is no such file.") from error
+    except UnidentifiedImageError as error:
+        raise BadPicture(f"{name}: not a picture in a format that Pillow reads.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadPicture(f"{name}: larger than {MAX_PIXELS:,} pixels; shrink it first.") from error
+    width, height = picture.size
+    if width * height > MAX_PIXELS or width * height == 0:
+        picture.close()
+        what = "empty" if width * height == 0 else f"more than {MAX_PIXELS:,} pixels; shrink it first"
+        raise BadPicture(f"{name}: {width}x{height} pixels is {what}.")
+    return picture
+
+
+def _upright_rgb(picture: Image.Image, name: str) -> np.ndarray:
+    """Decodes an open picture to [H, W, 3] uint8."""
+    if picture.mode == "F":
+        raise BadPicture(f"{name}: holds floating-point values, not a picture to look at.")
+    picture.load()  # before the EXIF is asked for, which in a PNG may stand behind the pixels
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in _SIXTEEN_BIT:
+        grey = np.asarray(picture).astype(np.float32) / 257.0  # 65535 -> 255
+        grey = np.rint(grey.clip(0, 255)).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.array(picture.convert("RGB"))
+
+
+def _damaged(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return f"{name}: cannot be read as a picture ({reason})."

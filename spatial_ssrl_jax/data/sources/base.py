@@ -1,0 +1,29 @@
+"""The interface of a source: random access to records, by index."""
+
+from typing import Protocol
+
+from spatial_ssrl_jax.data.record import Record
+
+
+class Source(Protocol):
+    """A sequence of records that can be pickled, is cheap to construct, and reads pixels lazily.
+
+    Attributes:
+      spec: the SPEC that opened it, as the user wrote it.
+      has_depth: whether its records carry depth (a single record without is a `BadPicture`).
+    """
+
+    spec: str
+    has_depth: bool
+
+    def __len__(self) -> int:
+        """Number of records."""
+        ...
+
+    def name(self, index: int) -> str:
+        """`self[index].name` without reading a pixel: unique in the source and stable over runs."""
+        ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads one record; raises `BadPicture` naming the file where it cannot be used."""
+        ...

@@ -1,0 +1,121 @@
+"""Depth files of every kind, read into one form: float32 at the picture's size, NaN = invalid."""
+
+import os
+from collections.abc import Sequence
+
+import h5py
+import numpy as np
+from PIL import Image
+
+from spatial_ssrl_jax.errors import BadPicture
+
+MAX_ASPECT_ERROR = 0.02  # of width/height, between a picture and its depth
+_MILLIMETRES = 1e-3
+
+
+def read_depth(
+    path: str, size: tuple[int, int], mask_path: str | None = None, *, no_negatives: bool = False
+) -> np.ndarray:
+    """Reads one depth file and fits it to its picture.
+
+    `.png` is 16 bit in millimetres; `.npy` and `.h5` (data set `depth`, else the first) hold metres,
+    or what the data set's scale is. Values that are not finite and above 0 are invalid.
+
+    Args:
+      path: the depth file.
+      size: (height, width) of the picture.
+      mask_path: a `.npy` of the depth's own shape, non-zero where it is valid.
+      no_negatives: whether a value below 0 says that the file holds no depth (MegaDepth).
+
+    Returns:
+      [H, W] float32, NaN where invalid, resampled to the nearest pixel.
+
+    Raises:
+      BadPicture: a file is missing, cannot be read, has another shape than its picture or no
+        valid pixel.
+    """
+    depth = _plane(_read(path), path)
+    if no_negatives and (depth < 0).any():
+        raise BadPicture(f"{path}: has negative values, so it holds an ordinal map and no depth.")
+    valid = np.isfinite(depth) & (depth > 0)
+    if mask_path is not None:
+        valid &= _read_mask(mask_path, depth.shape)
+    if not valid.any():
+        raise BadPicture(f"{path}: has no pixel with a valid depth.")
+    return _resample(np.where(valid, depth, np.float32(np.nan)), size, path)
+
+
+def first_existing(paths: Sequence[str], picture: str) -> str:
+    """The first path that exists; raises `BadPicture` naming the picture and what it lacks."""
+    for path in paths:
+        if os.path.isfile(path):
+            return path
+    wanted = " or ".join(os.path.basename(path) for path in paths)
+    raise BadPicture(f"{picture}: has no depth; expected {wanted} in {os.path.dirname(paths[0])}.")
+
+
+def _read(path: str) -> np.ndarray:
+    """The numbers of one file, any shape; PNG scaled to metres."""
+    try:
+        if path.endswith(".png"):
+            return _read_png(path)
+        if path.endswith(".h5"):
+            return _read_h5(path)
+        return np.load(path, allow_pickle=False)
+    except BadPicture:
+        raise
+    except FileNotFoundError as error:
+        raise BadPicture(f"{path}: there is no such file.") from error
+    except Exception as error:  # readers raise nearly anything on a damaged file
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise BadPicture(f"{path}: cannot be read as depth ({reason}).") from error
+
+
+def _read_png(path: str) -> np.ndarray:
+    with Image.open(path) as picture:
+        if not picture.mode.startswith("I"):
+            raise BadPicture(f"{path}: is {picture.mode}, not 16-bit grey in millimetres.")
+        return np.asarray(picture).astype(np.float32) * np.float32(_MILLIMETRES)
+
+
+def _read_h5(path: str) -> np.ndarray:
+    with h5py.File(path, "r") as file:
+        names = [name for name in file if isinstance(file[name], h5py.Dataset)]
+        if not names:
+            raise BadPicture(f"{path}: holds no data set; expected one named 'depth'.")
+        return file["depth" if "depth" in names else names[0]][()]
+
+
+def _plane(values: np.ndarray, path: str) -> np.ndarray:
+    """[H, W] or [H, W, 1] or [1, H, W] of any real type -> [H, W]; depth is float32."""
+    plane = values
+    if plane.ndim == 3 and 1 in (plane.shape[0], plane.shape[2]):
+        plane = plane[..., 0] if plane.shape[2] == 1 else plane[0]
+    if plane.ndim != 2 or plane.size == 0 or plane.dtype.kind not in "fiub":
+        shape = f"{values.dtype} {list(values.shape)}"
+        raise BadPicture(f"{path}: holds {shape}; expected numbers [H, W] or [H, W, 1].")
+    return plane.astype(np.float32)
+
+
+def _read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
+    mask = _plane(_read(path), path)
+    if mask.shape != shape:
+        raise BadPicture(f"{path}: is {mask.shape}, but the depth it masks is {shape}.")
+    return np.isfinite(mask) & (mask != 0)
+
+
+def _resample(depth: np.ndarray, size: tuple[int, int], path: str) -> np.ndarray:
+    """Takes for each pixel of the picture the depth pixel that its centre falls in."""
+    if depth.shape == size:
+        return depth
+    (height, width), (rows, cols) = size, depth.shape
+    if abs(cols * height / (rows * width) - 1) > MAX_ASPECT_ERROR:
+        raise BadPicture(
+            f"{path}: its shape, {cols}x{rows}, is not that of its picture, {width}x{height}."
+        )
+    row = (2 * np.arange(height) + 1) * rows // (2 * height)
+    col = (2 * np.arange(width) + 1) * cols // (2 * width)
+    resampled = depth[row[:, None], col[None, :]]
+    if np.isnan(resampled).all():
+        raise BadPicture(f"{path}: has no valid depth left at {width}x{height}.")
+    return resampled

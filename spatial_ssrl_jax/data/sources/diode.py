@@ -1,0 +1,31 @@
+"""`diode:PATH`: DIODE as it is unpacked, or any folder of it: indoors and outdoors, in metres.
+
+NAME.png goes with NAME_depth.npy ([H, W, 1] float32, metres) and NAME_depth_mask.npy ([H, W],
+1 = valid). Without its mask a depth map holds many wrong values, so the mask is not optional here.
+"""
+
+import os
+
+import numpy as np
+
+from spatial_ssrl_jax.data.sources.depthmap import first_existing, read_depth
+from spatial_ssrl_jax.data.sources.files import FileSource, list_files, require_pictures
+
+LAYOUT = "DIODE's NAME.png with NAME_depth.npy and NAME_depth_mask.npy beside it"
+
+
+def open_diode(spec: str, path: str) -> FileSource:
+    """Lists DIODE's pictures below `path`; raises `UserError` if there are none."""
+    root, files = list_files(spec, path, LAYOUT)
+    stems = {file.removesuffix("_depth.npy") for file in files if file.endswith("_depth.npy")}
+    pictures = [file for file in files if file.endswith(".png")]
+    if not any(file.removesuffix(".png") in stems for file in pictures):
+        pictures = []
+    return FileSource(spec, root, require_pictures(spec, root, pictures, LAYOUT), diode_depth)
+
+
+def diode_depth(picture: str, size: tuple[int, int]) -> np.ndarray:
+    """Depth of the picture at path `picture`: [H, W] float32 metres, NaN = invalid."""
+    stem = os.path.splitext(picture)[0]
+    depth = first_existing([stem + "_depth.npy"], picture)
+    return read_depth(depth, size, stem + "_depth_mask.npy")

@@ -1,0 +1,99 @@
+"""What all kinds that read a folder share: the listing, and a source over the files found."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from spatial_ssrl_jax.data.images import open_image
+from spatial_ssrl_jax.data.record import Record
+from spatial_ssrl_jax.errors import UserError
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Pictures below a folder, each with a depth file where the kind has one.
+
+    Attributes:
+      spec: the SPEC as the user wrote it.
+      root: the folder.
+      files: the pictures' paths relative to `root` with `/`, sorted; they are the records' names.
+      depth_of: (picture's path, (height, width)) -> [H, W] float32, NaN where invalid, raising
+        `BadPicture`; None for pictures without depth. A module's function, so that it pickles.
+    """
+
+    spec: str
+    root: str
+    files: tuple[str, ...]
+    depth_of: Callable[[str, tuple[int, int]], np.ndarray] | None = None
+
+    @property
+    def has_depth(self) -> bool:
+        return self.depth_of is not None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+    def __getitem__(self, index: int) -> Record:
+        name = self.files[index]
+        path = os.path.join(self.root, name)
+        image = open_image(path)
+        depth = None if self.depth_of is None else self.depth_of(path, image.shape[:2])
+        return Record(image=image, depth=depth, name=name, spec=self.spec, path=path)
+
+
+def list_files(spec: str, path: str, layout: str) -> tuple[str, list[str]]:
+    """Lists all files below a folder, through links too; names that begin with a dot are left out.
+
+    Args:
+      spec: the SPEC, for errors.
+      path: the folder; `~` is expanded.
+      layout: what the kind expects to find there, for errors.
+
+    Returns:
+      The folder, and paths relative to it with `/`, sorted.
+
+    Raises:
+      UserError: there is no such folder, or a folder cannot be read.
+    """
+    root = os.path.expanduser(path)
+    if not path or not os.path.isdir(root):
+        what = "is a file, not a folder" if os.path.isfile(root) else "there is no such folder"
+        what = what if path else "the folder's path is missing"
+        raise UserError(f"source '{spec}': {what}; expected {layout}.")
+    return root, sorted(_walk(spec, root))
+
+
+def require_pictures(spec: str, root: str, files: list[str], layout: str) -> tuple[str, ...]:
+    """The files as a tuple; raises `UserError` naming the expected layout if there are none."""
+    if not files:
+        raise UserError(f"source '{spec}': found no picture below {root}; expected {layout}.")
+    return tuple(files)
+
+
+def is_picture(file: str) -> bool:
+    """Whether a file's ending says that it is a picture."""
+    return file.lower().endswith(PICTURES)
+
+
+def _walk(spec: str, root: str):
+    def refuse(error: OSError):
+        raise UserError(f"source '{spec}': cannot read the folder {error.filename}.") from error
+
+    seen = set()  # real folders, so that a link to a parent ends the walk
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        for name in names:
+            if not name.startswith("."):
+                yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")

@@ -1,0 +1,33 @@
+"""`megadepth:PATH`: MegaDepth as it is unpacked, or any folder of it: depth up to scale.
+
+SCENE/denseN/imgs/NAME.jpg goes with SCENE/denseN/depths/NAME.h5 (data set `depth`, 0 = invalid).
+Some of its files hold ordinal maps, which have negative values: they are no depth.
+"""
+
+import os
+
+import numpy as np
+
+from spatial_ssrl_jax.data.sources.depthmap import first_existing, read_depth
+from spatial_ssrl_jax.data.sources.files import FileSource, is_picture, list_files, require_pictures
+
+LAYOUT = "MegaDepth's SCENE/denseN/imgs/NAME.jpg with SCENE/denseN/depths/NAME.h5"
+
+
+def open_megadepth(spec: str, path: str) -> FileSource:
+    """Lists MegaDepth's pictures below `path`; raises `UserError` if there are none."""
+    root, files = list_files(spec, path, LAYOUT)
+    pictures = [file for file in files if is_picture(file) and _in_imgs(root, file)]
+    return FileSource(spec, root, require_pictures(spec, root, pictures, LAYOUT), megadepth_depth)
+
+
+def megadepth_depth(picture: str, size: tuple[int, int]) -> np.ndarray:
+    """Depth of the picture at path `picture`: [H, W] float32 up to scale, NaN = invalid."""
+    folder, file = os.path.split(os.path.abspath(picture))
+    name = os.path.splitext(file)[0] + ".h5"
+    depth = first_existing([os.path.join(os.path.dirname(folder), "depths", name)], picture)
+    return read_depth(depth, size, no_negatives=True)
+
+
+def _in_imgs(root: str, file: str) -> bool:
+    return os.path.basename(os.path.dirname(os.path.abspath(os.path.join(root, file)))) == "imgs"

@@ -1,0 +1,43 @@
+"""`rgbd:PATH`: pictures, each with its depth beside it; the plain layout for one's own data.
+
+NAME.jpg or NAME.png goes with NAME_depth.png (16 bit, millimetres, 0 = invalid), NAME_depth.npy
+(metres) or NAME_depth.h5 (data set `depth`, else the first), and perhaps with NAME_depth_mask.npy
+(non-zero = valid).
+"""
+
+import os
+
+import numpy as np
+
+from spatial_ssrl_jax.data.sources.depthmap import first_existing, read_depth
+from spatial_ssrl_jax.data.sources.files import FileSource, list_files, require_pictures
+
+LAYOUT = "NAME.jpg or NAME.png with NAME_depth.png, NAME_depth.npy or NAME_depth.h5 beside it"
+DEPTHS = ("_depth.png", "_depth.npy", "_depth.h5")
+_ENDINGS = (".jpg", ".jpeg", ".png")
+
+
+def open_rgbd(spec: str, path: str) -> FileSource:
+    """Lists pictures below `path`; raises `UserError` if none of them has a depth file.
+
+    A picture that alone lacks its depth stays listed and is a `BadPicture` when it is read, so
+    that it is counted and named.
+    """
+    root, files = list_files(spec, path, LAYOUT)
+    stems = {file.removesuffix(depth) for file in files for depth in DEPTHS if file.endswith(depth)}
+    pictures = [file for file in files if _is_picture(file)]
+    if not any(os.path.splitext(file)[0] in stems for file in pictures):
+        pictures = []
+    return FileSource(spec, root, require_pictures(spec, root, pictures, LAYOUT), rgbd_depth)
+
+
+def rgbd_depth(picture: str, size: tuple[int, int]) -> np.ndarray:
+    """Depth of the picture at path `picture`: [H, W] float32, NaN = invalid, or `BadPicture`."""
+    stem = os.path.splitext(picture)[0]
+    depth = first_existing([stem + ending for ending in DEPTHS], picture)
+    mask = stem + "_depth_mask.npy"
+    return read_depth(depth, size, mask if os.path.isfile(mask) else None)
+
+
+def _is_picture(file: str) -> bool:
+    return file.lower().endswith(_ENDINGS) and not file.endswith(DEPTHS)

@@ -1,0 +1,124 @@
+"""The parts that both towers are built from. A weight is declared once: shape, axes, initialiser."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+Axes = tuple[str | None, ...]
+
+
+class Init:
+    """Draws weights one after another from a key; `layers` puts a stacked axis in front."""
+
+    def __init__(self, key: Array, layers: int | None = None):
+        self._key = key
+        self._layers = layers
+
+    def stacked(self, layers: int) -> "Init":
+        self._key, key = jax.random.split(self._key)
+        return Init(key, layers)
+
+    def _param(self, value: Array, axes: Axes) -> nnx.Param:
+        if self._layers is not None:
+            axes = ("layers", *axes)
+        return nnx.Param(value, axes=axes)
+
+    def _shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape if self._layers is None else (self._layers, *shape)
+
+    def normal(self, shape: tuple[int, ...], axes: Axes, scale: float = 0.02) -> nnx.Param:
+        self._key, key = jax.random.split(self._key)
+        return self._param(scale * jax.random.normal(key, self._shape(shape)), axes)
+
+    def fill(self, shape: tuple[int, ...], axes: Axes, value: float) -> nnx.Param:
+        return self._param(jnp.full(self._shape(shape), value, jnp.float32), axes)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` over any number of leading axes.
+
+    The kernel is [*in, *out]; `contract` says how many axes belong to the input. Like every layer
+    here it computes in the dtype of `x`, whatever the weights are kept in.
+    """
+
+    def __init__(
+        self,
+        init: Init,
+        shape: tuple[int, ...],
+        axes: Axes,
+        *,
+        contract: int = 1,
+        bias: bool = False,
+    ):
+        fan_in = math.prod(shape[:contract])
+        self.kernel = init.normal(shape, axes, scale=min(0.02, fan_in**-0.5))
+        self.bias = init.fill(shape[contract:], axes[contract:], 0.0) if bias else None
+        self.contract = contract
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contract)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation in fp32, scaled in the compute dtype."""
+
+    def __init__(self, init: Init, size: int, eps: float):
+        self.scale = init.fill((size,), (None,), 1.0)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * x32.astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, init: Init, width: int, inner: int, *, bias: bool, axes: Axes):
+        self.gate = Linear(init, (width, inner), axes, bias=bias)
+        self.up = Linear(init, (width, inner), axes, bias=bias)
+        self.down = Linear(init, (inner, width), axes[::-1], bias=bias)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def cast(tree, dtype):
+    """Every floating array of a pytree in `dtype`."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scan_layers(stack: nnx.Module, step, carry, xs=None, *, remat: str = "none"):
+    """Runs `step(layer, carry, x) -> (carry, y)` over a stacked layer's leading axis.
+
+    Args:
+      stack: one module whose arrays carry a leading layer axis.
+      step: what one layer does; `layer` is the module with that layer's arrays.
+      carry: what goes from layer to layer.
+      xs: pytree with a leading layer axis, or None.
+      remat: a name of `REMAT_POLICIES`: what the backward pass keeps of each layer.
+
+    Returns:
+      The last carry and the stacked `y`.
+    """
+    graph, weights = nnx.split(stack)
+
+    def body(carry, inputs):
+        layer_weights, x = inputs
+        return step(nnx.merge(graph, layer_weights), carry, x)
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, carry, (weights, xs))

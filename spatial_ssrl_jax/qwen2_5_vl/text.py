@@ -1,0 +1,176 @@
+"""The language model's layers, in the three forms that training and sampling need.
+
+- `prefill`: prompts alone, keeping their keys and values;
+- `decode`: one token of each sample, over the shared prompt and the sample's own cache;
+- `group`: prompts and all their responses at once, for log-probabilities and gradients.
+
+Shape letters: B prompts, G samples of a group, T prompt tokens, R response tokens, D width,
+N query heads, K key/value heads, H head size, L layers.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from spatial_ssrl_jax.qwen2_5_vl.attention import attend, attend_shared
+from spatial_ssrl_jax.qwen2_5_vl.config import TextConfig
+from spatial_ssrl_jax.qwen2_5_vl.layers import GatedMLP, Init, Linear, RMSNorm, cast, scan_layers
+from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
+
+Rotary = tuple[Array, Array]
+
+
+class TextLayer(nnx.Module):
+    """Grouped-query attention and gated MLP, each behind an RMSNorm."""
+
+    def __init__(self, init: Init, config: TextConfig):
+        width, size = config.hidden_size, config.head_dim
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        self.norm1 = RMSNorm(init, width, config.rms_norm_eps)
+        self.norm2 = RMSNorm(init, width, config.rms_norm_eps)
+        self.q = Linear(init, (width, heads, size), ("embed", "heads", "head_dim"), bias=True)
+        self.k = Linear(init, (width, groups, size), ("embed", "kv_heads", "head_dim"), bias=True)
+        self.v = Linear(init, (width, groups, size), ("embed", "kv_heads", "head_dim"), bias=True)
+        self.o = Linear(init, (heads, size, width), ("heads", "head_dim", "embed"), contract=2)
+        self.mlp = GatedMLP(init, width, config.intermediate_size, bias=False, axes=("embed", "ffn"))
+
+    def project(self, x: Array, rotary: Rotary) -> tuple[Array, Array, Array]:
+        """Queries [..., T, N, H], keys and values [..., T, K, H], rotated."""
+        x = self.norm1(x)
+        return rotate(self.q(x), *rotary), rotate(self.k(x), *rotary), self.v(x)
+
+    def finish(self, x: Array, mixed: Array) -> Array:
+        """Adds what attention mixed ([..., T, N, H]), then the MLP."""
+        x = x + self.o(mixed)
+        return x + self.mlp(self.norm2(x))
+
+
+class TextModel(nnx.Module):
+    """Embedding, stacked layers, last norm and head."""
+
+    def __init__(self, init: Init, config: TextConfig, tied: bool):
+        shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
+        self.embed = init.normal(shape, axes)
+        self.layers = TextLayer(init.stacked(config.num_hidden_layers), config)
+        self.norm = RMSNorm(init, config.hidden_size, config.rms_norm_eps)
+        self.head = None if tied else init.normal(shape, axes)
+
+    def head_weight(self, dtype) -> Array:
+        """[V, D] in `dtype`; the embedding itself when they are tied."""
+        return (self.embed if self.head is None else self.head)[...].astype(dtype)
+
+    def prefill(
+        self, x_BTD: Array, rotary: Rotary, valid_BT: Array, *, chunk: int
+    ) -> tuple[Array, Array, Array]:
+        """Runs prompts.
+
+        Args:
+          x_BTD: embedded prompts, pictures in place.
+          rotary: angles of the prompt's positions, [B, T, H/2].
+          valid_BT: bool, which tokens exist.
+          chunk: queries that attend at a time.
+
+        Returns:
+          Hidden states [B, T, D] behind the last norm, keys and values [L, B, K, T, H].
+        """
+        segment = jnp.where(valid_BT, 0, -1)
+
+        def step(layer: TextLayer, x: Array, _):
+            q, k, v = layer.project(x, rotary)
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            mixed = attend(q, k, v, segment, segment, causal=True, chunk=chunk)
+            return layer.finish(x, mixed), (k, v)
+
+        x, (keys, values) = scan_layers(self.layers, step, x_BTD)
+        return self.norm(x), keys, values
+
+    def group(
+        self,
+        prompt_BTD: Array,
+        response_BGRD: Array,
+        prompt_rotary: Rotary,
+        response_rotary: Rotary,
+        prompt_valid_BT: Array,
+        response_valid_BGR: Array,
+        *,
+        chunk: int,
+        remat: str,
+    ) -> tuple[Array, Array]:
+        """Runs every prompt once, with all its responses behind it.
+
+        Dense layers see [prompt | response 1 | … | response G]. The prompt attends to itself, a
+        response to the whole prompt and to itself, never to another response.
+
+        Returns:
+          Hidden states behind the last norm: [B, T, D] and [B, G, R, D].
+        """
+        batch, prompt, width = prompt_BTD.shape
+        _, group, response, _ = response_BGRD.shape
+        segment = jnp.where(prompt_valid_BT, 0, -1)
+        order = jnp.arange(response)
+        seen = (order[:, None] >= order) & response_valid_BGR[:, :, None]
+        rotary = tuple(
+            jnp.concatenate((p, r.reshape(batch, group * response, -1)), axis=1)
+            for p, r in zip(prompt_rotary, response_rotary, strict=True)
+        )
+
+        def step(layer: TextLayer, x: Array, _):
+            q, k, v = layer.project(x, rotary)
+            own_q, own_k, own_v = (
+                t[:, prompt:].reshape(batch, group, response, *t.shape[2:]) for t in (q, k, v)
+            )
+            k, v = k[:, :prompt].swapaxes(1, 2), v[:, :prompt].swapaxes(1, 2)
+            mixed = attend(q[:, :prompt], k, v, segment, segment, causal=True, chunk=chunk)
+            own_k, own_v = own_k.swapaxes(2, 3), own_v.swapaxes(2, 3)
+            own = attend_shared(own_q, k, v, prompt_valid_BT, own_k, own_v, seen, chunk=chunk)
+            own = own.reshape(batch, group * response, *own.shape[3:])
+            return layer.finish(x, jnp.concatenate((mixed, own), axis=1)), None
+
+        x = jnp.concatenate((prompt_BTD, response_BGRD.reshape(batch, -1, width)), axis=1)
+        x, _ = scan_layers(self.layers, step, x, remat=remat)
+        x = self.norm(x)
+        return x[:, :prompt], x[:, prompt:].reshape(response_BGRD.shape)
+
+
+def unstack(model: TextModel, dtype) -> list[dict]:
+    """The stacked layers as a list of one pure dict of arrays a layer, in `dtype`."""
+    weights = nnx.to_pure_dict(nnx.state(model.layers))
+    count = jax.tree.leaves(weights)[0].shape[0]
+    return [cast(jax.tree.map(lambda x, i=i: x[i], weights), dtype) for i in range(count)]
+
+
+def decode_layer(
+    layer: TextLayer,
+    x_BGD: Array,
+    rotary: Rotary,
+    prefix: tuple[Array, Array],
+    prefix_valid_BT: Array,
+    own: tuple[Array, Array],
+    own_seen_BR: Array,
+    cursor: Array,
+) -> tuple[Array, tuple[Array, Array]]:
+    """One layer of one decode step: writes this token's key and value at `cursor`, then attends.
+
+    Args:
+      layer: the module with one layer's arrays.
+      x_BGD: hidden state of each sample's newest token.
+      rotary: angles of its position, [B, G, H/2].
+      prefix: the prompt's keys and values, each [B, K, T, H].
+      prefix_valid_BT: bool, which prompt tokens exist.
+      own: the samples' keys and values, each [B, G, K, R, H].
+      own_seen_BR: bool, which slots the token may see, its own included.
+      cursor: int32 slot that every sample writes.
+
+    Returns:
+      The new hidden state [B, G, D] and the new `own`.
+    """
+    x = x_BGD[:, :, None]
+    q, k, v = layer.project(x, tuple(r[:, :, None] for r in rotary))
+    write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+        cache, new.swapaxes(2, 3).astype(cache.dtype), cursor, axis=3
+    )
+    own = (write(own[0], k), write(own[1], v))
+    seen = jnp.broadcast_to(own_seen_BR[:, None, None], (*x.shape[:3], own_seen_BR.shape[-1]))
+    mixed = attend_shared(q, *prefix, prefix_valid_BT, *own, seen, chunk=1)
+    return layer.finish(x, mixed)[:, :, 0], own

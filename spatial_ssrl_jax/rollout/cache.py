@@ -1,0 +1,82 @@
+"""What decoding keeps between steps: the prompt's keys and values once a group, and each sample's.
+
+One array a layer: a cache carried through a scan over layers would be copied at every step.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from spatial_ssrl_jax.qwen2_5_vl.config import TextConfig
+
+LayerCache = tuple[Array, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prefix:
+    """The prompts of a rollout, read by every sample and never written.
+
+    Attributes:
+      layers: keys and values [B, K, T, H] of each layer.
+      valid: [B, T] bool, which prompt tokens exist.
+      next_position: [B] int32 position of the first response token.
+    """
+
+    layers: tuple[LayerCache, ...]
+    valid: Array
+    next_position: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Decoding:
+    """B groups of G samples in the middle of being written.
+
+    Attributes:
+      layers: keys and values [B, G, K, C, H] of each layer, C slots so far.
+      hidden: [B, G, D] hidden state that predicts the next token.
+      tokens: [B, G, R] int32.
+      logprobs: [B, G, R] float32 log-probability of each token.
+      length: [B, G] int32 tokens written, the end token included.
+      finished: [B, G] bool, an end token was written.
+      cursor: int32 place of the next token, the same for all.
+    """
+
+    layers: tuple[LayerCache, ...]
+    hidden: Array
+    tokens: Array
+    logprobs: Array
+    length: Array
+    finished: Array
+    cursor: Array
+
+
+def start(config: TextConfig, hidden_BD: Array, group: int, slots: int, limit: int) -> Decoding:
+    """Every sample of every group before its first token, with `slots` cache slots."""
+    batch = hidden_BD.shape[0]
+    shape = (batch, group, config.num_key_value_heads, slots, config.head_dim)
+    rows = (batch, group)
+    return Decoding(
+        layers=tuple(
+            (jnp.zeros(shape, hidden_BD.dtype), jnp.zeros(shape, hidden_BD.dtype))
+            for _ in range(config.num_hidden_layers)
+        ),
+        hidden=jnp.broadcast_to(hidden_BD[:, None], (*rows, hidden_BD.shape[1])),
+        tokens=jnp.zeros((*rows, limit), jnp.int32),
+        logprobs=jnp.zeros((*rows, limit), jnp.float32),
+        length=jnp.zeros(rows, jnp.int32),
+        finished=jnp.zeros(rows, bool),
+        cursor=jnp.zeros((), jnp.int32),
+    )
+
+
+def grow(state: Decoding, slots: int) -> Decoding:
+    """The same samples with `slots` more cache slots behind."""
+
+    def longer(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0)] * 3 + [(0, slots), (0, 0)])
+
+    return replace(state, layers=jax.tree.map(longer, state.layers))

@@ -1,0 +1,251 @@
+"""Sampling G responses to each of B prompts, with everything about a prompt done once.
+
+Pictures are encoded and prompts prefilled once; every decode step reads the prompt's keys and
+values once for the whole group. The decode loop is one `while_loop` on the device that looks for
+the end every few steps; between chunks the host lengthens the response cache.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.qwen2_5_vl import model as qwen
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig
+from spatial_ssrl_jax.qwen2_5_vl.layers import Init, cast
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
+from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
+from spatial_ssrl_jax.qwen2_5_vl.text import TextLayer, decode_layer, unstack
+from spatial_ssrl_jax.rollout.cache import Decoding, Prefix, grow, start
+from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys, sample, uniforms
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What was sampled for B prompts, on the host.
+
+    Attributes:
+      tokens: [B, G, R] int32, zero behind each response's length.
+      logprobs: [B, G, R] float32 log-probabilities under the sampler.
+      length: [B, G] int32 tokens, the end token included.
+      finished: [B, G] bool; False was cut off at the limit.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    length: np.ndarray
+    finished: np.ndarray
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """What is fixed when the decode program is compiled.
+
+    Attributes:
+      sampling: temperature and truncation.
+      stop_ids: tokens that end a response.
+      suppressed: tokens that are never drawn.
+      check_every: steps between looks at whether all have finished.
+    """
+
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    suppressed: tuple[int, ...]
+    check_every: int
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def fill_weights(config: Qwen2_5_VLConfig, params: Params, dtype: str) -> dict[str, Any]:
+    """The decode step's own copy of the language model: one dict a layer, in `dtype`."""
+    text = qwen.bind(config, params).text
+    return {
+        "layers": unstack(text, dtype),
+        "embed": text.embed[...].astype(dtype),
+        "head": None if text.head is None else text.head[...].astype(dtype),
+        "norm": cast(nnx.to_pure_dict(nnx.state(text.norm)), dtype),
+    }
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def prefill(
+    config: Qwen2_5_VLConfig, compute: Compute, params: Params, prompts: PromptBatch
+) -> tuple[Array, Prefix]:
+    """Encodes pictures and prompts once.
+
+    Returns:
+      [B, D] hidden state behind each prompt, and the prompts' keys and values.
+    """
+    model = qwen.bind(config, params)
+    hidden, keys, values = qwen.prefill(config, model, prompts, compute)
+    layers = tuple((keys[i], values[i]) for i in range(config.text.num_hidden_layers))
+    return hidden, Prefix(layers, prompts.valid, prompts.next_position)
+
+
+@cache
+def _layer_graph(config: TextConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: TextLayer(Init(jax.random.key(0)), config)))[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def decode_chunk(
+    config: Qwen2_5_VLConfig,
+    settings: DecodeSettings,
+    steps: int,
+    weights: dict[str, Any],
+    prefix: Prefix,
+    state: Decoding,
+    keys_BG: Array,
+) -> Decoding:
+    """Writes up to `steps` more tokens of every sample; stops when all have finished.
+
+    Args:
+      config: the model's shape.
+      settings: sampling and stopping.
+      steps: a multiple of `settings.check_every`.
+      weights: from `fill_weights`.
+      prefix: the prompts.
+      state: the samples so far; donated. Its caches must hold `steps` more slots.
+      keys_BG: one key a sample.
+    """
+    end = state.cursor + steps
+
+    def unfinished(state: Decoding) -> Array:
+        return (state.cursor < end) & ~state.finished.all()
+
+    def some_steps(state: Decoding) -> Decoding:
+        body = partial(_decode_step, config, settings, weights, prefix, keys_BG)
+        return jax.lax.fori_loop(0, settings.check_every, lambda _, s: body(s), state)
+
+    return jax.lax.while_loop(unfinished, some_steps, state)
+
+
+def _decode_step(
+    config: Qwen2_5_VLConfig,
+    settings: DecodeSettings,
+    weights: dict[str, Any],
+    prefix: Prefix,
+    keys_BG: Array,
+    state: Decoding,
+) -> Decoding:
+    state, token = _draw(settings, weights, keys_BG, state)
+    x = weights["embed"][token]
+    position = prefix.next_position[:, None] + state.cursor
+    rotary = text_rotary(config.text, jnp.broadcast_to(position[..., None, :], (len(token), 3, 1)))
+    rotary = tuple(jnp.broadcast_to(r, (*token.shape, r.shape[-1])) for r in rotary)
+    slots = state.layers[0][0].shape[3]
+    seen = jnp.broadcast_to(jnp.arange(slots) <= state.cursor, (len(token), slots))
+    caches = []
+    for layer_weights, shared, own in zip(weights["layers"], prefix.layers, state.layers, strict=True):
+        layer = nnx.merge(_layer_graph(config.text), layer_weights)
+        x, own = decode_layer(layer, x, rotary, shared, prefix.valid, own, seen, state.cursor)
+        caches.append(own)
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + config.text.rms_norm_eps)
+    hidden = weights["norm"]["scale"] * x32.astype(x.dtype)
+    return replace(state, layers=tuple(caches), hidden=hidden, cursor=state.cursor + 1)
+
+
+def _draw(
+    settings: DecodeSettings, weights: dict[str, Any], keys_BG: Array, state: Decoding
+) -> tuple[Decoding, Array]:
+    """Draws and writes down the next token of every sample that goes on."""
+    head = weights["embed"] if weights["head"] is None else weights["head"]
+    logits = jnp.einsum("bgd,vd->bgv", state.hidden, head, preferred_element_type=jnp.float32)
+    uniform = None if settings.sampling.temperature == 0 else uniforms(keys_BG, state.cursor)
+    token, logprob = sample(logits, uniform, settings.sampling, settings.suppressed)
+    token = jnp.where(state.finished, 0, token)
+    logprob = jnp.where(state.finished, 0.0, logprob)
+
+    def write(rows: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(rows, new[..., None], state.cursor, axis=2)
+
+    stopped = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32)) & ~state.finished
+    state = replace(
+        state,
+        tokens=write(state.tokens, token),
+        logprobs=write(state.logprobs, logprob),
+        length=state.length + ~state.finished,
+        finished=state.finished | stopped,
+    )
+    return state, token
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Runs whole rollouts.
+
+    Attributes:
+      config: the model's shape.
+      compute: dtype and chunks.
+      stop_ids: tokens that end a response.
+      chunk: response places that the cache grows by.
+      check_every: decode steps between looks at whether all have finished; divides `chunk`.
+    """
+
+    config: Qwen2_5_VLConfig
+    compute: Compute
+    stop_ids: tuple[int, ...]
+    chunk: int = 256
+    check_every: int = 8
+
+    def __post_init__(self):
+        if self.chunk % self.check_every:
+            raise UserError(
+                f"rollout.chunk={self.chunk} must be a multiple of rollout.check_every={self.check_every}."
+            )
+
+    def fill(self, params: Params) -> dict[str, Any]:
+        """The decode weights of `params`, to be made once a step and freed before the update."""
+        return fill_weights(self.config, params, self.compute.dtype)
+
+    def generate(
+        self,
+        params: Params,
+        weights: dict[str, Any],
+        prompts: PromptBatch,
+        *,
+        group: int,
+        limit: int,
+        key: Array,
+        prompt_index: np.ndarray,
+        sampling: Sampling,
+    ) -> Rollout:
+        """Samples `group` responses of at most `limit` tokens to each prompt.
+
+        Args:
+          params: the model.
+          weights: `fill(params)`.
+          prompts: B prompts.
+          group: G.
+          limit: R, a multiple of `check_every`.
+          key: the step's key; draws depend on it, the prompt's index and the sample's place alone.
+          prompt_index: [B] int32, each prompt's place in the step.
+          sampling: how to draw.
+        """
+        settings = DecodeSettings(
+            sampling, self.stop_ids, self.config.vision_tokens, self.check_every
+        )
+        hidden, prefix = prefill(self.config, self.compute, params, prompts)
+        keys = row_keys(key, jnp.asarray(prompt_index, jnp.int32), group)
+        slots = min(self.chunk, limit)
+        state = _start(self.config.text, group, slots, limit, hidden)
+        done = 0
+        while True:
+            steps = slots - done
+            state = decode_chunk(self.config, settings, steps, weights, prefix, state, keys)
+            done = slots
+            if done >= limit or bool(state.finished.all()):
+                break
+            slots = min(done + self.chunk, limit)
+            state = _grow(state, slots - done)
+        return Rollout(*jax.device_get((state.tokens, state.logprobs, state.length, state.finished)))
+
+
+_start = jax.jit(lambda c, g, s, r, h: start(c, h, g, s, r), static_argnums=(0, 1, 2, 3))
+_grow = jax.jit(grow, static_argnums=1, donate_argnums=0)

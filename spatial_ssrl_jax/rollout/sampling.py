@@ -1,0 +1,127 @@
+"""Drawing a token: inverse CDF in two levels, one uniform a row.
+
+A cumulative sum over 152k entries is the costly part of sampling, so probabilities are summed in
+blocks, a block is chosen by its sum, and only that block is summed up inside.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy, the plain argmax.
+      top_p: keeps the likeliest tokens that together reach this probability; 1 keeps all.
+      top_k: keeps this many of the likeliest tokens; 0 keeps all.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def scale(self) -> float:
+        """What logits are divided by before log-probabilities are taken."""
+        return self.temperature or 1.0
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def row_keys(key: Array, prompt_index: Array, group: int) -> Array:
+    """One key for each sample, from the run's key, the prompt's index and the sample's place.
+
+    Args:
+      key: key of the step.
+      prompt_index: [B] int32, the prompt's place in the step, whatever the batch it lies in.
+      group: G.
+
+    Returns:
+      [B, G] keys.
+    """
+    prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_index)
+    fold_samples = jax.vmap(jax.random.fold_in, (None, 0))
+    return jax.vmap(fold_samples, (0, None))(prompt_keys, jnp.arange(group))
+
+
+def uniforms(keys_BG: Array, step: Array) -> Array:
+    """[B, G] float32 in [0, 1) for response place `step`."""
+    flat = keys_BG.reshape(-1)
+    draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))
+    return draw(flat).reshape(keys_BG.shape)
+
+
+def sample(
+    logits: Array, uniform: Array | None, sampling: Sampling, suppressed: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """Draws one token a row.
+
+    Args:
+      logits: [..., V] float32.
+      uniform: [...] float32 in [0, 1); unused when greedy.
+      sampling: temperature and truncation.
+      suppressed: token ids that are never drawn.
+
+    Returns:
+      [...] int32 tokens, and [...] float32 log-softmax of logits/temperature at them, taken before
+      suppression and truncation.
+    """
+    logits = logits / sampling.scale
+    top = logits.max(axis=-1, keepdims=True)
+    weight = jnp.exp(logits - top)
+    log_total = top[..., 0] + jnp.log(weight.sum(axis=-1))
+    allowed = np.ones(logits.shape[-1], np.float32)
+    allowed[list(suppressed)] = 0.0
+    weight = weight * allowed
+    if sampling.temperature == 0:
+        token = jnp.argmax(weight, axis=-1).astype(jnp.int32)
+    else:
+        token = _inverse_cdf(_truncate(weight, sampling), uniform)
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return token, chosen - log_total
+
+
+def _truncate(weight: Array, sampling: Sampling) -> Array:
+    """Zeroes what top-k and top-p leave out; the likeliest token always stays."""
+    if sampling.top_k == 0 and sampling.top_p >= 1.0:
+        return weight
+    ordered = jnp.sort(weight, axis=-1)[..., ::-1]
+    if sampling.top_k:
+        rank = jnp.arange(ordered.shape[-1])
+        ordered = jnp.where(rank < sampling.top_k, ordered, 0.0)
+    before = jnp.cumsum(ordered, axis=-1) - ordered
+    kept = (before < sampling.top_p * ordered.sum(axis=-1, keepdims=True)) & (ordered > 0)
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(weight >= least, weight, 0.0)
+
+
+def _inverse_cdf(weight: Array, uniform: Array) -> Array:
+    """The index at which the running sum of `weight` passes `uniform` of the whole."""
+    size = weight.shape[-1]
+    blocks = -(-size // _BLOCK)
+    pad = [(0, 0)] * (weight.ndim - 1) + [(0, blocks * _BLOCK - size)]
+    weight = jnp.pad(weight, pad).reshape(*weight.shape[:-1], blocks, _BLOCK)
+    block_end = jnp.cumsum(weight.sum(axis=-1), axis=-1)
+    goal = uniform * block_end[..., -1]
+    block = _first_above(block_end, goal)
+    inside = jnp.take_along_axis(weight, block[..., None, None], axis=-2)[..., 0, :]
+    before = jnp.take_along_axis(block_end, jnp.maximum(block - 1, 0)[..., None], axis=-1)[..., 0]
+    before = jnp.where(block > 0, before, 0.0)
+    place = _first_above(jnp.cumsum(inside, axis=-1), goal - before)
+    # Rounding can carry the goal past the block's end: fall back to its last possible token.
+    last = _BLOCK - 1 - jnp.argmax(inside[..., ::-1] > 0, axis=-1)
+    return (block * _BLOCK + jnp.minimum(place, last)).astype(jnp.int32)
+
+
+def _first_above(running: Array, goal: Array) -> Array:
+    count = jnp.sum(running <= goal[..., None], axis=-1)
+    return jnp.minimum(count, running.shape[-1] - 1)
