@@ -14,9 +14,9 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 def open_image(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> np.ndarray:
-    """Reads one picture, turned upright by its EXIF orientation; an animation gives its first frame.
+    """Reads one picture, turned upright by its EXIF orientation; of an animation the first frame.
 
-    Alpha is dropped, never blended; 16-bit grey is scaled to 8 bits; CMYK and palettes are converted.
+    Alpha is dropped, never blended; 16-bit grey is scaled to 8 bits, not clipped.
 
     Args:
       path_or_bytes: a file, or an encoded picture.
@@ -76,7 +76,9 @@ def _open(path_or_bytes: str | os.PathLike | bytes, name: str) -> Image.Image:
     width, height = picture.size
     if width * height > MAX_PIXELS or width * height == 0:
         picture.close()
-        what = "empty" if width * height == 0 else f"more than {MAX_PIXELS:,} pixels; shrink it first"
+        what = (
+            "empty" if width * height == 0 else f"more than {MAX_PIXELS:,} pixels; shrink it first"
+        )
         raise BadPicture(f"{name}: {width}x{height} pixels is {what}.")
     return picture
 

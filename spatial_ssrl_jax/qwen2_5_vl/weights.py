@@ -175,7 +175,11 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{index} cannot be read ({error!r}): fetch it again.") from None
+        files = [folder / name for name in shards]
     if not files:
         raise UserError(f"{folder} holds no *.safetensors file: fetch the model's weights first.")
     found = {}

@@ -5,6 +5,7 @@ values once for the whole group. The decode loop is one `while_loop` on the devi
 the end every few steps; between chunks the host lengthens the response cache.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -41,6 +42,12 @@ class Rollout:
     logprobs: np.ndarray
     length: np.ndarray
     finished: np.ndarray
+
+
+def join(rollouts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of consecutive prompts as one."""
+    fields = ("tokens", "logprobs", "length", "finished")
+    return Rollout(*(np.concatenate([getattr(r, f) for r in rollouts]) for f in fields))
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,14 @@ class Engine:
           key: the step's key; draws depend on it, the prompt's index and the sample's place alone.
           prompt_index: [B] int32, each prompt's place in the step.
           sampling: how to draw.
+
+        Raises:
+          UserError: `limit` is not a multiple of `check_every`.
         """
+        if limit % self.check_every:
+            raise UserError(
+                f"limit={limit} must be a multiple of rollout.check_every={self.check_every}."
+            )
         settings = DecodeSettings(
             sampling, self.stop_ids, self.config.vision_tokens, self.check_every
         )

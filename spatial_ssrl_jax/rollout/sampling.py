@@ -76,14 +76,17 @@ def sample(
       suppression and truncation.
     """
     logits = logits / sampling.scale
-    top = logits.max(axis=-1, keepdims=True)
-    weight = jnp.exp(logits - top)
-    log_total = top[..., 0] + jnp.log(weight.sum(axis=-1))
-    allowed = np.ones(logits.shape[-1], np.float32)
-    allowed[list(suppressed)] = 0.0
-    weight = weight * allowed
+    left_out = np.array(suppressed, np.int32)
+    allowed = np.ones(logits.shape[-1], bool)
+    allowed[left_out] = False
+    # The top is an allowed token's: under a far larger suppressed one, all would round to zero.
+    top = jnp.where(allowed, logits, -jnp.inf).max(axis=-1, keepdims=True)
+    weight = jnp.where(allowed, jnp.exp(logits - top), 0.0)
+    log_allowed = top + jnp.log(weight.sum(axis=-1, keepdims=True))
+    every = jnp.concatenate((log_allowed, logits[..., left_out]), axis=-1)
+    log_total = jax.nn.logsumexp(every, axis=-1)
     if sampling.temperature == 0:
-        token = jnp.argmax(weight, axis=-1).astype(jnp.int32)
+        token = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), axis=-1).astype(jnp.int32)
     else:
         token = _inverse_cdf(_truncate(weight, sampling), uniform)
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
@@ -110,18 +113,24 @@ def _inverse_cdf(weight: Array, uniform: Array) -> Array:
     blocks = -(-size // _BLOCK)
     pad = [(0, 0)] * (weight.ndim - 1) + [(0, blocks * _BLOCK - size)]
     weight = jnp.pad(weight, pad).reshape(*weight.shape[:-1], blocks, _BLOCK)
-    block_end = jnp.cumsum(weight.sum(axis=-1), axis=-1)
+    block_sum = weight.sum(axis=-1)
+    block_end = jnp.cumsum(block_sum, axis=-1)
     goal = uniform * block_end[..., -1]
-    block = _first_above(block_end, goal)
+    block = _first_above(block_end, goal, block_sum)
     inside = jnp.take_along_axis(weight, block[..., None, None], axis=-2)[..., 0, :]
     before = jnp.take_along_axis(block_end, jnp.maximum(block - 1, 0)[..., None], axis=-1)[..., 0]
     before = jnp.where(block > 0, before, 0.0)
-    place = _first_above(jnp.cumsum(inside, axis=-1), goal - before)
-    # Rounding can carry the goal past the block's end: fall back to its last possible token.
-    last = _BLOCK - 1 - jnp.argmax(inside[..., ::-1] > 0, axis=-1)
-    return (block * _BLOCK + jnp.minimum(place, last)).astype(jnp.int32)
+    place = _first_above(jnp.cumsum(inside, axis=-1), goal - before, inside)
+    return (block * _BLOCK + place).astype(jnp.int32)
 
 
-def _first_above(running: Array, goal: Array) -> Array:
-    count = jnp.sum(running <= goal[..., None], axis=-1)
-    return jnp.minimum(count, running.shape[-1] - 1)
+def _first_above(running: Array, goal: Array, weight: Array) -> Array:
+    """The first place with any weight whose running sum passes the goal.
+
+    Rounding can leave a parallel running sum short of the goal, or raise it where there is no
+    weight: such places are passed over, and the last one with weight stands in at the end.
+    """
+    possible = weight > 0
+    passed = possible & (running > goal[..., None])
+    last = weight.shape[-1] - 1 - jnp.argmax(possible[..., ::-1], axis=-1)
+    return jnp.where(passed.any(axis=-1), jnp.argmax(passed, axis=-1), last)

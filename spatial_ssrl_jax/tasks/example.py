@@ -52,3 +52,8 @@ class Task:
     needs_depth: bool
     settings: type
     make: Callable[[Record, np.random.Generator, Any], Example]
+
+
+def source_of(record: Record) -> dict[str, str]:
+    """Where an example came from, as `examples.jsonl` says it."""
+    return {"spec": record.spec, "record": record.name, "image": record.path}

@@ -42,4 +42,6 @@ def _unknown(spec: str, kind: str) -> str:
     if os.path.exists(spec):
         return f"source '{spec}' names no kind; did you mean 'folder:{spec}'? Kinds: {known}."
     nearest = difflib.get_close_matches(kind.lower(), OPENERS, n=1, cutoff=0.0)[0]
-    return f"source '{spec}' has the unknown kind '{kind}'; did you mean '{nearest}'? Kinds: {known}."
+    return (
+        f"source '{spec}' has the unknown kind '{kind}'; did you mean '{nearest}'? Kinds: {known}."
+    )

@@ -18,8 +18,8 @@ def read_depth(
 ) -> np.ndarray:
     """Reads one depth file and fits it to its picture.
 
-    `.png` is 16 bit in millimetres; `.npy` and `.h5` (data set `depth`, else the first) hold metres,
-    or what the data set's scale is. Values that are not finite and above 0 are invalid.
+    `.png` is 16 bit in millimetres; `.npy` and `.h5` (data set `depth`, else the first) are taken
+    as they are: metres, or up to scale. A value that is not finite or not above 0 is invalid.
 
     Args:
       path: the depth file.

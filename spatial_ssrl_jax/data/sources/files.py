@@ -1,7 +1,7 @@
 """What all kinds that read a folder share: the listing, and a source over the files found."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +82,7 @@ def is_picture(file: str) -> bool:
     return file.lower().endswith(PICTURES)
 
 
-def _walk(spec: str, root: str):
+def _walk(spec: str, root: str) -> Iterator[str]:
     def refuse(error: OSError):
         raise UserError(f"source '{spec}': cannot read the folder {error.filename}.") from error
 
@@ -94,6 +94,5 @@ def _walk(spec: str, root: str):
             continue
         seen.add(real)
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-        for name in names:
-            if not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+        prefix = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+        yield from (prefix + name for name in names if not name.startswith("."))

@@ -1,0 +1,171 @@
+"""Makes `assets/tiny`: the tiny model's config, tokenizer and processor files, in the hub's form.
+
+    python -m spatial_ssrl_jax.assets.make_tiny
+
+The tokenizer is a byte-level BPE in Qwen2's file form, trained on the project's own questions and
+cold-start responses, so that a question costs about one token a word.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.qwen2_5_vl.config import (
+    Qwen2_5_VLConfig,
+    TextConfig,
+    VisionConfig,
+    config_to_dict,
+)
+from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.tasks.example import Reject
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
+
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+VOCAB = 1024
+_SPLIT = (  # how Qwen2 cuts text before merging: words with their space, single digits, signs
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{%- if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{%- for part in message['content'] %}"
+    "{%- if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{%- else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def corpus(examples: int = 300) -> Iterator[str]:
+    """Questions and responses of every task over built-in scenes."""
+    source = open_source("scenes")
+    for number in range(examples):
+        rng = np.random.default_rng(number)
+        for task in TASKS:
+            try:
+                example = task.make(source[number], rng, task.settings())
+            except Reject:
+                continue
+            yield f"{example.question} {FORMAT_PROMPT}"
+            yield response_text(example.reason, example.answer)
+    yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
+
+
+def tiny_config(tokens: int) -> Qwen2_5_VLConfig:
+    """A Qwen2.5-VL of 4.5 million parameters whose special tokens end a vocabulary of `tokens`."""
+    ids = {name: tokens - len(SPECIAL) + i for i, name in enumerate(SPECIAL)}
+    return Qwen2_5_VLConfig(
+        text=TextConfig(
+            vocab_size=tokens,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            mrope_section=(4, 6, 6),
+            max_position_embeddings=4096,
+        ),
+        vision=VisionConfig(
+            depth=4,
+            hidden_size=192,
+            intermediate_size=512,
+            num_heads=6,
+            out_hidden_size=192,
+            fullatt_block_indexes=(3,),
+        ),
+        tie_word_embeddings=True,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|im_end|>"],
+    )
+
+
+def make(folder: Path) -> None:
+    """Writes every file of the tiny model's folder but its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - len(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.model.save(str(folder))
+    tokens = tokenizer.get_vocab_size() + len(SPECIAL)
+    config = tiny_config(tokens)
+    added = {
+        str(tokens - len(SPECIAL) + i): {
+            "content": name,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
+        for i, name in enumerate(SPECIAL)
+    }
+    files = {
+        "config.json": config_to_dict(config, "float32"),
+        "tokenizer_config.json": {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "add_prefix_space": False,
+            "added_tokens_decoder": added,
+            "additional_special_tokens": list(SPECIAL[1:]),
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "unk_token": None,
+            "model_max_length": 4096,
+            "errors": "replace",
+            "clean_up_tokenization_spaces": False,
+        },
+        "chat_template.json": {"chat_template": _TEMPLATE},
+        "preprocessor_config.json": {
+            "min_pixels": 28 * 28,
+            "max_pixels": 112 * 112,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.25, 0.25, 0.25],
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+        },
+        "generation_config.json": {
+            "bos_token_id": config.bos_token_id,
+            "pad_token_id": config.bos_token_id,
+            "eos_token_id": [config.eos_token_id, config.bos_token_id],
+            "do_sample": False,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    make(Path(__file__).parent / "tiny")

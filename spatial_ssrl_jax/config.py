@@ -1,0 +1,365 @@
+"""Every setting of a run, as nested frozen dataclasses; loading a config file and overriding it."""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.qwen2_5_vl.layers import REMAT_POLICIES
+from spatial_ssrl_jax.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Where the model comes from and how it computes.
+
+    Attributes:
+      path: a Hugging Face folder, an Orbax checkpoint of ours, a hub id, or `tiny` (shipped).
+      from_scratch: draw fresh weights of the folder's shape instead of reading them.
+      dtype: compute dtype, `float32` or `bfloat16`; master weights are always float32.
+      remat: what the backward pass keeps of each layer: `none`, `dots` or `full`.
+      chunk: queries that attend at a time.
+      head_chunk: response tokens a prompt whose logits exist at a time.
+    """
+
+    path: str = ""
+    from_scratch: bool = False
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    chunk: int = 1024
+    head_chunk: int = 128
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where pictures come from and what they are turned into.
+
+    Attributes:
+      source: a SPEC, for example `scenes`, `folder:PATH`, `nyu:PATH`.
+      heldout_share: share of the records kept apart for held-out figures, never trained on.
+      min_pixels, max_pixels: a picture's area is brought between these, in pixels.
+      prompt_buckets: prompt lengths in tokens that programs are compiled for.
+      window_buckets: counts of 8x8-patch vision windows a prompt that programs are compiled for.
+      threads: threads that make prompts ahead of the devices.
+      max_bad_share: share of unusable pictures above which the run stops.
+    """
+
+    source: str = "scenes"
+    heldout_share: float = 0.05
+    min_pixels: int = 262_144
+    max_pixels: int = 4_194_304
+    prompt_buckets: tuple[int, ...] = (1024, 2048, 4096)
+    window_buckets: tuple[int, ...] = (64, 128)
+    threads: int = 8
+    max_bad_share: float = 0.2
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """Devices along each axis; one axis may be -1 and takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """Cold start: supervised responses in the required form.
+
+    Attributes:
+      steps: optimizer steps; 0 skips the stage.
+      prompts: samples an optimizer step.
+      micro_prompts: samples whose activations exist at a time; divides `prompts`.
+      learning_rate: peak learning rate.
+      warmup: share of the steps over which it rises.
+      schedule: `constant` or `cosine` (to zero).
+      weight_decay: decoupled decay on all weights.
+    """
+
+    steps: int = 0
+    prompts: int = 256
+    micro_prompts: int = 32
+    learning_rate: float = 1e-5
+    warmup: float = 0.1
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class GrpoSettings:
+    """Group-relative policy optimisation; the defaults are the paper's.
+
+    Attributes:
+      steps: rollouts; 0 skips the stage.
+      prompts: prompts a rollout.
+      updates: optimizer steps a rollout, each over `prompts / updates` prompts.
+      group: samples a prompt.
+      micro_prompts: prompts whose activations exist at a time in an update.
+      learning_rate, warmup, schedule, weight_decay: as under `sft`.
+      temperature: of sampling, and of the log-probabilities.
+      scale_std: divide the advantage by the group's standard deviation.
+      clip_low, clip_high: how far the ratio may fall below and rise above 1.
+      dual_clip: for negative advantages the loss is at most this times -A; 0 turns it off.
+      kl_coefficient: weight of the k3 KL to the reference in the loss; 0 needs no reference.
+      accuracy_weight: weight of accuracy in the reward; the format has the rest.
+    """
+
+    steps: int = 360
+    prompts: int = 256
+    updates: int = 2
+    group: int = 5
+    micro_prompts: int = 16
+    learning_rate: float = 1e-6
+    warmup: float = 0.0
+    schedule: str = "constant"
+    weight_decay: float = 0.01
+    temperature: float = 1.0
+    scale_std: bool = True
+    clip_low: float = 0.2
+    clip_high: float = 0.3
+    dual_clip: float = 3.0
+    kl_coefficient: float = 0.01
+    accuracy_weight: float = 0.9
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How responses are sampled.
+
+    Attributes:
+      limit: most tokens of a response.
+      chunk: response places that the cache grows by.
+      check_every: decode steps between looks at whether all have finished.
+      wave: prompts that are sampled at a time.
+    """
+
+    limit: int = 2048
+    chunk: int = 256
+    check_every: int = 8
+    wave: int = 64
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW, shared by both stages.
+
+    Attributes:
+      beta1, beta2, eps: AdamW's constants.
+      max_gradient_norm: gradients are scaled down to this norm.
+      max_skipped: non-finite steps in a row after which the run stops.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_gradient_norm: float = 1.0
+    max_skipped: int = 5
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Saving.
+
+    Attributes:
+      every: steps between checkpoints; the last step of a stage is always saved.
+      keep: newest checkpoints kept.
+    """
+
+    every: int = 5
+    keep: int = 3
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What is written while the run goes on.
+
+    Attributes:
+      rollouts_every: GRPO steps between samples of rollouts; 0 writes none.
+      rollouts_count: prompts in a sample.
+      report_every: steps between refreshes of `report.html`.
+    """
+
+    rollouts_every: int = 10
+    rollouts_count: int = 4
+    report_every: int = 10
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Held-out figures.
+
+    Attributes:
+      examples: held-out examples a task.
+      samples: sampled responses a held-out prompt, at the training temperature.
+      every: GRPO steps between held-out measurements; 0 measures between stages only.
+      prompts: prompts evaluated at a time.
+    """
+
+    examples: int = 64
+    samples: int = 4
+    every: int = 0
+    prompts: int = 64
+
+
+def _task_settings() -> dict[str, Any]:
+    return {task.name: task.settings() for task in TASKS}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    name: str
+    seed: int = 0
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    tasks: dict[str, Any] = field(default_factory=_task_settings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    sft: SftSettings = field(default_factory=SftSettings)
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+
+    @property
+    def trained_tasks(self) -> tuple[str, ...]:
+        """Tasks with a share in the training mixture."""
+        return tuple(name for name, settings in self.tasks.items() if settings.weight > 0)
+
+
+def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Runs a config file's `get_config()` and applies overrides.
+
+    Args:
+      path: a Python file.
+      overrides: pairs of a dotted key below the config and its value as text.
+
+    Raises:
+      UserError: the file is missing or broken, a key is unknown, or a value does not fit.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"the config file {path} does not exist: give one such as configs/tiny.py.")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    for key, text in overrides:
+        config = _override(config, key.split("."), text, key)
+    validate(config)
+    return config
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--config.a.b=v` and `--config.a.b v` out of a command line."""
+    rest, overrides = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals and (value := next(words, None)) is None:
+            raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE.")
+        overrides.append((key, value))
+    return rest, overrides
+
+
+def _override(node: Any, keys: list[str], text: str, whole: str) -> Any:
+    """`node` with the value below `keys` replaced by what `text` says."""
+    is_dict = isinstance(node, dict)
+    known = list(node) if is_dict else [f.name for f in dataclasses.fields(node)]
+    key, *rest = keys
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}."
+        raise UserError(f"unknown config key config.{whole}: {hint}")
+    value = node[key] if is_dict else getattr(node, key)
+    nested = isinstance(value, dict) or dataclasses.is_dataclass(value)
+    if rest and not nested:
+        raise UserError(f"config.{whole} goes too deep: config.{whole.rsplit('.', 1)[0]} is a value.")
+    if not rest and nested:
+        raise UserError(f"config.{whole} is a section: set one of {', '.join(_names(value))} in it.")
+    new = _override(value, rest, text, whole) if rest else _parse(text, type(value), whole)
+    return {**node, key: new} if is_dict else dataclasses.replace(node, **{key: new})
+
+
+def _names(value: Any) -> list[str]:
+    return list(value) if isinstance(value, dict) else [f.name for f in dataclasses.fields(value)]
+
+
+def _parse(text: str, kind: type, key: str) -> Any:
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if kind is tuple and isinstance(value, (int, float)):
+        value = (value,)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"config.{key}={text} does not fit: expected {kind.__name__}.")
+    return value
+
+
+def validate(config: Config) -> None:
+    """Refuses settings that contradict one another, before anything is built.
+
+    Raises:
+      UserError: names the setting and what it must be.
+    """
+    grpo, sft = config.grpo, config.sft
+    _choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    _choice("model.remat", config.model.remat, tuple(REMAT_POLICIES))
+    _choice("sft.schedule", sft.schedule, ("constant", "cosine"))
+    _choice("grpo.schedule", grpo.schedule, ("constant", "cosine"))
+    _divides("grpo.updates", grpo.updates, "grpo.prompts", grpo.prompts)
+    _divides("grpo.micro_prompts", grpo.micro_prompts, "grpo.prompts/updates", grpo.prompts // grpo.updates)
+    _divides("rollout.wave", config.rollout.wave, "grpo.prompts", grpo.prompts)
+    _divides("sft.micro_prompts", sft.micro_prompts, "sft.prompts", sft.prompts)
+    _divides("rollout.check_every", config.rollout.check_every, "rollout.chunk", config.rollout.chunk)
+    _divides("rollout.check_every", config.rollout.check_every, "rollout.limit", config.rollout.limit)
+    if grpo.steps and grpo.group < 2:
+        raise UserError("grpo.group must be at least 2: a group of one has no advantage.")
+    if not config.trained_tasks:
+        raise UserError("every task has weight 0: give at least one tasks.NAME.weight above 0.")
+    if sft.steps == 0 and grpo.steps == 0:
+        raise UserError("sft.steps and grpo.steps are both 0: there is nothing to train.")
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{name}={value} is unknown: choose one of {', '.join(known)}.")
+
+
+def _divides(small: str, divisor: int, large: str, total: int) -> None:
+    if divisor < 1 or total % divisor:
+        raise UserError(f"{small}={divisor} must divide {large}={total}.")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain JSON types."""
+    return typing.cast(dict[str, Any], _plain(config))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value

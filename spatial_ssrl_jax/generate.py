@@ -1,0 +1,106 @@
+"""Answers: python -m spatial_ssrl_jax.generate --model=DIR --image=F --question=TEXT"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from spatial_ssrl_jax.config import MeshSettings
+from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.data.images import open_image
+from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.errors import UserError, run_command
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute
+from spatial_ssrl_jax.rollout.engine import Engine, Rollout
+from spatial_ssrl_jax.rollout.sampling import Sampling
+from spatial_ssrl_jax.run.mesh import Layout, make_mesh
+from spatial_ssrl_jax.run.models import open_model
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
+
+_CHECK_EVERY = 8
+_PROMPT_STEP, _WINDOW_STEP = 128, 8
+
+
+def main(argv: Sequence[str]) -> None:
+    args = _parse(argv)
+    model = open_model(args.model)
+    processor = Processor(model.files, model.config)
+    images = tuple(open_image(path) for path in args.image)
+    question = f"{args.question} {FORMAT_PROMPT}" if args.reasoning else args.question
+    prompt = processor.prompt(question, images)
+    layout = Layout(make_mesh(MeshSettings(data=1, fsdp=1, tensor=-1)))
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    params = model.load(layout, dtype)
+    limit = _round_up(args.max_new_tokens, _CHECK_EVERY)
+    engine = Engine(model.config, Compute(dtype), processor.stop_ids, min(limit, 256), _CHECK_EVERY)
+    batch = pad_prompts(
+        [prompt],
+        (_round_up(len(prompt.ids), _PROMPT_STEP),),
+        (_round_up(len(prompt.frame), _WINDOW_STEP),),
+    )
+    rollout = engine.generate(
+        params,
+        engine.fill(params),
+        layout.put_batch(batch),
+        group=args.samples,
+        limit=limit,
+        key=jax.random.key(args.seed),
+        prompt_index=np.zeros(1, np.int32),
+        sampling=Sampling(args.temperature, args.top_p),
+    )
+    samples = [_sample(processor, rollout, g, args.max_new_tokens) for g in range(args.samples)]
+    if args.json:
+        print(json.dumps({"prompt_ids": prompt.ids.tolist(), "samples": samples}))
+        return
+    for number, sample in enumerate(samples, 1):
+        if args.samples > 1:
+            print(f"--- sample {number}")
+        print(sample["text"] + ("" if sample["finished"] else " […]"))
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m spatial_ssrl_jax.generate",
+        description="Asks a model about pictures; greedy unless a temperature is given.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="folder, checkpoint or hub id")
+    parser.add_argument("--image", action="append", default=[], type=Path, help="may be repeated")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--reasoning", action="store_true", help="append the format prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on CPU")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    if args.samples < 1 or args.max_new_tokens < 1:
+        raise UserError("--samples and --max-new-tokens must be at least 1.")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1.")
+    return args
+
+
+def _sample(processor: Processor, rollout: Rollout, g: int, most: int) -> dict:
+    """One sample's ids (end token included), log-probabilities, text and whether it ended."""
+    length = min(int(rollout.length[0, g]), most)
+    ids = rollout.tokens[0, g, :length]
+    return {
+        "ids": ids.tolist(),
+        "logprobs": [float(p) for p in rollout.logprobs[0, g, :length]],
+        "text": processor.decode(ids),
+        "finished": bool(rollout.finished[0, g]) and int(rollout.length[0, g]) <= most,
+    }
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+if __name__ == "__main__":
+    run_command(main)

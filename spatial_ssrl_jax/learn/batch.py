@@ -1,0 +1,57 @@
+"""What an update trains on."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from spatial_ssrl_jax.qwen2_5_vl.model import PromptBatch
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ResponseBatch:
+    """Prompts with the responses to learn from; supervised training has groups of one.
+
+    Attributes:
+      prompts: B prompts.
+      tokens: [B, G, R] int32 response tokens.
+      length: [B, G] int32 tokens of each response, the end token included.
+      normaliser: [] float32, response tokens of the whole optimizer step.
+    """
+
+    prompts: PromptBatch
+    tokens: Array
+    length: Array
+    normaliser: Array
+
+    @property
+    def mask(self) -> Array:
+        """[B, G, R] float32, 1 where a response token is."""
+        return (jnp.arange(self.tokens.shape[2]) < self.length[..., None]).astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupBatch(ResponseBatch):
+    """Sampled groups with what the policy gradient needs.
+
+    Attributes:
+      advantage: [B, G] float32.
+      sampled_logprobs: [B, G, R] float32, from the sampler.
+      old_logprobs: [B, G, R] float32, the trainer's before the first update of this rollout; None
+        when this is the first update, where they are the current ones.
+      reference_logprobs: [B, G, R] float32, or None without KL.
+    """
+
+    advantage: Array
+    sampled_logprobs: Array
+    old_logprobs: Array | None
+    reference_logprobs: Array | None
+
+
+def take_rows(batch, start: int, rows: int):
+    """Rows `start` to `start + rows` of every array of a batch; scalars stay."""
+    return jax.tree.map(lambda x: x[start : start + rows] if np.ndim(x) else x, batch)

@@ -1,0 +1,69 @@
+"""Log-probabilities of response tokens, without ever holding the whole logits."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from spatial_ssrl_jax.qwen2_5_vl import model as qwen
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
+
+
+def response_logprobs(
+    config: Qwen2_5_VLConfig,
+    compute: Compute,
+    params: Params,
+    prompts: PromptBatch,
+    tokens_BGR: Array,
+    length_BG: Array,
+    temperature: float,
+) -> tuple[Array, Array]:
+    """Log-softmax of logits/temperature at each response token, and the entropy there.
+
+    Args:
+      config: the model's shape.
+      compute: dtype, chunks and rematerialisation.
+      params: the model.
+      prompts: B prompts, each run once for its whole group.
+      tokens_BGR: int32 response tokens.
+      length_BG: int32 tokens of each response.
+      temperature: divides the logits.
+
+    Returns:
+      Two [B, G, R] float32 arrays: log-probabilities (differentiable) and entropies in nats
+      (not differentiable). Values behind a response's length mean nothing.
+    """
+    model = qwen.bind(config, params)
+    hidden = qwen.response_hidden(config, model, prompts, tokens_BGR, length_BG, compute)
+    batch, group, response, width = hidden.shape
+    hidden = hidden.reshape(batch, group * response, width)
+    tokens = tokens_BGR.reshape(batch, group * response)
+    head_VD = model.text.head_weight(compute.dtype)
+
+    def chunk(hidden_BCD: Array, tokens_BC: Array) -> tuple[Array, Array]:
+        logits = jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+        logits = logits / temperature
+        total = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, tokens_BC[..., None], axis=-1)[..., 0]
+        fixed, fixed_total = jax.lax.stop_gradient((logits, total))
+        entropy = fixed_total - jnp.sum(jnp.exp(fixed - fixed_total[..., None]) * fixed, axis=-1)
+        return chosen - total, entropy
+
+    logprob, entropy = _over_chunks(chunk, compute.head_chunk, hidden, tokens)
+    return logprob.reshape(tokens_BGR.shape), entropy.reshape(tokens_BGR.shape)
+
+
+def _over_chunks(function, size: int, hidden: Array, tokens: Array) -> tuple[Array, Array]:
+    """Runs `function` over slices of the token axis; each is computed again in the backward pass."""
+    batch, length, width = hidden.shape
+    if length <= size:
+        return function(hidden, tokens)
+    count = -(-length // size)
+    pad = count * size - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    tokens = jnp.pad(tokens, ((0, 0), (0, pad)))
+    hidden = hidden.reshape(batch, count, size, width).swapaxes(0, 1)
+    tokens = tokens.reshape(batch, count, size).swapaxes(0, 1)
+    step = jax.checkpoint(lambda _, piece: (None, function(*piece)), prevent_cse=False)
+    _, out = jax.lax.scan(step, None, (hidden, tokens))
+    return tuple(x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in out)

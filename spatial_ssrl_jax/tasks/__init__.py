@@ -1,0 +1,7 @@
+"""The pretext tasks. A new one is a file with a `TASK`, and its place in this tuple."""
+
+from spatial_ssrl_jax.tasks import crop, depth, flip, position, shuffle
+from spatial_ssrl_jax.tasks.example import Task
+
+TASKS: tuple[Task, ...] = (shuffle.TASK, flip.TASK, crop.TASK, depth.TASK, position.TASK)
+TASKS_BY_NAME = {task.name: task for task in TASKS}

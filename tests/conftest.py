@@ -1,0 +1,138 @@
+"""What all tests share: one compilation cache a session, the shared folder, and a toy model."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.data.prompts import Prompt
+from spatial_ssrl_jax.data.windows import Grid, lay_out_windows, merged_tokens, mrope_positions
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+from spatial_ssrl_jax.qwen2_5_vl.model import Params, abstract_params
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Each program is compiled once a session, in child processes too."""
+    folder = tmp_path_factory.mktemp("jax-cache")
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real tokenizers and configs that lies beside the repository."""
+    for folder in (ROOT.parent / "shared", ROOT / "shared"):
+        if (folder / "qwen2_5_vl").is_dir():
+            return folder
+    pytest.skip(f"{ROOT.parent / 'shared'} is missing: it holds the real tokenizer and configs.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A model of a few thousand parameters with a vocabulary of its own, and prompts for it.
+
+    Attributes:
+      config: two text layers with grouped heads, a windowed and a full vision block, untied head.
+      params: float32 weights, large enough that every part shows in the output.
+    """
+
+    config: Qwen2_5_VLConfig
+    params: Params
+
+    def prompt(self, seed: int, text: int, grids: Sequence[Grid] = ()) -> Prompt:
+        """Random text tokens with random pictures of the given patch grids in the middle."""
+        rng, config = np.random.default_rng(seed), self.config
+        counts = [merged_tokens(config.vision, grid) for grid in grids]
+        pieces = [rng.integers(0, 600, text // 2)]
+        for count in counts:
+            pieces += [[config.vision_start_token_id], np.full(count, config.image_token_id)]
+            pieces += [[config.vision_end_token_id]]
+        ids = np.concatenate([*pieces, rng.integers(0, 600, text - text // 2)]).astype(np.int32)
+        layout = lay_out_windows(config.vision, list(grids))
+        is_vision = ids == config.image_token_id
+        position = mrope_positions(config.vision, is_vision, list(grids), [None] * len(grids))
+        index = np.full(len(ids), -1, np.int32)
+        index[is_vision] = layout.merged
+        pixels = rng.normal(size=(*layout.source.shape, config.vision.patch_dim))
+        pixels[layout.source < 0] = 0
+        return Prompt(
+            ids=ids,
+            position=position,
+            next_position=int(position.max()) + 1,
+            image_index=index,
+            patches=pixels.astype(np.float32),
+            frame=layout.frame,
+            coords=layout.coords,
+        )
+
+
+@pytest.fixture(scope="session")
+def toy() -> Toy:
+    config = Qwen2_5_VLConfig(
+        text=TextConfig(
+            vocab_size=700,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            mrope_section=(2, 2, 2),
+        ),
+        vision=VisionConfig(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            out_hidden_size=48,
+            fullatt_block_indexes=(1,),
+        ),
+        tie_word_embeddings=False,
+        image_token_id=690,
+        video_token_id=691,
+        vision_start_token_id=692,
+        vision_end_token_id=693,
+        bos_token_id=694,
+        eos_token_id=695,
+    )
+    return Toy(config, random_params(config, seed=4))
+
+
+def random_params(config: Qwen2_5_VLConfig, seed: int) -> Params:
+    """Five times the usual matrices, random biases and norm scales: else wrong code goes unseen."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        spread = 0.2 if path[-1].key in ("bias", "scale") else 0.1
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(mean + spread * rng.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+
+
+@pytest.fixture(scope="session")
+def measure() -> Callable[..., float]:
+    """Prints and returns max|ours - reference| / max|reference|; `pytest -rP` shows the figures."""
+
+    def compare(name: str, ours, reference) -> float:
+        ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+        assert ours.shape == reference.shape
+        value = float(np.abs(ours - reference).max() / np.abs(reference).max())
+        print(f"measured {name}: {value:.1e}")
+        return value
+
+    return compare

@@ -1,0 +1,92 @@
+"""A very small model and a mixed batch: prompts and responses of different lengths, pictures."""
+
+import jax
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.data.prompts import Prompt
+from spatial_ssrl_jax.data.windows import lay_out_windows, mrope_positions
+from spatial_ssrl_jax.learn.batch import GroupBatch
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+from spatial_ssrl_jax.qwen2_5_vl.model import init_params
+
+CONFIG = Qwen2_5_VLConfig(
+    text=TextConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mrope_section=(1, 1, 2),
+    ),
+    vision=VisionConfig(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        out_hidden_size=32,
+        fullatt_block_indexes=(1,),
+    ),
+    tie_word_embeddings=True,
+    image_token_id=90,
+    video_token_id=91,
+    vision_start_token_id=92,
+    vision_end_token_id=93,
+    bos_token_id=94,
+    eos_token_id=95,
+)
+
+
+def make_prompt(rng: np.random.Generator, text: int, grids: list[tuple[int, int, int]]) -> Prompt:
+    """Random text and patches, pictures first."""
+    config = CONFIG.vision
+    ids = []
+    for _, h, w in grids:
+        ids += [92, *[90] * (h * w // 4), 93]
+    ids = np.array([*ids, *rng.integers(0, 90, text)], np.int32)
+    is_vision = ids == 90
+    layout = lay_out_windows(config, grids)
+    position = mrope_positions(config, is_vision, grids, [None] * len(grids))
+    index = np.full(len(ids), -1, np.int32)
+    index[is_vision] = layout.merged
+    patches = rng.normal(size=(*layout.source.shape, config.patch_dim)).astype(np.float32)
+    patches[layout.source < 0] = 0
+    return Prompt(
+        ids, position, int(position.max()) + 1, index, patches, layout.frame, layout.coords
+    )
+
+
+@pytest.fixture(scope="session")
+def small_params():
+    """Weights scaled up so that a wrong mask or position shows."""
+    params = init_params(CONFIG, jax.random.key(0))
+    return jax.tree.map(lambda x: x * 5 if x.ndim > 2 else x, params)
+
+
+@pytest.fixture(scope="session")
+def mixed_batch() -> GroupBatch:
+    """Three groups of four: two pictures, one, none; a group without variance; a full-length one."""
+    rng = np.random.default_rng(0)
+    prompts = [
+        make_prompt(rng, 5, [(1, 4, 6), (1, 10, 4)]),
+        make_prompt(rng, 11, [(1, 8, 8)]),
+        make_prompt(rng, 7, []),
+    ]
+    length = np.array([[3, 8, 1, 3], [3, 1, 8, 8], [3, 3, 8, 1]], np.int32)
+    tokens = rng.integers(0, 90, (3, 4, 8)).astype(np.int32)
+    tokens[np.arange(8) >= length[..., None]] = 0
+    advantage = rng.normal(size=(3, 4)).astype(np.float32)
+    advantage[1] = 0
+    logprobs = rng.normal(-4.5, 0.4, (3, 3, 4, 8)).astype(np.float32)
+    return GroupBatch(
+        prompts=pad_prompts(prompts, (40,), (3,)),
+        tokens=tokens,
+        length=length,
+        normaliser=np.float32(length.sum()),
+        advantage=advantage,
+        sampled_logprobs=logprobs[0],
+        old_logprobs=logprobs[1],
+        reference_logprobs=logprobs[2],
+    )

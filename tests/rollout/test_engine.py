@@ -1,0 +1,164 @@
+"""Rollouts: their log-probabilities, where they stop, and what the draws depend on."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.qwen2_5_vl import model as qwen
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute
+from spatial_ssrl_jax.rollout.engine import Engine, prefill
+from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
+
+LIMIT, GROUP = 24, 3
+STOPS = tuple(range(0, 680, 17))  # some 6% of what is drawn ends a response
+WARM = Sampling(temperature=0.8)
+BUCKET = (32, 5)
+
+
+@pytest.fixture(scope="module")
+def prompts(toy):
+    grids = ([(1, 4, 6), (1, 2, 10)], [], [(1, 6, 2)], [(1, 10, 4)])
+    return [toy.prompt(i, 8 + i, g) for i, g in enumerate(grids)]
+
+
+@pytest.fixture(scope="module")
+def generate(toy, prompts):
+    """A rollout of the prompts at the given places in the step."""
+
+    def run(places=range(4), chunk=12, check_every=4, bucket=BUCKET, group=GROUP, **settings):
+        params = settings.pop("params", toy.params)
+        stops = settings.pop("stops", STOPS)
+        engine = Engine(toy.config, Compute(chunk=16), stops, chunk, check_every)
+        places = list(places)
+        return engine.generate(
+            params,
+            engine.fill(params),
+            pad_prompts([prompts[i] for i in places], (bucket[0],), (bucket[1],)),
+            group=group,
+            **{"limit": LIMIT, "key": jax.random.key(5), "sampling": WARM, **settings},
+            prompt_index=np.array(places) + 100,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def rollout(generate):
+    return generate()
+
+
+def test_responses_end_where_they_should(rollout):
+    """At the first end token, which counts; else at the limit, unfinished. Zero behind."""
+    assert rollout.finished.any() and not rollout.finished.all()
+    for b, g in np.ndindex(rollout.length.shape):
+        length = rollout.length[b, g]
+        tokens, logprobs = rollout.tokens[b, g], rollout.logprobs[b, g]
+        ends = np.isin(tokens[:length], STOPS)
+        assert not ends[:-1].any()
+        assert ends[-1] == rollout.finished[b, g]
+        assert rollout.finished[b, g] or length == LIMIT
+        assert (tokens[length:] == 0).all() and (logprobs[length:] == 0).all()
+        assert (logprobs[:length] < 0).all()
+
+
+def test_samples_of_a_group_differ(rollout):
+    rows = rollout.tokens.reshape(-1, LIMIT)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+
+
+@partial(jax.jit, static_argnums=0)
+def recompute(config, params, batch, tokens, length):
+    model, compute = qwen.bind(config, params), Compute()
+    hidden = qwen.response_hidden(config, model, batch, tokens, length, compute)
+    logits = jnp.einsum("bgrd,vd->bgrv", hidden, model.text.head_weight(jnp.float32))
+    every = jax.nn.log_softmax(logits / WARM.temperature)
+    return jnp.take_along_axis(every, tokens[..., None], axis=-1)[..., 0]
+
+
+def test_logprobs_equal_recomputed_ones(toy, prompts, rollout):
+    batch = pad_prompts(prompts, (40,), (6,))
+    found = recompute(toy.config, toy.params, batch, rollout.tokens, rollout.length)
+    held = np.arange(LIMIT) < rollout.length[..., None]
+    assert held.sum() > 100 and np.ptp(rollout.logprobs[held]) > 3
+    assert np.abs(np.asarray(found) - rollout.logprobs)[held].max() < 1e-4
+
+
+def assert_same(found, rollout, rows=slice(None), group=GROUP):
+    np.testing.assert_array_equal(found.tokens, rollout.tokens[rows, :group])
+    np.testing.assert_array_equal(found.length, rollout.length[rows, :group])
+    np.testing.assert_array_equal(found.finished, rollout.finished[rows, :group])
+    np.testing.assert_allclose(found.logprobs, rollout.logprobs[rows, :group], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(chunk=8, check_every=2), dict(chunk=24, check_every=3, bucket=(45, 8))],
+    ids=["small chunks", "one chunk, larger bucket"],
+)
+def test_draws_do_not_depend_on_how_it_is_run(generate, rollout, settings):
+    assert_same(generate(**settings), rollout)
+
+
+def test_draws_do_not_depend_on_the_batch(generate, rollout):
+    """A prompt alone, and two in another order, with fewer samples."""
+    assert_same(generate([2], group=2, chunk=24), rollout, [2], group=2)
+    assert_same(generate([3, 0], group=2, chunk=24), rollout, [3, 0], group=2)
+
+
+def test_another_key_draws_other_tokens(generate, rollout):
+    other = generate(key=jax.random.key(6))
+    assert (other.tokens[:, :, 0] != rollout.tokens[:, :, 0]).any()
+
+
+def test_loop_ends_with_the_last_response(generate):
+    """When every token ends a response, each is one token long."""
+    found = generate(stops=tuple(range(700)))
+    assert (found.length == 1).all() and found.finished.all()
+    assert (found.tokens[:, :, 1:] == 0).all()
+
+
+def test_without_end_tokens_all_run_to_the_limit(generate):
+    found = generate(stops=(), chunk=24)
+    assert (found.length == LIMIT).all() and not found.finished.any()
+
+
+def test_greedy_samples_are_equal_and_likeliest(toy, prompts, generate):
+    found = generate(sampling=GREEDY, stops=(), chunk=24)
+    for g in range(1, GROUP):
+        np.testing.assert_array_equal(found.tokens[:, g], found.tokens[:, 0])
+    assert len(np.unique(found.tokens)) > LIMIT
+    hidden, _ = prefill(
+        toy.config, Compute(chunk=16), toy.params, pad_prompts(prompts, (32,), (5,))
+    )
+    first = np.asarray(hidden) @ np.asarray(toy.params["text"]["head"]).T
+    np.testing.assert_array_equal(found.tokens[:, 0, 0], first.argmax(-1))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
+def test_vision_tokens_are_never_written(toy, generate, sampling):
+    """Two vision tokens with opposite head rows: at each step one has by far the largest logit."""
+    head = np.array(toy.params["text"]["head"])
+    row = 200 * np.random.default_rng(0).normal(size=head.shape[1])
+    image, video = toy.config.image_token_id, toy.config.video_token_id
+    head[image], head[video] = row, -row
+    params = {**toy.params, "text": {**toy.params["text"], "head": jnp.asarray(head)}}
+    found = generate(params=params, sampling=sampling, stops=(), chunk=24)
+    assert np.median(found.logprobs) < -300, "the vision tokens were not ahead"
+    assert not np.isin(found.tokens, toy.config.vision_tokens).any()
+    assert (found.tokens < toy.config.text.vocab_size).all()
+    if sampling == GREEDY:
+        np.testing.assert_array_equal(
+            found.tokens, generate(sampling=GREEDY, stops=(), chunk=24).tokens
+        )
+
+
+def test_settings_that_do_not_fit_are_refused(toy, generate):
+    with pytest.raises(UserError, match="rollout.chunk=10 must be a multiple"):
+        Engine(toy.config, Compute(), (), chunk=10, check_every=4)
+    with pytest.raises(UserError, match="22.*multiple of rollout.check_every=4"):
+        generate(limit=22)
