@@ -1,6 +1,6 @@
 """Built-in scenes, a 4.5-million-parameter Qwen2.5-VL from scratch: cold start, then GRPO.
 
-    python -m spatial_ssrl_jax.train --config=configs/tiny.py
+python -m spatial_ssrl_jax.train --config=configs/tiny.py
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ def get_config() -> c.Config:
             heldout_share=0.01,
             min_pixels=28 * 28,
             max_pixels=112 * 112,
-            prompt_buckets=(192, 256),
+            prompt_buckets=(168, 200),
             window_buckets=(1, 5),
             threads=2,
         ),
@@ -40,7 +40,7 @@ def get_config() -> c.Config:
             warmup=0.05,
             kl_coefficient=0.01,
         ),
-        rollout=c.RolloutSettings(limit=40, chunk=40, check_every=4, wave=16),
+        rollout=c.RolloutSettings(limit=32, chunk=32, check_every=4, wave=16),
         checkpoint=c.CheckpointSettings(every=50, keep=2),
         log=c.LogSettings(rollouts_every=10, rollouts_count=4, report_every=20),
         eval=c.EvalSettings(examples=64, samples=4, prompts=64),

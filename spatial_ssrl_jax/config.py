@@ -249,12 +249,18 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     if not Path(path).is_file():
         raise UserError(f"the config file {path} does not exist: give one such as configs/tiny.py.")
     spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None:
+        raise UserError(f"{path} is no Python file: give one such as configs/tiny.py.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise UserError(
+            f"{path}: get_config() gives {type(config).__name__}; it must give a Config."
+        )
     for key, text in overrides:
         config = _override(config, key.split("."), text, key)
     validate(config)
@@ -288,9 +294,13 @@ def _override(node: Any, keys: list[str], text: str, whole: str) -> Any:
     value = node[key] if is_dict else getattr(node, key)
     nested = isinstance(value, dict) or dataclasses.is_dataclass(value)
     if rest and not nested:
-        raise UserError(f"config.{whole} goes too deep: config.{whole.rsplit('.', 1)[0]} is a value.")
+        raise UserError(
+            f"config.{whole} goes too deep: config.{whole.rsplit('.', 1)[0]} is a value."
+        )
     if not rest and nested:
-        raise UserError(f"config.{whole} is a section: set one of {', '.join(_names(value))} in it.")
+        raise UserError(
+            f"config.{whole} is a section: set one of {', '.join(_names(value))} in it."
+        )
     new = _override(value, rest, text, whole) if rest else _parse(text, type(value), whole)
     return {**node, key: new} if is_dict else dataclasses.replace(node, **{key: new})
 
@@ -312,9 +322,16 @@ def _parse(text: str, kind: type, key: str) -> Any:
         value = (value,)
     if kind is float and type(value) is int:
         value = float(value)
+    if kind is tuple and (not value or any(type(item) is not int for item in value)):
+        raise UserError(
+            f"config.{key}={text} does not fit: expected whole numbers, such as (1, 2)."
+        )
     if type(value) is not kind:
         raise UserError(f"config.{key}={text} does not fit: expected {kind.__name__}.")
     return value
+
+
+_AT_LEAST_ONE = ("data.threads", "checkpoint.every", "checkpoint.keep", "log.report_every")
 
 
 def validate(config: Config) -> None:
@@ -329,11 +346,27 @@ def validate(config: Config) -> None:
     _choice("sft.schedule", sft.schedule, ("constant", "cosine"))
     _choice("grpo.schedule", grpo.schedule, ("constant", "cosine"))
     _divides("grpo.updates", grpo.updates, "grpo.prompts", grpo.prompts)
-    _divides("grpo.micro_prompts", grpo.micro_prompts, "grpo.prompts/updates", grpo.prompts // grpo.updates)
+    _divides(
+        "grpo.micro_prompts",
+        grpo.micro_prompts,
+        "grpo.prompts/updates",
+        grpo.prompts // grpo.updates,
+    )
     _divides("rollout.wave", config.rollout.wave, "grpo.prompts", grpo.prompts)
     _divides("sft.micro_prompts", sft.micro_prompts, "sft.prompts", sft.prompts)
-    _divides("rollout.check_every", config.rollout.check_every, "rollout.chunk", config.rollout.chunk)
-    _divides("rollout.check_every", config.rollout.check_every, "rollout.limit", config.rollout.limit)
+    _divides(
+        "rollout.check_every", config.rollout.check_every, "rollout.chunk", config.rollout.chunk
+    )
+    _divides(
+        "rollout.check_every", config.rollout.check_every, "rollout.limit", config.rollout.limit
+    )
+    for name in _AT_LEAST_ONE:
+        section, key = name.split(".")
+        if (value := getattr(getattr(config, section), key)) < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    for name, steps in (("sft.steps", sft.steps), ("grpo.steps", grpo.steps)):
+        if steps < 0:
+            raise UserError(f"{name}={steps} must be at least 0.")
     if grpo.steps and grpo.group < 2:
         raise UserError("grpo.group must be at least 2: a group of one has no advantage.")
     if not config.trained_tasks:

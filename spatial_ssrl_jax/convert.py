@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
 
     source = models.open_model(args.source)
-    models.claim_folder(args.target, args.overwrite)
+    models.claim_folder(args.target, args.overwrite, source.weights, source.files)
     layout = Layout(make_mesh(MeshSettings()))
     params = source.load(layout, None if args.dtype == "keep" else args.dtype)
     dtype = args.dtype if args.dtype != "keep" else str(jax.tree.leaves(params)[0].dtype)

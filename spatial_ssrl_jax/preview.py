@@ -1,4 +1,4 @@
-"""Shows what the model will be asked: python -m spatial_ssrl_jax.preview --source=SPEC --out=DIR --count=N"""
+"""Shows what will be asked: python -m spatial_ssrl_jax.preview --source=SPEC --out=DIR --count=N"""
 
 import argparse
 import html
@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> None:
 
     source = open_source(args.source)
     tasks = _choose_tasks(args.tasks, source)
-    claim_folder(args.out, args.overwrite)
+    inputs = [Path(source.root)] if hasattr(source, "root") else []
+    claim_folder(args.out, args.overwrite, *inputs)
     (args.out / "images").mkdir(parents=True)
     examples, rejected = _make(source, tasks, args.count, args.seed)
     if not examples:
@@ -142,20 +143,26 @@ def _page(spec: str, rows: list[dict], examples: list[Example], rejected: Counte
         f"<title>Preview of {html.escape(spec)}</title><style>{_STYLE}</style>"
         f"<h1>Preview of {html.escape(spec)}</h1><nav>{buttons}</nav>"
         f"<table><tr><th>task</th><th>kind</th><th>examples</th></tr>{table}</table>"
-        + (f"<details><summary>Rejected tries</summary><ul>{reasons}</ul></details>" if reasons else "")
+        + (
+            f"<details><summary>Rejected tries</summary><ul>{reasons}</ul></details>"
+            if reasons
+            else ""
+        )
         + f"{articles}<script>{_SCRIPT}</script></html>\n"
     )
 
 
 def _article(row: dict, example: Example) -> str:
     pictures = "".join(
-        f'<img src="{path}" alt="picture {i}" loading="lazy">' for i, path in enumerate(row["images"], 1)
+        f'<img src="{path}" alt="picture {i}" loading="lazy">'
+        for i, path in enumerate(row["images"], 1)
     )
     return (
         f'<article data-task="{row["task"]}"><h2>{row["id"]} · {row["task"]} · '
         f"{html.escape(example.kind)}</h2>{pictures}<p>{html.escape(row['question'])}</p>"
         f'<p class="answer">{html.escape(row["answer"])}</p><p>{html.escape(example.reason)}</p>'
-        f"<details><summary>truth</summary><pre>{html.escape(json.dumps(row['truth'], indent=1))}</pre>"
+        "<details><summary>truth</summary>"
+        f"<pre>{html.escape(json.dumps(row['truth'], indent=1))}</pre>"
         f"<pre>{html.escape(json.dumps(row['source'], indent=1))}</pre></details></article>"
     )
 

@@ -73,10 +73,10 @@ def tiny_config(tokens: int) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(
         text=TextConfig(
             vocab_size=tokens,
-            hidden_size=192,
-            intermediate_size=512,
+            hidden_size=128,
+            intermediate_size=384,
             num_hidden_layers=4,
-            num_attention_heads=6,
+            num_attention_heads=4,
             num_key_value_heads=2,
             mrope_section=(4, 6, 6),
             max_position_embeddings=4096,
@@ -86,7 +86,7 @@ def tiny_config(tokens: int) -> Qwen2_5_VLConfig:
             hidden_size=192,
             intermediate_size=512,
             num_heads=6,
-            out_hidden_size=192,
+            out_hidden_size=128,
             fullatt_block_indexes=(3,),
         ),
         tie_word_embeddings=True,

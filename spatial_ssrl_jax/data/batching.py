@@ -52,7 +52,9 @@ def pad_prompts(
     )
 
 
-def pad_responses(responses: Sequence[Sequence[np.ndarray]], limit: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_responses(
+    responses: Sequence[Sequence[np.ndarray]], limit: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Pads the responses of B groups of G.
 
     Args:

@@ -104,7 +104,9 @@ class MakeItem(grain.transforms.RandomMap):
         for _ in range(_TRIES):
             try:
                 example = self.task.make(self.source[index], rng, self.settings)
-                prompt = self.processor.prompt(f"{example.question} {FORMAT_PROMPT}", example.images)
+                prompt = self.processor.prompt(
+                    f"{example.question} {FORMAT_PROMPT}", example.images
+                )
                 return Item(example, prompt, tuple(skipped))
             except (Reject, BadPicture) as error:
                 bad = isinstance(error, BadPicture)
@@ -112,8 +114,8 @@ class MakeItem(grain.transforms.RandomMap):
             index = int(self.pool[rng.integers(len(self.pool))])
         reasons = "; ".join(sorted({skip.reason for skip in skipped})[:3])
         raise UserError(
-            f"{self.source.spec} gave no valid {self.task.name} example in {_TRIES} tries ({reasons}): "
-            f"set tasks.{self.task.name}.weight=0 or use other pictures."
+            f"{self.source.spec} gave no valid {self.task.name} example in {_TRIES} tries "
+            f"({reasons}): set tasks.{self.task.name}.weight=0 or use other pictures."
         )
 
 
@@ -218,7 +220,9 @@ def batches(
       UserError: the number of processes does not divide `block`.
     """
     if block % processes:
-        raise UserError(f"a micro-batch of {block} prompts does not divide over {processes} processes.")
+        raise UserError(
+            f"a micro-batch of {block} prompts does not divide over {processes} processes."
+        )
     rows = grain.MapDataset.source(_ProcessRows(items, batch, block, process, processes))
     whole = rows.batch(batch // processes, drop_remainder=True, batch_fn=collate)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2)

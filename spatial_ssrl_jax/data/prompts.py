@@ -78,7 +78,9 @@ class Processor:
         self.folder, self.config = Path(folder), config
         for name in ("tokenizer_config.json", "preprocessor_config.json"):
             if not (self.folder / name).is_file():
-                raise UserError(f"{self.folder / name} is missing: copy it from the model's hub page.")
+                raise UserError(
+                    f"{self.folder / name} is missing: copy it from the model's hub page."
+                )
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self._template = self._read_template()
         settings = json.loads((self.folder / "preprocessor_config.json").read_text())
@@ -117,7 +119,9 @@ class Processor:
         try:
             high, wide = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
         except ValueError as error:
-            raise BadPicture(f"a picture of {width}x{height} pixels cannot be used: {error}.") from None
+            raise BadPicture(
+                f"a picture of {width}x{height} pixels cannot be used: {error}."
+            ) from None
         return 1, high // patch, wide // patch
 
     def patches(self, image: np.ndarray) -> tuple[np.ndarray, Grid]:
@@ -148,7 +152,9 @@ class Processor:
             end, used = mark.end(), used + 1
         content.append({"type": "text", "text": question[end:]})
         if used != images:
-            raise UserError(f"the question has places for {used} pictures, but {images} were given.")
+            raise UserError(
+                f"the question has places for {used} pictures, but {images} were given."
+            )
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=self._template,
@@ -172,7 +178,9 @@ class Processor:
         position = mrope_positions(config.vision, is_vision, grids, [None] * len(grids))
         image_index = np.full(len(ids), -1, np.int32)
         image_index[is_vision] = layout.merged
-        flat = np.concatenate([p for p, _ in cut] + [np.zeros((1, config.vision.patch_dim), np.float32)])
+        flat = np.concatenate(
+            [p for p, _ in cut] + [np.zeros((1, config.vision.patch_dim), np.float32)]
+        )
         return Prompt(
             ids=ids,
             position=position,

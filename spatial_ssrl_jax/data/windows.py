@@ -53,7 +53,8 @@ def lay_out_windows(config: VisionConfig, grids: list[Grid]) -> WindowLayout:
     inside = np.stack(np.divmod(np.arange(unit), merge), axis=-1)
     for t, h, w in grids:
         time, row, column = (
-            a.ravel() for a in np.meshgrid(*map(np.arange, (t, h // merge, w // merge)), indexing="ij")
+            a.ravel()
+            for a in np.meshgrid(*map(np.arange, (t, h // merge, w // merge)), indexing="ij")
         )
         across, down = -(-(w // merge) // side), -(-(h // merge) // side)
         window = first_window + (time * down + row // side) * across + column // side
@@ -101,7 +102,11 @@ def mrope_positions(
             current += end - place
         else:
             grid, seconds = next(remaining)
-            t, h, w = grid[0], grid[1] // config.spatial_merge_size, grid[2] // config.spatial_merge_size
+            t, h, w = (
+                grid[0],
+                grid[1] // config.spatial_merge_size,
+                grid[2] // config.spatial_merge_size,
+            )
             end = place + t * h * w
             step = 1.0 if seconds is None else config.tokens_per_second * seconds
             time, row, column = np.meshgrid(

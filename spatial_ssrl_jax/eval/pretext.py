@@ -64,7 +64,9 @@ class PretextEval:
             }
         rows = [table[t] for t in trained if t in table]
         if rows:
-            table["mean"] = {k: float(np.mean([r[k] for r in rows])) for k in rows[0] if k != "count"}
+            table["mean"] = {
+                k: float(np.mean([r[k] for r in rows])) for k in rows[0] if k != "count"
+            }
             table["mean"]["count"] = sum(r["count"] for r in rows)
         return table
 

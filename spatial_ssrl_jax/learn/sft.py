@@ -24,4 +24,3 @@ def response_batch(batch: Batch, processor: Processor, limit: int) -> ResponseBa
     bucket(max(len(r[0]) for r in responses), (limit,), "rollout.limit")
     tokens, length = pad_responses(responses, limit)
     return ResponseBatch(batch.prompts, tokens, length, np.float32(length.sum()))
-

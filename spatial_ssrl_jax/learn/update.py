@@ -98,5 +98,3 @@ def train_step(
             metrics[name] = join(metrics[name], value) if name in metrics else value
     state, more = _apply(optimizer, state, gradients)
     return state, metrics | more
-
-

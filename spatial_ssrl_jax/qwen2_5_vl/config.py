@@ -137,7 +137,9 @@ def read_config(folder: Path) -> Qwen2_5_VLConfig:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(f"{path} is missing: --model needs a Qwen2.5-VL folder as the hub lays it out.")
+        raise UserError(
+            f"{path} is missing: --model needs a Qwen2.5-VL folder as the hub lays it out."
+        )
     try:
         raw = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -148,7 +150,9 @@ def read_config(folder: Path) -> Qwen2_5_VLConfig:
 def config_from_dict(raw: dict[str, Any], name: str) -> Qwen2_5_VLConfig:
     """Builds the config from the parsed `config.json`; `name` is used in errors."""
     if raw.get("model_type") != "qwen2_5_vl":
-        raise UserError(f"{name} describes a {raw.get('model_type')!r} model; expected 'qwen2_5_vl'.")
+        raise UserError(
+            f"{name} describes a {raw.get('model_type')!r} model; expected 'qwen2_5_vl'."
+        )
     text = {**raw, **raw.get("text_config", {})}
     vision = raw.get("vision_config", {})
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
@@ -164,11 +168,19 @@ def config_from_dict(raw: dict[str, Any], name: str) -> Qwen2_5_VLConfig:
                 fullatt_block_indexes=tuple(vision["fullatt_block_indexes"]),
                 in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
             ),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))),
-            **{k: _token(text.get(k, raw.get(k))) for k in _TOKEN_KEYS if text.get(k, raw.get(k)) is not None},
+            tie_word_embeddings=bool(
+                raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+            ),
+            **{
+                k: _token(text.get(k, raw.get(k)))
+                for k in _TOKEN_KEYS
+                if text.get(k, raw.get(k)) is not None
+            },
         )
     except KeyError as error:
-        raise UserError(f"{name} lacks the key {error}; expected Qwen2.5-VL's config.json.") from None
+        raise UserError(
+            f"{name} lacks the key {error}; expected Qwen2.5-VL's config.json."
+        ) from None
 
 
 def _token(value: int | list[int]) -> int:

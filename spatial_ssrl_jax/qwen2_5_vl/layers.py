@@ -54,12 +54,18 @@ class Linear(nnx.Module):
         bias: bool = False,
     ):
         fan_in = math.prod(shape[:contract])
-        self.kernel = init.normal(shape, axes, scale=min(0.02, fan_in**-0.5))
+        self.kernel = init.normal(shape, axes, scale=fan_in**-0.5)
         self.bias = init.fill(shape[contract:], axes[contract:], 0.0) if bias else None
         self.contract = contract
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contract)
+        kernel = self.kernel[...].astype(x.dtype)
+        rows, columns = x.shape[: x.ndim - self.contract], kernel.shape[self.contract :]
+        # As one plain matrix product: with more axes, the backward pass copies activations around.
+        wide = math.prod(columns)
+        y = jnp.matmul(x.reshape(math.prod(rows), -1), kernel.reshape(-1, wide)).reshape(
+            *rows, *columns
+        )
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -90,7 +96,9 @@ class GatedMLP(nnx.Module):
 
 def cast(tree, dtype):
     """Every floating array of a pytree in `dtype`."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
 
 
 REMAT_POLICIES = {

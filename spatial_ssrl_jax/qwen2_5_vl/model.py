@@ -88,7 +88,9 @@ def abstract_params(config: Qwen2_5_VLConfig) -> Params:
 def param_axes(config: Qwen2_5_VLConfig) -> Params:
     """The parameter tree with each weight's logical axes as its leaf."""
     _, state = _abstract(config)
-    return jax.tree.map(lambda p: p.axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable)).to_pure_dict()
+    return jax.tree.map(
+        lambda p: p.axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    ).to_pure_dict()
 
 
 def init_params(config: Qwen2_5_VLConfig, key: Array) -> Params:
@@ -124,9 +126,7 @@ def prefill(
     """
     x = embed_prompt(model, prompts, compute)
     rotary = text_rotary(config.text, prompts.position)
-    hidden, keys, values = model.text.prefill(
-        x, rotary, prompts.valid, chunk=compute.chunk
-    )
+    hidden, keys, values = model.text.prefill(x, rotary, prompts.valid, chunk=compute.chunk)
     return _last(hidden, prompts), keys, values
 
 
@@ -165,7 +165,9 @@ def response_hidden(
         chunk=compute.chunk,
         remat=compute.remat,
     )
-    first = jnp.broadcast_to(_last(prompt, prompts)[:, None, None], (*own.shape[:2], 1, own.shape[3]))
+    first = jnp.broadcast_to(
+        _last(prompt, prompts)[:, None, None], (*own.shape[:2], 1, own.shape[3])
+    )
     return jnp.concatenate((first, own[:, :, :-1]), axis=2)
 
 

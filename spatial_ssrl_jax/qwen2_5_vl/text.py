@@ -33,7 +33,9 @@ class TextLayer(nnx.Module):
         self.k = Linear(init, (width, groups, size), ("embed", "kv_heads", "head_dim"), bias=True)
         self.v = Linear(init, (width, groups, size), ("embed", "kv_heads", "head_dim"), bias=True)
         self.o = Linear(init, (heads, size, width), ("heads", "head_dim", "embed"), contract=2)
-        self.mlp = GatedMLP(init, width, config.intermediate_size, bias=False, axes=("embed", "ffn"))
+        self.mlp = GatedMLP(
+            init, width, config.intermediate_size, bias=False, axes=("embed", "ffn")
+        )
 
     def project(self, x: Array, rotary: Rotary) -> tuple[Array, Array, Array]:
         """Queries [..., T, N, H], keys and values [..., T, K, H], rotated."""

@@ -142,7 +142,10 @@ def read_params(
         _check(Path(folder), config, table, tensors)
         flat = {}
         for entry in table:
-            parts = (entry.from_hub(tensors[n].get_tensor(_stored(tensors[n], n))) for n in entry.hub_names)
+            parts = (
+                entry.from_hub(tensors[n].get_tensor(_stored(tensors[n], n)))
+                for n in entry.hub_names
+            )
             flat[entry.path] = place(entry.path, _stack(parts, entry))
     return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -202,11 +205,15 @@ def _check(folder: Path, config: Qwen2_5_VLConfig, table: list[Entry], tensors: 
     for what, names in (("lacks", missing), ("also holds", extra)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{folder} {what} the tensor {names[0]}{more}: it does not fit its config.json.")
+            raise UserError(
+                f"{folder} {what} the tensor {names[0]}{more}: it does not fit its config.json."
+            )
     for name, shape in expected.items():
         found = tuple(tensors[name].get_slice(_stored(tensors[name], name)).get_shape())
         if found != shape:
-            raise UserError(f"{folder}: {name} has shape {found}, but config.json asks for {shape}.")
+            raise UserError(
+                f"{folder}: {name} has shape {found}, but config.json asks for {shape}."
+            )
 
 
 def write_params(
@@ -238,7 +245,9 @@ def write_params(
     if len(shards) == 1:
         (folder / _shard_name(1)).rename(folder / "model.safetensors")
         return
-    final = {i: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
+    final = {
+        i: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    }
     for i, name in final.items():
         (folder / _shard_name(i)).rename(folder / name)
     index = {

@@ -148,7 +148,9 @@ def _decode_step(
     slots = state.layers[0][0].shape[3]
     seen = jnp.broadcast_to(jnp.arange(slots) <= state.cursor, (len(token), slots))
     caches = []
-    for layer_weights, shared, own in zip(weights["layers"], prefix.layers, state.layers, strict=True):
+    for layer_weights, shared, own in zip(
+        weights["layers"], prefix.layers, state.layers, strict=True
+    ):
         layer = nnx.merge(_layer_graph(config.text), layer_weights)
         x, own = decode_layer(layer, x, rotary, shared, prefix.valid, own, seen, state.cursor)
         caches.append(own)
@@ -258,7 +260,9 @@ class Engine:
                 break
             slots = min(done + self.chunk, limit)
             state = _grow(state, slots - done)
-        return Rollout(*jax.device_get((state.tokens, state.logprobs, state.length, state.finished)))
+        return Rollout(
+            *jax.device_get((state.tokens, state.logprobs, state.length, state.finished))
+        )
 
 
 _start = jax.jit(lambda c, g, s, r, h: start(c, h, g, s, r), static_argnums=(0, 1, 2, 3))

@@ -105,15 +105,24 @@ def save_params(folder: Path, params: Params) -> None:
         writer.save(epath.Path(folder).resolve(), params)
 
 
-def load_params(folder: Path, like: Params) -> Params:
+def load_params(folder: Path, like: Params, keep_dtype: bool = False) -> Params:
     """Reads weights alone into the shapes and shardings of `like`.
+
+    Args:
+      folder: what `save_params` wrote, or the `params` of a run's checkpoint.
+      like: arrays or `jax.ShapeDtypeStruct`s.
+      keep_dtype: take the dtypes from the folder instead.
 
     Raises:
       UserError: the folder is not a checkpoint of this shape.
     """
     try:
         with ocp.StandardCheckpointer() as reader:
-            return reader.restore(epath.Path(folder).resolve(), _abstract(like))
+            path, like = epath.Path(folder).resolve(), _abstract(like)
+            if keep_dtype:
+                stored = reader.metadata(path).item_metadata.tree
+                like = jax.tree.map(lambda x, m: x.update(dtype=m.dtype), like, stored)
+            return reader.restore(path, like)
     except (ValueError, FileNotFoundError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{folder} is not a checkpoint of this model ({first}).") from error
@@ -125,5 +134,6 @@ def _training(state: TrainState) -> dict[str, Any]:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        tree,
     )

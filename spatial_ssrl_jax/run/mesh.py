@@ -36,7 +36,8 @@ def make_mesh(settings: MeshSettings) -> Mesh:
     sizes = [settings.data, settings.fsdp, settings.tensor]
     devices = jax.device_count()
     if sizes.count(-1) == 1:
-        sizes[sizes.index(-1)] = max(1, devices // -int(np.prod(sizes)))
+        others = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = max(1, devices // others) if others > 0 else 1
     if min(sizes) < 1 or np.prod(sizes) != devices:
         shape = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh {shape} does not fit {devices} devices: change config.mesh.")
@@ -74,7 +75,10 @@ class Layout:
             target = TRAIN_RULES.get(axis)
             parts = self.mesh.shape[target] if target else 1
             if axis == "kv_heads" and size % parts and parts % size == 0:
-                target, parts = None, 1  # fewer key/value heads than parts: each part keeps them all
+                target, parts = (
+                    None,
+                    1,
+                )  # fewer key/value heads than parts: each part keeps them all
             if size % parts:
                 raise UserError(
                     f"{path}: its axis {axis} of {size} does not divide by mesh.{target}={parts}."

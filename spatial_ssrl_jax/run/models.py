@@ -40,7 +40,7 @@ class ModelFolder:
 
         Args:
           layout: where each weight goes.
-          dtype: what to keep them in; None keeps safetensors in the file's dtype.
+          dtype: what to keep them in; None keeps what the files hold.
         """
         shardings = layout.params(self.config)
         if (self.weights / PARAMS).is_dir():
@@ -49,7 +49,7 @@ class ModelFolder:
                 abstract_params(self.config),
                 shardings,
             )
-            return load_params(self.weights / PARAMS, like)
+            return load_params(self.weights / PARAMS, like, keep_dtype=dtype is None)
         flat = traverse_util.flatten_dict(shardings, sep="/")
 
         def place(path: str, array: np.ndarray) -> jax.Array:
@@ -89,14 +89,17 @@ def open_model(path: str) -> ModelFolder:
 def _from_hub(path: str) -> Path:
     missing = f"the model folder {path} does not exist"
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"{missing}: give a Hugging Face folder, a checkpoint of ours, or a hub id.")
+        raise UserError(
+            f"{missing}: give a Hugging Face folder, a checkpoint of ours, or a hub id."
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path))
     except Exception as error:
         raise UserError(
-            f"{missing}, and fetching it from the hub failed ({type(error).__name__}): check the name and the network."
+            f"{missing}, and fetching it from the hub failed ({type(error).__name__}): "
+            "check the name and the network."
         ) from error
 
 
@@ -134,12 +137,22 @@ def export(source: ModelFolder, params: Params, folder: Path, dtype: str) -> Non
         raise
 
 
-def claim_folder(folder: Path, overwrite: bool) -> None:
+def claim_folder(folder: Path, overwrite: bool, *inputs: Path) -> None:
     """Makes sure that `folder` may be written: absent, empty, or `--overwrite` was given.
 
+    Args:
+      folder: what will be written.
+      overwrite: what it holds may go.
+      inputs: what is read; never removed.
+
     Raises:
-      UserError: it holds something.
+      UserError: it holds something, or one of the inputs.
     """
+    for path in inputs:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{folder} holds what is read ({path}): choose another folder to write."
+            )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:
             raise UserError(f"{folder} is not empty: choose another folder or give --overwrite.")

@@ -33,12 +33,16 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; p
 figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: .6rem; }
 figcaption { font-weight: 600; } svg { width: 100%; height: auto; } svg text { fill: currentColor; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; }
-td, th { padding: .15rem .8rem .15rem 0; text-align: right; } td:first-child { text-align: left; }
+td, th { padding: .15rem .8rem .15rem 0; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
 .warning { border-left: .3rem solid #d0552b; padding-left: .8rem; }
 article { border-top: 1px solid var(--line); padding: .8rem 0; }
 article img { max-height: 12rem; max-width: 100%; margin-right: .3rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; margin: .2rem 0; }
-.bar { display: flex; height: 1.4rem; } .bar span { overflow: hidden; color: #fff; padding: 0 .3rem; }
+.bar { display: flex; height: 1.4rem; }
+.key { white-space: nowrap; margin-right: 1rem; }
+.key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
+td:has(pre) { width: 100%; } td { vertical-align: top; }
 select { font: inherit; }
 """
 _SCRIPT = """
@@ -100,7 +104,9 @@ def warnings(rows: list[dict[str, Any]]) -> list[str]:
 
     early = grpo[:5]
     flat = mean("advantage/zero_variance_share", late)
-    check(flat > 0.8, f"{flat:.0%} of the groups have no variance in reward: little is learned now.")
+    check(
+        flat > 0.8, f"{flat:.0%} of the groups have no variance in reward: little is learned now."
+    )
     entropy = mean("policy/entropy", late), mean("policy/entropy", early)
     check(entropy[0] < 0.1 * entropy[1], "The entropy fell below a tenth of what it was.")
     length = mean("response/length_mean", late), mean("response/length_mean", early)
@@ -149,7 +155,7 @@ def _scale(low: float, high: float, size: float, flip: bool) -> Callable[[float]
 
 
 def _svg(series: dict[str, list[tuple[int, float]]]) -> str:
-    """Curves in a box of 300 x 120 with the extremes written at its edges."""
+    """Curves in a box of 300 x 120; the extremes stand beside it, the legend below, 4 a row."""
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
     right, up = _scale(min(xs), max(xs), 300, False), _scale(min(ys), max(ys), 110, True)
@@ -157,17 +163,27 @@ def _svg(series: dict[str, list[tuple[int, float]]]) -> str:
     for i, (label, points) in enumerate(series.items()):
         path = " ".join(f"{right(x):.1f},{up(y) + 5:.1f}" for x, y in points)
         colour = _COLOURS[i % len(_COLOURS)]
-        lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         lines.append(
-            f'<text x="{4 + 60 * i}" y="150" font-size="11" style="fill:{colour}">'
-            f"{html.escape(label)}</text>"
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
         )
+        if label:
+            lines.append(_legend(4 + 84 * (i % 4), 148 + 14 * (i // 4), label, colour))
+    height = 136 + (14 * -(-len(series) // 4) if any(series) else 0)
     return (
-        f'<svg viewBox="0 0 300 156" role="img">{"".join(lines)}'
-        f'<text x="0" y="134" font-size="11">{min(xs)}</text>'
-        f'<text x="300" y="134" font-size="11" text-anchor="end">{max(xs)}</text>'
-        f'<text x="300" y="12" font-size="11" text-anchor="end">{max(ys):.3g}</text>'
-        f'<text x="300" y="120" font-size="11" text-anchor="end">{min(ys):.3g}</text></svg>'
+        f'<svg viewBox="0 0 350 {height}" role="img">{"".join(lines)}'
+        f'<path d="M0 5V117H300" fill="none" stroke="#8886"/>'
+        f'<text x="0" y="130" font-size="11">{min(xs)}</text>'
+        f'<text x="150" y="130" font-size="11" text-anchor="middle">step</text>'
+        f'<text x="300" y="130" font-size="11" text-anchor="end">{max(xs)}</text>'
+        f'<text x="306" y="12" font-size="11">{max(ys):.3g}</text>'
+        f'<text x="306" y="117" font-size="11">{min(ys):.3g}</text></svg>'
+    )
+
+
+def _legend(x: int, y: int, label: str, colour: str) -> str:
+    return (
+        f'<rect x="{x}" y="{y - 8}" width="8" height="8" fill="{colour}"/>'
+        f'<text x="{x + 12}" y="{y}" font-size="11">{html.escape(label)}</text>'
     )
 
 
@@ -182,8 +198,12 @@ def _timing(rows: list[dict]) -> str:
         f'<span style="width:{100 * s / total:.1f}%;background:{_COLOURS[i]}" title="{p}"></span>'
         for i, (p, s) in enumerate(seconds.items())
     )
-    words = ", ".join(f"{p.replace('_', ' ')} {s:.2f} s" for p, s in seconds.items())
-    return f'<h2>A step</h2><div class="bar">{bars}</div><p>{words}</p>'
+    words = " ".join(
+        f'<span class="key"><i style="background:{_COLOURS[i]}"></i>'
+        f"{p.replace('_', ' ')} {s:.2f} s</span>"
+        for i, (p, s) in enumerate(seconds.items())
+    )
+    return f'<h2>A GRPO step: {total:.2f} s</h2><div class="bar">{bars}</div><p>{words}</p>'
 
 
 def _heldout(rows: list[dict]) -> str:
@@ -191,10 +211,11 @@ def _heldout(rows: list[dict]) -> str:
     for row in rows:
         tasks = sorted({k.split("/")[1] for k in row if k.startswith("heldout/")})
         for task in tasks:
-            cells = "".join(
-                f"<td>{row.get(f'heldout/{task}/{name}', 0):.3f}</td>"
+            values = [
+                row.get(f"heldout/{task}/{name}")
                 for name in ("accuracy_greedy", "accuracy_sampled", "format")
-            )
+            ]
+            cells = "".join(f"<td>{'–' if v is None else f'{v:.3f}'}</td>" for v in values)
             when = f"{row['stage']} {row['step']}"
             lines.append(f"<tr><td>{html.escape(task)}</td><td>{when}</td>{cells}</tr>")
     if not lines:

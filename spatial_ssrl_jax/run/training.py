@@ -139,7 +139,9 @@ def open_run(
         compute=compute,
         engine=engine,
         evaluation=PretextEval(
-            heldout_items(_heldout_datasets(config, source, split, processor), config.eval.examples),
+            heldout_items(
+                _heldout_datasets(config, source, split, processor), config.eval.examples
+            ),
             engine,
             processor,
             layout,
@@ -439,7 +441,9 @@ def _measure(run: Run, stage: str, number: int, params: Params) -> Table:
     spent = run.seconds.get("heldout", 0.0) + time.perf_counter() - start
     run.seconds["heldout"] = round(spent, 2)
     if number == 0:
-        run.metrics.write(SFT if run.config.sft.steps else GRPO, 0, _heldout_metrics(run.heldout[stage]))
+        run.metrics.write(
+            SFT if run.config.sft.steps else GRPO, 0, _heldout_metrics(run.heldout[stage])
+        )
     return run.heldout[stage]
 
 
@@ -517,6 +521,8 @@ def _finish(run: Run) -> None:
     _write_report(run)
     if run.heldout:
         run.progress.table(run.heldout, config.trained_tasks)
-    run.progress.say(f"done: {target} is the trained model, {run.workdir / 'report.html'} the report")
+    run.progress.say(
+        f"done: {target} is the trained model, {run.workdir / 'report.html'} the report"
+    )
     run.metrics.close()
     run.checkpoints.close()

@@ -1,14 +1,16 @@
 """Cropped patch inpainting: which of four pictures is the missing square."""
 
 from dataclasses import dataclass, field
-from itertools import combinations
 
 import numpy as np
 from PIL import Image
 
 from spatial_ssrl_jax.data.record import Record
+from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
+from spatial_ssrl_jax.tasks.frame import inner_box
 from spatial_ssrl_jax.tasks.patches import difference, thumbnail
+from spatial_ssrl_jax.tasks.shares import shuffled
 
 QUESTION = (
     "Which image is the missing part in the first image <image1>? Based on visual clues such as "
@@ -16,80 +18,133 @@ QUESTION = (
     "<image2><image3><image4><image5> as the final answer. The final answer should be chosen from "
     "'A', 'B', 'C', and 'D'."
 )
+DISTRACTORS = ("interior", "exterior_25", "exterior_50", "rotate_cw", "rotate_ccw")
+_TURNS = {"rotate_cw": -1, "rotate_ccw": 1}  # quarter turns, counter-clockwise as np.rot90 counts
+_GROWTH = {"answer": 0.0, "exterior_25": 0.25, "exterior_50": 0.5}  # on each side, of the square's
 
-
-def _even() -> dict[str, float]:
-    kinds = ("interior", "exterior_25", "exterior_50", "rotate_cw", "rotate_ccw")
-    return dict.fromkeys(kinds, 0.2)
+Box = tuple[int, int, int]  # left, top and side of a square
+Rectangle = tuple[int, int, int, int]  # left, top, right, bottom; the last two exclusive
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """Attributes:
-    weight: share in the training mixture.
-    kinds: share of each kind of distractor; three distinct ones are drawn.
-    least_difference: options must differ by more than this, in grey levels.
+    """Settings of the crop task.
+
+    Attributes:
+      weight: share in the training mixture.
+      distractors: share of each kind of wrong option; three distinct ones are drawn.
+      least_difference: options must differ by more than this, in grey levels (see `patches`).
+      least_side: least side of the square in pixels.
+      trim_frame: keep squares and options inside a white or black frame around the picture, which
+        would tell them apart.
+      tries: places of the square that are tried, for pictures with plain parts.
     """
 
     weight: float = 20200.0
-    kinds: dict[str, float] = field(default_factory=_even)
+    distractors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DISTRACTORS, 0.2))
     least_difference: float = 4.0
+    least_side: int = 28
+    trim_frame: bool = True
+    tries: int = 6
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """A picture, and the part of it that squares and options are taken from."""
+
+    picture: Image.Image
+    inside: Rectangle
 
 
 def make(record: Record, rng: np.random.Generator, settings: CropSettings) -> Example:
     """Blackens a square and offers it among three distractors made from the same picture."""
     height, width = record.image.shape[:2]
     size = min(height, width) // 2
-    if size < 28:
-        raise Reject("the missing square would be under 28 pixels")
-    x, y = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
-    weights = np.array(list(settings.kinds.values()), float)
-    names = list(settings.kinds)
-    wrong = rng.choice(names, size=3, replace=False, p=weights / weights.sum())
-    kinds = [str(k) for k in rng.permutation(["answer", *wrong])]
-    options = [option(record.image, (x, y, size), kind) for kind in kinds]
-    small = [thumbnail(o) for o in options]
-    if any(difference(a, b) <= settings.least_difference for a, b in combinations(small, 2)):
-        raise Reject("two options look alike")
+    if size < settings.least_side:
+        raise Reject("picture too small for the square")
+    scene = _Scene(
+        Image.fromarray(record.image),
+        inner_box(record.image) if settings.trim_frame else (0, 0, width, height),
+    )
+    left, top, right, bottom = scene.inside
+    for _ in range(settings.tries):
+        # Drawn until one gives four different options: uniform over the places that do.
+        x = int(rng.integers(left, right - size + 1))
+        y = int(rng.integers(top, bottom - size + 1))
+        box = (x, y, size)
+        wrong = _distractors(scene, box, settings, rng)
+        if wrong is not None:
+            kinds = [str(kind) for kind in rng.permutation(["answer", *wrong])]
+            return _example(record, scene, box, kinds)
+    raise Reject("options look alike")
+
+
+def _option(scene: _Scene, box: Box, kind: str) -> np.ndarray:
+    """One option, [s, s, 3] uint8: the square itself or a distractor of `kind`."""
+    x, y, size = box
+    if kind == "answer" or kind in _TURNS:
+        region = np.asarray(scene.picture.crop((x, y, x + size, y + size)))
+        return np.ascontiguousarray(np.rot90(region, _TURNS.get(kind, 0)))
+    # Cropped first: `resize(box=…)` would blend in pixels from beyond the box.
+    source = scene.picture.crop(_source_box(scene.inside, box, kind))
+    return np.asarray(source.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _source_box(inside: Rectangle, box: Box, kind: str) -> Rectangle:
+    """What an option shows, before it is resized: left, top, right, bottom in pixels.
+
+    A grown square that would reach over the picture's edge is moved inside: the released code clips
+    it instead, which changes its aspect and so shows that it is a wrong option.
+    """
+    (left, top, right, bottom), (x, y, size) = inside, box
+    if kind == "interior":
+        low, high = size // 4, 3 * size // 4
+        return x + low, y + low, x + high, y + high
+    grown = round(_GROWTH[kind] * size)
+    side = min(size + 2 * grown, right - left, bottom - top)
+    left = min(max(x - grown, left), right - side)
+    top = min(max(y - grown, top), bottom - side)
+    return left, top, left + side, top + side
+
+
+def _distractors(
+    scene: _Scene, box: Box, settings: CropSettings, rng: np.random.Generator
+) -> list[str] | None:
+    """Three kinds that look different from the answer and one another, or None.
+
+    They are drawn by share without putting back, those that look like an earlier one passed over.
+    """
+    drawn = shuffled(rng, settings.distractors)
+    if len(drawn) < 3:
+        raise UserError("tasks.crop.distractors must give at least three kinds a share above 0.")
+    taken = {"answer": thumbnail(scene.picture, _source_box(scene.inside, box, "answer"))}
+    for kind in drawn:
+        if kind in _TURNS:
+            small = np.rot90(taken["answer"], _TURNS[kind])
+        else:
+            small = thumbnail(scene.picture, _source_box(scene.inside, box, kind))
+        if all(difference(small, t) > settings.least_difference for t in taken.values()):
+            taken[kind] = small
+        if len(taken) == 4:
+            return list(taken)[1:]
+    return None
+
+
+def _example(record: Record, scene: _Scene, box: Box, kinds: list[str]) -> Example:
+    x, y, size = box
     holed = record.image.copy()
     holed[y : y + size, x : x + size] = 0
     answer = "ABCD"[kinds.index("answer")]
     return Example(
         task="crop",
         kind="crop",
-        images=(holed, *options),
+        images=(holed, *(_option(scene, box, kind) for kind in kinds)),
         question=QUESTION,
         answer=answer,
         reason=f"Option {answer} continues the picture.",
         truth={"box": [x, y, size], "options": kinds},
         source=source_of(record),
     )
-
-
-def option(image: np.ndarray, box: tuple[int, int, int], kind: str) -> np.ndarray:
-    """One option, [s, s, 3] uint8.
-
-    An exterior square that would reach over the picture's edge is moved inside, so that it keeps
-    its aspect (the released code clips it, which shows).
-    """
-    x, y, size = box
-    region = image[y : y + size, x : x + size]
-    if kind == "answer":
-        return region.copy()
-    if kind in ("rotate_cw", "rotate_ccw"):
-        return np.ascontiguousarray(np.rot90(region, -1 if kind == "rotate_cw" else 1))
-    if kind == "interior":
-        low, high = size // 4, size // 4 + size // 2
-        return _resize(region[low:high, low:high], size)
-    grown = round(size * {"exterior_25": 0.25, "exterior_50": 0.5}[kind])
-    side = min(size + 2 * grown, *image.shape[:2])
-    left = int(np.clip(x - grown, 0, image.shape[1] - side))
-    top = int(np.clip(y - grown, 0, image.shape[0] - side))
-    return _resize(image[top : top + side, left : left + side], size)
-
-
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
 TASK = Task("crop", False, CropSettings, make)

@@ -5,9 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from spatial_ssrl_jax.data.record import Record
-from spatial_ssrl_jax.tasks import regions
-from spatial_ssrl_jax.tasks.drawing import draw_markers, marker_radius
+from spatial_ssrl_jax.tasks.drawing import draw_markers
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
+from spatial_ssrl_jax.tasks.regions import (
+    Regions,
+    WindowLimits,
+    find_regions,
+    normalised_depth,
+    scaled,
+)
 
 QUESTION = (
     "The original image has three regions marked as 1, 2, and 3. Consider the content, positional "
@@ -15,18 +21,23 @@ QUESTION = (
     "regions from smallest to largest from the camera, where the format of the answer is "
     "'Smallest-Middle-Largest'."
 )
-_DRAWS, _ROUNDS = 4096, 8
+_DRAWS = 4096
 
 
 @dataclass(frozen=True)
 class DepthSettings:
-    """Attributes:
-    weight: share in the training mixture.
-    windows: window widths in pixels for a shorter side of 768, tried in this order.
-    least_window: floor of a window's width in pixels.
-    most_range: largest difference of normalised depth inside a region.
-    least_gap: least difference of normalised depth between neighbouring regions.
-    least_valid: least share of valid pixels in a region.
+    """Settings of the depth task; pixels are for a shorter side of 768 and scale with the picture.
+
+    Attributes:
+      weight: share in the training mixture.
+      windows: window widths in pixels, tried in this order.
+      least_window: floor of a window's width in pixels of the picture.
+      most_range: a region's depths differ by less than this, in normalised depth.
+      least_gap: neighbouring regions are further apart than this, in normalised depth.
+      least_valid: least share of valid pixels in a region; lower it for sparse maps.
+      centre: side in pixels of the picture of a region's centre that must be wholly valid.
+      marker: radius of a marker in pixels.
+      least_marker: its floor in pixels of the picture.
     """
 
     weight: float = 20620.0
@@ -35,54 +46,66 @@ class DepthSettings:
     most_range: float = 0.15
     least_gap: float = 0.05
     least_valid: float = 0.9
+    centre: int = 7
+    marker: float = 19.0
+    least_marker: float = 8.0
 
 
 def make(record: Record, rng: np.random.Generator, settings: DepthSettings) -> Example:
     """Marks three disjoint regions of clearly different depth."""
-    depth = regions.normalise(record.depth)
-    if depth is None:
-        raise Reject("the depth map is empty or constant")
-    height, width = depth.shape
-    radius = marker_radius(height, width)
-    factor = regions.scale(height, width)
-    for size in settings.windows:
-        half = max(settings.least_window, round(size * factor)) // 2
-        found = regions.find_regions(
-            depth, half, settings.most_range, settings.least_valid, radius + 1
+    depth = normalised_depth(record)
+    radius = round(scaled(settings.marker, settings.least_marker, depth.shape))
+    for window in settings.windows:
+        limits = WindowLimits(
+            half=round(scaled(window, settings.least_window, depth.shape)) // 2,
+            most_range=settings.most_range,
+            least_valid=settings.least_valid,
+            centre=settings.centre,
+            margin=radius + 1,
         )
-        chosen = _draw(found, rng, settings.least_gap, 2 * radius + 2)
-        if chosen is not None:
-            return _example(record, found, rng.permutation(chosen))
+        found = find_regions(depth, limits, rng)
+        triple = _draw(found, rng, settings.least_gap, 2 * radius + 2)
+        if triple is not None:
+            return _example(record, found, rng.permutation(triple), radius)
     raise Reject("no three regions of clearly different depth")
 
 
 def _draw(
-    found: regions.Regions, rng: np.random.Generator, least_gap: float, distance: float
+    found: Regions, rng: np.random.Generator, least_gap: float, distance: float
 ) -> np.ndarray | None:
-    """Three windows, uniform over all valid triples: triples are drawn until one is valid."""
-    if len(found.x) < 3:
+    """Three windows, uniform over all valid triples; None where there is none.
+
+    For each window as the middle one, the clearly nearer and the clearly farther windows are
+    counted in sorted order; their product is the number of triples around it. Drawing the middle by
+    that number and the others evenly is uniform over the triples with clear gaps, and taking the
+    first draw whose windows and markers lie apart keeps it so.
+    """
+    if len(found) < 3:
         return None
-    for _ in range(_ROUNDS):
-        triple = rng.integers(len(found.x), size=(_DRAWS, 3))
-        order = np.argsort(found.low[triple], axis=1)
-        triple = np.take_along_axis(triple, order, axis=1)
-        low, high = found.low[triple], found.high[triple]
-        fine = ((low[:, 1:] - high[:, :-1]) > least_gap).all(axis=1)
-        fine &= regions.apart(found.x[triple], found.y[triple], distance, found.half)
-        if fine.any():
-            return triple[np.argmax(fine)]
-    return None
+    by_high, by_low = np.argsort(found.high), np.argsort(found.low)
+    nearer = np.searchsorted(found.high[by_high], found.low - least_gap, side="left")
+    below = np.searchsorted(found.low[by_low], found.high + least_gap, side="right")
+    farther = len(found) - below
+    ways = np.cumsum(nearer * farther)
+    if ways[-1] == 0:
+        return None
+    middle = np.searchsorted(ways, rng.integers(ways[-1], size=_DRAWS), side="right")
+    near = by_high[rng.integers(nearer[middle])]
+    far = by_low[below[middle] + rng.integers(farther[middle])]
+    triples = np.stack([near, middle, far], axis=1)
+    fine = np.flatnonzero(found.apart(triples, distance))
+    return triples[fine[0]] if len(fine) else None
 
 
-def _example(record: Record, found: regions.Regions, chosen: np.ndarray) -> Example:
-    """`chosen` holds the windows in marker order."""
-    points = [(int(found.x[i]), int(found.y[i])) for i in chosen]
+def _example(record: Record, found: Regions, chosen: np.ndarray, radius: int) -> Example:
+    """The example whose markers 1 to 3 stand on the windows `chosen`."""
+    points = [found.point(i) for i in chosen]
     depths = [found.mean(i) for i in chosen]
-    order = [str(m + 1) for m in np.argsort(depths)]
+    order = [str(marker + 1) for marker in np.argsort(depths)]
     return Example(
         task="depth",
         kind="depth",
-        images=(draw_markers(record.image, points),),
+        images=(draw_markers(record.image, points, radius),),
         question=QUESTION,
         answer="-".join(order),
         reason="From near to far the regions are " + ", ".join(order) + ".",

@@ -3,6 +3,7 @@
 Sizes follow the picture's shorter side, with floors that keep digits readable at 112 pixels.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -12,36 +13,25 @@ RED = (255, 0, 0)
 WHITE = (255, 255, 255)
 BLACK = (0, 0, 0)
 
-
-@lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
-def marker_radius(height: int, width: int) -> int:
-    """Radius in pixels of a numbered marker."""
-    return max(7, round(min(height, width) / 40))
-
-
-def draw_markers(image: np.ndarray, points: list[tuple[int, int]]) -> np.ndarray:
-    """The picture with the digits 1, 2, … in white circles around `points` ([x, y] pixels)."""
-    canvas = Image.fromarray(image)
-    radius = marker_radius(*image.shape[:2])
-    draw = ImageDraw.Draw(canvas)
-    for digit, (x, y) in enumerate(points, 1):
-        box = (x - radius, y - radius, x + radius, y + radius)
-        draw.ellipse(box, fill=WHITE, outline=BLACK, width=max(1, radius // 8))
-        draw.text((x, y), str(digit), fill=BLACK, font=_font(round(radius * 1.6)), anchor="mm")
-    return np.asarray(canvas)
+_LEAST_LABEL = 13  # font size in pixels; its digits are 9 to 10 pixels high
+_FINE = 4  # stamps are drawn this much larger and shrunk, for smooth edges
 
 
 def draw_labels(image: np.ndarray, rows: int, cols: int) -> np.ndarray:
-    """The picture with a thin red border and a number at the top left of each of its patches."""
+    """Frames each patch in thin red and writes its number at its top left.
+
+    Args:
+      image: [H, W, 3] uint8, H divisible by `rows` and W by `cols`.
+      rows, cols: the grid of patches.
+
+    Returns:
+      [H, W, 3] uint8, a new picture.
+    """
     canvas = Image.fromarray(image)
     draw = ImageDraw.Draw(canvas)
     height, width = image.shape[0] // rows, image.shape[1] // cols
     short = min(image.shape[:2])
-    border, size = max(1, round(short / 250)), max(11, round(short / 14))
+    border, size = max(1, round(short / 250)), max(_LEAST_LABEL, round(short / 14))
     for place in range(rows * cols):
         row, col = divmod(place, cols)
         x, y = col * width, row * height
@@ -50,3 +40,41 @@ def draw_labels(image: np.ndarray, rows: int, cols: int) -> np.ndarray:
         outline = max(1, size // 10)
         draw.text(at, str(place), WHITE, _font(size), stroke_width=outline, stroke_fill=BLACK)
     return np.asarray(canvas)
+
+
+def draw_markers(image: np.ndarray, points: Sequence[tuple[int, int]], radius: int) -> np.ndarray:
+    """Puts the digits 1, 2, … in white circles with black edges around points.
+
+    Args:
+      image: [H, W, 3] uint8.
+      points: [x, y] pixels in the order of the digits.
+      radius: of the circles, in pixels; a marker is 2·radius + 1 wide.
+
+    Returns:
+      [H, W, 3] uint8, a new picture.
+    """
+    canvas = Image.fromarray(image)
+    for digit, (x, y) in enumerate(points, 1):
+        stamp = _marker(digit, radius)
+        canvas.paste(stamp, (x - radius, y - radius), stamp)
+    return np.asarray(canvas)
+
+
+@lru_cache(maxsize=256)
+def _marker(digit: int, radius: int) -> Image.Image:
+    """One marker as an RGBA stamp of 2·radius + 1 pixels a side."""
+    side = (2 * radius + 1) * _FINE
+    stamp = Image.new("RGBA", (side, side), (*WHITE, 0))
+    draw = ImageDraw.Draw(stamp)
+    edge = max(_FINE, radius * _FINE // 8)
+    draw.ellipse((0, 0, side - 1, side - 1), fill=WHITE, outline=BLACK, width=edge)
+    font, text = _font(round(1.65 * radius) * _FINE), str(digit)
+    left, top, right, bottom = font.getbbox(text)
+    # By the digit's own box: text anchors centre the line, which leaves a digit off the middle.
+    draw.text(((side - left - right) / 2, (side - top - bottom) / 2), text, BLACK, font)
+    return stamp.resize((2 * radius + 1,) * 2, Image.Resampling.BOX)
+
+
+@lru_cache(maxsize=64)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

@@ -7,7 +7,9 @@ import numpy as np
 from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.tasks.drawing import draw_labels
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
-from spatial_ssrl_jax.tasks.patches import choose, cut, difference, join, thumbnail
+from spatial_ssrl_jax.tasks.frame import trim
+from spatial_ssrl_jax.tasks.patches import cut, distinct, join, thumbnails
+from spatial_ssrl_jax.tasks.shares import choose
 
 QUESTION = (
     "The image has been divided into 4 labeled 0, 1, 2, and 3. One of the four patches is flipped "
@@ -16,35 +18,41 @@ QUESTION = (
     "format is 'Label-Direction'. The direction can only be 0(flipped vertically) or 1(flipped "
     "horizontally)."
 )
-DIRECTIONS = ("vertical", "horizontal")
+DIRECTIONS = ("vertical", "horizontal")  # by their number in the answer, which is the axis too
 
 
 @dataclass(frozen=True)
 class FlipSettings:
-    """Attributes:
-    weight: share in the training mixture.
-    kinds: share of each direction.
-    least_difference: a patch must differ from its flip by more than this, in grey levels.
+    """Settings of the flip task.
+
+    Attributes:
+      weight: share in the training mixture.
+      kinds: share of each direction.
+      least_difference: a patch and its two flips must differ from one another by more than this, in
+        grey levels (see `patches`).
+      least_side: least side of a patch in pixels.
+      trim_frame: leave off a white or black frame around the picture, which tells patches' places.
     """
 
     weight: float = 4005.0
     kinds: dict[str, float] = field(default_factory=lambda: {"vertical": 1.0, "horizontal": 1.0})
     least_difference: float = 4.0
+    least_side: int = 24
+    trim_frame: bool = True
 
 
 def make(record: Record, rng: np.random.Generator, settings: FlipSettings) -> Example:
-    """Flips one of four patches that do not look the same after it."""
+    """Flips one of the four patches, uniform over those whose flip can be told."""
     kind = choose(rng, settings.kinds)
     axis = DIRECTIONS.index(kind)
-    patches = cut(record.image, 2, 2)
-    if min(patches[0].shape[:2]) < 16:
-        raise Reject("patches under 16 pixels")
-    small = [thumbnail(p) for p in patches]
-    least = settings.least_difference
-    clear = [i for i, t in enumerate(small) if difference(t, np.flip(t, axis)) > least]
-    if not clear:
+    picture, trimmed = trim(record.image) if settings.trim_frame else (record.image, {})
+    patches = cut(picture, 2, 2)
+    if min(patches[0].shape[:2]) < settings.least_side:
+        raise Reject("picture too small for the patches")
+    able = [i for i, t in enumerate(thumbnails(patches)) if _can_tell(t, settings.least_difference)]
+    if not able:
         raise Reject("every patch looks the same after its flip")
-    label = int(rng.choice(clear))
+    label = int(rng.choice(able))
     patches[label] = np.flip(patches[label], axis)
     return Example(
         task="flip",
@@ -53,9 +61,17 @@ def make(record: Record, rng: np.random.Generator, settings: FlipSettings) -> Ex
         question=QUESTION,
         answer=f"{label}-{axis}",
         reason=f"Patch {label} is flipped {'vertically' if axis == 0 else 'horizontally'}.",
-        truth={"patch": label, "direction": kind},
+        truth={"patch": label, "direction": kind, **trimmed},
         source=source_of(record),
     )
+
+
+def _can_tell(small: np.ndarray, least: float) -> bool:
+    """Whether a thumbnail and its two flips all look different.
+
+    The two flips of a patch look alike when half a turn leaves it the same.
+    """
+    return distinct(np.stack([small, np.flip(small, 0), np.flip(small, 1)]), least)
 
 
 TASK = Task("flip", False, FlipSettings, make)

@@ -1,4 +1,4 @@
-"""Cutting a picture into a grid of patches, and how alike two patches are."""
+"""Cutting a picture into a grid of patches, and how alike two pictures look."""
 
 import numpy as np
 from PIL import Image
@@ -7,7 +7,7 @@ _SIDE = 16
 
 
 def cut(image: np.ndarray, rows: int, cols: int) -> list[np.ndarray]:
-    """The patches in reading order, each [floor(H/rows), floor(W/cols), 3]; a remainder is left off."""
+    """Patches in reading order, [floor(H/rows), floor(W/cols), 3] each; a remainder is left off."""
     height, width = image.shape[0] // rows, image.shape[1] // cols
     return [
         image[r * height : (r + 1) * height, c * width : (c + 1) * width]
@@ -22,18 +22,26 @@ def join(patches: list[np.ndarray], rows: int, cols: int) -> np.ndarray:
     return np.concatenate(grid, axis=0)
 
 
-def thumbnail(image: np.ndarray) -> np.ndarray:
-    """[16, 16, 3] float32 grey levels, for comparing."""
-    small = Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BOX)
+def thumbnail(picture: Image.Image, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """A picture, or its `box` (left, top, right, bottom), as [16, 16, 3] float32 grey levels."""
+    size = (_SIDE, _SIDE)
+    small = picture.resize(size, Image.Resampling.BOX, box=box, reducing_gap=2.0)
     return np.asarray(small, np.float32)
 
 
+def thumbnails(patches: list[np.ndarray]) -> np.ndarray:
+    """[n, 16, 16, 3] float32 thumbnails."""
+    return np.stack([thumbnail(Image.fromarray(patch)) for patch in patches])
+
+
 def difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean absolute difference of two thumbnails in grey levels, 0 to 255."""
+    """Mean absolute difference of two thumbnails in grey levels, 0 to 255.
+
+    Thumbnails, because noise and fine texture tell a person nothing about where a patch belongs.
+    """
     return float(np.abs(a - b).mean())
 
 
-def choose(rng: np.random.Generator, shares: dict[str, float]) -> str:
-    """One key, drawn by its share."""
-    weights = np.array(list(shares.values()), float)
-    return str(rng.choice(list(shares), p=weights / weights.sum()))
+def distinct(small: np.ndarray, least: float) -> bool:
+    """Whether all thumbnails [n, 16, 16, 3] differ from one another by more than `least`."""
+    return all(difference(small[i], small[j]) > least for i in range(len(small)) for j in range(i))

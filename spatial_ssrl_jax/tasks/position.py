@@ -5,10 +5,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spatial_ssrl_jax.data.record import Record
-from spatial_ssrl_jax.tasks import regions
-from spatial_ssrl_jax.tasks.drawing import draw_markers, marker_radius
+from spatial_ssrl_jax.tasks.drawing import draw_markers
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
-from spatial_ssrl_jax.tasks.patches import choose
+from spatial_ssrl_jax.tasks.regions import (
+    Regions,
+    WindowLimits,
+    find_regions,
+    normalised_depth,
+    scaled,
+)
+from spatial_ssrl_jax.tasks.shares import choose, shuffled
 
 _QUESTION = (
     "I've taken an image and there are two regions marked as 1, and 2 on the image. Assume that "
@@ -31,19 +37,24 @@ _DRAWS, _ROUNDS = 4096, 8
 
 @dataclass(frozen=True)
 class PositionSettings:
-    """Pixel figures hold for a shorter side of 768 and scale with the picture.
+    """Settings of the position task; pixels are for a shorter side of 768 and scale with pictures.
 
     Attributes:
       weight: share in the training mixture.
-      kinds: share of pairs at like depth, of pairs clear in depth alone, and clear in both axes.
-      headings: share of each heading; the paper's are even (the released code has 30/30/30/10).
+      kinds: share of pairs at like depth, of pairs clear in depth alone, and clear in both axes. A
+        kind that a picture has no pair for gives way to another.
+      headings: share of each heading; even as in the paper (the released code has 30/30/30/10).
       window: window width in pixels.
-      least_window: floor of a window's width in pixels.
-      most_range: largest difference of normalised depth inside a region.
-      least_valid: least share of valid pixels in a region.
-      plane: distance in the image plane, in pixels, that counts as clear.
-      depth: distance in normalised depth that counts as clear.
-      near_height: most difference in height, in pixels, of a pair at like depth.
+      least_window: floor of a window's width in pixels of the picture.
+      most_range: a region's depths differ by less than this, in normalised depth.
+      least_valid: least share of valid pixels in a region; lower it for sparse maps.
+      centre: side in pixels of the picture of a region's centre that must be wholly valid.
+      plane: distance along the image plane, in pixels, above which it is clear.
+      depth: distance in normalised depth above which it is clear.
+      near_height: a pair at like depth differs by less than this in height, in pixels.
+      least_near_height: its floor in pixels of the picture.
+      marker: radius of a marker in pixels.
+      least_marker: its floor in pixels of the picture.
     """
 
     weight: float = 20200.0
@@ -55,109 +66,123 @@ class PositionSettings:
     least_window: int = 7
     most_range: float = 0.15
     least_valid: float = 0.9
+    centre: int = 7
     plane: float = 150.0
     depth: float = 0.25
     near_height: float = 30.0
+    least_near_height: float = 4.0
+    marker: float = 19.0
+    least_marker: float = 8.0
+
+
+@dataclass(frozen=True)
+class View:
+    """A camera at one of two marked regions.
+
+    Attributes:
+      points: [x, y] pixels of markers 1 and 2.
+      depths: normalised depth of markers 1 and 2.
+      camera: the marker it stands at, 1 or 2.
+      heading: a key of `HEADINGS`.
+    """
+
+    points: tuple[tuple[int, int], tuple[int, int]]
+    depths: tuple[float, float]
+    camera: int
+    heading: str
+
+    def direction(self, plane: float, depth: float) -> str:
+        """Where the other marker is as the camera sees it: `Left`, `Right-Front`, …, perhaps ``.
+
+        Args:
+          plane: pixels above which a distance along the image plane is clear.
+          depth: normalised depth above which a distance across it is clear.
+        """
+        here, there = self.camera - 1, 2 - self.camera
+        # In units of the thresholds, so that "clear" is 1 whichever axis the heading turns it to.
+        x = (self.points[there][0] - self.points[here][0]) / plane
+        z = (self.depths[there] - self.depths[here]) / depth
+        angle = np.deg2rad(HEADINGS[self.heading][1])
+        cos, sin = round(np.cos(angle)), round(np.sin(angle))
+        side, ahead = cos * x + sin * z, -sin * x + cos * z
+        names = []
+        if abs(side) > 1:
+            names.append("Right" if side > 0 else "Left")
+        if abs(ahead) > 1:
+            names.append("Front" if ahead > 0 else "Back")
+        return "-".join(names)
 
 
 def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -> Example:
     """Marks two regions, puts a camera at one and asks for the other."""
-    depth = regions.normalise(record.depth)
-    if depth is None:
-        raise Reject("the depth map is empty or constant")
-    radius = marker_radius(*depth.shape)
-    factor = regions.scale(*depth.shape)
-    half = max(settings.least_window, round(settings.window * factor)) // 2
-    found = regions.find_regions(depth, half, settings.most_range, settings.least_valid, radius + 1)
-    kind = choose(rng, settings.kinds)
-    pair = _draw(found, rng, kind, settings, factor, 2 * radius + 2)
-    if pair is None:
-        raise Reject(f"no {kind} pair of regions")
-    camera = int(rng.integers(2)) + 1
-    heading = choose(rng, settings.headings)
-    return _example(record, found, pair, kind, camera, heading, settings, factor, rng)
+    depth = normalised_depth(record)
+    radius = round(scaled(settings.marker, settings.least_marker, depth.shape))
+    limits = WindowLimits(
+        half=round(scaled(settings.window, settings.least_window, depth.shape)) // 2,
+        most_range=settings.most_range,
+        least_valid=settings.least_valid,
+        centre=settings.centre,
+        margin=radius + 1,
+    )
+    found = find_regions(depth, limits, rng)
+    for kind in shuffled(rng, settings.kinds):
+        pair = _draw(found, rng, kind, settings, 2 * radius + 2)
+        if pair is not None:
+            i, j = pair
+            view = View(
+                points=(found.point(i), found.point(j)),
+                depths=(found.mean(i), found.mean(j)),
+                camera=int(rng.integers(1, 3)),
+                heading=choose(rng, settings.headings),
+            )
+            right = view.direction(scaled(settings.plane, 0, depth.shape), settings.depth)
+            return _example(record, view, kind, right, radius, rng)
+    raise Reject("no pair of regions that is clearly apart")
 
 
 def _draw(
-    found: regions.Regions,
+    found: Regions,
     rng: np.random.Generator,
     kind: str,
     settings: PositionSettings,
-    factor: float,
     distance: float,
 ) -> np.ndarray | None:
-    """Two windows in marker order, uniform over the valid pairs of a kind, by drawing until valid."""
-    if len(found.x) < 2:
+    """Two windows in marker order, uniform over a kind's valid pairs: drawn until one is valid."""
+    if len(found) < 2:
         return None
-    plane = settings.plane * factor
     for _ in range(_ROUNDS):
-        pair = rng.integers(len(found.x), size=(_DRAWS, 2))
-        x, y, low, high = (a[pair] for a in (found.x, found.y, found.low, found.high))
-        across = np.abs(x[:, 0] - x[:, 1])
-        gap = np.maximum(low[:, 0] - high[:, 1], low[:, 1] - high[:, 0])
-        if kind == "near":
-            spread = high.max(axis=1) - low.min(axis=1)
-            fine = (spread <= settings.depth) & (across > plane)
-            fine &= np.abs(y[:, 0] - y[:, 1]) < max(settings.near_height * factor, 4)
-        else:
-            fine = gap > settings.depth
-            fine &= across > plane if kind == "far_combined" else across <= plane
-        fine &= regions.apart(x, y, distance, found.half)
+        pairs = rng.integers(len(found), size=(_DRAWS, 2))
+        fine = _clear(found, pairs, kind, settings) & found.apart(pairs, distance)
         if fine.any():
-            return pair[np.argmax(fine)]
+            return pairs[np.argmax(fine)]
     return None
 
 
-def direction(
-    offset: tuple[float, float], heading: str, plane: float, depth: float
-) -> tuple[str, ...]:
-    """The clear directions of a target as the camera sees them.
-
-    Args:
-      offset: target minus camera: pixels to the right in the image, normalised depth away from
-        the viewer.
-      heading: a key of `HEADINGS`.
-      plane, depth: what counts as clear along each axis of the image.
-
-    Returns:
-      None, one or two of Left or Right and Front or Back, in this order.
-    """
-    # In units of the thresholds, so that "clear" is 1 whichever axis the heading turns it to.
-    x, z = offset[0] / plane, offset[1] / depth
-    angle = np.deg2rad(HEADINGS[heading][1])
-    cos, sin = round(np.cos(angle)), round(np.sin(angle))
-    side, ahead = cos * x + sin * z, -sin * x + cos * z
-    names = []
-    if abs(side) > 1:
-        names.append("Right" if side > 0 else "Left")
-    if abs(ahead) > 1:
-        names.append("Front" if ahead > 0 else "Back")
-    return tuple(names)
+def _clear(found: Regions, pairs: np.ndarray, kind: str, settings: PositionSettings) -> np.ndarray:
+    """Which pairs [m, 2] are of the kind: [m] bool. A pair clear in neither axis is of none."""
+    shape = found.depth.shape
+    x, y, low, high = (a[pairs] for a in (found.x, found.y, found.low, found.high))
+    wide = np.abs(x[:, 0] - x[:, 1]) > scaled(settings.plane, 0, shape)
+    if kind == "near":
+        # All depths of both windows, so that no direction along the depth can be called clear.
+        alike = high.max(axis=1) - low.min(axis=1) <= settings.depth
+        height = scaled(settings.near_height, settings.least_near_height, shape)
+        return alike & wide & (np.abs(y[:, 0] - y[:, 1]) < height)
+    gap = np.maximum(low[:, 0] - high[:, 1], low[:, 1] - high[:, 0])
+    return (gap > settings.depth) & (wide if kind == "far_combined" else ~wide)
 
 
 def _example(
-    record: Record,
-    found: regions.Regions,
-    pair: np.ndarray,
-    kind: str,
-    camera: int,
-    heading: str,
-    settings: PositionSettings,
-    factor: float,
-    rng: np.random.Generator,
+    record: Record, view: View, kind: str, right: str, radius: int, rng: np.random.Generator
 ) -> Example:
-    points = [(int(found.x[i]), int(found.y[i])) for i in pair]
-    depths = [found.mean(i) for i in pair]
-    here, there = camera - 1, 2 - camera
-    offset = (points[there][0] - points[here][0], depths[there] - depths[here])
-    right = "-".join(direction(offset, heading, settings.plane * factor, settings.depth))
-    options = [str(o) for o in rng.permutation(COMBINED if "-" in right else SINGLE)]
+    """The example of a view in which the other marker is `right`."""
+    options = [str(o) for o in rng.permutation(COMBINED if right in COMBINED else SINGLE)]
     answer = "ABCD"[options.index(right)]
     a, b, c, d = options
     question = _QUESTION.format(
-        i=camera,
-        j=3 - camera,
-        heading=HEADINGS[heading][0],
+        i=view.camera,
+        j=3 - view.camera,
+        heading=HEADINGS[view.heading][0],
         a=a,
         b=b,
         c=c,
@@ -167,15 +192,15 @@ def _example(
     return Example(
         task="position",
         kind=kind,
-        images=(draw_markers(record.image, points),),
+        images=(draw_markers(record.image, view.points, radius),),
         question=question,
         answer=answer,
-        reason=f"Seen from {camera} the region is {right}, option {answer}.",
+        reason=f"Seen from {view.camera} the region is {right}, option {answer}.",
         truth={
-            "points": [list(p) for p in points],
-            "depths": depths,
-            "camera": camera,
-            "heading": heading,
+            "points": [list(p) for p in view.points],
+            "depths": list(view.depths),
+            "camera": view.camera,
+            "heading": view.heading,
             "kind": kind,
         },
         source=source_of(record),

@@ -1,4 +1,4 @@
-"""Protocol strings that every task shares, kept to the letter; each task's questions are in its file."""
+"""Protocol strings that all tasks share, to the letter; each task's questions are in its file."""
 
 FORMAT_PROMPT = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the "

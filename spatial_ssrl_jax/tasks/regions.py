@@ -1,11 +1,41 @@
-"""Depth regions: normalised depth, and statistics of the window around every pixel at once."""
+"""Depth regions: normalised depth, and statistics of many windows at once.
 
+A region is a square window of the depth map. Its candidates' centres lie on an even grid whose
+offset is drawn, so that every pixel may be a centre while a large map costs little more than a
+small one.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-_CENTRE = 7
-_REFERENCE = 768
+from spatial_ssrl_jax.data.record import Record
+from spatial_ssrl_jax.tasks.example import Reject
+
+_REFERENCE = 768  # shorter side in pixels for which the method's pixel constants hold
+_CENTRES = 32_768  # about as many candidates a map, on the grid
+_SAMPLE = 65_536  # about as many pixels are looked at for the percentiles
+_LEAST_SAMPLE = 1024  # valid ones among them; else all pixels are looked at
+
+
+@dataclass(frozen=True)
+class WindowLimits:
+    """What a window must fulfil.
+
+    Attributes:
+      half: half its width in pixels: the window is [c - half, c + half] on both axes.
+      most_range: its valid depths differ by less than this, in normalised depth.
+      least_valid: least share of valid pixels.
+      centre: side in pixels of its centre that must be wholly valid, odd.
+      margin: pixels that its centre keeps from the picture's edge, at least.
+    """
+
+    half: int
+    most_range: float
+    least_valid: float
+    centre: int
+    margin: int
 
 
 @dataclass(frozen=True)
@@ -14,9 +44,9 @@ class Regions:
 
     Attributes:
       depth: [H, W] float32 normalised to [0, 1], NaN where invalid.
-      half: half the windows' width in pixels; a window is [c - half, c + half] on both axes.
-      x, y: [n] int32 centres.
-      low, high: [n] float32 least and largest normalised depth in each window.
+      half: half the windows' width in pixels.
+      x, y: [n] int64 centres in pixels.
+      low, high: [n] float64 least and largest normalised depth in each window.
     """
 
     depth: np.ndarray
@@ -26,98 +56,171 @@ class Regions:
     low: np.ndarray
     high: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def point(self, index: int) -> tuple[int, int]:
+        """Centre [x, y] of one window, in pixels."""
+        return int(self.x[index]), int(self.y[index])
+
     def mean(self, index: int) -> float:
         """Mean normalised depth of one window over its valid pixels."""
-        x, y, h = self.x[index], self.y[index], self.half
-        return float(np.nanmean(self.depth[y - h : y + h + 1, x - h : x + h + 1]))
+        (x, y), h = self.point(index), self.half
+        window = self.depth[y - h : y + h + 1, x - h : x + h + 1]
+        return float(np.nanmean(window, dtype=np.float64))
+
+    def apart(self, groups: np.ndarray, distance: float) -> np.ndarray:
+        """Which groups have disjoint windows and centres more than `distance` pixels apart.
+
+        Args:
+          groups: [m, k] indices of windows.
+
+        Returns:
+          [m] bool.
+        """
+        x, y = self.x[groups], self.y[groups]
+        fine = np.ones(len(groups), bool)
+        for i in range(groups.shape[1]):
+            for j in range(i):
+                dx, dy = np.abs(x[:, i] - x[:, j]), np.abs(y[:, i] - y[:, j])
+                fine &= np.maximum(dx, dy) > 2 * self.half
+                fine &= dx * dx + dy * dy > distance**2
+        return fine
 
 
-def scale(height: int, width: int) -> float:
-    """What the method's pixel constants are multiplied by: they hold for a shorter side of 768."""
-    return min(height, width) / _REFERENCE
+def scaled(pixels: float, floor: float, shape: tuple[int, int]) -> float:
+    """A pixel constant of the method for a picture of `shape` (H, W), not below `floor`."""
+    return max(floor, pixels * min(shape) / _REFERENCE)
 
 
-def normalise(depth: np.ndarray) -> np.ndarray | None:
-    """Depth mapped so that its 0.5 and 99.5 percentiles are 0 and 1, clipped.
+def normalised_depth(record: Record) -> np.ndarray:
+    """A record's depth mapped so that its 0.5 and 99.5 percentiles are 0 and 1, clipped.
 
-    Percentiles are taken of at most some 65,000 pixels on an even grid. None for a map without
-    valid pixels or without any difference in depth.
+    Percentiles are those of some 65,000 pixels on an even grid.
+
+    Returns:
+      [H, W] float32, NaN where invalid.
+
+    Raises:
+      Reject: there is no map, or it says nothing about the picture.
     """
-    step = max(1, int(np.sqrt(depth.size / 65_536)))
+    depth = record.depth
+    if depth is None:
+        raise Reject("no depth map")
+    if depth.shape != record.image.shape[:2]:
+        raise Reject("depth map of another size than the picture")
+    step = max(1, round(np.sqrt(depth.size / _SAMPLE)))
     sample = depth[::step, ::step]
-    sample = sample[~np.isnan(sample)]
-    if sample.size < 16:
-        sample = depth[~np.isnan(depth)]
+    sample = sample[np.isfinite(sample)]
+    if sample.size < _LEAST_SAMPLE:
+        sample = depth[np.isfinite(depth)]
     if sample.size == 0:
-        return None
-    low, high = np.percentile(sample, (0.5, 99.5))
+        raise Reject("depth map without valid pixels")
+    low, high = np.percentile(sample.astype(np.float64), (0.5, 99.5))
     if not high > low:
-        return None
-    return np.clip((depth - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
+        raise Reject("constant depth map")
+    unit = (depth - np.float32(low)) / np.float32(high - low)
+    np.clip(unit, 0.0, 1.0, out=unit)
+    infinite = np.isinf(depth)
+    if infinite.any():
+        unit[infinite] = np.nan
+    return unit
 
 
-def find_regions(
-    depth: np.ndarray, half: int, most_range: float, least_valid: float, margin: int
-) -> Regions:
-    """Every window with little depth in it that lies inside the picture.
+def find_regions(depth: np.ndarray, limits: WindowLimits, rng: np.random.Generator) -> Regions:
+    """All windows on a grid with a drawn offset that keep the limits.
 
     Args:
       depth: [H, W] float32 normalised depth, NaN where invalid.
-      half: half the window's width in pixels.
-      most_range: largest difference of depth inside a window.
-      least_valid: least share of valid pixels; the 7x7 centre is always wholly valid.
-      margin: pixels that a centre keeps from the picture's edge, at least `half`.
+      limits: what a window must fulfil.
+      rng: draws the grid's offset.
     """
-    width = 2 * half + 1
-    edge = max(margin, half)
-    if min(depth.shape) <= 2 * edge:
-        empty = np.zeros(0, np.int32)
-        return Regions(depth, half, empty, empty, empty.astype(np.float32), empty.astype(np.float32))
+    stride = max(1, round(np.sqrt(depth.size / _CENTRES)))
+    edge = max(limits.margin, limits.half)
+    y, x = (_centres(size, edge, stride, rng) for size in depth.shape)
+    low, high, fits = _statistics(depth, limits, y, x)
+    fits &= high - low < limits.most_range
+    row, col = np.nonzero(fits)
+    return Regions(depth, limits.half, x[col], y[row], low[fits], high[fits])
+
+
+def _centres(size: int, edge: int, stride: int, rng: np.random.Generator) -> np.ndarray:
+    """Every `stride`-th coordinate of one axis, at least `edge` from both ends."""
+    span = max(size - 2 * edge, 0)
+    offset = int(rng.integers(max(1, min(stride, span))))
+    return np.arange(edge + offset, edge + span, stride)
+
+
+def _statistics(
+    depth: np.ndarray, limits: WindowLimits, y: np.ndarray, x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Least and largest depth [rows, cols] float64 of each window, and whether it is valid enough.
+
+    Without a valid pixel they are +inf and -inf, and the window counts as not valid enough.
+    """
+    half = limits.half
+    shape = (len(y), len(x))
+    if 0 in shape:
+        return np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
     invalid = np.isnan(depth)
     holes = bool(invalid.any())
-    low = _slide(np.where(invalid, np.float32(np.inf), depth) if holes else depth, width, np.minimum)
-    high = _slide(np.where(invalid, np.float32(-np.inf), depth) if holes else depth, width, np.maximum)
-    fits = high - low <= most_range
+    shallow = np.where(invalid, np.float32(np.inf), depth) if holes else depth
+    deep = np.where(invalid, np.float32(-np.inf), depth) if holes else depth
+    low = _over_windows(shallow, half, y, x, _slide(np.minimum)).astype(np.float64)
+    high = _over_windows(deep, half, y, x, _slide(np.maximum)).astype(np.float64)
+    fits = np.ones(shape, bool)
     if holes:
-        missing = _count(invalid, width)
-        fits &= missing <= (1 - least_valid) * width**2
-        inner = min(_CENTRE, width)
-        cut = (width - inner) // 2
-        centre = _count(invalid, inner)
-        fits &= centre[cut : cut + fits.shape[0], cut : cut + fits.shape[1]] == 0
-    keep = edge - half
-    inside = fits[keep : fits.shape[0] - keep, keep : fits.shape[1] - keep]
-    y, x = np.nonzero(inside)
-    low, high = low[y + keep, x + keep], high[y + keep, x + keep]
-    return Regions(depth, half, (x + edge).astype(np.int32), (y + edge).astype(np.int32), low, high)
+        missing = _over_windows(invalid.astype(np.int32), half, y, x, _slide_sum)
+        fits &= missing <= (1 - limits.least_valid) * (2 * half + 1) ** 2
+        fits &= np.isfinite(low)
+        inner = min(limits.centre // 2, half)
+        fits &= ~_over_windows(invalid, inner, y, x, _slide(np.logical_or))
+    return low, high, fits
 
 
-def _slide(values: np.ndarray, width: int, combine) -> np.ndarray:
-    """`combine` over every width x width window, by doubling; [H - width + 1, W - width + 1]."""
-    for axis in (0, 1):
+Reduce = Callable[[np.ndarray, int, int], np.ndarray]
+
+
+def _over_windows(
+    values: np.ndarray, half: int, y: np.ndarray, x: np.ndarray, reduce: Reduce
+) -> np.ndarray:
+    """`reduce` over the windows around the centres: [len(y), len(x)], one axis after the other."""
+    width = 2 * half + 1
+    rows = reduce(values[y[0] - half : y[-1] + half + 1], width, 0)[y - y[0]]
+    return reduce(rows[:, x[0] - half : x[-1] + half + 1], width, 1)[:, x - x[0]]
+
+
+def _slide(combine: np.ufunc) -> Reduce:
+    """For a `combine` under which a value may count twice: by doubling, with overlap at the end."""
+
+    def reduce(values: np.ndarray, width: int, axis: int) -> np.ndarray:
         reach = 1
         while reach < width:
             step = min(reach, width - reach)
-            ahead = [slice(None)] * 2
-            behind = [slice(None)] * 2
-            ahead[axis], behind[axis] = slice(step, None), slice(None, -step)
-            values = combine(values[tuple(behind)], values[tuple(ahead)])
+            size = values.shape[axis] - step
+            values = combine(_take(values, 0, size, axis), _take(values, step, size, axis))
             reach += step
-    return values
+        return values
+
+    return reduce
 
 
-def _count(mask: np.ndarray, width: int) -> np.ndarray:
-    """True pixels in every width x width window."""
-    total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)
-    total[1:, 1:] = mask.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
-    return total[width:, width:] - total[:-width, width:] - total[width:, :-width] + total[:-width, :-width]
+def _slide_sum(values: np.ndarray, width: int, axis: int) -> np.ndarray:
+    """Sums of `width` neighbours, put together from sums over powers of two."""
+    size = values.shape[axis] - width + 1
+    total, start, reach = 0, 0, 1
+    while True:
+        if width & reach:
+            total = total + _take(values, start, size, axis)
+            start += reach
+        if start == width:
+            return total
+        length = values.shape[axis] - reach
+        values = _take(values, 0, length, axis) + _take(values, reach, length, axis)
+        reach *= 2
 
 
-def apart(x: np.ndarray, y: np.ndarray, distance: float, half: int) -> np.ndarray:
-    """Which rows of points [n, k] have disjoint windows and centres further apart than `distance`."""
-    fine = np.ones(len(x), bool)
-    for i in range(x.shape[1]):
-        for j in range(i):
-            dx, dy = np.abs(x[:, i] - x[:, j]), np.abs(y[:, i] - y[:, j])
-            fine &= (np.maximum(dx, dy) > 2 * half) & (dx * dx + dy * dy > distance**2)
-    return fine
+def _take(values: np.ndarray, start: int, size: int, axis: int) -> np.ndarray:
+    """A view of `size` entries from `start` on, along one axis of two."""
+    piece = slice(start, start + size)
+    return values[piece] if axis == 0 else values[:, piece]

@@ -1,14 +1,15 @@
 """Shuffled patch reordering: which patch belongs where."""
 
 from dataclasses import dataclass, field
-from itertools import combinations
 
 import numpy as np
 
 from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.tasks.drawing import draw_labels
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
-from spatial_ssrl_jax.tasks.patches import choose, cut, difference, join, thumbnail
+from spatial_ssrl_jax.tasks.frame import trim
+from spatial_ssrl_jax.tasks.patches import cut, distinct, join, thumbnails
+from spatial_ssrl_jax.tasks.shares import choose
 
 _GRID = (
     "The image has been divided into 4 shuffled patches labeled 0, 1, 2, and 3.{masked} Based on "
@@ -41,39 +42,41 @@ _SHARES = {
 
 @dataclass(frozen=True)
 class ShuffleSettings:
-    """Attributes:
-    weight: share in the training mixture.
-    kinds: share of each grid; the paper's counts.
-    least_difference: patches must differ by more than this, in grey levels.
+    """Settings of the shuffle task.
+
+    Attributes:
+      weight: share in the training mixture.
+      kinds: share of each grid, named rows x columns; the paper's counts.
+      least_difference: patches must differ by more than this, in grey levels (see `patches`).
+      least_side: least side of a patch in pixels.
+      trim_frame: leave off a white or black frame around the picture, which tells patches' places.
     """
 
     weight: float = 16028.0
     kinds: dict[str, float] = field(default_factory=lambda: dict(_SHARES))
     least_difference: float = 4.0
+    least_side: int = 24
+    trim_frame: bool = True
 
 
 def make(record: Record, rng: np.random.Generator, settings: ShuffleSettings) -> Example:
     """Cuts the picture, draws its patches in another order, asks for the original one."""
     kind = choose(rng, settings.kinds)
     rows, cols = (int(n) for n in kind.removesuffix("_masked").split("x"))
-    patches = cut(record.image, rows, cols)
-    if min(patches[0].shape[:2]) < 16:
-        raise Reject("patches under 16 pixels")
-    masked = int(rng.integers(len(patches))) if kind.endswith("_masked") else None
-    _check_distinct(patches, masked, settings.least_difference)
-    permutation = np.arange(len(patches))
-    while (permutation == np.arange(len(patches))).all():
-        permutation = rng.permutation(len(patches))
-    drawn = [patches[i] for i in permutation]
-    place = None
+    picture, trimmed = trim(record.image) if settings.trim_frame else (record.image, {})
+    patches = cut(picture, rows, cols)
+    if min(patches[0].shape[:2]) < settings.least_side:
+        raise Reject("picture too small for the patches")
+    masked = _mask(patches, kind.endswith("_masked"), settings.least_difference, rng)
     if masked is not None:
-        place = int(np.flatnonzero(permutation == masked)[0])
-        drawn[place] = np.full_like(drawn[place], 255)
+        patches[masked] = np.full_like(patches[masked], 255)
+    permutation = _permutation(len(patches), rng)
+    drawn = join([patches[i] for i in permutation], rows, cols)
     labels = np.argsort(permutation)
     return Example(
         task="shuffle",
         kind=kind,
-        images=(draw_labels(join(drawn, rows, cols), rows, cols),),
+        images=(draw_labels(drawn, rows, cols),),
         question=question(rows, cols, masked is not None),
         answer="-".join(map(str, labels)),
         reason="The order is " + ", ".join(map(str, labels)) + ".",
@@ -81,7 +84,8 @@ def make(record: Record, rng: np.random.Generator, settings: ShuffleSettings) ->
             "rows": rows,
             "cols": cols,
             "permutation": permutation.tolist(),
-            "masked": place,
+            "masked": None if masked is None else int(labels[masked]),
+            **trimmed,
         },
         source=source_of(record),
     )
@@ -99,10 +103,40 @@ def question(rows: int, cols: int, masked: bool) -> str:
     )
 
 
-def _check_distinct(patches: list[np.ndarray], masked: int | None, least: float) -> None:
-    small = [thumbnail(p) for i, p in enumerate(patches) if i != masked]
-    if any(difference(a, b) <= least for a, b in combinations(small, 2)):
+def _permutation(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Uniform over all permutations but the identity, which would be no puzzle."""
+    identity = np.arange(count)
+    while True:
+        permutation = rng.permutation(count)
+        if (permutation != identity).any():
+            return permutation
+
+
+def _mask(
+    patches: list[np.ndarray], masked: bool, least: float, rng: np.random.Generator
+) -> int | None:
+    """The original patch to paint white, or None for a plain kind.
+
+    Uniform over those after whose masking all patches look different: what the mask hides may look
+    like another patch, but no other patch may look white.
+
+    Raises:
+      Reject: two patches look alike, whichever is masked.
+    """
+    small = thumbnails(patches)
+    if not masked:
+        if not distinct(small, least):
+            raise Reject("two patches look alike")
+        return None
+    able = []
+    for index in range(len(small)):
+        painted = small.copy()
+        painted[index] = 255
+        if distinct(painted, least):
+            able.append(index)
+    if not able:
         raise Reject("two patches look alike")
+    return int(rng.choice(able))
 
 
 TASK = Task("shuffle", False, ShuffleSettings, make)

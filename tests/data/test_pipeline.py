@@ -1,0 +1,208 @@
+"""The pipeline: one stream whatever the threads and processes, disjoint records, skips by name."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.config import Config
+from spatial_ssrl_jax.data.pipeline import Batch, Collate, batches, item_dataset, split_records
+from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.data.record import Record
+from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.data.sources.scenes import SceneSource
+from spatial_ssrl_jax.errors import BadPicture, UserError
+from spatial_ssrl_jax.run.models import open_model
+
+SCENES = open_source("scenes:40")
+COLLATE = Collate((256,), (8,))
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    model = open_model("tiny")
+    return Processor(model.files, model.config, min_pixels=28 * 28, max_pixels=112 * 112)
+
+
+def weights(**given: float) -> dict:
+    tasks = Config("test").tasks
+    return {k: dataclasses.replace(s, weight=given.get(k, 0.0)) for k, s in tasks.items()}
+
+
+def take(iterator, count: int) -> list[Batch]:
+    return [next(iterator) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def stream(processor: Processor):
+    """Batches of 4 in blocks of 2 over flip and shuffle; keywords change how they are made."""
+    items = item_dataset(SCENES, range(40), weights(flip=1.0, shuffle=2.0), processor, seed=5)
+
+    def make(**changed):
+        how = {"start": 0, "threads": 1, "process": 0, "processes": 1} | changed
+        return batches(items, 4, 2, COLLATE, **how)
+
+    return make
+
+
+def words(batch: Batch) -> list[tuple]:
+    return [(item.example.source["record"], item.example.question) for item in batch.items]
+
+
+def assert_same(a: Batch, b: Batch) -> None:
+    assert words(a) == words(b)
+    assert np.array_equal(a.index, b.index)
+    assert np.array_equal(a.prompts.ids, b.prompts.ids)
+    assert np.array_equal(a.prompts.vision.patches, b.prompts.vision.patches)
+
+
+def test_threads_do_not_change_the_stream(stream):
+    for a, b in zip(take(stream(threads=1), 3), take(stream(threads=4), 3), strict=True):
+        assert_same(a, b)
+
+
+def test_the_stream_goes_on_changing(stream):
+    found = [word for batch in take(stream(), 5) for word in words(batch)]
+    assert len(set(found)) > 15
+
+
+def test_processes_share_every_batch_and_every_block(stream):
+    whole = take(stream(), 3)
+    parts = [take(stream(process=p, processes=2), 3) for p in range(2)]
+    for step, batch in enumerate(whole):
+        rows = {}
+        for part in parts:
+            place = part[step].index
+            assert len(place) == 2 and sorted(place // 2) == [0, 1]  # one row of each block
+            ids = part[step].prompts.ids
+            for row, word in enumerate(words(part[step])):
+                rows[int(place[row])] = word, ids[row]
+        assert sorted(rows) == [0, 1, 2, 3] == batch.index.tolist()
+        for place, (word, ids) in rows.items():
+            assert word == words(batch)[place]
+            assert np.array_equal(ids, batch.prompts.ids[place])
+
+
+def test_a_start_at_k_equals_skipping_k(stream):
+    skipped = take(stream(), 5)[3:]
+    for a, b in zip(take(stream(start=3, threads=2), 2), skipped, strict=True):
+        assert_same(a, b)
+
+
+def test_a_seed_of_its_own_gives_a_stream_of_its_own(processor: Processor):
+    first, second = (
+        item_dataset(SCENES, range(40), weights(flip=1.0), processor, seed=seed)[0].example
+        for seed in (1, 2)
+    )
+    assert (first.source, first.question) != (second.source, second.question)
+
+
+def test_tasks_come_in_the_shares_of_their_weights(processor: Processor):
+    items = item_dataset(SCENES, range(40), weights(flip=1.0, shuffle=3.0), processor, seed=0)
+    names = [items[i].example.task for i in range(40)]
+    assert names.count("shuffle") == 30 and names.count("flip") == 10
+
+
+def test_the_number_of_processes_divides_a_block(stream):
+    with pytest.raises(UserError, match="2 prompts does not divide over 4 processes"):
+        stream(processes=4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.99])
+def test_held_out_and_training_records_are_disjoint_and_all(share: float):
+    split = split_records(SCENES, share)
+    assert not set(split.train) & set(split.heldout)
+    assert sorted(split.train + split.heldout) == list(range(40))
+    assert len(split.heldout) == (0 if share == 0 else min(round(40 * share), 39))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 1.0])
+def test_two_records_leave_one_on_each_side(share: float):
+    split = split_records(open_source("scenes:2"), share)
+    assert (len(split.train), len(split.heldout)) == (1, 1)
+
+
+def test_one_record_is_trained_on():
+    assert split_records(open_source("scenes:1"), 0.5).train == (0,)
+
+
+def test_only_the_pool_is_drawn_from(processor: Processor):
+    split = split_records(SCENES, 0.5)
+    items = item_dataset(SCENES, split.train, weights(flip=1.0), processor, seed=0)
+    seen = {items[i].example.source["record"] for i in range(60)}
+    assert seen == {SCENES.name(i) for i in split.train}
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """Scenes of which some cannot be read."""
+
+    scenes: SceneSource
+    bad: tuple[int, ...]
+    spec: str = "folder:damaged"
+    has_depth: bool = False
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def name(self, index: int) -> str:
+        return self.scenes.name(index)
+
+    def __getitem__(self, index: int) -> Record:
+        if index in self.bad:
+            raise BadPicture(f"{self.name(index)} is cut short.")
+        return self.scenes[index]
+
+
+def test_a_bad_picture_is_replaced_inside_its_index_and_named(processor: Processor):
+    few = open_source("scenes:6")
+    whole, damaged = (
+        item_dataset(source, range(6), weights(flip=1.0), processor, seed=0)
+        for source in (few, Damaged(few, bad=(1, 4)))
+    )
+    struck = 0
+    for index in range(12):
+        before, item = whole[index].example.source["record"], damaged[index]
+        assert item.example.source["record"] not in ("scene-000001", "scene-000004")
+        if before in ("scene-000001", "scene-000004"):
+            struck += 1
+            first = item.skipped[0]
+            assert (first.name, first.bad) == (before, True)
+            assert first.reason == f"{before} is cut short."
+        else:
+            assert item.skipped == () and item.example.source["record"] == before
+            assert np.array_equal(item.prompt.ids, whole[index].prompt.ids)
+    assert struck == 4  # two epochs over six records, two of them bad
+    again = item_dataset(Damaged(few, bad=(1, 4)), range(6), weights(flip=1.0), processor, seed=0)
+    assert [again[i].skipped for i in range(12)] == [damaged[i].skipped for i in range(12)]
+
+
+def test_nothing_but_bad_pictures_is_an_error_with_the_reason(processor: Processor):
+    source = Damaged(open_source("scenes:2"), bad=(0, 1))
+    items = item_dataset(source, range(2), weights(flip=1.0), processor, seed=0)
+    with pytest.raises(UserError, match=r"folder:damaged gave no valid flip example.*is cut short"):
+        items[0]
+
+
+@pytest.mark.parametrize("task", ["depth", "position"])
+def test_a_depth_task_without_depth_names_both(processor: Processor, task: str):
+    source = Damaged(SCENES, bad=())
+    with pytest.raises(UserError, match=f"{task} needs depth and folder:damaged has none") as error:
+        item_dataset(source, range(4), weights(**{task: 1.0}), processor, seed=0)
+    assert f"--config.tasks.{task}.weight=0" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("collate", "setting"),
+    [
+        (Collate((16, 32), (8,)), "data.prompt_buckets=(16, 32)"),
+        (Collate((256,), (0,)), "data.window_buckets=(0,)"),
+    ],
+)
+def test_a_bucket_too_small_names_its_setting(processor: Processor, collate: Collate, setting: str):
+    items = item_dataset(SCENES, range(4), weights(flip=1.0), processor, seed=0)
+    stream = batches(items, 2, 2, collate, start=0, threads=2, process=0, processes=1)
+    with pytest.raises(UserError) as error:
+        next(stream)
+    assert setting in str(error.value)

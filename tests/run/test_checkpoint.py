@@ -1,0 +1,106 @@
+"""Checkpoints: restored bit for bit, the right ones kept, unfinished ones passed over."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.learn.update import TrainState, new_state
+from spatial_ssrl_jax.run.checkpoint import Checkpoints, load_params, save_params
+
+
+def state(seed: int) -> TrainState:
+    """A state whose every leaf, optimizer moments and counters too, is drawn from `seed`."""
+    params = {"a": {"kernel": jnp.zeros((3, 4))}, "b": jnp.zeros(5, jnp.bfloat16)}
+    empty = new_state(optax.adamw(1e-3), params)
+    rng = np.random.default_rng(seed)
+
+    def draw(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.asarray(rng.integers(0, 99, x.shape), x.dtype)
+        return jnp.asarray(rng.normal(size=x.shape), x.dtype)
+
+    return jax.tree.map(draw, empty)
+
+
+def assert_same(ours, theirs) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def save(folder: Path, steps: list[int], **options) -> None:
+    checkpoints = Checkpoints(str(folder), **options)
+    for step in steps:
+        checkpoints.save(step, state(step), {"step": step})
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def test_a_state_comes_back_bit_for_bit_in_another_manager(tmp_path: Path):
+    checkpoints = Checkpoints(str(tmp_path / "c"), keep=2)
+    assert checkpoints.latest() is None
+    meta = {"config": {"tasks": {"flip": {"weight": 1.5}}}, "stage": "grpo", "list": [1, None]}
+    checkpoints.save(7, state(1), meta)
+    checkpoints.wait()
+    checkpoints.close()
+
+    again = Checkpoints(str(tmp_path / "c"), keep=2)
+    assert again.latest() == 7
+    restored, found = again.restore(7, state(2))
+    assert_same(restored, state(1))
+    assert found == meta and again.read_meta(7) == meta
+    assert_same(again.restore_params(7, state(2).params), state(1).params)
+    again.close()
+
+
+def test_the_newest_and_the_ones_kept_always_stay(tmp_path: Path):
+    save(tmp_path, [1, 2, 3, 4, 5], keep=2, always=[2])
+    assert kept(tmp_path) == [2, 4, 5]
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path):
+    save(tmp_path, [3], keep=2)
+    # What a kill leaves: Orbax writes under a temporary name and renames when all is there.
+    shutil.copytree(tmp_path / "3", tmp_path / "6.orbax-checkpoint-tmp")
+    shutil.rmtree(tmp_path / "6.orbax-checkpoint-tmp" / "training")
+    again = Checkpoints(str(tmp_path), keep=2)
+    assert again.latest() == 3
+    assert_same(again.restore(3, state(0))[0], state(3))
+    again.save(6, state(6), {})
+    again.wait()
+    assert again.latest() == 6
+    again.close()
+
+
+def test_weights_alone_come_back_bit_for_bit(tmp_path: Path):
+    save_params(tmp_path / "params", state(4).params)
+    assert_same(load_params(tmp_path / "params", state(0).params), state(4).params)
+
+
+@pytest.mark.parametrize(
+    "like",
+    [
+        {"a": {"kernel": jnp.zeros((4, 4))}, "b": jnp.zeros(5, jnp.bfloat16)},
+        {"a": {"kernel": jnp.zeros((3, 4))}, "c": jnp.zeros(5, jnp.bfloat16)},
+    ],
+    ids=["shape", "name"],
+)
+def test_weights_of_another_model_are_an_error_that_names_the_folder(tmp_path: Path, like):
+    save_params(tmp_path / "params", state(4).params)
+    with pytest.raises(UserError, match="params is not a checkpoint of this model"):
+        load_params(tmp_path / "params", like)
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="nowhere is not a checkpoint"):
+        load_params(tmp_path / "nowhere", state(0).params)

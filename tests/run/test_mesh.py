@@ -1,0 +1,85 @@
+"""The mesh: sizes that do not fit and axes that do not divide are named."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from spatial_ssrl_jax.config import MeshSettings
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.run.mesh import Layout, fetch, make_mesh
+
+
+@pytest.fixture
+def eight(monkeypatch: pytest.MonkeyPatch):
+    """Eight devices that are only counted; a mesh over them is its sizes."""
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    monkeypatch.setattr(
+        jax, "make_mesh", lambda sizes, axes, **_: dict(zip(axes, sizes, strict=True))
+    )
+
+
+def on(**shape: int) -> Layout:
+    """A layout over a mesh of these sizes, without devices: shapes can be checked, not placed."""
+    return Layout(SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1} | shape))
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ((1, -1, 1), (1, 8, 1)),
+        ((-1, 2, 2), (2, 2, 2)),
+        ((1, 1, -1), (1, 1, 8)),
+        ((2, 4, 1), (2, 4, 1)),
+    ],
+)
+def test_one_axis_takes_what_is_left(eight, given: tuple, sizes: tuple):
+    assert tuple(make_mesh(MeshSettings(*given)).values()) == sizes
+
+
+@pytest.mark.parametrize(
+    "given", [(3, -1, 1), (1, 4, 1), (16, 1, 1), (-1, -1, 1), (0, -1, 1), (-2, -1, 1), (16, -1, 1)]
+)
+def test_sizes_that_do_not_fit_are_named(eight, given: tuple):
+    with pytest.raises(UserError, match=r"mesh data=-?\d+ x fsdp=.*8 devices.*config\.mesh"):
+        make_mesh(MeshSettings(*given))
+
+
+@pytest.mark.parametrize(
+    ("shape", "named"),
+    [
+        ({"fsdp": 5}, r"its axis embed of \d+ does not divide by mesh.fsdp=5"),
+        ({"tensor": 3}, r"its axis \w+ of \d+ does not divide by mesh.tensor=3"),
+    ],
+)
+def test_an_axis_that_does_not_divide_is_named(toy, shape: dict, named: str):
+    with pytest.raises(UserError, match=named):
+        on(**shape).params(toy.config)
+
+
+def test_more_parts_than_key_heads_keep_them_whole(toy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("spatial_ssrl_jax.run.mesh.NamedSharding", lambda mesh, spec: spec)
+    layout = on(tensor=4)
+    assert layout._weight("k", ("embed", "kv_heads", None), (48, 2, 12)) == PartitionSpec(
+        None, None, None
+    )
+    assert layout._weight("q", ("embed", "heads", None), (48, 4, 12)) == PartitionSpec(
+        None, "tensor", None
+    )
+    with pytest.raises(UserError, match="kv_heads of 6"):
+        layout._weight("k", ("embed", "kv_heads", None), (48, 6, 12))
+
+
+def test_the_batch_is_cut_over_data_and_fsdp():
+    assert on(data=2, fsdp=4, tensor=2).batch_shards == 8
+
+
+def test_a_batch_comes_back_as_it_was_put():
+    layout = Layout(make_mesh(MeshSettings()))
+    tree = {"ids": np.arange(6, dtype=np.int32).reshape(2, 3), "scale": np.float32(0.5)}
+    put = layout.put_batch(tree)
+    assert isinstance(put["ids"], jax.Array) and put["ids"].dtype == np.int32
+    back = fetch(put)
+    assert np.array_equal(back["ids"], tree["ids"]) and back["scale"] == tree["scale"]

@@ -1,0 +1,71 @@
+"""What a person sees: plain lines into a file, a bar on a terminal, and the table at the end."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from spatial_ssrl_jax.run.progress import Progress
+
+
+def recording(terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=100)
+
+
+def shown(console: Console) -> str:
+    return console.file.getvalue()
+
+
+def test_plain_lines_are_few_and_the_last_step_is_among_them(monkeypatch: pytest.MonkeyPatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    console = recording(terminal=False)
+    with Progress(console) as progress:
+        progress.start("sft", total=30)
+        for number in range(1, 31):
+            now[0] += 1.0
+            progress.step(number, {"loss/sft": 0.5, "perf/tokens_per_second": 12345.6})
+    lines = shown(console).splitlines()
+    assert [line.split()[1] for line in lines] == ["1/30", "12/30", "23/30", "30/30"]
+    assert lines[0] == "sft 1/30  loss 0.5000  tokens/s 12,346"
+
+
+def test_a_figure_that_is_absent_is_not_shown():
+    console = recording(terminal=False)
+    with Progress(console) as progress:
+        progress.start("grpo", total=1)
+        progress.step(1, {"reward/overall_mean": 0.25, "response/length_mean": 11.6})
+    assert shown(console) == "grpo 1/1  reward 0.250  length 12\n"
+
+
+def test_a_terminal_gets_a_live_bar():
+    console = recording(terminal=True)
+    with Progress(console) as progress:
+        progress.start("grpo", total=8, done=2)
+        progress.step(5, {"reward/overall_mean": 0.25})
+    assert "5/8" in shown(console) and "reward 0.250" in shown(console)
+
+
+def test_text_in_brackets_is_said_as_it_is():
+    console = recording(terminal=False)
+    Progress(console).say("skipped [bold]x.png[/bold] " + "y" * 200)
+    assert shown(console) == "skipped [bold]x.png[/bold] " + "y" * 200 + "\n"
+
+
+def test_the_table_has_a_row_a_task_and_a_column_a_stage():
+    def row(greedy: float) -> dict[str, float]:
+        return {"accuracy_greedy": greedy, "accuracy_sampled": 0.5, "format": 1.0}
+
+    heldout = {
+        "grpo": {"flip": row(0.75), "depth": row(0.3), "mean": row(0.75)},
+        "untrained": {"flip": row(0.125), "mean": row(0.125)},
+    }
+    console = recording(terminal=False)
+    Progress(console).table(heldout, trained=["flip"])
+    text = shown(console)
+    header = next(line for line in text.splitlines() if "task" in line)
+    assert header.index("untrained") < header.index("grpo") and "sft" not in header
+    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 2}
+    assert set(lines) == {"flip *", "depth", "mean of trained"}
+    assert "0.125 / 0.500 / 1.000" in lines["flip *"] and "0.750 / 0.500" in lines["flip *"]
+    assert lines["depth"].split("│")[2].strip() == "-"

@@ -1,0 +1,146 @@
+"""Depth: answers recomputed from `truth`, constraints rechecked on the windows that it names."""
+
+from collections import Counter
+from itertools import combinations, permutations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from spatial_ssrl_jax.tasks import depth
+from spatial_ssrl_jax.tasks.example import Reject
+from spatial_ssrl_jax.tasks.regions import Regions
+from tests.tasks.synthetic import assert_even, record
+
+
+def make(rec, seed, **changes):
+    return depth.make(rec, np.random.default_rng(seed), depth.DepthSettings(**changes))
+
+
+def check(rec, example, least_valid=0.9):
+    """The paper's constraints and the answer, from the picture's own depth."""
+    points, half = example.truth["points"], example.truth["half"]
+    height, width = rec.depth.shape
+    valid = rec.depth[np.isfinite(rec.depth)].astype(float)
+    low, high = np.percentile(valid, (0.5, 99.5))
+    slack = 0.04 if rec.depth.size > 70_000 else 1e-5  # large maps' percentiles are sampled
+    near_far = []
+    for (x, y), said in zip(points, example.truth["depths"], strict=True):
+        assert half <= x < width - half and half <= y < height - half
+        window = rec.depth[y - half : y + half + 1, x - half : x + half + 1]
+        unit = np.clip((window.astype(float) - low) / (high - low), 0, 1)
+        assert np.isfinite(unit).mean() >= least_valid
+        unit = unit[np.isfinite(unit)]
+        assert unit.max() - unit.min() < 0.15 + slack
+        assert abs(unit.mean() - said) < slack
+        near_far.append((unit.min(), unit.max()))
+    order = sorted(range(3), key=lambda i: near_far[i])
+    assert example.answer == "-".join(str(i + 1) for i in order)
+    for near, far in zip(order, order[1:], strict=False):
+        assert near_far[far][0] - near_far[near][1] > 0.05 - slack
+    radius = max(8, round(19 * min(height, width) / 768))
+    for (x1, y1), (x2, y2) in combinations(points, 2):
+        assert np.hypot(x1 - x2, y1 - y2) > 2 * radius
+        assert max(abs(x1 - x2), abs(y1 - y2)) > 2 * half
+    for x, y in points:
+        assert radius <= x < width - radius and radius <= y < height - radius
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    height=st.integers(80, 260),
+    width=st.integers(80, 260),
+    holes=st.sampled_from((0.0, 0.1, 0.3)),
+    seed=st.integers(0, 2**20),
+)
+def test_constraints_and_answer(height, width, holes, seed):
+    rec = record(seed % 61, height, width, holes)
+    try:
+        example = make(rec, seed)
+    except Reject:
+        assume(False)
+    check(rec, example)
+
+
+@pytest.mark.parametrize("size", [(112, 112), (480, 640), (768, 1024)])
+def test_most_rooms_give_an_example_at_every_size(size):
+    made = 0
+    for seed in range(12):
+        rec = record(seed, *size, holes=0.02)
+        try:
+            check(rec, make(rec, seed))
+            made += 1
+        except Reject:
+            continue
+    assert made >= 10
+
+
+def test_only_the_markers_are_drawn():
+    rec = record(4, 240, 320)
+    example = make(rec, 0)
+    changed = (example.images[0] != rec.image).any(axis=2)
+    y, x = np.nonzero(changed)
+    distance = min_distance(x, y, example.truth["points"])
+    assert len(x) > 0 and distance.max() <= 8 * 1.5
+    for px, py in example.truth["points"]:
+        disc = example.images[0][py - 8 : py + 9, px - 8 : px + 9].astype(int)
+        assert (disc == 255).all(axis=2).mean() > 0.25  # white
+        assert (disc.max(axis=2) < 60).any()  # with black in it
+
+
+def min_distance(x, y, points):
+    return np.min([np.hypot(x - px, y - py) for px, py in points], axis=0)
+
+
+def test_orders_are_even():
+    rec, draws = record(6), 1200
+    assert_even(Counter(make(rec, seed).answer for seed in range(draws)), draws, 6, 0.25)
+
+
+def test_triples_are_drawn_evenly():
+    low = np.array([0.0, 0.1, 0.1, 0.2, 0.3, 0.45, 0.5, 0.9])
+    high = low + np.array([0.04, 0.05, 0.14, 0.02, 0.1, 0.1, 0.0, 0.05])
+    x = np.array([10, 40, 12, 70, 100, 130, 40, 70])
+    y = np.array([10, 10, 10, 10, 10, 10, 60, 60])
+    found = Regions(np.zeros((90, 150), np.float32), 3, x, y, low, high)
+    valid = set()
+    for a, b, c in permutations(range(8), 3):
+        clear = low[b] - high[a] > 0.05 and low[c] - high[b] > 0.05
+        pairs = combinations((a, b, c), 2)
+        if clear and all(np.hypot(x[i] - x[j], y[i] - y[j]) > 18 for i, j in pairs):
+            valid.add((a, b, c))
+    assert len(valid) > 10
+    draws = 200 * len(valid)
+    rng = np.random.default_rng(0)
+    counts = Counter(tuple(int(i) for i in depth._draw(found, rng, 0.05, 18)) for _ in range(draws))
+    assert set(counts) == valid
+    assert_even(counts, draws, len(valid), 0.35)
+
+
+def test_units_do_not_matter():
+    rec = record(5, 200, 150, holes=0.05)
+    other = record(5, 200, 150, depth=rec.depth * 1024)
+    assert make(rec, 3).truth == make(other, 3).truth
+
+
+def test_sparse_maps_need_a_lower_share():
+    rec = record(5, 240, 320)
+    sparse = rec.depth.copy()
+    sparse[np.random.default_rng(0).random(sparse.shape) > 0.06] = np.nan
+    rec = record(5, 240, 320, depth=sparse)
+    with pytest.raises(Reject, match="no three regions"):
+        make(rec, 0)
+    example = make(rec, 0, least_valid=0.02, centre=1)
+    check(rec, example, least_valid=0.02)
+
+
+def test_rejections():
+    two = np.full((112, 112), 2.0, np.float32)
+    two[:, 56:] = 4
+    with pytest.raises(Reject, match="no three regions"):
+        make(record(0, depth=two), 0)
+    with pytest.raises(Reject, match="no three regions"):
+        make(record(0, 12, 12), 0)
+    with pytest.raises(Reject, match="constant"):
+        make(record(0, depth=np.ones((112, 112), np.float32)), 0)

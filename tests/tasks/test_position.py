@@ -1,0 +1,200 @@
+"""Position: directions recomputed from `truth` by plain geometry; thresholds and options."""
+
+import re
+from collections import Counter
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from spatial_ssrl_jax.tasks import position
+from spatial_ssrl_jax.tasks.example import Reject
+from spatial_ssrl_jax.tasks.regions import Regions
+from tests.tasks.synthetic import assert_even, record
+
+# What a person standing in the picture has before and at the right hand: (x, z) in the image.
+AHEAD = {"away": (0, 1), "towards": (0, -1), "left": (-1, 0), "right": (1, 0)}
+RIGHT_HAND = {"away": (1, 0), "towards": (-1, 0), "left": (0, 1), "right": (0, -1)}
+WORDS = {
+    "left": "to the left of the image",
+    "right": "to the right of the image",
+    "towards": "to me",
+    "away": "to away from me",
+}
+SINGLE = {"Left", "Right", "Front", "Back"}
+COMBINED = {"Left-Front", "Left-Back", "Right-Front", "Right-Back"}
+
+
+def make(rec, seed, **changes):
+    return position.make(rec, np.random.default_rng(seed), position.PositionSettings(**changes))
+
+
+def expected_direction(truth, plane, clear=0.25):
+    here, there = truth["camera"] - 1, 2 - truth["camera"]
+    dx = truth["points"][there][0] - truth["points"][here][0]
+    dz = truth["depths"][there] - truth["depths"][here]
+    dx, dz = dx if abs(dx) > plane else 0, dz if abs(dz) > clear else 0
+    ahead, right = AHEAD[truth["heading"]], RIGHT_HAND[truth["heading"]]
+    side, front = dx * right[0] + dz * right[1], dx * ahead[0] + dz * ahead[1]
+    names = ["Right" if side > 0 else "Left"] if side else []
+    names += ["Front" if front > 0 else "Back"] if front else []
+    return "-".join(names)
+
+
+def check(rec, example, least_valid=0.9):
+    truth = example.truth
+    height, width = rec.depth.shape
+    factor = min(height, width) / 768
+    right = expected_direction(truth, 150 * factor)
+    options = dict(re.findall(r" ([A-D])\. ([A-Za-z-]+)", example.question))
+    combined = "-" in right
+    assert set(options) == set("ABCD")
+    assert set(options.values()) == (COMBINED if combined else SINGLE)
+    assert options[example.answer] == right
+    camera = truth["camera"]
+    asked = f"camera at position '{camera}' and it's facing {WORDS[truth['heading']]}. According "
+    assert asked in example.question and f"region marker '{3 - camera}'?" in example.question
+    (x1, y1), (x2, y2) = truth["points"]
+    near = truth["kind"] == "near"
+    assert ("ignore the height" in example.question) != near
+    assert combined == (truth["kind"] == "far_combined")
+    assert example.kind == truth["kind"]
+    if near:
+        assert abs(y1 - y2) < max(30 * factor, 4) and abs(x1 - x2) > 150 * factor
+        assert abs(truth["depths"][0] - truth["depths"][1]) <= 0.25
+    else:
+        assert abs(truth["depths"][0] - truth["depths"][1]) > 0.25
+        assert (abs(x1 - x2) > 150 * factor) == combined
+    check_regions(rec, truth, max(7, round(15 * factor)) // 2, least_valid)
+    assert example.reason == f"Seen from {camera} the region is {right}, option {example.answer}."
+
+
+def check_regions(rec, truth, half, least_valid):
+    height, width = rec.depth.shape
+    low, high = np.percentile(rec.depth[np.isfinite(rec.depth)].astype(float), (0.5, 99.5))
+    slack = 0.04 if rec.depth.size > 70_000 else 1e-5
+    radius = max(8, round(19 * min(height, width) / 768))
+    for (x, y), said in zip(truth["points"], truth["depths"], strict=True):
+        window = rec.depth[y - half : y + half + 1, x - half : x + half + 1]
+        assert window.shape == (2 * half + 1,) * 2
+        unit = np.clip((window.astype(float) - low) / (high - low), 0, 1)
+        assert np.isfinite(unit).mean() >= least_valid
+        assert np.nanmax(unit) - np.nanmin(unit) < 0.15 + slack
+        assert abs(np.nanmean(unit) - said) < slack
+        assert radius <= x < width - radius and radius <= y < height - radius
+    (x1, y1), (x2, y2) = truth["points"]
+    assert np.hypot(x1 - x2, y1 - y2) > 2 * radius
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    height=st.integers(80, 260),
+    width=st.integers(80, 260),
+    holes=st.sampled_from((0.0, 0.1, 0.3)),
+    kind=st.sampled_from(("near", "far_single", "far_combined")),
+    seed=st.integers(0, 2**20),
+)
+def test_constraints_and_answer(height, width, holes, kind, seed):
+    rec = record(seed % 61, height, width, holes)
+    try:
+        example = make(rec, seed, kinds={kind: 1.0})
+    except Reject:
+        assume(False)
+    check(rec, example)
+
+
+@pytest.mark.parametrize("size", [(112, 112), (480, 640), (768, 1024)])
+def test_most_rooms_give_every_kind_at_every_size(size):
+    kinds = Counter()
+    for seed in range(18):
+        rec = record(seed, *size, holes=0.02)
+        example = make(rec, seed)
+        check(rec, example)
+        kinds[example.kind] += 1
+    assert len(kinds) == 3
+
+
+@pytest.mark.parametrize("heading", WORDS)
+def test_hand_worked_directions(heading):
+    """2 stands 100 px to the right of 1 and 0.5 behind it; the camera is at 1."""
+    view = position.View(((50, 50), (150, 50)), (0.2, 0.7), 1, heading)
+    expected = {
+        "away": "Right-Front",
+        "towards": "Left-Back",
+        "left": "Right-Back",
+        "right": "Left-Front",
+    }
+    assert view.direction(plane=20, depth=0.25) == expected[heading]
+    beside = {"away": "Right", "towards": "Left", "left": "Back", "right": "Front"}
+    assert view.direction(plane=20, depth=0.6) == beside[heading]
+    behind = {"away": "Front", "towards": "Back", "left": "Right", "right": "Left"}
+    assert view.direction(plane=120, depth=0.25) == behind[heading]
+    assert view.direction(plane=120, depth=0.6) == ""
+
+
+def test_letters_headings_and_cameras_are_even():
+    rec, draws = record(6), 2000
+    examples = [make(rec, seed) for seed in range(draws)]
+    assert_even(Counter(e.answer for e in examples), draws, 4, 0.2)
+    assert_even(Counter(e.truth["heading"] for e in examples), draws, 4, 0.2)
+    assert_even(Counter(e.truth["camera"] for e in examples), draws, 2, 0.15)
+    assert_even(Counter(e.kind for e in examples), draws, 3, 0.2)
+
+
+def test_shares_of_headings_are_settings():
+    released = {"left": 0.3, "right": 0.3, "towards": 0.3, "away": 0.1}
+    rec, draws = record(6), 1000
+    got = Counter(make(rec, seed, headings=released).truth["heading"] for seed in range(draws))
+    for heading, share in released.items():
+        assert abs(got[heading] / draws - share) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["near", "far_single", "far_combined"])
+def test_pairs_are_drawn_evenly(kind):
+    low = np.array([0.0, 0.1, 0.1, 0.2, 0.35, 0.5, 0.9])
+    high = low + 0.05
+    x = np.array([20, 400, 30, 700, 100, 390, 60])
+    y = np.array([20, 30, 35, 200, 45, 400, 500])
+    found = Regions(np.zeros((768, 900), np.float32), 3, x, y, low, high)
+    valid = set()
+    for i, j in permutations(range(7), 2):
+        wide = abs(x[i] - x[j]) > 150
+        gap = max(low[i] - high[j], low[j] - high[i])
+        alike = max(high[i], high[j]) - min(low[i], low[j]) <= 0.25
+        kinds = {
+            "near": alike and wide and abs(y[i] - y[j]) < 30,
+            "far_single": gap > 0.25 and not wide,
+            "far_combined": gap > 0.25 and wide,
+        }
+        if kinds[kind] and np.hypot(x[i] - x[j], y[i] - y[j]) > 40:
+            valid.add((i, j))
+    assert len(valid) >= 2
+    draws, rng = 150 * len(valid), np.random.default_rng(0)
+    pairs = [
+        position._draw(found, rng, kind, position.PositionSettings(), 40) for _ in range(draws)
+    ]
+    counts = Counter((int(i), int(j)) for i, j in pairs)
+    assert set(counts) == valid
+    assert_even(counts, draws, len(valid), 0.35)
+
+
+def test_a_kind_without_a_pair_gives_way_to_another():
+    two = np.full((112, 112), 2.0, np.float32)
+    two[:, 56:] = 4  # far on the right: every pair at like depth stands in one half
+    kinds = {make(record(0, depth=two), seed).kind for seed in range(30)}
+    assert kinds <= {"near", "far_single", "far_combined"} and "far_combined" in kinds
+
+
+def test_rejections():
+    with pytest.raises(Reject, match="no pair"):
+        make(record(0, 12, 12), 0)
+    two = np.full((112, 20), 2.0, np.float32)
+    two[56:] = 4
+    narrow = record(0, depth=two, image=record(0).image[:, :20])  # no room for two side by side
+    with pytest.raises(Reject, match="no pair"):
+        make(narrow, 0, kinds={"far_combined": 1.0})
+    assert make(narrow, 0).kind == "far_single"
+    with pytest.raises(Reject, match="without valid"):
+        make(record(0, depth=np.full((112, 112), np.nan, np.float32)), 0)

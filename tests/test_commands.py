@@ -1,0 +1,288 @@
+"""The commands: what they leave and print, and one sentence with exit code 2 on bad input."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spatial_ssrl_jax import convert, generate, preview, train
+from spatial_ssrl_jax.errors import run_command
+from spatial_ssrl_jax.run import models
+from spatial_ssrl_jax.tasks import TASKS_BY_NAME
+from tests.conftest import random_params
+
+ROOT = Path(__file__).parents[1]
+TRUTH = {
+    "shuffle": {"rows", "cols", "permutation", "masked"},
+    "flip": {"patch", "direction"},
+    "crop": {"box", "options"},
+    "depth": {"points", "depths", "half"},
+    "position": {"points", "depths", "camera", "heading", "kind"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with weights drawn at random, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    tiny = models.open_model("tiny")
+    models.export(tiny, random_params(tiny.config, seed=1), folder, "bfloat16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+        image.resize((112, 84)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Runs a command as its `__main__` does; gives exit code, stdout and stderr."""
+
+    def call(main: Callable[[Sequence[str]], None], *argv) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
+        with pytest.raises(SystemExit) as exited:
+            run_command(main)
+        out, err = capsys.readouterr()
+        return exited.value.code, out, err
+
+    return call
+
+
+def assert_refused(result: tuple[int, str, str], *named: str) -> None:
+    """Exit code 2, and on stderr one sentence that holds each of the words."""
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith((".\n", "?\n")), err
+    assert all(str(word) in err for word in named), err
+
+
+# preview
+
+
+def test_preview_leaves_examples_with_their_pictures_and_truth(run, tmp_path: Path):
+    out = tmp_path / "p"
+    code, printed, _ = run(
+        preview.main, "--source=scenes:30:224x224", f"--out={out}", "--count=10", "--json"
+    )
+    assert code == 0
+    assert json.loads(printed)["tasks"] == dict.fromkeys(TRUTH, 2)
+    rows = [json.loads(line) for line in (out / "examples.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows) == 10
+    for row in rows:
+        assert list(row) == ["id", "task", "question", "answer", "images", "source", "truth"]
+        assert set(row["truth"]) == TRUTH[row["task"]]
+        assert set(row["source"]) == {"spec", "record", "image"}
+        assert row["source"]["spec"] == "scenes:30:224x224" and row["answer"]
+        for name in row["images"]:
+            with Image.open(out / name) as image:
+                assert image.format == "PNG" and image.mode == "RGB"
+                image.load()
+    written = {f"images/{path.name}" for path in (out / "images").iterdir()}
+    assert written == {name for row in rows for name in row["images"]}
+    page = (out / "index.html").read_text()
+    assert page.count("<article") == 10 and all(name in page for name in written)
+
+
+def test_preview_follows_its_seed(run, tmp_path: Path):
+    def lines(name: str, seed: int) -> str:
+        out = tmp_path / name
+        argv = [
+            "--source=scenes:9",
+            f"--out={out}",
+            "--count=4",
+            "--tasks=flip,shuffle",
+            f"--seed={seed}",
+        ]
+        assert run(preview.main, *argv)[0] == 0
+        return (out / "examples.jsonl").read_text()
+
+    assert lines("a", 1) == lines("b", 1) != lines("c", 2)
+
+
+@pytest.mark.parametrize("task", [name for name, task in TASKS_BY_NAME.items() if task.needs_depth])
+def test_preview_of_a_depth_task_without_depth_is_refused(
+    run, pictures: Path, tmp_path: Path, task: str
+):
+    source = f"folder:{pictures}"
+    result = run(preview.main, f"--source={source}", f"--out={tmp_path / 'p'}", f"--tasks={task}")
+    assert_refused(result, task, source, "depth")
+    assert not (tmp_path / "p").exists()
+
+
+def test_preview_names_what_it_does_not_know(run, tmp_path: Path):
+    out = f"--out={tmp_path / 'p'}"
+    assert_refused(run(preview.main, "--source=scene", out), "'scene'", "did you mean 'scenes'")
+    assert_refused(run(preview.main, "--source=folder:/nowhere", out), "folder:/nowhere")
+    assert_refused(run(preview.main, "--source=scenes", out, "--tasks=flop"), "unknown task flop")
+    assert_refused(run(preview.main, "--source=scenes", out, "--count=0"), "--count")
+
+
+def test_preview_overwrites_only_when_told_and_never_its_source(
+    run, pictures: Path, tmp_path: Path
+):
+    (tmp_path / "mine.txt").write_text("mine")
+    argv = ["--source=scenes:5", f"--out={tmp_path}", "--count=1", "--tasks=shuffle"]
+    assert_refused(run(preview.main, *argv), str(tmp_path), "--overwrite")
+    assert (tmp_path / "mine.txt").exists()
+    assert run(preview.main, *argv, "--overwrite")[0] == 0
+    assert not (tmp_path / "mine.txt").exists()
+    argv = [f"--source=folder:{pictures}", f"--out={pictures}", "--overwrite"]
+    assert_refused(run(preview.main, *argv), str(pictures), "holds what is read")
+    assert (pictures / "a.png").is_file()
+
+
+def test_preview_counts_an_unreadable_picture_and_goes_on(run, pictures: Path, tmp_path: Path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "bad.png").write_text("no picture")
+    argv = [f"--source=folder:{folder}", f"--out={tmp_path / 'p'}", "--count=2", "--tasks=shuffle"]
+    assert_refused(run(preview.main, *argv), "gave no example", "bad.png")
+    image = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(image).resize((224, 224)).save(folder / "good.png")
+    code, printed, _ = run(preview.main, *argv, "--count=6", "--json", "--overwrite")
+    report = json.loads(printed)
+    assert code == 0 and report["tasks"] == {"shuffle": 6}
+    assert any("bad.png" in reason for reason in report["rejected"])
+
+
+# convert
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_convert_there_and_back_is_bit_exact(run, model: Path, tmp_path: Path):
+    code, printed, _ = run(convert.main, "to-orbax", model, tmp_path / "orbax", "--json")
+    assert code == 0 and json.loads(printed)["dtype"] == "bfloat16"
+    code, printed, _ = run(convert.main, "to-hf", tmp_path / "orbax", tmp_path / "hf", "--json")
+    assert code == 0 and json.loads(printed)["dtype"] == "bfloat16"
+    assert weights_of(model) and weights_of(tmp_path / "hf") == weights_of(model)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()} == {
+        p.name: p.read_bytes() for p in model.iterdir()
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "orbax"]
+
+
+def test_convert_names_what_is_wrong(run, model: Path, tmp_path: Path):
+    assert_refused(run(convert.main, "to-orbax", "/nowhere/m", tmp_path / "x"), "/nowhere/m")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    assert_refused(run(convert.main, "to-orbax", model, tmp_path / "full"), "full", "--overwrite")
+    assert_refused(run(convert.main, "to-hf", model, model, "--overwrite"), "holds what is read")
+    assert weights_of(model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+# generate
+
+
+@pytest.fixture
+def ask(run, model: Path, pictures: Path) -> Callable:
+    def call(*argv: str) -> dict:
+        image = f"--image={pictures / 'a.png'}"
+        code, printed, _ = run(
+            generate.main,
+            f"--model={model}",
+            image,
+            "--question=Where?",
+            "--max-new-tokens=16",
+            "--json",
+            *argv,
+        )
+        assert code == 0
+        return json.loads(printed)
+
+    return call
+
+
+def test_generate_is_greedy_and_the_same_twice(ask, model: Path):
+    answer = ask()
+    assert list(answer) == ["prompt_ids", "samples"] and len(answer["samples"]) == 1
+    (sample,) = answer["samples"]
+    assert set(sample) == {"ids", "logprobs", "text", "finished"}
+    assert 1 <= len(sample["ids"]) == len(sample["logprobs"]) <= 16
+    assert all(p <= 0 for p in sample["logprobs"]) and isinstance(sample["finished"], bool)
+    image_token = models.open_model(str(model)).config.image_token_id
+    assert answer["prompt_ids"].count(image_token) == 12  # 112 x 84 pixels: 4 x 3 merged patches
+    assert ask() == answer
+    assert ask("--seed=9") == answer
+
+
+def test_generate_draws_samples_by_their_seed(ask):
+    argv = ["--samples=2", "--temperature=1", "--seed=3"]
+    first = ask(*argv)
+    assert len(first["samples"]) == 2
+    assert first["samples"][0]["ids"] != first["samples"][1]["ids"]
+    assert ask(*argv) == first
+    assert ask(*argv[:2], "--seed=4")["samples"] != first["samples"]
+
+
+def test_generate_takes_several_pictures_and_the_format_prompt(ask, pictures: Path):
+    alone = ask()["prompt_ids"]
+    two = ask(f"--image={pictures / 'b.png'}")["prompt_ids"]
+    assert len(two) == len(alone) + 14  # 12 places and the two marks around them
+    assert len(ask("--reasoning")["prompt_ids"]) > len(alone) + 20
+
+
+def test_generate_reads_an_orbax_folder_alike(ask, run, model: Path, tmp_path: Path):
+    assert run(convert.main, "to-orbax", model, tmp_path / "o")[0] == 0
+    assert ask(f"--model={tmp_path / 'o'}") == ask()
+
+
+def test_generate_names_what_is_wrong(run, model: Path, tmp_path: Path):
+    (tmp_path / "x.png").write_text("no picture")
+    question = "--question=Where?"
+    assert_refused(run(generate.main, "--model=/nowhere/m", question), "model folder /nowhere/m")
+    for name in ("x.png", "absent.png"):
+        image = tmp_path / name
+        assert_refused(
+            run(generate.main, f"--model={model}", f"--image={image}", question), str(image)
+        )
+    assert_refused(run(generate.main, f"--model={model}", question, "--samples=0"), "--samples")
+    assert_refused(run(generate.main, f"--model={model}", question, "--top-p=0"), "--top-p")
+    assert_refused(run(generate.main, "--model=tiny", question), "safetensors")
+
+
+# train
+
+
+def test_train_names_a_bad_config_before_anything_is_built(run, tmp_path: Path):
+    tiny = f"--config={ROOT / 'configs' / 'tiny.py'}"
+    workdir = f"--workdir={tmp_path / 'w'}"
+    assert_refused(run(train.main, "--config=/nowhere/c.py", workdir), "/nowhere/c.py")
+    result = run(train.main, tiny, workdir, "--config.grpo.stepps=3")
+    assert_refused(result, "config.grpo.stepps", "did you mean steps?")
+    assert_refused(run(train.main, tiny, workdir, "--config.grpo.steps=x"), "config.grpo.steps=x")
+    assert not (tmp_path / "w").exists()
+
+
+def test_train_leaves_a_folder_that_is_not_its_own_alone(run, tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("mine")
+    result = run(train.main, f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={tmp_path}")
+    assert_refused(result, str(tmp_path), "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# the whole way, as a process
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_process_says_one_sentence_and_a_traceback_only_with_debug(debug: bool):
+    command = [sys.executable, "-m", "spatial_ssrl_jax.train", "--config=/nowhere/c.py"]
+    done = subprocess.run(command + ["--debug"] * debug, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    *before, last = done.stderr.splitlines()
+    assert last.startswith("error: the config file /nowhere/c.py does not exist")
+    assert ("Traceback" in done.stderr) == debug == bool(before)
