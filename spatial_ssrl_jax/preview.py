@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.data.items import Supply, supplies, unusable
+from spatial_ssrl_jax.data.sources import AnySource, open_source
+from spatial_ssrl_jax.data.sources.mixture import parts_of
+from spatial_ssrl_jax.data.sources.parquet import write_questions
 from spatial_ssrl_jax.errors import BadPicture, UserError, run_command
 from spatial_ssrl_jax.run.models import claim_folder
-from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
-from spatial_ssrl_jax.tasks.example import Example, Reject, Task
+from spatial_ssrl_jax.tasks import TASKS_BY_NAME
+from spatial_ssrl_jax.tasks.example import Example, Reject
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -24,6 +27,7 @@ nav button[aria-pressed=true] { font-weight: 700; outline: 2px solid currentColo
 article { border-top: 1px solid var(--line); padding: 1rem 0; }
 img { height: 14rem; max-width: 100%; object-fit: contain; margin: .2rem; image-rendering: auto; }
 table { border-collapse: collapse; } td, th { padding: .1rem .8rem .1rem 0; text-align: left; }
+details { margin: .5rem 0; } summary { font-weight: 600; }
 pre { white-space: pre-wrap; font-size: .85rem; } .answer { font-weight: 700; }
 """
 _SCRIPT = """
@@ -46,6 +50,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--count", type=int, default=20, help="examples")
     parser.add_argument("--tasks", help="comma-separated; all that the source allows by default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--parquet",
+        action="store_true",
+        help="also write examples.parquet in the released data's form, for other trainers",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
@@ -54,57 +63,78 @@ def main(argv: Sequence[str]) -> None:
 
     source = open_source(args.source)
     tasks = _choose_tasks(args.tasks, source)
-    inputs = [Path(source.root)] if hasattr(source, "root") else []
+    inputs = [Path(p.source.root) for p in parts_of(source) if hasattr(p.source, "root")]
     claim_folder(args.out, args.overwrite, *inputs)
     (args.out / "images").mkdir(parents=True)
-    examples, rejected = _make(source, tasks, args.count, args.seed)
+    examples, tries, rejected = _make(tasks, args.count, args.seed)
     if not examples:
         reasons = "; ".join(f"{reason} ({n})" for reason, n in rejected.most_common(3))
-        raise UserError(f"{args.source} gave no example at all: {reasons}.")
+        raise UserError(
+            f"{args.source} gave no example at all ({reasons}): use other pictures or --tasks."
+        )
     rows = [_write(args.out, f"{i:05d}", example) for i, example in enumerate(examples)]
     lines = (json.dumps(row) + "\n" for row in rows)
     (args.out / "examples.jsonl").write_text("".join(lines))
-    (args.out / "index.html").write_text(_page(args.source, rows, examples, rejected))
+    (args.out / "index.html").write_text(_page(args.source, rows, examples, tries, rejected))
+    if args.parquet:
+        write_questions(args.out / "examples.parquet", [_released_form(args.out, r) for r in rows])
     counts = Counter(example.task for example in examples)
     if args.json:
-        print(json.dumps({"out": str(args.out), "tasks": counts, "rejected": rejected}))
+        report = {"out": str(args.out), "tasks": counts, "tries": tries, "rejected": rejected}
+        print(json.dumps(report))
     else:
         made = ", ".join(f"{n} {task}" for task, n in counts.items())
         print(f"{args.out / 'index.html'}: {made}; {sum(rejected.values())} tries rejected")
 
 
-def _choose_tasks(names: str | None, source) -> list[Task]:
-    if names is None:
-        return [task for task in TASKS if source.has_depth or not task.needs_depth]
-    tasks = []
-    for name in names.split(","):
+def _choose_tasks(names: str | None, source: AnySource) -> dict[str, list[Supply]]:
+    """What the source gives for each task that is asked for, or for each that it can serve."""
+    wanted = list(TASKS_BY_NAME) if names is None else names.split(",")
+    chosen = {}
+    for name in wanted:
         if name not in TASKS_BY_NAME:
             raise UserError(f"unknown task {name}: choose among {', '.join(TASKS_BY_NAME)}.")
         task = TASKS_BY_NAME[name]
-        if task.needs_depth and not source.has_depth:
-            raise UserError(
-                f"the task {name} needs depth and {source.spec} has none: use a source with depth."
-            )
-        tasks.append(task)
-    return tasks
+        found = supplies(source, range(len(source)), task, task.settings())
+        if found:
+            chosen[name] = found
+        elif names is not None:
+            raise UserError(unusable(source, task) + ": use another source.")
+    return chosen
 
 
-def _make(source, tasks: list[Task], count: int, seed: int) -> tuple[list[Example], Counter]:
-    """Examples of the tasks in turn over the records in turn, and the reasons of what gave none."""
-    examples, rejected = [], Counter()
+def _make(
+    tasks: dict[str, list[Supply]], count: int, seed: int
+) -> tuple[list[Example], Counter, Counter]:
+    """Examples of the tasks in turn over records drawn at random.
+
+    Returns:
+      The examples, the tries of each task, and how often each reason kept one from being made.
+    """
+    examples, tries, rejected = [], Counter(), Counter()
+    names = list(tasks)
     for number in range(50 * count):
         if len(examples) == count:
             break
-        task = tasks[len(examples) % len(tasks)]
+        name = names[len(examples) % len(names)]
         rng = np.random.default_rng((seed, number))
+        tries[name] += 1
+        supply = _choose(tasks[name], rng)
         try:
-            record = source[int(rng.integers(len(source)))]
-            examples.append(task.make(record, rng, task.settings()))
+            index = supply.indices[int(rng.integers(len(supply.indices)))]
+            examples.append(supply.maker(index, rng))
         except Reject as reason:
-            rejected[f"{task.name}: {reason}"] += 1
+            rejected[f"{name}: {reason}"] += 1
         except BadPicture as reason:
             rejected[str(reason)] += 1
-    return examples, rejected
+    return examples, tries, rejected
+
+
+def _choose(found: list[Supply], rng: np.random.Generator) -> Supply:
+    if len(found) == 1:
+        return found[0]
+    weights = np.array([supply.weight for supply in found])
+    return found[int(rng.choice(len(found), p=weights / weights.sum()))]
 
 
 def _write(out: Path, number: str, example: Example) -> dict:
@@ -124,31 +154,58 @@ def _write(out: Path, number: str, example: Example) -> dict:
     }
 
 
-def _page(spec: str, rows: list[dict], examples: list[Example], rejected: Counter) -> str:
+def _released_form(out: Path, row: dict) -> dict:
+    """A line of `examples.jsonl` as a row of the released parquet, its pictures inside."""
+    images = [{"bytes": (out / path).read_bytes(), "path": path} for path in row["images"]]
+    return {"problem": row["question"], "answer": row["answer"], "images": images}
+
+
+def _page(
+    spec: str, rows: list[dict], examples: list[Example], tries: Counter, rejected: Counter
+) -> str:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     buttons = "".join(
         f'<button data-task="{t}" aria-pressed="{str(t == "all").lower()}">{t}</button>'
         for t in ["all", *tasks]
     )
-    kinds = Counter((example.task, example.kind) for example in examples)
-    table = "".join(
-        f"<tr><td>{html.escape(task)}</td><td>{html.escape(kind)}</td><td>{n}</td></tr>"
-        for (task, kind), n in sorted(kinds.items())
-    )
-    reasons = "".join(f"<li>{html.escape(r)}: {n}</li>" for r, n in rejected.most_common())
     articles = "".join(_article(row, e) for row, e in zip(rows, examples, strict=True))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Preview of {html.escape(spec)}</title><style>{_STYLE}</style>"
-        f"<h1>Preview of {html.escape(spec)}</h1><nav>{buttons}</nav>"
-        f"<table><tr><th>task</th><th>kind</th><th>examples</th></tr>{table}</table>"
+        f"<h1>Preview of {html.escape(spec)}</h1>"
+        f"{_statistics(examples, tries, rejected)}<nav>{buttons}</nav>"
+        f"{articles}<script>{_SCRIPT}</script></html>\n"
+    )
+
+
+def _statistics(examples: list[Example], tries: Counter, rejected: Counter) -> str:
+    """How many examples of each kind there are, how often a try gave one, and why it did not."""
+    made = Counter(example.task for example in examples)
+    kinds = sorted(Counter((e.task, e.kind) for e in examples).items())
+    per_task = [
+        (task, tries[task], made[task], f"{made[task] / tries[task]:.0%}") for task in tries
+    ]
+    per_kind = [(task, kind, n, f"{n / made[task]:.0%}") for (task, kind), n in kinds]
+    return (
+        _table("Tries", ("task", "tries", "examples", "accepted"), per_task)
+        + _table("Kinds", ("task", "kind", "examples", "share of the task"), per_kind)
         + (
-            f"<details><summary>Rejected tries</summary><ul>{reasons}</ul></details>"
-            if reasons
+            _table("Rejected tries", ("reason", "tries"), rejected.most_common())
+            if rejected
             else ""
         )
-        + f"{articles}<script>{_SCRIPT}</script></html>\n"
+    )
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence]) -> str:
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    heads = "".join(f"<th>{name}</th>" for name in head)
+    return (
+        f"<details open><summary>{title}</summary><table><tr>{heads}</tr>{cells}</table></details>"
     )
 
 

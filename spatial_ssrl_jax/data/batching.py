@@ -1,6 +1,7 @@
 """Padding prompts to static shapes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -48,6 +49,28 @@ def pad_prompts(
             patches=stack("patches", windows),
             frame=stack("frame", windows, fill=-1),
             coords=stack("coords", windows),
+        ),
+    )
+
+
+def widen(prompts: PromptBatch, tokens: int, windows: int) -> PromptBatch:
+    """The same prompts, NumPy arrays, in a bucket that is at least as large."""
+
+    def pad(x: np.ndarray, size: int, axis: int, fill: int = 0) -> np.ndarray:
+        width = [(0, 0)] * x.ndim
+        width[axis] = (0, size - x.shape[axis])
+        return np.pad(x, width, constant_values=fill)
+
+    vision = prompts.vision
+    return replace(
+        prompts,
+        ids=pad(prompts.ids, tokens, 1),
+        position=pad(prompts.position, tokens, 2),
+        image_index=pad(prompts.image_index, tokens, 1, -1),
+        vision=VisionInput(
+            patches=pad(vision.patches, windows, 1),
+            frame=pad(vision.frame, windows, 1, -1),
+            coords=pad(vision.coords, windows, 1),
         ),
     )
 

@@ -9,6 +9,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from spatial_ssrl_jax.errors import BadPicture
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+SOURCE_PIXELS = 2**26  # of a source's picture: many are open at a time, 200 MB each at this size
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # old Pillows open a 16-bit PNG as "I"
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -36,6 +37,17 @@ def open_image(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> np.n
         raise
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise BadPicture(_damaged(name, error)) from error
+
+
+def open_picture(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> np.ndarray:
+    """`open_image` for a source: refuses more than `SOURCE_PIXELS` before it decodes anything."""
+    name = name or _name(path_or_bytes)
+    width, height = image_size(path_or_bytes, name)
+    if width * height > SOURCE_PIXELS:
+        raise BadPicture(
+            f"{name}: {width}x{height} is more than {SOURCE_PIXELS:,} pixels; shrink it first."
+        )
+    return open_image(path_or_bytes, name)
 
 
 def image_size(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> tuple[int, int]:

@@ -1,7 +1,8 @@
-"""From question and pictures to what the model reads: chat text, tokens, patches, indices."""
+"""From question, pictures and videos to what the model reads: text, tokens, patches, indices."""
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize,
 )
 
-from spatial_ssrl_jax.data.windows import Grid, lay_out_windows, merged_tokens, mrope_positions
+from spatial_ssrl_jax.data.videos import Video
+from spatial_ssrl_jax.data.windows import (
+    Grid,
+    lay_out_windows,
+    merged_tokens,
+    mrope_positions,
+    window_count,
+)
 from spatial_ssrl_jax.errors import BadPicture, UserError
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 
@@ -30,7 +38,10 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "generation_config.json",
 )
-_IMAGE_MARK = re.compile(r"<image(\d*)>")
+_MARK = re.compile(r"<(image|video)(\d*)>")
+_PLURAL = {"image": "pictures", "video": "videos"}
+# A picture or video of a prompt: "image" or "video", and its place among those of its kind.
+Item = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,12 @@ class Prompt:
     """One prompt before padding.
 
     Attributes:
-      ids: [T] int32 token ids, each picture's places filled in.
+      ids: [T] int32 token ids, each picture's or video's places filled in.
       position: [3, T] int32 M-RoPE positions.
       next_position: position of the first response token.
       image_index: [T] int32 merged vision token at each place, -1 for text.
       patches: [W, S, C·2·14·14] float32 normalised pixels in windows.
-      frame: [W, S] int32, which picture; -1 is padding.
+      frame: [W, S] int32, which picture or temporal frame; -1 is padding.
       coords: [W, S, 2] int32, row and column of each patch.
     """
 
@@ -56,16 +67,25 @@ class Prompt:
     coords: np.ndarray
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Tokens and vision windows of a prompt."""
+
+    tokens: int
+    windows: int
+
+
 class Processor:
     """A model folder's tokenizer, chat template and picture settings.
 
     Args:
       folder: holds `tokenizer_config.json`, `preprocessor_config.json` and the chat template.
       config: the model's shape and token ids.
-      min_pixels, max_pixels: override the folder's limits on a picture's area in pixels.
+      min_pixels, max_pixels: override the folder's limits on the area of a picture or of a
+        video's frame, in pixels.
 
     Raises:
-      UserError: a file is missing.
+      UserError: a file is missing, or the limits leave no area.
     """
 
     def __init__(
@@ -81,26 +101,51 @@ class Processor:
                 raise UserError(
                     f"{self.folder / name} is missing: copy it from the model's hub page."
                 )
+        words = ("tokenizer.json", "vocab.json", "merges.txt")
+        there = [(self.folder / name).is_file() for name in words]
+        if not (there[0] or all(there[1:])):  # Transformers would go on with no words at all
+            raise UserError(
+                f"{self.folder} has neither tokenizer.json nor vocab.json with merges.txt: copy "
+                "them from the model's hub page."
+            )
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self._template = self._read_template()
-        settings = json.loads((self.folder / "preprocessor_config.json").read_text())
+        self._images = self._picture_settings("preprocessor_config.json", min_pixels, max_pixels)
+        own = "video_preprocessor_config.json"  # folders without it treat frames like pictures
+        name = own if (self.folder / own).is_file() else "preprocessor_config.json"
+        self._frames = self._picture_settings(name, min_pixels, max_pixels)
+        self.stop_ids = self._read_stop_ids()
+
+    def _picture_settings(
+        self, name: str, min_pixels: int | None, max_pixels: int | None
+    ) -> Qwen2VLImageProcessorPil:
+        settings, vision = _read_json(self.folder / name), self.config.vision
         size = settings.get("size", {})
-        self.min_pixels = min_pixels or settings.get("min_pixels") or size["shortest_edge"]
-        self.max_pixels = max_pixels or settings.get("max_pixels") or size["longest_edge"]
-        self._images = Qwen2VLImageProcessorPil(
-            size={"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+        least = min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
+        most = max_pixels or settings.get("max_pixels") or size.get("longest_edge")
+        if not (least and most and "image_mean" in settings and "image_std" in settings):
+            raise UserError(
+                f"{self.folder / name} lacks the picture's size, image_mean or image_std: copy it "
+                "from the model's hub page."
+            )
+        if least > most:
+            raise UserError(
+                f"the smallest picture area, {least} pixels, is above the largest, {most}: "
+                "change min_pixels or max_pixels."
+            )
+        return Qwen2VLImageProcessorPil(
+            size={"shortest_edge": least, "longest_edge": most},
             image_mean=settings["image_mean"],
             image_std=settings["image_std"],
-            patch_size=config.vision.patch_size,
-            temporal_patch_size=config.vision.temporal_patch_size,
-            merge_size=config.vision.spatial_merge_size,
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            merge_size=vision.spatial_merge_size,
         )
-        self.stop_ids = self._read_stop_ids()
 
     def _read_template(self) -> str:
         path = self.folder / "chat_template.json"
         if path.is_file():
-            return json.loads(path.read_text())["chat_template"]
+            return _read_json(path).get("chat_template", "")
         if self.tokenizer.chat_template:
             return self.tokenizer.chat_template
         raise UserError(f"{path} is missing: copy it from the model's hub page.")
@@ -109,20 +154,52 @@ class Processor:
         path = self.folder / "generation_config.json"
         if not path.is_file():
             return (self.config.eos_token_id,)
-        ids = json.loads(path.read_text()).get("eos_token_id", self.config.eos_token_id)
+        ids = _read_json(path).get("eos_token_id", self.config.eos_token_id)
         return tuple(ids) if isinstance(ids, list) else (ids,)
 
     def grid(self, height: int, width: int) -> Grid:
-        """The patch grid of a picture, from its size in pixels alone."""
+        """The patch grid of a picture, from its size in pixels alone.
+
+        Raises:
+          BadPicture: one side is more than 200 times the other.
+        """
+        return self._grid(self._images, 1, height, width)
+
+    def video_grid(self, frames: int, height: int, width: int) -> Grid:
+        """The patch grid of a video, from its number of frames and their size in pixels alone."""
+        times = -(-frames // self.config.vision.temporal_patch_size)
+        return self._grid(self._frames, times, height, width)
+
+    def _grid(
+        self, settings: Qwen2VLImageProcessorPil, times: int, height: int, width: int
+    ) -> Grid:
         patch = self.config.vision.patch_size
         factor = patch * self.config.vision.spatial_merge_size
+        limits = settings.size["shortest_edge"], settings.size["longest_edge"]
         try:
-            high, wide = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+            high, wide = smart_resize(height, width, factor, *limits)
         except ValueError as error:
             raise BadPicture(
                 f"a picture of {width}x{height} pixels cannot be used: {error}."
             ) from None
-        return 1, high // patch, wide // patch
+        return times, high // patch, wide // patch
+
+    def measure(self, sizes: Sequence[tuple[int, int]], question: str | None = None) -> Extent:
+        """How large a prompt will be, from the sizes of its pictures alone.
+
+        Args:
+          sizes: (height, width) of each picture in pixels.
+          question: the user's text; without it only what the pictures take is counted.
+
+        Raises:
+          BadPicture: a picture's aspect is too extreme.
+        """
+        grids = [self.grid(*size) for size in sizes]
+        windows = window_count(self.config.vision, grids)
+        if question is None:
+            return Extent(sum(merged_tokens(self.config.vision, grid) for grid in grids), windows)
+        text, order = self.chat(question, len(sizes))
+        return Extent(len(self._expand(text, order, [grids[i] for _, i in order])), windows)
 
     def patches(self, image: np.ndarray) -> tuple[np.ndarray, Grid]:
         """Resizes, normalises and cuts one picture.
@@ -133,69 +210,121 @@ class Processor:
         Returns:
           [h·w, C·2·14·14] float32 patches, merged token by merged token, and the grid.
         """
-        grid = self.grid(*image.shape[:2])
-        out = self._images(images=[image], return_tensors="np", input_data_format="channels_last")
-        return np.asarray(out["pixel_values"], np.float32), grid
+        return self._cut(self._images, image), self.grid(*image.shape[:2])
 
-    def chat(self, question: str, images: int) -> str:
-        """The chat text with one picture token a picture, up to the assistant's turn.
+    def video_patches(self, video: Video) -> tuple[np.ndarray, Grid]:
+        """Resizes, normalises and cuts one video; an odd last frame is taken twice.
 
-        Pictures stand where `<image>` or `<imageN>` stands in the question, else in front of it.
+        Returns:
+          [t·h·w, C·2·14·14] float32 patches, time by time, each as in a picture; and the grid.
         """
-        content, end, used = [], 0, 0
-        if not _IMAGE_MARK.search(question):
-            content, used = [{"type": "image"}] * images, images
-        for mark in _IMAGE_MARK.finditer(question):
-            if mark.start() > end:
-                content.append({"type": "text", "text": question[end : mark.start()]})
-            content.append({"type": "image"})
-            end, used = mark.end(), used + 1
-        content.append({"type": "text", "text": question[end:]})
-        if used != images:
-            raise UserError(
-                f"the question has places for {used} pictures, but {images} were given."
-            )
-        return self.tokenizer.apply_chat_template(
+        vision = self.config.vision
+        grid = self.video_grid(*video.frames.shape[:3])
+        together = vision.temporal_patch_size
+        cut = []
+        for first in range(0, grid[0] * together, together):
+            places = np.minimum(np.arange(first, first + together), len(video.frames) - 1)
+            # Each frame cut as a picture fills every temporal slot: keep its own one.
+            parts = [
+                self._cut(self._frames, video.frames[place]).reshape(
+                    grid[1] * grid[2], vision.in_channels, together, -1
+                )[:, :, slot]
+                for slot, place in enumerate(places)
+            ]
+            cut.append(np.stack(parts, axis=2).reshape(grid[1] * grid[2], -1))
+        return np.concatenate(cut), grid
+
+    @staticmethod
+    def _cut(settings: Qwen2VLImageProcessorPil, image: np.ndarray) -> np.ndarray:
+        out = settings(images=[image], return_tensors="np", input_data_format="channels_last")
+        return np.asarray(out["pixel_values"], np.float32)
+
+    def chat(self, question: str, images: int, videos: int = 0) -> tuple[str, list[Item]]:
+        """The chat text up to the assistant's turn, with one token a picture or video.
+
+        Pictures stand where `<image>` (the next one) or `<image2>` (the second one) stands in the
+        question, videos likewise at `<video>`; those of a kind without a mark stand in front.
+
+        Returns:
+          The text, and the pictures and videos in the order of their places in it.
+
+        Raises:
+          UserError: the question's places are not those of the pictures and videos given.
+        """
+        content, order = _places(question, {"image": images, "video": videos})
+        text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=True,
         )
+        return text, order
 
-    def prompt(self, question: str, images: tuple[np.ndarray, ...]) -> Prompt:
+    def prompt(
+        self,
+        question: str,
+        images: Sequence[np.ndarray] = (),
+        videos: Sequence[Video] = (),
+        most: int | None = None,
+    ) -> Prompt:
         """Builds the whole prompt of one question.
 
         Args:
-          question: the user's text; see `chat` for where pictures go.
-          images: [H, W, 3] uint8 each, in prompt order.
+          question: the user's text; see `chat` for where pictures and videos go.
+          images: [H, W, 3] uint8 each, in the order that the question numbers them.
+          videos: likewise.
+          most: tokens at most; None sets no limit.
+
+        Raises:
+          UserError: more than `most` tokens, found before any picture is cut; or see `chat`.
+          BadPicture: a picture too long and thin.
         """
-        config = self.config
-        cut = [self.patches(image) for image in images]
-        grids = [grid for _, grid in cut]
-        ids = self._expand(self.chat(question, len(images)), grids)
-        layout = lay_out_windows(config.vision, grids)
-        is_vision = ids == config.image_token_id
-        position = mrope_positions(config.vision, is_vision, grids, [None] * len(grids))
+        vision = self.config.vision
+        text, order = self.chat(question, len(images), len(videos))
+        grids = [
+            self.grid(*images[i].shape[:2])
+            if kind == "image"
+            else self.video_grid(*videos[i].frames.shape[:3])
+            for kind, i in order
+        ]
+        ids = self._expand(text, order, grids)
+        is_vision = np.isin(ids, (self.config.image_token_id, self.config.video_token_id))
+        if most is not None and len(ids) > most:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, {is_vision.sum()} of them of pictures, but at "
+                f"most {most} fit: use smaller pictures, fewer frames or a shorter question."
+            )
+        seconds = [
+            vision.temporal_patch_size / videos[i].fps if kind == "video" else None
+            for kind, i in order
+        ]
+        position = mrope_positions(vision, is_vision, grids, seconds)
+        layout = lay_out_windows(vision, grids)
         image_index = np.full(len(ids), -1, np.int32)
         image_index[is_vision] = layout.merged
-        flat = np.concatenate(
-            [p for p, _ in cut] + [np.zeros((1, config.vision.patch_dim), np.float32)]
-        )
+        cut = [
+            (self.patches(images[i]) if kind == "image" else self.video_patches(videos[i]))[0]
+            for kind, i in order
+        ]
+        flat = np.concatenate([*cut, np.zeros((1, vision.patch_dim), np.float32)])
         return Prompt(
             ids=ids,
             position=position,
-            next_position=int(position.max()) + 1,
+            # Behind the last word, as the reference's passes and `generate` go on, which behind a
+            # long video is not the largest position that its rope delta goes by.
+            next_position=int(position[0, -1]) + 1,
             image_index=image_index,
             patches=flat[layout.source],
             frame=layout.frame,
             coords=layout.coords,
         )
 
-    def _expand(self, text: str, grids: list[Grid]) -> np.ndarray:
-        """Token ids with each picture token repeated as often as its grid asks for."""
+    def _expand(self, text: str, order: list[Item], grids: list[Grid]) -> np.ndarray:
+        """Token ids with each picture or video token repeated as often as its grid asks for."""
+        token = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-        places = np.flatnonzero(ids == self.config.image_token_id)
-        if len(places) != len(grids):
+        places = np.flatnonzero(np.isin(ids, list(token.values())))
+        if ids[places].tolist() != [token[kind] for kind, _ in order]:
             raise UserError("the question's text itself holds a picture token; leave it out.")
         repeat = np.ones(len(ids), np.int64)
         repeat[places] = [merged_tokens(self.config.vision, grid) for grid in grids]
@@ -209,3 +338,40 @@ class Processor:
     def decode(self, ids: np.ndarray) -> str:
         """Text of response tokens, without special tokens."""
         return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
+
+def _places(question: str, given: dict[str, int]) -> tuple[list[dict], list[Item]]:
+    """The chat's content parts, and the pictures and videos in the order that they stand in it.
+
+    Args:
+      question: with or without marks; see `Processor.chat`.
+      given: how many there are of each kind.
+    """
+    marks = list(_MARK.finditer(question))
+    marked = {mark[1] for mark in marks}
+    order = [(kind, i) for kind in given if kind not in marked for i in range(given[kind])]
+    content, end = [{"type": kind} for kind, _ in order], 0
+    for mark in marks:
+        if mark.start() > end:
+            content.append({"type": "text", "text": question[end : mark.start()]})
+        content.append({"type": mark[1]})
+        earlier = sum(kind == mark[1] for kind, _ in order)
+        order.append((mark[1], int(mark[2]) - 1 if mark[2] else earlier))
+        end = mark.end()
+    content.append({"type": "text", "text": question[end:]})
+    for kind, count in given.items():
+        places = [i for of, i in order if of == kind]
+        if sorted(places) != list(range(count)):
+            named = ", ".join(str(i + 1) for i in places) or "none"
+            raise UserError(
+                f"the question has places for {len(places)} {_PLURAL[kind]} (number {named}), "
+                f"but {count} were given."
+            )
+    return content, order
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): copy it again.") from error

@@ -108,11 +108,14 @@ def mrope_positions(
                 grid[2] // config.spatial_merge_size,
             )
             end = place + t * h * w
-            step = 1.0 if seconds is None else config.tokens_per_second * seconds
-            time, row, column = np.meshgrid(
-                (np.arange(t) * step).astype(np.int64), np.arange(h), np.arange(w), indexing="ij"
-            )
+            # In float32 like the reference, for a product may round to the next whole position.
+            step = np.float32(1 if seconds is None else config.tokens_per_second)
+            step *= np.float32(1 if seconds is None else seconds)
+            time = (np.arange(t, dtype=np.float32) * step).astype(np.int64)
+            time, row, column = np.meshgrid(time, np.arange(h), np.arange(w), indexing="ij")
             position[:, place:end] = current + np.stack((time, row, column)).reshape(3, -1)
+            # As in Transformers 5; its first Qwen2.5-VL went on behind the last time where that is
+            # later, which differs for a video that is longer than it is large.
             current += max(h, w)
         place = end
     return position

@@ -7,7 +7,7 @@ from PIL import Image
 
 from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
+from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
 from spatial_ssrl_jax.tasks.frame import inner_box
 from spatial_ssrl_jax.tasks.patches import difference, thumbnail
 from spatial_ssrl_jax.tasks.shares import shuffled
@@ -147,4 +147,9 @@ def _example(record: Record, scene: _Scene, box: Box, kinds: list[str]) -> Examp
     )
 
 
-TASK = Task("crop", False, CropSettings, make)
+def sizes(size: Size) -> list[Size]:
+    """The picture, and four squares of half its shorter side."""
+    return [size, *[(min(size) // 2,) * 2] * 4]
+
+
+TASK = Task("crop", False, CropSettings, make, sizes)

@@ -28,6 +28,7 @@ class Example:
       truth: enough to check the answer without this code (see `examples.jsonl` in BUILD.md);
         JSON types only, coordinates in pixels [x, y] of the original picture.
       source: `{"spec", "record", "image"}` of the original picture.
+      response: a whole cold-start response that the data brings; "" where it is made from `reason`.
     """
 
     task: str
@@ -38,6 +39,15 @@ class Example:
     reason: str
     truth: dict[str, Any]
     source: dict[str, str]
+    response: str = ""
+
+
+Size = tuple[int, int]  # height and width of a picture in pixels
+
+
+def one_picture(size: Size) -> list[Size]:
+    """Sizes of the pictures of most tasks' examples: one as large as the record's."""
+    return [size]
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,16 @@ class Task:
     """A pretext task: its name, its settings with the paper's defaults, and its maker.
 
     `make(record, rng, settings)` returns an `Example` or raises `Reject`. Every draw comes from
-    `rng`, so the same record, generator state and settings give the same example.
+    `rng`, so the same record, generator state and settings give the same example. `sizes` gives the
+    sizes of an example's pictures from the record's alone, or slightly more where a frame is left
+    off: what is too large for any prompt is dropped by them before it is decoded.
     """
 
     name: str
     needs_depth: bool
     settings: type
     make: Callable[[Record, np.random.Generator, Any], Example]
+    sizes: Callable[[Size], list[Size]] = one_picture
 
 
 def source_of(record: Record) -> dict[str, str]:

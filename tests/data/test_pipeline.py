@@ -1,19 +1,30 @@
 """The pipeline: one stream whatever the threads and processes, disjoint records, skips by name."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from spatial_ssrl_jax.config import Config
-from spatial_ssrl_jax.data.pipeline import Batch, Collate, batches, item_dataset, split_records
-from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.data.items import TOO_LONG, item_dataset
+from spatial_ssrl_jax.data.pipeline import Batch, Collate, batches, split_records
+from spatial_ssrl_jax.data.prompts import Extent, Processor
 from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.scenes import SceneSource
 from spatial_ssrl_jax.errors import BadPicture, UserError
+from spatial_ssrl_jax.learn.sft import response_batch
 from spatial_ssrl_jax.run.models import open_model
+from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.tasks.flip import QUESTION
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
+from tests.tasks.synthetic import record
 
 SCENES = open_source("scenes:40")
 COLLATE = Collate((256,), (8,))
@@ -90,6 +101,27 @@ def test_a_start_at_k_equals_skipping_k(stream):
         assert_same(a, b)
 
 
+@settings(deadline=None, max_examples=6)
+@given(start=st.integers(0, 10_000), threads=st.integers(1, 4), processes=st.sampled_from([1, 2]))
+def test_a_resume_anywhere_gives_the_same_step(stream, start: int, threads: int, processes: int):
+    """The state is the number of the next step; how many share the work does not matter."""
+    (whole,) = take(stream(start=start), 1)
+    for process in range(processes):
+        how = {"start": start, "threads": threads, "process": process, "processes": processes}
+        (part,) = take(stream(**how), 1)
+        assert words(part) == [words(whole)[place] for place in part.index]
+        np.testing.assert_array_equal(part.prompts.ids, whole.prompts.ids[part.index])
+
+
+def test_worker_processes_do_not_change_the_stream(stream):
+    for a, b in zip(take(stream(start=2), 3), take(stream(start=2, workers=2), 3), strict=True):
+        assert_same(a, b)
+
+
+def test_a_batch_keeps_patches_once(stream):
+    assert all(item.prompt is None for item in next(stream()).items)
+
+
 def test_a_seed_of_its_own_gives_a_stream_of_its_own(processor: Processor):
     first, second = (
         item_dataset(SCENES, range(40), weights(flip=1.0), processor, seed=seed)[0].example
@@ -149,6 +181,9 @@ class Damaged:
     def name(self, index: int) -> str:
         return self.scenes.name(index)
 
+    def size(self, index: int) -> tuple[int, int]:
+        return self.scenes.size(index)
+
     def __getitem__(self, index: int) -> Record:
         if index in self.bad:
             raise BadPicture(f"{self.name(index)} is cut short.")
@@ -183,6 +218,86 @@ def test_nothing_but_bad_pictures_is_an_error_with_the_reason(processor: Process
     items = item_dataset(source, range(2), weights(flip=1.0), processor, seed=0)
     with pytest.raises(UserError, match=r"folder:damaged gave no valid flip example.*is cut short"):
         items[0]
+
+
+def test_parts_of_a_mixture_come_in_the_shares_of_their_weights(processor: Processor):
+    source = open_source("3*scenes:30+scenes:20:56x56")
+    pool = range(len(source))
+    items = item_dataset(source, pool, weights(shuffle=1.0, depth=1.0), processor, seed=0)
+    made = [items[i].example for i in range(80)]
+    for task in ("shuffle", "depth"):
+        specs = [example.source["spec"] for example in made if example.task == task]
+        assert len(specs) == 40 and specs.count("scenes:30") == 30
+
+
+@dataclass(frozen=True)
+class OneLarge:
+    """Scenes of which some are larger than any prompt; reading one of those fails the test."""
+
+    large: tuple[int, ...]
+    spec: str = "scenes:one-large"
+    has_depth: bool = True
+
+    def __len__(self) -> int:
+        return 6
+
+    def name(self, index: int) -> str:
+        return f"record-{index}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        return (2000, 2000) if index in self.large else (112, 112)
+
+    def __getitem__(self, index: int) -> Record:
+        assert index not in self.large, "pixels were read"
+        return open_source("scenes:6")[index]
+
+
+def test_a_prompt_too_long_is_dropped_before_its_pixels_are_read():
+    model = open_model("tiny")
+    processor = Processor(model.files, model.config, min_pixels=28 * 28, max_pixels=2000 * 2000)
+    items = item_dataset(
+        OneLarge(large=(2, 3)), range(6), weights(flip=1.0), processor, 0, Extent(256, 8)
+    )
+    dropped = [skip for i in range(12) for skip in items[i].skipped]
+    assert {skip.name for skip in dropped} == {"record-2", "record-3"} and len(dropped) >= 4
+    assert all(skip.reason == TOO_LONG and not skip.bad for skip in dropped)
+
+
+def test_the_question_counts_too(processor: Processor):
+    length = processor.measure([(112, 112)], f"{QUESTION} {FORMAT_PROMPT}").tokens
+    for limit, fits in ((length, True), (length - 1, False)):
+        items = item_dataset(SCENES, range(4), weights(flip=1.0), processor, 0, Extent(limit, 8))
+        if fits:
+            assert items[0].skipped == () and len(items[0].prompt.ids) == limit
+        else:
+            with pytest.raises(UserError, match="no valid flip example.*data.prompt_buckets"):
+                items[0]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
+@pytest.mark.parametrize("size", [(112, 112), (97, 160), (224, 150)])
+def test_the_sizes_of_a_tasks_pictures_are_known_beforehand(task, size):
+    rec = record(2, *size)
+    example = task.make(rec, np.random.default_rng(0), task.settings())
+    known = task.sizes(size)
+    assert len(known) == len(example.images)
+    for (height, width), image in zip(known, example.images, strict=True):
+        assert 0 <= height - image.shape[0] <= 3 and 0 <= width - image.shape[1] <= 3
+
+
+def test_released_responses_are_learned_from_as_they_are(processor: Processor, tmp_path: Path):
+    Image.fromarray(record(1).image).save(tmp_path / "a.png")
+    output = "<think>By the edges.</think>\\boxed{2-0}"
+    row = {"instruction": QUESTION, "input": "", "output": output, "images": ["a.png"]}
+    (tmp_path / "cold.json").write_text(json.dumps([row]))
+    source = open_source(f"ssrl81k:{tmp_path / 'cold.json'}")
+    items = item_dataset(source, range(1), weights(flip=1.0), processor, seed=0)
+    batch = COLLATE(list(enumerate([items[0], items[1]])))
+    learned = response_batch(batch, processor, limit=64)
+    text = processor.decode(learned.tokens[0, 0][: learned.length[0, 0]])
+    assert text == output
+    with pytest.raises(UserError, match="shuffle finds nothing in ssrl81k"):
+        item_dataset(source, range(1), weights(shuffle=1.0), processor, seed=0)
 
 
 @pytest.mark.parametrize("task", ["depth", "position"])

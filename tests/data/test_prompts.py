@@ -8,11 +8,13 @@ import pytest
 
 from spatial_ssrl_jax.data.batching import bucket, pad_prompts, pad_responses
 from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.errors import BadPicture, UserError
 from spatial_ssrl_jax.qwen2_5_vl.config import read_config
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +43,47 @@ def picture(height, width, seed=0):
 )
 def test_chat_text(processor, question, images, content):
     expected = f"{SYSTEM}<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
-    assert processor.chat(question, images) == expected
+    assert processor.chat(question, images)[0] == expected
 
 
 @pytest.mark.parametrize(
     "question, images", [("<image> and <image>", 1), ("<image>", 2), ("<image>", 0)]
 )
 def test_places_must_match_pictures(processor, question, images):
-    with pytest.raises(UserError, match=rf"has places for \d pictures, but {images} were given"):
+    with pytest.raises(UserError, match=rf"has places for \d pictures .* but {images} were given"):
         processor.chat(question, images)
+
+
+def test_pictures_and_videos_stand_where_the_question_says(processor):
+    """By number where marks have one; a kind without marks in front, pictures first."""
+    asked = {
+        "Where?": (PICTURE * 2 + VIDEO + "Where?", [("image", 0), ("image", 1), ("video", 0)]),
+        "<image2> or <image1>?": (
+            f"{VIDEO}{PICTURE} or {PICTURE}?",
+            [("video", 0), ("image", 1), ("image", 0)],
+        ),
+        "In <video>?": (
+            f"{PICTURE * 2}In {VIDEO}?",
+            [("image", 0), ("image", 1), ("video", 0)],
+        ),
+    }
+    for question, (content, order) in asked.items():
+        text, found = processor.chat(question, 2, 1)
+        assert text == f"{SYSTEM}<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+        assert found == order
+    for question in ("<image1> and <image1>", "<image1> and <image3>", "<image0><image1>"):
+        with pytest.raises(UserError, match=r"places for 2 pictures \(number .*\), but 2 were"):
+            processor.chat(question, 2)
+    with pytest.raises(UserError, match="places for 1 videos"):
+        processor.chat("<video>", 0)
+
+
+def test_numbered_pictures_keep_their_pixels(processor):
+    first, second = picture(56, 84, 1), picture(112, 56, 2)
+    turned = processor.prompt("<image2> or <image1>?", (first, second))
+    straight = processor.prompt("<image> or <image>?", (second, first))
+    np.testing.assert_array_equal(turned.ids, straight.ids)
+    np.testing.assert_array_equal(turned.patches, straight.patches)
 
 
 def test_picture_token_in_the_question_is_refused(processor):
@@ -61,7 +95,7 @@ def test_each_picture_takes_its_tokens(processor, config):
     """56x84 and 112x56 pixels are 2x3 and 4x2 tokens, between their marks."""
     prompt = processor.prompt("From <image> to <image>!", (picture(56, 84), picture(112, 56)))
     pad = "<|image_pad|>"
-    text = processor.chat("From <image> to <image>!", 2)
+    text, _ = processor.chat("From <image> to <image>!", 2)
     text = text.replace(pad, "#" * 6, 1).replace(pad, "#" * 8, 1).replace("#", pad)
     np.testing.assert_array_equal(prompt.ids, processor.tokenizer(text)["input_ids"])
     is_picture = prompt.ids == config.image_token_id
@@ -95,6 +129,83 @@ def test_patches_by_hand(processor):
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("frames", [1, 4, 7])
+def test_video_patches_by_hand(processor, frames):
+    """A patch holds two frames in turn, of an odd video the last one twice; time by time."""
+    rng = np.random.default_rng(frames)
+    video = Video(rng.integers(0, 256, (frames, 56, 84, 3), np.uint8), fps=2.0)
+    patches, grid = processor.video_patches(video)
+    times = (frames + 1) // 2
+    assert grid == (times, 4, 6) and patches.shape == (times * 24, 1176)
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    pixels = (video.frames / 255 - mean) / std
+    for time in range(times):
+        for token, row, column in ((0, 0, 0), (2, 0, 2), (4, 1, 1)):
+            for part, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+                y, x = 28 * row + 14 * i, 28 * column + 14 * j
+                found = patches[24 * time + 4 * token + part].reshape(3, 2, 14, 14)
+                for slot in (0, 1):
+                    frame = pixels[min(2 * time + slot, frames - 1), y : y + 14, x : x + 14]
+                    np.testing.assert_allclose(found[:, slot], frame.transpose(2, 0, 1), atol=1e-5)
+
+
+def test_a_still_video_is_its_picture_again_and_again(processor):
+    """Resized alike: a size that is not a multiple of two patches."""
+    still = picture(75, 130)
+    patches, grid = processor.video_patches(Video(np.stack([still] * 4), fps=1.0))
+    expected, one = processor.patches(still)
+    assert grid == (2, *one[1:])
+    np.testing.assert_array_equal(patches, np.concatenate([expected] * 2))
+
+
+def test_video_prompt(processor, config):
+    """Frames at 1 a second: two seconds between times, two positions a second."""
+    video = Video(np.zeros((5, 56, 84, 3), np.uint8), fps=1.0)
+    prompt = processor.prompt("From <image> to <video>!", (picture(56, 56),), (video,))
+    places = np.flatnonzero(prompt.ids == config.video_token_id)
+    assert len(places) == 3 * 6 and (prompt.ids == config.image_token_id).sum() == 4
+    assert (prompt.image_index[places] >= 0).all()
+    time, row, column = prompt.position[:, places] - prompt.position[0, places[0]]
+    assert time.tolist() == [0] * 6 + [4] * 6 + [8] * 6
+    assert row.tolist() == [0, 0, 0, 1, 1, 1] * 3 and column.tolist() == [0, 1, 2] * 6
+    behind = prompt.position[:, places[-1] + 1] - prompt.position[0, places[0]]
+    assert behind.tolist() == [3, 3, 3]  # the longer side, as in a picture
+    assert prompt.next_position == prompt.position[0, -1] + 1
+    assert set(prompt.frame[prompt.frame >= 0]) == {0, 1, 2, 3}
+
+
+def test_video_settings_of_their_own(copied, config):
+    """Frames go by `video_preprocessor_config.json` where the folder has one."""
+    assert Processor(copied, config).video_grid(4, 28, 28) == (2, 4, 4)
+    settings = json.loads((copied / "preprocessor_config.json").read_text())
+    del settings["min_pixels"], settings["max_pixels"]
+    settings["size"] = {"shortest_edge": 112 * 112, "longest_edge": 224 * 224}
+    (copied / "video_preprocessor_config.json").write_text(json.dumps(settings))
+    processor = Processor(copied, config)
+    assert processor.video_grid(5, 28, 28) == (3, 8, 8) and processor.grid(28, 28) == (1, 4, 4)
+    assert processor.video_grid(4, 2000, 2000) == (2, 16, 16)
+    both = Processor(copied, config, 28 * 28, 56 * 56)
+    assert both.video_grid(4, 28, 28) == (2, 2, 2) and both.grid(999, 999) == (1, 4, 4)
+
+
+def test_limits_that_cross_are_refused(shared, config):
+    with pytest.raises(UserError, match=r"area, 999 pixels, is above the largest, 998"):
+        Processor(shared / "qwen2_5_vl", config, 999, 998)
+
+
+def test_a_prompt_too_long_is_refused_before_anything_is_cut(processor, monkeypatch):
+    length = len(processor.prompt("Where?", (picture(112, 112),)).ids)
+    assert len(processor.prompt("Where?", (picture(112, 112),), most=length).ids) == length
+
+    def refuse(*_):
+        raise AssertionError("cut")
+
+    monkeypatch.setattr(processor, "_cut", refuse)
+    with pytest.raises(UserError, match=rf"{length} tokens, 16 of them .* most {length - 1} fit"):
+        processor.prompt("Where?", (picture(112, 112),), most=length - 1)
+
+
 def test_prompt_patches_stand_in_their_windows(processor):
     """The patch at each slot is the one that its frame and coordinates name."""
     images = (picture(140, 84, 1), picture(56, 252, 2))
@@ -122,9 +233,10 @@ def test_sizes_stay_within_limits(shared, config):
 
 
 def test_settings_come_from_the_folder(processor):
-    assert (processor.min_pixels, processor.max_pixels) == (3136, 12_845_056)
     assert processor.stop_ids == (151_645, 151_643)
-    assert processor.grid(28, 28) == (1, 4, 4)  # raised to the smallest area
+    assert processor.grid(28, 28) == (1, 4, 4)  # raised to 3136 pixels
+    high, wide = processor.grid(4000, 5000)[1:]  # brought below 12,845,056
+    assert 0.98 < high * wide * 14 * 14 / 12_845_056 <= 1
 
 
 @pytest.mark.parametrize("height, width", [(10, 3000), (3000, 14)])

@@ -135,7 +135,7 @@ def test_hand_worked_directions(heading):
 
 
 def test_letters_headings_and_cameras_are_even():
-    rec, draws = record(6), 2000
+    rec, draws = record(6, 64, 64), 5000
     examples = [make(rec, seed) for seed in range(draws)]
     assert_even(Counter(e.answer for e in examples), draws, 4, 0.2)
     assert_even(Counter(e.truth["heading"] for e in examples), draws, 4, 0.2)

@@ -90,7 +90,7 @@ def test_labels_cover_little_and_stand_by_place_not_by_patch():
 
 def test_answers_are_even_and_never_the_identity():
     small = record(1, 48, 48)
-    draws = 3450
+    draws = 5000
     counts = Counter(make(small, seed, kinds={"2x2": 1.0}).answer for seed in range(draws))
     assert "0-1-2-3" not in counts
     assert_even(counts, draws, 23, 0.35)

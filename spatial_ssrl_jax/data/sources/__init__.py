@@ -1,15 +1,19 @@
-"""Sources of pictures: `open_source("folder:/data/coco")`; one file a kind."""
+"""Sources of pictures and questions: `open_source("folder:/data/coco")`; one file a kind."""
 
 import difflib
 import os
 
+from spatial_ssrl_jax.data.sources.arrayrecord import open_arrayrecord
 from spatial_ssrl_jax.data.sources.base import Source
 from spatial_ssrl_jax.data.sources.diode import open_diode
 from spatial_ssrl_jax.data.sources.folder import open_folder
 from spatial_ssrl_jax.data.sources.megadepth import open_megadepth
+from spatial_ssrl_jax.data.sources.mixture import Mixture, mix, split_spec
 from spatial_ssrl_jax.data.sources.nyu import open_nyu
 from spatial_ssrl_jax.data.sources.rgbd import open_rgbd
 from spatial_ssrl_jax.data.sources.scenes import open_scenes
+from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource, open_ssrl81k
+from spatial_ssrl_jax.data.sources.tfds import open_tfds
 from spatial_ssrl_jax.errors import UserError
 
 # Each takes the whole SPEC and what stands behind its first colon.
@@ -20,17 +24,30 @@ OPENERS = {
     "diode": open_diode,
     "megadepth": open_megadepth,
     "nyu": open_nyu,
+    "tfds": open_tfds,
+    "arrayrecord": open_arrayrecord,
+    "ssrl81k": open_ssrl81k,
 }
 
-__all__ = ["OPENERS", "Source", "open_source"]
+AnySource = Source | QuestionSource | Mixture
+
+__all__ = ["OPENERS", "AnySource", "Mixture", "QuestionSource", "Source", "open_source"]
 
 
-def open_source(spec: str) -> Source:
-    """Opens a source by its SPEC, `KIND` or `KIND:ARGUMENT`; lists files, reads no pixels.
+def open_source(spec: str) -> AnySource:
+    """Opens a source by its SPEC: `KIND`, `KIND:ARGUMENT`, or several as in `2*nyu:A+folder:B`.
+
+    It lists files and reads no pixels. See each kind's file for its argument, and `mixture`.
 
     Raises:
-      UserError: the kind is unknown, or the folder is missing or holds no picture of that kind.
+      UserError: a kind is unknown, or its argument holds nothing of that kind.
     """
+    pieces = split_spec(spec, list(OPENERS))
+    opened = [(_open_one(piece), weight) for piece, weight in pieces]
+    return opened[0][0] if len(opened) == 1 else mix(spec, opened)
+
+
+def _open_one(spec: str) -> Source | QuestionSource:
     kind, _, argument = spec.partition(":")
     if kind not in OPENERS:
         raise UserError(_unknown(spec, kind))

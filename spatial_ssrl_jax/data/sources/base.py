@@ -1,4 +1,4 @@
-"""The interface of a source: random access to records, by index."""
+"""The interface of a source of pictures: random access to records, by index."""
 
 from typing import Protocol
 
@@ -22,6 +22,10 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """`self[index].name` without reading a pixel: unique in the source and stable over runs."""
+        ...
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of a record's picture from its header; raises `BadPicture`."""
         ...
 
     def __getitem__(self, index: int) -> Record:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spatial_ssrl_jax.data.images import open_image
+from spatial_ssrl_jax.data.images import image_size, open_picture
 from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.errors import UserError
 
@@ -40,10 +40,14 @@ class FileSource:
     def name(self, index: int) -> str:
         return self.files[index]
 
+    def size(self, index: int) -> tuple[int, int]:
+        width, height = image_size(os.path.join(self.root, self.files[index]))
+        return height, width
+
     def __getitem__(self, index: int) -> Record:
         name = self.files[index]
         path = os.path.join(self.root, name)
-        image = open_image(path)
+        image = open_picture(path)
         depth = None if self.depth_of is None else self.depth_of(path, image.shape[:2])
         return Record(image=image, depth=depth, name=name, spec=self.spec, path=path)
 

@@ -40,6 +40,9 @@ class SceneSource:
     def name(self, index: int) -> str:
         return f"scene-{self._checked(index):06d}"
 
+    def size(self, index: int) -> tuple[int, int]:
+        return self.height, self.width
+
     def __getitem__(self, index: int) -> Record:
         """Renders one scene; its depth is z along the optical axis, in metres, without NaN."""
         index = self._checked(index)

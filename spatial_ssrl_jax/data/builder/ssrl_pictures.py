@@ -1,0 +1,74 @@
+"""A TFDS builder that packs a folder of pictures, perhaps with depth, into ArrayRecord files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from spatial_ssrl_jax.data.sources.base import Source
+from spatial_ssrl_jax.data.sources.diode import open_diode
+from spatial_ssrl_jax.data.sources.folder import open_folder
+from spatial_ssrl_jax.data.sources.megadepth import open_megadepth
+from spatial_ssrl_jax.data.sources.nyu import open_nyu
+from spatial_ssrl_jax.data.sources.rgbd import open_rgbd
+from spatial_ssrl_jax.errors import BadPicture
+
+KINDS = {
+    "rgbd": open_rgbd,
+    "coco": open_folder,
+    "diode": open_diode,
+    "megadepth": open_megadepth,
+    "nyu": open_nyu,
+}
+
+
+class SsrlPictures(tfds.core.GeneratorBasedBuilder):
+    """`ssrl_pictures/KIND`: name, picture as its file holds it, depth as the source gives it.
+
+    Depth is stored in float32 at the picture's size with NaN where invalid, so that what is read
+    back equals what the folder gives, to the bit.
+
+    Args:
+      source: what to write; None to read a data set that is written.
+      kwargs: `config` (a kind), `data_dir`, `file_format` and what else TFDS takes.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=kind) for kind in KINDS]
+
+    def __init__(self, *, source: Source | None = None, **kwargs: Any):
+        self._source = source
+        self.skipped: list[str] = []  # why each bad picture was left out
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "name": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(None,) * 2 + (3,)),
+        }
+        if self.builder_config.name != "coco":
+            features["depth"] = tfds.features.Tensor(
+                shape=(None, None), dtype=np.float32, encoding="zlib"
+            )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Pictures of a folder, with depth where its kind has it.",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,  # keeps the source's order; the pipeline shuffles
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index in range(len(self._source)):
+            try:
+                record = self._source[index]
+            except BadPicture as reason:
+                self.skipped.append(str(reason))
+                continue
+            # Encoded bytes as they are: TFDS would need TensorFlow to encode an array.
+            row = {"name": record.name, "image": Path(record.path).read_bytes()}
+            yield index, row | ({} if record.depth is None else {"depth": record.depth})

@@ -1,0 +1,40 @@
+"""`arrayrecord:GLOB`: ArrayRecord files that TFDS wrote, taken as they lie, from gs:// too.
+
+Beside the first file lies its `features.json`, as TFDS leaves it.
+"""
+
+import os
+
+from spatial_ssrl_jax.data.sources.base import Source
+from spatial_ssrl_jax.errors import UserError
+
+
+def open_arrayrecord(spec: str, pattern: str) -> Source:
+    """Opens the files that match; raises `UserError` if there are none, or no `features.json`."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from etils import epath
+
+    from spatial_ssrl_jax.data.sources.stored import StoredSource
+
+    folder, _, names = pattern.rpartition("/")
+    files = sorted(os.fspath(file) for file in epath.Path(folder or ".").glob(names or "*"))
+    if not files:
+        raise UserError(f"source '{spec}': no file matches; expected ArrayRecord files by TFDS.")
+    folder = epath.Path(files[0]).parent
+    if not (folder / "features.json").exists():
+        raise UserError(
+            f"source '{spec}': {folder / 'features.json'} is missing: copy it from where the files "
+            "were written."
+        )
+    try:
+        features = tfds.features.FeaturesDict.from_config(os.fspath(folder))
+        rows = ArrayRecordDataSource(files)
+        count = len(rows)
+    except Exception as error:  # damaged files
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"source '{spec}' cannot be opened ({reason}): write it anew.") from error
+    if not count:
+        raise UserError(f"source '{spec}': its files hold no record; write them anew.")
+    prefix = os.path.basename(files[0]).partition(".array_record")[0]
+    return StoredSource(spec, prefix, rows, features)

@@ -1,0 +1,106 @@
+"""`2*nyu:A+folder:B`: several sources with weights.
+
+Parts are joined by `+`, each perhaps with a weight before a `*`; it is 1 where none is given. A
+task draws from the parts that it can use, in proportion to their weights.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from spatial_ssrl_jax.data.record import Record
+from spatial_ssrl_jax.data.sources.base import Source
+from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.tasks.example import Example
+
+_WEIGHT = r"(?:\d+(?:\.\d*)?\*)?"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture, as records `start` to `start + len(source)` of the whole.
+
+    Attributes:
+      source: pictures, or ready-made questions.
+      weight: its share.
+      start: index of its first record in the whole.
+    """
+
+    source: Source | QuestionSource
+    weight: float
+    start: int
+
+    @property
+    def indices(self) -> range:
+        """Its records' indices in the whole."""
+        return range(self.start, self.start + len(self.source))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources one after another.
+
+    Attributes:
+      spec: the SPEC as the user wrote it.
+      parts: its sources.
+    """
+
+    spec: str
+    parts: tuple[Part, ...]
+
+    @property
+    def has_depth(self) -> bool:
+        return any(part.source.has_depth for part in self.parts)
+
+    def __len__(self) -> int:
+        return sum(len(part.source) for part in self.parts)
+
+    def name(self, index: int) -> str:
+        part = self._part(index)
+        return part.source.name(index - part.start)
+
+    def __getitem__(self, index: int) -> Record | Example:
+        part = self._part(index)
+        return part.source[index - part.start]
+
+    def _part(self, index: int) -> Part:
+        for part in self.parts:
+            if index in part.indices:
+                return part
+        raise IndexError(index)
+
+
+def parts_of(source: Source | QuestionSource | Mixture) -> tuple[Part, ...]:
+    """A mixture's parts; any other source is one part with weight 1."""
+    return source.parts if isinstance(source, Mixture) else (Part(source, 1.0, 0),)
+
+
+def mix(spec: str, sources: Sequence[tuple[Source | QuestionSource, float]]) -> Mixture:
+    """Puts opened sources with their weights one after another."""
+    parts, start = [], 0
+    for source, weight in sources:
+        parts.append(Part(source, weight, start))
+        start += len(source)
+    return Mixture(spec, tuple(parts))
+
+
+def split_spec(spec: str, kinds: Sequence[str]) -> list[tuple[str, float]]:
+    """The SPECs of a mixture with their weights; one, with weight 1, where it is none.
+
+    A `+` joins only where a kind, perhaps with a weight, follows, so that paths may hold one.
+
+    Raises:
+      UserError: a weight is 0.
+    """
+    follows = rf"(?={_WEIGHT}(?:{'|'.join(kinds)})(?::|\+|$))"
+    return list(_weighted(spec, re.split(rf"\s*\+\s*{follows}", spec)))
+
+
+def _weighted(spec: str, pieces: list[str]) -> Iterator[tuple[str, float]]:
+    for piece in pieces:
+        given = re.match(_WEIGHT, piece)[0]
+        weight = float(given[:-1]) if given else 1.0
+        if weight <= 0:
+            raise UserError(f"source '{spec}': the weight of '{piece}' must be above 0.")
+        yield piece.removeprefix(given), weight

@@ -1,0 +1,78 @@
+"""Parquet files of questions: columns of text, rows with pictures at random, and writing them."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_KEPT = 4  # row groups a thread keeps: they are decoded whole, for a single row too
+_GROUP = 16  # questions in a row group that is written, a few megabytes
+
+
+class RowGroups:
+    """Single rows of a column; pickles without what it has read.
+
+    Args:
+      column: its name.
+    """
+
+    def __init__(self, column: str):
+        self.column = column
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"column": self.column}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["column"])
+
+    def value(self, file: str, row: int) -> Any:
+        """The value of one row, as Python types."""
+        files = self._local.__dict__.setdefault("files", {})
+        if file not in files:
+            files[file] = _open(file)
+        reader, starts = files[file]
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        groups = self._local.__dict__.setdefault("groups", {})
+        if (file, group) not in groups:
+            while len(groups) >= _KEPT:
+                del groups[next(iter(groups))]
+            groups[file, group] = reader.read_row_group(group, columns=[self.column])[self.column]
+        return groups[file, group][row - int(starts[group])].as_py()
+
+
+def _open(file: str) -> tuple[Any, np.ndarray]:
+    """An open file and the first row of each of its row groups."""
+    import pyarrow.parquet as pq
+
+    reader = pq.ParquetFile(file)
+    sizes = [reader.metadata.row_group(i).num_rows for i in range(reader.num_row_groups)]
+    return reader, np.cumsum([0, *sizes[:-1]])
+
+
+def read_texts(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Rows of some columns of text; nothing else of the file is read."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(file, columns=list(columns))
+    return list(zip(*(table[c].to_pylist() for c in columns), strict=True))
+
+
+def write_questions(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes `problem, answer, images` as the released data has them.
+
+    Args:
+      file: to write.
+      rows: each with `problem`, `answer`, and `images`: a list of `{"bytes", "path"}`, an encoded
+        picture and what it is called.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema(
+        [("problem", pa.string()), ("answer", pa.string()), ("images", pa.list_(image))]
+    )
+    pq.write_table(pa.Table.from_pylist(list(rows), schema), file, row_group_size=_GROUP)

@@ -1,0 +1,182 @@
+"""`ssrl81k:PATH`: ready-made questions, in the two forms of the released data.
+
+PATH is a parquet file with `problem, answer, images`, a cold-start JSON file with `instruction,
+input, output, images`, or a folder with files of one of the forms. `images` holds, a question, a
+list of pictures: encoded bytes, `{"bytes", "path"}`, or paths relative to the file. They enter the
+pipeline as examples of the task whose question they ask, so that the tasks' weights hold for them
+as for pictures; the tasks' other settings do not.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spatial_ssrl_jax.data.images import image_size, open_picture
+from spatial_ssrl_jax.data.sources.parquet import RowGroups, read_texts
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.learn.reward import last_box
+from spatial_ssrl_jax.tasks.example import Example
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
+
+LAYOUT = "parquet with problem, answer, images, or JSON with instruction, input, output, images"
+# What each task's question says and no other's; the released texts differ in small things.
+_SAID = {
+    "shuffle": "shuffled",
+    "flip": "flipped",
+    "crop": "missing part",
+    "depth": "sort the depths",
+    "position": "there is a camera at position",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One ready-made question.
+
+    Attributes:
+      task: the task that it belongs to.
+      text: the question without the format prompt.
+      answer: the exact right answer.
+      response: a whole response to learn from, or "" where the data brings none.
+      file: where it stands.
+      row: its place there.
+      images: pictures as paths or bytes; None where they are read from `file` when needed.
+    """
+
+    task: str
+    text: str
+    answer: str
+    response: str
+    file: str
+    row: int
+    images: tuple[str | bytes, ...] | None
+
+
+class QuestionSource:
+    """Questions of one or more files; pictures are read when asked for.
+
+    Args:
+      spec: the SPEC as the user wrote it.
+      root: names are relative to this folder.
+      questions: in order; their tasks need no depth, as they are made.
+    """
+
+    has_depth = False
+
+    def __init__(self, spec: str, root: str, questions: tuple[Question, ...]):
+        self.spec, self.root, self.questions = spec, root, questions
+        self._groups = RowGroups("images")
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def name(self, index: int) -> str:
+        question = self.questions[index]
+        return f"{os.path.relpath(question.file, self.root)}#{question.row}"
+
+    def task(self, index: int) -> str:
+        return self.questions[index].task
+
+    def sizes(self, index: int) -> list[tuple[int, int]]:
+        name = self.name(index)
+        return [
+            image_size(picture, _called(picture, name))[::-1] for picture in self._pictures(index)
+        ]
+
+    def __getitem__(self, index: int) -> Example:
+        question, name = self.questions[index], self.name(index)
+        pictures = self._pictures(index)
+        return Example(
+            task=question.task,
+            kind="released",
+            images=tuple(open_picture(picture, _called(picture, name)) for picture in pictures),
+            question=question.text,
+            answer=question.answer,
+            reason=f"The answer is {question.answer}.",
+            truth={},
+            source={"spec": self.spec, "record": name, "image": _called(pictures[0], name)},
+            response=question.response,
+        )
+
+    def _pictures(self, index: int) -> list[str | bytes]:
+        """The question's pictures, paths complete."""
+        question = self.questions[index]
+        cells = question.images
+        if cells is None:
+            cells = [_cell(cell) for cell in self._groups.value(question.file, question.row)]
+        folder = os.path.dirname(question.file)
+        return [os.path.join(folder, cell) if isinstance(cell, str) else cell for cell in cells]
+
+
+def open_ssrl81k(spec: str, path: str) -> QuestionSource:
+    """Reads the questions' texts; raises `UserError` if PATH holds none, or one of no task."""
+    where = Path(path).expanduser()
+    if not path or not where.exists():
+        raise UserError(f"source '{spec}': there is no such file or folder; expected {LAYOUT}.")
+    files = [where] if where.is_file() else _of_one_form(where)
+    questions = [q for file in files for q in _read(spec, file)]
+    if not questions:
+        raise UserError(f"source '{spec}': found no question there; expected {LAYOUT}.")
+    root = where if where.is_dir() else where.parent
+    return QuestionSource(spec, os.fspath(root), tuple(questions))
+
+
+def _of_one_form(folder: Path) -> list[Path]:
+    """All parquet files below a folder, else all JSON files."""
+    return sorted(folder.rglob("*.parquet")) or sorted(folder.rglob("*.json"))
+
+
+def _read(spec: str, file: Path) -> list[Question]:
+    try:
+        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+        return [_question(spec, os.fspath(file), i, *row) for i, row in enumerate(rows)]
+    except UserError:
+        raise
+    except Exception as error:  # readers raise nearly anything on a damaged file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+        raise UserError(f"{file} cannot be read ({reason}); expected {LAYOUT}.") from error
+
+
+def _parquet_rows(file: Path) -> list[tuple[str, str, str, None]]:
+    texts = read_texts(file, ("problem", "answer"))
+    return [(problem, answer, "", None) for problem, answer in texts]
+
+
+def _json_rows(file: Path) -> list[tuple[str, str, str, tuple[str, ...]]]:
+    rows = []
+    for row in json.loads(file.read_text()):
+        text = "\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
+        answer = last_box(row["output"])
+        if answer is None:
+            raise UserError(f"{file}: output {len(rows)} has no \\boxed answer; mend or remove it.")
+        images = row["images"]
+        images = (images,) if isinstance(images, str) else tuple(images)
+        rows.append((text, answer, row["output"], images))
+    return rows
+
+
+def _question(
+    spec: str, file: str, row: int, text: str, answer: str, response: str, images: Any
+) -> Question:
+    task = next((name for name, said in _SAID.items() if said in text), None)
+    if task is None:
+        raise UserError(
+            f"source '{spec}': question {row} of {file} is of none of the tasks "
+            f"{', '.join(_SAID)}; remove it."
+        )
+    # The pipeline appends the format prompt to every question.
+    text = text.replace(FORMAT_PROMPT, "").strip()
+    return Question(task, text, str(answer), response, file, row, images)
+
+
+def _cell(cell: Any) -> str | bytes:
+    """A picture of a parquet list: what it is encoded as, else its path."""
+    if isinstance(cell, dict):
+        return cell.get("bytes") or cell.get("path") or ""
+    return cell
+
+
+def _called(picture: str | bytes, name: str) -> str:
+    return picture if isinstance(picture, str) else name

@@ -1,0 +1,97 @@
+"""Pictures stored many to a file, as TFDS writes them: encoded pictures, perhaps with depth."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from spatial_ssrl_jax.data.images import image_size, open_picture
+from spatial_ssrl_jax.data.record import Record
+from spatial_ssrl_jax.errors import BadPicture, UserError
+
+DEPTH = "depth"
+_NAMES = ("name", "image/filename")  # ours, and COCO's in the catalogue
+
+
+class StoredSource:
+    """Records of a TFDS data set.
+
+    They are named by their place, so that naming them reads nothing.
+
+    Args:
+      spec: the SPEC as the user wrote it.
+      prefix: stands before the place in a record's name.
+      rows: random access to the records as TFDS encodes them, bytes; can be pickled.
+      features: of the data set.
+
+    Raises:
+      UserError: the data set has no picture.
+    """
+
+    def __init__(
+        self, spec: str, prefix: str, rows: Sequence[bytes], features: tfds.features.FeaturesDict
+    ):
+        self.spec, self.prefix, self._rows = spec, prefix, rows
+        self._picture = _picture_key(spec, features)
+        kept = (self._picture, DEPTH, *_NAMES)  # nothing else is decoded
+        self._features = tfds.features.FeaturesDict({k: features[k] for k in kept if k in features})
+        self.has_depth = DEPTH in features
+        self._last = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_last"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._last = threading.local()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        return f"{self.prefix}/{range(len(self))[index]:08d}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        width, height = image_size(self._row(index)[self._picture], self.name(index))
+        return height, width
+
+    def __getitem__(self, index: int) -> Record:
+        name, row = self.name(index), self._row(index)
+        image = open_picture(row[self._picture], name)
+        path = next((row[key].decode() for key in _NAMES if key in row), name)
+        depth = _clean(row[DEPTH], image.shape[:2], name) if self.has_depth else None
+        return Record(image=image, depth=depth, name=name, spec=self.spec, path=path)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        """A record's features; the last one of each thread is kept, as `size` asks first."""
+        if getattr(self._last, "index", None) != index:
+            # The picture stays encoded: we decode it as pictures of folders, with the same errors.
+            decoders = {self._picture: tfds.decode.SkipDecoding()}
+            row = self._features.deserialize_example_np(self._rows[index], decoders=decoders)
+            self._last.row, self._last.index = row, index
+        return self._last.row
+
+
+def _picture_key(spec: str, features: tfds.features.FeaturesDict) -> str:
+    """Which feature holds the picture: `image`, or the first that is one."""
+    pictures = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
+    if not pictures:
+        raise UserError(
+            f"source '{spec}': its records hold no picture, only {', '.join(features)}; "
+            "use another data set."
+        )
+    return "image" if "image" in pictures else pictures[0]
+
+
+def _clean(depth: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
+    """[H, W] float32 with NaN where invalid, from any [H, W] or [H, W, 1]."""
+    depth = np.asarray(depth, np.float32)
+    depth = depth[..., 0] if depth.ndim == 3 else depth
+    if depth.shape != size:
+        raise BadPicture(f"{name}: its depth is {depth.shape}, but its picture is {size}.")
+    depth = np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(np.nan))
+    if np.isnan(depth).all():
+        raise BadPicture(f"{name}: has no pixel with a valid depth.")
+    return depth

@@ -1,0 +1,57 @@
+"""`tfds:NAME[:SPLIT][@DATA_DIR]`: a TFDS data set in ArrayRecord files, read without TensorFlow.
+
+NAME is what `prepare` says, or any prepared data set of the catalogue that holds pictures, such as
+coco/2017. One that is not in DATA_DIR (TFDS's own default unless given) is fetched and prepared,
+where its builder can do that without TensorFlow. SPLIT is `train` unless given, and may be a slice
+such as train[:10%]. DATA_DIR may begin with gs://.
+"""
+
+import re
+
+from spatial_ssrl_jax.data.sources.base import Source
+from spatial_ssrl_jax.errors import UserError
+
+_FORM = re.compile(
+    r"(?P<name>[^:@]+(:(\d+|\*)\.(\d+|\*)\.(\d+|\*))?)(:(?P<split>[^@]+))?(@(?P<folder>.+))?"
+)
+
+
+def open_tfds(spec: str, argument: str) -> Source:
+    """Opens a split; raises `UserError` if there is no such data set or it cannot be read."""
+    import tensorflow_datasets as tfds  # half a second, which other sources need not wait for
+
+    from spatial_ssrl_jax.data.sources.stored import StoredSource
+
+    form = _FORM.fullmatch(argument)
+    if form is None:
+        raise UserError(
+            f"source '{spec}' cannot be understood; write tfds:NAME[:SPLIT][@DATA_DIR]."
+        )
+    split = form["split"] or "train"
+    try:
+        builder = _builder(form["name"], form["folder"])
+        method = tfds.decode.DeserializeMethod.RAW_BYTES
+        rows = builder.as_data_source(split, deserialize_method=method)
+    except Exception as error:  # TFDS raises many kinds, with texts of many lines
+        reason = " ".join(str(error).split())[:200].rstrip(" .") or type(error).__name__
+        raise UserError(
+            f"source '{spec}' cannot be opened ({reason}): check name, split and DATA_DIR, or "
+            "write it with the prepare command."
+        ) from error
+    if not len(rows):
+        raise UserError(f"source '{spec}': its split {split} holds no record; name another split.")
+    return StoredSource(spec, f"{builder.info.full_name}/{split}", rows, builder.info.features)
+
+
+def _builder(name: str, folder: str | None):
+    """Reads what is prepared from its files alone: many builders' code asks for TensorFlow."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
+    try:
+        builder = read_only_builder.builder_from_files(name, data_dir=folder)
+    except tfds.core.DatasetNotFoundError:
+        builder = tfds.builder(name, data_dir=folder, file_format="array_record")
+    if not builder.is_prepared():
+        builder.download_and_prepare()
+    return builder

@@ -1,0 +1,99 @@
+"""Reading videos: frames taken evenly from a file, upright 8-bit RGB, with their rate."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from spatial_ssrl_jax.errors import BadPicture, UserError
+
+FPS, MOST_FRAMES = 2.0, 768  # Qwen2.5-VL's own: frames a second, and frames at most
+_FEWEST_FRAMES, _TOGETHER = 4, 2  # at least so many, in multiples of what one patch holds
+_UNKNOWN_RATE = 24.0
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames that were taken from a video.
+
+    Attributes:
+      frames: [F, H, W, 3] uint8, RGB.
+      fps: frames a second among these frames, not in the file.
+    """
+
+    frames: np.ndarray
+    fps: float
+
+
+def sample_places(total: int, native: float, fps: float, most: int) -> np.ndarray:
+    """Which frames to take, by the rule of Qwen2.5-VL's processor: evenly, an even number.
+
+    Args:
+      total: frames in the file.
+      native: its frames a second.
+      fps: frames a second wanted; four frames at least are taken where there are so many.
+      most: frames at most.
+
+    Returns:
+      [F] int64 places, rising.
+    """
+    count = int(min(max(total / native * fps, _FEWEST_FRAMES), most, total))
+    count = max(count // _TOGETHER * _TOGETHER, 1)
+    return (np.arange(count) * (total / count)).astype(np.int64)
+
+
+def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAMES) -> Video:
+    """Reads a video file with PyAV (the `video` extra).
+
+    Args:
+      path: the file; its first video stream is read, turned upright by its display matrix.
+      fps, most: see `sample_places`.
+
+    Raises:
+      BadPicture: the file is missing, holds no video, or is cut short.
+      UserError: PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError:
+        raise UserError(
+            f"{path}: reading videos needs PyAV: pip install 'spatial_ssrl_jax[video]'."
+        ) from None
+    try:
+        total, native = _count(av, path)
+        places = sample_places(total, native, fps, most)
+        with av.open(os.fspath(path)) as container:
+            frames = _take(container, places)
+    except FileNotFoundError:
+        raise BadPicture(f"{path}: there is no such file.") from None
+    except (av.FFmpegError, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise BadPicture(f"{path}: cannot be read as a video ({reason}).") from error
+    if len(frames) < len(places):
+        raise BadPicture(f"{path}: only {len(frames)} of {len(places)} frames can be decoded.")
+    return Video(np.stack(frames), len(places) / total * native)
+
+
+def _count(av, path: str | os.PathLike) -> tuple[int, float]:
+    """Frames and frames a second; counted packet by packet, for a header may not say."""
+    with av.open(os.fspath(path)) as container:
+        if not container.streams.video:
+            raise BadPicture(f"{path}: holds no video.")
+        stream = container.streams.video[0]
+        total = sum(packet.size > 0 for packet in container.demux(stream))
+        if total == 0 or stream.frames > total:
+            raise BadPicture(f"{path}: is cut short ({total} of {stream.frames} frames).")
+        return total, float(stream.average_rate or stream.guessed_rate or _UNKNOWN_RATE)
+
+
+def _take(container, places: np.ndarray) -> list[np.ndarray]:
+    """The frames at the given places, decoded in order up to the last one."""
+    wanted, frames = set(places.tolist()), []
+    container.streams.video[0].thread_type = "AUTO"
+    for place, frame in enumerate(container.decode(video=0)):
+        if place in wanted:
+            picture = frame.to_ndarray(format="rgb24")
+            frames.append(np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90))))
+        if place == places[-1]:
+            break
+    return frames

@@ -1,0 +1,157 @@
+"""Folders with every kind of bad file: what can be used is, the rest is skipped and named."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spatial_ssrl_jax.config import Config
+from spatial_ssrl_jax.data.items import Item, Skip, item_dataset
+from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.errors import BadPicture, UserError
+from spatial_ssrl_jax.run import training
+from spatial_ssrl_jax.run.models import open_model
+from tests.data.test_images import png_of_size
+from tests.data.test_pipeline import weights
+from tests.data.test_sources import save_depth
+from tests.tasks.synthetic import photo, room
+
+SIZE = (112, 140)
+Save = Callable[[Path], None]
+
+
+def whole(path: Path) -> None:
+    Image.fromarray(photo(1, *SIZE)).save(path)
+
+
+def truncated(path: Path) -> None:
+    whole(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def narrow(path: Path) -> None:
+    Image.fromarray(photo(1, 50, 50)).resize((24_000, 100)).save(path)
+
+
+BAD_PICTURES: dict[str, tuple[Save, str]] = {
+    "empty.png": (lambda path: path.write_bytes(b""), "not a picture"),
+    "text.jpg": (lambda path: path.write_text("404 Not Found"), "not a picture"),
+    "cut.jpg": (truncated, "cannot be read"),
+    "zero.png": (lambda path: path.write_bytes(png_of_size(0, 5)), "not a picture"),
+    "huge.png": (lambda path: path.write_bytes(png_of_size(12_000, 12_000)), "12000x12000.*shrink"),
+    "narrow.png": (narrow, "24000x100 pixels cannot be used"),
+}
+
+
+def animated(path: Path) -> None:
+    frames = [Image.fromarray(photo(seed, *SIZE)) for seed in (1, 2)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    model = open_model("tiny")
+    return Processor(model.files, model.config, min_pixels=28 * 28, max_pixels=112 * 112)
+
+
+def items_of(spec: str, processor: Processor, task: str, count: int) -> list[Item]:
+    source = open_source(spec)
+    items = item_dataset(source, range(len(source)), weights(**{task: 1.0}), processor, seed=0)
+    return [items[i] for i in range(count)]
+
+
+def test_bad_pictures_are_skipped_and_named(tmp_path: Path, processor: Processor):
+    whole(tmp_path / "good.png")
+    animated(tmp_path / "moving.png")
+    for name, (save, _) in BAD_PICTURES.items():
+        save(tmp_path / name)
+    made = items_of(f"folder:{tmp_path}", processor, "shuffle", 24)
+    assert {item.example.source["record"] for item in made} == {"good.png", "moving.png"}
+    skips = {skip.name: skip for item in made for skip in item.skipped}
+    assert set(skips) == set(BAD_PICTURES)
+    assert all(skip.bad for skip in skips.values())
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_each_bad_picture_says_why(tmp_path: Path, processor: Processor, name: str):
+    save, said = BAD_PICTURES[name]
+    save(tmp_path / name)
+    source = open_source(f"folder:{tmp_path}")
+    with pytest.raises(BadPicture, match=said) as error:
+        processor.grid(*source[0].image.shape[:2])
+    assert str(error.value).count(".\n") == 0 and str(error.value).endswith(".")
+
+
+def depth_file(change: Callable[[np.ndarray], np.ndarray]) -> Save:
+    return lambda path: save_depth(path, change(room(1, *SIZE)))
+
+
+def filled(value: float, share: float) -> Save:
+    """A room of whose rows a share holds `value`."""
+
+    def change(depth: np.ndarray) -> np.ndarray:
+        depth[: round(share * len(depth))] = value
+        return depth
+
+    return depth_file(change)
+
+
+BAD_DEPTHS: dict[str, Save] = {
+    "missing": lambda path: None,
+    "turned": depth_file(lambda depth: depth.T),
+    "zeros": filled(0.0, 1),
+    "nan": filled(np.nan, 1),
+    "negative": filled(-1.0, 1),
+    "text": lambda path: path.write_text("no depth"),
+}
+USABLE_DEPTHS: dict[str, Save] = {
+    "some_nan": filled(np.nan, 0.3),
+    "some_negative": filled(-1.0, 0.3),
+    "some_infinite": filled(np.inf, 0.3),
+    "half_size": depth_file(lambda depth: depth[::2, ::2]),
+    "millimetres": depth_file(lambda depth: 1000 * depth),
+}
+
+
+@pytest.mark.parametrize("task", ["depth", "position"])
+def test_bad_depths_are_skipped_and_named(tmp_path: Path, processor: Processor, task: str):
+    for name, save in (BAD_DEPTHS | USABLE_DEPTHS).items():
+        whole(tmp_path / f"{name}.png")
+        save(tmp_path / f"{name}_depth.npy")
+    made = items_of(f"rgbd:{tmp_path}", processor, task, 33)
+    used = {item.example.source["record"].removesuffix(".png") for item in made}
+    assert used == set(USABLE_DEPTHS)
+    skips = {skip.name.removesuffix(".png") for item in made for skip in item.skipped if skip.bad}
+    assert skips == set(BAD_DEPTHS)
+
+
+def test_a_constant_map_is_rejected_but_not_bad(tmp_path: Path, processor: Processor):
+    for name, value in (("flat", 1.0), ("room", None)):
+        whole(tmp_path / f"{name}.png")
+        depth = room(1, *SIZE) if value is None else np.full(SIZE, value, np.float32)
+        save_depth(tmp_path / f"{name}_depth.npy", depth)
+    skips = [s for i in items_of(f"rgbd:{tmp_path}", processor, "depth", 4) for s in i.skipped]
+    assert skips and {(s.name, s.reason, s.bad) for s in skips} == {
+        ("flat.png", "constant depth map", False)
+    }
+
+
+def test_a_run_stops_above_its_share_of_bad_pictures():
+    said: list[str] = []
+    run = SimpleNamespace(
+        config=Config("test"),
+        source=SimpleNamespace(spec="folder:x"),
+        progress=SimpleNamespace(say=said.append),
+        bad=0,
+        tried=0,
+    )
+    good, bad = (Item(None, None, skipped) for skipped in ((), (Skip("a.png", "cut.", True),)))
+    training._count_bad(run, SimpleNamespace(items=[good] * 30 + [bad] * 5))
+    assert (run.bad, run.tried) == (5, 40) and said == ["skipped a.png: cut."] * 5
+    with pytest.raises(UserError, match=r"data\.max_bad_share") as error:
+        training._count_bad(run, SimpleNamespace(items=[bad] * 10))
+    assert "of 60 pictures from folder:x" in str(error.value)

@@ -1,0 +1,74 @@
+"""Mixtures: how they are written, and what a task draws from them."""
+
+import pickle
+
+import pytest
+
+from spatial_ssrl_jax.data.items import supplies
+from spatial_ssrl_jax.data.pipeline import split_records
+from spatial_ssrl_jax.data.sources import OPENERS, open_source
+from spatial_ssrl_jax.data.sources.mixture import split_spec
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.tasks import TASKS_BY_NAME
+from tests.data.test_sources import save_picture
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("nyu:/a", [("nyu:/a", 1)]),
+        ("nyu:/a+folder:/b", [("nyu:/a", 1), ("folder:/b", 1)]),
+        ("2*nyu:/a + 0.5*folder:/b", [("nyu:/a", 2), ("folder:/b", 0.5)]),
+        ("scenes+3*scenes:9", [("scenes", 1), ("scenes:9", 3)]),
+        ("folder:/c++/a+b", [("folder:/c++/a+b", 1)]),
+        ("arrayrecord:/x/*-of-*+2*scenes", [("arrayrecord:/x/*-of-*", 1), ("scenes", 2)]),
+    ],
+)
+def test_the_written_form(spec: str, parts: list):
+    assert split_spec(spec, list(OPENERS)) == parts
+
+
+def test_a_weight_of_zero_is_refused():
+    with pytest.raises(UserError, match=r"weight of '0\*scenes' must be above 0"):
+        open_source("scenes+0*scenes")
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    for name in "abcd":
+        save_picture(tmp_path / f"{name}.png")
+    return open_source(f"2*folder:{tmp_path}+scenes:10")
+
+
+def test_records_stand_one_after_another(mixture):
+    again = pickle.loads(pickle.dumps(mixture))
+    assert len(again) == 14 and again.has_depth
+    assert [again.name(i) for i in (0, 3, 4, 13)] == [
+        "a.png",
+        "d.png",
+        "scene-000000",
+        "scene-000009",
+    ]
+    assert again[1].name == "b.png" and again[4].depth is not None
+    with pytest.raises(IndexError):
+        again.name(14)
+
+
+def test_depth_tasks_draw_from_parts_with_depth(mixture):
+    pool = range(14)
+    found = {
+        name: [(s.weight, len(s.indices)) for s in supplies(mixture, pool, task, task.settings())]
+        for name, task in TASKS_BY_NAME.items()
+    }
+    assert found["shuffle"] == found["crop"] == [(2, 4), (1, 10)]
+    assert found["depth"] == found["position"] == [(1, 10)]
+    kept = supplies(mixture, [0, 2, 5], TASKS_BY_NAME["flip"], None)
+    assert [s.indices for s in kept] == [[0, 2], [1]]
+
+
+def test_each_part_holds_records_out(mixture):
+    split = split_records(mixture, 0.2)
+    assert not set(split.train) & set(split.heldout)
+    assert sorted(split.train + split.heldout) == list(range(14))
+    assert len([i for i in split.heldout if i < 4]) == 1
+    assert len([i for i in split.heldout if i >= 4]) == 2

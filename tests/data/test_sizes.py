@@ -1,0 +1,117 @@
+"""Prompts of 200 random picture sizes, from 1:180 to 180:1, against Transformers' own code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.data.videos import Video
+from spatial_ssrl_jax.qwen2_5_vl.config import read_config
+
+LEAST, MOST = 6 * 28 * 28, 60 * 28 * 28
+
+
+def random_sizes() -> list[tuple[int, int]]:
+    """Heights and widths, spread on a log scale; some smaller and some larger than allowed."""
+    rng, found = np.random.default_rng(0), []
+    while len(found) < 200:
+        aspect = 180 ** rng.uniform(-1, 1)
+        area = np.exp(rng.uniform(np.log(LEAST / 4), np.log(MOST * 4)))
+        height, width = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if min(height, width) and max(height, width) <= 180 * min(height, width):
+            found.append((height, width))
+    return found
+
+
+SIZES = random_sizes()
+
+
+@pytest.fixture(scope="module")
+def folder(shared) -> Path:
+    return shared / "qwen2_5_vl"
+
+
+@pytest.fixture(scope="module")
+def processor(folder) -> Processor:
+    return Processor(folder, read_config(folder / "3b"), LEAST, MOST)
+
+
+def test_sizes_are_spread():
+    aspects = np.array([h / w for h, w in SIZES])
+    areas = np.array([h * w for h, w in SIZES])
+    assert aspects.min() < 1 / 100 and aspects.max() > 100
+    assert (areas < LEAST).sum() > 20 and (areas > MOST).sum() > 20
+
+
+def test_resizing_order_and_expansion(folder, processor):
+    """Each slot of each window holds the reference's patch of that row and column."""
+    reference = Qwen2VLImageProcessorPil.from_pretrained(folder, min_pixels=LEAST, max_pixels=MOST)
+    token = processor.config.image_token_id
+    for seed, (height, width) in enumerate(SIZES):
+        image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+        prompt = processor.prompt("Where?", (image,))
+        out = reference(images=[image], return_tensors="np", input_data_format="channels_last")
+        _, high, wide = out["image_grid_thw"][0].tolist()
+        assert processor.grid(height, width) == (1, high, wide)
+        assert (prompt.ids == token).sum() == high * wide // 4
+        row, column = np.moveaxis(prompt.coords, -1, 0)
+        listed = (row // 2 * (wide // 2) + column // 2) * 4 + row % 2 * 2 + column % 2
+        held = prompt.frame == 0
+        assert held.sum() == high * wide and (prompt.frame[~held] == -1).all()
+        np.testing.assert_array_equal(prompt.patches[held], out["pixel_values"][listed[held]])
+        quads = listed.reshape(-1, 4)[prompt.image_index[prompt.ids == token]]
+        np.testing.assert_array_equal(quads.ravel(), np.arange(high * wide))
+
+
+def test_positions(processor):
+    """Position ids, and where the response goes on (the reference's rope delta)."""
+    torch = pytest.importorskip("torch", reason="the reference's positions need torch")
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    with torch.device("meta"):
+        model = Qwen2_5_VLModel(Qwen2_5_VLConfig())
+    for seed, pair in enumerate(zip(SIZES[::2], SIZES[1::2], strict=True)):
+        rng = np.random.default_rng(seed)
+        images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in pair]
+        prompt = processor.prompt("From <image> to <image>!", images)
+        ids = torch.tensor(prompt.ids[None], dtype=torch.long)
+        expected, delta = model.get_rope_index(
+            ids,
+            (ids == processor.config.image_token_id).int(),
+            image_grid_thw=torch.tensor([processor.grid(*size) for size in pair]),
+        )
+        np.testing.assert_array_equal(prompt.position, expected[:, 0])
+        assert prompt.next_position == len(prompt.ids) + int(delta)
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["torchvision"] = None
+from pathlib import Path
+from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.qwen2_5_vl.config import read_config
+from tests.data.test_sizes import picture_and_video
+folder = Path(sys.argv[1])
+print(picture_and_video(Processor(folder, read_config(folder / "3b"))))
+"""
+
+
+def picture_and_video(processor: Processor) -> str:
+    """A prompt's ids and the sum of its patches, as text."""
+    rng = np.random.default_rng(0)
+    video = Video(rng.integers(0, 256, (3, 56, 56, 3), np.uint8), 2.0)
+    prompt = processor.prompt("?", (rng.integers(0, 256, (70, 90, 3), np.uint8),), (video,))
+    return f"{prompt.ids.tolist()} {prompt.patches.sum()}"
+
+
+def test_torch_is_not_needed(folder):
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(folder)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    expected = picture_and_video(Processor(folder, read_config(folder / "3b")))
+    assert done.stdout.strip() == expected

@@ -1,0 +1,159 @@
+"""Ready-made questions in the forms of the released data, and the sets that preview writes."""
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from spatial_ssrl_jax import preview
+from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.errors import BadPicture, UserError
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
+from tests.tasks.test_protocol import CROP, DEPTH, FLIP, POSITION, SHUFFLE
+
+QUESTIONS = {
+    "shuffle": (SHUFFLE["1x3"], "0-2-1", 1),
+    "flip": (FLIP, "3-0", 1),
+    "crop": (CROP, "B", 5),
+    "depth": (DEPTH, "2-3-1", 1),
+    "position": (POSITION, "D", 1),
+}
+
+
+def encoded(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def as_cell(form: str, folder: Path, seed: int):
+    """A picture as one of the forms that `images` holds."""
+    if form == "bytes":
+        return encoded(seed)
+    (folder / "images").mkdir(exist_ok=True)
+    path = f"images/{seed}.png"
+    (folder / path).write_bytes(encoded(seed))
+    if form == "path":
+        return path
+    return {"bytes": encoded(seed) if form == "struct" else None, "path": path}
+
+
+def write_parquet(folder: Path, form: str) -> Path:
+    rows, seed = [], 0
+    for problem, answer, count in QUESTIONS.values():
+        cells = [as_cell(form, folder, seed + i) for i in range(count)]
+        rows.append({"problem": problem, "answer": answer, "images": cells})
+        seed += count
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=2)
+    return folder / "train.parquet"
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct", "struct-path", "path"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_parquet(tmp_path: Path, form: str, whole: bool):
+    file = write_parquet(tmp_path, form)
+    source = open_source(f"ssrl81k:{tmp_path if whole else file}")
+    source = pickle.loads(pickle.dumps(source))
+    assert len(source) == 5 and not source.has_depth
+    assert len({source.name(i) for i in range(5)}) == 5
+    seed = 0
+    for index in (0, 1, 2, 3, 4, 0):
+        task = list(QUESTIONS)[index]
+        question, answer, count = QUESTIONS[task]
+        seed = sum(n for _, _, n in list(QUESTIONS.values())[:index])
+        example = source[index]
+        assert source.task(index) == example.task == task
+        assert (example.question, example.answer, example.response) == (question, answer, "")
+        assert source.sizes(index) == [(30, 40)] * count
+        assert len(example.images) == count and example.source["record"] == source.name(index)
+        for i, image in enumerate(example.images):
+            with Image.open(io.BytesIO(encoded(seed + i))) as expected:
+                np.testing.assert_array_equal(image, np.asarray(expected))
+
+
+def write_json(folder: Path, **changes) -> Path:
+    output = "<think>The sky is above.</think> \\boxed{0-2-1}"
+    row = {
+        "instruction": f"<image>{SHUFFLE['1x3']} {FORMAT_PROMPT}",
+        "input": "",
+        "output": output,
+        "images": [as_cell("path", folder, 7)],
+    }
+    (folder / "cold.json").write_text(json.dumps([row | changes]))
+    return folder / "cold.json"
+
+
+def test_cold_start_json(tmp_path: Path):
+    source = open_source(f"ssrl81k:{write_json(tmp_path)}")
+    example = source[0]
+    assert example.question == f"<image>{SHUFFLE['1x3']}"  # the pipeline appends the format prompt
+    assert example.answer == "0-2-1" and example.task == "shuffle"
+    assert example.response == "<think>The sky is above.</think> \\boxed{0-2-1}"
+    assert example.images[0].shape == (30, 40, 3)
+    assert example.source["image"] == str(tmp_path / "images/7.png")
+
+
+def test_a_bad_picture_is_named(tmp_path: Path):
+    file = write_json(tmp_path, images=["gone.png"])
+    with pytest.raises(BadPicture, match=r"gone\.png"):
+        open_source(f"ssrl81k:{file}")[0]
+    file = write_parquet(tmp_path, "bytes")
+    table = pq.read_table(file).to_pylist()
+    table[0]["images"] = [b"no picture"]
+    pq.write_table(pa.Table.from_pylist(table), file)
+    with pytest.raises(BadPicture, match=r"train\.parquet#0"):
+        open_source(f"ssrl81k:{file}")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"output": "no box"}, "has no .boxed answer"),
+        ({"instruction": "What colour is the sky?"}, "question 0 .* none of the tasks"),
+    ],
+)
+def test_bad_questions_are_named(tmp_path: Path, changes: dict, said: str):
+    with pytest.raises(UserError, match=said):
+        open_source(f"ssrl81k:{write_json(tmp_path, **changes)}")
+
+
+def test_damaged_and_missing_files_are_named(tmp_path: Path):
+    for content in ("[{}]", "no json"):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(UserError, match=r"x\.json cannot be read"):
+            open_source(f"ssrl81k:{tmp_path}")
+    (tmp_path / "x.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"x\.parquet cannot be read"):
+        open_source(f"ssrl81k:{tmp_path}")
+    (tmp_path / "empty").mkdir()
+    for path, said in (("gone", "no such file"), ("empty", "found no question")):
+        with pytest.raises(UserError, match=said):
+            open_source(f"ssrl81k:{tmp_path / path}")
+
+
+def test_preview_writes_what_the_source_reads(tmp_path: Path, capsys: pytest.CaptureFixture):
+    out = tmp_path / "out"
+    argv = ["--source=scenes:20:224x224", f"--out={out}", "--count=10", "--parquet"]
+    preview.main(argv)
+    rows = [json.loads(line) for line in (out / "examples.jsonl").read_text().splitlines()]
+    source = open_source(f"ssrl81k:{out / 'examples.parquet'}")
+    assert pq.read_schema(out / "examples.parquet").names == ["problem", "answer", "images"]
+    assert len(source) == 10
+    for index, row in enumerate(rows):
+        example = source[index]
+        assert (example.task, example.question) == (row["task"], row["question"])
+        assert example.answer == row["answer"]
+        for image, path in zip(example.images, row["images"], strict=True):
+            with Image.open(out / path) as written:
+                np.testing.assert_array_equal(image, np.asarray(written))
+    # Ready-made questions can be looked at too.
+    argv = [f"--source=ssrl81k:{out / 'examples.parquet'}", f"--out={tmp_path / 'again'}"]
+    preview.main([*argv, "--count=4", "--tasks=depth,crop", "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"] == {"depth": 2, "crop": 2}

@@ -1,0 +1,129 @@
+"""ArrayRecord files: what `prepare` writes, `tfds:` and `arrayrecord:` read back to the bit."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spatial_ssrl_jax import prepare
+from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.errors import BadPicture, UserError
+from tests.conftest import ROOT
+from tests.data.test_sources import ramp, save_depth, save_picture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two RGB-D pictures, one of them JPEG with its depth of another size, and a damaged one."""
+    folder = tmp_path_factory.mktemp("in")
+    save_picture(folder / "a.jpg")
+    save_depth(folder / "a_depth.npy", ramp((6, 8)))
+    save_picture(folder / "room" / "b.png")
+    save_depth(folder / "room" / "b_depth.png", ramp())
+    (folder / "c.png").write_bytes(b"no picture")
+    save_depth(folder / "c_depth.npy", ramp())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    prepare.main(["rgbd", str(folder), str(out), "--max-bad-share=0.5"])
+    return out
+
+
+def specs(prepared: Path) -> list[str]:
+    files = prepared / "ssrl_pictures" / "rgbd" / "1.0.0"
+    return [
+        f"tfds:ssrl_pictures/rgbd@{prepared}",
+        f"tfds:ssrl_pictures/rgbd:1.0.0:train@{prepared}",
+        f"arrayrecord:{files}/*.array_record*",
+    ]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_read_back_is_what_the_folder_gives(folder: Path, prepared: Path, which: int):
+    original = open_source(f"rgbd:{folder}")
+    kept = [i for i in range(len(original)) if original.name(i) != "c.png"]
+    source = pickle.loads(pickle.dumps(open_source(specs(prepared)[which])))
+    assert len(source) == len(kept) == 2 and source.has_depth
+    for index, place in enumerate(kept):
+        before, after = original[place], source[index]
+        np.testing.assert_array_equal(after.image, before.image)
+        np.testing.assert_array_equal(after.depth, before.depth)
+        assert source.size(index) == before.image.shape[:2]
+        assert after.name == source.name(index) and after.path == before.name
+    assert source.name(0) != source.name(1)
+
+
+def test_splits_are_slices(prepared: Path):
+    source = open_source(f"tfds:ssrl_pictures/rgbd:train[50%:]@{prepared}")
+    assert len(source) == 1 and source[0].path == "room/b.png"
+
+
+def test_a_record_out_of_range_is_an_index_error(prepared: Path):
+    with pytest.raises(IndexError):
+        open_source(specs(prepared)[0]).name(2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("tfds:", "cannot be understood"),
+        ("tfds:no_such_set@OUT", "no_such_set not found"),
+        ("tfds:ssrl_pictures/rgbd:test@OUT", "Unknown split 'test'"),
+        ("arrayrecord:OUT/none*", "no file matches"),
+        ("arrayrecord:OUT/*.array_record", "features.json is missing"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(prepared: Path, tmp_path: Path, spec: str, said: str):
+    out = prepared
+    if "features" in said:
+        (tmp_path / "a.array_record").write_bytes(b"x")
+        out = tmp_path
+    with pytest.raises(UserError, match=said) as error:
+        open_source(spec.replace("OUT", str(out)))
+    assert spec.split(":")[0] in str(error.value) and not isinstance(error.value, BadPicture)
+
+
+def test_prepare_reports_and_never_overwrites_unasked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    argv = ["rgbd", str(folder), str(tmp_path), "--json", "--max-bad-share=0.5"]
+    prepare.main(argv)
+    report = json.loads(capsys.readouterr().out)
+    assert report["source"] == f"tfds:ssrl_pictures/rgbd@{tmp_path}" and report["written"] == 2
+    assert len(report["skipped"]) == 1 and "c.png" in report["skipped"][0]
+    with pytest.raises(UserError, match="--overwrite"):
+        prepare.main(argv)
+    prepare.main([*argv, "--overwrite"])
+
+
+def test_prepare_stops_when_too_much_is_bad(folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"1 of 3 pictures .*c\.png.*--max-bad-share"):
+        prepare.main(["rgbd", str(folder), str(tmp_path)])
+    assert not list(tmp_path.rglob("*.array_record*"))
+
+
+def test_coco_keeps_the_files_bytes_and_needs_no_depth(tmp_path: Path):
+    save_picture(tmp_path / "in" / "a.jpg")
+    prepare.main(["coco", str(tmp_path / "in"), str(tmp_path / "out")])
+    source = open_source(f"tfds:ssrl_pictures/coco@{tmp_path / 'out'}")
+    assert not source.has_depth and source[0].depth is None
+    with Image.open(tmp_path / "in" / "a.jpg") as picture:
+        np.testing.assert_array_equal(source[0].image, np.asarray(picture))
+
+
+def test_tensorflow_is_never_imported(prepared: Path):
+    code = (
+        "import sys; from spatial_ssrl_jax import prepare; "
+        "from spatial_ssrl_jax.data.sources import open_source; "
+        f"open_source({specs(prepared)[0]!r})[0]; assert 'tensorflow' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
