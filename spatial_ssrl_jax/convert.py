@@ -1,45 +1,39 @@
-"""Converts: python -m spatial_ssrl_jax.convert to-orbax|to-hf SRC DST"""
+"""Converts: python -m spatial_ssrl_jax.convert to-orbax|to-hf|merge-lora SRC [ADAPTER] DST"""
 
 import argparse
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
 from spatial_ssrl_jax.config import MeshSettings
 from spatial_ssrl_jax.errors import run_command
+from spatial_ssrl_jax.qwen2_5_vl.lora import merge_adapters
+from spatial_ssrl_jax.qwen2_5_vl.peft import read_adapter
+from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join
 from spatial_ssrl_jax.run import models
 from spatial_ssrl_jax.run.checkpoint import PARAMS, save_params
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m spatial_ssrl_jax.convert",
-        description="Turns a Hugging Face folder into an Orbax checkpoint, and back.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("direction", choices=("to-orbax", "to-hf"))
-    parser.add_argument("source", help="folder, checkpoint or hub id to read")
-    parser.add_argument("target", type=Path, help="folder to write")
-    parser.add_argument("--dtype", choices=("keep", "float32", "bfloat16"), default="keep")
-    parser.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
-
+    args = _parse(argv)
     source = models.open_model(args.source)
-    models.claim_folder(args.target, args.overwrite, source.weights, source.files)
+    adapter = [args.adapter] if args.direction == "merge-lora" else []
+    adapters = read_adapter(*adapter, source.config) if adapter else {}
+    models.check_folder(args.target, args.overwrite, source.weights, source.files, *adapter)
     layout = Layout(make_mesh(MeshSettings()))
     params = source.load(layout, None if args.dtype == "keep" else args.dtype)
     dtype = args.dtype if args.dtype != "keep" else str(jax.tree.leaves(params)[0].dtype)
-    if args.direction == "to-hf":
-        models.export(source, params, args.target, dtype)
-    else:
+    if adapters:
+        params = merge_adapters(join(params, jax.tree.map(jnp.asarray, adapters)), dtype)
+    if args.direction == "to-orbax":
         _write_orbax(source, params, args.target, dtype)
+    else:
+        models.export(source, params, args.target, dtype)
     count = sum(x.size for x in jax.tree.leaves(params))
     if args.json:
         report = {"target": str(args.target), "parameters": count, "dtype": dtype}
@@ -48,19 +42,41 @@ def main(argv: Sequence[str]) -> None:
         print(f"{args.target}: {count:,} parameters in {dtype}")
 
 
-def _write_orbax(source: models.ModelFolder, params, target: Path, dtype: str) -> None:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--dtype", choices=("keep", "float32", "bfloat16"), default="keep")
+    shared.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
+    shared.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = argparse.ArgumentParser(
+        prog="python -m spatial_ssrl_jax.convert",
+        description="Turns a Hugging Face folder into an Orbax checkpoint and back, or merges a "
+        "LoRA adapter into its base.",
+    )
+    directions = parser.add_subparsers(dest="direction", required=True)
+    for name, says in (
+        ("to-orbax", "writes weights as Orbax has them"),
+        ("to-hf", "writes a Hugging Face folder"),
+        ("merge-lora", "adds a PEFT adapter to its base and writes a Hugging Face folder"),
+    ):
+        options = directions.add_parser(
+            name,
+            help=says,
+            parents=[shared],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        options.add_argument("source", help="folder, checkpoint or hub id to read")
+        if name == "merge-lora":
+            options.add_argument("adapter", type=Path, help="folder as PEFT writes it")
+        options.add_argument("target", type=Path, help="folder to write")
+    return parser.parse_args(argv)
+
+
+def _write_orbax(source: models.ModelFolder, params: Params, target: Path, dtype: str) -> None:
     """Writes weights and the model's files; the folder appears when it is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with models.whole_folder(target) as partial:
         models.copy_files(source, partial)
         models.write_config(source.config, partial, dtype)
         save_params(partial / PARAMS, params)
-        partial.chmod(0o755)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Answers: python -m spatial_ssrl_jax.generate --model=DIR --image=F --question=TEXT"""
+"""Answers: python -m spatial_ssrl_jax.generate --model=DIR --image=F --video=F --question=TEXT"""
 
 import argparse
 import json
@@ -11,7 +11,8 @@ import numpy as np
 from spatial_ssrl_jax.config import MeshSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.images import open_image
-from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.data.prompts import Processor, Prompt
+from spatial_ssrl_jax.data.videos import FPS, MOST_FRAMES, open_video
 from spatial_ssrl_jax.errors import UserError, run_command
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
@@ -27,10 +28,8 @@ _PROMPT_STEP, _WINDOW_STEP = 128, 8
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
     model = open_model(args.model)
-    processor = Processor(model.files, model.config)
-    images = tuple(open_image(path) for path in args.image)
-    question = f"{args.question} {FORMAT_PROMPT}" if args.reasoning else args.question
-    prompt = processor.prompt(question, images)
+    processor = Processor(model.files, model.config, args.min_pixels, args.max_pixels)
+    prompt = _prompt(processor, args)
     layout = Layout(make_mesh(MeshSettings(data=1, fsdp=1, tensor=-1)))
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     params = model.load(layout, dtype)
@@ -41,6 +40,9 @@ def main(argv: Sequence[str]) -> None:
         (_round_up(len(prompt.ids), _PROMPT_STEP),),
         (_round_up(len(prompt.frame), _WINDOW_STEP),),
     )
+    stream = None if args.json else Stream(processor, args.max_new_tokens)
+    if args.samples > 1 and not args.json:
+        print("--- sample 1")
     rollout = engine.generate(
         params,
         engine.fill(params),
@@ -50,28 +52,68 @@ def main(argv: Sequence[str]) -> None:
         key=jax.random.key(args.seed),
         prompt_index=np.zeros(1, np.int32),
         sampling=Sampling(args.temperature, args.top_p),
+        on_tokens=stream,
     )
     samples = [_sample(processor, rollout, g, args.max_new_tokens) for g in range(args.samples)]
     if args.json:
         print(json.dumps({"prompt_ids": prompt.ids.tolist(), "samples": samples}))
         return
     for number, sample in enumerate(samples, 1):
-        if args.samples > 1:
+        if number > 1:
             print(f"--- sample {number}")
-        print(sample["text"] + ("" if sample["finished"] else " […]"))
+        # What the stream has not shown of the first sample is the end of its text.
+        print(sample["text"][stream.shown if number == 1 else 0 :], end="")
+        print("" if sample["finished"] else " […]")
+
+
+def _prompt(processor: Processor, args: argparse.Namespace) -> Prompt:
+    """Reads pictures and videos, and refuses what the model has no positions for."""
+    images = [open_image(path) for path in args.image]
+    videos = [open_video(path, args.fps, args.max_frames) for path in args.video]
+    question = f"{args.question} {FORMAT_PROMPT}" if args.reasoning else args.question
+    most = processor.config.text.max_position_embeddings - args.max_new_tokens
+    if args.max_prompt_tokens is not None:
+        most = min(most, args.max_prompt_tokens)
+    return processor.prompt(question, images, videos, most)
+
+
+class Stream:
+    """Prints the first sample's text as it comes.
+
+    Attributes:
+      shown: characters printed so far.
+    """
+
+    def __init__(self, processor: Processor, most: int):
+        self._processor, self._most, self.shown = processor, most, 0
+
+    def __call__(self, tokens: np.ndarray, length: np.ndarray) -> None:
+        ids = tokens[0, 0, : min(int(length[0, 0]), self._most)]
+        # A character whose bytes are not all there yet decodes to U+FFFD: it is held back.
+        text = self._processor.decode(ids).rstrip("\ufffd")
+        print(text[self.shown :], end="", flush=True)
+        self.shown = max(self.shown, len(text))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.generate",
-        description="Asks a model about pictures; greedy unless a temperature is given.",
+        description="Asks a model about pictures and videos; greedy unless a temperature is given.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="folder, checkpoint or hub id")
     parser.add_argument("--image", action="append", default=[], type=Path, help="may be repeated")
+    parser.add_argument("--video", action="append", default=[], type=Path, help="may be repeated")
+    parser.add_argument("--fps", type=float, default=FPS, help="frames a second of a video")
+    parser.add_argument("--max-frames", type=int, default=MOST_FRAMES, help="of one video")
+    parser.add_argument("--min-pixels", type=int, help="area of a picture or frame: by the model")
+    parser.add_argument("--max-pixels", type=int, help="area of a picture or frame: by the model")
     parser.add_argument("--question", required=True)
     parser.add_argument("--reasoning", action="store_true", help="append the format prompt")
     parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument(
+        "--max-prompt-tokens", type=int, help="a longer prompt is refused: what the model takes"
+    )
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -81,6 +123,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.samples < 1 or args.max_new_tokens < 1:
         raise UserError("--samples and --max-new-tokens must be at least 1.")
+    if args.fps <= 0 or args.max_frames < 2:
+        raise UserError("--fps must be above 0, and --max-frames at least 2.")
+    limits = [
+        n for n in (args.min_pixels, args.max_pixels, args.max_prompt_tokens) if n is not None
+    ]
+    if min(limits, default=1) < 1:
+        raise UserError("--min-pixels, --max-pixels and --max-prompt-tokens must be at least 1.")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1.")
     return args

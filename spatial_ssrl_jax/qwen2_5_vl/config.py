@@ -149,13 +149,13 @@ def read_config(folder: Path) -> Qwen2_5_VLConfig:
 
 def config_from_dict(raw: dict[str, Any], name: str) -> Qwen2_5_VLConfig:
     """Builds the config from the parsed `config.json`; `name` is used in errors."""
-    if raw.get("model_type") != "qwen2_5_vl":
-        raise UserError(
-            f"{name} describes a {raw.get('model_type')!r} model; expected 'qwen2_5_vl'."
-        )
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind != "qwen2_5_vl":
+        raise UserError(f"{name} describes a {kind!r} model; expected 'qwen2_5_vl'.")
     text = {**raw, **raw.get("text_config", {})}
     vision = raw.get("vision_config", {})
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    _refuse_variants(text, vision, rope, name)
     try:
         return Qwen2_5_VLConfig(
             text=TextConfig(
@@ -183,12 +183,28 @@ def config_from_dict(raw: dict[str, Any], name: str) -> Qwen2_5_VLConfig:
         ) from None
 
 
+def _refuse_variants(text: dict, vision: dict, rope: dict, name: str) -> None:
+    """Stops where the reference would compute something else than we do."""
+    settings = {
+        "rope type": (rope.get("rope_type", rope.get("type", "mrope")), ("default", "mrope")),
+        "hidden_act": (text.get("hidden_act", "silu"), ("silu",)),
+        "vision_config.hidden_act": (vision.get("hidden_act", "silu"), ("silu",)),
+        "use_sliding_window": (text.get("use_sliding_window", False), (False,)),
+    }
+    for key, (value, known) in settings.items():
+        if value not in known:
+            raise UserError(
+                f"{name} sets {key} to {value!r}, which is not supported; expected "
+                f"{' or '.join(map(repr, known))}."
+            )
+
+
 def _token(value: int | list[int]) -> int:
     return value if isinstance(value, int) else value[0]
 
 
 def config_to_dict(config: Qwen2_5_VLConfig, dtype: str) -> dict[str, Any]:
-    """The hub's flat `config.json`, which Transformers and vLLM read; `dtype` such as `bfloat16`."""
+    """The hub's flat `config.json`, as Transformers and vLLM read it; `dtype` like `bfloat16`."""
     text = dataclasses.asdict(config.text)
     section, theta = list(text.pop("mrope_section")), text.pop("rope_theta")
     vision = dataclasses.asdict(config.vision)

@@ -1,4 +1,4 @@
-"""The parts that both towers are built from. A weight is declared once: shape, axes, initialiser."""
+"""What both towers are built from. A weight is declared once: shape, axes, initialiser."""
 
 import math
 
@@ -29,9 +29,14 @@ class Init:
     def _shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape if self._layers is None else (self._layers, *shape)
 
-    def normal(self, shape: tuple[int, ...], axes: Axes, scale: float = 0.02) -> nnx.Param:
+    def normal(self, shape: tuple[int, ...], axes: Axes, scale: float) -> nnx.Param:
         self._key, key = jax.random.split(self._key)
         return self._param(scale * jax.random.normal(key, self._shape(shape)), axes)
+
+    def uniform(self, shape: tuple[int, ...], axes: Axes, bound: float) -> nnx.Param:
+        self._key, key = jax.random.split(self._key)
+        value = jax.random.uniform(key, self._shape(shape), minval=-bound, maxval=bound)
+        return self._param(value, axes)
 
     def fill(self, shape: tuple[int, ...], axes: Axes, value: float) -> nnx.Param:
         return self._param(jnp.full(self._shape(shape), value, jnp.float32), axes)
@@ -41,7 +46,11 @@ class Linear(nnx.Module):
     """`x @ kernel + bias` over any number of leading axes.
 
     The kernel is [*in, *out]; `contract` says how many axes belong to the input. Like every layer
-    here it computes in the dtype of `x`, whatever the weights are kept in.
+    here it computes in the dtype of `x`, whatever the weights are kept in. Fresh weights keep the
+    scale of their input, and are zero where they end a residual branch: a fresh model is its
+    embedding and its head, which learns much faster than one of random branches. With an adapter
+    (LoRA) `x @ (lora_a * lora_scale) @ lora_b` is added: no gradient of the kernel is needed to
+    train it.
     """
 
     def __init__(
@@ -52,20 +61,46 @@ class Linear(nnx.Module):
         *,
         contract: int = 1,
         bias: bool = False,
+        ends_branch: bool = False,
     ):
-        fan_in = math.prod(shape[:contract])
-        self.kernel = init.normal(shape, axes, scale=fan_in**-0.5)
+        scale = 0.0 if ends_branch else math.prod(shape[:contract]) ** -0.5
+        self.kernel = init.normal(shape, axes, scale)
         self.bias = init.fill(shape[contract:], axes[contract:], 0.0) if bias else None
         self.contract = contract
+        self.lora_a, self.lora_b, self.lora_scale = (nnx.data(None) for _ in range(3))
+
+    def adapt(self, init: Init, rank: int, scale: float) -> None:
+        """Adds an adapter that changes nothing yet: `lora_a` uniform, `lora_b` zero, as PEFT does.
+
+        Args:
+          init: draws it.
+          rank: width of the side path.
+          scale: what its output is multiplied by; a weight that does not train, so that a tree of
+            weights says all about its adapters.
+        """
+        shape, axes = self.kernel.shape, self.kernel.axes
+        if axes[0] == "layers":
+            init = init.stacked(shape[0])
+            shape, axes = shape[1:], axes[1:]
+        rows, columns = shape[: self.contract], shape[self.contract :]
+        into, out = axes[: self.contract], axes[self.contract :]
+        self.lora_a = init.uniform((*rows, rank), (*into, None), math.prod(rows) ** -0.5)
+        self.lora_b = init.fill((rank, *columns), (None, *out), 0.0)
+        self.lora_scale = init.fill((), (), scale)
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(x.dtype)
         rows, columns = x.shape[: x.ndim - self.contract], kernel.shape[self.contract :]
         # As one plain matrix product: with more axes, the backward pass copies activations around.
         wide = math.prod(columns)
-        y = jnp.matmul(x.reshape(math.prod(rows), -1), kernel.reshape(-1, wide)).reshape(
-            *rows, *columns
-        )
+        flat = x.reshape(math.prod(rows), -1)
+        y = jnp.matmul(flat, kernel.reshape(-1, wide))
+        if self.lora_a is not None:
+            # Scaled before it is cast: a factor rounded to bfloat16 would not be the merged one's.
+            a = (self.lora_a[...] * self.lora_scale[...]).astype(x.dtype).reshape(flat.shape[1], -1)
+            b = self.lora_b[...].astype(x.dtype).reshape(-1, wide)
+            y = y + jnp.matmul(jnp.matmul(flat, a), b)
+        y = y.reshape(*rows, *columns)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -88,7 +123,7 @@ class GatedMLP(nnx.Module):
     def __init__(self, init: Init, width: int, inner: int, *, bias: bool, axes: Axes):
         self.gate = Linear(init, (width, inner), axes, bias=bias)
         self.up = Linear(init, (width, inner), axes, bias=bias)
-        self.down = Linear(init, (inner, width), axes[::-1], bias=bias)
+        self.down = Linear(init, (inner, width), axes[::-1], bias=bias, ends_branch=True)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -6,7 +6,6 @@ layers are stacked along a leading layer axis.
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,17 @@ from jax import Array
 
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.layers import Init
+from spatial_ssrl_jax.qwen2_5_vl.lora import (
+    NO_LORA,
+    LoraSettings,
+    adapt,
+    found_adapters,
+    only_adapters,
+)
 from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
 from spatial_ssrl_jax.qwen2_5_vl.text import TextModel
+from spatial_ssrl_jax.qwen2_5_vl.tree import Params
 from spatial_ssrl_jax.qwen2_5_vl.vision import VisionInput, VisionTower
-
-Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,18 +81,23 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 - the model's own name
 
 
 @cache
-def _abstract(config: Qwen2_5_VLConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Qwen2_5_VL(config, jax.random.key(0))))
+def _abstract(config: Qwen2_5_VLConfig, lora: LoraSettings) -> tuple[nnx.GraphDef, nnx.State]:
+    def build() -> Qwen2_5_VL:
+        model = Qwen2_5_VL(config, jax.random.key(0))
+        adapt(model, lora, jax.random.key(0))
+        return model
+
+    return nnx.split(nnx.eval_shape(build))
 
 
-def abstract_params(config: Qwen2_5_VLConfig) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct`, float32."""
-    return nnx.to_pure_dict(_abstract(config)[1])
+def abstract_params(config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`, float32; with `lora`, adapters too."""
+    return nnx.to_pure_dict(_abstract(config, lora)[1])
 
 
-def param_axes(config: Qwen2_5_VLConfig) -> Params:
+def param_axes(config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA) -> Params:
     """The parameter tree with each weight's logical axes as its leaf."""
-    _, state = _abstract(config)
+    _, state = _abstract(config, lora)
     return jax.tree.map(
         lambda p: p.axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable)
     ).to_pure_dict()
@@ -98,9 +108,16 @@ def init_params(config: Qwen2_5_VLConfig, key: Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Qwen2_5_VL(config, key)))
 
 
+def init_adapters(config: Qwen2_5_VLConfig, lora: LoraSettings, key: Array) -> Params:
+    """Fresh adapters alone, float32, drawn from `key`; the model with them computes as without."""
+    model = nnx.merge(*_abstract(config, NO_LORA))  # shapes are enough: no base weight is drawn
+    adapt(model, lora, jax.random.fold_in(key, 2))
+    return only_adapters(nnx.to_pure_dict(nnx.state(model)))
+
+
 def bind(config: Qwen2_5_VLConfig, params: Params) -> Qwen2_5_VL:
-    """The modules with `params` in them."""
-    return nnx.merge(_abstract(config)[0], params)
+    """The modules with `params` in them, and with adapters where `params` has them."""
+    return nnx.merge(_abstract(config, found_adapters(params))[0], params)
 
 
 def embed_prompt(model: Qwen2_5_VL, prompts: PromptBatch, compute: Compute) -> Array:

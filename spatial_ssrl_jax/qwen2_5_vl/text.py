@@ -15,7 +15,8 @@ from jax import Array
 
 from spatial_ssrl_jax.qwen2_5_vl.attention import attend, attend_shared
 from spatial_ssrl_jax.qwen2_5_vl.config import TextConfig
-from spatial_ssrl_jax.qwen2_5_vl.layers import GatedMLP, Init, Linear, RMSNorm, cast, scan_layers
+from spatial_ssrl_jax.qwen2_5_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
+from spatial_ssrl_jax.qwen2_5_vl.lora import merge_adapters
 from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
 
 Rotary = tuple[Array, Array]
@@ -32,7 +33,8 @@ class TextLayer(nnx.Module):
         self.q = Linear(init, (width, heads, size), ("embed", "heads", "head_dim"), bias=True)
         self.k = Linear(init, (width, groups, size), ("embed", "kv_heads", "head_dim"), bias=True)
         self.v = Linear(init, (width, groups, size), ("embed", "kv_heads", "head_dim"), bias=True)
-        self.o = Linear(init, (heads, size, width), ("heads", "head_dim", "embed"), contract=2)
+        out_axes = ("heads", "head_dim", "embed")
+        self.o = Linear(init, (heads, size, width), out_axes, contract=2, ends_branch=True)
         self.mlp = GatedMLP(
             init, width, config.intermediate_size, bias=False, axes=("embed", "ffn")
         )
@@ -53,10 +55,11 @@ class TextModel(nnx.Module):
 
     def __init__(self, init: Init, config: TextConfig, tied: bool):
         shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
-        self.embed = init.normal(shape, axes)
+        scale = config.hidden_size**-0.5
+        self.embed = init.normal(shape, axes, scale)
         self.layers = TextLayer(init.stacked(config.num_hidden_layers), config)
         self.norm = RMSNorm(init, config.hidden_size, config.rms_norm_eps)
-        self.head = None if tied else init.normal(shape, axes)
+        self.head = None if tied else init.normal(shape, axes, scale)
 
     def head_weight(self, dtype) -> Array:
         """[V, D] in `dtype`; the embedding itself when they are tied."""
@@ -136,10 +139,12 @@ class TextModel(nnx.Module):
 
 
 def unstack(model: TextModel, dtype) -> list[dict]:
-    """The stacked layers as a list of one pure dict of arrays a layer, in `dtype`."""
+    """The stacked layers, adapters merged, as one pure dict of arrays a layer, in `dtype`."""
     weights = nnx.to_pure_dict(nnx.state(model.layers))
     count = jax.tree.leaves(weights)[0].shape[0]
-    return [cast(jax.tree.map(lambda x, i=i: x[i], weights), dtype) for i in range(count)]
+    layers = (jax.tree.map(lambda x, i=i: x[i], weights) for i in range(count))
+    # A layer at a time: merging whole stacks would need a float32 copy of each.
+    return [merge_adapters(layer, dtype) for layer in layers]
 
 
 def decode_layer(

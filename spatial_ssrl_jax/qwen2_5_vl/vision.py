@@ -45,7 +45,9 @@ class VisionBlock(nnx.Module):
         qkv_axes = ("embed", None, "heads", "head_dim")
         self.qkv = Linear(init, (width, 3, heads, size), qkv_axes, bias=True)
         out_axes = ("heads", "head_dim", "embed")
-        self.proj = Linear(init, (heads, size, width), out_axes, contract=2, bias=True)
+        self.proj = Linear(
+            init, (heads, size, width), out_axes, contract=2, bias=True, ends_branch=True
+        )
         inner = config.intermediate_size
         self.mlp = GatedMLP(init, width, inner, bias=True, axes=("embed", "vision_ffn"))
 

@@ -136,18 +136,31 @@ def read_params(
       UserError: a missing, extra or wrongly shaped tensor, or a broken file.
     """
     place = place or (lambda path, array: jax.numpy.asarray(array))
-    with ExitStack() as stack:
-        tensors = _open_tensors(Path(folder), stack)
-        table = entries(config)
-        _check(Path(folder), config, table, tensors)
-        flat = {}
-        for entry in table:
-            parts = (
-                entry.from_hub(tensors[n].get_tensor(_stored(tensors[n], n)))
-                for n in entry.hub_names
-            )
-            flat[entry.path] = place(entry.path, _stack(parts, entry))
+    stored, table = _find_tensors(Path(folder)), entries(config)
+    _check(Path(folder), config, table, stored)
+    flat = {entry.path: place(entry.path, _read(entry, stored)) for entry in table}
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: its file, its name there, and its shape."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+def _read(entry: Entry, stored: dict[str, _Stored]) -> np.ndarray:
+    """One parameter on the host.
+
+    Its files are opened for it alone: what was read of a mapped file stays in memory until it is
+    closed, and with all of them open the whole model would be there twice.
+    """
+    places = [stored[name] for name in entry.hub_names]
+    with ExitStack() as stack:
+        files = {p: stack.enter_context(safe_open(p, "np")) for p in {x.path for x in places}}
+        return _stack((entry.from_hub(files[x.path].get_tensor(x.name)) for x in places), entry)
 
 
 def _stack(parts: Iterator[np.ndarray], entry: Entry) -> np.ndarray:
@@ -161,20 +174,24 @@ def _stack(parts: Iterator[np.ndarray], entry: Entry) -> np.ndarray:
     return whole
 
 
-def _canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
+    """The hub's name of a tensor or module that newer exports name otherwise."""
     for new, old in _RENAMED:
         if name.startswith(new):
             return old + name[len(new) :]
     return name
 
 
-def _stored(file, name: str) -> str:
-    keys = set(file.keys())
-    return name if name in keys else next(k for k in keys if _canonical(k) == name)
+def newer_name(name: str) -> str:
+    """The name that Transformers 4.52 and later give what the hub calls `name`."""
+    for new, old in _RENAMED:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
 
 
-def _open_tensors(folder: Path, stack: ExitStack) -> dict:
-    """Canonical tensor name -> the open file that holds it."""
+def _find_tensors(folder: Path) -> dict[str, _Stored]:
+    """Where the tensor of each canonical name lies, from the files' headers alone."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -188,17 +205,21 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict:
     found = {}
     for path in files:
         try:
-            file = stack.enter_context(safe_open(path, "np"))
+            with safe_open(path, "np") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    shape = tuple(file.get_slice(name).get_shape())
+                    found[canonical_name(name)] = _Stored(path, name, shape)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
-        found.update({_canonical(key): file for key in file.keys()})  # noqa: SIM118 - not a dict
     return found
 
 
-def _check(folder: Path, config: Qwen2_5_VLConfig, table: list[Entry], tensors: dict) -> None:
+def _check(
+    folder: Path, config: Qwen2_5_VLConfig, table: list[Entry], stored: dict[str, _Stored]
+) -> None:
     expected = {name: entry.hub_shape(config) for entry in table for name in entry.hub_names}
-    missing = sorted(expected.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - expected.keys())
+    missing = sorted(expected.keys() - stored.keys())
+    extra = sorted(stored.keys() - expected.keys())
     if config.tie_word_embeddings and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
     extra = [name for name in extra if not re.search(r"rotary_emb\.inv_freq$", name)]
@@ -209,7 +230,7 @@ def _check(folder: Path, config: Qwen2_5_VLConfig, table: list[Entry], tensors: 
                 f"{folder} {what} the tensor {names[0]}{more}: it does not fit its config.json."
             )
     for name, shape in expected.items():
-        found = tuple(tensors[name].get_slice(_stored(tensors[name], name)).get_shape())
+        found = stored[name].shape
         if found != shape:
             raise UserError(
                 f"{folder}: {name} has shape {found}, but config.json asks for {shape}."

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.data.prompts import Processor, Prompt
+from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, read_config
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.qwen2_5_vl.weights import read_params
@@ -29,12 +30,27 @@ SHAPES = {
     ),
     # Seven query heads a key/value head and a head of its own, as in the 7B.
     "grouped": dict(
-        text=dict(hidden_size=224, num_attention_heads=14, num_key_value_heads=2),
-        section=(2, 3, 3),
-        vision=dict(depth=5, hidden_size=64, intermediate_size=96, num_heads=4),
+        text=dict(hidden_size=896, num_attention_heads=7, num_key_value_heads=1),
+        section=(16, 24, 24),
+        vision=dict(VISION_80, depth=5),
         tied=False,
         vocab=152_064,
         theta=1e6,
+    ),
+    # The 3B's own widths, with two of its text layers and four vision blocks.
+    "wide": dict(
+        text=dict(
+            hidden_size=2048,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            intermediate_size=11_008,
+        ),
+        section=(16, 24, 24),
+        vision=dict(depth=4, hidden_size=1280, intermediate_size=3420, num_heads=16),
+        tied=True,
+        vocab=151_936,
+        theta=1e6,
+        scale=2,  # wide sums are large as they are; more would blow rounding up to the limit
     ),
 }
 MINI = dict(
@@ -75,7 +91,6 @@ def make_checkpoint(folder: Path, shape: dict, seed: int) -> Checkpoint:
     config = transformers.Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=shape["vocab"],
-            intermediate_size=160,
             num_hidden_layers=2,
             rms_norm_eps=shape.get("eps", 1e-6),
             rope_parameters=rope,
@@ -83,7 +98,7 @@ def make_checkpoint(folder: Path, shape: dict, seed: int) -> Checkpoint:
             bos_token_id=token["bos"],
             eos_token_id=token["eos"],
             pad_token_id=token["bos"],
-            **shape["text"],
+            **{"intermediate_size": 160, **shape["text"]},
         ),
         vision_config=dict(
             out_hidden_size=shape["text"]["hidden_size"],
@@ -102,7 +117,7 @@ def make_checkpoint(folder: Path, shape: dict, seed: int) -> Checkpoint:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(5)
+                parameter.mul_(shape.get("scale", 5))
             else:  # biases are zero and norms one at first: then wrong code passes
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.generation_config.eos_token_id = None
@@ -112,7 +127,9 @@ def make_checkpoint(folder: Path, shape: dict, seed: int) -> Checkpoint:
     return Checkpoint(folder, model, ours, read_params(folder, ours))
 
 
-@pytest.fixture(scope="session", params=SHAPES)
+@pytest.fixture(
+    scope="session", params=["tied", "grouped", pytest.param("wide", marks=pytest.mark.slow)]
+)
 def checkpoint(request, shared: Path, tmp_path_factory) -> Checkpoint:
     """A model with the real vocabulary, tokenizer and picture settings."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -129,14 +146,36 @@ def mini(request, tmp_path_factory) -> Checkpoint:
     return make_checkpoint(folder, {**MINI, "tied": request.param == "tied"}, seed=1)
 
 
-# Pictures as (height, width); pixels are random. Each prompt is one question.
+@dataclass(frozen=True)
+class Asked:
+    """One question: pictures as (height, width), videos as (frames, height, width, fps).
+
+    Pixels are random. All sides are multiples of 28, so that nothing is resized.
+    """
+
+    pictures: tuple[tuple[int, int], ...] = ()
+    videos: tuple[tuple[int, int, int, float], ...] = ()
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The kind at each place."""
+        return self.kinds or ("image",) * len(self.pictures) + ("video",) * len(self.videos)
+
+
 PROMPTS = {
-    "one": ((196, 252),),
-    "five": ((28, 28), (56, 140), (112, 112), (140, 84), (252, 196)),
-    "dot": ((28, 28),),
-    "strip": ((28, 700),),
-    "ragged": ((364, 252),),
-    "none": (),
+    "one": Asked(((196, 252),)),
+    "five": Asked(((28, 28), (56, 140), (112, 112), (140, 84), (252, 196))),
+    "dot": Asked(((28, 28),)),
+    "strip": Asked(((28, 700),)),
+    "ragged": Asked(((364, 252),)),
+    "none": Asked(),
+    "mixed": Asked(((56, 84), (28, 28)), ((7, 84, 112, 2.0),), ("image", "video", "image")),
+    **{
+        f"video of {frames} at {fps}": Asked((), ((frames, *size, fps),))
+        for frames, size in ((4, (112, 168)), (7, (140, 84)), (16, (56, 56)))
+        for fps in (1, 2)
+    },
 }
 
 
@@ -146,11 +185,15 @@ class Question:
 
     Attributes:
       prompt: from our processor.
-      inputs: Transformers' tensors: ids, picture patches, grids and token types.
+      inputs: Transformers' tensors: ids, patches, grids, token types and seconds.
+      patches: the patches of all pictures and videos in the order that they stand in the text.
+      grids: their grids [n, 3].
     """
 
     prompt: Prompt
     inputs: dict[str, Any]
+    patches: Any
+    grids: Any
 
     def followed_by(self, response: np.ndarray) -> dict[str, Any]:
         """Transformers' inputs with a response behind the prompt."""
@@ -162,29 +205,65 @@ class Question:
         return {**self.inputs, "input_ids": ids, "mm_token_type_ids": types}
 
 
-def random_pictures(sizes, seed: int) -> tuple[np.ndarray, ...]:
-    rng = np.random.default_rng(seed)
-    return tuple(rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes)
+def patches_by_hand(frames: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Patches and grid of a video [F, H, W, 3], whose own processor needs torchvision."""
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    pixels = (frames / 255 - mean) / std
+    if len(pixels) % 2:
+        pixels = np.concatenate((pixels, pixels[-1:]))
+    count, height, width, _ = pixels.shape
+    patches = [
+        pixels[f : f + 2, y + i : y + i + 14, x + j : x + j + 14].transpose(3, 0, 1, 2).ravel()
+        for f in range(0, count, 2)
+        for y in range(0, height, 28)
+        for x in range(0, width, 28)
+        for i in (0, 14)
+        for j in (0, 14)
+    ]
+    return np.array(patches, np.float32), [count // 2, height // 14, width // 14]
 
 
-def ask_reference(folder: Path, checkpoint: Checkpoint, text: str, pictures) -> dict[str, Any]:
-    """What Transformers' processor does, whose class cannot be made without torchvision."""
+def ask_reference(checkpoint: Checkpoint, text: str, asked: Asked, pictures, videos) -> dict:
+    """What Transformers' processor does, whose class cannot be made without torchvision.
+
+    Returns:
+      The fields of `Question` but for `prompt`.
+    """
     import torch
     from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    processor = Qwen2VLImageProcessorPil.from_pretrained(folder, min_pixels=28 * 28)
-    inputs = {}
-    chat = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{text}"
-    chat += "<|im_end|>\n<|im_start|>assistant\n"
+    processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder, min_pixels=28 * 28)
+    cut = {"image": [], "video": []}
+    for picture in pictures:
+        out = processor(images=[picture], return_tensors="np")
+        cut["image"].append((out["pixel_values"], out["image_grid_thw"][0].tolist()))
+    cut["video"] = [patches_by_hand(video.frames) for video in videos]
+
+    def joined(items: list) -> tuple:
+        patches = torch.tensor(np.concatenate([patches for patches, _ in items]))
+        return patches, torch.tensor([grid for _, grid in items])
+
+    inputs, left = {}, {kind: iter(items) for kind, items in cut.items()}
     if pictures:
-        inputs = dict(processor(images=list(pictures), return_tensors="pt"))
-    for grid in inputs.get("image_grid_thw", ()):
-        chat = chat.replace("<|image_pad|>", "<|mark|>" * (int(grid.prod()) // 4), 1)
-    chat = chat.replace("<|mark|>", "<|image_pad|>")
-    ids = AutoTokenizer.from_pretrained(folder)(chat, return_tensors="pt")["input_ids"]
-    types = (ids == checkpoint.config.image_token_id).to(torch.int32)
-    return {**inputs, "input_ids": ids, "mm_token_type_ids": types}
+        inputs["pixel_values"], inputs["image_grid_thw"] = joined(cut["image"])
+    if videos:
+        inputs["pixel_values_videos"], inputs["video_grid_thw"] = joined(cut["video"])
+        inputs["second_per_grid_ts"] = torch.tensor([2 / video.fps for video in videos])
+    items = [next(left[kind]) for kind in asked.order]
+    marks = "".join(
+        f"<|vision_start|>{f'<|{kind}_pad|>' * (int(np.prod(grid)) // 4)}<|vision_end|>"
+        for kind, (_, grid) in zip(asked.order, items, strict=True)
+    )
+    chat = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{marks}"
+    chat += f"{text}<|im_end|>\n<|im_start|>assistant\n"
+    ids = AutoTokenizer.from_pretrained(checkpoint.folder)(chat, return_tensors="pt")["input_ids"]
+    config = checkpoint.config
+    types = (ids == config.image_token_id) + 2 * (ids == config.video_token_id)
+    inputs |= {"input_ids": ids, "mm_token_type_ids": types.to(torch.int32)}
+    patches, grids = joined(items) if items else (None, None)
+    return dict(inputs=inputs, patches=patches, grids=grids)
 
 
 @pytest.fixture(scope="session")
@@ -192,12 +271,16 @@ def questions(checkpoint: Checkpoint) -> dict[str, Question]:
     """Every prompt of `PROMPTS` from both sides."""
     processor = Processor(checkpoint.folder, checkpoint.config, min_pixels=28 * 28)
     found = {}
-    for seed, (name, sizes) in enumerate(PROMPTS.items()):
-        pictures = random_pictures(sizes, seed)
+    for seed, (name, asked) in enumerate(PROMPTS.items()):
+        rng = np.random.default_rng(seed)
+        pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in asked.pictures]
+        videos = [
+            Video(rng.integers(0, 256, (*size, 3), np.uint8), fps) for *size, fps in asked.videos
+        ]
         text = f"What changed, {name}? Answer in words."
-        marks = "<|vision_start|><|image_pad|><|vision_end|>" * len(sizes)
-        inputs = ask_reference(checkpoint.folder, checkpoint, marks + text, pictures)
-        found[name] = Question(processor.prompt(text, pictures), inputs)
+        marks = "".join(f"<{kind}>" for kind in asked.kinds)
+        reference = ask_reference(checkpoint, text, asked, pictures, videos)
+        found[name] = Question(processor.prompt(marks + text, pictures, videos), **reference)
     return found
 
 

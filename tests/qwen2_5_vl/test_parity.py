@@ -1,5 +1,6 @@
 """The model against Transformers, on random weights at real head sizes, fp32."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -11,13 +12,16 @@ from spatial_ssrl_jax.data.batching import pad_prompts, pad_responses
 from spatial_ssrl_jax.data.windows import lay_out_windows, mrope_positions
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
+from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
 from spatial_ssrl_jax.qwen2_5_vl.vision import VisionInput
 from spatial_ssrl_jax.rollout.engine import Engine, prefill
 from spatial_ssrl_jax.rollout.sampling import GREEDY
 
 torch = pytest.importorskip("torch", reason="compares with Transformers, which needs torch")
 
-NAMES = ("one", "five", "dot", "strip", "ragged", "none")
+PICTURES = ("one", "five", "dot", "strip", "ragged", "none")
+BATCHED = (*PICTURES, "mixed", "video of 16 at 1")
+NAMES = (*BATCHED, *(f"video of {n}" for n in ("4 at 1", "4 at 2", "7 at 1", "7 at 2", "16 at 2")))
 COMPUTE = Compute(chunk=1024)
 BUCKETS = ((192,), (16,))
 RESPONSES = (9, 5)  # tokens of the two responses behind each prompt
@@ -43,9 +47,8 @@ def reference(checkpoint, questions, as_numpy):
     def run(name):
         model = checkpoint.torch_model
         question, found = questions[name], {"hidden": [], "logits": []}
-        grid = question.inputs.get("image_grid_thw")
-        if grid is not None:
-            visual = model.model.visual(question.inputs["pixel_values"], grid_thw=grid)
+        if question.grids is not None:
+            visual = model.model.visual(question.patches, grid_thw=question.grids)
             found["vision"] = as_numpy(visual.pooler_output)
         length = question.inputs["input_ids"].shape[1]
         for response in responses_to(name):
@@ -79,23 +82,25 @@ def run_responses(config, compute, params, prompts, tokens, length):
 @pytest.mark.parametrize("name", NAMES)
 def test_prompt_is_the_processors(checkpoint, questions, name):
     """Ids, patches, positions and the next position, against Transformers' own code."""
-    prompt, inputs = questions[name].prompt, questions[name].inputs
+    question = questions[name]
+    prompt, inputs, grids = question.prompt, question.inputs, question.grids
     np.testing.assert_array_equal(prompt.ids, inputs["input_ids"][0])
-    grids = inputs.get("image_grid_thw")
-    position, delta = checkpoint.torch_model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=grids
-    )
+    model = checkpoint.torch_model.model
+    about = {k: v for k, v in inputs.items() if not k.startswith("pixel_values")}
+    position, delta = model.get_rope_index(**about)
     np.testing.assert_array_equal(prompt.position, position[:, 0])
-    assert prompt.next_position == int(delta) + len(prompt.ids)
+    assert prompt.position.max() + 1 == int(delta) + len(prompt.ids)
+    response = {k: v for k, v in question.followed_by([5]).items() if k in about}
+    assert prompt.next_position == int(model.get_rope_index(**response)[0][0, 0, -1])
     if grids is not None:
         layout = lay_out_windows(checkpoint.config.vision, [tuple(g) for g in grids.tolist()])
-        held = layout.source >= 0
-        pixels = inputs["pixel_values"].numpy()
-        np.testing.assert_array_equal(prompt.patches[held], pixels[layout.source[held]])
+        held, pixels = layout.source >= 0, question.patches.numpy()
+        found = prompt.patches[held]
+        np.testing.assert_allclose(found, pixels[layout.source[held]], rtol=0, atol=1e-6)
         assert held.sum() == len(pixels)
 
 
-@pytest.mark.parametrize("seconds", [[0.5, 1.0], [2.0, 1.3]])
+@pytest.mark.parametrize("seconds", [[0.5, 1.0], [2.0, 1.3], [2 / 29.97, 2 / 3], [0.35, 1.9]])
 def test_positions_of_pictures_and_videos(checkpoint, seconds):
     """A prompt that mixes pictures and videos, whose frames are spaced by their seconds."""
     config = checkpoint.config
@@ -150,6 +155,34 @@ def check_prefill(found, row, length, expected, measure, name):
     assert measure(f"last hidden {name}", hidden[row], expected["hidden"][0][0]) < LIMIT
 
 
+@partial(jax.jit, static_argnums=0)
+def run_layers(config, params, prompts):
+    """What goes into the first layer, and what comes out of the last norm."""
+    model = qwen.bind(config, params)
+    x = qwen.embed_prompt(model, prompts, COMPUTE)
+    rotary = text_rotary(config.text, prompts.position)
+    return x, model.text.prefill(x, rotary, prompts.valid, chunk=COMPUTE.chunk)[0]
+
+
+@pytest.mark.parametrize("name", ["five", "mixed"])
+def test_hidden_states_of_every_layer(checkpoint, questions, measure, as_numpy, name):
+    """The model cut off behind each of its layers, at every token."""
+    model, config = checkpoint.torch_model.model, checkpoint.config
+    with torch.no_grad():
+        out = model(**questions[name].inputs, output_hidden_states=True)
+        behind = [*map(model.language_model.norm, out.hidden_states[1:-1]), out.hidden_states[-1]]
+    length, text = len(questions[name].prompt.ids), checkpoint.params["text"]
+    for depth, expected in enumerate(behind, 1):
+        cut = replace(config, text=replace(config.text, num_hidden_layers=depth))
+        layers = jax.tree.map(lambda x, depth=depth: x[:depth], text["layers"])
+        params = {**checkpoint.params, "text": {**text, "layers": layers}}
+        first, found = run_layers(cut, params, pad(questions, [name]))
+        value = measure(f"hidden {depth} {name}", found[0, :length], as_numpy(expected[0]))
+        assert value < LIMIT
+    embedded = as_numpy(out.hidden_states[0][0])
+    assert measure(f"embedded {name}", first[0, :length], embedded) < LIMIT
+
+
 def check_responses(found, row, expected, measure, name):
     hidden, logits = found
     for g, length in enumerate(RESPONSES):
@@ -172,12 +205,12 @@ def test_one_prompt(checkpoint, questions, reference, measure, name):
 
 def test_padded_batch(checkpoint, questions, reference, measure):
     """All prompts at once, of different lengths and with different pictures."""
-    batch = pad(questions, NAMES)
-    assert len(set(batch.length.tolist())) == len(NAMES)
+    batch = pad(questions, BATCHED)
+    assert len(set(batch.length.tolist())) == len(BATCHED)
     caches = prefill(checkpoint.config, COMPUTE, checkpoint.params, batch)
-    responses = pad_responses([responses_to(name) for name in NAMES], 12)
+    responses = pad_responses([responses_to(name) for name in BATCHED], 12)
     found = run_responses(checkpoint.config, COMPUTE, checkpoint.params, batch, *responses)
-    for row, name in enumerate(NAMES):
+    for row, name in enumerate(BATCHED):
         check_prefill(caches, row, batch.length[row], reference(name), measure, f"batch {name}")
         check_responses(found, row, reference(name), measure, f"batch {name}")
 
@@ -189,14 +222,14 @@ def test_greedy_continuation(checkpoint, questions):
     rollout = engine.generate(
         checkpoint.params,
         engine.fill(checkpoint.params),
-        pad(questions, NAMES),
+        pad(questions, BATCHED),
         group=1,
         limit=new,
         key=jax.random.key(0),
-        prompt_index=np.arange(len(NAMES)),
+        prompt_index=np.arange(len(BATCHED)),
         sampling=GREEDY,
     )
-    for row, name in enumerate(NAMES):
+    for row, name in enumerate(BATCHED):
         out = checkpoint.torch_model.generate(
             **questions[name].inputs,
             max_new_tokens=new,

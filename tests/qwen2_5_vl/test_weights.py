@@ -272,7 +272,14 @@ def test_config_errors(shared, tmp_path):
     path.write_text('{"model_type": "qwen2_vl"}')
     with pytest.raises(UserError, match=r"config\.json describes a 'qwen2_vl' model"):
         read_config(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json describes a None model"):
+        read_config(tmp_path)
     raw = json.loads((shared / "qwen2_5_vl" / "3b" / "config.json").read_text())
+    for other in ({"hidden_act": "gelu"}, {"rope_scaling": {"type": "yarn"}}):
+        path.write_text(json.dumps(raw | other))
+        with pytest.raises(UserError, match=r"config\.json sets .* which is not supported"):
+            read_config(tmp_path)
     del raw["num_hidden_layers"]
     path.write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"config\.json lacks the key 'num_hidden_layers'"):
