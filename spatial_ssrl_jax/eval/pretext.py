@@ -1,21 +1,23 @@
 """Held-out figures of the pretext tasks: greedy and sampled accuracy, form and reward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grain
 import jax
 import numpy as np
 
-from spatial_ssrl_jax.config import EvalSettings, GrpoSettings, RolloutSettings
-from spatial_ssrl_jax.data.pipeline import Collate, Item
+from spatial_ssrl_jax.config import EvalSettings, RewardSettings, RolloutSettings
+from spatial_ssrl_jax.data.items import Item
+from spatial_ssrl_jax.data.pipeline import Collate
 from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.learn.batch import take_rows
 from spatial_ssrl_jax.learn.reward import score
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
-from spatial_ssrl_jax.run.mesh import Layout
+from spatial_ssrl_jax.run.mesh import Layout, gather_rows
 
 Table = dict[str, dict[str, float]]
 
@@ -30,7 +32,8 @@ class PretextEval:
       collate: pads prompts.
       settings: the config's `eval` section.
       rollout: the config's `rollout` section.
-      grpo: the config's `grpo` section, for the training temperature and the reward.
+      reward: the config's `reward` section.
+      temperature: the training temperature.
     """
 
     items: dict[str, list[Item]]
@@ -40,7 +43,8 @@ class PretextEval:
     collate: Collate
     settings: EvalSettings
     rollout: RolloutSettings
-    grpo: GrpoSettings
+    reward: RewardSettings
+    temperature: float
 
     def measure(self, params: Params, trained: Sequence[str], seed: int) -> Table:
         """Asks every held-out question greedily and sampled at the training temperature.
@@ -53,13 +57,14 @@ class PretextEval:
         table: Table = {}
         for task, items in self.items.items():
             greedy = self._ask(params, weights, items, 1, GREEDY, seed)
-            drawn = Sampling(self.grpo.temperature)
+            drawn = Sampling(self.temperature)
             sampled = self._ask(params, weights, items, self.settings.samples, drawn, seed)
+            overall, accuracy, form = sampled.mean(axis=(0, 1))
             table[task] = {
-                "accuracy_greedy": float(np.mean([r.accuracy for r in greedy])),
-                "accuracy_sampled": float(np.mean([r.accuracy for r in sampled])),
-                "format": float(np.mean([r.format for r in sampled])),
-                "reward": float(np.mean([r.overall for r in sampled])),
+                "accuracy_greedy": float(greedy[..., 1].mean()),
+                "accuracy_sampled": float(accuracy),
+                "format": float(form),
+                "reward": float(overall),
                 "count": len(items),
             }
         rows = [table[t] for t in trained if t in table]
@@ -70,30 +75,52 @@ class PretextEval:
             table["mean"]["count"] = sum(r["count"] for r in rows)
         return table
 
-    def _ask(self, params, weights, items, group: int, sampling: Sampling, seed: int) -> list:
+    def _ask(
+        self, params, weights, items: list[Item], group: int, sampling: Sampling, seed: int
+    ) -> np.ndarray:
+        """Rewards [items, group, 3] of the responses: overall, accuracy, form."""
+        size, share = self.settings.prompts, self.settings.prompts // jax.process_count()
+        first = share * jax.process_index()
         rewards = []
-        size = self.settings.prompts
         for start in range(0, len(items), size):
             part = items[start : start + size]
             padded = part + [part[-1]] * (size - len(part))
             batch = self.collate(list(enumerate(padded, start)))
+            mine = padded[first : first + share]
             rollout = self.engine.generate(
                 params,
                 weights,
-                self.layout.put_batch(take_rows(batch.prompts, 0, size)),
+                self.layout.put_batch(take_rows(batch.prompts, first, share)),
                 group=group,
                 limit=self.rollout.limit,
                 key=jax.random.fold_in(jax.random.key(seed), 2**31 - 1),
-                prompt_index=self.layout.put_batch(batch.index),
+                prompt_index=self.layout.put_batch(batch.index[first : first + share]),
                 sampling=sampling,
             )
-            for item, tokens, lengths in zip(part, rollout.tokens, rollout.length, strict=False):
-                for ids, length in zip(tokens, lengths, strict=True):
-                    text = self.processor.decode(ids[:length])
-                    rewards.append(score(text, item.example.answer, self.grpo.accuracy_weight))
-        return rewards
+            found = [
+                [self._score(item, ids[:n]) for ids, n in zip(tokens, lengths, strict=True)]
+                for item, tokens, lengths in zip(mine, rollout.tokens, rollout.length, strict=True)
+            ]
+            rewards.append(gather_rows(np.array(found))[: len(part)])
+        return np.concatenate(rewards)
+
+    def _score(self, item: Item, ids: np.ndarray) -> tuple[float, float, float]:
+        text = self.processor.decode(ids)
+        reward = score(text, len(ids), item.example, self.reward)
+        return reward.overall, reward.accuracy, reward.format
 
 
-def heldout_items(datasets: dict[str, grain.MapDataset], count: int) -> dict[str, list[Item]]:
-    """The first `count` items of each task's held-out stream."""
-    return {task: [items[i] for i in range(count)] for task, items in datasets.items()}
+def heldout_items(
+    datasets: dict[str, grain.MapDataset], count: int, say: Callable[[str], None]
+) -> dict[str, list[Item]]:
+    """The first `count` items of each task's held-out stream.
+
+    A task for which the held-out pictures give no example is left out, and `say` is told.
+    """
+    found = {}
+    for task, items in datasets.items():
+        try:
+            found[task] = [items[i] for i in range(count)]
+        except UserError as error:
+            say(f"no held-out figures of {task}: {error}")
+    return found

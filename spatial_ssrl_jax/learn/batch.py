@@ -19,12 +19,14 @@ class ResponseBatch:
       prompts: B prompts.
       tokens: [B, G, R] int32 response tokens.
       length: [B, G] int32 tokens of each response, the end token included.
-      normaliser: [] float32, response tokens of the whole optimizer step.
+      weight: [B, G] float32 weight of each token of a sample in the optimizer step's loss.
+      normaliser: [] float32, response tokens of the whole optimizer step, for its figures.
     """
 
     prompts: PromptBatch
     tokens: Array
     length: Array
+    weight: Array
     normaliser: Array
 
     @property

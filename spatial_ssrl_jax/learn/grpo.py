@@ -1,7 +1,7 @@
 """One GRPO step: sample groups, score them, compare within groups, update."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,42 +10,39 @@ import numpy as np
 import optax
 from jax import Array
 
-from spatial_ssrl_jax.config import GrpoSettings, RolloutSettings
-from spatial_ssrl_jax.data.pipeline import Batch, Item
+from spatial_ssrl_jax.config import GrpoSettings, RewardSettings, RolloutSettings
+from spatial_ssrl_jax.data.items import Item
+from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.prompts import Processor
 from spatial_ssrl_jax.learn.advantage import group_advantage
+from spatial_ssrl_jax.learn.aggregation import sample_weights
 from spatial_ssrl_jax.learn.batch import GroupBatch, take_rows
-from spatial_ssrl_jax.learn.logprobs import response_logprobs
+from spatial_ssrl_jax.learn.figures import (
+    Metrics,
+    Scored,
+    gathered,
+    prompt_metrics,
+    prompt_rows,
+    rollout_metrics,
+    rollout_rows,
+)
+from spatial_ssrl_jax.learn.logprobs import logprobs_of
 from spatial_ssrl_jax.learn.loss import GrpoLoss
-from spatial_ssrl_jax.learn.reward import Reward, score
+from spatial_ssrl_jax.learn.refill import flat_groups, refill
+from spatial_ssrl_jax.learn.reward import score
 from spatial_ssrl_jax.learn.update import TrainState, train_step
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout, join
 from spatial_ssrl_jax.rollout.sampling import Sampling
-from spatial_ssrl_jax.run.mesh import Layout, fetch
-
-Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A rollout with its texts, rewards and advantages.
-
-    Attributes:
-      rollout: what was sampled.
-      texts: B lists of G responses.
-      rewards: B lists of G rewards.
-      advantage: [B, G] float32.
-    """
-
-    rollout: Rollout
-    texts: list[list[str]]
-    rewards: list[list[Reward]]
-    advantage: np.ndarray
+from spatial_ssrl_jax.run.mesh import Layout, gather_rows, total
 
 
 def score_rollout(
-    items: Sequence[Item], rollout: Rollout, processor: Processor, settings: GrpoSettings
+    items: Sequence[Item],
+    rollout: Rollout,
+    processor: Processor,
+    settings: RewardSettings,
+    scale_std: bool,
 ) -> Scored:
     """Decodes every response, rewards it and takes the groups' advantages."""
     texts = [
@@ -53,11 +50,11 @@ def score_rollout(
         for tokens, lengths in zip(rollout.tokens, rollout.length, strict=True)
     ]
     rewards = [
-        [score(text, item.example.answer, settings.accuracy_weight) for text in group]
-        for item, group in zip(items, texts, strict=True)
+        [score(t, int(n), item.example, settings) for t, n in zip(group, lengths, strict=True)]
+        for item, group, lengths in zip(items, texts, rollout.length, strict=True)
     ]
     overall = np.array([[r.overall for r in group] for group in rewards])
-    return Scored(rollout, texts, rewards, group_advantage(overall, settings.scale_std))
+    return Scored(rollout, texts, rewards, group_advantage(overall, scale_std))
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,8 @@ class Grpo:
     """The stage's fixed parts; `step` does one rollout with its updates.
 
     Attributes:
-      settings, sampling_settings: the config's `grpo` and `rollout` sections.
+      settings, sampling_settings, reward_settings: the config's `grpo`, `rollout` and `reward`
+        sections.
       engine: samples.
       loss: the policy loss.
       optimizer: the gradient transformation.
@@ -76,6 +74,7 @@ class Grpo:
 
     settings: GrpoSettings
     sampling_settings: RolloutSettings
+    reward_settings: RewardSettings
     engine: Engine
     loss: GrpoLoss
     optimizer: optax.GradientTransformation
@@ -84,23 +83,38 @@ class Grpo:
     reference: Params | None
 
     def step(
-        self, state: TrainState, batch: Batch, key: Array
-    ) -> tuple[TrainState, Metrics, Scored]:
+        self,
+        state: TrainState,
+        batch: Batch,
+        key: Array,
+        more: Callable[[int], Batch] | None = None,
+    ) -> tuple[TrainState, Metrics, Batch, Scored]:
         """Samples groups for the batch's prompts and makes the updates over them.
 
         Args:
           state: where training stands; donated.
           batch: this process's prompts.
           key: the step's key.
+          more: the prompts of refill 1, 2, …, with `drop_flat`.
 
         Returns:
-          The new state, the step's metrics, and the scored rollout for the log.
+          The new state, the step's metrics, and the prompts trained on with their scored rollout.
         """
-        clock = _Clock()
+        clock, refilled = _Clock(), 0
         rollout = self.sample(state.params, batch, key)
         clock.lap("perf/rollout_seconds")
-        scored = score_rollout(batch.items, rollout, self.processor, self.settings)
+        scored = self._score(batch, rollout)
         clock.lap("perf/reward_seconds")
+        if self.settings.drop_flat:
+
+            def draw(number: int) -> tuple[Batch, Scored]:
+                drawn = more(number)
+                again = self.sample(state.params, drawn, jax.random.fold_in(key, number))
+                return drawn, self._score(drawn, again)
+
+            batch, scored, refilled = refill(batch, scored, draw, self.settings.refills)
+            rollout = scored.rollout
+            clock.lap("perf/refill_seconds")
         groups = self._groups(state.params, batch, scored)
         clock.lap("perf/reference_seconds")
         updates = []
@@ -109,21 +123,19 @@ class Grpo:
             updates.append(metrics)
         metrics = _mean_updates(jax.device_get(updates))
         clock.lap("perf/update_seconds")
-        tokens = int(batch.prompts.length.sum() + rollout.length.sum())
-        seconds = clock.total()
-        return (
-            state,
-            rollout_metrics(batch.items, scored, self.sampling_settings.limit)
-            | prompt_metrics(batch)
-            | metrics
-            | clock.laps
-            | {
-                "perf/tokens_per_second": tokens / seconds,
-                "perf/rollout_tokens_per_second": float(
-                    rollout.length.sum() / clock.laps["perf/rollout_seconds"]
-                ),
-            },
-            scored,
+        rows = gathered(prompt_rows(batch) | rollout_rows(batch.items, scored))
+        tokens = int(rows["prompt_length"].sum() + rows["length"].sum())
+        metrics |= rollout_metrics(rows) | prompt_metrics(rows) | clock.laps
+        metrics["perf/tokens_per_second"] = tokens / clock.total()
+        metrics["perf/rollout_tokens_per_second"] = float(
+            rows["length"].sum() / clock.laps["perf/rollout_seconds"]
+        )
+        metrics["prompt/refilled"] = total(refilled)
+        return state, metrics, batch, scored
+
+    def _score(self, batch: Batch, rollout: Rollout) -> Scored:
+        return score_rollout(
+            batch.items, rollout, self.processor, self.reward_settings, self.settings.scale_std
         )
 
     def sample(self, params: Params, batch: Batch, key: Array) -> Rollout:
@@ -149,11 +161,15 @@ class Grpo:
     def _groups(self, params: Params, batch: Batch, scored: Scored) -> list[list[GroupBatch]]:
         """Micro-batches of each update, with old and reference log-probabilities filled in."""
         rollout = scored.rollout
-        chunk = self.sampling_settings.chunk
-        width = min(-(-int(rollout.length.max()) // chunk) * chunk, self.sampling_settings.limit)
+        longest = int(gather_rows(rollout.length.max(keepdims=True)).max())
+        width = -(-longest // self.sampling_settings.chunk) * self.sampling_settings.chunk
+        width = min(width, self.sampling_settings.limit)
         rows = self.settings.micro_prompts // jax.process_count()
         per_update = len(batch.items) // self.settings.updates
-        recompute_old = self.settings.updates > 1
+        recompute_old = self.settings.updates > 1 and self._needs_old
+        counted = rollout.finished | (not self.settings.mask_truncated)
+        if self.settings.drop_flat:
+            counted &= ~flat_groups(scored)[:, None]
         updates = []
         for first in range(0, len(batch.items), per_update):
             lengths = rollout.length[first : first + per_update]
@@ -162,7 +178,13 @@ class Grpo:
                 prompts=take_rows(batch.prompts, first, per_update),
                 tokens=rollout.tokens[cut, :, :width],
                 length=lengths,
-                normaliser=np.float32(fetch(lengths.sum())),
+                weight=sample_weights(
+                    lengths,
+                    counted[cut],
+                    self.settings.aggregation,
+                    self.sampling_settings.limit,
+                ),
+                normaliser=np.float32(total(lengths.sum())),
                 advantage=scored.advantage[cut],
                 sampled_logprobs=rollout.logprobs[cut, :, :width],
                 old_logprobs=None,
@@ -175,8 +197,14 @@ class Grpo:
             updates.append(micro)
         return updates
 
+    @property
+    def _needs_old(self) -> bool:
+        """Whether anything but a figure depends on the trainer's log-probabilities of before."""
+        return self.settings.old_logprobs == "recomputed" or self.settings.correction != "none"
+
     def _with_logprobs(self, params: Params, batch: GroupBatch, old: bool) -> GroupBatch:
-        program = partial(_logprobs, self.loss.config, self.loss.compute, self.loss.temperature)
+        loss = self.loss
+        program = partial(logprobs_of, loss.config, loss.compute, self.settings.temperature)
         return replace(
             batch,
             old_logprobs=program(params, batch) if old else None,
@@ -184,13 +212,6 @@ class Grpo:
                 program(self.reference, batch) if self.reference is not None else None
             ),
         )
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _logprobs(config, compute, temperature: float, params: Params, batch: GroupBatch) -> Array:
-    return response_logprobs(
-        config, compute, params, batch.prompts, batch.tokens, batch.length, temperature
-    )[0]
 
 
 class _Clock:
@@ -220,42 +241,3 @@ def _mean_updates(updates: list[Metrics]) -> Metrics:
         else:
             joined[name] = sum(values) / len(values)
     return joined
-
-
-def prompt_metrics(batch: Batch) -> Metrics:
-    """How long the prompts are and how much of their bucket is padding."""
-    length = batch.prompts.length
-    return {
-        "prompt/length_mean": float(length.mean()),
-        "prompt/padding_share": float(1 - length.sum() / batch.prompts.ids.size),
-        "prompt/dropped": float(sum(len(item.skipped) for item in batch.items)),
-    }
-
-
-def rollout_metrics(items: Sequence[Item], scored: Scored, limit: int) -> Metrics:
-    """Rewards, advantages and lengths of a step, over all and per task."""
-    arrays = {
-        name: np.array([[getattr(r, name) for r in group] for group in scored.rewards])
-        for name in ("overall", "accuracy", "format")
-    }
-    metrics: Metrics = {}
-    for name, values in arrays.items():
-        metrics[f"reward/{name}_mean"] = float(values.mean())
-        metrics[f"reward/{name}_std"] = float(values.std())
-    tasks = np.array([item.example.task for item in items])
-    for task in sorted(set(tasks)):
-        rows = tasks == task
-        metrics[f"task/{task}/reward"] = float(arrays["overall"][rows].mean())
-        metrics[f"task/{task}/accuracy"] = float(arrays["accuracy"][rows].mean())
-        metrics[f"task/{task}/format"] = float(arrays["format"][rows].mean())
-        metrics[f"task/{task}/count"] = float(rows.sum())
-    overall, length = arrays["overall"], scored.rollout.length
-    return metrics | {
-        "advantage/mean": float(scored.advantage.mean()),
-        "advantage/std": float(scored.advantage.std()),
-        "advantage/zero_variance_share": float(np.mean(overall.max(1) == overall.min(1))),
-        "response/length_mean": float(length.mean()),
-        "response/length_min": float(length.min()),
-        "response/length_max": float(length.max()),
-        "response/clipped_share": float(np.mean(~scored.rollout.finished)),
-    }

@@ -1,9 +1,12 @@
 """Log-probabilities of response tokens, without ever holding the whole logits."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from spatial_ssrl_jax.learn.batch import ResponseBatch
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
@@ -53,8 +56,22 @@ def response_logprobs(
     return logprob.reshape(tokens_BGR.shape), entropy.reshape(tokens_BGR.shape)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def logprobs_of(
+    config: Qwen2_5_VLConfig,
+    compute: Compute,
+    temperature: float,
+    params: Params,
+    batch: ResponseBatch,
+) -> Array:
+    """[B, G, R] float32 log-probabilities of a batch's responses, without gradient."""
+    return response_logprobs(
+        config, compute, params, batch.prompts, batch.tokens, batch.length, temperature
+    )[0]
+
+
 def _over_chunks(function, size: int, hidden: Array, tokens: Array) -> tuple[Array, Array]:
-    """Runs `function` over slices of the token axis; each is computed again in the backward pass."""
+    """`function` over slices of the token axis; each is computed again in the backward pass."""
     batch, length, width = hidden.shape
     if length <= size:
         return function(hidden, tokens)

@@ -1,7 +1,7 @@
 """The losses: supervised, and GRPO's clipped policy loss with its KL.
 
-Both return a loss that is already divided by the optimizer step's tokens, so that micro-batches
-add up, and sums from which the step's metrics are made.
+Both return a loss whose tokens are already weighted within the optimizer step, so that
+micro-batches add up, and shares of the step's figures, which add up as well.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from spatial_ssrl_jax.config import GrpoSettings
 from spatial_ssrl_jax.learn.batch import GroupBatch, ResponseBatch
 from spatial_ssrl_jax.learn.logprobs import response_logprobs
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -30,7 +31,7 @@ class SftLoss:
             self.config, self.compute, params, batch.prompts, batch.tokens, batch.length, 1.0
         )
         mask = batch.mask
-        loss = -jnp.sum(logprob * mask) / batch.normaliser
+        loss = -jnp.sum(logprob * mask * batch.weight[..., None])
         return loss, {
             "loss/total": loss,
             "loss/sft": loss,
@@ -40,26 +41,20 @@ class SftLoss:
 
 @dataclass(frozen=True)
 class GrpoLoss:
-    """The clipped policy loss plus `kl_coefficient` times the k3 KL, as the paper trains.
+    """The clipped policy loss plus `kl_coefficient` times the KL to the reference.
 
     Attributes:
       config: the model's shape.
       compute: dtype, chunks and rematerialisation.
-      temperature: divides the logits.
-      clip_low, clip_high: bounds of the ratio below and above 1.
-      dual_clip: bound of the loss for negative advantages, times -A; 0 turns it off.
-      kl_coefficient: weight of the KL.
+      settings: the config's `grpo` section.
     """
 
     config: Qwen2_5_VLConfig
     compute: Compute
-    temperature: float
-    clip_low: float
-    clip_high: float
-    dual_clip: float
-    kl_coefficient: float
+    settings: GrpoSettings
 
     def __call__(self, params: Params, batch: GroupBatch) -> tuple[Array, Sums]:
+        settings = self.settings
         logprob, entropy = response_logprobs(
             self.config,
             self.compute,
@@ -67,23 +62,30 @@ class GrpoLoss:
             batch.prompts,
             batch.tokens,
             batch.length,
-            self.temperature,
+            settings.temperature,
         )
         mask = batch.mask
+        share = mask * batch.weight[..., None]
         current = jax.lax.stop_gradient(logprob)
-        old = current if batch.old_logprobs is None else batch.old_logprobs
+        trainer = current if batch.old_logprobs is None else batch.old_logprobs
+        old = batch.sampled_logprobs if settings.old_logprobs == "sampler" else trainer
 
         def mean(x: Array) -> Array:
             return jnp.sum(x * mask) / batch.normaliser
 
         policy, stats = self.policy_terms(logprob, old, batch.advantage[..., None])
-        loss = policy_loss = mean(policy)
+        if settings.correction != "none":
+            correction = self.correction(trainer - batch.sampled_logprobs)
+            policy = policy * correction
+            stats["mismatch/correction_mean"] = correction
+        loss = policy_loss = jnp.sum(policy * share)
         sums = {name: mean(value) for name, value in stats.items()}
         if batch.reference_logprobs is not None:
-            kl = mean(k3_kl(logprob, batch.reference_logprobs))
-            loss = loss + self.kl_coefficient * kl
-            sums |= {"kl/mean": kl, "loss/kl": self.kl_coefficient * kl}
-        gap = jnp.abs(old - batch.sampled_logprobs) * mask
+            kl = KL_ESTIMATORS[settings.kl](logprob, batch.reference_logprobs)
+            kl_loss = settings.kl_coefficient * jnp.sum(kl * share)
+            loss = loss + kl_loss
+            sums |= {"kl/mean": mean(kl), "loss/kl": kl_loss}
+        gap = jnp.abs(trainer - batch.sampled_logprobs) * mask
         return loss, sums | {
             "loss/total": loss,
             "loss/policy": policy_loss,
@@ -94,9 +96,11 @@ class GrpoLoss:
 
     def policy_terms(self, logprob: Array, old: Array, advantage: Array) -> tuple[Array, Sums]:
         """Each token's clipped loss, and where which clip was active."""
+        settings = self.settings
         ratio = jnp.exp(jnp.clip(logprob - old, -20.0, 20.0))
         plain = -advantage * ratio
-        bounded = -advantage * jnp.clip(ratio, 1.0 - self.clip_low, 1.0 + self.clip_high)
+        low, high = 1.0 - settings.clip_low, 1.0 + settings.clip_high
+        bounded = -advantage * jnp.clip(ratio, low, high)
         loss = jnp.maximum(plain, bounded)
         clipped = bounded > plain
         stats = {
@@ -104,15 +108,36 @@ class GrpoLoss:
             "policy/clip_high": (clipped & (ratio > 1.0)).astype(jnp.float32),
             "policy/clip_low": (clipped & (ratio < 1.0)).astype(jnp.float32),
         }
-        if self.dual_clip:
-            most = -advantage * self.dual_clip
+        if settings.dual_clip:
+            most = -advantage * settings.dual_clip
             active = (advantage < 0) & (loss > most)
             loss = jnp.where(active, most, loss)
             stats["policy/clip_dual"] = active.astype(jnp.float32)
         return loss, stats
+
+    def correction(self, gap: Array) -> Array:
+        """Each token's weight from log p_trainer - log p_sampler: truncated, or 0 where masked."""
+        limit = self.settings.correction_limit
+        ratio = jnp.exp(jnp.clip(gap, -20.0, 20.0))
+        if self.settings.correction == "truncate":
+            return jnp.minimum(ratio, limit)
+        return jnp.where((ratio >= 1.0 / limit) & (ratio <= limit), ratio, 0.0)
+
+
+def k1_kl(logprob: Array, reference: Array) -> Array:
+    """logprob - reference, clipped to ±20: right on average, and of either sign."""
+    return jnp.clip(logprob - reference, -20.0, 20.0)
+
+
+def k2_kl(logprob: Array, reference: Array) -> Array:
+    """d²/2 with d = clip(reference - logprob, ±20); its gradient is the KL's on average."""
+    return 0.5 * jnp.square(jnp.clip(reference - logprob, -20.0, 20.0))
 
 
 def k3_kl(logprob: Array, reference: Array) -> Array:
     """e^d - d - 1 with d = clip(reference - logprob, ±20), clipped to ±10; at least zero."""
     d = jnp.clip(reference - logprob, -20.0, 20.0)
     return jnp.clip(jnp.exp(d) - d - 1.0, -10.0, 10.0)
+
+
+KL_ESTIMATORS = {"k1": k1_kl, "k2": k2_kl, "k3": k3_kl}

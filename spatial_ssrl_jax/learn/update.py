@@ -1,7 +1,7 @@
 """One optimizer step over micro-batches; the same for supervised training and GRPO."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 
 from spatial_ssrl_jax.learn.batch import ResponseBatch
-from spatial_ssrl_jax.qwen2_5_vl.model import Params
+from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join
 
 LossFunction = Callable[[Params, ResponseBatch], tuple[Array, dict[str, Array]]]
 
@@ -22,27 +24,71 @@ class TrainState:
     """What training carries from step to step, and what a checkpoint holds.
 
     Attributes:
-      params: master weights, float32.
-      opt_state: the optimizer's state.
+      trained: master weights that train, float32.
+      frozen: weights that do not, in any dtype; empty when all train.
+      opt_state: the optimizer's state, over the trained weights alone.
       updates: [] int32 optimizer steps done in this stage.
       skipped: [] int32 non-finite optimizer steps in a row.
     """
 
-    params: Params
+    trained: Params
+    frozen: Params
     opt_state: Any
     updates: Array
     skipped: Array
 
+    @property
+    def params(self) -> Params:
+        """The whole model, adapters included."""
+        return join(self.trained, self.frozen)
 
-def new_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+
+def abstract_state(
+    optimizer: optax.GradientTransformation, trained: Params, frozen: Params
+) -> TrainState:
+    """A state's shapes, dtypes and shardings, from arrays or from `jax.ShapeDtypeStruct`s.
+
+    The optimizer's moments lie where their weights lie, counters on every device.
+    """
+    first = jax.tree.leaves(trained)[0].sharding
+    everywhere = NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else first
+
+    def placed(x: Any, sharding: Sharding = everywhere) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda x, weight: placed(x, weight.sharding),
+        jax.eval_shape(optimizer.init, trained),
+        trained,
+        transform_non_params=placed,
+    )
+    like = partial(jax.tree.map, lambda x: placed(x, x.sharding))
+    count = placed(jax.ShapeDtypeStruct((), jnp.int32))
+    return TrainState(like(trained), like(frozen), opt_state, count, count)
+
+
+def new_state(
+    optimizer: optax.GradientTransformation, trained: Params, frozen: Params | None = None
+) -> TrainState:
     """The state before a stage's first step."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, jax.jit(optimizer.init)(params), zero, jnp.zeros((), jnp.int32))
+    frozen = frozen or {}
+    like = abstract_state(optimizer, trained, frozen)
+    rest = (like.opt_state, like.updates, like.skipped)
+
+    def zeros(trained: Params) -> tuple[Any, Array, Array]:
+        return optimizer.init(trained), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+
+    program = jax.jit(zeros, out_shardings=jax.tree.map(lambda x: x.sharding, rest))
+    return TrainState(trained, frozen, *program(trained))
 
 
 @partial(jax.jit, static_argnums=0)
-def _gradients(loss: LossFunction, params: Params, batch: ResponseBatch):
-    (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
+def _gradients(loss: LossFunction, trained: Params, frozen: Params, batch: ResponseBatch):
+    def of_trained(trained: Params) -> tuple[Array, dict[str, Array]]:
+        return loss(join(trained, frozen), batch)
+
+    (_, sums), gradients = jax.value_and_grad(of_trained, has_aux=True)(trained)
     return gradients, sums
 
 
@@ -55,14 +101,15 @@ def _add(total: Params, more: Params) -> Params:
 def _apply(optimizer: optax.GradientTransformation, state: TrainState, gradients: Params):
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
-    changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, changes)
+    changes, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, changes)
 
     def chosen(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
     state = TrainState(
-        chosen(params, state.params),
+        chosen(trained, state.trained),
+        state.frozen,
         chosen(opt_state, state.opt_state),
         state.updates + finite,
         jnp.where(finite, 0, state.skipped + 1),
@@ -83,7 +130,7 @@ def train_step(
     Args:
       loss: `(params, batch) -> (loss, metrics)`, hashable; its value is a share of the step's mean.
       optimizer: the gradient transformation.
-      state: where training stands; donated.
+      state: where training stands; donated, but for the frozen weights.
       batches: the micro-batches; buckets may differ.
 
     Returns:
@@ -91,10 +138,11 @@ def train_step(
     """
     gradients, metrics = None, {}
     for batch in batches:
-        more, sums = _gradients(loss, state.params, batch)
+        more, sums = _gradients(loss, state.trained, state.frozen, batch)
         gradients = more if gradients is None else _add(gradients, more)
         for name, value in sums.items():
             join = jnp.maximum if name.endswith("_max") else jnp.add
             metrics[name] = join(metrics[name], value) if name in metrics else value
-    state, more = _apply(optimizer, state, gradients)
-    return state, metrics | more
+    frozen = state.frozen  # kept out of what is donated: the KL's reference shares it
+    state, more = _apply(optimizer, replace(state, frozen={}), gradients)
+    return replace(state, frozen=frozen), metrics | more

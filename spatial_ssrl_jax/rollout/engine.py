@@ -2,10 +2,11 @@
 
 Pictures are encoded and prompts prefilled once; every decode step reads the prompt's keys and
 values once for the whole group. The decode loop is one `while_loop` on the device that looks for
-the end every few steps; between chunks the host lengthens the response cache.
+the end every few steps; between chunks the host lengthens the response cache, and once half of
+the groups have finished it goes on with the others alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -25,11 +26,12 @@ from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
 from spatial_ssrl_jax.qwen2_5_vl.text import TextLayer, decode_layer, unstack
 from spatial_ssrl_jax.rollout.cache import Decoding, Prefix, grow, start
 from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys, sample, uniforms
+from spatial_ssrl_jax.run.mesh import gather_whole, own_rows
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What was sampled for B prompts, on the host.
+    """What was sampled for this process's B prompts, on the host.
 
     Attributes:
       tokens: [B, G, R] int32, zero behind each response's length.
@@ -195,6 +197,7 @@ class Engine:
       stop_ids: tokens that end a response.
       chunk: response places that the cache grows by.
       check_every: decode steps between looks at whether all have finished; divides `chunk`.
+      shards: parts that the batch axis is cut into; a batch never shrinks below one group a part.
     """
 
     config: Qwen2_5_VLConfig
@@ -202,11 +205,13 @@ class Engine:
     stop_ids: tuple[int, ...]
     chunk: int = 256
     check_every: int = 8
+    shards: int = 1
 
     def __post_init__(self):
         if self.chunk % self.check_every:
             raise UserError(
-                f"rollout.chunk={self.chunk} must be a multiple of rollout.check_every={self.check_every}."
+                f"rollout.chunk={self.chunk} must be a multiple of "
+                f"rollout.check_every={self.check_every}."
             )
 
     def fill(self, params: Params) -> dict[str, Any]:
@@ -224,6 +229,7 @@ class Engine:
         key: Array,
         prompt_index: np.ndarray,
         sampling: Sampling,
+        on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> Rollout:
         """Samples `group` responses of at most `limit` tokens to each prompt.
 
@@ -236,6 +242,8 @@ class Engine:
           key: the step's key; draws depend on it, the prompt's index and the sample's place alone.
           prompt_index: [B] int32, each prompt's place in the step.
           sampling: how to draw.
+          on_tokens: called each `check_every` steps with the tokens [B, G, R] and lengths [B, G]
+            so far, on the host. It makes the device wait, so leave it out where speed counts.
 
         Raises:
           UserError: `limit` is not a multiple of `check_every`.
@@ -251,19 +259,59 @@ class Engine:
         keys = row_keys(key, jnp.asarray(prompt_index, jnp.int32), group)
         slots = min(self.chunk, limit)
         state = _start(self.config.text, group, slots, limit, hidden)
-        done = 0
+        rows, written, done = np.arange(len(hidden)), None, 0
         while True:
-            steps = slots - done
+            steps = slots - done if on_tokens is None else self.check_every
             state = decode_chunk(self.config, settings, steps, weights, prefix, state, keys)
-            done = slots
-            if done >= limit or bool(state.finished.all()):
+            done += steps
+            if on_tokens is not None:
+                on_tokens(*jax.device_get((state.tokens, state.length)))
+            going = ~gather_whole(_closed(state))
+            if done >= limit or not going.any():
                 break
+            if done < slots:
+                continue
+            size = self._size(len(hidden), int(going.sum()))
+            if size < len(rows) and on_tokens is None:
+                written = _write(written, state, rows)
+                kept = np.sort(np.argsort(~going, kind="stable")[:size])
+                state, prefix, keys = _take((state, prefix, keys), kept)
+                rows = rows[kept]
             slots = min(done + self.chunk, limit)
             state = _grow(state, slots - done)
-        return Rollout(
-            *jax.device_get((state.tokens, state.logprobs, state.length, state.finished))
-        )
+        written = _write(written, state, rows)
+        return Rollout(*own_rows(written, getattr(prompts.length, "sharding", None)))
+
+    def _size(self, whole: int, going: int) -> int:
+        """Groups to go on with: the whole batch or a part of it that holds all that are going.
+
+        Halves and quarters only, and no less than one group a shard: each is a program of its own.
+        """
+        parts = [whole // part for part in _PARTS if whole % (part * self.shards) == 0]
+        return min([size for size in parts if size >= going], default=whole)
 
 
+_PARTS = (1, 2, 4)
 _start = jax.jit(lambda c, g, s, r, h: start(c, h, g, s, r), static_argnums=(0, 1, 2, 3))
-_grow = jax.jit(grow, static_argnums=1, donate_argnums=0)
+_grow = jax.jit(grow, static_argnums=1)
+
+
+@jax.jit
+def _closed(state: Decoding) -> Array:
+    """[B] bool: all samples of the group have finished."""
+    return state.finished.all(axis=1)
+
+
+@jax.jit
+def _take(tree: tuple[Decoding, Prefix, Array], rows: Array) -> tuple[Decoding, Prefix, Array]:
+    """The given groups alone."""
+    return jax.tree.map(lambda x: x[rows] if x.ndim else x, tree)
+
+
+@jax.jit
+def _write(written: tuple[Array, ...] | None, state: Decoding, rows: Array) -> tuple[Array, ...]:
+    """What the groups have so far, at their places among all groups of the batch."""
+    new = (state.tokens, state.logprobs, state.length, state.finished)
+    if written is None:
+        return new
+    return tuple(old.at[rows].set(x) for old, x in zip(written, new, strict=True))

@@ -1,6 +1,5 @@
 """A very small model and a mixed batch: prompts and responses of different lengths, pictures."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -9,7 +8,7 @@ from spatial_ssrl_jax.data.prompts import Prompt
 from spatial_ssrl_jax.data.windows import lay_out_windows, mrope_positions
 from spatial_ssrl_jax.learn.batch import GroupBatch
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
-from spatial_ssrl_jax.qwen2_5_vl.model import init_params
+from tests.conftest import random_params
 
 CONFIG = Qwen2_5_VLConfig(
     text=TextConfig(
@@ -39,6 +38,11 @@ CONFIG = Qwen2_5_VLConfig(
 )
 
 
+# Words and pictures of each prompt of `mixed_batch`.
+TEXTS = (5, 11, 7)
+GRIDS = ([(1, 4, 6), (1, 10, 4)], [(1, 8, 8)], [])
+
+
 def make_prompt(rng: np.random.Generator, text: int, grids: list[tuple[int, int, int]]) -> Prompt:
     """Random text and patches, pictures first."""
     config = CONFIG.vision
@@ -60,21 +64,16 @@ def make_prompt(rng: np.random.Generator, text: int, grids: list[tuple[int, int,
 
 @pytest.fixture(scope="session")
 def small_params():
-    """Weights scaled up so that a wrong mask or position shows."""
-    params = init_params(CONFIG, jax.random.key(0))
-    return jax.tree.map(lambda x: x * 5 if x.ndim > 2 else x, params)
+    """Weights with random biases and norms, so that a wrong mask or position shows."""
+    return random_params(CONFIG, seed=0)
 
 
 @pytest.fixture(scope="session")
 def mixed_batch() -> GroupBatch:
-    """Three groups of four: two pictures, one, none; a group without variance; a full-length one."""
+    """Three groups of four: two pictures, one, none; one without variance; full-length ones."""
     rng = np.random.default_rng(0)
-    prompts = [
-        make_prompt(rng, 5, [(1, 4, 6), (1, 10, 4)]),
-        make_prompt(rng, 11, [(1, 8, 8)]),
-        make_prompt(rng, 7, []),
-    ]
-    length = np.array([[3, 8, 1, 3], [3, 1, 8, 8], [3, 3, 8, 1]], np.int32)
+    prompts = [make_prompt(rng, text, grids) for text, grids in zip(TEXTS, GRIDS, strict=True)]
+    length = np.array([[3, 8, 8, 3], [8, 8, 8, 8], [3, 3, 3, 3]], np.int32)
     tokens = rng.integers(0, 90, (3, 4, 8)).astype(np.int32)
     tokens[np.arange(8) >= length[..., None]] = 0
     advantage = rng.normal(size=(3, 4)).astype(np.float32)
@@ -84,6 +83,7 @@ def mixed_batch() -> GroupBatch:
         prompts=pad_prompts(prompts, (40,), (3,)),
         tokens=tokens,
         length=length,
+        weight=rng.uniform(0.5, 1.5, length.shape).astype(np.float32) / length.sum(),
         normaliser=np.float32(length.sum()),
         advantage=advantage,
         sampled_logprobs=logprobs[0],

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from spatial_ssrl_jax.config import GrpoSettings
 from spatial_ssrl_jax.learn.batch import take_rows
 from spatial_ssrl_jax.learn.loss import GrpoLoss, SftLoss
 from spatial_ssrl_jax.learn.update import new_state, train_step
@@ -16,7 +17,7 @@ from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from tests.learn.conftest import CONFIG
 
 TEMPERATURE = 0.7
-LOSS = GrpoLoss(CONFIG, Compute(chunk=16, head_chunk=5), TEMPERATURE, 0.2, 0.3, 3.0, 0.01)
+LOSS = GrpoLoss(CONFIG, Compute(chunk=16, head_chunk=5), GrpoSettings(temperature=TEMPERATURE))
 
 
 def alone(batch, b):
@@ -68,10 +69,10 @@ def reference(small_params, mixed_batch):
             batch.old_logprobs[b, g, :n],
             batch.reference_logprobs[b, g, :n],
         )
-        total += float(value)
-        gradients = jax.tree.map(jnp.add, gradients, more)
-    tokens = batch.length.sum()
-    return total / tokens, jax.tree.map(lambda x: x / tokens, gradients)
+        weight = batch.weight[b, g]
+        total += float(value) * weight
+        gradients = jax.tree.map(lambda x, y, w=weight: x + w * y, gradients, more)
+    return total, gradients
 
 
 def assert_close(gradients, expected, limit):
@@ -84,7 +85,8 @@ def assert_close(gradients, expected, limit):
 
 
 def test_group_loss_is_the_per_sample_loss(small_params, mixed_batch, reference):
-    (value, sums), gradients = jax.value_and_grad(LOSS, has_aux=True)(small_params, mixed_batch)
+    program = jax.jit(jax.value_and_grad(LOSS, has_aux=True))
+    (value, sums), gradients = program(small_params, mixed_batch)
     assert float(value) == pytest.approx(float(reference[0]), rel=1e-5)
     assert_close(gradients, reference[1], 1e-5)
     assert 0 < float(sums["policy/clip_high"]) < 1
@@ -105,13 +107,14 @@ def test_micro_batches_do_not_change_it(small_params, mixed_batch, reference, ro
 
 
 def test_supervised_loss(small_params, mixed_batch):
-    loss, _ = SftLoss(CONFIG, Compute())(small_params, mixed_batch)
+    loss, _ = jax.jit(SftLoss(CONFIG, Compute()))(small_params, mixed_batch)
     logprobs = jax.jit(lambda p, prompts, r: sample_logprobs(p, prompts, r, 1.0))
     total = 0.0
     for b, g in np.ndindex(mixed_batch.length.shape):
         response = mixed_batch.tokens[b, g, : mixed_batch.length[b, g]]
-        total += float(logprobs(small_params, alone(mixed_batch, b), response).sum())
-    assert float(loss) == pytest.approx(-total / mixed_batch.length.sum(), rel=1e-5)
+        found = logprobs(small_params, alone(mixed_batch, b), response)
+        total += float(found.sum()) * mixed_batch.weight[b, g]
+    assert float(loss) == pytest.approx(-total, rel=1e-5)
 
 
 def test_non_finite_gradient_is_skipped(small_params, mixed_batch):

@@ -5,18 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.learn.loss import GrpoLoss, k3_kl
+from spatial_ssrl_jax.config import GrpoSettings
+from spatial_ssrl_jax.learn.loss import GrpoLoss, k1_kl, k2_kl, k3_kl
 
 
 def make_loss(**changes) -> GrpoLoss:
-    settings = {
-        "temperature": 1.0,
-        "clip_low": 0.2,
-        "clip_high": 0.3,
-        "dual_clip": 3.0,
-        "kl_coefficient": 0.01,
-    }
-    return GrpoLoss(None, None, **(settings | changes))
+    return GrpoLoss(None, None, GrpoSettings(**changes))
 
 
 @pytest.mark.parametrize(
@@ -59,3 +53,36 @@ def test_k3():
     assert float(k3_kl(jnp.float32(0.0), jnp.float32(1.0))) == pytest.approx(np.e - 2, rel=1e-5)
     assert float(k3_kl(jnp.float32(0.0), jnp.float32(9.0))) == 10.0  # clipped
     assert float(k3_kl(jnp.float32(30.0), jnp.float32(0.0))) == 10.0  # d clipped to -20 first
+
+
+def test_k1_and_k2():
+    logprob, reference = jnp.float32(-1.0), jnp.float32(-3.0)
+    assert float(k1_kl(logprob, reference)) == 2.0
+    assert float(k2_kl(logprob, reference)) == 2.0
+    assert float(k1_kl(logprob, jnp.float32(-1000.0))) == 20.0
+
+
+def test_gradients_of_the_estimators():
+    """With samples from p, the mean gradient of k2 is the KL's, and that of k1's is zero."""
+    logits, other = jnp.array([0.3, -0.5, 1.1]), jax.nn.log_softmax(jnp.array([0.0, 0.4, -0.2]))
+
+    def kl(x):
+        p = jax.nn.log_softmax(x)
+        return jnp.sum(jnp.exp(p) * (p - other))
+
+    def sampled(estimate):
+        p = jax.nn.softmax(logits)
+        slopes = jax.jacobian(lambda x: estimate(jax.nn.log_softmax(x), other))(logits)
+        return p @ slopes
+
+    np.testing.assert_allclose(sampled(k2_kl), jax.grad(kl)(logits), rtol=1e-5)
+    np.testing.assert_allclose(sampled(k1_kl), np.zeros(3), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("truncate", [0.5, 1.5, 2.0]), ("mask", [0.5, 1.5, 0.0])]
+)
+def test_correction(kind, expected):
+    loss = make_loss(correction=kind, correction_limit=2.0)
+    found = loss.correction(jnp.log(jnp.array([0.5, 1.5, 2.5])))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -11,6 +11,7 @@ from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
+from spatial_ssrl_jax.rollout import engine
 from spatial_ssrl_jax.rollout.engine import Engine, prefill
 from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
 
@@ -30,14 +31,16 @@ def prompts(toy):
 def generate(toy, prompts):
     """A rollout of the prompts at the given places in the step."""
 
-    def run(places=range(4), chunk=12, check_every=4, bucket=BUCKET, group=GROUP, **settings):
+    def run(
+        places=range(4), chunk=12, check_every=4, bucket=BUCKET, group=GROUP, shards=1, **settings
+    ):
         params = settings.pop("params", toy.params)
         stops = settings.pop("stops", STOPS)
-        engine = Engine(toy.config, Compute(chunk=16), stops, chunk, check_every)
+        made = Engine(toy.config, Compute(chunk=16), stops, chunk, check_every, shards)
         places = list(places)
-        return engine.generate(
+        return made.generate(
             params,
-            engine.fill(params),
+            made.fill(params),
             pad_prompts([prompts[i] for i in places], (bucket[0],), (bucket[1],)),
             group=group,
             **{"limit": LIMIT, "key": jax.random.key(5), "sampling": WARM, **settings},
@@ -108,6 +111,37 @@ def test_draws_do_not_depend_on_the_batch(generate, rollout):
     """A prompt alone, and two in another order, with fewer samples."""
     assert_same(generate([2], group=2, chunk=24), rollout, [2], group=2)
     assert_same(generate([3, 0], group=2, chunk=24), rollout, [3, 0], group=2)
+
+
+def test_the_batch_shrinks_to_the_groups_that_go_on(generate, monkeypatch):
+    """Groups leave as they finish, and what is sampled stays the same."""
+    sizes = []
+    decode = engine.decode_chunk
+
+    def watched(*args):
+        sizes.append(args[5].finished.shape[0])
+        return decode(*args)
+
+    monkeypatch.setattr(engine, "decode_chunk", watched)
+    often = dict(stops=tuple(range(0, 680, 6)), chunk=4, check_every=2, group=2)
+    shrunk = generate(**often)
+    assert sizes[0] == 4 and sizes[-1] < 4 and sizes == sorted(sizes, reverse=True), sizes
+    sizes.clear()
+    whole = generate(**often, shards=4)
+    assert set(sizes) == {4}
+    assert_same(shrunk, whole, group=2)
+
+
+def test_tokens_are_shown_as_they_come(generate, rollout):
+    """Every `check_every` steps, across chunks; looking on changes nothing."""
+    seen = []
+    found = generate(chunk=12, check_every=4, on_tokens=lambda *now: seen.append(now))
+    assert_same(found, rollout)
+    assert len(seen) == LIMIT // 4
+    for i, (tokens, length) in enumerate(seen, 1):
+        np.testing.assert_array_equal(length, np.minimum(rollout.length, 4 * i))
+        np.testing.assert_array_equal(tokens[:, :, : 4 * i], rollout.tokens[:, :, : 4 * i])
+        assert (tokens[:, :, 4 * i :] == 0).all()
 
 
 def test_another_key_draws_other_tokens(generate, rollout):
