@@ -1,6 +1,17 @@
-"""Built-in scenes, a 4.5-million-parameter Qwen2.5-VL from scratch: cold start, then GRPO.
+"""Built-in scenes, a Qwen2.5-VL of 3.6 million parameters from scratch: cold start, then GRPO.
 
-python -m spatial_ssrl_jax.train --config=configs/tiny.py
+    python -m spatial_ssrl_jax.train --config=configs/tiny.py
+
+For two CPU cores and some eight minutes. Of the five tasks one is trained, shuffle with three
+stacked strips: all five are too much for a model of this size in that time, and stand in the table
+untrained. Seen on 128 held-out scenes, one run a seed, after the cold start -> after GRPO:
+
+    seed   greedy accuracy    sampled accuracy   form
+    0      0.438 -> 0.766     0.293 -> 0.736     0.967 -> 0.992
+    1      0.938 -> 0.992     0.816 -> 0.945     0.963 -> 0.979
+    2      0.805 -> 0.977     0.732 -> 0.943     0.961 -> 0.982
+
+At least 0.10 more sampled accuracy, and no less greedy accuracy, is what GRPO is held to.
 """
 
 import dataclasses
@@ -11,9 +22,11 @@ from spatial_ssrl_jax import config as c
 def get_config() -> c.Config:
     """The tiny run."""
     base = c.Config(name="tiny")
-    weights = {"shuffle": 1.0, "flip": 1.0, "crop": 0.0, "depth": 0.0, "position": 0.0}
-    tasks = {k: dataclasses.replace(s, weight=weights[k]) for k, s in base.tasks.items()}
-    tasks["shuffle"] = dataclasses.replace(tasks["shuffle"], kinds={"2x2": 1.0})
+    tasks = {
+        name: dataclasses.replace(settings, weight=float(name == "shuffle"))
+        for name, settings in base.tasks.items()
+    }
+    tasks["shuffle"] = dataclasses.replace(tasks["shuffle"], kinds={"3x1": 1.0})
     return dataclasses.replace(
         base,
         model=c.ModelSettings(path="tiny", from_scratch=True, dtype="float32", remat="none"),
@@ -27,21 +40,15 @@ def get_config() -> c.Config:
             threads=2,
         ),
         tasks=tasks,
+        # Short on purpose: it ends when the form is there and the answers are still unsure.
         sft=c.SftSettings(
-            steps=300, prompts=32, micro_prompts=32, learning_rate=1e-3, weight_decay=0.01
+            steps=46, prompts=32, micro_prompts=32, learning_rate=1e-3, schedule="constant"
         ),
         grpo=c.GrpoSettings(
-            steps=100,
-            prompts=16,
-            updates=1,
-            group=8,
-            micro_prompts=16,
-            learning_rate=2e-4,
-            warmup=0.05,
-            kl_coefficient=0.01,
+            steps=100, prompts=16, updates=1, group=8, micro_prompts=16, learning_rate=1e-4
         ),
         rollout=c.RolloutSettings(limit=32, chunk=32, check_every=4, wave=16),
         checkpoint=c.CheckpointSettings(every=50, keep=2),
         log=c.LogSettings(rollouts_every=10, rollouts_count=4, report_every=20),
-        eval=c.EvalSettings(examples=64, samples=4, prompts=64),
+        eval=c.EvalSettings(examples=128, samples=4, prompts=64),
     )

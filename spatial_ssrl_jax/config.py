@@ -12,7 +12,9 @@ from typing import Any
 
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.layers import REMAT_POLICIES
-from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings, known_targets
+from spatial_ssrl_jax.qwen2_5_vl.tree import PARTS
+from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class DataSettings:
     """Where pictures come from and what they are turned into.
 
     Attributes:
-      source: a SPEC, for example `scenes`, `folder:PATH`, `nyu:PATH`.
+      source: a SPEC, for example `scenes`, `folder:PATH`, or several with weights, for example
+        `2*nyu:PATH+folder:PATH`.
       heldout_share: share of the records kept apart for held-out figures, never trained on.
       min_pixels, max_pixels: a picture's area is brought between these, in pixels.
       prompt_buckets: prompt lengths in tokens that programs are compiled for.
       window_buckets: counts of 8x8-patch vision windows a prompt that programs are compiled for.
-      threads: threads that make prompts ahead of the devices.
+      threads: threads that make prompts ahead of the devices, in each worker.
+      workers: processes that make prompts; 0 makes them in the training process, by threads alone.
       max_bad_share: share of unusable pictures above which the run stops.
     """
 
@@ -57,6 +61,7 @@ class DataSettings:
     prompt_buckets: tuple[int, ...] = (1024, 2048, 4096)
     window_buckets: tuple[int, ...] = (64, 128)
     threads: int = 8
+    workers: int = 0
     max_bad_share: float = 0.2
 
 
@@ -75,21 +80,30 @@ class SftSettings:
 
     Attributes:
       steps: optimizer steps; 0 skips the stage.
+      responses: `made` of true reasons for the examples of `data.source`, or the path of released
+        cold-start data (see the source `ssrl81k`), whose questions are then asked in this stage.
       prompts: samples an optimizer step.
       micro_prompts: samples whose activations exist at a time; divides `prompts`.
       learning_rate: peak learning rate.
       warmup: share of the steps over which it rises.
       schedule: `constant` or `cosine` (to zero).
-      weight_decay: decoupled decay on all weights.
+      weight_decay: decoupled decay on all trained weights.
+      freeze: parts that stay as they are: `vision`, `merger`, `language`.
+      vision_learning_rate_scale: the vision tower's learning rate over that of the rest.
+      lora: with a rank, adapters are trained and nothing else; they are merged at the end.
     """
 
     steps: int = 0
+    responses: str = "made"
     prompts: int = 256
     micro_prompts: int = 32
     learning_rate: float = 1e-5
     warmup: float = 0.1
     schedule: str = "cosine"
     weight_decay: float = 0.0
+    freeze: tuple[str, ...] = ()
+    vision_learning_rate_scale: float = 1.0
+    lora: LoraSettings = field(default_factory=LoraSettings)
 
 
 @dataclass(frozen=True)
@@ -102,13 +116,26 @@ class GrpoSettings:
       updates: optimizer steps a rollout, each over `prompts / updates` prompts.
       group: samples a prompt.
       micro_prompts: prompts whose activations exist at a time in an update.
+      init_from: a folder, a checkpoint of ours or a hub id whose weights the stage starts from, in
+        place of the model's; needs `sft.steps=0`.
       learning_rate, warmup, schedule, weight_decay: as under `sft`.
+      freeze, vision_learning_rate_scale, lora: as under `sft`; with LoRA the KL's reference is the
+        base itself.
       temperature: of sampling, and of the log-probabilities.
       scale_std: divide the advantage by the group's standard deviation.
       clip_low, clip_high: how far the ratio may fall below and rise above 1.
       dual_clip: for negative advantages the loss is at most this times -A; 0 turns it off.
-      kl_coefficient: weight of the k3 KL to the reference in the loss; 0 needs no reference.
-      accuracy_weight: weight of accuracy in the reward; the format has the rest.
+      kl_coefficient: weight of the KL to the reference in the loss; 0 needs no reference.
+      kl: how the KL is estimated: `k1`, `k2` or `k3` (never negative, and of low variance).
+      aggregation: how tokens are averaged: `token`, `sequence` or `dr_grpo`.
+      old_logprobs: what the ratio is taken to: `recomputed` by the trainer before the updates, or
+        the `sampler`'s own.
+      correction: weight by the ratio of trainer to sampler: `none`, `truncate` it at
+        `correction_limit`, or `mask` tokens outside [1/limit, limit].
+      correction_limit: the ratio's bound, at least 1.
+      mask_truncated: leave samples that were cut off at the limit out of the loss.
+      drop_flat: leave out groups whose accuracy does not vary, and sample others in their place.
+      refills: most times a step that groups are sampled again for that.
     """
 
     steps: int = 360
@@ -116,17 +143,50 @@ class GrpoSettings:
     updates: int = 2
     group: int = 5
     micro_prompts: int = 16
+    init_from: str = ""
     learning_rate: float = 1e-6
     warmup: float = 0.0
     schedule: str = "constant"
     weight_decay: float = 0.01
+    freeze: tuple[str, ...] = ()
+    vision_learning_rate_scale: float = 1.0
+    lora: LoraSettings = field(default_factory=LoraSettings)
     temperature: float = 1.0
     scale_std: bool = True
     clip_low: float = 0.2
     clip_high: float = 0.3
     dual_clip: float = 3.0
     kl_coefficient: float = 0.01
-    accuracy_weight: float = 0.9
+    kl: str = "k3"
+    aggregation: str = "token"
+    old_logprobs: str = "recomputed"
+    correction: str = "none"
+    correction_limit: float = 2.0
+    mask_truncated: bool = False
+    drop_flat: bool = False
+    refills: int = 2
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What a response earns; the defaults are the paper's.
+
+    Attributes:
+      rule: `paper`; `strict` (a thought and behind it a box, neither empty); or `tolerant` (spaces,
+        `\\text{…}` and parentheses around the answer are let pass).
+      accuracy: weight of accuracy; the form has the rest.
+      tasks: factor on the reward of each task.
+      length_penalty: taken off at `length_free + length_span` tokens and more.
+      length_free: tokens up to which nothing is taken off; from there on it rises evenly.
+      length_span: tokens over which it rises.
+    """
+
+    rule: str = "paper"
+    accuracy: float = 0.9
+    tasks: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS_BY_NAME, 1.0))
+    length_penalty: float = 0.0
+    length_free: int = 1024
+    length_span: int = 1024
 
 
 @dataclass(frozen=True)
@@ -224,6 +284,7 @@ class Config:
     mesh: MeshSettings = field(default_factory=MeshSettings)
     sft: SftSettings = field(default_factory=SftSettings)
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -301,12 +362,22 @@ def _override(node: Any, keys: list[str], text: str, whole: str) -> Any:
         raise UserError(
             f"config.{whole} is a section: set one of {', '.join(_names(value))} in it."
         )
-    new = _override(value, rest, text, whole) if rest else _parse(text, type(value), whole)
+    if rest:
+        new = _override(value, rest, text, whole)
+    elif not is_dict and typing.get_type_hints(type(node))[key] == tuple[str, ...]:
+        new = _parse_words(text)
+    else:
+        new = _parse(text, type(value), whole)
     return {**node, key: new} if is_dict else dataclasses.replace(node, **{key: new})
 
 
 def _names(value: Any) -> list[str]:
     return list(value) if isinstance(value, dict) else [f.name for f in dataclasses.fields(value)]
+
+
+def _parse_words(text: str) -> tuple[str, ...]:
+    """`vision,merger`, or the same with brackets and quotes; nothing is the empty tuple."""
+    return tuple(word.strip(" '\"") for word in text.strip("()").split(",") if word.strip())
 
 
 def _parse(text: str, kind: type, key: str) -> Any:
@@ -331,7 +402,27 @@ def _parse(text: str, kind: type, key: str) -> Any:
     return value
 
 
-_AT_LEAST_ONE = ("data.threads", "checkpoint.every", "checkpoint.keep", "log.report_every")
+_AT_LEAST_ONE = (
+    "model.chunk",
+    "model.head_chunk",
+    "data.min_pixels",
+    "data.threads",
+    "sft.prompts",
+    "sft.micro_prompts",
+    "grpo.prompts",
+    "grpo.updates",
+    "grpo.micro_prompts",
+    "rollout.limit",
+    "rollout.chunk",
+    "rollout.check_every",
+    "rollout.wave",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log.report_every",
+    "eval.examples",
+    "eval.samples",
+    "eval.prompts",
+)
 
 
 def validate(config: Config) -> None:
@@ -341,10 +432,29 @@ def validate(config: Config) -> None:
       UserError: names the setting and what it must be.
     """
     grpo, sft = config.grpo, config.sft
+    for name in _AT_LEAST_ONE:
+        section, key = name.split(".")
+        if (value := getattr(getattr(config, section), key)) < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    if grpo.temperature <= 0:
+        raise UserError(f"grpo.temperature={grpo.temperature} must be above 0.")
+    if not 0 <= config.data.heldout_share < 1:
+        raise UserError(
+            f"data.heldout_share={config.data.heldout_share} must be from 0 to below 1."
+        )
     _choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     _choice("model.remat", config.model.remat, tuple(REMAT_POLICIES))
     _choice("sft.schedule", sft.schedule, ("constant", "cosine"))
     _choice("grpo.schedule", grpo.schedule, ("constant", "cosine"))
+    _choice("grpo.kl", grpo.kl, ("k1", "k2", "k3"))
+    _choice("grpo.aggregation", grpo.aggregation, ("token", "sequence", "dr_grpo"))
+    _choice("grpo.old_logprobs", grpo.old_logprobs, ("recomputed", "sampler"))
+    _choice("grpo.correction", grpo.correction, ("none", "truncate", "mask"))
+    _choice("reward.rule", config.reward.rule, ("paper", "strict", "tolerant"))
+    if grpo.correction_limit < 1:
+        raise UserError(f"grpo.correction_limit={grpo.correction_limit} must be at least 1.")
+    if config.reward.length_span < 1:
+        raise UserError(f"reward.length_span={config.reward.length_span} must be at least 1.")
     _divides("grpo.updates", grpo.updates, "grpo.prompts", grpo.prompts)
     _divides(
         "grpo.micro_prompts",
@@ -360,19 +470,54 @@ def validate(config: Config) -> None:
     _divides(
         "rollout.check_every", config.rollout.check_every, "rollout.limit", config.rollout.limit
     )
-    for name in _AT_LEAST_ONE:
-        section, key = name.split(".")
-        if (value := getattr(getattr(config, section), key)) < 1:
-            raise UserError(f"{name}={value} must be at least 1.")
-    for name, steps in (("sft.steps", sft.steps), ("grpo.steps", grpo.steps)):
-        if steps < 0:
-            raise UserError(f"{name}={steps} must be at least 0.")
+    for name, stage in (("sft", sft), ("grpo", grpo)):
+        _check_trained(name, stage)
+    for name, value in (
+        ("sft.steps", sft.steps),
+        ("grpo.steps", grpo.steps),
+        ("data.workers", config.data.workers),
+    ):
+        if value < 0:
+            raise UserError(f"{name}={value} must be at least 0.")
     if grpo.steps and grpo.group < 2:
         raise UserError("grpo.group must be at least 2: a group of one has no advantage.")
     if not config.trained_tasks:
         raise UserError("every task has weight 0: give at least one tasks.NAME.weight above 0.")
     if sft.steps == 0 and grpo.steps == 0:
         raise UserError("sft.steps and grpo.steps are both 0: there is nothing to train.")
+    if grpo.init_from and sft.steps:
+        raise UserError(
+            "grpo.init_from takes the place of the cold start's result: set sft.steps=0, or leave "
+            "grpo.init_from empty."
+        )
+
+
+def _check_trained(name: str, stage: SftSettings | GrpoSettings) -> None:
+    """Refuses choices of weights that leave nothing to train, or that say nothing."""
+    lora = stage.lora
+    for part in stage.freeze:
+        _choice(f"{name}.freeze", part, PARTS)
+    for target in lora.targets:
+        _choice(f"{name}.lora.targets", target, known_targets())
+    if set(stage.freeze) == set(PARTS):
+        raise UserError(f"{name}.freeze holds every part: leave one that trains.")
+    if lora.rank < 0 or lora.alpha < 0:
+        raise UserError(f"{name}.lora.rank and {name}.lora.alpha must be at least 0.")
+    if lora.rank and not lora.targets:
+        raise UserError(f"{name}.lora.targets is empty: name a part such as language.")
+    if lora.rank and stage.freeze:
+        raise UserError(
+            f"{name}.freeze does nothing with {name}.lora.rank={lora.rank}, which trains adapters "
+            f"alone: choose {name}.lora.targets instead."
+        )
+    scale = stage.vision_learning_rate_scale
+    vision = any(t.split(".")[0] == "vision" for t in lora.targets)
+    trains = vision if lora.rank else "vision" not in stage.freeze
+    if scale <= 0 or (scale != 1 and not trains):
+        raise UserError(
+            f"{name}.vision_learning_rate_scale={scale} must be above 0, and 1 where the vision "
+            f"tower does not train; {name}.freeze=vision keeps it as it is."
+        )
 
 
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:

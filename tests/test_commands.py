@@ -1,17 +1,24 @@
 """The commands: what they leave and print, and one sentence with exit code 2 on bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from spatial_ssrl_jax import convert, generate, preview, train
+from spatial_ssrl_jax.data.prompts import Processor
 from spatial_ssrl_jax.errors import run_command
+from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
+from spatial_ssrl_jax.qwen2_5_vl.model import init_adapters
+from spatial_ssrl_jax.qwen2_5_vl.peft import write_adapter
 from spatial_ssrl_jax.run import models
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from tests.conftest import random_params
@@ -185,6 +192,64 @@ def test_convert_names_what_is_wrong(run, model: Path, tmp_path: Path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
 
 
+@pytest.mark.parametrize("direction", ["to-orbax", "to-hf"])
+def test_convert_of_a_broken_model_leaves_nothing(run, model: Path, tmp_path: Path, direction: str):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert_refused(run(convert.main, direction, broken, tmp_path / "out"), "model.safetensors")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    argv = [direction, broken, tmp_path / "full", "--overwrite"]
+    assert_refused(run(convert.main, *argv), "model.safetensors")
+    assert (tmp_path / "full" / "mine.txt").is_file()
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
+    assert_refused(run(convert.main, direction, broken, tmp_path / "out"), "'qwen3_vl' model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "full"]
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """Adapters of the tiny model whose `lora_b` is not zero."""
+    config = models.open_model("tiny").config
+    adapters = init_adapters(config, LoraSettings(2), jax.random.key(0))
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", config, jax.tree.map(lambda x: x + 0.1, adapters), "base")
+    return tmp_path / "adapter"
+
+
+def test_merge_lora_writes_the_merged_model(run, model: Path, adapter: Path, tmp_path: Path):
+    argv = ["merge-lora", model, adapter, tmp_path / "merged"]
+    code, printed, _ = run(convert.main, *argv, "--json", "--dtype=float32")
+    assert code == 0 and json.loads(printed)["dtype"] == "float32"
+    base = load_file(model / "model.safetensors")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert merged.keys() == base.keys()
+    for name, tensor in merged.items():
+        wanted = base[name].astype(np.float32)
+        module = "base_model.model.model.language_model." + name.removeprefix("model.")
+        a, b = (tensors.get(module.replace("weight", f"lora_{x}.weight")) for x in "AB")
+        assert (a is None) == ("_proj.weight" not in name or name.startswith("visual"))
+        # 2.1 is the scale, which the fixture raised as well.
+        wanted = wanted if a is None else wanted + 2.1 * b @ a
+        np.testing.assert_allclose(tensor, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_merge_lora_names_what_is_wrong(run, model: Path, adapter: Path, tmp_path: Path):
+    target = tmp_path / "merged"
+    assert_refused(run(convert.main, "merge-lora", model, "/nowhere/a", target), "/nowhere/a")
+    argv = ["merge-lora", model, adapter, adapter, "--overwrite"]
+    assert_refused(run(convert.main, *argv), "holds what is read")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"r": 5}))
+    result = run(convert.main, "merge-lora", model, adapter, target)
+    assert_refused(result, str(adapter), "lora_A.weight has shape (2, 128)", "(5, 128)")
+    assert not target.exists() and (adapter / "adapter_config.json").is_file()
+
+
 # generate
 
 
@@ -241,6 +306,65 @@ def test_generate_reads_an_orbax_folder_alike(ask, run, model: Path, tmp_path: P
     assert ask(f"--model={tmp_path / 'o'}") == ask()
 
 
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seconds at 4 frames a second, 56 x 84 pixels."""
+    av = pytest.importorskip("av", reason="writes a video, which needs PyAV")
+    path = tmp_path_factory.mktemp("film") / "v.mp4"
+    rng = np.random.default_rng(0)
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.height, stream.width, stream.pix_fmt = 56, 84, "yuv420p"
+        for _ in range(8):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (56, 84, 3), np.uint8))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def test_generate_takes_pictures_and_a_video(ask, film: Path, model: Path):
+    """Four frames of eight are two times of 2 x 3 tokens; all eight are four."""
+    token = models.open_model(str(model)).config.video_token_id
+    answer = ask(f"--video={film}")
+    assert answer["prompt_ids"].count(token) == 2 * 6
+    every = ask(f"--video={film}", "--fps=4")
+    assert every["prompt_ids"].count(token) == 4 * 6
+    assert every["samples"] != answer["samples"]
+    few = ask(f"--video={film}", "--fps=4", "--max-frames=2", "--max-pixels=784")
+    assert few["prompt_ids"].count(token) == 1
+
+
+def test_generate_prints_the_text_as_it_comes(run, ask, model: Path, pictures: Path):
+    """What is streamed and what follows it is each sample's whole text."""
+    texts = [sample["text"] for sample in ask("--samples=2", "--temperature=1")["samples"]]
+    argv = [f"--model={model}", f"--image={pictures / 'a.png'}", "--question=Where?"]
+    argv += ["--max-new-tokens=16", "--samples=2", "--temperature=1"]
+    code, printed, _ = run(generate.main, *argv)
+    first, second = printed.removeprefix("--- sample 1\n").split("--- sample 2\n")
+    assert code == 0 and all(texts)
+    assert [first.rstrip("\n"), second.rstrip("\n")] == [text + " […]" for text in texts]
+
+
+def test_stream_holds_back_half_a_character(capsys: pytest.CaptureFixture):
+    """Token by token, the byte-level tokens of a sign among them, the text comes out whole."""
+    tiny = models.open_model("tiny")
+    processor = Processor(tiny.files, tiny.config)
+    ids = processor.encode_response("naïve 🙂 \\boxed{↑}")[:-1]
+    stream, parts = generate.Stream(processor, most=len(ids)), []
+    for length in range(1, len(ids) + 1):
+        stream(ids[None, None], np.array([[length]]))
+        parts.append(capsys.readouterr().out)
+    assert "" in parts and len(parts) > 10
+    assert "".join(parts) == "naïve 🙂 \\boxed{↑}" and stream.shown == len("".join(parts))
+
+
+def test_generate_refuses_a_prompt_that_is_too_long(run, model: Path, pictures: Path):
+    argv = [f"--model={model}", f"--image={pictures / 'a.png'}", "--question=Where?"]
+    most = models.open_model(str(model)).config.text.max_position_embeddings
+    for limit in ("--max-prompt-tokens=20", f"--max-new-tokens={most - 20}"):
+        assert_refused(run(generate.main, *argv, limit), "tokens", "12 of them", "at most 20 fit")
+
+
 def test_generate_names_what_is_wrong(run, model: Path, tmp_path: Path):
     (tmp_path / "x.png").write_text("no picture")
     question = "--question=Where?"
@@ -252,6 +376,12 @@ def test_generate_names_what_is_wrong(run, model: Path, tmp_path: Path):
         )
     assert_refused(run(generate.main, f"--model={model}", question, "--samples=0"), "--samples")
     assert_refused(run(generate.main, f"--model={model}", question, "--top-p=0"), "--top-p")
+    assert_refused(run(generate.main, f"--model={model}", question, "--fps=0"), "--fps")
+    assert_refused(
+        run(generate.main, f"--model={model}", question, "--max-pixels=0"), "--max-pixels"
+    )
+    video = f"--video={tmp_path / 'x.png'}"
+    assert_refused(run(generate.main, f"--model={model}", video, question), "x.png", "video")
     assert_refused(run(generate.main, "--model=tiny", question), "safetensors")
 
 

@@ -1,11 +1,14 @@
 """Checkpoints of a run, by Orbax: asynchronous, complete before an older one goes.
 
 A run's `checkpoints/` holds one folder a step, named by the number of steps done, with the items
-`params`, `training` (optimizer and counters) and `meta` (JSON), and beside them `model/` with the
-model's config, tokenizer and processor files, so that a step's folder alone can be served.
+`params` (the weights that train), `training` (optimizer and counters) and `meta` (JSON). Weights
+that a stage does not train, the base under adapters for one, are written once, to `frozen_sft/` or
+`frozen_grpo/`; `meta` says which of them belongs to the step. `model/` has the model's config,
+tokenizer and processor files, so that a step can be served from this folder alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ from spatial_ssrl_jax.qwen2_5_vl.model import Params
 
 PARAMS = "params"
 MODEL = "model"
+_META = "meta"
+_TRAINING = "training"
+_FROZEN = "frozen_{}"
 
 
 class Checkpoints:
@@ -43,26 +49,36 @@ class Checkpoints:
                 create=True,
                 enable_async_checkpointing=True,
             ),
-            item_names=(PARAMS, "training", "meta"),
+            item_names=(PARAMS, _TRAINING, _META),
         )
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Begins to save; returns once the arrays are copied from the devices."""
+    def save(self, step: int, stage: str, state: TrainState, meta: dict[str, Any]) -> None:
+        """Begins to save; returns once the arrays are copied from the devices.
+
+        Args:
+          step: steps done in the run.
+          stage: the stage's name; its frozen weights are written at its first checkpoint.
+          state: what to save.
+          meta: JSON that `restore` gives back.
+        """
+        frozen = _FROZEN.format(stage) if state.frozen else None
+        if frozen and not (self.folder / frozen).exists():
+            save_params(self.folder / frozen, state.frozen)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
+                params=ocp.args.StandardSave(state.trained),
                 training=ocp.args.StandardSave(_training(state)),
-                meta=ocp.args.JsonSave(meta),
+                meta=ocp.args.JsonSave({"frozen": frozen, "run": meta}),
             ),
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads one checkpoint into the shapes and shardings of `like`.
+        """Reads one checkpoint into the shapes, dtypes and shardings of `like`.
 
         Returns:
           The state and the JSON that was saved with it.
@@ -70,26 +86,25 @@ class Checkpoints:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_abstract(like.params)),
+                params=ocp.args.StandardRestore(_abstract(like.trained)),
                 training=ocp.args.StandardRestore(_abstract(_training(like))),
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        training = restored["training"]
+        frozen, training = restored[_META]["frozen"], restored[_TRAINING]
         state = TrainState(
-            restored[PARAMS], training["opt_state"], training["updates"], training["skipped"]
+            trained=restored[PARAMS],
+            frozen=load_params(self.folder / frozen, like.frozen) if frozen else {},
+            opt_state=training["opt_state"],
+            updates=training["updates"],
+            skipped=training["skipped"],
         )
-        return state, restored["meta"]
-
-    def restore_params(self, step: int, like: Params) -> Params:
-        """Reads only the weights of one checkpoint."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(like)))
-        return self._manager.restore(step, args=args)[PARAMS]
+        return state, restored[_META]["run"]
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Reads only the JSON of one checkpoint."""
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["meta"]
+        return self._manager.restore(step, args=args)[_META]["run"]
 
     def wait(self) -> None:
         """Returns when every save begun is complete."""
@@ -99,13 +114,35 @@ class Checkpoints:
         self._manager.close()
 
 
-def save_params(folder: Path, params: Params) -> None:
+def save_params(folder: epath.PathLike, params: Params) -> None:
     """Writes weights alone, as `convert to-orbax` leaves them."""
     with ocp.StandardCheckpointer() as writer:
         writer.save(epath.Path(folder).resolve(), params)
 
 
-def load_params(folder: Path, like: Params, keep_dtype: bool = False) -> Params:
+def weight_folders(folder: Path) -> list[epath.Path]:
+    """Where the weights of a step, or of what `convert to-orbax` wrote, lie: one or two folders."""
+    found = [epath.Path(folder) / PARAMS]
+    if (folder / _META).is_dir():
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            frozen = reader.restore(epath.Path(folder).resolve() / _META)["frozen"]
+        if frozen:
+            found.append(epath.Path(folder).parent / frozen)
+    return found
+
+
+def stored_params(folder: epath.PathLike) -> Params:
+    """The tree of weights that a folder holds, as `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      UserError: the folder holds no weights.
+    """
+    with _explained(folder):
+        stored = ocp.StandardCheckpointHandler().metadata(epath.Path(folder).resolve()).tree
+        return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
+
+
+def load_params(folder: epath.PathLike, like: Params, keep_dtype: bool = False) -> Params:
     """Reads weights alone into the shapes and shardings of `like`.
 
     Args:
@@ -116,13 +153,17 @@ def load_params(folder: Path, like: Params, keep_dtype: bool = False) -> Params:
     Raises:
       UserError: the folder is not a checkpoint of this shape.
     """
+    with _explained(folder), ocp.StandardCheckpointer() as reader:
+        like = _abstract(like)
+        if keep_dtype:
+            like = jax.tree.map(lambda x, m: x.update(dtype=m.dtype), like, stored_params(folder))
+        return reader.restore(epath.Path(folder).resolve(), like)
+
+
+@contextmanager
+def _explained(folder: epath.PathLike) -> Iterator[None]:
     try:
-        with ocp.StandardCheckpointer() as reader:
-            path, like = epath.Path(folder).resolve(), _abstract(like)
-            if keep_dtype:
-                stored = reader.metadata(path).item_metadata.tree
-                like = jax.tree.map(lambda x, m: x.update(dtype=m.dtype), like, stored)
-            return reader.restore(path, like)
+        yield
     except (ValueError, FileNotFoundError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{folder} is not a checkpoint of this model ({first}).") from error

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spatial_ssrl_jax.config import MeshSettings
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
+from spatial_ssrl_jax.qwen2_5_vl.lora import NO_LORA, LoraSettings
 from spatial_ssrl_jax.qwen2_5_vl.model import Params, abstract_params, param_axes
 
 AXES = ("data", "fsdp", "tensor")
@@ -58,16 +59,24 @@ class Layout:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def params(self, config: Qwen2_5_VLConfig) -> Params:
-        """The sharding of every weight.
+    def params(self, config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA) -> Params:
+        """The sharding of every weight; with `lora`, of adapters too.
 
         Raises:
           UserError: an axis of a weight does not divide by its mesh axis.
         """
-        shapes = traverse_util.flatten_dict(abstract_params(config), sep="/")
-        axes = traverse_util.flatten_dict(param_axes(config), sep="/")
+        shapes = traverse_util.flatten_dict(abstract_params(config, lora), sep="/")
+        axes = traverse_util.flatten_dict(param_axes(config, lora), sep="/")
         flat = {path: self._weight(path, axes[path], leaf.shape) for path, leaf in shapes.items()}
         return traverse_util.unflatten_dict(flat, sep="/")
+
+    def abstract(self, config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA) -> Params:
+        """Every weight's shape and sharding, float32, to restore one."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            abstract_params(config, lora),
+            self.params(config, lora),
+        )
 
     def _weight(self, path: str, axes: tuple, shape: tuple[int, ...]) -> NamedSharding:
         spec = []
@@ -75,10 +84,7 @@ class Layout:
             target = TRAIN_RULES.get(axis)
             parts = self.mesh.shape[target] if target else 1
             if axis == "kv_heads" and size % parts and parts % size == 0:
-                target, parts = (
-                    None,
-                    1,
-                )  # fewer key/value heads than parts: each part keeps them all
+                target, parts = None, 1  # fewer heads than parts: each part keeps them all
             if size % parts:
                 raise UserError(
                     f"{path}: its axis {axis} of {size} does not divide by mesh.{target}={parts}."
@@ -98,8 +104,57 @@ class Layout:
         return jax.tree.map(put, tree)
 
 
-def fetch(tree: Any) -> Any:
-    """Global arrays as NumPy on every process."""
+def own_rows(tree: Any, sharding: NamedSharding | None) -> Any:
+    """This process's rows of global arrays, as NumPy; the inverse of `Layout.put_batch`.
+
+    Args:
+      tree: arrays with rows in front.
+      sharding: how rows are sharded; not needed by a single process.
+    """
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    tree = jax.jit(lambda x: x, out_shardings=sharding)(tree)
+
+    def rows(x: jax.Array) -> np.ndarray:
+        pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+
+    return jax.tree.map(rows, tree)
+
+
+def gather_rows(tree: Any) -> Any:
+    """NumPy arrays with this process's rows -> with the rows of all, one process after another."""
+    if jax.process_count() == 1:
+        return tree
+
+    def gather(x: np.ndarray) -> np.ndarray:
+        # As bytes: JAX would round what has 64 bits.
+        x = np.ascontiguousarray(x)
+        rows = x.reshape(len(x), -1).view(np.uint8)
+        whole = np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+        return whole.view(x.dtype).reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(gather, tree)
+
+
+def gather_whole(x: jax.Array) -> np.ndarray:
+    """A global array as NumPy on every process."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def total(value: float) -> float:
+    """The sum of every process's value."""
+    return float(np.sum(gather_rows(np.array([value], np.float64))))
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come here; `what` names the place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def is_writer() -> bool:
+    """Whether this process writes the run's files; one does."""
+    return jax.process_index() == 0

@@ -3,6 +3,8 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +15,24 @@ from flax import traverse_util
 from spatial_ssrl_jax.data.prompts import PROCESSOR_FILES
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, config_to_dict, read_config
-from spatial_ssrl_jax.qwen2_5_vl.model import Params, abstract_params, init_params
+from spatial_ssrl_jax.qwen2_5_vl.lora import (
+    LoraSettings,
+    found_adapters,
+    merge_adapters,
+    only_adapters,
+)
+from spatial_ssrl_jax.qwen2_5_vl.model import Params, init_adapters, init_params
+from spatial_ssrl_jax.qwen2_5_vl.peft import write_adapter
+from spatial_ssrl_jax.qwen2_5_vl.tree import join, select
 from spatial_ssrl_jax.qwen2_5_vl.weights import read_params, write_params
-from spatial_ssrl_jax.run.checkpoint import MODEL, PARAMS, load_params
-from spatial_ssrl_jax.run.mesh import Layout
+from spatial_ssrl_jax.run.checkpoint import (
+    MODEL,
+    PARAMS,
+    load_params,
+    stored_params,
+    weight_folders,
+)
+from spatial_ssrl_jax.run.mesh import Layout, gather_whole, is_writer
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -42,14 +58,9 @@ class ModelFolder:
           layout: where each weight goes.
           dtype: what to keep them in; None keeps what the files hold.
         """
-        shardings = layout.params(self.config)
         if (self.weights / PARAMS).is_dir():
-            like = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
-                abstract_params(self.config),
-                shardings,
-            )
-            return load_params(self.weights / PARAMS, like, keep_dtype=dtype is None)
+            return self._load_orbax(layout, dtype)
+        shardings = layout.params(self.config)
         flat = traverse_util.flatten_dict(shardings, sep="/")
 
         def place(path: str, array: np.ndarray) -> jax.Array:
@@ -59,11 +70,45 @@ class ModelFolder:
 
         return read_params(self.weights, self.config, place)
 
+    def _load_orbax(self, layout: Layout, dtype: str | None) -> Params:
+        """A step's trained and frozen weights come together, adapters merged, in `dtype`."""
+        trained, *frozen = weight_folders(self.weights)
+        if not frozen:
+            like = layout.abstract(self.config)
+            if dtype is not None:
+                like = jax.tree.map(lambda x: x.update(dtype=dtype), like)
+            return load_params(trained, like, keep_dtype=dtype is None)
+        params = load_split(trained, frozen[0], self.config, layout)
+        return merge_adapters(params, dtype or "float32")
+
     def draw(self, layout: Layout, seed: int) -> Params:
         """Fresh weights of this shape, float32, in the training layout."""
         shardings = layout.params(self.config)
         program = jax.jit(init_params, static_argnums=0, out_shardings=shardings)
         return program(self.config, jax.random.key(seed))
+
+    def draw_adapters(self, layout: Layout, lora: LoraSettings, seed: int) -> Params:
+        """Fresh adapters alone, float32, in the training layout."""
+        shardings = only_adapters(layout.params(self.config, lora))
+        program = jax.jit(init_adapters, static_argnums=(0, 1), out_shardings=shardings)
+        return program(self.config, lora, jax.random.key(seed))
+
+
+def load_split(trained: Path, frozen: Path, config: Qwen2_5_VLConfig, layout: Layout) -> Params:
+    """Reads the weights that trained and those that did not, in their own dtypes, as one tree.
+
+    Raises:
+      UserError: together they are not a model of this shape.
+    """
+    stored = [stored_params(folder) for folder in (trained, frozen)]
+    whole = layout.abstract(config, found_adapters(join(*stored)))
+    loaded = {}
+    for folder, tree in zip((trained, frozen), stored, strict=True):
+        paths = traverse_util.flatten_dict(tree, sep="/")
+        loaded = join(loaded, load_params(folder, select(whole, paths.__contains__), True))
+    if jax.tree.structure(loaded) != jax.tree.structure(whole):
+        raise UserError(f"{trained} and {frozen} are together no whole model: copy both again.")
+    return loaded
 
 
 def open_model(path: str) -> ModelFolder:
@@ -121,23 +166,54 @@ def export(source: ModelFolder, params: Params, folder: Path, dtype: str) -> Non
     Args:
       source: gives the config and the processor's files.
       params: the weights.
-      folder: must not exist; it appears when it is complete.
+      folder: it appears, or is replaced, when it is complete.
       dtype: `float32` or `bfloat16`.
+
+    Every process calls it, and one writes: it holds the whole model in host memory then.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    if jax.process_count() > 1:
+        params = jax.tree.map(lambda x: gather_whole(x.astype(dtype)), params)
+    if not is_writer():
+        return
+    with whole_folder(folder) as partial:
         copy_files(source, partial)
         write_config(source.config, partial, dtype)
         write_params(partial, source.config, params, dtype)
+
+
+def export_adapter(step: ModelFolder, layout: Layout, folder: Path, base: str | None) -> None:
+    """Writes the adapters of a LoRA stage's checkpoint as PEFT has them; whole or not at all.
+
+    Args:
+      step: the checkpoint.
+      layout: where its weights are read to.
+      folder: it appears, or is replaced, when it is complete.
+      base: the model they belong to; None when it was drawn and lies nowhere.
+    """
+    params = load_split(*weight_folders(step.weights), step.config, layout)
+    adapters = jax.tree.map(gather_whole, only_adapters(params))
+    if not is_writer():
+        return
+    with whole_folder(folder) as partial:
+        write_adapter(partial, step.config, adapters, base)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill beside `folder`, which takes its place when all went well, else goes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
         partial.chmod(0o755)
+        _remove(folder)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def claim_folder(folder: Path, overwrite: bool, *inputs: Path) -> None:
+def check_folder(folder: Path, overwrite: bool, *inputs: Path) -> None:
     """Makes sure that `folder` may be written: absent, empty, or `--overwrite` was given.
 
     Args:
@@ -153,9 +229,19 @@ def claim_folder(folder: Path, overwrite: bool, *inputs: Path) -> None:
             raise UserError(
                 f"{folder} holds what is read ({path}): choose another folder to write."
             )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise UserError(f"{folder} is not empty: choose another folder or give --overwrite.")
-        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
-    elif folder.is_dir():
-        folder.rmdir()
+    holds = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if holds and not overwrite:
+        raise UserError(f"{folder} is not empty: choose another folder or give --overwrite.")
+
+
+def claim_folder(folder: Path, overwrite: bool, *inputs: Path) -> None:
+    """`check_folder`, and then whatever lies there goes."""
+    check_folder(folder, overwrite, *inputs)
+    _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    elif folder.exists():
+        folder.unlink()

@@ -19,10 +19,15 @@ _PLAIN_SECONDS = 10
 
 
 class Progress:
-    """A bar a stage on a terminal; plain lines, one in ten seconds, anywhere else."""
+    """A bar a stage on a terminal; plain lines, one in ten seconds, anywhere else.
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console()
+    Args:
+      console: where to print; the terminal unless given.
+      quiet: print nothing.
+    """
+
+    def __init__(self, console: Console | None = None, quiet: bool = False):
+        self.console = console or Console(quiet=quiet)
         self._bar: Bar | None = None
         self._task = None
         self._stage, self._total, self._last = "", 0, 0.0
@@ -74,7 +79,7 @@ class Progress:
     def table(self, heldout: dict[str, dict], trained: Sequence[str]) -> None:
         """Prints held-out accuracy and form per task, before training and after each stage."""
         stages = [s for s in ("untrained", "sft", "grpo") if heldout.get(s)]
-        table = Table(title="held-out pictures: greedy accuracy / sampled accuracy / form")
+        table = Table(title="held-out pictures: greedy accuracy, sampled accuracy, form")
         table.add_column("task")
         for stage in stages:
             table.add_column(stage, justify="right")
@@ -90,4 +95,4 @@ class Progress:
 def _cell(row: dict[str, float] | None) -> str:
     if row is None:
         return "-"
-    return " / ".join(f"{row[k]:.3f}" for k in ("accuracy_greedy", "accuracy_sampled", "format"))
+    return " ".join(f"{row[k]:.3f}" for k in ("accuracy_greedy", "accuracy_sampled", "format"))

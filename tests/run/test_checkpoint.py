@@ -1,5 +1,6 @@
 """Checkpoints: restored bit for bit, the right ones kept, unfinished ones passed over."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -11,13 +12,21 @@ import pytest
 
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.learn.update import TrainState, new_state
-from spatial_ssrl_jax.run.checkpoint import Checkpoints, load_params, save_params
+from spatial_ssrl_jax.run.checkpoint import (
+    Checkpoints,
+    load_params,
+    save_params,
+    stored_params,
+    weight_folders,
+)
 
 
-def state(seed: int) -> TrainState:
+def state(seed: int, frozen: bool = False) -> TrainState:
     """A state whose every leaf, optimizer moments and counters too, is drawn from `seed`."""
     params = {"a": {"kernel": jnp.zeros((3, 4))}, "b": jnp.zeros(5, jnp.bfloat16)}
-    empty = new_state(optax.adamw(1e-3), params)
+    empty = new_state(
+        optax.adamw(1e-3), params, {"a": {"bias": jnp.zeros(2, jnp.bfloat16)}} if frozen else {}
+    )
     rng = np.random.default_rng(seed)
 
     def draw(x: jax.Array) -> jax.Array:
@@ -37,7 +46,7 @@ def assert_same(ours, theirs) -> None:
 def save(folder: Path, steps: list[int], **options) -> None:
     checkpoints = Checkpoints(str(folder), **options)
     for step in steps:
-        checkpoints.save(step, state(step), {"step": step})
+        checkpoints.save(step, "sft", state(step), {"step": step})
     checkpoints.wait()
     checkpoints.close()
 
@@ -50,7 +59,7 @@ def test_a_state_comes_back_bit_for_bit_in_another_manager(tmp_path: Path):
     checkpoints = Checkpoints(str(tmp_path / "c"), keep=2)
     assert checkpoints.latest() is None
     meta = {"config": {"tasks": {"flip": {"weight": 1.5}}}, "stage": "grpo", "list": [1, None]}
-    checkpoints.save(7, state(1), meta)
+    checkpoints.save(7, "grpo", state(1), meta)
     checkpoints.wait()
     checkpoints.close()
 
@@ -59,7 +68,29 @@ def test_a_state_comes_back_bit_for_bit_in_another_manager(tmp_path: Path):
     restored, found = again.restore(7, state(2))
     assert_same(restored, state(1))
     assert found == meta and again.read_meta(7) == meta
-    assert_same(again.restore_params(7, state(2).params), state(1).params)
+    assert weight_folders(tmp_path / "c" / "7") == [tmp_path / "c" / "7" / "params"]
+    again.close()
+
+
+def test_frozen_weights_are_written_once_a_stage(tmp_path: Path):
+    first, other = state(1, frozen=True), state(2, frozen=True)
+    checkpoints = Checkpoints(str(tmp_path), keep=3)
+    checkpoints.save(1, "sft", first, {})
+    checkpoints.wait()
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "frozen_sft").rglob("*")}
+    later = dataclasses.replace(state(3, frozen=True), frozen=first.frozen)
+    checkpoints.save(2, "sft", later, {})
+    checkpoints.save(3, "grpo", other, {})
+    checkpoints.close()
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "frozen_sft").rglob("*")} == written
+
+    again = Checkpoints(str(tmp_path), keep=3)
+    for step, expected in ((1, first), (2, later), (3, other)):
+        assert_same(again.restore(step, state(9, frozen=True))[0], expected)
+        trained, frozen = weight_folders(tmp_path / str(step))
+        assert_same(load_params(trained, expected.trained), expected.trained)
+        assert_same(load_params(frozen, expected.frozen), expected.frozen)
+    assert stored_params(frozen)["a"]["bias"].dtype == jnp.bfloat16
     again.close()
 
 
@@ -76,7 +107,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path):
     again = Checkpoints(str(tmp_path), keep=2)
     assert again.latest() == 3
     assert_same(again.restore(3, state(0))[0], state(3))
-    again.save(6, state(6), {})
+    again.save(6, "sft", state(6), {})
     again.wait()
     assert again.latest() == 6
     again.close()

@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec
 
 from spatial_ssrl_jax.config import MeshSettings
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.run.mesh import Layout, fetch, make_mesh
+from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
+from spatial_ssrl_jax.run.mesh import Layout, make_mesh, own_rows
 
 
 @pytest.fixture
@@ -72,6 +73,15 @@ def test_more_parts_than_key_heads_keep_them_whole(toy, monkeypatch: pytest.Monk
         layout._weight("k", ("embed", "kv_heads", None), (48, 6, 12))
 
 
+def test_adapters_lie_as_their_kernels_do(toy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("spatial_ssrl_jax.run.mesh.NamedSharding", lambda mesh, spec: spec)
+    layers = on(fsdp=2, tensor=2).params(toy.config, LoraSettings(3))["text"]["layers"]
+    assert layers["q"]["lora_a"] == PartitionSpec(None, "fsdp", None)
+    assert layers["q"]["lora_b"] == PartitionSpec(None, None, "tensor", None)
+    assert layers["mlp"]["down"]["lora_a"] == PartitionSpec(None, "tensor", None)
+    assert layers["mlp"]["down"]["lora_b"] == PartitionSpec(None, None, "fsdp")
+
+
 def test_the_batch_is_cut_over_data_and_fsdp():
     assert on(data=2, fsdp=4, tensor=2).batch_shards == 8
 
@@ -81,5 +91,5 @@ def test_a_batch_comes_back_as_it_was_put():
     tree = {"ids": np.arange(6, dtype=np.int32).reshape(2, 3), "scale": np.float32(0.5)}
     put = layout.put_batch(tree)
     assert isinstance(put["ids"], jax.Array) and put["ids"].dtype == np.int32
-    back = fetch(put)
+    back = {"ids": own_rows(put["ids"], put["ids"].sharding), "scale": float(put["scale"])}
     assert np.array_equal(back["ids"], tree["ids"]) and back["scale"] == tree["scale"]

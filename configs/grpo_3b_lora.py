@@ -1,0 +1,38 @@
+"""GRPO of Qwen2.5-VL-3B with LoRA, for one GPU of 24 to 48 GB.
+
+    python -m spatial_ssrl_jax.train --config=configs/grpo_3b_lora.py \
+        --config.data.source=folder:COCO+diode:DIODE
+
+Not the paper's setting: adapters of rank 64, fewer prompts a step, smaller pictures and shorter
+responses. The base in bfloat16 is the KL's reference. It has not been run on the real weights.
+"""
+
+import dataclasses
+
+from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
+
+
+def get_config() -> c.Config:
+    """64 prompts x 5 samples a step, one update."""
+    base = c.Config(name="grpo_3b_lora")
+    return dataclasses.replace(
+        base,
+        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct"),
+        data=c.DataSettings(
+            source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
+            min_pixels=56 * 56,
+            max_pixels=262_144,
+            prompt_buckets=(1024, 2048),
+            window_buckets=(32, 128),
+        ),
+        grpo=c.GrpoSettings(
+            prompts=64,
+            updates=1,
+            micro_prompts=1,
+            learning_rate=1e-5,
+            lora=LoraSettings(rank=64, alpha=128.0),
+        ),
+        rollout=c.RolloutSettings(limit=512, chunk=128, wave=16),
+        eval=c.EvalSettings(examples=32, prompts=16, every=10),
+    )

@@ -1,0 +1,35 @@
+"""The paper's cold start of Qwen2.5-VL-7B: LoRA 128/256 on the language model, merged at the end.
+
+    python -m spatial_ssrl_jax.train --config=configs/sft_7b.py \
+        --config.data.source=folder:COCO+diode:DIODE+megadepth:MEGADEPTH
+
+Responses are made from the tasks themselves unless `--config.sft.responses=FILE` names the released
+cold-start JSON. Meant for a TPU v5e-32; it has not been run on the real weights.
+"""
+
+import dataclasses
+
+from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
+
+
+def get_config() -> c.Config:
+    """75 steps of 256 samples, at most 2,048 + 1,024 tokens, pictures of 262,144 pixels."""
+    base = c.Config(name="sft_7b")
+    return dataclasses.replace(
+        base,
+        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-7B-Instruct"),
+        data=c.DataSettings(
+            source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
+            min_pixels=56 * 56,
+            max_pixels=262_144,
+            prompt_buckets=(1024, 2048),
+            window_buckets=(32, 128),
+        ),
+        sft=c.SftSettings(
+            steps=75, prompts=256, micro_prompts=32, lora=LoraSettings(rank=128, alpha=256.0)
+        ),
+        grpo=c.GrpoSettings(steps=0),
+        rollout=c.RolloutSettings(limit=1024),
+        checkpoint=c.CheckpointSettings(every=25),
+    )

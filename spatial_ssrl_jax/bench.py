@@ -1,0 +1,88 @@
+"""Times one part: python -m spatial_ssrl_jax.bench tasks|rollout|update|step [--json]"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from spatial_ssrl_jax.errors import run_command
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m spatial_ssrl_jax.bench", description="Times one part of the method."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_tasks(commands)
+    _add_device_parts(commands)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    found = args.run(args)
+    print(json.dumps(found) if args.json else "\n".join(_lines(found)))
+
+
+def _lines(found: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """A line a figure, nested names joined by dots."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            yield from _lines(value, f"{prefix}{name}.")
+        else:
+            shown = f"{value:,.4g}" if isinstance(value, float) else value
+            yield f"{prefix}{name:<24} {shown}"
+
+
+def _add_tasks(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tasks",
+        help="milliseconds a picture of each task, and pictures a second of the whole pipeline",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--source", help="pictures; built-in scenes if left out")
+    parser.add_argument("--repeats", type=int, default=30, help="examples a task that are timed")
+    parser.add_argument("--model", default="tiny", help="folder whose processor makes prompts")
+    parser.add_argument("--batch", type=int, default=16, help="prompts a batch of the pipeline")
+    parser.add_argument("--batches", type=int, default=4, help="batches that are timed; 0: none")
+    parser.add_argument("--threads", type=int, default=8, help="as data.threads")
+    parser.add_argument("--workers", type=int, default=0, help="as data.workers")
+    parser.add_argument(
+        "--step-seconds", type=float, default=0.0, help="length of the step that waits for batches"
+    )
+    parser.set_defaults(run=_tasks)
+
+
+def _tasks(args: argparse.Namespace) -> dict[str, Any]:
+    from spatial_ssrl_jax.data.timing import time_pipeline, time_tasks
+
+    report: dict[str, Any] = {"tasks": time_tasks(args.source, args.repeats)}
+    if args.batches:
+        report["pipeline"] = time_pipeline(
+            args.source or "scenes:1000:640x480",
+            args.model,
+            batch=args.batch,
+            batches=args.batches,
+            threads=args.threads,
+            workers=args.workers,
+            step_seconds=args.step_seconds,
+        )
+    return report
+
+
+def _add_device_parts(commands: Any) -> None:
+    """The parts that run on devices; they import neither Grain nor TFDS."""
+    from spatial_ssrl_jax.run import timing
+
+    for name, run, text in (
+        ("rollout", timing.bench_rollout, "sampling alone; every sample runs to --new tokens"),
+        ("update", timing.bench_update, "one optimizer step without KL"),
+        ("step", timing.bench_step, "rollout, reference log-probabilities and update"),
+    ):
+        parser = commands.add_parser(
+            name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        timing.add_options(parser)
+        parser.set_defaults(run=run)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,142 @@
+"""FLOPs: those that a step needs, from shapes alone, and those that a program does, from its jaxpr.
+
+A multiply-add counts as two. What a step needs leaves out padding and recomputation; it is what
+utilisation is measured by. Norms, activations and softmax are left out: under a hundredth.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from spatial_ssrl_jax.data.windows import Grid, lay_out_windows
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One prompt and the responses to it.
+
+    Attributes:
+      prompt: tokens, those of pictures included.
+      grids: patch grids of its pictures.
+      group: samples.
+      response: tokens of each sample.
+    """
+
+    prompt: int
+    grids: tuple[Grid, ...]
+    group: int
+    response: int
+
+    def alone(self) -> "Shape":
+        """One sample with a prompt of its own, as trainers do it that share nothing."""
+        return Shape(self.prompt, self.grids, 1, self.response)
+
+
+def vision_flops(config: VisionConfig, grids: Sequence[Grid]) -> float:
+    """Forward pass of the vision tower over the pictures of one prompt."""
+    if not grids:
+        return 0.0
+    width, frame = config.hidden_size, lay_out_windows(config, list(grids)).frame
+    patches = float((frame >= 0).sum())
+    dense = 4 * width**2 + 3 * width * config.intermediate_size
+    window = float(((frame >= 0).sum(axis=1) ** 2).sum())
+    full = float(np.sum(np.bincount(frame[frame >= 0]) ** 2))
+    count = len(config.fullatt_block_indexes)
+    attention = 4 * width * (count * full + (config.depth - count) * window)
+    wide = width * config.merge_unit
+    merger = patches / config.merge_unit * (wide**2 + wide * config.out_hidden_size)
+    return 2 * patches * (config.patch_dim * width + config.depth * dense) + attention + 2 * merger
+
+
+def dense_flops(config: TextConfig) -> float:
+    """Forward pass of all layers of the language model for one token, attention scores apart."""
+    heads = config.num_attention_heads + config.num_key_value_heads
+    attention = 2 * config.hidden_size * heads * config.head_dim
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    return 2.0 * config.num_hidden_layers * (attention + mlp)
+
+
+def attention_flops(config: TextConfig, queries: int, before: int) -> float:
+    """Scores and their sums in all layers, of `queries` causal tokens behind `before` others."""
+    pairs = queries * before + queries * (queries + 1) / 2
+    return 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+
+
+def head_flops(config: TextConfig) -> float:
+    """The head for one token."""
+    return 2.0 * config.hidden_size * config.vocab_size
+
+
+def group_flops(config: Qwen2_5_VLConfig, shape: Shape, head: bool = True) -> float:
+    """One forward pass over a prompt and its group, the prompt once.
+
+    Sampling the group needs as many, for each token is run once; an update needs three times that.
+    """
+    text = config.text
+    tokens = shape.prompt + shape.group * shape.response
+    return (
+        vision_flops(config.vision, shape.grids)
+        + tokens * dense_flops(text)
+        + attention_flops(text, shape.prompt, 0)
+        + shape.group * attention_flops(text, shape.response, shape.prompt)
+        + head * shape.group * shape.response * head_flops(text)
+    )
+
+
+def step_flops(config: Qwen2_5_VLConfig, shape: Shape, passes: int, shared: bool) -> float:
+    """A whole GRPO step for one prompt: rollout, `passes` of log-probabilities, and update.
+
+    Args:
+      config: the model's shape.
+      shape: the prompt and its group.
+      passes: forward passes for old and reference log-probabilities.
+      shared: the prompt once a group; else once a sample, everywhere.
+    """
+    whole = (
+        group_flops(config, shape) if shared else shape.group * group_flops(config, shape.alone())
+    )
+    return (1 + passes + 3) * whole
+
+
+def program_flops(function: Callable, *args: Any) -> float:
+    """Matrix-product FLOPs of a jittable function, loop lengths multiplied in.
+
+    Of a branch the dearer side counts, of a `while_loop` one turn: neither is known beforehand.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            total += _dot(equation)
+        elif name == "cond":
+            total += max(_count(branch.jaxpr) for branch in params["branches"])
+        else:
+            inner = sum(_count(jaxpr) for jaxpr in _inner(params))
+            total += inner * (params["length"] if name == "scan" else 1)
+    return total
+
+
+def _inner(params: dict[str, Any]):
+    """The jaxprs among an equation's parameters."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
+
+
+def _dot(equation: core.JaxprEqn) -> float:
+    (contract, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    summed = np.prod([left[axis] for axis in contract], dtype=float)
+    return 2.0 * float(np.prod(equation.outvars[0].aval.shape, dtype=float)) * float(summed)

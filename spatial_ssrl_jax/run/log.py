@@ -1,0 +1,63 @@
+"""What is written for people while a run goes on: sampled rollouts and the report."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from spatial_ssrl_jax.config import to_dict
+from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.learn.figures import Scored
+from spatial_ssrl_jax.run.report import write_report
+from spatial_ssrl_jax.run.rollouts import write_rollouts
+from spatial_ssrl_jax.run.setup import Run
+
+# What a GRPO step trained on: prompts, and their rollout with rewards.
+Sampled = tuple[Batch, Scored]
+
+
+def log_step(run: Run, number: int, first: int, sampled: Sampled | None) -> None:
+    """Writes a sample of rollouts and the report when they are due.
+
+    Args:
+      run: the run.
+      number: the run's step.
+      first: steps before this stage.
+      sampled: what a GRPO step trained on; None in the cold start.
+    """
+    log = run.config.log
+    if sampled is not None and log.rollouts_every and (number - first) % log.rollouts_every == 0:
+        write_rollouts(run.workdir, number, list(_rollout_rows(*sampled, log.rollouts_count)))
+    if number % log.report_every == 0:
+        refresh_report(run)
+
+
+def _rollout_rows(batch: Batch, scored: Scored, count: int) -> Iterator[dict[str, Any]]:
+    rollout = scored.rollout
+    for b, item in enumerate(batch.items[:count]):
+        example = item.example
+        yield {
+            "task": example.task,
+            "kind": example.kind,
+            "question": example.question,
+            "answer": example.answer,
+            "images": [np.asarray(image) for image in example.images],
+            "source": example.source,
+            "responses": [
+                {
+                    "text": scored.texts[b][g],
+                    "reward": reward.overall,
+                    "accuracy": reward.accuracy,
+                    "format": reward.format,
+                    "advantage": float(scored.advantage[b, g]),
+                    "length": int(rollout.length[b, g]),
+                    "finished": bool(rollout.finished[b, g]),
+                }
+                for g, reward in enumerate(scored.rewards[b])
+            ],
+        }
+
+
+def refresh_report(run: Run) -> None:
+    """Writes `report.html` anew from what the folder holds."""
+    write_report(run.workdir, to_dict(run.config), run.config.name)

@@ -1,0 +1,132 @@
+"""What each stage of a run starts from, anew or from a checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import optax
+
+from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.learn.trainable import Trainable
+from spatial_ssrl_jax.learn.update import TrainState, abstract_state, new_state
+from spatial_ssrl_jax.qwen2_5_vl.layers import cast
+from spatial_ssrl_jax.qwen2_5_vl.lora import without_adapters
+from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join, select
+from spatial_ssrl_jax.run import models
+from spatial_ssrl_jax.run.checkpoint import Checkpoints
+from spatial_ssrl_jax.run.mesh import Layout
+
+
+@dataclass(frozen=True)
+class Start:
+    """Reads and draws weights for a run's stages.
+
+    Attributes:
+      config: the run.
+      model: the model it names.
+      layout: where weights lie.
+      checkpoints: the run's.
+      say: tells the user what is read.
+    """
+
+    config: Config
+    model: models.ModelFolder
+    layout: Layout
+    checkpoints: Checkpoints
+    say: Callable[[str], None]
+
+    def first(self) -> SftSettings | GrpoSettings:
+        """The section of the stage that the run begins with."""
+        return self.config.sft if self.config.sft.steps else self.config.grpo
+
+    def params(self, stage: SftSettings | GrpoSettings) -> Params:
+        """The model that a stage starts from: drawn, read, or the cold start's result."""
+        dtype = self._dtype(stage)
+        model = self.base(stage)
+        if model is None:
+            return cast(self.model.draw(self.layout, self.config.seed), dtype)
+        self.say(f"reading {model.weights}")
+        return model.load(self.layout, dtype)
+
+    def base(self, stage: SftSettings | GrpoSettings) -> models.ModelFolder | None:
+        """Where the weights that a stage starts from lie; None when they are drawn."""
+        config = self.config
+        if stage is not self.first():
+            self.checkpoints.wait()  # the cold start's last one may still be on its way
+            return models.open_model(str(self.checkpoints.folder / str(config.sft.steps)))
+        if stage is config.grpo and config.grpo.init_from:
+            return models.open_model(config.grpo.init_from)
+        return None if config.model.from_scratch else self.model
+
+    def state(
+        self,
+        stage: SftSettings | GrpoSettings,
+        optimizer: optax.GradientTransformation,
+        params: Params,
+    ) -> TrainState:
+        """A stage's state before its first step; it takes the arrays of `params` over."""
+        if stage.lora.rank:
+            seed = 2 * self.config.seed + (stage is self.config.grpo)
+            adapters = self.model.draw_adapters(self.layout, stage.lora, seed)
+            params = join(params, adapters)
+        split = Trainable.of(stage).split(params, self.config.model.dtype)
+        return self._told(new_state(optimizer, *split))
+
+    def restored(
+        self,
+        stage: SftSettings | GrpoSettings,
+        optimizer: optax.GradientTransformation,
+        step: int,
+    ) -> TrainState:
+        """A stage's state as the checkpoint of the run's step `step` has it."""
+        whole = self.layout.abstract(self.model.config, stage.lora)
+        split = Trainable.of(stage).split(whole, self.config.model.dtype)
+        state, _ = self.checkpoints.restore(step, abstract_state(optimizer, *split))
+        return self._told(state)
+
+    def reference(
+        self, stage: SftSettings | GrpoSettings, state: TrainState, fresh: bool
+    ) -> Params:
+        """The weights that a stage started from, for the KL; shares what is frozen.
+
+        Args:
+          stage: its section.
+          state: where it stands.
+          fresh: that is before its first step.
+        """
+        if stage.lora.rank:
+            return without_adapters(state.frozen)
+        trained = state.trained if fresh else select(self.params(stage), Trainable.of(stage))
+        return join(_copy(trained, self.config.model.dtype), state.frozen)
+
+    def _dtype(self, stage: SftSettings | GrpoSettings) -> str:
+        """Master weights are float32; a base that only adapters are trained over needs no more
+        than the compute dtype."""
+        return self.config.model.dtype if stage.lora.rank else "float32"
+
+    def _told(self, state: TrainState) -> TrainState:
+        trained, frozen = (
+            sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.trained, state.frozen)
+        )
+        self.say(f"training {trained:,} of {trained + frozen:,} weights")
+        return state
+
+
+def _copy(params: Params, dtype: str) -> Params:
+    """Arrays of their own: the update donates the originals."""
+    return jax.jit(lambda p: cast(jax.tree.map(lambda x: x + 0, p), dtype))(params)
+
+
+def check_init_from(config: Config, model: models.ModelFolder) -> None:
+    """Refuses a `grpo.init_from` that is no model of this shape.
+
+    Raises:
+      UserError: nothing usable lies there, or another model.
+    """
+    path = config.grpo.init_from
+    if path and models.open_model(path).config != model.config:
+        raise UserError(
+            f"grpo.init_from={path} is another model than model.path={config.model.path}: "
+            "give one with the same config.json."
+        )

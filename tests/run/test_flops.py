@@ -1,0 +1,81 @@
+"""FLOPs from shapes against those counted in the programs themselves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.learn.logprobs import response_logprobs
+from spatial_ssrl_jax.qwen2_5_vl.config import read_config
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute, abstract_params
+from spatial_ssrl_jax.run.flops import (
+    Shape,
+    attention_flops,
+    dense_flops,
+    group_flops,
+    program_flops,
+    step_flops,
+    vision_flops,
+)
+
+GRID = (1, 8, 8)  # one full window, so that nothing is padding
+
+
+def test_products_are_counted_with_their_loops():
+    a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+    assert program_flops(lambda a, b: a @ b, a, b) == 2 * 3 * 4 * 5
+    looped = lambda a, b: jax.lax.scan(lambda c, _: (c, a @ b), 0, None, length=7)[1]  # noqa: E731
+    assert program_flops(jax.jit(looped), a, b) == 7 * 2 * 3 * 4 * 5
+    batched = lambda x, y: jnp.einsum("bij,bjk->bik", x, y)  # noqa: E731
+    assert program_flops(batched, jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))) == 2 * 2 * 3 * 4 * 5
+
+
+def test_a_group_needs_what_its_program_does(toy):
+    """The program does the masked half of each causal square as well, and nothing else beside."""
+    prompt = toy.prompt(0, 14, [GRID])
+    length, group, response = len(prompt.ids), 3, 6
+    batch = pad_prompts([prompt], (length,), (1,))
+    tokens = np.zeros((1, group, response), np.int32)
+    done = program_flops(
+        lambda p: response_logprobs(
+            toy.config, Compute(), p, batch, tokens, np.full((1, group), response), 1.0
+        ),
+        abstract_params(toy.config),
+    )
+    text = toy.config.text
+    shape = Shape(length, (GRID,), group, response)
+    per_pair = attention_flops(text, 1, 0)
+    masked = length * (length - 1) / 2 + group * response * (response - 1) / 2
+    assert done == pytest.approx(group_flops(toy.config, shape) + masked * per_pair, rel=1e-6)
+
+
+def test_dense_flops_are_twice_the_weights(toy):
+    kernels = jax.tree_util.tree_leaves_with_path(abstract_params(toy.config)["text"]["layers"])
+    weights = sum(x.size for path, x in kernels if "kernel" in jax.tree_util.keystr(path))
+    assert dense_flops(toy.config.text) == 2 * weights
+
+
+def test_windows_cost_less_than_full_attention(toy):
+    """Two windows side by side: four times the pairs only in the full block."""
+    one, two = (vision_flops(toy.config.vision, [g]) for g in (GRID, (1, 8, 16)))
+    extra = 4 * toy.config.vision.hidden_size * 2 * 64**2
+    assert two == pytest.approx(2 * one + extra)
+
+
+def test_sharing_saves_at_the_real_sizes(shared):
+    """At 200 tokens a response, at least 2.5 times over the five tasks' mix (BUILD.md's table)."""
+    config = read_config(shared / "qwen2_5_vl" / "3b")
+    coco, square, diode = (1, 34, 46), (1, 36, 36), (1, 54, 74)
+    mix = [  # share, tokens of text, pictures
+        (16028 + 4005, 170, (coco,)),
+        (20200, 150, (coco, *[square] * 4)),
+        (20620, 150, (diode,)),
+        (20200, 190, (diode,)),
+    ]
+    cost = {True: 0.0, False: 0.0}
+    for share, text, grids in mix:
+        prompt = text + sum(int(np.prod(g)) // 4 for g in grids)
+        for how in cost:
+            cost[how] += share * step_flops(config, Shape(prompt, grids, 5, 200), 2, how)
+    assert cost[False] / cost[True] > 2.5

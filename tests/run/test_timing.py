@@ -1,0 +1,37 @@
+"""The timings: what they report, and sizes that do not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spatial_ssrl_jax import bench
+from spatial_ssrl_jax.errors import UserError
+
+SIZES = ["--random-weights", "--prompts=2", "--group=2", "--new=4", "--grid=4", "--runs=1"]
+
+
+@pytest.mark.parametrize(
+    ("part", "figures"),
+    [
+        ("rollout", {"rollout_tok_s", "decode_tok_s", "decode_bytes_per_step"}),
+        ("update", {"step_seconds"}),
+        ("step", {"step_seconds", "rollout_seconds", "reference_seconds", "update_seconds"}),
+    ],
+)
+def test_each_part_reports_its_figures(
+    toy_folder: Path, capsys: pytest.CaptureFixture, part: str, figures: set[str]
+):
+    bench.main([part, f"--model={toy_folder}", *SIZES, "--prompt-tokens=12", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert figures <= found.keys()
+    assert all(found[name] > 0 for name in (*figures, "seconds", "useful_flops"))
+    assert found["share_of_peak"] is None or 0 < found["share_of_peak"] < 1
+    if part == "step":
+        phases = sum(found[f"{name}_seconds"] for name in ("rollout", "reference", "update"))
+        assert phases == pytest.approx(found["step_seconds"], rel=0.2)
+
+
+def test_a_prompt_too_short_for_its_picture_is_refused(toy_folder: Path):
+    with pytest.raises(UserError, match="--prompt-tokens=6 and --grid=4 do not fit"):
+        bench.main(["rollout", f"--model={toy_folder}", *SIZES, "--prompt-tokens=6"])

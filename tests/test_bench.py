@@ -1,0 +1,53 @@
+"""`bench tasks`: one JSON line with figures that add up, and imports only what it times."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from spatial_ssrl_jax import bench
+from spatial_ssrl_jax.errors import UserError
+from tests.conftest import ROOT
+
+LIMITS = {"shuffle": 8, "flip": 8, "crop": 8, "depth": 40, "position": 40}  # ms, of issue 4
+
+
+def run(capsys: pytest.CaptureFixture, *argv: str) -> dict:
+    bench.main(["tasks", *argv, "--json"])
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def test_every_task_is_timed_and_fast_enough(capsys: pytest.CaptureFixture):
+    report = run(capsys, "--repeats=7", "--batches=0")
+    assert set(report) == {"tasks"} and set(report["tasks"]) == set(LIMITS)
+    for name, row in report["tasks"].items():
+        assert row["size"] == ("1024x768" if LIMITS[name] == 40 else "640x480")
+        assert 0 < row["ms"] <= row["ms_p90"] and 0 < row["accepted"] <= 1
+        print(f"measured {name}: {row['ms']} ms")
+        assert row["ms"] < 2 * LIMITS[name]  # twice the aim, for busy machines
+
+
+def test_the_pipeline_is_timed_as_a_step_waits_for_it(capsys: pytest.CaptureFixture):
+    argv = ["--repeats=1", "--batches=2", "--batch=2", "--threads=1", "--source=scenes:9:112x112"]
+    report = run(capsys, *argv)["pipeline"]
+    assert report["wait_share"] > 0.9 and report["prompts_per_s"] <= report["pictures_per_s"]
+    waited = run(capsys, *argv, "--step-seconds=1")["pipeline"]
+    assert waited["step_seconds"] == 1 and waited["wait_share"] < 0.9
+
+
+@pytest.mark.parametrize("flag", ["--repeats=0", "--batch=0", "--threads=0", "--workers=-1"])
+def test_what_makes_no_sense_is_refused(flag: str):
+    with pytest.raises(UserError, match=flag.split("=")[0]):
+        bench.main(["tasks", "--repeats=1", "--source=scenes:4", flag])
+
+
+def test_the_command_itself_imports_no_pipeline():
+    code = (
+        "import sys, spatial_ssrl_jax.bench; "
+        "assert not {'grain', 'tensorflow_datasets', 'jax'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
