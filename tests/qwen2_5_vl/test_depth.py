@@ -10,8 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax.config import OptimSettings, SftSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.learn import update
+from spatial_ssrl_jax.learn.batch import ResponseBatch
 from spatial_ssrl_jax.learn.logprobs import response_logprobs
+from spatial_ssrl_jax.learn.loss import SftLoss
+from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, abstract_params
 from spatial_ssrl_jax.rollout.cache import start
@@ -52,8 +57,16 @@ def lower(toy) -> Callable[[str, int], jax.stages.Lowered]:
             return decode(config, params)
         of_config = partial(logprobs, config)
         if name == "gradient":
-            summed = lambda *inputs: of_config(*inputs).sum()  # noqa: E731
-            return jax.jit(jax.grad(summed)).lower(params, tokens, length)
+            weight = jax.ShapeDtypeStruct((PROMPTS, GROUP), jnp.float32)
+            whole = ResponseBatch(batch, tokens, length, weight, np.float32(1))
+            return update._gradients.lower(SftLoss(config, COMPUTE), params, {}, whole)
+        if name == "optimizer":
+            adamw = make_optimizer(OptimSettings(), SftSettings(), 1)
+            state = jax.eval_shape(
+                lambda p: update.TrainState(p, {}, adamw.init(p), jnp.int32(0), jnp.int32(0)),
+                params,
+            )
+            return update._apply.lower(adamw, state, params)
         return jax.jit(of_config).lower(params, tokens, length)
 
     return run
@@ -89,7 +102,7 @@ def test_decoding_writes_its_cache_in_place(lower, toy):
 def test_compile_seconds(lower, toy):
     """Seconds and temporary bytes at the 3B's depth and at 4 layers (`pytest -m slow -rP`)."""
     seconds, temporary = {}, {}
-    for name in (*SCANNED, "decode"):
+    for name in (*SCANNED, "optimizer", "decode"):
         for depth in (4, 36):
             program, before = lower(name, depth), time.perf_counter()
             compiled = program.compile()
@@ -99,7 +112,7 @@ def test_compile_seconds(lower, toy):
                 f"measured {name} of {depth} layers: {seconds[name, depth]:.1f} s, "
                 f"{temporary[name, depth] / 1e6:.2f} MB"
             )
-    for name in SCANNED:
+    for name in (*SCANNED, "optimizer"):
         assert seconds[name, 36] < 2 * seconds[name, 4] + 1
     assert np.isclose(temporary["logprobs", 36], temporary["logprobs", 4], rtol=0.1)
     assert temporary["decode", 36] < cache_bytes(toy.config, 1)
