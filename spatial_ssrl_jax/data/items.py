@@ -5,11 +5,13 @@ Every index yields an item: the task, the part of a mixture, the record and ever
 one drawn from the index's own generator.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grain
+import jax
 import numpy as np
 
 from spatial_ssrl_jax.data.prompts import Extent, Processor, Prompt
@@ -46,6 +48,17 @@ class Item:
     example: Example
     prompt: Prompt | None
     skipped: tuple[Skip, ...]
+
+
+# Grain hands the arrays of a worker's items over in shared memory when it finds them as leaves.
+# Pickled with their patches, items fill a worker's pipe, and it cannot be stopped.
+for _kind, _arrays in (
+    (Item, ("example", "prompt")),
+    (Example, ("images",)),
+    (Prompt, ("ids", "position", "image_index", "patches", "frame", "coords")),
+):
+    _others = [f.name for f in dataclasses.fields(_kind) if f.name not in _arrays]
+    jax.tree_util.register_dataclass(_kind, _arrays, _others)
 
 
 class Maker(Protocol):

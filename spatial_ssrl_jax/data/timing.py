@@ -121,6 +121,7 @@ def time_pipeline(
         pictures += sum(len(item.example.images) for item in ready.items)
         time.sleep(step_seconds)
     seconds = time.perf_counter() - start
+    stream.close()
     return {
         "source": spec,
         "batch": batch,

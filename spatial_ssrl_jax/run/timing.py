@@ -30,6 +30,8 @@ from spatial_ssrl_jax.run.flops import Shape, group_flops
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.models import open_model
 
+OnTokens = Callable[[np.ndarray, np.ndarray], None]
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What all of these timings take."""
@@ -82,10 +84,15 @@ class Bench:
             Shape(len(prompt.ids), (grid,), args.group, args.new),
         )
 
-    def sample(self, params: Params, new: int) -> Rollout:
-        """One rollout in which every sample runs to `new` tokens."""
-        steps = next(n for n in (8, 4, 2, 1) if new % n == 0)
-        engine = Engine(self.config, self.compute, (), new, steps)
+    @property
+    def check_every(self) -> int:
+        """Decode steps between looks at whether all samples have ended."""
+        return next(n for n in (8, 4, 2, 1) if self.args.new % n == 0)
+
+    def sample(self, params: Params, on_tokens: OnTokens | None = None) -> Rollout:
+        """One rollout in which every sample runs to `--new` tokens."""
+        new = self.args.new
+        engine = Engine(self.config, self.compute, (), new, self.check_every)
         return engine.generate(
             params,
             engine.fill(params),
@@ -95,7 +102,14 @@ class Bench:
             key=jax.random.key(0),
             prompt_index=np.arange(self.args.prompts, dtype=np.int32),
             sampling=Sampling(),
+            on_tokens=on_tokens,
         )
+
+    def decode_seconds(self, params: Params) -> float:
+        """Seconds from the first look at a rollout's tokens, after `check_every`, to the last."""
+        looks: list[float] = []
+        self.sample(params, lambda *_: looks.append(time.perf_counter()))
+        return looks[-1] - looks[0]
 
     def groups(self, rollout: Rollout) -> list[GroupBatch]:
         """Micro-batches with advantages drawn at random."""
@@ -150,16 +164,16 @@ def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
     bench = Bench.open(args)
     params = cast(bench.params, bench.compute.dtype)
     bench.params = None
-    first = _median(lambda: bench.sample(params, 1), args.runs)
-    whole = _median(lambda: bench.sample(params, args.new), args.runs)
-    samples = args.prompts * args.group
+    whole = _median(lambda: bench.sample(params), args.runs)
+    decode = [bench.decode_seconds(params) for _ in range(args.runs + 1)][1:]
+    samples, later = args.prompts * args.group, args.new - bench.check_every
     flops = args.prompts * group_flops(bench.config, bench.shape)
     return _report(
         args,
         seconds=whole,
         flops=flops,
         rollout_tok_s=samples * args.new / whole,
-        decode_tok_s=samples * (args.new - 1) / (whole - first) if args.new > 1 else None,
+        decode_tok_s=samples * later / statistics.median(decode) if later else None,
         decode_bytes_per_step=_decode_bytes(bench),
     )
 
@@ -182,7 +196,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
 
     def step() -> None:
         start = time.perf_counter()
-        rollout = bench.sample(trainer.state.params, args.new)
+        rollout = bench.sample(trainer.state.params)
         sampled = time.perf_counter()
         batches = trainer.with_reference(bench.groups(rollout))
         compared = time.perf_counter()

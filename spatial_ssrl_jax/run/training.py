@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -189,41 +190,41 @@ def _loop(
       The last state, or None when a signal stopped the run.
     """
     last = first + settings.steps
-    pipeline = _pipeline(run, stage, settings, start=done - first)
-    run.progress.start(stage, settings.steps, done - first)
-    begun = time.perf_counter()
-    for number in range(done + 1, last + 1):
-        waited = time.perf_counter()
-        batch = _agreed(next(pipeline))
-        waited = time.perf_counter() - waited
-        if number == done + 1:
-            run.progress.say(f"compiling the programs of {stage} (first step)")
-        started = time.perf_counter()
-        state, metrics, sampled = step(number - first - 1, state, batch)
-        metrics |= memory() | {
-            "perf/step_seconds": time.perf_counter() - started + waited,
-            "perf/input_wait_seconds": waited,
-            "perf/compilations": float(run.compilations.count),
-        }
-        _count_bad(run, batch)
-        _check_skipped(run, stage, number, state)
-        due = run.config.eval.every and (number - first) % run.config.eval.every == 0
-        if number == last or (stage == GRPO and due):
-            metrics |= _heldout_metrics(_measure(run, stage, number, state.params))
-        if run.metrics is not None:
-            run.metrics.write(stage, number, metrics)
-            run.progress.step(number - first, metrics)
-            log_step(run, number, first, sampled)
-        stop = total(run.preemption.requested) > 0
-        if number == last or (number - first) % run.config.checkpoint.every == 0 or stop:
-            elapsed = time.perf_counter() - begun + run.seconds.get(stage, 0.0)
-            _save(run, stage, number, state, run.seconds | {stage: round(elapsed, 2)})
-            if number == last:
-                run.seconds[stage] = round(elapsed, 2)
-        if stop and number < run.total:
-            run.checkpoints.wait()
-            run.progress.say(f"stopped after step {number}; the same command goes on from here")
-            return None
+    with closing(_pipeline(run, stage, settings, start=done - first)) as pipeline:
+        run.progress.start(stage, settings.steps, done - first)
+        begun = time.perf_counter()
+        for number in range(done + 1, last + 1):
+            waited = time.perf_counter()
+            batch = _agreed(next(pipeline))
+            waited = time.perf_counter() - waited
+            if number == done + 1:
+                run.progress.say(f"compiling the programs of {stage} (first step)")
+            started = time.perf_counter()
+            state, metrics, sampled = step(number - first - 1, state, batch)
+            metrics |= memory() | {
+                "perf/step_seconds": time.perf_counter() - started + waited,
+                "perf/input_wait_seconds": waited,
+                "perf/compilations": float(run.compilations.count),
+            }
+            _count_bad(run, batch)
+            _check_skipped(run, stage, number, state)
+            due = run.config.eval.every and (number - first) % run.config.eval.every == 0
+            if number == last or (stage == GRPO and due):
+                metrics |= _heldout_metrics(_measure(run, stage, number, state.params))
+            if run.metrics is not None:
+                run.metrics.write(stage, number, metrics)
+                run.progress.step(number - first, metrics)
+                log_step(run, number, first, sampled)
+            stop = total(run.preemption.requested) > 0
+            if number == last or (number - first) % run.config.checkpoint.every == 0 or stop:
+                elapsed = time.perf_counter() - begun + run.seconds.get(stage, 0.0)
+                _save(run, stage, number, state, run.seconds | {stage: round(elapsed, 2)})
+                if number == last:
+                    run.seconds[stage] = round(elapsed, 2)
+            if stop and number < run.total:
+                run.checkpoints.wait()
+                run.progress.say(f"stopped after step {number}; the same command goes on from here")
+                return None
     return state
 
 

@@ -8,7 +8,7 @@ import pytest
 from spatial_ssrl_jax import bench
 from spatial_ssrl_jax.errors import UserError
 
-SIZES = ["--random-weights", "--prompts=2", "--group=2", "--new=4", "--grid=4", "--runs=1"]
+SIZES = ["--random-weights", "--prompts=2", "--group=2", "--new=16", "--grid=4", "--runs=1"]
 
 
 @pytest.mark.parametrize(
