@@ -36,6 +36,9 @@ def write_rollouts(workdir: Path, step: int, rows: list[dict[str, Any]]) -> Path
 
 
 def read_rollouts(workdir: Path, files: int) -> list[dict[str, Any]]:
-    """The rows of the newest `files` files, oldest first."""
-    paths = sorted((Path(workdir) / FOLDER).glob("step_*.jsonl"))[-files:]
+    """The rows of at most `files` files, spread evenly from the first to the newest."""
+    paths = sorted((Path(workdir) / FOLDER).glob("step_*.jsonl"))
+    if len(paths) > files:
+        last = len(paths) - 1
+        paths = [paths[round(i * last / (files - 1))] for i in range(files)]
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]

@@ -38,8 +38,14 @@ def grpo_steps(count: int, **last: float) -> list[dict]:
         ({"advantage__zero_variance_share": 0.9}, "90% of the groups have no variance"),
         ({"policy__entropy": 0.05}, "entropy fell below a tenth"),
         ({"response__length_mean": 5.0}, "shorter than a third"),
-        ({"mismatch__logprob_mean": 0.08}, "Sampler and trainer differ by 0.080 nats"),
+        (
+            {"mismatch__logprob_mean": 0.08},
+            "Sampler and trainer differ by 0.080 nats a token, 80 times",
+        ),
         ({"response__clipped_share": 0.25}, "25% of the responses are cut off"),
+        ({"mismatch__logprob_mean": 0.01}, "0.010 nats a token, 10 times as much as at first"),
+        ({"prompt__dropped": 5.0, "task__flip__count": 3.0}, "Of 8 prompts a step 5 are dropped"),
+        ({"optim__skipped": 1.0}, "5 updates were skipped"),
     ],
 )
 def test_what_should_worry_is_said_in_words(last: dict, words: str):
@@ -82,8 +88,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         writer.write("grpo", step, figures)
     writer.close()
     image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
-    response = {"text": EVIL, "reward": 0.1, "advantage": -0.5}
-    row = {"task": "flip", "question": EVIL, "answer": "A<B", "responses": [response] * 2}
+    response = {"text": EVIL, "reward": 0.1, "advantage": -0.5, "accuracy": 0.0, "length": 7}
+    row = {
+        "task": "flip",
+        "kind": "2x2",
+        "question": EVIL,
+        "answer": "A<B",
+        "responses": [response] * 2,
+    }
     write_rollouts(folder, 10, [row | {"images": [image, image]}])
     write_rollouts(folder, 14, [row | {"images": [image], "task": "crop"}])
     write_report(folder, CONFIG, "demo <1>")
@@ -93,42 +105,45 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_what_a_model_says_is_text_and_no_markup(page: str):
     assert EVIL not in page and "&lt;script&gt;alert(&quot;x&quot;)" in page
-    assert Links(page).tags.count("script") == 1
+    assert Links(page).tags.count("script") == 2  # the page's own
     assert "demo &lt;1&gt;" in page and "answer A&lt;B" in page
 
 
 def test_the_page_refers_to_no_other_file(page: str):
     found = Links(page)
-    assert len(found.addresses) == 3  # the rollouts' pictures
-    assert all(address.startswith("data:image/jpeg;base64,") for address in found.addresses)
-    assert "link" not in found.tags and "url(" not in page
+    assert found.addresses[0] == "data:,"  # no icon is asked for
+    assert len(found.addresses) == 4  # the rollouts' pictures
+    assert all(address.startswith("data:image/jpeg;base64,") for address in found.addresses[1:])
+    assert "url(" not in page
 
 
 def test_each_figure_has_its_curve_through_every_step(page: str):
-    figures = dict(re.findall(r"<figcaption>(.*?)</figcaption>(<svg.*?</svg>)", page))
+    figures = dict(
+        re.findall(r"<figcaption>(.*?)<output></output></figcaption>(.*?)</figure>", page)
+    )
     assert set(figures) == {"Reward", "Accuracy per task", "Supervised loss"}
     (reward,) = Links(figures["Reward"]).polylines
     points = [tuple(map(float, point.split(","))) for point in reward.split()]
-    assert len(points) == 12 and points[0][0] == 0 and points[-1][0] == 300
+    assert len(points) == 12 and points[0][0] < points[-1][0]
     assert [y for _, y in points] == sorted((y for _, y in points), reverse=True)  # it rises
     assert len(Links(figures["Accuracy per task"]).polylines) == 2
-    assert (
-        ">flip</text>" in figures["Accuracy per task"]
-        and ">crop</text>" in figures["Accuracy per task"]
-    )
+    assert "</i>flip</span>" in figures["Accuracy per task"]
+    assert "</i>crop</span>" in figures["Accuracy per task"]
 
 
 def test_figures_in_words(page: str):
     assert '<p class="warning">50% of the responses are cut off' in page
     assert "rollout 3.00 s" in page and "update 1.00 s" in page and "width:75.0%" in page
-    assert "At grpo, step 15 of 360" in page
-    assert "<td>flip</td><td>grpo 15</td><td>0.625</td><td>–</td><td>–</td>" in page
+    assert "GRPO, step 15 of 360" in page
+    assert "<td>flip</td><td>0.625</td><td>–</td><td>–</td>" in page
 
 
-def test_rollouts_can_be_chosen_by_task_and_step(page: str):
-    assert re.findall(r'<article data-task="(\w+)" data-step="(\d+)"', page) == [
-        ("flip", "10"),
-        ("crop", "14"),
+def test_rollouts_can_be_chosen(page: str):
+    assert re.findall(
+        r'<article data-task="(\w+)" data-step="(\d+)" data-answers="(.*?)"', page
+    ) == [
+        ("flip", "10", "all wrong"),
+        ("crop", "14", "all wrong"),
     ]
     assert "<option>flip</option>" in page and "<option>14</option>" in page
 
@@ -136,4 +151,4 @@ def test_rollouts_can_be_chosen_by_task_and_step(page: str):
 def test_a_run_that_has_not_begun_has_a_report(tmp_path: Path):
     write_report(tmp_path, CONFIG, "demo")
     page = (tmp_path / "report.html").read_text()
-    assert "not begun" in page and "<article" not in page
+    assert "Not begun" in page and "<article" not in page
