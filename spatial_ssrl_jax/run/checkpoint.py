@@ -5,9 +5,12 @@ A run's `checkpoints/` holds one folder a step, named by the number of steps don
 that a stage does not train, the base under adapters for one, are written once, to `frozen_sft/` or
 `frozen_grpo/`; `meta` says which of them belongs to the step. `model/` has the model's config,
 tokenizer and processor files, so that a step can be served from this folder alone.
+
+Each step's folder holds checksums of its files, written before it gets its name, so that one that
+was damaged later is found and passed over.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.learn.update import TrainState
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
+from spatial_ssrl_jax.run.checksums import damage, write_checksums
 
 PARAMS = "params"
 MODEL = "model"
@@ -40,6 +44,7 @@ class Checkpoints:
     def __init__(self, folder: str, keep: int, always: Iterable[int] = ()):
         policies = checkpoint_managers
         self.folder = epath.Path(folder)
+        self._saving = 0
         self._manager = ocp.CheckpointManager(
             self.folder.resolve() if "://" not in folder else self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -47,7 +52,9 @@ class Checkpoints:
                     [policies.LatestN(keep), policies.CustomSteps(list(always))]
                 ),
                 create=True,
+                cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._sum),
             ),
             item_names=(PARAMS, _TRAINING, _META),
         )
@@ -64,18 +71,43 @@ class Checkpoints:
           stage: the stage's name; its frozen weights are written at its first checkpoint.
           state: what to save.
           meta: JSON that `restore` gives back.
+
+        Raises:
+          UserError: this one or the one before could not be written.
         """
-        frozen = _FROZEN.format(stage) if state.frozen else None
-        if frozen and not (self.folder / frozen).exists():
-            save_params(self.folder / frozen, state.frozen)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.trained),
-                training=ocp.args.StandardSave(_training(state)),
-                meta=ocp.args.JsonSave({"frozen": frozen, "run": meta}),
-            ),
-        )
+        with self._explained():
+            self._manager.wait_until_finished()
+            self._saving = step
+            frozen = _FROZEN.format(stage) if state.frozen else None
+            if frozen and not (self.folder / frozen).exists():
+                save_params(self.folder / frozen, state.frozen)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.trained),
+                    training=ocp.args.StandardSave(_training(state)),
+                    meta=ocp.args.JsonSave({"frozen": frozen, "run": meta}),
+                ),
+            )
+
+    def _sum(self) -> None:
+        """Notes the checksums of the step being saved, before Orbax gives it its name."""
+        if jax.process_index() == 0:
+            for folder in self.folder.glob(f"{self._saving}.*tmp*"):
+                write_checksums(folder)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says in a sentence why a checkpoint could not be written; older ones stay."""
+        try:
+            yield
+        except Exception as error:  # Orbax hands on whatever its writers meet
+            good = self._manager.latest_step()
+            after = f"goes on after step {good}" if good is not None else "starts anew"
+            raise UserError(
+                f"step {self._saving} could not be saved to {self.folder} ({_first_line(error)}): "
+                f"free space there or mend its permissions; the same command then {after}."
+            ) from error
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads one checkpoint into the shapes, dtypes and shardings of `like`.
@@ -107,11 +139,35 @@ class Checkpoints:
         return self._manager.restore(step, args=args)[_META]["run"]
 
     def wait(self) -> None:
-        """Returns when every save begun is complete."""
-        self._manager.wait_until_finished()
+        """Returns when every save begun is complete.
+
+        Raises:
+          UserError: one could not be written.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
+
+
+def pass_over_damaged(folder: Path, say: Callable[[str], None]) -> None:
+    """Renames the newest checkpoints that are not as they were written, until a whole one comes.
+
+    Args:
+      folder: a run's `checkpoints/`.
+      say: is told of each.
+    """
+    folder = epath.Path(folder)
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    for step in sorted(steps, reverse=True):
+        wrong = damage(folder / str(step))
+        if wrong is None:
+            return
+        number = sum(p.name.startswith(f"damaged_{step}") for p in folder.iterdir())
+        kept = folder / (f"damaged_{step}" + (f"_{number}" if number else ""))
+        (folder / str(step)).rename(kept)
+        say(f"the checkpoint of step {step} is damaged ({wrong}): passed over, kept as {kept}")
 
 
 def save_params(folder: epath.PathLike, params: Params) -> None:
@@ -165,8 +221,13 @@ def _explained(folder: epath.PathLike) -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder} is not a checkpoint of this model ({first}).") from error
+        raise UserError(
+            f"{folder} is not a checkpoint of this model ({_first_line(error)})."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _training(state: TrainState) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from spatial_ssrl_jax.eval.pretext import PretextEval, Table, heldout_items
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import models
-from spatial_ssrl_jax.run.checkpoint import MODEL, Checkpoints
+from spatial_ssrl_jax.run.checkpoint import MODEL, Checkpoints, pass_over_damaged
 from spatial_ssrl_jax.run.mesh import (
     Layout,
     is_writer,
@@ -85,6 +85,7 @@ def open_run(
     if is_writer():
         _claim(config, workdir, overwrite)
         _describe_model(model, workdir / "checkpoints" / MODEL)
+        pass_over_damaged(workdir / "checkpoints", progress.say)
     wait_for_all("the run's folder")
     compute = Compute(
         config.model.dtype, config.model.chunk, config.model.head_chunk, config.model.remat

@@ -1,6 +1,7 @@
 """Checkpoints: restored bit for bit, the right ones kept, unfinished ones passed over."""
 
 import dataclasses
+import resource
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from spatial_ssrl_jax.learn.update import TrainState, new_state
 from spatial_ssrl_jax.run.checkpoint import (
     Checkpoints,
     load_params,
+    pass_over_damaged,
     save_params,
     stored_params,
     weight_folders,
@@ -110,6 +112,53 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path):
     again.save(6, "sft", state(6), {})
     again.wait()
     assert again.latest() == 6
+    again.close()
+
+
+DAMAGES = {
+    "cut off": lambda data: data[: len(data) // 2],
+    "altered": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("item", ["params", "training", "meta"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, item: str, how: str):
+    save(tmp_path, [3, 6], keep=3)
+    largest = max((tmp_path / "6" / item).rglob("*"), key=lambda p: p.is_file() * p.stat().st_size)
+    if DAMAGES[how] is None:
+        largest.unlink()
+    else:
+        largest.write_bytes(DAMAGES[how](largest.read_bytes()))
+    said = []
+    pass_over_damaged(tmp_path, said.append)
+    assert len(said) == 1 and "step 6" in said[0] and item in said[0] and how in said[0]
+    again = Checkpoints(str(tmp_path), keep=3)
+    assert again.latest() == 3
+    assert_same(again.restore(3, state(0))[0], state(3))
+    again.save(6, "sft", state(6), {})
+    again.wait()
+    again.close()
+    pass_over_damaged(tmp_path, said.append)
+    assert len(said) == 1 and kept(tmp_path) == [3, 6] and (tmp_path / "damaged_6").is_dir()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_the_last_one_stays(tmp_path: Path):
+    checkpoints = Checkpoints(str(tmp_path), keep=3)
+    checkpoints.save(3, "sft", state(3), {})
+    checkpoints.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # as a full disk: writes fail
+    try:
+        with pytest.raises(UserError, match=r"step 6 could not be saved .* goes on after step 3"):
+            checkpoints.save(6, "sft", state(6), {})
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    again = Checkpoints(str(tmp_path), keep=3)
+    assert again.latest() == 3
+    assert_same(again.restore(3, state(0))[0], state(3))
     again.close()
 
 
