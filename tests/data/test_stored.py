@@ -4,17 +4,19 @@ import json
 import pickle
 import subprocess
 import sys
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from spatial_ssrl_jax import prepare
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.errors import BadPicture, UserError
 from tests.conftest import ROOT
-from tests.data.test_sources import ramp, save_depth, save_picture
+from tests.data.test_sources import HEIGHT, WIDTH, ramp, save_depth, save_picture
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,26 @@ def test_what_is_read_back_is_what_the_folder_gives(folder: Path, prepared: Path
         assert source.size(index) == before.image.shape[:2]
         assert after.name == source.name(index) and after.path == before.name
     assert source.name(0) != source.name(1)
+
+
+def test_a_size_decodes_neither_picture_nor_depth(prepared: Path, monkeypatch: pytest.MonkeyPatch):
+    source = open_source(specs(prepared)[0])
+    decoded = []
+
+    def watch(owner: Any, method: str) -> None:
+        original = getattr(owner, method)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            decoded.append(owner)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, method, watched)
+
+    watch(ImageFile.ImageFile, "load")
+    watch(zlib, "decompress")
+    assert [source.size(i) for i in range(2)] == [(HEIGHT, WIDTH)] * 2 and not decoded
+    source[1]
+    assert set(decoded) == {ImageFile.ImageFile, zlib}
 
 
 def test_splits_are_slices(prepared: Path):
