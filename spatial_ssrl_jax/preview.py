@@ -155,8 +155,15 @@ def _write(out: Path, number: str, example: Example) -> dict:
 
 
 def _released_form(out: Path, row: dict) -> dict:
-    """A line of `examples.jsonl` as a row of the released parquet, its pictures inside."""
-    images = [{"bytes": (out / path).read_bytes(), "path": path} for path in row["images"]]
+    """A line of `examples.jsonl` as a row of the released parquet, its pictures inside.
+
+    Each is called by the picture that it was made of, so that `ssrl81k:` can tell which are of one.
+    """
+    record = row["source"]["record"].replace("#", "_")
+    images = [
+        {"bytes": (out / path).read_bytes(), "path": f"{record}#{Path(path).name}"}
+        for path in row["images"]
+    ]
     return {"problem": row["question"], "answer": row["answer"], "images": images}
 
 
