@@ -22,6 +22,7 @@ from spatial_ssrl_jax.tasks.example import Example, Reject
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
+h1 { font-size: clamp(1.2rem, 5vw, 2rem); overflow-wrap: anywhere; }
 nav button { font: inherit; margin: 0 .4rem .4rem 0; padding: .2rem .8rem; }
 nav button[aria-pressed=true] { font-weight: 700; outline: 2px solid currentColor; }
 article { border-top: 1px solid var(--line); padding: 1rem 0; }
