@@ -190,7 +190,11 @@ def _page(
 def _statistics(examples: list[Example], tries: Counter, rejected: Counter) -> str:
     """How many examples of each kind there are, how often a try gave one, and why it did not."""
     made = Counter(example.task for example in examples)
-    kinds = sorted(Counter((e.task, e.kind) for e in examples).items())
+    counts = Counter((e.task, e.kind) for e in examples)
+    for task in {e.task for e in examples if e.kind != "released"}:
+        for kind in getattr(TASKS_BY_NAME[task].settings(), "kinds", ()):
+            counts[task, kind] += 0  # kinds that none came of are listed too
+    kinds = sorted(counts.items())
     per_task = [
         (task, tries[task], made[task], f"{made[task] / tries[task]:.0%}") for task in tries
     ]
