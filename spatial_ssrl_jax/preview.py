@@ -22,6 +22,7 @@ from spatial_ssrl_jax.tasks.example import Example, Reject
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
+h1 { font-size: clamp(1.2rem, 5vw, 2rem); overflow-wrap: anywhere; }
 nav button { font: inherit; margin: 0 .4rem .4rem 0; padding: .2rem .8rem; }
 nav button[aria-pressed=true] { font-weight: 700; outline: 2px solid currentColor; }
 article { border-top: 1px solid var(--line); padding: 1rem 0; }
@@ -155,8 +156,15 @@ def _write(out: Path, number: str, example: Example) -> dict:
 
 
 def _released_form(out: Path, row: dict) -> dict:
-    """A line of `examples.jsonl` as a row of the released parquet, its pictures inside."""
-    images = [{"bytes": (out / path).read_bytes(), "path": path} for path in row["images"]]
+    """A line of `examples.jsonl` as a row of the released parquet, its pictures inside.
+
+    Each is called by the picture that it was made of, so that `ssrl81k:` can tell which are of one.
+    """
+    record = row["source"]["record"].replace("#", "_")
+    images = [
+        {"bytes": (out / path).read_bytes(), "path": f"{record}#{Path(path).name}"}
+        for path in row["images"]
+    ]
     return {"problem": row["question"], "answer": row["answer"], "images": images}
 
 
@@ -182,7 +190,11 @@ def _page(
 def _statistics(examples: list[Example], tries: Counter, rejected: Counter) -> str:
     """How many examples of each kind there are, how often a try gave one, and why it did not."""
     made = Counter(example.task for example in examples)
-    kinds = sorted(Counter((e.task, e.kind) for e in examples).items())
+    counts = Counter((e.task, e.kind) for e in examples)
+    for task in {e.task for e in examples if e.kind != "released"}:
+        for kind in getattr(TASKS_BY_NAME[task].settings(), "kinds", ()):
+            counts[task, kind] += 0  # kinds that none came of are listed too
+    kinds = sorted(counts.items())
     per_task = [
         (task, tries[task], made[task], f"{made[task] / tries[task]:.0%}") for task in tries
     ]

@@ -8,9 +8,10 @@ import pytest
 
 from spatial_ssrl_jax import bench
 from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.tasks import TASKS
 from tests.conftest import ROOT
 
-LIMITS = {"shuffle": 8, "flip": 8, "crop": 8, "depth": 40, "position": 40}  # ms, of issue 4
+LIMITS = {task.name: 40 if task.needs_depth else 8 for task in TASKS}  # milliseconds aimed at
 
 
 def run(capsys: pytest.CaptureFixture, *argv: str) -> dict:

@@ -15,8 +15,8 @@ from absl import flags
 
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.items import Item
-from spatial_ssrl_jax.data.sources import AnySource
-from spatial_ssrl_jax.data.sources.mixture import parts_of
+from spatial_ssrl_jax.data.sources import AnySource, QuestionSource
+from spatial_ssrl_jax.data.sources.mixture import Part, parts_of
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.model import PromptBatch
 
@@ -51,23 +51,32 @@ class Split:
 
 
 def split_records(source: AnySource, share: float) -> Split:
-    """Splits by a hash of each record's name, so that a picture never changes sides.
+    """Splits by a hash of each picture's name, so that a picture never changes sides.
 
-    Each part of a mixture is split for itself, so that its tasks have held-out records too. At
-    least one record is held out where a part has two, and at least one is left for training.
+    Ready-made questions of one picture are held out together. Each part of a mixture is split for
+    itself, so that its tasks have held-out records too. At least one picture is held out where a
+    part has two, and at least one is left for training.
     """
     train, heldout = [], []
     for part in parts_of(source):
-        names = [part.source.name(i) for i in range(len(part.source))]
-        digests = [hashlib.sha1(name.encode()).digest() for name in names]
-        order = sorted(range(len(names)), key=digests.__getitem__)
-        count = round(share * len(order))
-        if share > 0 and len(order) > 1:
+        pictures = _pictures(part)
+        count = round(share * len(pictures))
+        if share > 0 and len(pictures) > 1:
             count = max(count, 1)
-        count = min(count, len(order) - 1)
-        train += [part.start + i for i in order[count:]]
-        heldout += [part.start + i for i in order[:count]]
+        count = min(count, len(pictures) - 1)
+        train += [index for picture in pictures[count:] for index in picture]
+        heldout += [index for picture in pictures[:count] for index in picture]
     return Split(tuple(sorted(train)), tuple(sorted(heldout)))
+
+
+def _pictures(part: Part) -> list[list[int]]:
+    """The records of each picture of a part, in the order of a hash of the picture's name."""
+    source = part.source
+    called = source.origin if isinstance(source, QuestionSource) else source.name
+    records: dict[str, list[int]] = {}
+    for index in range(len(source)):
+        records.setdefault(called(index), []).append(part.start + index)
+    return [records[n] for n in sorted(records, key=lambda n: hashlib.sha1(n.encode()).digest())]
 
 
 class _ProcessRows(grain.sources.RandomAccessDataSource):

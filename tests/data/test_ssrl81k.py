@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from spatial_ssrl_jax import preview
+from spatial_ssrl_jax.data.pipeline import split_records
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.errors import BadPicture, UserError
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
@@ -138,6 +139,44 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path):
             open_source(f"ssrl81k:{tmp_path / path}")
 
 
+@pytest.mark.parametrize("form", ["json", "struct", "path", "bytes"])
+def test_questions_of_one_picture_are_held_out_together(tmp_path: Path, form: str):
+    """12 questions of 6 pictures, twice each; bytes alone do not say of which."""
+    file = tmp_path / ("cold.json" if form == "json" else "train.parquet")
+    rows = []
+    for number in range(12):
+        cell = as_cell("path" if form == "json" else form, tmp_path, number % 6)
+        if form == "json":
+            texts = {"instruction": FLIP, "output": "<think>.</think>\\boxed{3-0}"}
+        else:
+            texts = {"problem": FLIP, "answer": "3-0"}
+        rows.append(texts | {"images": [cell]})
+    if form == "json":
+        file.write_text(json.dumps(rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    source = open_source(f"ssrl81k:{file}")
+    split = split_records(source, 0.34)
+    assert sorted(split.train + split.heldout) == list(range(12)) and len(split.heldout) == 4
+    shared = {i % 6 for i in split.train} & {i % 6 for i in split.heldout}
+    assert bool(shared) == (form == "bytes")
+    assert len({source.origin(i) for i in range(12)}) == (12 if form == "bytes" else 6)
+
+
+def test_origins_are_learnt_without_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file, asked = write_parquet(tmp_path, "struct"), []
+    original = pq.ParquetFile.read
+
+    def watched(reader, columns):
+        asked.extend(columns)
+        return original(reader, columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read", watched)
+    source = open_source(f"ssrl81k:{file}")
+    assert source.origin(1) == "images/1.png"
+    assert asked == ["images.list.element.path"]
+
+
 def test_preview_writes_what_the_source_reads(tmp_path: Path, capsys: pytest.CaptureFixture):
     out = tmp_path / "out"
     argv = ["--source=scenes:20:224x224", f"--out={out}", "--count=10", "--parquet"]
@@ -148,6 +187,7 @@ def test_preview_writes_what_the_source_reads(tmp_path: Path, capsys: pytest.Cap
     assert len(source) == 10
     for index, row in enumerate(rows):
         example = source[index]
+        assert source.origin(index) == row["source"]["record"]
         assert (example.task, example.question) == (row["task"], row["question"])
         assert example.answer == row["answer"]
         for image, path in zip(example.images, row["images"], strict=True):

@@ -4,17 +4,21 @@ import json
 import pickle
 import subprocess
 import sys
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import tensorflow_datasets as tfds
+from PIL import Image, ImageFile
 
 from spatial_ssrl_jax import prepare
 from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.data.sources.stored import StoredSource
 from spatial_ssrl_jax.errors import BadPicture, UserError
 from tests.conftest import ROOT
-from tests.data.test_sources import ramp, save_depth, save_picture
+from tests.data.test_sources import HEIGHT, WIDTH, ramp, save_depth, save_picture
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,26 @@ def test_what_is_read_back_is_what_the_folder_gives(folder: Path, prepared: Path
     assert source.name(0) != source.name(1)
 
 
+def test_a_size_decodes_neither_picture_nor_depth(prepared: Path, monkeypatch: pytest.MonkeyPatch):
+    source = open_source(specs(prepared)[0])
+    decoded = []
+
+    def watch(owner: Any, method: str) -> None:
+        original = getattr(owner, method)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            decoded.append(owner)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, method, watched)
+
+    watch(ImageFile.ImageFile, "load")
+    watch(zlib, "decompress")
+    assert [source.size(i) for i in range(2)] == [(HEIGHT, WIDTH)] * 2 and not decoded
+    source[1]
+    assert set(decoded) == {ImageFile.ImageFile, zlib}
+
+
 def test_splits_are_slices(prepared: Path):
     source = open_source(f"tfds:ssrl_pictures/rgbd:train[50%:]@{prepared}")
     assert len(source) == 1 and source[0].path == "room/b.png"
@@ -91,6 +115,16 @@ def test_what_cannot_be_opened_is_named(prepared: Path, tmp_path: Path, spec: st
     assert spec.split(":")[0] in str(error.value) and not isinstance(error.value, BadPicture)
 
 
+@pytest.mark.parametrize(
+    "spec", ["arrayrecord:gs://bucket/x*.array_record", "tfds:ssrl_pictures/rgbd@gs://bucket/data"]
+)
+def test_gs_without_its_extra_says_what_to_install(spec: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"extra \[gcs\].*pip install.*local folder") as error:
+        open_source(spec)
+    assert spec in str(error.value) and "\n" not in str(error.value)
+
+
 def test_prepare_reports_and_never_overwrites_unasked(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -117,6 +151,41 @@ def test_coco_keeps_the_files_bytes_and_needs_no_depth(tmp_path: Path):
     assert not source.has_depth and source[0].depth is None
     with Image.open(tmp_path / "in" / "a.jpg") as picture:
         np.testing.assert_array_equal(source[0].image, np.asarray(picture))
+
+
+def test_the_layout_of_coco_in_the_catalogue(tmp_path: Path):
+    """Features as the catalogue publishes coco/2017; only picture and file name are decoded."""
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "image/filename": tfds.features.Text(),
+            "image/id": np.int64,
+            "objects": tfds.features.Sequence(
+                {
+                    "id": np.int64,
+                    "area": np.int64,
+                    "bbox": tfds.features.BBoxFeature(),
+                    "label": tfds.features.ClassLabel(num_classes=80),
+                    "is_crowd": np.bool_,
+                }
+            ),
+        }
+    )
+    save_picture(tmp_path / "a.jpg")
+    things = {"id": 7, "area": 5, "bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0), "label": 3}
+    row = {
+        "image": (tmp_path / "a.jpg").read_bytes(),
+        "image/filename": "000000000009.jpg",
+        "image/id": 9,
+        "objects": [things | {"is_crowd": False}],
+    }
+    stored = features.serialize_example(features.encode_example(row))
+    source = StoredSource("tfds:coco/2017", "coco/2017:1.1.0/train", [stored], features)
+    assert source.size(0) == (HEIGHT, WIDTH) and not source.has_depth
+    record = source[0]
+    assert (record.path, record.name) == ("000000000009.jpg", "coco/2017:1.1.0/train/00000000")
+    with Image.open(tmp_path / "a.jpg") as picture:
+        np.testing.assert_array_equal(record.image, np.asarray(picture))
 
 
 def test_tensorflow_is_never_imported(prepared: Path):

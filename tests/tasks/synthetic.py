@@ -5,6 +5,8 @@ from PIL import Image
 
 from spatial_ssrl_jax.data.record import Record
 
+ROUNDING = 1e-5  # normalised depth is float32; the checks recompute it in float64
+
 
 def photo(seed: int, height: int, width: int) -> np.ndarray:
     """[H, W, 3] uint8: soft blobs of colour that repeat nowhere, with noise."""
@@ -42,6 +44,21 @@ def record(
         "path": f"/made/{seed}.png",
     }
     return Record(**{**fields, **changes})
+
+
+def depth_ends(depth: np.ndarray) -> tuple[float, float]:
+    """The depths that become 0 and 1: percentiles of the valid pixels on the even grid.
+
+    Of large maps it holds some 65,000 pixels; where few of those are valid, all pixels count.
+    """
+    step = max(1, round((depth.size / 65_536) ** 0.5))
+    on_grid = np.isfinite(depth)
+    on_grid[np.arange(depth.shape[0]) % step != 0] = False
+    on_grid[:, np.arange(depth.shape[1]) % step != 0] = False
+    if on_grid.sum() < 1024:
+        on_grid = np.isfinite(depth)
+    low, high = np.percentile(depth[on_grid].astype(float), (0.5, 99.5))
+    return float(low), float(high)
 
 
 def assert_even(counts: dict, total: int, kinds: int, tolerance: float = 0.3) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from spatial_ssrl_jax.tasks import depth
 from spatial_ssrl_jax.tasks.example import Reject
 from spatial_ssrl_jax.tasks.regions import Regions
-from tests.tasks.synthetic import assert_even, record
+from tests.tasks.synthetic import ROUNDING, assert_even, depth_ends, record
 
 
 def make(rec, seed, **changes):
@@ -22,9 +22,7 @@ def check(rec, example, least_valid=0.9):
     """The paper's constraints and the answer, from the picture's own depth."""
     points, half = example.truth["points"], example.truth["half"]
     height, width = rec.depth.shape
-    valid = rec.depth[np.isfinite(rec.depth)].astype(float)
-    low, high = np.percentile(valid, (0.5, 99.5))
-    slack = 0.04 if rec.depth.size > 70_000 else 1e-5  # large maps' percentiles are sampled
+    low, high = depth_ends(rec.depth)
     near_far = []
     for (x, y), said in zip(points, example.truth["depths"], strict=True):
         assert half <= x < width - half and half <= y < height - half
@@ -32,13 +30,13 @@ def check(rec, example, least_valid=0.9):
         unit = np.clip((window.astype(float) - low) / (high - low), 0, 1)
         assert np.isfinite(unit).mean() >= least_valid
         unit = unit[np.isfinite(unit)]
-        assert unit.max() - unit.min() < 0.15 + slack
-        assert abs(unit.mean() - said) < slack
+        assert unit.max() - unit.min() < 0.15 + ROUNDING
+        assert abs(unit.mean() - said) < ROUNDING
         near_far.append((unit.min(), unit.max()))
     order = sorted(range(3), key=lambda i: near_far[i])
     assert example.answer == "-".join(str(i + 1) for i in order)
     for near, far in zip(order, order[1:], strict=False):
-        assert near_far[far][0] - near_far[near][1] > 0.05 - slack
+        assert near_far[far][0] - near_far[near][1] > 0.05 - ROUNDING
     radius = max(8, round(19 * min(height, width) / 768))
     for (x1, y1), (x2, y2) in combinations(points, 2):
         assert np.hypot(x1 - x2, y1 - y2) > 2 * radius

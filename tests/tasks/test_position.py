@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spatial_ssrl_jax.tasks import position
 from spatial_ssrl_jax.tasks.example import Reject
 from spatial_ssrl_jax.tasks.regions import Regions
-from tests.tasks.synthetic import assert_even, record
+from tests.tasks.synthetic import ROUNDING, assert_even, depth_ends, record
 
 # What a person standing in the picture has before and at the right hand: (x, z) in the image.
 AHEAD = {"away": (0, 1), "towards": (0, -1), "left": (-1, 0), "right": (1, 0)}
@@ -73,16 +73,15 @@ def check(rec, example, least_valid=0.9):
 
 def check_regions(rec, truth, half, least_valid):
     height, width = rec.depth.shape
-    low, high = np.percentile(rec.depth[np.isfinite(rec.depth)].astype(float), (0.5, 99.5))
-    slack = 0.04 if rec.depth.size > 70_000 else 1e-5
+    low, high = depth_ends(rec.depth)
     radius = max(8, round(19 * min(height, width) / 768))
     for (x, y), said in zip(truth["points"], truth["depths"], strict=True):
         window = rec.depth[y - half : y + half + 1, x - half : x + half + 1]
         assert window.shape == (2 * half + 1,) * 2
         unit = np.clip((window.astype(float) - low) / (high - low), 0, 1)
         assert np.isfinite(unit).mean() >= least_valid
-        assert np.nanmax(unit) - np.nanmin(unit) < 0.15 + slack
-        assert abs(np.nanmean(unit) - said) < slack
+        assert np.nanmax(unit) - np.nanmin(unit) < 0.15 + ROUNDING
+        assert abs(np.nanmean(unit) - said) < ROUNDING
         assert radius <= x < width - radius and radius <= y < height - radius
     (x1, y1), (x2, y2) = truth["points"]
     assert np.hypot(x1 - x2, y1 - y2) > 2 * radius

@@ -76,16 +76,24 @@ def test_truth_gives_the_answer(kind):
         assert example.kind == kind
 
 
-def test_labels_cover_little_and_stand_by_place_not_by_patch():
-    rec = record(3, 120, 160)
-    plain, labelled = without_labels(rec, 5), make(rec, 5)
-    changed = (plain.images[0] != labelled.images[0]).any(axis=2)
-    assert 0 < changed.mean() < 0.2
-    # The same places are drawn upon whatever lies there, so that labels tell nothing.
-    other = (without_labels(record(4, 120, 160), 5).images[0] == 255).all(axis=2)
-    assert not other.any()
-    red = (labelled.images[0] == (255, 0, 0)).all(axis=2)
-    assert red[0].mean() > 0.9 and red[:, 0].mean() > 0.9
+@pytest.mark.parametrize("kind", ["2x2", "1x4", "3x1"])
+def test_labels_cover_little_and_stand_by_place_not_by_patch(kind):
+    drawn, permutations = [], set()
+    for seed in range(6):
+        rec = record(3 + seed, 240, 320)
+        plain = without_labels(rec, seed, kinds={kind: 1.0})
+        labelled = make(rec, seed, kinds={kind: 1.0})
+        permutations.add(tuple(plain.truth["permutation"]))
+        changed = (plain.images[0] != labelled.images[0]).any(axis=2)
+        assert 0 < changed.mean() < 0.2
+        red = (labelled.images[0] == (255, 0, 0)).all(axis=2)
+        assert red[0].mean() > 0.9 and red[:, 0].mean() > 0.9
+        white = (labelled.images[0] >= 240).all(axis=2)
+        drawn.append(np.stack([red, white]))  # neither is in a made-up picture
+    assert len(permutations) > 1
+    # The same is drawn at the same places whichever patch lies there, so that labels tell nothing.
+    for other in drawn[1:]:
+        np.testing.assert_array_equal(other, drawn[0])
 
 
 def test_answers_are_even_and_never_the_identity():

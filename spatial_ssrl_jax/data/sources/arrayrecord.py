@@ -5,7 +5,7 @@ Beside the first file lies its `features.json`, as TFDS leaves it.
 
 import os
 
-from spatial_ssrl_jax.data.sources.base import Source
+from spatial_ssrl_jax.data.sources.base import NEEDS_GCS, Source
 from spatial_ssrl_jax.errors import UserError
 
 
@@ -18,7 +18,10 @@ def open_arrayrecord(spec: str, pattern: str) -> Source:
     from spatial_ssrl_jax.data.sources.stored import StoredSource
 
     folder, _, names = pattern.rpartition("/")
-    files = sorted(os.fspath(file) for file in epath.Path(folder or ".").glob(names or "*"))
+    try:
+        files = sorted(os.fspath(file) for file in epath.Path(folder or ".").glob(names or "*"))
+    except ImportError as error:
+        raise UserError(f"source '{spec}': {NEEDS_GCS}.") from error
     if not files:
         raise UserError(f"source '{spec}': no file matches; expected ArrayRecord files by TFDS.")
     folder = epath.Path(files[0]).parent

@@ -60,6 +60,30 @@ def read_texts(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
     return list(zip(*(table[c].to_pylist() for c in columns), strict=True))
 
 
+def read_paths(file: Path, column: str) -> list[str]:
+    """The first picture's path in each row of a list of pictures, "" where none is given.
+
+    The pictures' bytes are not read.
+    """
+    import pyarrow.parquet as pq
+
+    reader = pq.ParquetFile(file)
+    leaves = [reader.schema.column(i) for i in range(len(reader.schema.names))]
+    found = next((leaf.path for leaf in leaves if _is_path(leaf, column)), None)
+    if found is None:
+        return [""] * reader.metadata.num_rows
+    cells = reader.read(columns=[found])[column].to_pylist()
+    firsts = [row[0] if row else "" for row in cells]
+    return [(cell["path"] if isinstance(cell, dict) else cell) or "" for cell in firsts]
+
+
+def _is_path(leaf: Any, column: str) -> bool:
+    """Whether a leaf of the schema holds paths: the texts of a list, or the `path` of its parts."""
+    place = leaf.path.split(".")  # column, list, its element's name, perhaps a part's name
+    is_text = leaf.logical_type.type == "STRING"
+    return place[0] == column and is_text and place[3:] in ([], ["path"])
+
+
 def write_questions(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes `problem, answer, images` as the released data has them.
 

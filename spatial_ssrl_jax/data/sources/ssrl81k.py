@@ -5,6 +5,9 @@ input, output, images`, or a folder with files of one of the forms. `images` hol
 list of pictures: encoded bytes, `{"bytes", "path"}`, or paths relative to the file. They enter the
 pipeline as examples of the task whose question they ask, so that the tasks' weights hold for them
 as for pictures; the tasks' other settings do not.
+
+Questions whose first pictures bear one path are of one picture, and are held out together; so are
+those whose paths agree up to a `#`, as in the files that `preview` writes.
 """
 
 import json
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spatial_ssrl_jax.data.images import image_size, open_picture
-from spatial_ssrl_jax.data.sources.parquet import RowGroups, read_texts
+from spatial_ssrl_jax.data.sources.parquet import RowGroups, read_paths, read_texts
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.learn.reward import last_box
 from spatial_ssrl_jax.tasks.example import Example
@@ -43,6 +46,7 @@ class Question:
       file: where it stands.
       row: its place there.
       images: pictures as paths or bytes; None where they are read from `file` when needed.
+      path: of the first picture, as it stands there; "" where none is given.
     """
 
     task: str
@@ -52,6 +56,7 @@ class Question:
     file: str
     row: int
     images: tuple[str | bytes, ...] | None
+    path: str
 
 
 class QuestionSource:
@@ -75,6 +80,10 @@ class QuestionSource:
     def name(self, index: int) -> str:
         question = self.questions[index]
         return f"{os.path.relpath(question.file, self.root)}#{question.row}"
+
+    def origin(self, index: int) -> str:
+        """The picture that a question was made of, as far as its row says; else its own name."""
+        return self.questions[index].path.partition("#")[0] or self.name(index)
 
     def task(self, index: int) -> str:
         return self.questions[index].task
@@ -139,12 +148,13 @@ def _read(spec: str, file: Path) -> list[Question]:
         raise UserError(f"{file} cannot be read ({reason}); expected {LAYOUT}.") from error
 
 
-def _parquet_rows(file: Path) -> list[tuple[str, str, str, None]]:
-    texts = read_texts(file, ("problem", "answer"))
-    return [(problem, answer, "", None) for problem, answer in texts]
+def _parquet_rows(file: Path) -> list[tuple[str, str, str, None, str]]:
+    texts, paths = read_texts(file, ("problem", "answer")), read_paths(file, "images")
+    rows = zip(texts, paths, strict=True)
+    return [(problem, answer, "", None, path) for (problem, answer), path in rows]
 
 
-def _json_rows(file: Path) -> list[tuple[str, str, str, tuple[str, ...]]]:
+def _json_rows(file: Path) -> list[tuple[str, str, str, tuple[str, ...], str]]:
     rows = []
     for row in json.loads(file.read_text()):
         text = "\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
@@ -153,12 +163,19 @@ def _json_rows(file: Path) -> list[tuple[str, str, str, tuple[str, ...]]]:
             raise UserError(f"{file}: output {len(rows)} has no \\boxed answer; mend or remove it.")
         images = row["images"]
         images = (images,) if isinstance(images, str) else tuple(images)
-        rows.append((text, answer, row["output"], images))
+        rows.append((text, answer, row["output"], images, images[0]))
     return rows
 
 
 def _question(
-    spec: str, file: str, row: int, text: str, answer: str, response: str, images: Any
+    spec: str,
+    file: str,
+    row: int,
+    text: str,
+    answer: str,
+    response: str,
+    images: tuple[str, ...] | None,
+    path: str,
 ) -> Question:
     task = next((name for name, said in _SAID.items() if said in text), None)
     if task is None:
@@ -168,7 +185,7 @@ def _question(
         )
     # The pipeline appends the format prompt to every question.
     text = text.replace(FORMAT_PROMPT, "").strip()
-    return Question(task, text, str(answer), response, file, row, images)
+    return Question(task, text, str(answer), response, file, row, images, path)
 
 
 def _cell(cell: Any) -> str | bytes:

@@ -35,8 +35,8 @@ class StoredSource:
     ):
         self.spec, self.prefix, self._rows = spec, prefix, rows
         self._picture = _picture_key(spec, features)
-        kept = (self._picture, DEPTH, *_NAMES)  # nothing else is decoded
-        self._features = tfds.features.FeaturesDict({k: features[k] for k in kept if k in features})
+        self._features = _some(features, self._picture, DEPTH, *_NAMES)  # no other is decoded
+        self._sized = _some(features, self._picture)
         self.has_depth = DEPTH in features
         self._last = threading.local()
 
@@ -54,24 +54,32 @@ class StoredSource:
         return f"{self.prefix}/{range(len(self))[index]:08d}"
 
     def size(self, index: int) -> tuple[int, int]:
-        width, height = image_size(self._row(index)[self._picture], self.name(index))
+        row = self._decode(self._sized, self._bytes(index))
+        width, height = image_size(row[self._picture], self.name(index))
         return height, width
 
     def __getitem__(self, index: int) -> Record:
-        name, row = self.name(index), self._row(index)
+        name, row = self.name(index), self._decode(self._features, self._bytes(index))
         image = open_picture(row[self._picture], name)
         path = next((row[key].decode() for key in _NAMES if key in row), name)
         depth = _clean(row[DEPTH], image.shape[:2], name) if self.has_depth else None
         return Record(image=image, depth=depth, name=name, spec=self.spec, path=path)
 
-    def _row(self, index: int) -> dict[str, Any]:
-        """A record's features; the last one of each thread is kept, as `size` asks first."""
+    def _bytes(self, index: int) -> bytes:
+        """A record as it is stored; the last one of each thread is kept, as `size` asks first."""
         if getattr(self._last, "index", None) != index:
-            # The picture stays encoded: we decode it as pictures of folders, with the same errors.
-            decoders = {self._picture: tfds.decode.SkipDecoding()}
-            row = self._features.deserialize_example_np(self._rows[index], decoders=decoders)
-            self._last.row, self._last.index = row, index
-        return self._last.row
+            self._last.bytes, self._last.index = self._rows[index], index
+        return self._last.bytes
+
+    def _decode(self, features: tfds.features.FeaturesDict, stored: bytes) -> dict[str, Any]:
+        # The picture stays encoded: we decode it as pictures of folders, with the same errors.
+        decoders = {self._picture: tfds.decode.SkipDecoding()}
+        return features.deserialize_example_np(stored, decoders=decoders)
+
+
+def _some(features: tfds.features.FeaturesDict, *names: str) -> tfds.features.FeaturesDict:
+    """Those of the features that bear one of the names."""
+    return tfds.features.FeaturesDict({k: features[k] for k in names if k in features})
 
 
 def _picture_key(spec: str, features: tfds.features.FeaturesDict) -> str:

@@ -8,7 +8,7 @@ such as train[:10%]. DATA_DIR may begin with gs://.
 
 import re
 
-from spatial_ssrl_jax.data.sources.base import Source
+from spatial_ssrl_jax.data.sources.base import NEEDS_GCS, Source
 from spatial_ssrl_jax.errors import UserError
 
 _FORM = re.compile(
@@ -33,6 +33,8 @@ def open_tfds(spec: str, argument: str) -> Source:
         method = tfds.decode.DeserializeMethod.RAW_BYTES
         rows = builder.as_data_source(split, deserialize_method=method)
     except Exception as error:  # TFDS raises many kinds, with texts of many lines
+        if isinstance(error, ImportError) and (form["folder"] or "").startswith("gs://"):
+            raise UserError(f"source '{spec}': {NEEDS_GCS}.") from error
         reason = " ".join(str(error).split())[:200].rstrip(" .") or type(error).__name__
         raise UserError(
             f"source '{spec}' cannot be opened ({reason}): check name, split and DATA_DIR, or "
