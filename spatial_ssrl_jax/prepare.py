@@ -7,6 +7,9 @@ import json
 import tempfile
 from collections.abc import Sequence
 
+from etils import epath
+
+from spatial_ssrl_jax.data.sources.base import NEEDS_GCS
 from spatial_ssrl_jax.errors import UserError, run_command
 
 _NAMED = 10  # skipped pictures that are named
@@ -32,7 +35,11 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
 
     source = KINDS[args.kind](f"{args.kind}:{args.src}", args.src)
-    written, skipped, folder = _write(args, source)
+    if "://" in args.dst:  # ArrayRecord's writer knows local files alone
+        with tempfile.TemporaryDirectory() as local:
+            written, skipped, folder = _write(args, source, local, args.dst)
+    else:
+        written, skipped, folder = _write(args, source, args.dst)
     spec = f"tfds:ssrl_pictures/{args.kind}@{args.dst}"
     if args.json:
         report = {"source": spec, "folder": folder, "written": written, "skipped": skipped}
@@ -43,33 +50,55 @@ def main(argv: Sequence[str]) -> None:
     print(f"{folder}: {written} pictures, {len(skipped)} skipped; read it with --source={spec}")
 
 
-def _write(args: argparse.Namespace, source) -> tuple[int, list[str], str]:
-    """Runs the builder; gives pictures written, why others were skipped, and the folder."""
+def _write(
+    args: argparse.Namespace, source, local: str, remote: str | None = None
+) -> tuple[int, list[str], str]:
+    """Runs the builder; gives pictures written, why others were skipped, and the folder.
+
+    Args:
+      args: the command line.
+      source: what is read.
+      local: where the builder writes.
+      remote: where the result is then copied, if anywhere.
+    """
     import tensorflow_datasets as tfds
 
     from spatial_ssrl_jax.data.builder.ssrl_pictures import SsrlPictures
 
     tfds.disable_progress_bar()
     builder = SsrlPictures(
-        source=source, config=args.kind, data_dir=args.dst, file_format="array_record"
+        source=source, config=args.kind, data_dir=local, file_format="array_record"
     )
-    if builder.data_path.exists():
+    path = builder.data_path
+    target = epath.Path(remote) / path.relative_to(local) if remote else path
+    if _exists(target):
         if not args.overwrite:
             raise UserError(
-                f"{builder.data_path} is there already: choose another folder or give --overwrite."
+                f"{target} is there already: choose another folder or give --overwrite."
             )
-        builder.data_path.rmtree()
+        target.rmtree()
     # TFDS makes a folder of downloads though nothing comes, and speaks on stdout.
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(download_dir=downloads)
     written, skipped = builder.info.splits["train"].num_examples, builder.skipped
     if not written or len(skipped) > args.max_bad_share * len(source):
-        builder.data_path.rmtree()
+        path.rmtree()
         raise UserError(
             f"{len(skipped)} of {len(source)} pictures below {args.src} could not be used (first: "
             f"{skipped[0].rstrip('.')}): mend them, or raise --max-bad-share."
         )
-    return written, skipped, str(builder.data_path)
+    if remote:
+        target.mkdir(parents=True, exist_ok=True)
+        for file in path.iterdir():
+            file.copy(target / file.name)
+    return written, skipped, str(target)
+
+
+def _exists(folder: epath.Path) -> bool:
+    try:
+        return folder.exists()
+    except ImportError as error:
+        raise UserError(f"{folder}: {NEEDS_GCS}.") from error
 
 
 if __name__ == "__main__":

@@ -196,3 +196,23 @@ def test_tensorflow_is_never_imported(prepared: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_bucket_gets_what_a_folder_would(
+    folder: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    local = prepare.epath.Path
+    monkeypatch.setattr(
+        prepare.epath,
+        "Path",
+        lambda path="": local(str(path).replace("gs://bucket", str(tmp_path / "bucket"))),
+    )
+    prepare.main(["rgbd", str(folder), "gs://bucket/data", "--max-bad-share=0.5"])
+    built = sorted(p.relative_to(prepared) for p in prepared.glob("*/rgbd/**/*") if p.is_file())
+    assert built and all((tmp_path / "bucket" / "data" / path).is_file() for path in built)
+
+
+def test_a_bucket_without_its_extra_is_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"gs://none.*\[gcs\]"):
+        prepare.main(["rgbd", str(folder), "gs://none/x"])

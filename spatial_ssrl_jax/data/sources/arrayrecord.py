@@ -21,6 +21,8 @@ def open_arrayrecord(spec: str, pattern: str) -> Source:
     try:
         files = sorted(os.fspath(file) for file in epath.Path(folder or ".").glob(names or "*"))
     except ImportError as error:
+        if not pattern.startswith("gs://"):
+            raise UserError(f"source '{spec}' cannot be read ({error}): copy it here.") from error
         raise UserError(f"source '{spec}': {NEEDS_GCS}.") from error
     if not files:
         raise UserError(f"source '{spec}': no file matches; expected ArrayRecord files by TFDS.")
