@@ -15,29 +15,10 @@ from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.data.sources.mixture import parts_of
 from spatial_ssrl_jax.data.sources.parquet import write_questions
 from spatial_ssrl_jax.errors import BadPicture, UserError, run_command
+from spatial_ssrl_jax.page import filters, page, table
 from spatial_ssrl_jax.run.models import claim_folder
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.example import Example, Reject
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
-h1 { font-size: clamp(1.2rem, 5vw, 2rem); overflow-wrap: anywhere; }
-nav button { font: inherit; margin: 0 .4rem .4rem 0; padding: .2rem .8rem; }
-nav button[aria-pressed=true] { font-weight: 700; outline: 2px solid currentColor; }
-article { border-top: 1px solid var(--line); padding: 1rem 0; }
-img { height: 14rem; max-width: 100%; object-fit: contain; margin: .2rem; image-rendering: auto; }
-table { border-collapse: collapse; } td, th { padding: .1rem .8rem .1rem 0; text-align: left; }
-details { margin: .5rem 0; } summary { font-weight: 600; }
-pre { white-space: pre-wrap; font-size: .85rem; } .answer { font-weight: 700; }
-"""
-_SCRIPT = """
-for (const b of document.querySelectorAll('nav button')) b.onclick = () => {
-  for (const o of document.querySelectorAll('nav button')) o.setAttribute('aria-pressed', o === b);
-  for (const a of document.querySelectorAll('article'))
-    a.hidden = b.dataset.task !== 'all' && a.dataset.task !== b.dataset.task;
-};
-"""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -171,20 +152,17 @@ def _released_form(out: Path, row: dict) -> dict:
 def _page(
     spec: str, rows: list[dict], examples: list[Example], tries: Counter, rejected: Counter
 ) -> str:
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    buttons = "".join(
-        f'<button data-task="{t}" aria-pressed="{str(t == "all").lower()}">{t}</button>'
-        for t in ["all", *tasks]
-    )
+    choices = {
+        "task": dict.fromkeys(example.task for example in examples),
+        "kind": dict.fromkeys(example.kind for example in examples),
+    }
     articles = "".join(_article(row, e) for row, e in zip(rows, examples, strict=True))
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Preview of {html.escape(spec)}</title><style>{_STYLE}</style>"
-        f"<h1>Preview of {html.escape(spec)}</h1>"
-        f"{_statistics(examples, tries, rejected)}<nav>{buttons}</nav>"
-        f"{articles}<script>{_SCRIPT}</script></html>\n"
+    title = f"Preview of {spec}"
+    body = (
+        f"<h1>{html.escape(title)}</h1>{_statistics(examples, tries, rejected)}"
+        f"<h2>Examples</h2>{filters(choices)}{articles}"
     )
+    return page(title, body, ("filter.js",))
 
 
 def _statistics(examples: list[Example], tries: Counter, rejected: Counter) -> str:
@@ -199,40 +177,28 @@ def _statistics(examples: list[Example], tries: Counter, rejected: Counter) -> s
         (task, tries[task], made[task], f"{made[task] / tries[task]:.0%}") for task in tries
     ]
     per_kind = [(task, kind, n, f"{n / made[task]:.0%}") for (task, kind), n in kinds]
-    return (
-        _table("Tries", ("task", "tries", "examples", "accepted"), per_task)
-        + _table("Kinds", ("task", "kind", "examples", "share of the task"), per_kind)
-        + (
-            _table("Rejected tries", ("reason", "tries"), rejected.most_common())
-            if rejected
-            else ""
-        )
-    )
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
-    heads = "".join(f"<th>{name}</th>" for name in head)
-    return (
-        f"<details open><summary>{title}</summary><table><tr>{heads}</tr>{cells}</table></details>"
-    )
+    parts = [
+        ("Tries", ("task", "tries", "examples", "accepted"), per_task),
+        ("Kinds", ("task", "kind", "examples", "share of task"), per_kind),
+        ("Rejected tries", ("reason", "tries"), rejected.most_common()),
+    ]
+    return "".join(f"<h2>{title}</h2>{table(head, rows)}" for title, head, rows in parts if rows)
 
 
 def _article(row: dict, example: Example) -> str:
     pictures = "".join(
-        f'<img src="{path}" alt="picture {i}" loading="lazy">'
+        f'<figure><img src="{path}" alt="picture {i}" loading="lazy">'
+        f"<figcaption>{i}</figcaption></figure>"
         for i, path in enumerate(row["images"], 1)
     )
+    details = json.dumps({"truth": row["truth"], "source": row["source"]}, indent=1)
+    kind = html.escape(example.kind)
     return (
-        f'<article data-task="{row["task"]}"><h2>{row["id"]} · {row["task"]} · '
-        f"{html.escape(example.kind)}</h2>{pictures}<p>{html.escape(row['question'])}</p>"
-        f'<p class="answer">{html.escape(row["answer"])}</p><p>{html.escape(example.reason)}</p>'
-        "<details><summary>truth</summary>"
-        f"<pre>{html.escape(json.dumps(row['truth'], indent=1))}</pre>"
-        f"<pre>{html.escape(json.dumps(row['source'], indent=1))}</pre></details></article>"
+        f'<article data-task="{row["task"]}" data-kind="{kind}">'
+        f'<h3>{row["id"]} · {row["task"]} · {kind}</h3><div class="pictures">{pictures}</div>'
+        f"<p>{html.escape(row['question'])}</p><p><b>{html.escape(row['answer'])}</b></p>"
+        f'<p class="soft">{html.escape(example.reason)}</p>'
+        f"<details><summary>truth</summary><pre>{html.escape(details)}</pre></details></article>"
     )
 
 

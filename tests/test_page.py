@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax import preview
 from spatial_ssrl_jax.config import Config, to_dict
 from spatial_ssrl_jax.run.metrics import MetricsWriter
 from spatial_ssrl_jax.run.report import write_report
@@ -112,3 +113,24 @@ def test_a_curve_tells_its_value_under_the_pointer(browser, report: Path):
     output = browser.find_element("css selector", "figure output")
     assert output.text == "step 30: 1"
     assert browser.get_log("browser") == []
+
+
+def test_the_previews_examples_are_chosen_by_task_and_kind(browser, tmp_path: Path):
+    out = tmp_path / "preview"
+    preview.main(["--source=scenes:3:160x120", f"--out={out}", "--count=10"])
+    browser.set_window_size(390, 900)
+    browser.get((out / "index.html").as_uri())
+    assert browser.get_log("browser") == []
+    fields = [
+        (a.get_attribute("data-task"), a.get_attribute("data-kind"))
+        for a in browser.find_elements("css selector", "article")
+    ]
+    assert len(fields) == 10 and len({task for task, _ in fields}) == 5
+    choose(browser, "task", "flip")
+    choose(browser, "kind", fields[1][1])
+    text = browser.find_element("css selector", ".filters output").text
+    assert text == f"{fields.count(fields[1])} of 10"
+    wide = browser.execute_script(
+        "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    )
+    assert wide == 0
