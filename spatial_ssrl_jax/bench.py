@@ -114,6 +114,8 @@ def _add_device_parts(commands: Any) -> None:
             name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         timing.add_options(parser)
+        if name == "rollout":
+            timing.add_rollout_options(parser)
         parser.set_defaults(run=run, lines=_lines)
 
 
