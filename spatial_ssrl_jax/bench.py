@@ -116,7 +116,7 @@ def _add_device_parts(commands: Any) -> None:
         timing.add_options(parser)
         if name == "rollout":
             timing.add_rollout_options(parser)
-        parser.set_defaults(run=run, lines=_lines)
+        parser.set_defaults(run=timing.within_memory(run), lines=_lines)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
@@ -65,23 +64,21 @@ def rollout_products(
     prompts: PromptBatch,
     group: int,
     limit: int,
-    check_every: int,
 ) -> tuple[list[Product], list[Product]]:
-    """Products of a rollout's prefill, and of `check_every` decode steps; nothing is computed.
+    """Products of a rollout's prefill, and of one decode step; nothing is computed.
 
     Args:
       config, compute: as the engine has them.
       params, prompts: arrays or their shapes.
       group, limit: G, and slots of the response cache.
-      check_every: steps.
     """
     fill = partial(prefill, config, compute)
     hidden, prefix = jax.eval_shape(fill, params, prompts)
-    settings = DecodeSettings(Sampling(), (), config.vision_tokens, check_every)
+    settings = DecodeSettings(Sampling(), (), config.vision_tokens, check_every=1)
     weights = jax.eval_shape(partial(fill_weights, config, dtype=compute.dtype), params)
     state = jax.eval_shape(lambda h: start(config.text, h, group, limit, limit), hidden)
     keys = jax.eval_shape(lambda i: row_keys(jax.random.key(0), i, group), prompts.length)
-    decode = partial(decode_chunk, config, settings, check_every)
+    decode = partial(decode_chunk, config, settings, 1)
     decoded = jax.make_jaxpr(decode)(weights, prefix, state, keys)
     return products_of(jax.make_jaxpr(fill)(params, prompts).jaxpr), products_of(decoded.jaxpr)
 
@@ -115,20 +112,27 @@ def _draw(seed: int, product: Product) -> tuple[Array, Array]:
 
 
 def _do_all(products: list[Product], operands: list[tuple[Array, Array]]) -> list:
-    """Each product `count` times; one element of each result goes back into its left operand.
+    """Each product `count` times; one element of each result goes back into its smaller operand.
 
-    So no turn can be left out or moved out of the loop, and nothing but products costs time.
+    So no turn can be left out or moved out of the loop, and hardly anything but products costs
+    time: what an update copies is activations, never weights.
     """
     done = []
     for product, (left, right) in zip(products, operands, strict=True):
-        once = partial(_do, product, right)
-        left = jax.lax.fori_loop(0, product.count, lambda _, x, f=once: f(x), left)
-        done.append((left, right))
+        moves_left = left.size <= right.size
+        moving, fixed = (left, right) if moves_left else (right, left)
+
+        def once(moving: Array, product=product, fixed=fixed, moves_left=moves_left) -> Array:
+            sides = (moving, fixed) if moves_left else (fixed, moving)
+            result = jax.lax.dot_general_p.bind(*sides, **product.params)
+            # Behind the barrier, for else only the element that is taken would be computed.
+            result = jax.lax.optimization_barrier(result)
+            value = result[(0,) * result.ndim].astype(moving.dtype)
+            return moving.at[(0,) * moving.ndim].set(value)
+
+        if product.count == 1:
+            moving = once(moving)
+        else:
+            moving = jax.lax.fori_loop(0, product.count, lambda _, x, f=once: f(x), moving)
+        done.append((moving, fixed) if moves_left else (fixed, moving))
     return done
-
-
-def _do(product: Product, right: Array, left: Array) -> Array:
-    # Behind the barrier, for else only the element that is taken would be computed.
-    result = jax.lax.optimization_barrier(jax.lax.dot_general_p.bind(left, right, **product.params))
-    value = result[(0,) * result.ndim].astype(left.dtype)
-    return jnp.asarray(left).at[(0,) * left.ndim].set(value)

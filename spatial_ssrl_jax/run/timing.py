@@ -28,6 +28,7 @@ from spatial_ssrl_jax.rollout.sampling import Sampling
 from spatial_ssrl_jax.run.devices import device_peak
 from spatial_ssrl_jax.run.flops import Shape, group_flops
 from spatial_ssrl_jax.run.matmuls import replay, rollout_products
+from spatial_ssrl_jax.run.memory import explained_memory
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.models import open_model
 from spatial_ssrl_jax.run.traffic import decode_bytes, rollout_bytes, update_bytes, weight_bytes
@@ -57,6 +58,18 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also time the rollout's matrix products alone, and the share of that rate reached",
     )
+
+
+_MEMORY_ADVICE = (
+    "lower --micro-prompts, --prompts or --new",
+    "set --remat=full",
+    "set --dtype=bfloat16",
+)
+
+
+def within_memory(run: Callable[[argparse.Namespace], dict]) -> Callable:
+    """A timing that says in a sentence what to change where the device's memory is too small."""
+    return explained_memory(_MEMORY_ADVICE)(run)
 
 
 @dataclass
@@ -209,11 +222,11 @@ def _decode_figures(bench: Bench, params: Params) -> dict[str, float | None]:
 
 def _matmul_seconds(bench: Bench, params: Params) -> float:
     """Median seconds of the matrix products of prefill and decode alone, as one program."""
-    args, check = bench.args, bench.check_every
+    args = bench.args
     products = rollout_products(
-        bench.config, bench.compute, params, bench.prompts, args.group, args.new, check
+        bench.config, bench.compute, params, bench.prompts, args.group, args.new
     )
-    program, operands = replay(*products, turns=args.new // check)
+    program, operands = replay(*products, turns=args.new)
     return _median(lambda: jax.block_until_ready(program(operands)), args.runs)
 
 

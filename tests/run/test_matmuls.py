@@ -43,15 +43,15 @@ def test_a_rollout_s_products_are_those_that_it_needs(toy):
     length, group, limit = len(prompt.ids), 3, 8
     batch = pad_prompts([prompt], (length,), (1,))
     params = abstract_params(toy.config)
-    once, looped = rollout_products(toy.config, Compute(), params, batch, group, limit, 4)
-    done = flops(once) + limit // 4 * flops(looped)
+    once, looped = rollout_products(toy.config, Compute(), params, batch, group, limit)
+    done = flops(once) + limit * flops(looped)
     needed = group_flops(toy.config, Shape(length, (GRID,), group, limit))
     masked = length * (length - 1) / 2 + group * limit * (limit - 1) / 2
     assert done == pytest.approx(needed + masked * attention_flops(toy.config.text, 1, 0), rel=1e-6)
 
 
 def test_the_replay_does_every_product():
-    """Each changes one element of its left operand, as often as it is done."""
+    """Each changes one element of its smaller operand, as often as it is done."""
     a, b = jnp.ones((2, 3)), jnp.ones((3, 4))
     once = products_of(jax.make_jaxpr(lambda a, b: a @ b)(a, b).jaxpr)
     program, operands = replay(once, once, turns=2)
