@@ -1,8 +1,9 @@
-"""Times one part: python -m spatial_ssrl_jax.bench tasks|rollout|update|step [--json]"""
+"""Times one part: python -m spatial_ssrl_jax.bench tasks|flops|rollout|update|step [--json]"""
 
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from spatial_ssrl_jax.errors import run_command
@@ -14,12 +15,13 @@ def main(argv: Sequence[str]) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_tasks(commands)
+    _add_flops(commands)
     _add_device_parts(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     found = args.run(args)
-    print(json.dumps(found) if args.json else "\n".join(_lines(found)))
+    print(json.dumps(found) if args.json else "\n".join(args.lines(found)))
 
 
 def _lines(found: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -48,7 +50,7 @@ def _add_tasks(commands: Any) -> None:
     parser.add_argument(
         "--step-seconds", type=float, default=0.0, help="length of the step that waits for batches"
     )
-    parser.set_defaults(run=_tasks)
+    parser.set_defaults(run=_tasks, lines=_lines)
 
 
 def _tasks(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,6 +70,37 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def _add_flops(commands: Any) -> None:
+    parser = commands.add_parser(
+        "flops",
+        help="FLOPs of a GRPO step that shares a group's prompt, and of one that repeats it, at "
+        "the five tasks' prompt sizes; nothing is run",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="folder, checkpoint or hub id; no weights")
+    parser.add_argument("--processor", help="folder with tokenizer files; the model's if left out")
+    parser.add_argument("--group", type=int, default=5, help="samples a prompt")
+    parser.set_defaults(run=_flops, lines=_flops_lines)
+
+
+def _flops(args: argparse.Namespace) -> dict[str, Any]:
+    from spatial_ssrl_jax.config import DataSettings
+    from spatial_ssrl_jax.data.prompts import Processor
+    from spatial_ssrl_jax.run.models import open_model
+    from spatial_ssrl_jax.run.sharing import sharing_report
+
+    model, limits = open_model(args.model), DataSettings()
+    files = Path(args.processor) if args.processor else model.files
+    processor = Processor(files, model.config, limits.min_pixels, limits.max_pixels)
+    return sharing_report(model.config, processor, args.group)
+
+
+def _flops_lines(found: dict[str, Any]) -> Sequence[str]:
+    from spatial_ssrl_jax.run.sharing import sharing_lines
+
+    return sharing_lines(found)
+
+
 def _add_device_parts(commands: Any) -> None:
     """The parts that run on devices; they import neither Grain nor TFDS."""
     from spatial_ssrl_jax.run import timing
@@ -81,7 +114,9 @@ def _add_device_parts(commands: Any) -> None:
             name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         timing.add_options(parser)
-        parser.set_defaults(run=run)
+        if name == "rollout":
+            timing.add_rollout_options(parser)
+        parser.set_defaults(run=timing.within_memory(run), lines=_lines)
 
 
 if __name__ == "__main__":

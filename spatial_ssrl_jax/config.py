@@ -438,6 +438,10 @@ def validate(config: Config) -> None:
             raise UserError(f"{name}={value} must be at least 1.")
     if grpo.temperature <= 0:
         raise UserError(f"grpo.temperature={grpo.temperature} must be above 0.")
+    if grpo.kl_coefficient < 0:
+        raise UserError(
+            f"grpo.kl_coefficient={grpo.kl_coefficient} must be at least 0; 0 turns the KL off."
+        )
     if not 0 <= config.data.heldout_share < 1:
         raise UserError(
             f"data.heldout_share={config.data.heldout_share} must be from 0 to below 1."
@@ -480,7 +484,10 @@ def validate(config: Config) -> None:
         if value < 0:
             raise UserError(f"{name}={value} must be at least 0.")
     if grpo.steps and grpo.group < 2:
-        raise UserError("grpo.group must be at least 2: a group of one has no advantage.")
+        raise UserError(
+            f"grpo.group={grpo.group} must be at least 2: a group of one has no advantage, and "
+            "with grpo.scale_std no standard deviation."
+        )
     if not config.trained_tasks:
         raise UserError("every task has weight 0: give at least one tasks.NAME.weight above 0.")
     if sft.steps == 0 and grpo.steps == 0:

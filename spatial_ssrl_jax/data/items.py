@@ -186,7 +186,7 @@ class MakeItem(grain.transforms.RandomMap):
     def _check(self, extent: Extent) -> None:
         if self.limit is None:
             return
-        if extent.tokens > self.limit.tokens or extent.windows > self.limit.windows:
+        if not _fits(extent, self.limit):
             raise Reject(TOO_LONG)
 
 
@@ -230,6 +230,52 @@ def item_dataset(
         datasets.append(_mixed(parts, shares))
         weights.append(settings.weight)
     return _mixed(datasets, weights)
+
+
+def check_fits(
+    source: AnySource,
+    pool: Sequence[int],
+    tasks: dict[str, Any],
+    processor: Processor,
+    limit: Extent,
+) -> None:
+    """Looks whether any of a task's first pictures fits the buckets, from sizes alone.
+
+    Args:
+      source, pool, tasks, processor, limit: as for `item_dataset`.
+
+    Raises:
+      UserError: none of them does, for a task with weight.
+    """
+    for task in TASKS:
+        if tasks[task.name].weight <= 0:
+            continue
+        extents = []
+        for supply in supplies(source, pool, task, tasks[task.name]):
+            extents += _extents(supply, processor)
+        if extents and not any(_fits(extent, limit) for extent in extents):
+            least = min(extents, key=lambda extent: (extent.tokens, extent.windows))
+            raise UserError(
+                f"no {task.name} prompt of {source.spec} fits {limit.tokens} tokens and "
+                f"{limit.windows} windows (the smallest seen takes {least.tokens} and "
+                f"{least.windows}): add a larger one to data.prompt_buckets or "
+                "data.window_buckets, or lower data.max_pixels."
+            )
+
+
+def _extents(supply: Supply, processor: Processor) -> list[Extent]:
+    """What the first prompts of a supply take at least: pictures and the words of every prompt."""
+    found = []
+    for index in supply.indices[:_TRIES]:
+        try:
+            found.append(processor.measure(supply.maker.sizes(index), FORMAT_PROMPT))
+        except BadPicture:
+            continue
+    return found
+
+
+def _fits(extent: Extent, limit: Extent) -> bool:
+    return extent.tokens <= limit.tokens and extent.windows <= limit.windows
 
 
 def _mixed(parts: list[grain.MapDataset], weights: list[float]) -> grain.MapDataset:

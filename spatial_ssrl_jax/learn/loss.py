@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from spatial_ssrl_jax.config import GrpoSettings
+from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.learn.batch import GroupBatch, ResponseBatch
 from spatial_ssrl_jax.learn.logprobs import response_logprobs
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -55,6 +56,12 @@ class GrpoLoss:
 
     def __call__(self, params: Params, batch: GroupBatch) -> tuple[Array, Sums]:
         settings = self.settings
+        if settings.kl_coefficient and batch.reference_logprobs is None:
+            raise UserError(
+                f"grpo.kl_coefficient={settings.kl_coefficient} needs the reference's "
+                "log-probabilities and the batch has none: give a reference model, or set "
+                "grpo.kl_coefficient=0."
+            )
         logprob, entropy = response_logprobs(
             self.config,
             self.compute,

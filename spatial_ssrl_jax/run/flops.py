@@ -4,7 +4,7 @@ A multiply-add counts as two. What a step needs leaves out padding and recomputa
 utilisation is measured by. Norms, activations and softmax are left out: under a hundredth.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,24 +108,25 @@ def program_flops(function: Callable, *args: Any) -> float:
 
     Of a branch the dearer side counts, of a `while_loop` one turn: neither is known beforehand.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _count(jaxpr: core.Jaxpr) -> float:
+def jaxpr_flops(jaxpr: core.Jaxpr) -> float:
+    """As `program_flops`, of a program that is traced already."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             total += _dot(equation)
         elif name == "cond":
-            total += max(_count(branch.jaxpr) for branch in params["branches"])
+            total += max(jaxpr_flops(branch.jaxpr) for branch in params["branches"])
         else:
-            inner = sum(_count(jaxpr) for jaxpr in _inner(params))
+            inner = sum(jaxpr_flops(jaxpr) for jaxpr in inner_jaxprs(params))
             total += inner * (params["length"] if name == "scan" else 1)
     return total
 
 
-def _inner(params: dict[str, Any]):
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
     """The jaxprs among an equation's parameters."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):

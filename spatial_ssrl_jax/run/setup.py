@@ -9,7 +9,7 @@ from typing import Any
 import grain
 
 from spatial_ssrl_jax.config import Config, to_dict
-from spatial_ssrl_jax.data.items import item_dataset
+from spatial_ssrl_jax.data.items import check_fits, item_dataset
 from spatial_ssrl_jax.data.pipeline import Collate, Split, split_records
 from spatial_ssrl_jax.data.prompts import Extent, Processor
 from spatial_ssrl_jax.data.sources import AnySource, Source, open_source
@@ -79,6 +79,7 @@ def open_run(
     processor = Processor(model.files, model.config, data.min_pixels, data.max_pixels)
     split = split_records(source, data.heldout_share)
     items_of(config, source, split.train, processor, config.seed)  # refuses tasks without depth
+    check_fits(source, split.train, config.tasks, processor, _limit(config))
     if config.sft.steps and config.sft.responses != "made":
         open_source(f"ssrl81k:{config.sft.responses}")
     _check_shards(config, layout)
@@ -157,8 +158,12 @@ def items_of(
     config: Config, source: AnySource, pool: Sequence[int], processor: Processor, seed: int
 ) -> grain.MapDataset:
     """The config's tasks over the records `pool` of a source, as an endless stream."""
-    limit = Extent(max(config.data.prompt_buckets), max(config.data.window_buckets))
-    return item_dataset(source, pool, config.tasks, processor, seed, limit)
+    return item_dataset(source, pool, config.tasks, processor, seed, _limit(config))
+
+
+def _limit(config: Config) -> Extent:
+    """The largest prompt that the buckets hold."""
+    return Extent(max(config.data.prompt_buckets), max(config.data.window_buckets))
 
 
 def _check_shards(config: Config, layout: Layout) -> None:

@@ -22,13 +22,16 @@ from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.learn.update import TrainState, new_state, train_step
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.layers import cast
-from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch, abstract_params
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
-from spatial_ssrl_jax.run.devices import peak_flops
+from spatial_ssrl_jax.run.devices import device_peak
 from spatial_ssrl_jax.run.flops import Shape, group_flops
+from spatial_ssrl_jax.run.matmuls import replay, rollout_products
+from spatial_ssrl_jax.run.memory import explained_memory
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.models import open_model
+from spatial_ssrl_jax.run.traffic import decode_bytes, rollout_bytes, update_bytes, weight_bytes
 
 OnTokens = Callable[[np.ndarray, np.ndarray], None]
 
@@ -46,6 +49,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="full")
     parser.add_argument("--micro-prompts", type=int, help="prompts at a time in an update; all")
     parser.add_argument("--runs", type=int, default=3, help="timed runs after one to warm up")
+
+
+def add_rollout_options(parser: argparse.ArgumentParser) -> None:
+    """What only a rollout's timing takes."""
+    parser.add_argument(
+        "--matmuls",
+        action="store_true",
+        help="also time the rollout's matrix products alone, and the share of that rate reached",
+    )
+
+
+_MEMORY_ADVICE = (
+    "lower --micro-prompts, --prompts or --new",
+    "set --remat=full",
+    "set --dtype=bfloat16",
+)
+
+
+def within_memory(run: Callable[[argparse.Namespace], dict]) -> Callable:
+    """A timing that says in a sentence what to change where the device's memory is too small."""
+    return explained_memory(_MEMORY_ADVICE)(run)
 
 
 @dataclass
@@ -160,22 +184,50 @@ def made_up_prompt(config: Qwen2_5_VLConfig, tokens: int, grid: Grid) -> Prompt:
 
 
 def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
-    """Sampling alone, by the peers' meaning: all sampled tokens over the whole call."""
+    """Sampling alone, by the peers' meaning: all sampled tokens over the whole call.
+
+    Figures that begin with `decode_` are of the decode steps behind the first look alone. With
+    `--matmuls`, `matmul_seconds` is the time of the rollout's own matrix products by themselves,
+    and `share_of_matmul_bound` how much of that rate the rollout reaches.
+    """
     bench = Bench.open(args)
     params = cast(bench.params, bench.compute.dtype)
     bench.params = None
     whole = _median(lambda: bench.sample(params), args.runs)
-    decode = [bench.decode_seconds(params) for _ in range(args.runs + 1)][1:]
-    samples, later = args.prompts * args.group, args.new - bench.check_every
+    account = (bench.config, bench.compute.dtype, bench.shape, args.prompts)
+    found = {"rollout_tok_s": args.prompts * args.group * args.new / whole}
+    found |= _decode_figures(bench, params)
+    if args.matmuls:
+        bound = _matmul_seconds(bench, params)
+        found |= {"matmul_seconds": bound, "share_of_matmul_bound": bound / whole}
     flops = args.prompts * group_flops(bench.config, bench.shape)
-    return _report(
-        args,
-        seconds=whole,
-        flops=flops,
-        rollout_tok_s=samples * args.new / whole,
-        decode_tok_s=samples * later / statistics.median(decode) if later else None,
-        decode_bytes_per_step=_decode_bytes(bench),
+    return _report(args, flops, rollout_bytes(*account), seconds=whole, **found)
+
+
+def _decode_figures(bench: Bench, params: Params) -> dict[str, float | None]:
+    """Rate, bytes and share of the memory's bandwidth of the steps behind the first look."""
+    args, first = bench.args, bench.check_every
+    account = (bench.config, bench.compute.dtype, bench.shape, args.prompts)
+    found = {"decode_bytes_per_step": decode_bytes(*account) / args.new}
+    names = ("decode_tok_s", "decode_step_seconds", "decode_share_of_bandwidth")
+    if args.new == first:
+        return found | dict.fromkeys(names)
+    seconds = statistics.median([bench.decode_seconds(params) for _ in range(args.runs + 1)][1:])
+    peak, steps = device_peak(), args.new - first
+    rate = decode_bytes(*account, first) / seconds
+    share = rate / (peak.bandwidth * jax.device_count()) if peak else None
+    figures = (args.prompts * args.group * steps / seconds, seconds / steps, share)
+    return found | dict(zip(names, figures, strict=True))
+
+
+def _matmul_seconds(bench: Bench, params: Params) -> float:
+    """Median seconds of the matrix products of prefill and decode alone, as one program."""
+    args = bench.args
+    products = rollout_products(
+        bench.config, bench.compute, params, bench.prompts, args.group, args.new
     )
+    program, operands = replay(*products, turns=args.new)
+    return _median(lambda: jax.block_until_ready(program(operands)), args.runs)
 
 
 def bench_update(args: argparse.Namespace) -> dict[str, Any]:
@@ -185,14 +237,20 @@ def bench_update(args: argparse.Namespace) -> dict[str, Any]:
     batches = bench.groups(_random_rollout(bench))
     seconds = _median(lambda: trainer.update(batches), args.runs)
     flops = 3 * args.prompts * group_flops(bench.config, bench.shape)
-    return _report(args, step_seconds=seconds, flops=flops, seconds=seconds)
+    moved = update_bytes(bench.config, bench.compute.dtype)
+    return _report(args, flops, moved, seconds=seconds, step_seconds=seconds)
 
 
 def bench_step(args: argparse.Namespace) -> dict[str, Any]:
-    """One whole GRPO step: rollout, reference log-probabilities, update."""
+    """One whole GRPO step: rollout, reference log-probabilities, update.
+
+    `mismatch_max` and `mismatch_mean` are between the sampler's and the trainer's log-probabilities
+    of the sampled tokens, in nats, before vision tokens are suppressed, in the last step.
+    """
     bench = Bench.open(args)
     trainer = _Trainer.make(bench, kl=0.01)
     laps: list[dict[str, float]] = []
+    metrics: dict[str, Any] = {}
 
     def step() -> None:
         start = time.perf_counter()
@@ -200,7 +258,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
         sampled = time.perf_counter()
         batches = trainer.with_reference(bench.groups(rollout))
         compared = time.perf_counter()
-        trainer.update(batches)
+        metrics.update(trainer.update(batches))
         laps.append(
             {
                 "rollout_seconds": sampled - start,
@@ -211,8 +269,13 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
 
     seconds = _median(step, args.runs)
     phases = {name: statistics.median(lap[name] for lap in laps[1:]) for name in laps[0]}
+    mismatch = {f"mismatch_{k}": float(metrics[f"mismatch/logprob_{k}"]) for k in ("max", "mean")}
     flops = 5 * args.prompts * group_flops(bench.config, bench.shape)
-    return _report(args, step_seconds=seconds, flops=flops, seconds=seconds, **phases)
+    config, dtype = bench.config, bench.compute.dtype
+    moved = rollout_bytes(config, dtype, bench.shape, args.prompts)
+    moved += weight_bytes(config, dtype) + update_bytes(config, dtype)
+    found = {"step_seconds": seconds, **phases, **mismatch}
+    return _report(args, flops, moved, seconds=seconds, **found)
 
 
 @dataclass
@@ -235,9 +298,9 @@ class _Trainer:
         state, bench.params = new_state(optimizer, bench.params), None
         return cls(GrpoLoss(bench.config, bench.compute, settings), optimizer, state, reference)
 
-    def update(self, batches: list[GroupBatch]) -> None:
+    def update(self, batches: list[GroupBatch]) -> dict[str, jax.Array]:
         self.state, metrics = train_step(self.loss, self.optimizer, self.state, batches)
-        jax.block_until_ready((self.state, metrics))
+        return jax.block_until_ready((self.state, metrics))[1]
 
     def with_reference(self, batches: list[GroupBatch]) -> list[GroupBatch]:
         loss = self.loss
@@ -273,26 +336,31 @@ def _median(run: Callable[[], Any], runs: int) -> float:
     return statistics.median(seconds)
 
 
-def _decode_bytes(bench: Bench) -> float:
-    """Bytes that one decode step cannot do without: weights, prompts' caches, half the own ones."""
-    text, size = bench.config.text, np.dtype(bench.compute.dtype).itemsize
-    weights = sum(x.size for x in jax.tree.leaves(abstract_params(bench.config)["text"])) * size
-    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * size
-    args = bench.args
-    cached = args.prompts * (bench.shape.prompt + args.group * args.new / 2)
-    return float(weights + token * cached)
+def _report(
+    args: argparse.Namespace, flops: float, moved: float, seconds: float, **found: float | None
+) -> dict[str, Any]:
+    """The timing with what was timed, on what, and its shares of the device's peaks.
 
+    Args:
+      args: the command line.
+      flops: useful ones, of `run/flops.py`: matrix products without padding and recomputation.
+      moved: useful bytes, of `run/traffic.py`: weights, caches, gradients and optimizer state.
+      seconds: median of the timed runs.
+      found: other figures.
 
-def _report(args: argparse.Namespace, flops: float, seconds: float, **found: float) -> dict:
-    """The timing with what was timed, on what, and its share of the device's peak."""
-    peak = peak_flops()
-    rate = flops / seconds
+    Returns:
+      Shares are of all devices together, and None where the device's peak is not known.
+    """
+    peak, devices = device_peak(), jax.device_count()
     return {
         **found,
         "seconds": seconds,
         "useful_flops": flops,
-        "flops_per_second": rate,
-        "share_of_peak": rate / (peak * jax.device_count()) if peak else None,
+        "flops_per_second": flops / seconds,
+        "share_of_peak": flops / seconds / (peak.flops * devices) if peak else None,
+        "useful_bytes": moved,
+        "bytes_per_second": moved / seconds,
+        "share_of_bandwidth": moved / seconds / (peak.bandwidth * devices) if peak else None,
         "device": jax.devices()[0].device_kind,
         "prompts": args.prompts,
         "group": args.group,

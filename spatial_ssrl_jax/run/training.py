@@ -27,6 +27,7 @@ from spatial_ssrl_jax.learn.update import TrainState, train_step
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.run import models
 from spatial_ssrl_jax.run.log import Sampled, log_step, refresh_report
+from spatial_ssrl_jax.run.memory import explained_memory, memory_advice
 from spatial_ssrl_jax.run.mesh import (
     gather_rows,
     is_writer,
@@ -61,7 +62,8 @@ def train(config: Config, workdir: Path, overwrite: bool = False) -> bool:
         run = open_run(config, workdir, overwrite, preemption, progress)
         done = run.checkpoints.latest()
         start = Start(config, run.model, run.layout, run.checkpoints, progress.say)
-        finished = _run_stages(run, start, done or 0)
+        with explained_memory(memory_advice(config)):
+            finished = _run_stages(run, start, done or 0)
         run.checkpoints.wait()
         if finished:
             _finish(run, start)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spatial_ssrl_jax.config import Config
-from spatial_ssrl_jax.data.items import TOO_LONG, item_dataset
+from spatial_ssrl_jax.data.items import TOO_LONG, check_fits, item_dataset
 from spatial_ssrl_jax.data.pipeline import Batch, Collate, batches, split_records
 from spatial_ssrl_jax.data.prompts import Extent, Processor
 from spatial_ssrl_jax.data.record import Record
@@ -272,6 +273,17 @@ def test_the_question_counts_too(processor: Processor):
         else:
             with pytest.raises(UserError, match="no valid flip example.*data.prompt_buckets"):
                 items[0]
+
+
+def test_buckets_that_hold_no_prompt_are_refused_beforehand(processor: Processor):
+    """From sizes alone, of pictures and of the words that every prompt has."""
+    least = processor.measure([(112, 112)], FORMAT_PROMPT)
+    fits = partial(check_fits, SCENES, range(4), weights(flip=1.0), processor)
+    fits(Extent(least.tokens, least.windows))
+    said = f"no flip prompt .* takes {least.tokens} and {least.windows}.*data.prompt_buckets"
+    for limit in (Extent(least.tokens - 1, 8), Extent(9999, least.windows - 1)):
+        with pytest.raises(UserError, match=said):
+            fits(limit)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)

@@ -1,11 +1,14 @@
 """The policy loss against numbers worked by hand and a per-sample reference from METHOD.md."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from spatial_ssrl_jax.config import GrpoSettings
+from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.learn.loss import GrpoLoss, k1_kl, k2_kl, k3_kl
 
 
@@ -86,3 +89,9 @@ def test_correction(kind, expected):
     loss = make_loss(correction=kind, correction_limit=2.0)
     found = loss.correction(jnp.log(jnp.array([0.5, 1.5, 2.5])))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_kl_without_a_reference_is_refused(mixed_batch):
+    batch = replace(mixed_batch, reference_logprobs=None)
+    with pytest.raises(UserError, match=r"grpo\.kl_coefficient=0\.01 needs .* or set"):
+        make_loss()(None, batch)

@@ -14,22 +14,46 @@ SIZES = ["--random-weights", "--prompts=2", "--group=2", "--new=16", "--grid=4",
 @pytest.mark.parametrize(
     ("part", "figures"),
     [
-        ("rollout", {"rollout_tok_s", "decode_tok_s", "decode_bytes_per_step"}),
+        (
+            "rollout",
+            {
+                "rollout_tok_s",
+                "decode_tok_s",
+                "decode_step_seconds",
+                "decode_bytes_per_step",
+                "matmul_seconds",
+                "share_of_matmul_bound",
+            },
+        ),
         ("update", {"step_seconds"}),
-        ("step", {"step_seconds", "rollout_seconds", "reference_seconds", "update_seconds"}),
+        (
+            "step",
+            {
+                "step_seconds",
+                "rollout_seconds",
+                "reference_seconds",
+                "update_seconds",
+                "mismatch_max",
+                "mismatch_mean",
+            },
+        ),
     ],
 )
 def test_each_part_reports_its_figures(
     toy_folder: Path, capsys: pytest.CaptureFixture, part: str, figures: set[str]
 ):
-    bench.main([part, f"--model={toy_folder}", *SIZES, "--prompt-tokens=12", "--json"])
+    more = ["--matmuls"] if part == "rollout" else []
+    bench.main([part, f"--model={toy_folder}", *SIZES, "--prompt-tokens=12", "--json", *more])
     found = json.loads(capsys.readouterr().out)
     assert figures <= found.keys()
-    assert all(found[name] > 0 for name in (*figures, "seconds", "useful_flops"))
-    assert found["share_of_peak"] is None or 0 < found["share_of_peak"] < 1
+    useful = ("useful_flops", "flops_per_second", "useful_bytes", "bytes_per_second")
+    assert all(found[name] > 0 for name in (*figures, *useful, "seconds"))
+    for share in (found["share_of_peak"], found["share_of_bandwidth"]):
+        assert share is None or 0 < share < 1
     if part == "step":
         phases = sum(found[f"{name}_seconds"] for name in ("rollout", "reference", "update"))
         assert phases == pytest.approx(found["step_seconds"], rel=0.2)
+        assert found["mismatch_mean"] <= found["mismatch_max"] < 1e-4
 
 
 def test_a_prompt_too_short_for_its_picture_is_refused(toy_folder: Path):

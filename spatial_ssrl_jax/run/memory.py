@@ -1,0 +1,56 @@
+"""Running out of device memory, said in a sentence that names what helps."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import jax
+
+from spatial_ssrl_jax.config import Config
+from spatial_ssrl_jax.errors import UserError
+
+
+@contextmanager
+def explained_memory(advice: Sequence[str]) -> Iterator[None]:
+    """Turns a device's lack of memory, while compiling or running, into a `UserError`.
+
+    Args:
+      advice: what to change, in the order to try it.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        wanted = re.search(
+            r"allocat\w+ (?:request for )?([\d.,]+ ?(?:[KMGT]i?B|bytes))", str(error)
+        )
+        asked = f" ({wanted[1]} more were asked for)" if wanted else ""
+        raise UserError(
+            f"the device {jax.devices()[0].device_kind} ran out of memory{asked}: "
+            f"{'; or '.join(advice)}."
+        ) from error
+
+
+def memory_advice(config: Config) -> list[str]:
+    """What makes a run need less memory, as far as its settings are not there yet."""
+    grpo, sft, advice = config.grpo, config.sft, []
+    for name, steps, micro in (
+        ("grpo", grpo.steps, grpo.micro_prompts),
+        ("sft", sft.steps, sft.micro_prompts),
+    ):
+        if steps and micro > 1:
+            advice.append(f"lower {name}.micro_prompts={micro}")
+    if grpo.steps and config.rollout.wave > 1:
+        advice.append(f"lower rollout.wave={config.rollout.wave}")
+    if config.eval.prompts > 1:
+        advice.append(f"lower eval.prompts={config.eval.prompts}")
+    if config.model.remat != "full":
+        advice.append(f"set model.remat=full in place of {config.model.remat}")
+    if config.model.dtype == "float32":
+        advice.append("set model.dtype=bfloat16")
+    for name, stage in (("sft", sft), ("grpo", grpo)):
+        if stage.steps and not stage.lora.rank:
+            advice.append(f"train adapters alone ({name}.lora.rank=64)")
+    advice.append("spread the weights over more devices (mesh.fsdp)")
+    return advice

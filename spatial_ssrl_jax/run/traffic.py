@@ -1,0 +1,70 @@
+"""Bytes that a step cannot do without moving from and to memory, from shapes alone.
+
+Weights are counted once a pass and a decode step, caches once a reading. Activations, logits and
+gathered embedding rows are left out: how often they leave a chip's caches is the compiler's doing.
+"""
+
+import jax
+import numpy as np
+
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
+from spatial_ssrl_jax.qwen2_5_vl.model import abstract_params
+from spatial_ssrl_jax.run.flops import Shape
+
+_MASTER = 4  # bytes of a float32 weight, gradient or moment
+
+
+def weight_bytes(config: Qwen2_5_VLConfig, dtype: str, vision: bool = True) -> float:
+    """What one pass reads: all weights but an untied embedding, of which few rows are read."""
+    params = abstract_params(config)
+    text = dict(params["text"])
+    if not config.tie_word_embeddings:
+        del text["embed"]
+    read = (text, params["vision"]) if vision else text
+    return float(_count(read) * np.dtype(dtype).itemsize)
+
+
+def cache_bytes(config: Qwen2_5_VLConfig, dtype: str) -> float:
+    """Key and value of one token in all layers."""
+    text = config.text
+    heads = text.num_hidden_layers * text.num_key_value_heads
+    return 2.0 * heads * text.head_dim * np.dtype(dtype).itemsize
+
+
+def decode_bytes(
+    config: Qwen2_5_VLConfig, dtype: str, shape: Shape, prompts: int, first: int = 0
+) -> float:
+    """Decode steps `first` to the last: weights, prompts' caches once a group, samples' own.
+
+    Args:
+      config: the model's shape.
+      dtype: of weights and caches.
+      shape: of each prompt and its group.
+      prompts: groups that are sampled at a time.
+      first: the first step that counts; step i reads i + 1 tokens of every sample.
+    """
+    steps = shape.response - first
+    own = shape.group * (first + 1 + shape.response) / 2  # on average over the steps
+    cached = prompts * (shape.prompt + own)
+    return steps * (weight_bytes(config, dtype, vision=False) + cached * cache_bytes(config, dtype))
+
+
+def rollout_bytes(config: Qwen2_5_VLConfig, dtype: str, shape: Shape, prompts: int) -> float:
+    """Prefill, which reads all weights and writes the prompts' caches, and every decode step."""
+    written = prompts * shape.prompt * cache_bytes(config, dtype)
+    decoded = decode_bytes(config, dtype, shape, prompts)
+    return weight_bytes(config, dtype) + written + decoded
+
+
+def update_bytes(config: Qwen2_5_VLConfig, dtype: str) -> float:
+    """Weights once forward and once backward; gradients written and read; AdamW over all weights.
+
+    AdamW reads and writes master weights and both moments, all float32. It is counted as for one
+    micro-batch: more of them read the weights again and add gradients up.
+    """
+    optimizer = (2 + 6) * _MASTER * _count(abstract_params(config))
+    return 2 * weight_bytes(config, dtype) + optimizer
+
+
+def _count(params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))

@@ -1,0 +1,79 @@
+"""Out of device memory: one sentence with what helps, and nothing else is swallowed."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+
+from spatial_ssrl_jax import bench
+from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
+from spatial_ssrl_jax.run import timing, training
+from spatial_ssrl_jax.run.memory import explained_memory, memory_advice
+
+TPU = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    "Used 20.1G of 15.75G hbm."
+)
+GPU = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34359738368 bytes."
+
+
+@pytest.mark.parametrize(("said", "asked"), [(GPU, "34359738368 bytes more"), (TPU, "ran out")])
+def test_a_lack_of_memory_becomes_a_sentence(said: str, asked: str):
+    with (
+        pytest.raises(UserError, match=f"{asked}.*: lower grpo.wave; or pray.$"),
+        explained_memory(["lower grpo.wave", "pray"]),
+    ):
+        raise jax.errors.JaxRuntimeError(said)
+
+
+def test_other_errors_go_through():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), explained_memory(["x"]):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_a_real_lack_of_memory_is_known_as_such():
+    """A petabyte is asked for."""
+    with pytest.raises(UserError, match="ran out of memory"), explained_memory(["ask for less"]):
+        jax.block_until_ready(jax.numpy.zeros((2**25, 2**25), "uint8"))
+
+
+def test_advice_leaves_out_what_is_done_already():
+    config = c.Config("x", model=c.ModelSettings(remat="none"), sft=c.SftSettings(steps=3))
+    said = "; ".join(memory_advice(config))
+    for name in ("grpo.micro_prompts=16", "sft.micro_prompts=32", "rollout.wave=64", "model.remat"):
+        assert name in said
+    lean = dataclasses.replace(
+        config,
+        model=c.ModelSettings(),
+        sft=c.SftSettings(),
+        grpo=c.GrpoSettings(micro_prompts=1, lora=LoraSettings(8)),
+    )
+    said = "; ".join(memory_advice(lean))
+    for name in ("micro_prompts", "model.remat", "lora"):
+        assert name not in said
+
+
+def full(*_):
+    raise jax.errors.JaxRuntimeError(GPU)
+
+
+def test_training_says_what_helps(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from tests.run.conftest import make_config
+
+    monkeypatch.setattr(training, "train_step", full)
+    monkeypatch.setattr(training, "_measure", lambda *_: {})
+    config = make_config(c.ModelSettings(str(toy_folder), True, "float32", "none"))
+    with pytest.raises(UserError, match="ran out of memory.*sft.micro_prompts=8.*model.remat=full"):
+        training.train(config, tmp_path / "run")
+
+
+def test_a_timing_says_what_helps(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "train_step", full)
+    argv = ["--random-weights", "--prompts=1", "--group=2", "--new=8", "--grid=4"]
+    with pytest.raises(UserError, match="ran out of memory.*--micro-prompts"):
+        bench.main(["update", f"--model={toy_folder}", *argv, "--prompt-tokens=12"])

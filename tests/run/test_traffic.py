@@ -1,0 +1,55 @@
+"""Bytes from shapes against the figures known of the 3B and the 7B, and peaks of devices."""
+
+import math
+
+import jax
+import pytest
+
+from spatial_ssrl_jax.qwen2_5_vl.config import read_config
+from spatial_ssrl_jax.qwen2_5_vl.model import abstract_params
+from spatial_ssrl_jax.run.devices import device_peak
+from spatial_ssrl_jax.run.flops import Shape
+from spatial_ssrl_jax.run.traffic import (
+    cache_bytes,
+    decode_bytes,
+    rollout_bytes,
+    update_bytes,
+    weight_bytes,
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "weights", "token"), [("3b", 6.17e9, 36.9e3), ("7b", 14.1e9, 57.3e3)]
+)
+def test_what_a_decode_step_reads(shared, size, weights, token):
+    config = read_config(shared / "qwen2_5_vl" / size)
+    found = weight_bytes(config, "bfloat16", vision=False)
+    assert found == pytest.approx(weights, rel=5e-3)
+    assert cache_bytes(config, "bfloat16") == pytest.approx(token, rel=1e-2)
+
+
+def test_decode_steps_add_up(toy):
+    """Two prompts of 10 tokens, 3 samples of 4 tokens each, step after step."""
+    shape, one = Shape(10, (), 3, 4), cache_bytes(toy.config, "float32")
+    weights = weight_bytes(toy.config, "float32", vision=False)
+    steps = [weights + 2 * (10 + 3 * (step + 1)) * one for step in range(4)]
+    assert decode_bytes(toy.config, "float32", shape, 2) == pytest.approx(sum(steps))
+    assert decode_bytes(toy.config, "float32", shape, 2, first=1) == pytest.approx(sum(steps[1:]))
+    whole = weight_bytes(toy.config, "float32") + 2 * 10 * one + sum(steps)
+    assert rollout_bytes(toy.config, "float32", shape, 2) == pytest.approx(whole)
+
+
+def test_an_update_moves_weights_gradients_and_moments(toy):
+    """The toy's head is apart, so that a pass does not read its embedding."""
+    params = abstract_params(toy.config)
+    every = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    read = every - math.prod(params["text"]["embed"].shape)
+    assert update_bytes(toy.config, "bfloat16") == 2 * 2 * read + 32 * every
+
+
+def test_peaks_of_devices():
+    assert device_peak("NVIDIA H100 80GB HBM3").bandwidth == 3.35e12
+    assert device_peak("NVIDIA H100 PCIe").bandwidth == 2.0e12
+    assert device_peak("NVIDIA A100-SXM4-40GB").bandwidth == 1.555e12
+    assert device_peak("TPU v5 lite").flops == 197e12 and device_peak("TPU v5").flops == 459e12
+    assert device_peak("cpu") is None
