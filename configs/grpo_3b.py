@@ -23,8 +23,9 @@ def get_config() -> c.Config:
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
             min_pixels=262_144,
             max_pixels=4_194_304,
-            prompt_buckets=(1024, 2048, 4096),
-            window_buckets=(64, 128, 256),
+            prompt_buckets=(544, 640, 1152, 1216, 1792, 1984, 2368, 4096),
+            window_buckets=(32, 48, 72, 120, 136, 160, 256),
         ),
+        grpo=c.GrpoSettings(response_buckets=(32, 64, 128, 192, 256, 320, 384, 512, 1024)),
         eval=c.EvalSettings(examples=64, every=5),
     )

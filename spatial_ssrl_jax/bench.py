@@ -1,4 +1,4 @@
-"""Times one part: python -m spatial_ssrl_jax.bench tasks|flops|rollout|update|step [--json]"""
+"""Times one part: python -m spatial_ssrl_jax.bench tasks|padding|flops|rollout|update|step"""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from spatial_ssrl_jax.errors import run_command
+from spatial_ssrl_jax.errors import UserError, run_command
 
 
 def main(argv: Sequence[str]) -> None:
@@ -15,11 +15,14 @@ def main(argv: Sequence[str]) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_tasks(commands)
+    _add_padding(commands)
     _add_flops(commands)
     _add_device_parts(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and args.command != "padding":
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     found = args.run(args)
     print(json.dumps(found) if args.json else "\n".join(args.lines(found)))
 
@@ -68,6 +71,35 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
             step_seconds=args.step_seconds,
         )
     return report
+
+
+def _add_padding(commands: Any) -> None:
+    parser = commands.add_parser(
+        "padding",
+        help="share of an update's token places that a config would pad, from sizes alone",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="a config file; --config.a.b=v overrides")
+    parser.add_argument("--model", help="folder whose processor makes prompts; the config's")
+    parser.add_argument("--source", help="pictures; built-in scenes if left out")
+    parser.add_argument("--steps", type=int, default=200, help="GRPO steps")
+    parser.add_argument("--mean", type=float, default=200.0, help="tokens of a drawn response")
+    parser.add_argument("--spread", type=float, default=0.3, help="sigma of its logarithm")
+    parser.set_defaults(run=_padding, lines=_lines)
+
+
+def _padding(args: argparse.Namespace) -> dict[str, Any]:
+    from spatial_ssrl_jax.config import load_config, split_overrides
+    from spatial_ssrl_jax.data.lengths import Lengths
+    from spatial_ssrl_jax.learn.padding import measure_padding
+
+    rest, overrides = split_overrides(args.rest)
+    if rest:
+        raise UserError(f"{rest[0]} is no option of bench padding: see --help.")
+    config = load_config(args.config, overrides)
+    return measure_padding(
+        config, Lengths.open(config, args.model, args.source), args.steps, args.mean, args.spread
+    )
 
 
 def _add_flops(commands: Any) -> None:

@@ -115,7 +115,10 @@ class GrpoSettings:
       prompts: prompts a rollout.
       updates: optimizer steps a rollout, each over `prompts / updates` prompts.
       group: samples a prompt.
-      micro_prompts: prompts whose activations exist at a time in an update.
+      micro_prompts: prompts whose activations exist at a time in an update; they are alike in
+        length.
+      response_buckets: widths in tokens that responses are padded to in an update, beside
+        `rollout.limit`; none named means multiples of `rollout.chunk`.
       init_from: a folder, a checkpoint of ours or a hub id whose weights the stage starts from, in
         place of the model's; needs `sft.steps=0`.
       learning_rate, warmup, schedule, weight_decay: as under `sft`.
@@ -143,6 +146,7 @@ class GrpoSettings:
     updates: int = 2
     group: int = 5
     micro_prompts: int = 16
+    response_buckets: tuple[int, ...] = ()
     init_from: str = ""
     learning_rate: float = 1e-6
     warmup: float = 0.0
@@ -455,6 +459,10 @@ def validate(config: Config) -> None:
     _choice("grpo.old_logprobs", grpo.old_logprobs, ("recomputed", "sampler"))
     _choice("grpo.correction", grpo.correction, ("none", "truncate", "mask"))
     _choice("reward.rule", config.reward.rule, ("paper", "strict", "tolerant"))
+    if min(grpo.response_buckets, default=1) < 1:
+        raise UserError(
+            f"grpo.response_buckets={grpo.response_buckets} must hold widths of at least 1."
+        )
     if grpo.correction_limit < 1:
         raise UserError(f"grpo.correction_limit={grpo.correction_limit} must be at least 1.")
     if config.reward.length_span < 1:

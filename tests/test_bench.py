@@ -1,4 +1,4 @@
-"""`bench tasks`: one JSON line with figures that add up, and imports only what it times."""
+"""`bench`: one JSON line with figures that add up, and imports only what it times."""
 
 import json
 import subprocess
@@ -15,7 +15,11 @@ LIMITS = {task.name: 40 if task.needs_depth else 8 for task in TASKS}  # millise
 
 
 def run(capsys: pytest.CaptureFixture, *argv: str) -> dict:
-    bench.main(["tasks", *argv, "--json"])
+    return run_command(capsys, "tasks", *argv)
+
+
+def run_command(capsys: pytest.CaptureFixture, *argv: str) -> dict:
+    bench.main([*argv, "--json"])
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     return json.loads(out)
@@ -43,6 +47,27 @@ def test_the_pipeline_is_timed_as_a_step_waits_for_it(capsys: pytest.CaptureFixt
 def test_what_makes_no_sense_is_refused(flag: str):
     with pytest.raises(UserError, match=flag.split("=")[0]):
         bench.main(["tasks", "--repeats=1", "--source=scenes:4", flag])
+
+
+def test_padding_of_a_config(capsys: pytest.CaptureFixture):
+    """The tiny run's two lengths have each a bucket; overrides count."""
+    argv = [f"--config={ROOT / 'configs' / 'tiny.py'}", "--steps=5", "--source=scenes:6:112x112"]
+    argv += ["--mean=20", "--spread=0"]
+    report = run_command(capsys, "padding", *argv)
+    assert report["config"] == "tiny" and report["steps"] == 5
+    assert 0 < report["made"]["padding_share"] < 0.5
+    assert report["drawn"]["programs"] == report["made"]["programs"] == 1
+    wide = run_command(capsys, "padding", *argv, "--config.data.prompt_buckets=400")
+    assert wide["made"]["padding_share"] > report["made"]["padding_share"]
+
+
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture):
+    tiny = f"--config={ROOT / 'configs' / 'tiny.py'}"
+    with pytest.raises(UserError, match="--stepps=3 is no option"):
+        bench.main(["padding", tiny, "--stepps=3"])
+    with pytest.raises(SystemExit):
+        bench.main(["tasks", "--config.grpo.steps=3"])
+    assert "unrecognized arguments: --config.grpo.steps=3" in capsys.readouterr().err
 
 
 def test_the_command_itself_imports_no_pipeline():

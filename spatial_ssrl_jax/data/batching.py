@@ -75,6 +75,41 @@ def widen(prompts: PromptBatch, tokens: int, windows: int) -> PromptBatch:
     )
 
 
+def windows_of(prompts: PromptBatch) -> np.ndarray:
+    """[B] int64 vision windows that each prompt fills."""
+    return (prompts.vision.frame >= 0).any(axis=-1).sum(axis=1)
+
+
+def trim(prompts: PromptBatch, rows: np.ndarray, tokens: int, windows: int) -> PromptBatch:
+    """Some of the prompts, NumPy arrays, in a smaller bucket; the reverse of `widen`.
+
+    Rows and bucket are taken at once, so that of the patches no more is copied than is kept.
+
+    Args:
+      prompts: B prompts.
+      rows: [r] which of them.
+      tokens, windows: the bucket; holds them.
+
+    Raises:
+      ValueError: it does not.
+    """
+    vision = prompts.vision
+    if prompts.length[rows].max() > tokens or (vision.frame[rows, windows:] >= 0).any():
+        raise ValueError(f"a bucket of {tokens} tokens and {windows} windows cuts prompts off.")
+    return PromptBatch(
+        ids=prompts.ids[rows, :tokens],
+        length=prompts.length[rows],
+        position=prompts.position[rows, :, :tokens],
+        next_position=prompts.next_position[rows],
+        image_index=prompts.image_index[rows, :tokens],
+        vision=VisionInput(
+            patches=vision.patches[rows, :windows],
+            frame=vision.frame[rows, :windows],
+            coords=vision.coords[rows, :windows],
+        ),
+    )
+
+
 def pad_responses(
     responses: Sequence[Sequence[np.ndarray]], limit: int
 ) -> tuple[np.ndarray, np.ndarray]:

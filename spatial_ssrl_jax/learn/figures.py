@@ -39,7 +39,6 @@ def prompt_rows(batch: Batch) -> Rows:
     return {
         "index": batch.index,
         "prompt_length": np.asarray(batch.prompts.length),
-        "bucket": np.full(len(batch.items), batch.prompts.ids.shape[1]),
         "dropped": np.array([len(item.skipped) for item in batch.items]),
     }
 
@@ -67,11 +66,9 @@ def gathered(rows: Rows) -> Rows:
 
 
 def prompt_metrics(rows: Rows) -> Metrics:
-    """How long the prompts are and how much of their bucket is padding."""
-    length = rows["prompt_length"]
+    """How long the prompts are, and how many records gave none."""
     return {
-        "prompt/length_mean": float(length.mean()),
-        "prompt/padding_share": float(1 - length.sum() / rows["bucket"].sum()),
+        "prompt/length_mean": float(rows["prompt_length"].mean()),
         "prompt/dropped": float(rows["dropped"].sum()),
     }
 

@@ -11,12 +11,14 @@ import optax
 from jax import Array
 
 from spatial_ssrl_jax.config import GrpoSettings, RewardSettings, RolloutSettings
+from spatial_ssrl_jax.data.batching import trim, windows_of
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.prompts import Processor
 from spatial_ssrl_jax.learn.advantage import group_advantage
 from spatial_ssrl_jax.learn.aggregation import sample_weights
-from spatial_ssrl_jax.learn.batch import GroupBatch, take_rows
+from spatial_ssrl_jax.learn.batch import GroupBatch
+from spatial_ssrl_jax.learn.cut import Buckets, Piece, cut
 from spatial_ssrl_jax.learn.figures import (
     Metrics,
     Scored,
@@ -34,7 +36,7 @@ from spatial_ssrl_jax.learn.update import TrainState, train_step
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout, join
 from spatial_ssrl_jax.rollout.sampling import Sampling
-from spatial_ssrl_jax.run.mesh import Layout, gather_rows, total
+from spatial_ssrl_jax.run.mesh import Layout, total
 
 
 def score_rollout(
@@ -68,6 +70,7 @@ class Grpo:
       loss: the policy loss.
       optimizer: the gradient transformation.
       layout: where batches lie.
+      buckets: sizes that programs are compiled for.
       processor: decodes responses.
       reference: the weights that GRPO started from, or None without KL.
     """
@@ -79,6 +82,7 @@ class Grpo:
     loss: GrpoLoss
     optimizer: optax.GradientTransformation
     layout: Layout
+    buckets: Buckets
     processor: Processor
     reference: Params | None
 
@@ -115,7 +119,7 @@ class Grpo:
             batch, scored, refilled = refill(batch, scored, draw, self.settings.refills)
             rollout = scored.rollout
             clock.lap("perf/refill_seconds")
-        groups = self._groups(state.params, batch, scored)
+        groups, computed = self.micro_batches(state.params, batch, scored)
         clock.lap("perf/reference_seconds")
         updates = []
         for batches in groups:
@@ -126,6 +130,7 @@ class Grpo:
         rows = gathered(prompt_rows(batch) | rollout_rows(batch.items, scored))
         tokens = int(rows["prompt_length"].sum() + rows["length"].sum())
         metrics |= rollout_metrics(rows) | prompt_metrics(rows) | clock.laps
+        metrics["perf/update_padding_share"] = 1 - tokens / total(computed)
         metrics["perf/tokens_per_second"] = tokens / clock.total()
         metrics["perf/rollout_tokens_per_second"] = float(
             rows["length"].sum() / clock.laps["perf/rollout_seconds"]
@@ -139,63 +144,66 @@ class Grpo:
         )
 
     def sample(self, params: Params, batch: Batch, key: Array) -> Rollout:
-        """Samples the batch's groups, `rollout.wave` prompts at a time."""
+        """Samples the batch's groups, `rollout.wave` prompts of like length at a time."""
         weights = self.engine.fill(params)
+        prompts = batch.prompts
+        sizes = np.stack((prompts.length, windows_of(prompts), 0 * prompts.length), axis=1)
         rows = self.sampling_settings.wave // jax.process_count()
-        waves = []
-        for start in range(0, len(batch.items), rows):
+        pieces, waves = cut(sizes, rows, self.buckets), []
+        for piece in pieces:
+            shape = piece.shape
+            wave = trim(prompts, piece.rows, shape.tokens, shape.windows)
             waves.append(
                 self.engine.generate(
                     params,
                     weights,
-                    self.layout.put_batch(take_rows(batch.prompts, start, rows)),
+                    self.layout.put_batch(wave),
                     group=self.settings.group,
                     limit=self.sampling_settings.limit,
                     key=key,
-                    prompt_index=self.layout.put_batch(batch.index[start : start + rows]),
+                    prompt_index=self.layout.put_batch(batch.index[piece.rows]),
                     sampling=Sampling(self.settings.temperature),
                 )
             )
-        return join(waves)
+        return join(waves, np.concatenate([piece.rows for piece in pieces]))
 
-    def _groups(self, params: Params, batch: Batch, scored: Scored) -> list[list[GroupBatch]]:
-        """Micro-batches of each update, with old and reference log-probabilities filled in."""
-        rollout = scored.rollout
-        longest = int(gather_rows(rollout.length.max(keepdims=True)).max())
-        width = -(-longest // self.sampling_settings.chunk) * self.sampling_settings.chunk
-        width = min(width, self.sampling_settings.limit)
-        rows = self.settings.micro_prompts // jax.process_count()
-        per_update = len(batch.items) // self.settings.updates
-        recompute_old = self.settings.updates > 1 and self._needs_old
-        counted = rollout.finished | (not self.settings.mask_truncated)
-        if self.settings.drop_flat:
+    def micro_batches(
+        self, params: Params, batch: Batch, scored: Scored
+    ) -> tuple[list[list[GroupBatch]], int]:
+        """Each update's micro-batches, with old and reference log-probabilities filled in.
+
+        Which prompts belong to which update is the batch's order; within an update they are cut by
+        length. Each token's weight is its share of the whole update, so that changes nothing.
+
+        Returns:
+          The micro-batches, and the token places that they hold on this process.
+        """
+        rollout, settings = scored.rollout, self.settings
+        sizes = np.stack(
+            (batch.prompts.length, windows_of(batch.prompts), rollout.length.max(axis=1)), axis=1
+        )
+        rows = settings.micro_prompts // jax.process_count()
+        per_update = len(batch.items) // settings.updates
+        recompute_old = settings.updates > 1 and self._needs_old
+        counted = rollout.finished | (not settings.mask_truncated)
+        if settings.drop_flat:
             counted &= ~flat_groups(scored)[:, None]
-        updates = []
+        updates, computed = [], 0
         for first in range(0, len(batch.items), per_update):
-            lengths = rollout.length[first : first + per_update]
-            cut = slice(first, first + per_update)
-            whole = GroupBatch(
-                prompts=take_rows(batch.prompts, first, per_update),
-                tokens=rollout.tokens[cut, :, :width],
-                length=lengths,
-                weight=sample_weights(
-                    lengths,
-                    counted[cut],
-                    self.settings.aggregation,
-                    self.sampling_settings.limit,
-                ),
-                normaliser=np.float32(total(lengths.sum())),
-                advantage=scored.advantage[cut],
-                sampled_logprobs=rollout.logprobs[cut, :, :width],
-                old_logprobs=None,
-                reference_logprobs=None,
+            mine = slice(first, first + per_update)
+            lengths = rollout.length[mine]
+            weight = np.zeros(rollout.length.shape, np.float32)
+            weight[mine] = sample_weights(
+                lengths, counted[mine], settings.aggregation, self.sampling_settings.limit
             )
-            micro = []
-            for start in range(0, per_update, rows):
-                piece = self.layout.put_batch(take_rows(whole, start, rows))
-                micro.append(self._with_logprobs(params, piece, recompute_old))
+            count, micro = np.float32(total(lengths.sum())), []
+            for piece in cut(sizes[mine], rows, self.buckets):
+                piece = replace(piece, rows=piece.rows + first)
+                groups = self.layout.put_batch(_micro_batch(batch, scored, weight, count, piece))
+                micro.append(self._with_logprobs(params, groups, recompute_old))
+                computed += piece.places(settings.group)
             updates.append(micro)
-        return updates
+        return updates, computed
 
     @property
     def _needs_old(self) -> bool:
@@ -212,6 +220,24 @@ class Grpo:
                 program(self.reference, batch) if self.reference is not None else None
             ),
         )
+
+
+def _micro_batch(
+    batch: Batch, scored: Scored, weight: np.ndarray, count: np.float32, piece: Piece
+) -> GroupBatch:
+    """A piece of the step as NumPy arrays; `weight` is [b, G], `count` the update's tokens."""
+    rows, shape, rollout = piece.rows, piece.shape, scored.rollout
+    return GroupBatch(
+        prompts=trim(batch.prompts, rows, shape.tokens, shape.windows),
+        tokens=rollout.tokens[rows, :, : shape.response],
+        length=rollout.length[rows],
+        weight=weight[rows],
+        normaliser=count,
+        advantage=scored.advantage[rows],
+        sampled_logprobs=rollout.logprobs[rows, :, : shape.response],
+        old_logprobs=None,
+        reference_logprobs=None,
+    )
 
 
 class _Clock:

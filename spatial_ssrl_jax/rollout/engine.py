@@ -46,10 +46,15 @@ class Rollout:
     finished: np.ndarray
 
 
-def join(rollouts: Sequence[Rollout]) -> Rollout:
-    """Rollouts of consecutive prompts as one."""
-    fields = ("tokens", "logprobs", "length", "finished")
-    return Rollout(*(np.concatenate([getattr(r, f) for r in rollouts]) for f in fields))
+def join(rollouts: Sequence[Rollout], places: np.ndarray) -> Rollout:
+    """Rollouts of parts of a batch as one.
+
+    Args:
+      rollouts: the parts.
+      places: [B] where each of their prompts, one part after another, stands in the batch.
+    """
+    fields, order = ("tokens", "logprobs", "length", "finished"), np.argsort(places)
+    return Rollout(*(np.concatenate([getattr(r, f) for r in rollouts])[order] for f in fields))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.eval.pretext import Table
 from spatial_ssrl_jax.learn.batch import take_rows
+from spatial_ssrl_jax.learn.cut import Buckets
 from spatial_ssrl_jax.learn.figures import gathered, prompt_metrics, prompt_rows
 from spatial_ssrl_jax.learn.grpo import Grpo
 from spatial_ssrl_jax.learn.loss import GrpoLoss, SftLoss
@@ -153,6 +154,7 @@ def _grpo_stage(run: Run, start: Start, done: int) -> bool:
         GrpoLoss(run.model.config, run.compute, settings),
         optimizer,
         run.layout,
+        Buckets.of(config),
         run.processor,
         reference,
     )
