@@ -27,7 +27,13 @@ def get_config() -> c.Config:
             window_buckets=(32, 128),
         ),
         sft=c.SftSettings(
-            steps=75, prompts=256, micro_prompts=32, lora=LoraSettings(rank=128, alpha=256.0)
+            steps=75,
+            prompts=256,
+            row_tokens=4096,
+            row_windows=(256,),
+            row_responses=1024,
+            micro_rows=16,
+            lora=LoraSettings(rank=128, alpha=256.0),
         ),
         grpo=c.GrpoSettings(steps=0),
         rollout=c.RolloutSettings(limit=1024),

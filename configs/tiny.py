@@ -42,7 +42,14 @@ def get_config() -> c.Config:
         tasks=tasks,
         # Short on purpose: it ends when the form is there and the answers are still unsure.
         sft=c.SftSettings(
-            steps=46, prompts=32, micro_prompts=32, learning_rate=1e-3, schedule="constant"
+            steps=46,
+            prompts=32,
+            row_tokens=320,
+            row_windows=(2, 5),
+            row_responses=64,
+            micro_rows=16,
+            learning_rate=1e-3,
+            schedule="constant",
         ),
         grpo=c.GrpoSettings(
             steps=100, prompts=16, updates=1, group=8, micro_prompts=16, learning_rate=1e-4

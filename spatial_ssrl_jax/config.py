@@ -83,7 +83,12 @@ class SftSettings:
       responses: `made` of true reasons for the examples of `data.source`, or the path of released
         cold-start data (see the source `ssrl81k`), whose questions are then asked in this stage.
       prompts: samples an optimizer step.
-      micro_prompts: samples whose activations exist at a time; divides `prompts`.
+      row_tokens: tokens of a row, in which samples of a step are packed one behind another;
+        at least the largest of `data.prompt_buckets` plus `rollout.limit`.
+      row_windows: counts of vision windows a row that programs are compiled for; the largest is at
+        least that of `data.window_buckets`.
+      row_responses: response tokens of a row, at least `rollout.limit`.
+      micro_rows: rows whose activations exist at a time.
       learning_rate: peak learning rate.
       warmup: share of the steps over which it rises.
       schedule: `constant` or `cosine` (to zero).
@@ -96,7 +101,10 @@ class SftSettings:
     steps: int = 0
     responses: str = "made"
     prompts: int = 256
-    micro_prompts: int = 32
+    row_tokens: int = 6144
+    row_windows: tuple[int, ...] = (256, 384)
+    row_responses: int = 2048
+    micro_rows: int = 8
     learning_rate: float = 1e-5
     warmup: float = 0.1
     schedule: str = "cosine"
@@ -412,7 +420,7 @@ _AT_LEAST_ONE = (
     "data.min_pixels",
     "data.threads",
     "sft.prompts",
-    "sft.micro_prompts",
+    "sft.micro_rows",
     "grpo.prompts",
     "grpo.updates",
     "grpo.micro_prompts",
@@ -475,13 +483,14 @@ def validate(config: Config) -> None:
         grpo.prompts // grpo.updates,
     )
     _divides("rollout.wave", config.rollout.wave, "grpo.prompts", grpo.prompts)
-    _divides("sft.micro_prompts", sft.micro_prompts, "sft.prompts", sft.prompts)
     _divides(
         "rollout.check_every", config.rollout.check_every, "rollout.chunk", config.rollout.chunk
     )
     _divides(
         "rollout.check_every", config.rollout.check_every, "rollout.limit", config.rollout.limit
     )
+    if sft.steps:
+        _check_rows(config)
     for name, stage in (("sft", sft), ("grpo", grpo)):
         _check_trained(name, stage)
     for name, value in (
@@ -505,6 +514,22 @@ def validate(config: Config) -> None:
             "grpo.init_from takes the place of the cold start's result: set sft.steps=0, or leave "
             "grpo.init_from empty."
         )
+
+
+def _check_rows(config: Config) -> None:
+    """Refuses rows of the cold start in which the largest example has no room."""
+    data, sft, limit = config.data, config.sft, config.rollout.limit
+    prompt, windows = max(data.prompt_buckets), max(data.window_buckets)
+    for name, value, least, why in (
+        ("row_tokens", sft.row_tokens, prompt + limit, "data.prompt_buckets with rollout.limit"),
+        ("row_windows", max(sft.row_windows), windows, "data.window_buckets"),
+        ("row_responses", sft.row_responses, limit, "rollout.limit"),
+    ):
+        if value < least:
+            raise UserError(
+                f"sft.{name}={value} has no room for the largest example: raise it to {least} or "
+                f"more, or lower {why}."
+            )
 
 
 def _check_trained(name: str, stage: SftSettings | GrpoSettings) -> None:

@@ -120,7 +120,19 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
             r"grpo\.micro_prompts=48 must divide grpo\.prompts/updates=128",
         ),
         ({"rollout.wave": "100"}, r"rollout\.wave=100 must divide grpo\.prompts=256"),
-        ({"sft.micro_prompts": "100"}, r"sft\.micro_prompts=100 must divide sft\.prompts=256"),
+        ({"sft.micro_rows": "0"}, r"sft\.micro_rows=0 must be at least 1"),
+        (
+            {"sft.steps": "2", "sft.row_tokens": "6143"},
+            r"sft\.row_tokens=6143 has no room for the largest example: raise it to 6144",
+        ),
+        (
+            {"sft.steps": "2", "sft.row_windows": "64,127"},
+            r"sft\.row_windows=127 has no room .* 128 or more, or lower data\.window_buckets",
+        ),
+        (
+            {"sft.steps": "2", "sft.row_responses": "2047"},
+            r"sft\.row_responses=2047 has no room .* 2048 or more, or lower rollout\.limit",
+        ),
         ({"rollout.check_every": "3"}, r"rollout\.check_every=3 must divide rollout\.chunk=256"),
         ({"rollout.limit": "2050"}, r"rollout\.check_every=8 must divide rollout\.limit=2050"),
         ({"grpo.response_buckets": "0,64"}, r"grpo\.response_buckets=\(0, 64\) must hold widths"),

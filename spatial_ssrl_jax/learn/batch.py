@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from spatial_ssrl_jax.qwen2_5_vl.model import PromptBatch
+from spatial_ssrl_jax.qwen2_5_vl.model import PackedRows, PromptBatch
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ResponseBatch:
-    """Prompts with the responses to learn from; supervised training has groups of one.
+    """Prompts with the responses to learn from.
 
     Attributes:
       prompts: B prompts.
@@ -52,6 +52,25 @@ class GroupBatch(ResponseBatch):
     sampled_logprobs: Array
     old_logprobs: Array | None
     reference_logprobs: Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedBatch:
+    """Examples of supervised training, several in a row.
+
+    Attributes:
+      rows: B rows.
+      normaliser: [] float32, response tokens of the whole optimizer step.
+    """
+
+    rows: PackedRows
+    normaliser: Array
+
+    @property
+    def weight(self) -> Array:
+        """[B, R] float32 weight of each response token in the optimizer step's loss."""
+        return (self.rows.place >= 0) / self.normaliser
 
 
 def take_rows(batch, start: int, rows: int):

@@ -9,7 +9,7 @@ from jax import Array
 from spatial_ssrl_jax.learn.batch import ResponseBatch
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
-from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute, PackedRows, Params, PromptBatch
 
 
 def response_logprobs(
@@ -39,21 +39,28 @@ def response_logprobs(
     model = qwen.bind(config, params)
     hidden = qwen.response_hidden(config, model, prompts, tokens_BGR, length_BG, compute)
     batch, group, response, width = hidden.shape
-    hidden = hidden.reshape(batch, group * response, width)
-    tokens = tokens_BGR.reshape(batch, group * response)
-    head_VD = model.text.head_weight(compute.dtype)
-
-    def chunk(hidden_BCD: Array, tokens_BC: Array) -> tuple[Array, Array]:
-        logits = jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
-        logits = logits / temperature
-        total = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, tokens_BC[..., None], axis=-1)[..., 0]
-        fixed, fixed_total = jax.lax.stop_gradient((logits, total))
-        entropy = fixed_total - jnp.sum(jnp.exp(fixed - fixed_total[..., None]) * fixed, axis=-1)
-        return chosen - total, entropy
-
-    logprob, entropy = _over_chunks(chunk, compute.head_chunk, hidden, tokens)
+    logprob, entropy = _head_logprobs(
+        compute,
+        model.text.head_weight(compute.dtype),
+        hidden.reshape(batch, group * response, width),
+        tokens_BGR.reshape(batch, group * response),
+        temperature,
+    )
     return logprob.reshape(tokens_BGR.shape), entropy.reshape(tokens_BGR.shape)
+
+
+def packed_logprobs(
+    config: Qwen2_5_VLConfig, compute: Compute, params: Params, rows: PackedRows
+) -> tuple[Array, Array]:
+    """Log-softmax of the logits at each response token of packed rows, and the entropy there.
+
+    Returns:
+      Two [B, R] float32 arrays as those of `response_logprobs`; padding places mean nothing.
+    """
+    model = qwen.bind(config, params)
+    hidden = qwen.packed_hidden(config, model, rows, compute)
+    head = model.text.head_weight(compute.dtype)
+    return _head_logprobs(compute, head, hidden, rows.labels, 1.0)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -68,6 +75,23 @@ def logprobs_of(
     return response_logprobs(
         config, compute, params, batch.prompts, batch.tokens, batch.length, temperature
     )[0]
+
+
+def _head_logprobs(
+    compute: Compute, head_VD: Array, hidden_BTD: Array, tokens_BT: Array, temperature: float
+) -> tuple[Array, Array]:
+    """Log-probability of each token and the entropy where it is predicted, two [B, T] arrays."""
+
+    def chunk(hidden_BCD: Array, tokens_BC: Array) -> tuple[Array, Array]:
+        logits = jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+        logits = logits / temperature
+        total = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, tokens_BC[..., None], axis=-1)[..., 0]
+        fixed, fixed_total = jax.lax.stop_gradient((logits, total))
+        entropy = fixed_total - jnp.sum(jnp.exp(fixed - fixed_total[..., None]) * fixed, axis=-1)
+        return chosen - total, entropy
+
+    return _over_chunks(chunk, compute.head_chunk, hidden_BTD, tokens_BT)
 
 
 def _over_chunks(function, size: int, hidden: Array, tokens: Array) -> tuple[Array, Array]:

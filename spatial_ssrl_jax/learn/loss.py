@@ -12,8 +12,8 @@ from jax import Array
 
 from spatial_ssrl_jax.config import GrpoSettings
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.learn.batch import GroupBatch, ResponseBatch
-from spatial_ssrl_jax.learn.logprobs import response_logprobs
+from spatial_ssrl_jax.learn.batch import GroupBatch, PackedBatch
+from spatial_ssrl_jax.learn.logprobs import packed_logprobs, response_logprobs
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params
 
@@ -27,16 +27,13 @@ class SftLoss:
     config: Qwen2_5_VLConfig
     compute: Compute
 
-    def __call__(self, params: Params, batch: ResponseBatch) -> tuple[Array, Sums]:
-        logprob, entropy = response_logprobs(
-            self.config, self.compute, params, batch.prompts, batch.tokens, batch.length, 1.0
-        )
-        mask = batch.mask
-        loss = -jnp.sum(logprob * mask * batch.weight[..., None])
+    def __call__(self, params: Params, batch: PackedBatch) -> tuple[Array, Sums]:
+        logprob, entropy = packed_logprobs(self.config, self.compute, params, batch.rows)
+        loss = -jnp.sum(logprob * batch.weight)
         return loss, {
             "loss/total": loss,
             "loss/sft": loss,
-            "policy/entropy": jnp.sum(entropy * mask) / batch.normaliser,
+            "policy/entropy": jnp.sum(entropy * batch.weight),
         }
 
 

@@ -1,6 +1,6 @@
 """One optimizer step over micro-batches; the same for supervised training and GRPO."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,10 +12,11 @@ from jax import Array
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from spatial_ssrl_jax.learn.batch import ResponseBatch
+from spatial_ssrl_jax.learn.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join
 
-LossFunction = Callable[[Params, ResponseBatch], tuple[Array, dict[str, Array]]]
+TrainBatch = GroupBatch | PackedBatch
+LossFunction = Callable[[Params, TrainBatch], tuple[Array, dict[str, Array]]]
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +85,7 @@ def new_state(
 
 
 @partial(jax.jit, static_argnums=0)
-def _gradients(loss: LossFunction, trained: Params, frozen: Params, batch: ResponseBatch):
+def _gradients(loss: LossFunction, trained: Params, frozen: Params, batch: TrainBatch):
     def of_trained(trained: Params) -> tuple[Array, dict[str, Array]]:
         return loss(join(trained, frozen), batch)
 
@@ -121,7 +122,7 @@ def train_step(
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
     state: TrainState,
-    batches: Sequence[ResponseBatch],
+    batches: Iterable[TrainBatch],
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step: gradients of every micro-batch added up, then applied.
 
@@ -131,7 +132,7 @@ def train_step(
       loss: `(params, batch) -> (loss, metrics)`, hashable; its value is a share of the step's mean.
       optimizer: the gradient transformation.
       state: where training stands; donated, but for the frozen weights.
-      batches: the micro-batches; buckets may differ.
+      batches: the micro-batches, taken one at a time; buckets may differ.
 
     Returns:
       The new state and the step's metrics: means over the step's tokens (maxima for `_max`).

@@ -71,6 +71,33 @@ class PromptBatch:
         return jnp.arange(self.ids.shape[1]) < self.length[:, None]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedRows:
+    """B rows of several examples each: prompt and response, one example behind another.
+
+    Attributes:
+      ids: [B, T] int32 token ids, padded behind.
+      segment: [B, T] int32, which example of the row; -1 is padding.
+      position: [B, 3, T] int32 M-RoPE positions, each example's as if it were alone.
+      image_index: [B, T] int32 merged vision token of the row at each place, -1 for text.
+      place: [B, R] int32, the place before each response token, which predicts it; -1 is padding.
+      vision: the windows of all the row's pictures.
+    """
+
+    ids: Array
+    segment: Array
+    position: Array
+    image_index: Array
+    place: Array
+    vision: VisionInput
+
+    @property
+    def labels(self) -> Array:
+        """[B, R] int32, the response token that each place predicts."""
+        return jnp.take_along_axis(self.ids, jnp.maximum(self.place, 0) + 1, axis=1)
+
+
 class Qwen2_5_VL(nnx.Module):  # noqa: N801 - the model's own name
     """The whole model's weights."""
 
@@ -120,7 +147,7 @@ def bind(config: Qwen2_5_VLConfig, params: Params) -> Qwen2_5_VL:
     return nnx.merge(_abstract(config, found_adapters(params))[0], params)
 
 
-def embed_prompt(model: Qwen2_5_VL, prompts: PromptBatch, compute: Compute) -> Array:
+def embed_prompt(model: Qwen2_5_VL, prompts: PromptBatch | PackedRows, compute: Compute) -> Array:
     """[B, T, D] token embeddings with the pictures' vectors in their places."""
     x = model.text.embed[...][prompts.ids].astype(compute.dtype)
     if prompts.vision.frame.shape[1] == 0:
@@ -186,6 +213,20 @@ def response_hidden(
         _last(prompt, prompts)[:, None, None], (*own.shape[:2], 1, own.shape[3])
     )
     return jnp.concatenate((first, own[:, :, :-1]), axis=2)
+
+
+def packed_hidden(
+    config: Qwen2_5_VLConfig, model: Qwen2_5_VL, rows: PackedRows, compute: Compute
+) -> Array:
+    """Hidden states [B, R, D] from which the response tokens of packed rows are predicted."""
+    hidden = model.text.packed(
+        embed_prompt(model, rows, compute),
+        text_rotary(config.text, rows.position),
+        rows.segment,
+        chunk=compute.chunk,
+        remat=compute.remat,
+    )
+    return jnp.take_along_axis(hidden, jnp.maximum(rows.place, 0)[..., None], axis=1)
 
 
 def _last(hidden_BTD: Array, prompts: PromptBatch) -> Array:

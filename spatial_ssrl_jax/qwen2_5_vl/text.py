@@ -1,6 +1,7 @@
-"""The language model's layers, in the three forms that training and sampling need.
+"""The language model's layers, in the four forms that training and sampling need.
 
 - `prefill`: prompts alone, keeping their keys and values;
+- `packed`: rows of several examples, one behind another, for gradients;
 - `decode`: one token of each sample, over the shared prompt and the sample's own cache;
 - `group`: prompts and all their responses at once, for log-probabilities and gradients.
 
@@ -80,15 +81,39 @@ class TextModel(nnx.Module):
           Hidden states [B, T, D] behind the last norm, keys and values [L, B, K, T, H].
         """
         segment = jnp.where(valid_BT, 0, -1)
+        x, (keys, values) = self._causal(x_BTD, rotary, segment, chunk, "none", keep=True)
+        return x, keys, values
+
+    def packed(
+        self, x_BTD: Array, rotary: Rotary, segment_BT: Array, *, chunk: int, remat: str
+    ) -> Array:
+        """Runs rows of several examples; a token sees its own example's tokens up to itself.
+
+        Args:
+          x_BTD: embedded rows, pictures in place.
+          rotary: angles of each token's position in its own example, [B, T, H/2].
+          segment_BT: int32, which example a token belongs to; -1 is padding.
+          chunk: queries that attend at a time.
+          remat: what the backward pass keeps of each layer.
+
+        Returns:
+          Hidden states [B, T, D] behind the last norm.
+        """
+        return self._causal(x_BTD, rotary, segment_BT, chunk, remat, keep=False)[0]
+
+    def _causal(
+        self, x: Array, rotary: Rotary, segment: Array, chunk: int, remat: str, keep: bool
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Causal layers inside segments; with `keep`, every layer's keys and values too."""
 
         def step(layer: TextLayer, x: Array, _):
             q, k, v = layer.project(x, rotary)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             mixed = attend(q, k, v, segment, segment, causal=True, chunk=chunk)
-            return layer.finish(x, mixed), (k, v)
+            return layer.finish(x, mixed), (k, v) if keep else None
 
-        x, (keys, values) = scan_layers(self.layers, step, x_BTD)
-        return self.norm(x), keys, values
+        x, kept = scan_layers(self.layers, step, x, remat=remat)
+        return self.norm(x), kept
 
     def group(
         self,

@@ -36,11 +36,11 @@ def memory_advice(config: Config) -> list[str]:
     """What makes a run need less memory, as far as its settings are not there yet."""
     grpo, sft, advice = config.grpo, config.sft, []
     for name, steps, micro in (
-        ("grpo", grpo.steps, grpo.micro_prompts),
-        ("sft", sft.steps, sft.micro_prompts),
+        ("grpo.micro_prompts", grpo.steps, grpo.micro_prompts),
+        ("sft.micro_rows", sft.steps, sft.micro_rows),
     ):
         if steps and micro > 1:
-            advice.append(f"lower {name}.micro_prompts={micro}")
+            advice.append(f"lower {name}={micro}")
     if grpo.steps and config.rollout.wave > 1:
         advice.append(f"lower rollout.wave={config.rollout.wave}")
     if config.eval.prompts > 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 
 from spatial_ssrl_jax.config import Config, to_dict
 from spatial_ssrl_jax.data.items import check_fits, item_dataset
@@ -170,10 +171,15 @@ def _check_shards(config: Config, layout: Layout) -> None:
     """Refuses batches that cannot be cut over the devices."""
     sizes = {"eval.prompts": config.eval.prompts}
     if config.sft.steps:
-        sizes["sft.micro_prompts"] = config.sft.micro_prompts
+        sizes["sft.micro_rows"] = config.sft.micro_rows
     if config.grpo.steps:
         sizes["grpo.micro_prompts"] = config.grpo.micro_prompts
         sizes["rollout.wave"] = config.rollout.wave
+    processes = jax.process_count()
+    if config.sft.steps and config.sft.prompts % processes:
+        raise UserError(
+            f"sft.prompts={config.sft.prompts} must be a multiple of the {processes} processes."
+        )
     for name, value in sizes.items():
         if value % layout.batch_shards:
             raise UserError(

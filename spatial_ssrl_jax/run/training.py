@@ -17,13 +17,12 @@ from spatial_ssrl_jax.data.pipeline import Batch, batch_at, batches
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.eval.pretext import Table
-from spatial_ssrl_jax.learn.batch import take_rows
 from spatial_ssrl_jax.learn.cut import Buckets
 from spatial_ssrl_jax.learn.figures import gathered, prompt_metrics, prompt_rows
 from spatial_ssrl_jax.learn.grpo import Grpo
 from spatial_ssrl_jax.learn.loss import GrpoLoss, SftLoss
 from spatial_ssrl_jax.learn.optimizer import learning_rate, make_optimizer
-from spatial_ssrl_jax.learn.sft import response_batch
+from spatial_ssrl_jax.learn.sft import encode_responses, pack_step
 from spatial_ssrl_jax.learn.update import TrainState, train_step
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.run import models
@@ -114,21 +113,20 @@ def _sft_stage(run: Run, start: Start, done: int) -> bool:
 
     def step(number: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict, None]:
         begun = time.perf_counter()
-        whole = response_batch(batch, run.processor, run.config.rollout.limit)
-        rows = settings.micro_prompts // jax.process_count()
-        micro = [
-            run.layout.put_batch(take_rows(whole, first, rows))
-            for first in range(0, len(batch.items), rows)
-        ]
+        responses = encode_responses(batch.items, run.processor, run.config.rollout.limit)
+        packed = pack_step(batch, responses, settings, run.model.config.vision)
         rate = float(rates(number))
+        micro = map(run.layout.put_batch, packed)
         state, metrics = train_step(loss, optimizer, state, micro)
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - begun
-        rows = gathered(prompt_rows(batch) | {"length": whole.length})
+        length = np.array([len(response) for response in responses])
+        rows = gathered(prompt_rows(batch) | {"length": length})
         tokens = int(rows["prompt_length"].sum() + rows["length"].sum())
         more = {
             "optim/learning_rate": rate,
             "response/length_mean": float(rows["length"].mean()),
+            "prompt/padding_share": 1 - tokens / total(packed.places),
             "perf/update_seconds": seconds,
             "perf/tokens_per_second": tokens / seconds,
         }
@@ -242,7 +240,7 @@ def _pipeline(run: Run, stage: str, settings: SftSettings | GrpoSettings, start:
     return batches(
         items,
         settings.prompts,
-        settings.micro_prompts,
+        settings.micro_prompts if stage == GRPO else settings.prompts,
         run.collate,
         start=start,
         threads=run.config.data.threads,

@@ -20,7 +20,7 @@ from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.scenes import SceneSource
 from spatial_ssrl_jax.errors import BadPicture, UserError
-from spatial_ssrl_jax.learn.sft import response_batch
+from spatial_ssrl_jax.learn.sft import encode_responses
 from spatial_ssrl_jax.run.models import open_model
 from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.flip import QUESTION
@@ -305,9 +305,10 @@ def test_released_responses_are_learned_from_as_they_are(processor: Processor, t
     source = open_source(f"ssrl81k:{tmp_path / 'cold.json'}")
     items = item_dataset(source, range(1), weights(flip=1.0), processor, seed=0)
     batch = COLLATE(list(enumerate([items[0], items[1]])))
-    learned = response_batch(batch, processor, limit=64)
-    text = processor.decode(learned.tokens[0, 0][: learned.length[0, 0]])
-    assert text == output
+    learned = encode_responses(batch.items, processor, limit=64)
+    assert [processor.decode(tokens) for tokens in learned] == [output, output]
+    with pytest.raises(UserError, match="rollout.limit=.8,. has no bucket"):
+        encode_responses(batch.items, processor, limit=8)
     with pytest.raises(UserError, match="shuffle finds nothing in ssrl81k"):
         item_dataset(source, range(1), weights(shuffle=1.0), processor, seed=0)
 

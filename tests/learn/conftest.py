@@ -1,12 +1,17 @@
 """A very small model and a mixed batch: prompts and responses of different lengths, pictures."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax.config import SftSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.prompts import Prompt
 from spatial_ssrl_jax.data.windows import lay_out_windows, mrope_positions
-from spatial_ssrl_jax.learn.batch import GroupBatch
+from spatial_ssrl_jax.learn.batch import GroupBatch, PackedBatch
+from spatial_ssrl_jax.learn.sft import PackedStep, pack_step
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 from tests.conftest import random_params
 
@@ -60,6 +65,40 @@ def make_prompt(rng: np.random.Generator, text: int, grids: list[tuple[int, int,
     return Prompt(
         ids, position, int(position.max()) + 1, index, patches, layout.frame, layout.coords
     )
+
+
+# Words and pictures of each example of `examples`, and tokens of its response.
+SUPERVISED = (
+    (5, [(1, 4, 6), (1, 10, 4)], 3),
+    (11, [], 8),
+    (7, [(1, 8, 8)], 1),
+    (4, [], 5),
+    (9, [(1, 2, 2)], 6),
+)
+# Two examples fit in a row; its pictures need one of two window counts.
+ROWS = SftSettings(row_tokens=56, row_windows=(2, 4), row_responses=14, micro_rows=2)
+
+
+@pytest.fixture(scope="session")
+def examples() -> tuple[Batch, list[np.ndarray]]:
+    """Prompts with two, one and no pictures, and a response to each."""
+    rng = np.random.default_rng(1)
+    prompts = [make_prompt(rng, text, grids) for text, grids, _ in SUPERVISED]
+    responses = [rng.integers(0, 90, n).astype(np.int32) for _, _, n in SUPERVISED]
+    batch = Batch((None,) * len(prompts), pad_prompts(prompts, (40,), (3,)), np.arange(5))
+    return batch, responses
+
+
+def packed(examples: tuple[Batch, list[np.ndarray]], **changed) -> PackedStep:
+    """The examples in rows of `ROWS`; keywords replace its settings."""
+    return pack_step(*examples, replace(ROWS, **changed), CONFIG.vision)
+
+
+@pytest.fixture(scope="session")
+def packed_batch(examples) -> PackedBatch:
+    """All examples in one micro-batch."""
+    (batch,) = packed(examples, micro_rows=3)
+    return batch
 
 
 @pytest.fixture(scope="session")

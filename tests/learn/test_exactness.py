@@ -10,7 +10,7 @@ import pytest
 
 from spatial_ssrl_jax.config import GrpoSettings
 from spatial_ssrl_jax.learn.batch import take_rows
-from spatial_ssrl_jax.learn.loss import GrpoLoss, SftLoss
+from spatial_ssrl_jax.learn.loss import GrpoLoss
 from spatial_ssrl_jax.learn.update import new_state, train_step
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
@@ -104,17 +104,6 @@ def test_micro_batches_do_not_change_it(small_params, mixed_batch, reference, ro
     assert float(metrics["optim/gradient_norm"]) == pytest.approx(float(norm), rel=1e-5)
     assert float(metrics["loss/total"]) == pytest.approx(float(reference[0]), rel=1e-5)
     assert_close(change, reference[1], 2e-3)  # subtraction of near-equal weights costs digits
-
-
-def test_supervised_loss(small_params, mixed_batch):
-    loss, _ = jax.jit(SftLoss(CONFIG, Compute()))(small_params, mixed_batch)
-    logprobs = jax.jit(lambda p, prompts, r: sample_logprobs(p, prompts, r, 1.0))
-    total = 0.0
-    for b, g in np.ndindex(mixed_batch.length.shape):
-        response = mixed_batch.tokens[b, g, : mixed_batch.length[b, g]]
-        found = logprobs(small_params, alone(mixed_batch, b), response)
-        total += float(found.sum()) * mixed_batch.weight[b, g]
-    assert float(loss) == pytest.approx(-total, rel=1e-5)
 
 
 def test_non_finite_gradient_is_skipped(small_params, mixed_batch):

@@ -27,9 +27,9 @@ def flat(tree) -> dict:
 
 
 @pytest.fixture(scope="module")
-def gradients(small_params, mixed_batch) -> dict:
+def gradients(small_params, packed_batch) -> dict:
     """The gradient of every weight."""
-    return flat(jax.jit(jax.grad(lambda p, b: LOSS(p, b)[0]))(small_params, mixed_batch))
+    return flat(jax.jit(jax.grad(lambda p, b: LOSS(p, b)[0]))(small_params, packed_batch))
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def stepped(trainable: Trainable, params, batch, optimizer):
 
 @pytest.mark.parametrize("freeze", [("vision",), ("language", "merger")], ids="+".join)
 def test_frozen_parts_stay_and_the_others_have_their_own_gradient(
-    small_params, mixed_batch, gradients, freeze: tuple
+    small_params, packed_batch, gradients, freeze: tuple
 ):
-    before, state, metrics = stepped(Trainable(freeze), small_params, mixed_batch, optax.sgd(1.0))
+    before, state, metrics = stepped(Trainable(freeze), small_params, packed_batch, optax.sgd(1.0))
     after = flat(state.params)
     assert after.keys() == gradients.keys()
     trained = {path for path in after if part_of(path) not in freeze}
@@ -67,9 +67,9 @@ def test_frozen_parts_stay_and_the_others_have_their_own_gradient(
 
 
 def test_an_adapters_gradient_is_that_of_its_kernel_seen_through_it(
-    small_params, mixed_batch, gradients, adapted
+    small_params, packed_batch, gradients, adapted
 ):
-    before, state, _ = stepped(LORA, adapted, mixed_batch, optax.sgd(1.0))
+    before, state, _ = stepped(LORA, adapted, packed_batch, optax.sgd(1.0))
     after = flat(state.params)
     assert flat(state.trained).keys() == {
         path for path in after if path.endswith(("lora_a", "lora_b"))
@@ -117,12 +117,12 @@ def test_what_is_frozen_is_kept_in_the_compute_dtype(adapted):
     assert flat_paths(join(trained, frozen)) == flat_paths(adapted)
 
 
-def test_frozen_weights_are_not_given_away(small_params, mixed_batch):
+def test_frozen_weights_are_not_given_away(small_params, packed_batch):
     """The KL's reference shares them."""
     trained, frozen = Trainable(("vision", "language")).split(small_params, "float32")
     frozen = jax.tree.map(jnp.array, frozen)
     state = new_state(optax.sgd(1.0), jax.tree.map(jnp.array, trained), frozen)
-    train_step(LOSS, optax.sgd(1.0), state, [mixed_batch])
+    train_step(LOSS, optax.sgd(1.0), state, [packed_batch])
     assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
     assert all(x.is_deleted() for x in jax.tree.leaves(state.trained))
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.config import OptimSettings, SftSettings
+from spatial_ssrl_jax.config import GrpoSettings, OptimSettings, SftSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.learn import update
-from spatial_ssrl_jax.learn.batch import ResponseBatch
+from spatial_ssrl_jax.learn.batch import GroupBatch
 from spatial_ssrl_jax.learn.logprobs import response_logprobs
-from spatial_ssrl_jax.learn.loss import SftLoss
+from spatial_ssrl_jax.learn.loss import GrpoLoss
 from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, abstract_params
@@ -57,9 +57,20 @@ def lower(toy) -> Callable[[str, int], jax.stages.Lowered]:
             return decode(config, params)
         of_config = partial(logprobs, config)
         if name == "gradient":
-            weight = jax.ShapeDtypeStruct((PROMPTS, GROUP), jnp.float32)
-            whole = ResponseBatch(batch, tokens, length, weight, np.float32(1))
-            return update._gradients.lower(SftLoss(config, COMPUTE), params, {}, whole)
+            each = jax.ShapeDtypeStruct((PROMPTS, GROUP), jnp.float32)
+            whole = GroupBatch(
+                prompts=batch,
+                tokens=tokens,
+                length=length,
+                weight=each,
+                normaliser=np.float32(1),
+                advantage=each,
+                sampled_logprobs=jax.ShapeDtypeStruct(tokens.shape, jnp.float32),
+                old_logprobs=None,
+                reference_logprobs=None,
+            )
+            loss = GrpoLoss(config, COMPUTE, GrpoSettings())
+            return update._gradients.lower(loss, params, {}, whole)
         if name == "optimizer":
             adamw = make_optimizer(OptimSettings(), SftSettings(), 1)
             state = jax.eval_shape(

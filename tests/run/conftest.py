@@ -31,6 +31,8 @@ SHAPE = dict(
         fullatt_block_indexes=(1,),
     ),
 )
+# Two examples fit in a row. Each of two processes packs four.
+ROWS = dict(prompts=8, row_tokens=320, row_windows=(2, 5), row_responses=64, micro_rows=4)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +71,7 @@ def make_config(model: c.ModelSettings, **sections) -> c.Config:
             threads=1,
         ),
         tasks=tasks,
-        sft=c.SftSettings(steps=2, prompts=8, micro_prompts=8, learning_rate=1e-3),
+        sft=c.SftSettings(steps=2, learning_rate=1e-3, **ROWS),
         grpo=c.GrpoSettings(
             steps=3, prompts=16, updates=2, group=3, micro_prompts=8, learning_rate=1e-3
         ),
@@ -88,7 +90,7 @@ def taught(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a cold start of the toy from scratch, long enough for some form."""
     config = make_config(
         c.ModelSettings(str(toy_folder), True, "float32", "none"),
-        sft=c.SftSettings(steps=110, prompts=8, micro_prompts=8, learning_rate=1e-2),
+        sft=c.SftSettings(steps=110, learning_rate=1e-2, **ROWS),
         grpo=c.GrpoSettings(steps=0),
         optim=c.OptimSettings(),
         checkpoint=c.CheckpointSettings(every=1000),

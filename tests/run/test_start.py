@@ -50,13 +50,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(base: Path) -> Config:
     """Two steps a stage, two prompts a step, no held-out figures."""
     tiny = load_config(str(ROOT / "configs" / "tiny.py"))
-    small = {"steps": 2, "prompts": 2, "micro_prompts": 2, "learning_rate": 0.05}
+    small = {"steps": 2, "prompts": 2, "learning_rate": 0.05}
+    groups = {"micro_prompts": 2, "group": 2, "warmup": 0.0}
     return dataclasses.replace(
         tiny,
         model=dataclasses.replace(tiny.model, path=str(base), from_scratch=False),
         data=dataclasses.replace(tiny.data, source="scenes:20", heldout_share=0.0),
-        sft=dataclasses.replace(tiny.sft, **small, lora=LoraSettings(2)),
-        grpo=dataclasses.replace(tiny.grpo, **small, group=2, warmup=0.0, lora=LoraSettings(3)),
+        sft=dataclasses.replace(tiny.sft, **small, micro_rows=1, lora=LoraSettings(2)),
+        grpo=dataclasses.replace(tiny.grpo, **small, **groups, lora=LoraSettings(3)),
         rollout=dataclasses.replace(tiny.rollout, wave=2),
         checkpoint=CheckpointSettings(every=1, keep=9),
     )

@@ -1,5 +1,6 @@
 """A whole run: what it leaves, that it can stop and go on, and that devices change nothing."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -192,9 +193,8 @@ def test_two_processes_change_nothing(toy_config, whole: Path, tmp_path: Path):
 
 
 def test_a_signal_saves_and_exits_with_0(toy_config, tmp_path: Path):
-    config = write_config(
-        tmp_path, toy_config(sft=c.SftSettings(steps=500, prompts=8, micro_prompts=8))
-    )
+    sft = dataclasses.replace(toy_config().sft, steps=500)
+    config = write_config(tmp_path, toy_config(sft=sft))
     process = start(config, tmp_path / "run", 1)
     for line in process.stdout:
         if line.startswith("sft "):

@@ -1,0 +1,171 @@
+"""Packing examples: prompt and response of several, one behind another, in rows of one shape."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spatial_ssrl_jax.data.prompts import Prompt
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.qwen2_5_vl.model import PackedRows, PromptBatch
+from spatial_ssrl_jax.qwen2_5_vl.vision import VisionInput
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a row holds at most.
+
+    Attributes:
+      tokens: of prompts and responses together.
+      windows: vision windows of all pictures.
+      responses: response tokens.
+    """
+
+    tokens: int
+    windows: int
+    responses: int
+
+
+@dataclass(frozen=True)
+class Packable:
+    """A prompt with the response to learn.
+
+    Attributes:
+      prompt: as it is before padding.
+      response: [r] int32 tokens, the end token included.
+    """
+
+    prompt: Prompt
+    response: np.ndarray
+
+    @property
+    def size(self) -> Room:
+        """What it takes of a row."""
+        response = len(self.response)
+        return Room(len(self.prompt.ids) + response, len(self.prompt.frame), response)
+
+
+def cut_prompt(prompts: PromptBatch, row: int) -> Prompt:
+    """One prompt of a padded batch, NumPy arrays, as it was before padding; views, not copies."""
+    tokens, vision = int(prompts.length[row]), prompts.vision
+    windows = int((vision.frame[row] >= 0).any(axis=1).sum())  # no window is without a patch
+    return Prompt(
+        ids=prompts.ids[row, :tokens],
+        position=prompts.position[row, :, :tokens],
+        next_position=int(prompts.next_position[row]),
+        image_index=prompts.image_index[row, :tokens],
+        patches=vision.patches[row, :windows],
+        frame=vision.frame[row, :windows],
+        coords=vision.coords[row, :windows],
+    )
+
+
+def assign_rows(sizes: Sequence[Room], room: Room) -> list[list[int]]:
+    """Which examples share a row: first fit, in the order of falling token counts.
+
+    Args:
+      sizes: what each example takes.
+      room: what a row holds.
+
+    Returns:
+      The numbers of the examples in each row; each example is in one row.
+
+    Raises:
+      UserError: an example is larger than a row.
+    """
+    rows: list[list[int]] = []
+    left: list[np.ndarray] = []
+    whole, needs = _numbers(room), [_numbers(size) for size in sizes]
+    for example in sorted(range(len(sizes)), key=lambda i: -sizes[i].tokens):
+        need = needs[example]
+        if (need > whole).any():
+            raise UserError(
+                f"an example of {need[0]} tokens, {need[1]} windows and {need[2]} response tokens "
+                "does not fit a row: raise sft.row_tokens, sft.row_windows or sft.row_responses."
+            )
+        row = next((i for i, free in enumerate(left) if (need <= free).all()), len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(whole.copy())
+        rows[row].append(example)
+        left[row] -= need
+    return rows
+
+
+def _numbers(room: Room) -> np.ndarray:
+    return np.array([room.tokens, room.windows, room.responses])
+
+
+def fill_rows(
+    examples: Sequence[Packable],
+    rows: Sequence[Sequence[int]],
+    room: Room,
+    patch_dim: int,
+    window_patches: int,
+    merge_unit: int,
+) -> PackedRows:
+    """Lays examples out in rows, padded to `room`; NumPy arrays.
+
+    Args:
+      examples: all that the rows speak of.
+      rows: the examples of each row, in their order; a row may be empty.
+      room: what a row holds.
+      patch_dim, window_patches, merge_unit: numbers of a patch, patches of a window and patches of
+        a merged token.
+    """
+    count = len(rows)
+    window = (count, room.windows, window_patches)
+    out = PackedRows(
+        ids=np.zeros((count, room.tokens), np.int32),
+        segment=np.full((count, room.tokens), -1, np.int32),
+        position=np.zeros((count, 3, room.tokens), np.int32),
+        image_index=np.full((count, room.tokens), -1, np.int32),
+        place=np.full((count, room.responses), -1, np.int32),
+        vision=VisionInput(
+            patches=np.zeros((*window, patch_dim), np.float32),
+            frame=np.full(window, -1, np.int32),
+            coords=np.zeros((*window, 2), np.int32),
+        ),
+    )
+    for row, members in enumerate(rows):
+        start, frames = Room(0, 0, 0), 0
+        for segment, example in enumerate(members):
+            _put(out, row, segment, start, frames, examples[example], window_patches // merge_unit)
+            start = _behind(start, examples[example].size)
+            frames += int(examples[example].prompt.frame.max(initial=-1)) + 1
+    return out
+
+
+def _put(
+    out: PackedRows,
+    row: int,
+    segment: int,
+    start: Room,
+    frames: int,
+    example: Packable,
+    merged: int,
+) -> None:
+    """Writes one example behind those that fill `start` of its row and have `frames` frames."""
+    prompt, response, end = example.prompt, example.response, _behind(start, example.size)
+    cut, answer = slice(start.tokens, end.tokens), end.tokens - len(response)
+    text = slice(start.tokens, answer)
+    out.ids[row, cut] = np.concatenate((prompt.ids, response))
+    out.segment[row, cut] = segment
+    out.position[row, :, text] = prompt.position
+    out.position[row, :, answer : end.tokens] = prompt.next_position + np.arange(len(response))
+    index = prompt.image_index
+    out.image_index[row, text] = np.where(index >= 0, index + start.windows * merged, -1)
+    out.place[row, start.responses : end.responses] = answer - 1 + np.arange(len(response))
+    windows, vision = slice(start.windows, end.windows), out.vision
+    vision.patches[row, windows] = prompt.patches
+    # Pictures of different examples never share a number: full attention stays inside each.
+    vision.frame[row, windows] = np.where(prompt.frame >= 0, prompt.frame + frames, -1)
+    vision.coords[row, windows] = prompt.coords
+
+
+def _behind(start: Room, size: Room) -> Room:
+    return Room(
+        start.tokens + size.tokens,
+        start.windows + size.windows,
+        start.responses + size.responses,
+    )
