@@ -14,7 +14,11 @@ from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
 
 
 def get_config() -> c.Config:
-    """75 steps of 256 samples, at most 2,048 + 1,024 tokens, pictures of 262,144 pixels."""
+    """75 steps of 256 samples, at most 2,048 + 1,024 tokens, pictures of 262,144 pixels.
+
+    Over the five tasks with COCO and DIODE sizes and made responses, 256 samples take up to 48
+    rows, three micro-batches: 10 % of the token places and 27 % of the windows are padding.
+    """
     base = c.Config(name="sft_7b")
     return dataclasses.replace(
         base,
@@ -29,8 +33,8 @@ def get_config() -> c.Config:
         sft=c.SftSettings(
             steps=75,
             prompts=256,
-            row_tokens=4096,
-            row_windows=(256,),
+            row_tokens=3328,
+            row_windows=(240,),
             row_responses=1024,
             micro_rows=16,
             lora=LoraSettings(rank=128, alpha=256.0),
