@@ -126,7 +126,7 @@ def _sft_stage(run: Run, start: Start, done: int) -> bool:
         more = {
             "optim/learning_rate": rate,
             "response/length_mean": float(rows["length"].mean()),
-            "prompt/padding_share": 1 - tokens / total(packed.places),
+            "perf/update_padding_share": 1 - tokens / total(packed.places),
             "perf/update_seconds": seconds,
             "perf/tokens_per_second": tokens / seconds,
         }

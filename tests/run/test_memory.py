@@ -43,7 +43,7 @@ def test_a_real_lack_of_memory_is_known_as_such():
 def test_advice_leaves_out_what_is_done_already():
     config = c.Config("x", model=c.ModelSettings(remat="none"), sft=c.SftSettings(steps=3))
     said = "; ".join(memory_advice(config))
-    for name in ("grpo.micro_prompts=16", "sft.micro_prompts=32", "rollout.wave=64", "model.remat"):
+    for name in ("grpo.micro_prompts=16", "sft.micro_rows=8", "rollout.wave=64", "model.remat"):
         assert name in said
     lean = dataclasses.replace(
         config,
@@ -68,7 +68,7 @@ def test_training_says_what_helps(
     monkeypatch.setattr(training, "train_step", full)
     monkeypatch.setattr(training, "_measure", lambda *_: {})
     config = make_config(c.ModelSettings(str(toy_folder), True, "float32", "none"))
-    with pytest.raises(UserError, match="ran out of memory.*sft.micro_prompts=8.*model.remat=full"):
+    with pytest.raises(UserError, match="ran out of memory.*sft.micro_rows=.*model.remat=full"):
         training.train(config, tmp_path / "run")
 
 
