@@ -12,9 +12,6 @@ import numpy as np
 
 from spatial_ssrl_jax.config import GrpoSettings, MeshSettings, OptimSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
-from spatial_ssrl_jax.data.prompts import Prompt
-from spatial_ssrl_jax.data.windows import Grid, lay_out_windows, merged_tokens, mrope_positions
-from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.learn.batch import GroupBatch
 from spatial_ssrl_jax.learn.logprobs import logprobs_of
 from spatial_ssrl_jax.learn.loss import GrpoLoss
@@ -27,6 +24,7 @@ from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
 from spatial_ssrl_jax.run.devices import device_peak
 from spatial_ssrl_jax.run.flops import Shape, group_flops
+from spatial_ssrl_jax.run.made_up import made_up_prompt
 from spatial_ssrl_jax.run.matmuls import replay, rollout_products
 from spatial_ssrl_jax.run.memory import explained_memory
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
@@ -157,30 +155,6 @@ class Bench:
                 )
             )
         return found
-
-
-def made_up_prompt(config: Qwen2_5_VLConfig, tokens: int, grid: Grid) -> Prompt:
-    """One picture of random pixels, then words; `tokens` in all."""
-    picture = merged_tokens(config.vision, grid)
-    if tokens <= picture + 2 or grid[1] % 2:
-        raise UserError(
-            f"--prompt-tokens={tokens} and --grid={grid[1]} do not fit: the grid must be even and "
-            f"its picture alone takes {picture + 2} tokens."
-        )
-    rng = np.random.default_rng(0)
-    ids = [config.vision_start_token_id, *[config.image_token_id] * picture]
-    ids += [config.vision_end_token_id]
-    words = rng.integers(0, min(config.text.vocab_size // 2, 10_000), tokens - len(ids))
-    ids = np.array([*ids, *words], np.int32)
-    is_vision = ids == config.image_token_id
-    position = mrope_positions(config.vision, is_vision, [grid], [None])
-    layout = lay_out_windows(config.vision, [grid])
-    index = np.full(len(ids), -1, np.int32)
-    index[is_vision] = layout.merged
-    pixels = rng.normal(size=(*layout.source.shape, config.vision.patch_dim)).astype(np.float32)
-    return Prompt(
-        ids, position, int(position.max()) + 1, index, pixels, layout.frame, layout.coords
-    )
 
 
 def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
