@@ -16,6 +16,12 @@ _PEAK_FLOPS = {
 }
 
 
+def memory_bytes() -> int | None:
+    """Bytes that a program may use of the first device; None where they are not known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
 def peak_flops() -> float | None:
     """Dense bf16 FLOP/s of the first device; None where they are not known, as of a CPU."""
     kind = jax.devices()[0].device_kind
