@@ -23,6 +23,7 @@ from spatial_ssrl_jax.learn.update import TrainState, new_state, train_step
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.layers import cast
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch, abstract_params
+from spatial_ssrl_jax.rollout.cache import token_bytes
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
 from spatial_ssrl_jax.run.devices import peak_flops
@@ -67,12 +68,13 @@ class Bench:
         Raises:
           UserError: no model there, or sizes that do not fit.
         """
+        _check_sizes(args)
         model = open_model(args.model)
+        grid = (1, args.grid, args.grid)
+        prompt = made_up_prompt(model.config, args.prompt_tokens, grid)
         layout = Layout(make_mesh(MeshSettings()))
         dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         params = model.draw(layout, 0) if args.random_weights else model.load(layout, "float32")
-        grid = (1, args.grid, args.grid)
-        prompt = made_up_prompt(model.config, args.prompt_tokens, grid)
         batch = pad_prompts([prompt] * args.prompts, (len(prompt.ids),), (len(prompt.frame),))
         return cls(
             args,
@@ -133,6 +135,17 @@ class Bench:
                 )
             )
         return found
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
+    for name in ("prompts", "group", "new", "grid", "runs", "micro_prompts"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}={value} must be at least 1.")
+    if args.prompts % (args.micro_prompts or args.prompts):
+        raise UserError(
+            f"--micro-prompts={args.micro_prompts} must divide --prompts={args.prompts}."
+        )
 
 
 def made_up_prompt(config: Qwen2_5_VLConfig, tokens: int, grid: Grid) -> Prompt:
@@ -277,10 +290,9 @@ def _decode_bytes(bench: Bench) -> float:
     """Bytes that one decode step cannot do without: weights, prompts' caches, half the own ones."""
     text, size = bench.config.text, np.dtype(bench.compute.dtype).itemsize
     weights = sum(x.size for x in jax.tree.leaves(abstract_params(bench.config)["text"])) * size
-    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * size
     args = bench.args
     cached = args.prompts * (bench.shape.prompt + args.group * args.new / 2)
-    return float(weights + token * cached)
+    return float(weights + token_bytes(text, bench.compute.dtype) * cached)
 
 
 def _report(args: argparse.Namespace, flops: float, seconds: float, **found: float) -> dict:
