@@ -329,10 +329,13 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
         spec.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:
-        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"{path} cannot be run ({type(error).__name__}: {error}): mend it; --debug shows where."
+        ) from error
     if not isinstance(config, Config):
         raise UserError(
-            f"{path}: get_config() gives {type(config).__name__}; it must give a Config."
+            f"{path}: get_config() gives {type(config).__name__}; it must give a Config, as that "
+            "of configs/tiny.py does."
         )
     for key, text in overrides:
         config = _override(config, key.split("."), text, key)
@@ -368,7 +371,7 @@ def _override(node: Any, keys: list[str], text: str, whole: str) -> Any:
     nested = isinstance(value, dict) or dataclasses.is_dataclass(value)
     if rest and not nested:
         raise UserError(
-            f"config.{whole} goes too deep: config.{whole.rsplit('.', 1)[0]} is a value."
+            f"config.{whole} goes too deep: config.{whole.rsplit('.', 1)[0]} is a value; set that."
         )
     if not rest and nested:
         raise UserError(
@@ -430,6 +433,7 @@ _AT_LEAST_ONE = (
     "rollout.wave",
     "checkpoint.every",
     "checkpoint.keep",
+    "optim.max_skipped",
     "log.report_every",
     "eval.examples",
     "eval.samples",
@@ -454,6 +458,8 @@ def validate(config: Config) -> None:
         raise UserError(
             f"grpo.kl_coefficient={grpo.kl_coefficient} must be at least 0; 0 turns the KL off."
         )
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"seed={config.seed} must be at least 0 and below {2**31}.")
     if not 0 <= config.data.heldout_share < 1:
         raise UserError(
             f"data.heldout_share={config.data.heldout_share} must be from 0 to below 1."
@@ -497,6 +503,10 @@ def validate(config: Config) -> None:
         ("sft.steps", sft.steps),
         ("grpo.steps", grpo.steps),
         ("data.workers", config.data.workers),
+        ("grpo.refills", grpo.refills),
+        ("eval.every", config.eval.every),
+        ("log.rollouts_every", config.log.rollouts_every),
+        ("log.rollouts_count", config.log.rollouts_count),
     ):
         if value < 0:
             raise UserError(f"{name}={value} must be at least 0.")
@@ -508,7 +518,9 @@ def validate(config: Config) -> None:
     if not config.trained_tasks:
         raise UserError("every task has weight 0: give at least one tasks.NAME.weight above 0.")
     if sft.steps == 0 and grpo.steps == 0:
-        raise UserError("sft.steps and grpo.steps are both 0: there is nothing to train.")
+        raise UserError(
+            "sft.steps and grpo.steps are both 0: set one above 0, or there is nothing to train."
+        )
     if grpo.init_from and sft.steps:
         raise UserError(
             "grpo.init_from takes the place of the cold start's result: set sft.steps=0, or leave "

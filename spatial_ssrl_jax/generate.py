@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.images import open_image
 from spatial_ssrl_jax.data.prompts import Processor, Prompt
 from spatial_ssrl_jax.data.videos import FPS, MOST_FRAMES, open_video
-from spatial_ssrl_jax.errors import UserError, run_command
+from spatial_ssrl_jax.errors import BadPicture, UserError, run_command
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
@@ -68,8 +69,11 @@ def main(argv: Sequence[str]) -> None:
 
 def _prompt(processor: Processor, args: argparse.Namespace) -> Prompt:
     """Reads pictures and videos, and refuses what the model has no positions for."""
-    images = [open_image(path) for path in args.image]
-    videos = [open_video(path, args.fps, args.max_frames) for path in args.video]
+    try:
+        images = [open_image(path) for path in args.image]
+        videos = [open_video(path, args.fps, args.max_frames) for path in args.video]
+    except BadPicture as error:
+        raise UserError(f"{str(error).rstrip('.')}: give another --image or --video.") from error
     question = f"{args.question} {FORMAT_PROMPT}" if args.reasoning else args.question
     most = processor.config.text.max_position_embeddings - args.max_new_tokens
     if args.max_prompt_tokens is not None:
@@ -123,14 +127,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.samples < 1 or args.max_new_tokens < 1:
         raise UserError("--samples and --max-new-tokens must be at least 1.")
-    if args.fps <= 0 or args.max_frames < 2:
+    if not 0 < args.fps < math.inf or args.max_frames < 2:
         raise UserError("--fps must be above 0, and --max-frames at least 2.")
     limits = [
         n for n in (args.min_pixels, args.max_pixels, args.max_prompt_tokens) if n is not None
     ]
     if min(limits, default=1) < 1:
         raise UserError("--min-pixels, --max-pixels and --max-prompt-tokens must be at least 1.")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    if not 0 <= args.seed < 2**31:
+        raise UserError("--seed must be at least 0 and below 2147483648.")
+    if not args.temperature >= 0 or not 0 < args.top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1.")
     return args
 

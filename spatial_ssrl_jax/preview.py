@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if args.count < 1:
         raise UserError("--count must be at least 1.")
+    if args.seed < 0:
+        raise UserError("--seed must be at least 0.")
 
     source = open_source(args.source)
     tasks = _choose_tasks(args.tasks, source)

@@ -185,8 +185,8 @@ def test_a_missing_file_is_named():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("x = 1", r"c\.py cannot be run: AttributeError.*get_config"),
-        ("def get_config(:", r"c\.py cannot be run: SyntaxError"),
+        ("x = 1", r"c\.py cannot be run \(AttributeError.*get_config"),
+        ("def get_config(:", r"c\.py cannot be run \(SyntaxError"),
         (
             "from spatial_ssrl_jax.config import Config\ndef get_config(): return Config()",
             "TypeError",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
     smart_resize,
@@ -108,7 +108,7 @@ class Processor:
                 f"{self.folder} has neither tokenizer.json nor vocab.json with merges.txt: copy "
                 "them from the model's hub page."
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.tokenizer = _read_tokenizer(self.folder)
         self._template = self._read_template()
         self._images = self._picture_settings("preprocessor_config.json", min_pixels, max_pixels)
         own = "video_preprocessor_config.json"  # folders without it treat frames like pictures
@@ -365,13 +365,25 @@ def _places(question: str, given: dict[str, int]) -> tuple[list[dict], list[Item
             named = ", ".join(str(i + 1) for i in places) or "none"
             raise UserError(
                 f"the question has places for {len(places)} {_PLURAL[kind]} (number {named}), "
-                f"but {count} were given."
+                f"but {count} were given: give as many as it has places for."
             )
     return content, order
 
 
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # Transformers hands on whatever its parsers meet
+        raise UserError(
+            f"the tokenizer in {folder} cannot be read ({error}): copy its files again."
+        ) from error
+
+
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy it again.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object: copy it again.")
+    return found

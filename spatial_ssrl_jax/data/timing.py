@@ -109,6 +109,8 @@ def time_pipeline(
       `pictures_per_s` and `prompts_per_s` of ready batches, and `wait_share`, the part of a step's
       whole time that it waited for its batch.
     """
+    if batches < 0 or step_seconds < 0:
+        raise UserError("--batches and --step-seconds must be at least 0.")
     stream = _stream(spec, model, batch, threads, workers)
     start = time.perf_counter()
     next(stream)

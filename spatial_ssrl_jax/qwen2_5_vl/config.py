@@ -142,7 +142,7 @@ def read_config(folder: Path) -> Qwen2_5_VLConfig:
         )
     try:
         raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again.") from None
     return config_from_dict(raw, str(path))
 
@@ -151,12 +151,14 @@ def config_from_dict(raw: dict[str, Any], name: str) -> Qwen2_5_VLConfig:
     """Builds the config from the parsed `config.json`; `name` is used in errors."""
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind != "qwen2_5_vl":
-        raise UserError(f"{name} describes a {kind!r} model; expected 'qwen2_5_vl'.")
-    text = {**raw, **raw.get("text_config", {})}
-    vision = raw.get("vision_config", {})
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    _refuse_variants(text, vision, rope, name)
+        raise UserError(
+            f"{name} describes a {kind!r} model; expected 'qwen2_5_vl', so give another folder."
+        )
     try:
+        text = {**raw, **raw.get("text_config", {})}
+        vision = raw.get("vision_config", {})
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        _refuse_variants(text, vision, rope, name)
         return Qwen2_5_VLConfig(
             text=TextConfig(
                 **{k: text[k] for k in _TEXT_KEYS},
@@ -179,8 +181,10 @@ def config_from_dict(raw: dict[str, Any], name: str) -> Qwen2_5_VLConfig:
         )
     except KeyError as error:
         raise UserError(
-            f"{name} lacks the key {error}; expected Qwen2.5-VL's config.json."
+            f"{name} lacks the key {error}; expected Qwen2.5-VL's config.json: fetch it again."
         ) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{name} holds a wrong value ({error}): fetch it again.") from None
 
 
 def _refuse_variants(text: dict, vision: dict, rope: dict, name: str) -> None:

@@ -136,14 +136,13 @@ def read_params(
       UserError: a missing, extra or wrongly shaped tensor, or a broken file.
     """
     place = place or (lambda path, array: jax.numpy.asarray(array))
-    stored, table = _find_tensors(Path(folder)), entries(config)
-    _check(Path(folder), config, table, stored)
-    flat = {entry.path: place(entry.path, _read(entry, stored)) for entry in table}
+    stored = find_tensors(Path(folder), config)
+    flat = {entry.path: place(entry.path, _read(entry, stored)) for entry in entries(config)}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """Where a tensor lies: its file, its name there, and its shape."""
 
     path: Path
@@ -151,7 +150,7 @@ class _Stored:
     shape: tuple[int, ...]
 
 
-def _read(entry: Entry, stored: dict[str, _Stored]) -> np.ndarray:
+def _read(entry: Entry, stored: dict[str, Stored]) -> np.ndarray:
     """One parameter on the host.
 
     Its files are opened for it alone: what was read of a mapped file stays in memory until it is
@@ -190,8 +189,26 @@ def newer_name(name: str) -> str:
     return name
 
 
-def _find_tensors(folder: Path) -> dict[str, _Stored]:
-    """Where the tensor of each canonical name lies, from the files' headers alone."""
+def find_tensors(folder: Path, config: Qwen2_5_VLConfig) -> dict[str, Stored]:
+    """Where the tensor of each canonical name lies, from the files' headers alone.
+
+    Raises:
+      UserError: a missing, extra or wrongly shaped tensor, or a broken file.
+    """
+    found = {}
+    for path in _files(folder):
+        try:
+            with safe_open(path, "np") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    shape = tuple(file.get_slice(name).get_shape())
+                    found[canonical_name(name)] = Stored(path, name, shape)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
+    _check(folder, config, found)
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -202,22 +219,11 @@ def _find_tensors(folder: Path) -> dict[str, _Stored]:
         files = [folder / name for name in shards]
     if not files:
         raise UserError(f"{folder} holds no *.safetensors file: fetch the model's weights first.")
-    found = {}
-    for path in files:
-        try:
-            with safe_open(path, "np") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    shape = tuple(file.get_slice(name).get_shape())
-                    found[canonical_name(name)] = _Stored(path, name, shape)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
-    return found
+    return files
 
 
-def _check(
-    folder: Path, config: Qwen2_5_VLConfig, table: list[Entry], stored: dict[str, _Stored]
-) -> None:
-    expected = {name: entry.hub_shape(config) for entry in table for name in entry.hub_names}
+def _check(folder: Path, config: Qwen2_5_VLConfig, stored: dict[str, Stored]) -> None:
+    expected = {n: entry.hub_shape(config) for entry in entries(config) for n in entry.hub_names}
     missing = sorted(expected.keys() - stored.keys())
     extra = sorted(stored.keys() - expected.keys())
     if config.tie_word_embeddings and "lm_head.weight" in extra:

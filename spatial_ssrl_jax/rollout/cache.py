@@ -54,6 +54,12 @@ class Decoding:
     cursor: Array
 
 
+def token_bytes(config: TextConfig, dtype: str) -> int:
+    """Bytes that one token's keys and values take in all layers."""
+    values = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return 2 * values * jnp.dtype(dtype).itemsize
+
+
 def start(config: TextConfig, hidden_BD: Array, group: int, slots: int, limit: int) -> Decoding:
     """Every sample of every group before its first token, with `slots` cache slots."""
     batch = hidden_BD.shape[0]

@@ -40,3 +40,9 @@ def device_peak(kind: str | None = None) -> Peak | None:
     """The peak of a `device_kind`, by default the first device's; None where it is not known."""
     kind = kind or jax.devices()[0].device_kind
     return next((peak for name, peak in _PEAKS.items() if name in kind), None)
+
+
+def memory_bytes() -> int | None:
+    """Bytes that a program may use of the first device; None where they are not known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")

@@ -21,10 +21,10 @@ from spatial_ssrl_jax.qwen2_5_vl.lora import (
     merge_adapters,
     only_adapters,
 )
-from spatial_ssrl_jax.qwen2_5_vl.model import Params, init_adapters, init_params
+from spatial_ssrl_jax.qwen2_5_vl.model import Params, abstract_params, init_adapters, init_params
 from spatial_ssrl_jax.qwen2_5_vl.peft import write_adapter
 from spatial_ssrl_jax.qwen2_5_vl.tree import join, select
-from spatial_ssrl_jax.qwen2_5_vl.weights import read_params, write_params
+from spatial_ssrl_jax.qwen2_5_vl.weights import find_tensors, read_params, write_params
 from spatial_ssrl_jax.run.checkpoint import (
     MODEL,
     PARAMS,
@@ -80,6 +80,26 @@ class ModelFolder:
             return load_params(trained, like, keep_dtype=dtype is None)
         params = load_split(trained, frozen[0], self.config, layout)
         return merge_adapters(params, dtype or "float32")
+
+    def check_weights(self) -> None:
+        """Refuses weights that are not a model of this shape, by their files' headers alone.
+
+        Raises:
+          UserError: they are missing, broken or of another shape.
+        """
+        if not (self.weights / PARAMS).is_dir():
+            find_tensors(self.weights, self.config)
+            return
+        stored: Params = {}
+        for folder in weight_folders(self.weights):
+            stored = join(stored, stored_params(folder))
+        whole = abstract_params(self.config, found_adapters(stored))
+        shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (stored, whole)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"the weights in {self.weights} are not of the shape that "
+                f"{self.files / 'config.json'} asks for: copy both again."
+            )
 
     def draw(self, layout: Layout, seed: int) -> Params:
         """Fresh weights of this shape, float32, in the training layout."""

@@ -1,6 +1,7 @@
 """Everything a run holds while it goes on, and opening it: what cannot work is refused here."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 import grain
 import jax
 
-from spatial_ssrl_jax.config import Config, to_dict
+from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings, to_dict
 from spatial_ssrl_jax.data.items import check_fits, item_dataset
-from spatial_ssrl_jax.data.pipeline import Collate, Split, split_records
+from spatial_ssrl_jax.data.pipeline import Collate, Split, batches, split_records
 from spatial_ssrl_jax.data.prompts import Extent, Processor
-from spatial_ssrl_jax.data.sources import AnySource, Source, open_source
+from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.eval.pretext import PretextEval, Table, heldout_items
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
@@ -30,7 +31,7 @@ from spatial_ssrl_jax.run.metrics import MetricsWriter
 from spatial_ssrl_jax.run.monitor import Compilations
 from spatial_ssrl_jax.run.preemption import Preemption
 from spatial_ssrl_jax.run.progress import Progress
-from spatial_ssrl_jax.run.start import check_init_from
+from spatial_ssrl_jax.run.start import check_start
 from spatial_ssrl_jax.tasks import TASKS
 
 # Changing these between two starts of one run does not change what was trained before.
@@ -39,17 +40,23 @@ _SAFE_KEYS = ("grpo.steps", "data.threads", "data.workers")
 
 
 @dataclass
-class Run:
-    """Everything a run holds while it goes on; built once by `open_run`."""
+class Parts:
+    """What a run is made of, opened and found to fit together; nothing is written for it."""
 
     config: Config
-    workdir: Path
     layout: Layout
     model: models.ModelFolder
     processor: Processor
-    source: Source
+    source: AnySource
     split: Split
     collate: Collate
+
+
+@dataclass
+class Run(Parts):
+    """Everything a run holds while it goes on; built once by `open_run`."""
+
+    workdir: Path
     compute: Compute
     engine: Engine
     evaluation: PretextEval
@@ -68,12 +75,14 @@ class Run:
         return self.config.sft.steps + self.config.grpo.steps
 
 
-def open_run(
-    config: Config, workdir: Path, overwrite: bool, preemption: Preemption, progress: Progress
-) -> Run:
-    """Opens model, source and checkpoints; refuses what cannot work before anything is computed."""
+def open_parts(config: Config) -> Parts:
+    """Opens model, source and devices; refuses what does not fit together.
+
+    Raises:
+      UserError: something is missing, or does not belong together.
+    """
     model = models.open_model(config.model.path)
-    check_init_from(config, model)
+    check_start(config, model)
     source = open_source(config.data.source)
     layout = Layout(make_mesh(config.mesh))
     data = config.data
@@ -84,6 +93,16 @@ def open_run(
     if config.sft.steps and config.sft.responses != "made":
         open_source(f"ssrl81k:{config.sft.responses}")
     _check_shards(config, layout)
+    collate = Collate(data.prompt_buckets, data.window_buckets)
+    return Parts(config, layout, model, processor, source, split, collate)
+
+
+def open_run(
+    config: Config, workdir: Path, overwrite: bool, preemption: Preemption, progress: Progress
+) -> Run:
+    """Opens model, source and checkpoints; refuses what cannot work before anything is computed."""
+    parts = open_parts(config)
+    model, layout, processor = parts.model, parts.layout, parts.processor
     if is_writer():
         _claim(config, workdir, overwrite)
         _describe_model(model, workdir / "checkpoints" / MODEL)
@@ -101,34 +120,22 @@ def open_run(
         rollout.check_every,
         layout.batch_shards,
     )
-    collate = Collate(data.prompt_buckets, data.window_buckets)
     checkpoints = Checkpoints(
         str(workdir / "checkpoints"), config.checkpoint.keep, always=[config.sft.steps]
     )
-    progress.say(
-        f"{len(split.train)} training and {len(split.heldout)} held-out pictures from {source.spec}"
-    )
+    train, heldout = (len(pool) for pool in (parts.split.train, parts.split.heldout))
+    progress.say(f"{train} training and {heldout} held-out pictures from {parts.source.spec}")
     return Run(
-        config=config,
+        **vars(parts),
         workdir=workdir,
-        layout=layout,
-        model=model,
-        processor=processor,
-        source=source,
-        split=split,
-        collate=collate,
         compute=compute,
         engine=engine,
         evaluation=PretextEval(
-            heldout_items(
-                _heldout_datasets(config, source, split, processor),
-                config.eval.examples,
-                progress.say,
-            ),
+            heldout_items(heldout_datasets(parts), config.eval.examples, progress.say),
             engine,
             processor,
             layout,
-            collate,
+            parts.collate,
             config.eval,
             config.rollout,
             config.reward,
@@ -142,8 +149,10 @@ def open_run(
     )
 
 
-def _heldout_datasets(config: Config, source: Source, split: Split, processor: Processor):
-    if not split.heldout:
+def heldout_datasets(parts: Parts) -> dict[str, grain.MapDataset]:
+    """Each task alone over the held-out records."""
+    config, source, pool = parts.config, parts.source, parts.split.heldout
+    if not pool:
         return {}
     datasets = {}
     for task in TASKS:
@@ -151,8 +160,45 @@ def _heldout_datasets(config: Config, source: Source, split: Split, processor: P
             continue
         alone = {name: _weighted(s, float(name == task.name)) for name, s in config.tasks.items()}
         settings = replace(config, tasks=alone)
-        datasets[task.name] = items_of(settings, source, split.heldout, processor, config.seed + 1)
+        datasets[task.name] = items_of(settings, source, pool, parts.processor, config.seed + 1)
     return datasets
+
+
+def pipeline(
+    parts: Parts, settings: SftSettings | GrpoSettings, start: int
+) -> grain.DatasetIterator:
+    """The batches of a stage, given by its section, from its step `start` on."""
+    config = parts.config
+    seed = config.seed * 2 + (settings is config.grpo)
+    source, pool = parts.source, parts.split.train
+    if settings is config.sft and settings.responses != "made":
+        source = open_source(f"ssrl81k:{settings.responses}")
+        pool = range(len(source))
+    items = items_of(config, source, pool, parts.processor, seed)
+    return batches(
+        items,
+        settings.prompts,
+        settings.micro_prompts if isinstance(settings, GrpoSettings) else settings.prompts,
+        parts.collate,
+        start=start,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+
+
+def check_bad(parts: Parts, bad: int, tried: int) -> None:
+    """Refuses a source of which too many pictures could not be used.
+
+    Raises:
+      UserError: of at least twenty, more than `data.max_bad_share`.
+    """
+    if tried >= 20 and bad > parts.config.data.max_bad_share * tried:
+        raise UserError(
+            f"{bad} of {tried} pictures from {parts.source.spec} could not be used: "
+            "mend the source, or raise data.max_bad_share."
+        )
 
 
 def items_of(
@@ -192,15 +238,42 @@ def _weighted(settings: Any, weight: float) -> Any:
     return replace(settings, weight=weight)
 
 
+def check_workdir(config: Config, workdir: Path, overwrite: bool) -> bool:
+    """Refuses a folder that cannot be this run's; changes nothing.
+
+    Returns:
+      Whether the same run stopped there, so that it goes on.
+
+    Raises:
+      UserError: it cannot be written to, is not empty, or holds another run.
+    """
+    place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = "is not writable" if place.is_dir() else "is a file"
+        raise UserError(f"nothing can be written to {workdir} ({place} {why}): change --workdir.")
+    path = workdir / "config.json"
+    if overwrite or not path.is_file():
+        models.check_folder(workdir, overwrite)
+        return False
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): choose another --workdir, or give --overwrite."
+        ) from error
+    _check_same(before, json.loads(json.dumps(to_dict(config))), workdir)
+    return True
+
+
 def _claim(config: Config, workdir: Path, overwrite: bool) -> None:
     """Makes the folder this run's: new, or one where the same run stopped."""
-    path = workdir / "config.json"
-    if not overwrite and path.is_file():
-        _check_same(json.loads(path.read_text()), json.loads(json.dumps(to_dict(config))), workdir)
-    else:
+    if not check_workdir(config, workdir, overwrite):
         models.claim_folder(workdir, overwrite)
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    # Beside the folder: one that holds nothing but a part of it would be taken for another's.
+    partial = workdir.parent / f".{workdir.name}-config.partial"
+    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    os.replace(partial, workdir / "config.json")
 
 
 def _check_same(before: dict, now: dict, workdir: Path) -> None:

@@ -118,15 +118,18 @@ def _copy(params: Params, dtype: str) -> Params:
     return jax.jit(lambda p: cast(jax.tree.map(lambda x: x + 0, p), dtype))(params)
 
 
-def check_init_from(config: Config, model: models.ModelFolder) -> None:
-    """Refuses a `grpo.init_from` that is no model of this shape.
+def check_start(config: Config, model: models.ModelFolder) -> None:
+    """Refuses weights that a run cannot start from, by their files' headers alone.
 
     Raises:
-      UserError: nothing usable lies there, or another model.
+      UserError: nothing usable lies there, or `grpo.init_from` is a model of another shape.
     """
     path = config.grpo.init_from
-    if path and models.open_model(path).config != model.config:
+    first = models.open_model(path) if path else model
+    if first.config != model.config:
         raise UserError(
             f"grpo.init_from={path} is another model than model.path={config.model.path}: "
             "give one with the same config.json."
         )
+    if path or not config.model.from_scratch:
+        first.check_weights()

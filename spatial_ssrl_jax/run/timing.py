@@ -12,6 +12,7 @@ import numpy as np
 
 from spatial_ssrl_jax.config import GrpoSettings, MeshSettings, OptimSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.learn.batch import GroupBatch
 from spatial_ssrl_jax.learn.logprobs import logprobs_of
 from spatial_ssrl_jax.learn.loss import GrpoLoss
@@ -89,12 +90,13 @@ class Bench:
         Raises:
           UserError: no model there, or sizes that do not fit.
         """
+        _check_sizes(args)
         model = open_model(args.model)
+        grid = (1, args.grid, args.grid)
+        prompt = made_up_prompt(model.config, args.prompt_tokens, grid)
         layout = Layout(make_mesh(MeshSettings()))
         dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         params = model.draw(layout, 0) if args.random_weights else model.load(layout, "float32")
-        grid = (1, args.grid, args.grid)
-        prompt = made_up_prompt(model.config, args.prompt_tokens, grid)
         batch = pad_prompts([prompt] * args.prompts, (len(prompt.ids),), (len(prompt.frame),))
         return cls(
             args,
@@ -155,6 +157,17 @@ class Bench:
                 )
             )
         return found
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
+    for name in ("prompts", "group", "new", "grid", "runs", "micro_prompts"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}={value} must be at least 1.")
+    if args.prompts % (args.micro_prompts or args.prompts):
+        raise UserError(
+            f"--micro-prompts={args.micro_prompts} must divide --prompts={args.prompts}."
+        )
 
 
 def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import abstract_params
+from spatial_ssrl_jax.rollout.cache import token_bytes
 from spatial_ssrl_jax.run.flops import Shape
 
 _MASTER = 4  # bytes of a float32 weight, gradient or moment
@@ -22,13 +23,6 @@ def weight_bytes(config: Qwen2_5_VLConfig, dtype: str, vision: bool = True) -> f
         del text["embed"]
     read = (text, params["vision"]) if vision else text
     return float(_count(read) * np.dtype(dtype).itemsize)
-
-
-def cache_bytes(config: Qwen2_5_VLConfig, dtype: str) -> float:
-    """Key and value of one token in all layers."""
-    text = config.text
-    heads = text.num_hidden_layers * text.num_key_value_heads
-    return 2.0 * heads * text.head_dim * np.dtype(dtype).itemsize
 
 
 def decode_bytes(
@@ -46,12 +40,14 @@ def decode_bytes(
     steps = shape.response - first
     own = shape.group * (first + 1 + shape.response) / 2  # on average over the steps
     cached = prompts * (shape.prompt + own)
-    return steps * (weight_bytes(config, dtype, vision=False) + cached * cache_bytes(config, dtype))
+    return steps * (
+        weight_bytes(config, dtype, vision=False) + cached * token_bytes(config.text, dtype)
+    )
 
 
 def rollout_bytes(config: Qwen2_5_VLConfig, dtype: str, shape: Shape, prompts: int) -> float:
     """Prefill, which reads all weights and writes the prompts' caches, and every decode step."""
-    written = prompts * shape.prompt * cache_bytes(config, dtype)
+    written = prompts * shape.prompt * token_bytes(config.text, dtype)
     decoded = decode_bytes(config, dtype, shape, prompts)
     return weight_bytes(config, dtype) + written + decoded
 

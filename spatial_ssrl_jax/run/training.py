@@ -13,8 +13,7 @@ import optax
 
 from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
 from spatial_ssrl_jax.data.batching import widen
-from spatial_ssrl_jax.data.pipeline import Batch, batch_at, batches
-from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.data.pipeline import Batch, batch_at
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.eval.pretext import Table
 from spatial_ssrl_jax.learn.cut import Buckets
@@ -36,7 +35,7 @@ from spatial_ssrl_jax.run.mesh import (
 from spatial_ssrl_jax.run.monitor import memory
 from spatial_ssrl_jax.run.preemption import Preemption
 from spatial_ssrl_jax.run.progress import Progress
-from spatial_ssrl_jax.run.setup import Run, items_of, open_run
+from spatial_ssrl_jax.run.setup import Run, check_bad, items_of, open_run, pipeline
 from spatial_ssrl_jax.run.start import Start
 
 UNTRAINED, SFT, GRPO = "untrained", "sft", "grpo"
@@ -192,12 +191,12 @@ def _loop(
       The last state, or None when a signal stopped the run.
     """
     last = first + settings.steps
-    with closing(_pipeline(run, stage, settings, start=done - first)) as pipeline:
+    with closing(pipeline(run, settings, start=done - first)) as stream:
         run.progress.start(stage, settings.steps, done - first)
         begun = time.perf_counter()
         for number in range(done + 1, last + 1):
             waited = time.perf_counter()
-            batch = _agreed(next(pipeline))
+            batch = _agreed(next(stream))
             waited = time.perf_counter() - waited
             if number == done + 1:
                 run.progress.say(f"compiling the programs of {stage} (first step)")
@@ -228,26 +227,6 @@ def _loop(
                 run.progress.say(f"stopped after step {number}; the same command goes on from here")
                 return None
     return state
-
-
-def _pipeline(run: Run, stage: str, settings: SftSettings | GrpoSettings, start: int):
-    seed = run.config.seed * 2 + (stage == GRPO)
-    source, pool = run.source, run.split.train
-    if stage == SFT and run.config.sft.responses != "made":
-        source = open_source(f"ssrl81k:{run.config.sft.responses}")
-        pool = range(len(source))
-    items = items_of(run.config, source, pool, run.processor, seed)
-    return batches(
-        items,
-        settings.prompts,
-        settings.micro_prompts if stage == GRPO else settings.prompts,
-        run.collate,
-        start=start,
-        threads=run.config.data.threads,
-        workers=run.config.data.workers,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-    )
 
 
 def _refill(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
@@ -284,11 +263,7 @@ def _count_bad(run: Run, batch: Batch) -> None:
         run.progress.say(f"skipped {skip.name}: {skip.reason}")
     run.bad += round(total(len(skips)))
     run.tried += round(total(len(skips) + len(batch.items)))
-    if run.tried >= 20 and run.bad > run.config.data.max_bad_share * run.tried:
-        raise UserError(
-            f"{run.bad} of {run.tried} pictures from {run.source.spec} could not be used: "
-            "mend the source, or raise data.max_bad_share."
-        )
+    check_bad(run, run.bad, run.tried)
 
 
 def _check_skipped(run: Run, stage: str, number: int, state: TrainState) -> None:

@@ -86,9 +86,9 @@ def make_config(model: c.ModelSettings, **sections) -> c.Config:
 
 
 @pytest.fixture(scope="session")
-def taught(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a cold start of the toy from scratch, long enough for some form."""
-    config = make_config(
+def taught_config(toy_folder: Path) -> c.Config:
+    """A cold start of the toy from scratch, long enough for some form."""
+    return make_config(
         c.ModelSettings(str(toy_folder), True, "float32", "none"),
         sft=c.SftSettings(steps=110, learning_rate=1e-2, **ROWS),
         grpo=c.GrpoSettings(steps=0),
@@ -96,8 +96,13 @@ def taught(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint=c.CheckpointSettings(every=1000),
         eval=c.EvalSettings(examples=8, samples=4, prompts=8),
     )
+
+
+@pytest.fixture(scope="session")
+def taught(taught_config: c.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that cold start."""
     workdir = tmp_path_factory.mktemp("taught") / "run"
-    assert train(config, workdir)
+    assert train(taught_config, workdir)
     return workdir
 
 

@@ -21,7 +21,7 @@ from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings, without_adapters
 from spatial_ssrl_jax.run import models
 from spatial_ssrl_jax.run.checkpoint import weight_folders
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
-from spatial_ssrl_jax.run.start import Start, check_init_from
+from spatial_ssrl_jax.run.start import Start, check_start
 from spatial_ssrl_jax.run.training import train
 from tests.conftest import ROOT, random_params
 
@@ -175,7 +175,7 @@ def test_grpo_starts_from_elsewhere(config: Config, base: Path, done: Path, layo
     places = {"": base, **{str(p): p for p in (done / "checkpoints" / "2", done / "export")}}
     for path, place in places.items():
         start = starting(config, layout, init_from=path)
-        check_init_from(start.config, start.model)
+        check_start(start.config, start.model)
         wanted = models.open_model(str(place)).load(layout, "float32")
         assert bits(start.params(start.config.grpo)) == bits(wanted)
     whole = starting(config, layout, init_from=str(base), lora=LoraSettings())
@@ -187,7 +187,7 @@ def test_another_model_to_start_from_is_refused(config: Config, base: Path, layo
     tiny = dataclasses.replace(config, model=dataclasses.replace(config.model, path="tiny"))
     start = starting(tiny, layout, init_from=str(base))
     with pytest.raises(UserError, match=r"grpo\.init_from=.*hf is another model than .*path=tiny"):
-        check_init_from(start.config, start.model)
+        check_start(start.config, start.model)
     start = starting(config, layout, init_from="/nowhere/m")
     with pytest.raises(UserError, match="model folder /nowhere/m does not exist"):
-        check_init_from(start.config, start.model)
+        check_start(start.config, start.model)

@@ -7,10 +7,10 @@ import pytest
 
 from spatial_ssrl_jax.qwen2_5_vl.config import read_config
 from spatial_ssrl_jax.qwen2_5_vl.model import abstract_params
+from spatial_ssrl_jax.rollout.cache import token_bytes
 from spatial_ssrl_jax.run.devices import device_peak
 from spatial_ssrl_jax.run.flops import Shape
 from spatial_ssrl_jax.run.traffic import (
-    cache_bytes,
     decode_bytes,
     rollout_bytes,
     update_bytes,
@@ -25,12 +25,12 @@ def test_what_a_decode_step_reads(shared, size, weights, token):
     config = read_config(shared / "qwen2_5_vl" / size)
     found = weight_bytes(config, "bfloat16", vision=False)
     assert found == pytest.approx(weights, rel=5e-3)
-    assert cache_bytes(config, "bfloat16") == pytest.approx(token, rel=1e-2)
+    assert token_bytes(config.text, "bfloat16") == pytest.approx(token, rel=1e-2)
 
 
 def test_decode_steps_add_up(toy):
     """Two prompts of 10 tokens, 3 samples of 4 tokens each, step after step."""
-    shape, one = Shape(10, (), 3, 4), cache_bytes(toy.config, "float32")
+    shape, one = Shape(10, (), 3, 4), token_bytes(toy.config.text, "float32")
     weights = weight_bytes(toy.config, "float32", vision=False)
     steps = [weights + 2 * (10 + 3 * (step + 1)) * one for step in range(4)]
     assert decode_bytes(toy.config, "float32", shape, 2) == pytest.approx(sum(steps))

@@ -1,0 +1,325 @@
+"""Looks a run over before it starts, writing nothing: what would go wrong, and how large it is."""
+
+import shutil
+import statistics
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.eval.pretext import heldout_items
+from spatial_ssrl_jax.learn.optimizer import make_optimizer
+from spatial_ssrl_jax.learn.sft import encode_responses, pack_step
+from spatial_ssrl_jax.learn.trainable import Trainable
+from spatial_ssrl_jax.learn.update import TrainState, abstract_state
+from spatial_ssrl_jax.rollout.cache import token_bytes
+from spatial_ssrl_jax.run.devices import memory_bytes
+from spatial_ssrl_jax.run.metrics import read_metrics
+from spatial_ssrl_jax.run.setup import (
+    Parts,
+    check_bad,
+    check_workdir,
+    heldout_datasets,
+    open_parts,
+    pipeline,
+)
+
+_EXAMPLES = 32  # of the cold start that each process makes
+_RECENT = 50  # steps whose median says how long one takes
+
+
+def check(config: Config, workdir: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Opens everything as `train` does, makes the first prompts of each stage, and measures.
+
+    Args:
+      config: the run.
+      workdir: where it would be left; it stays as it is.
+      overwrite: as for `train`.
+
+    Returns:
+      Plain JSON types: what the run is made of, its stages, bytes, seconds, and `problems`:
+      sentences that say why it would not run through; empty when it would.
+
+    Raises:
+      UserError: it would not begin.
+    """
+    parts = open_parts(config)
+    goes_on = check_workdir(config, workdir, overwrite)
+    done = _steps_done(workdir) if goes_on else 0
+    notes: list[str] = []
+    heldout_items(heldout_datasets(parts), 1, notes.append)
+    if not parts.split.heldout:
+        notes.append("no picture is held out, so there are no held-out figures")
+    stages, first = {}, 0
+    for name, settings in (("sft", config.sft), ("grpo", config.grpo)):
+        left = min(max(first + settings.steps - done, 0), settings.steps)
+        first += settings.steps
+        if left:
+            stages[name] = _stage(parts, settings, left, notes)
+            stages[name]["seconds_a_step"] = _seconds(workdir, name) if goes_on else None
+    disk = _disk(config, workdir, stages)
+    limit = memory_bytes()
+    return {
+        "workdir": str(workdir),
+        "steps_done": done,
+        "devices": {
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+            "memory_bytes": limit,
+        },
+        "model": config.model.path,
+        "source": {
+            "spec": parts.source.spec,
+            "train": len(parts.split.train),
+            "heldout": len(parts.split.heldout),
+        },
+        "stages": stages,
+        "disk": disk,
+        "seconds_left": _seconds_left(stages),
+        "notes": notes,
+        "problems": _problems(stages, disk, limit),
+    }
+
+
+def _stage(
+    parts: Parts, settings: SftSettings | GrpoSettings, left: int, notes: list[str]
+) -> dict[str, Any]:
+    """One stage's size, from its first prompts and from the model's shapes."""
+    batch = _first_prompts(parts, settings)
+    skips = [skip for item in batch.items for skip in item.skipped]
+    bad = sum(skip.bad for skip in skips)
+    check_bad(parts, bad, bad + len(batch.items))
+    if skips:
+        seen, reason = len(batch.items) + len(skips), skips[0].reason
+        notes.append(f"{len(skips)} of {seen} records gave no prompt (the first: {reason})")
+    prompts, scale = int(batch.prompts.length.sum()), settings.prompts / len(batch.items)
+    bucket, windows = batch.prompts.ids.shape[1], batch.prompts.vision.frame.shape[1]
+    padding = 1 - prompts / (len(batch.items) * bucket)
+    if isinstance(settings, SftSettings):
+        tokens = encode_responses(batch.items, parts.processor, parts.config.rollout.limit)
+        count = sum(map(len, tokens))
+        packed = pack_step(batch, tokens, settings, parts.model.config.vision)
+        padding = 1 - (prompts + count) / packed.places
+        responses = {"response_tokens": round(count * scale)}
+    else:
+        most = settings.prompts * settings.group * parts.config.rollout.limit
+        responses = {"response_tokens_at_most": most}
+    state = _state(parts, settings)
+    memory = _memory(parts, settings, state)
+    return {
+        "steps": settings.steps,
+        "steps_left": left,
+        "prompts": settings.prompts,
+        "prompt_tokens": round(prompts * scale),
+        **responses,
+        "measured_prompts": len(batch.items),
+        "bucket": [bucket, windows],
+        "batch_bytes": round(_whole(batch.prompts) * scale / jax.process_count()),
+        "padding_share": round(padding, 3),
+        "trained": _count(state.trained),
+        "frozen": _count(state.frozen),
+        "memory_bytes_a_device": memory | {"sum": _most(memory)},
+        "checkpoint_bytes": _whole(replace(state, frozen={})),
+        "frozen_bytes": _whole(state.frozen),
+    }
+
+
+def _first_prompts(parts: Parts, settings: SftSettings | GrpoSettings) -> Batch:
+    """A stage's first micro-batch, by the pipeline that training reads, pixels and all.
+
+    A whole batch at the paper's size can take tens of gigabytes and minutes.
+    """
+    name = "sft" if isinstance(settings, SftSettings) else "grpo"
+    few = min(settings.prompts, _EXAMPLES * jax.process_count())
+    small = replace(settings, prompts=settings.micro_prompts if name == "grpo" else few)
+    parts = replace(parts, config=replace(parts.config, **{name: small}))
+    with closing(pipeline(parts, small, start=0)) as stream:
+        return next(stream)
+
+
+def _state(parts: Parts, settings: SftSettings | GrpoSettings) -> TrainState:
+    """Shapes and places of what a stage carries."""
+    whole = parts.layout.abstract(parts.model.config, settings.lora)
+    split = Trainable.of(settings).split(whole, parts.config.model.dtype)
+    return abstract_state(make_optimizer(parts.config.optim, settings, 1), *split)
+
+
+def _memory(
+    parts: Parts, settings: SftSettings | GrpoSettings, state: TrainState
+) -> dict[str, int]:
+    """Bytes of each device by what takes them, at the largest buckets; no activations."""
+    config, text = parts.config, parts.model.config.text
+    size = np.dtype(config.model.dtype).itemsize
+    prompt, limit = max(config.data.prompt_buckets), config.rollout.limit
+    tokens = config.eval.prompts * (prompt + config.eval.samples * limit)
+    reference = 0
+    if isinstance(settings, GrpoSettings):
+        tokens = max(tokens, config.rollout.wave * (prompt + settings.group * limit))
+        if settings.kl_coefficient and not settings.lora.rank:
+            reference = _own(state.trained, size)
+    return {
+        "weights": _own(state.trained) + _own(state.frozen),
+        "optimizer": _own(state.opt_state),
+        "reference": reference,
+        "rollout_copy": _own(parts.layout.abstract(parts.model.config)["text"], size),
+        "caches": tokens * token_bytes(text, config.model.dtype) // parts.layout.batch_shards,
+        "gradients": 2 * _own(state.trained),  # the sum and what is added to it
+    }
+
+
+def _most(memory: dict[str, int]) -> int:
+    """What is there at once: sampling's own part is freed before the update's comes."""
+    stays = memory["weights"] + memory["optimizer"] + memory["reference"]
+    return stays + max(memory["rollout_copy"] + memory["caches"], memory["gradients"])
+
+
+def _own(tree: Any, itemsize: int | None = None) -> int:
+    """Bytes of one device's part of sharded shapes."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * (itemsize or x.dtype.itemsize)
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _whole(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _count(tree: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _steps_done(workdir: Path) -> int:
+    """The newest checkpoint's step."""
+    names = [p.name for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    return max(map(int, names), default=0)
+
+
+def _seconds(workdir: Path, stage: str) -> float | None:
+    """The median of the newest steps of a stage in this folder; None where there are none."""
+    seconds = [
+        row["perf/step_seconds"]
+        for row in read_metrics(workdir)
+        if row["stage"] == stage and row.get("perf/step_seconds") is not None
+    ]
+    return round(statistics.median(seconds[-_RECENT:]), 3) if seconds else None
+
+
+def _seconds_left(stages: dict[str, dict]) -> float | None:
+    seconds = [stage["seconds_a_step"] for stage in stages.values()]
+    if None in seconds:
+        return None
+    return sum(s * stage["steps_left"] for s, stage in zip(seconds, stages.values(), strict=True))
+
+
+def _disk(config: Config, workdir: Path, stages: dict[str, dict]) -> dict[str, int]:
+    """Bytes that the run's checkpoints come to, those there are, and those free beside them."""
+    place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    largest = max((s["checkpoint_bytes"] for s in stages.values()), default=0)
+    # A new one is complete before an old one goes, and the cold start's last one stays.
+    count = config.checkpoint.keep + 1 + bool(config.sft.steps)
+    there = sum(p.stat().st_size for p in (workdir / "checkpoints").rglob("*") if p.is_file())
+    return {
+        "checkpoints_bytes": largest * count + sum(s["frozen_bytes"] for s in stages.values()),
+        "there_bytes": there,
+        "free_bytes": shutil.disk_usage(place).free,
+    }
+
+
+def _problems(stages: dict[str, dict], disk: dict[str, int], limit: int | None) -> list[str]:
+    found = []
+    for name, stage in stages.items():
+        needs = stage["memory_bytes_a_device"]["sum"]
+        if limit is not None and needs > limit:
+            found.append(
+                f"{name} needs {_size(needs)} a device before any activation, and a device has "
+                f"{_size(limit)}: use more devices (mesh.fsdp), LoRA, a smaller rollout.wave or "
+                "shorter limits."
+            )
+    needs = disk["checkpoints_bytes"] - disk["there_bytes"]
+    if needs > disk["free_bytes"]:
+        found.append(
+            f"the checkpoints come to {_size(needs)} more and only {_size(disk['free_bytes'])} is "
+            "free: free space, choose another --workdir, or lower checkpoint.keep."
+        )
+    return found
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Prints a report of `check` as a short list."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in _lines(report):
+        table.add_row(name, text)
+    console.print(table, soft_wrap=True)
+    for note in report["notes"]:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    if not report["problems"]:
+        console.print("it would run", highlight=False)
+
+
+def _lines(report: dict[str, Any]):
+    devices, source, disk = report["devices"], report["source"], report["disk"]
+    has = devices["memory_bytes"]
+    yield "model", report["model"]
+    yield (
+        "source",
+        f"{source['spec']}: {source['train']:,} training, {source['heldout']:,} held out",
+    )
+    yield (
+        "devices",
+        f"{devices['count']} x {devices['kind']}, {devices['processes']} process(es), memory "
+        + (f"{_size(has)} each" if has else "unknown"),
+    )
+    done = report["steps_done"]
+    yield "folder", report["workdir"] + (f", goes on after step {done}" if done else "")
+    for name, stage in report["stages"].items():
+        yield from ((f"{name}: {what}", text) for what, text in _stage_lines(stage))
+    yield (
+        "checkpoints",
+        f"{_size(disk['checkpoints_bytes'])} in all, {_size(disk['there_bytes'])} there, "
+        f"{_size(disk['free_bytes'])} free",
+    )
+    left = report["seconds_left"]
+    yield "time left", "unknown until some steps are done" if left is None else _time(left)
+
+
+def _stage_lines(stage: dict[str, Any]):
+    most = stage.get("response_tokens_at_most")
+    response = f"at most {most:,}" if most else f"{stage['response_tokens']:,}"
+    left = f", {stage['steps_left']:,} left" if stage["steps_left"] < stage["steps"] else ""
+    tokens, windows = stage["bucket"]
+    padding = f"{stage['padding_share']:.0%} padding"
+    memory = dict(stage["memory_bytes_a_device"])
+    whole = _size(memory.pop("sum"))
+    parts = ", ".join(f"{n.replace('_', ' ')} {_size(b)}" for n, b in memory.items() if b)
+    yield "steps", f"{stage['steps']:,} of {stage['prompts']:,} prompts{left}"
+    yield "tokens a step", f"{stage['prompt_tokens']:,} of prompts, {response} of responses"
+    yield (
+        f"first {stage['measured_prompts']} prompts",
+        f"bucket of {tokens:,} tokens and {windows:,} windows, {padding}",
+    )
+    yield "host memory", f"{_size(stage['batch_bytes'])} a batch in that bucket"
+    yield "parameters", f"{stage['trained']:,} trained, {stage['frozen']:,} frozen"
+    yield "memory a device", f"about {whole} without activations, an estimate: {parts}"
+    yield "a checkpoint", _size(stage["checkpoint_bytes"])
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
