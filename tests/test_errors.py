@@ -65,7 +65,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (
         train.main,
         ["--check", *train_with("data.source=scenes:9", "data.prompt_buckets=9")],
-        ["gave no valid"],
+        ["fits 9 tokens", "data.prompt_buckets"],
     ),
     (
         train.main,
