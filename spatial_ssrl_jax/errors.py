@@ -1,8 +1,13 @@
 """Errors that a user can cause: one sentence with the cause and the next thing to try."""
 
+import errno
+import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class UserError(Exception):
@@ -11,6 +16,20 @@ class UserError(Exception):
 
 class BadPicture(UserError):
     """One picture or depth map that cannot be used; a pipeline skips, counts and names it."""
+
+
+@contextmanager
+def disk_explained(folder: str | os.PathLike) -> Iterator[None]:
+    """Says in a sentence that a run's folder cannot be written to any more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise UserError(
+            f"{error.filename or folder} cannot be written ({error.strerror}): free space there; "
+            "the same command then goes on after the newest checkpoint."
+        ) from error
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:

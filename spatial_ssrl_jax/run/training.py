@@ -15,7 +15,7 @@ from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
 from spatial_ssrl_jax.data.batching import widen
 from spatial_ssrl_jax.data.pipeline import Batch, batch_at, batches
 from spatial_ssrl_jax.data.sources import open_source
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.errors import UserError, disk_explained
 from spatial_ssrl_jax.eval.pretext import Table
 from spatial_ssrl_jax.learn.batch import take_rows
 from spatial_ssrl_jax.learn.figures import gathered, prompt_metrics, prompt_rows
@@ -57,11 +57,19 @@ def train(config: Config, workdir: Path, overwrite: bool = False) -> bool:
     Raises:
       UserError: something the user can mend.
     """
-    with Preemption() as preemption, Progress(quiet=not is_writer()) as progress:
+    with (
+        Preemption() as preemption,
+        Progress(quiet=not is_writer()) as progress,
+        disk_explained(workdir),
+    ):
         run = open_run(config, workdir, overwrite, preemption, progress)
         done = run.checkpoints.latest()
         start = Start(config, run.model, run.layout, run.checkpoints, progress.say)
-        finished = _run_stages(run, start, done or 0)
+        try:
+            finished = _run_stages(run, start, done or 0)
+        except (UserError, OSError):
+            run.checkpoints.settle()
+            raise
         run.checkpoints.wait()
         if finished:
             _finish(run, start)
@@ -207,7 +215,6 @@ def _loop(
                 "perf/compilations": float(run.compilations.count),
             }
             _count_bad(run, batch)
-            _check_skipped(run, stage, number, state)
             due = run.config.eval.every and (number - first) % run.config.eval.every == 0
             if number == last or (stage == GRPO and due):
                 metrics |= _heldout_metrics(_measure(run, stage, number, state.params))
@@ -215,6 +222,7 @@ def _loop(
                 run.metrics.write(stage, number, metrics)
                 run.progress.step(number - first, metrics)
                 log_step(run, number, first, sampled)
+            _check_skipped(run, stage, number, state)
             stop = total(run.preemption.requested) > 0
             if number == last or (number - first) % run.config.checkpoint.every == 0 or stop:
                 elapsed = time.perf_counter() - begun + run.seconds.get(stage, 0.0)
