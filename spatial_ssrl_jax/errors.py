@@ -5,7 +5,10 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 STOPPED = 130  # the exit code of a program that Ctrl-C ended
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -18,6 +21,20 @@ class UserError(Exception):
 
 class BadPicture(UserError):
     """One picture or depth map that cannot be used; a pipeline skips, counts and names it."""
+
+
+@contextmanager
+def disk_explained(folder: str | os.PathLike) -> Iterator[None]:
+    """Says in a sentence that a run's folder cannot be written to any more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise UserError(
+            f"{error.filename or folder} cannot be written ({error.strerror}): free space there; "
+            "the same command then goes on after the newest checkpoint."
+        ) from error
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:

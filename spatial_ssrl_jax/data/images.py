@@ -2,11 +2,16 @@
 
 import io
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from spatial_ssrl_jax.errors import BadPicture
+from spatial_ssrl_jax.data.patience import patiently
+from spatial_ssrl_jax.errors import BadPicture, UserError
+
+Value = TypeVar("Value")
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 SOURCE_PIXELS = 2**26  # of a source's picture: many are open at a time, 200 MB each at this size
@@ -14,7 +19,9 @@ _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # old Pillows open a 16
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
-def open_image(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> np.ndarray:
+def open_image(
+    path_or_bytes: str | os.PathLike | bytes, name: str = "", listed: bool = False
+) -> np.ndarray:
     """Reads one picture, turned upright by its EXIF orientation; of an animation the first frame.
 
     Alpha is dropped, never blended; 16-bit grey is scaled to 8 bits, not clipped.
@@ -22,51 +29,62 @@ def open_image(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> np.n
     Args:
       path_or_bytes: a file, or an encoded picture.
       name: what errors call the picture; the path unless given.
+      listed: a source has seen the file, so that it is waited for when its folder is away.
 
     Returns:
       [H, W, 3] uint8, RGB, writable and contiguous.
 
     Raises:
       BadPicture: the file is missing, no picture, cut short, empty, or larger than `MAX_PIXELS`.
+      UserError: its folder was away for long.
     """
-    name = name or _name(path_or_bytes)
-    try:
-        with _open(path_or_bytes, name) as picture:
-            return _upright_rgb(picture, name)
-    except BadPicture:
-        raise
-    except Exception as error:  # decoders raise nearly anything on a damaged file
-        raise BadPicture(_damaged(name, error)) from error
+    return _use(path_or_bytes, name or _name(path_or_bytes), listed, _upright_rgb)
 
 
 def open_picture(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> np.ndarray:
     """`open_image` for a source: refuses more than `SOURCE_PIXELS` before it decodes anything."""
     name = name or _name(path_or_bytes)
-    width, height = image_size(path_or_bytes, name)
+    width, height = image_size(path_or_bytes, name, listed=True)
     if width * height > SOURCE_PIXELS:
         raise BadPicture(
             f"{name}: {width}x{height} is more than {SOURCE_PIXELS:,} pixels; shrink it first."
         )
-    return open_image(path_or_bytes, name)
+    return open_image(path_or_bytes, name, listed=True)
 
 
-def image_size(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> tuple[int, int]:
+def image_size(
+    path_or_bytes: str | os.PathLike | bytes, name: str = "", listed: bool = False
+) -> tuple[int, int]:
     """The (width, height) that `open_image` would give, from the header alone.
 
     Raises:
       BadPicture: as `open_image`, save that damage behind the header is not noticed.
     """
-    name = name or _name(path_or_bytes)
-    try:
+    return _use(path_or_bytes, name or _name(path_or_bytes), listed, _upright_size)
+
+
+def _use(
+    path_or_bytes: str | os.PathLike | bytes,
+    name: str,
+    listed: bool,
+    use: Callable[[Image.Image, str], Value],
+) -> Value:
+    """What `use` makes of the open picture and its name; waits for a file that is away."""
+
+    def read() -> Value:
         with _open(path_or_bytes, name) as picture:
-            # The base class's method: that of PNG decodes the whole picture to look behind it.
-            orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
-            width, height = picture.size
-    except BadPicture:
+            return use(picture, name)
+
+    try:
+        if isinstance(path_or_bytes, bytes):
+            return read()
+        return patiently(read, os.fspath(path_or_bytes), listed)
+    except UserError:
         raise
-    except Exception as error:
+    except FileNotFoundError as error:
+        raise BadPicture(f"{name}: there is no such file.") from error
+    except Exception as error:  # decoders raise nearly anything on a damaged file
         raise BadPicture(_damaged(name, error)) from error
-    return (height, width) if orientation in _SIDEWAYS else (width, height)
 
 
 def _name(path_or_bytes: str | os.PathLike | bytes) -> str:
@@ -79,8 +97,6 @@ def _open(path_or_bytes: str | os.PathLike | bytes, name: str) -> Image.Image:
     is_bytes = isinstance(path_or_bytes, bytes)
     try:
         picture = Image.open(io.BytesIO(path_or_bytes) if is_bytes else path_or_bytes)
-    except FileNotFoundError as error:
-        raise BadPicture(f"{name}: there is no such file.") from error
     except UnidentifiedImageError as error:
         raise BadPicture(f"{name}: not a picture in a format that Pillow reads.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -93,6 +109,14 @@ def _open(path_or_bytes: str | os.PathLike | bytes, name: str) -> Image.Image:
         )
         raise BadPicture(f"{name}: {width}x{height} pixels is {what}.")
     return picture
+
+
+def _upright_size(picture: Image.Image, name: str) -> tuple[int, int]:
+    """(width, height) of an open picture as it is looked at."""
+    # The base class's method: that of PNG decodes the whole picture to look behind it.
+    orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
+    width, height = picture.size
+    return (height, width) if orientation in _SIDEWAYS else (width, height)
 
 
 def _upright_rgb(picture: Image.Image, name: str) -> np.ndarray:

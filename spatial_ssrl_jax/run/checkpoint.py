@@ -11,7 +11,7 @@ was damaged later is found and passed over.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,11 @@ class Checkpoints:
           UserError: one could not be written.
         """
         with self._explained():
+            self._manager.wait_until_finished()
+
+    def settle(self) -> None:
+        """Lets a save under way come to its end before a run ends on an error."""
+        with suppress(Exception):  # what ends the run is said already
             self._manager.wait_until_finished()
 
     def close(self) -> None:

@@ -1,6 +1,9 @@
-"""What is written for people while a run goes on: sampled rollouts and the report."""
+"""What is written for people while a run goes on: sampled rollouts and the report.
 
-from collections.abc import Iterator
+Training does not end when they cannot be written: it is said, once until it works again.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,7 @@ from spatial_ssrl_jax.config import to_dict
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.learn.figures import Scored
 from spatial_ssrl_jax.run.report import write_report
-from spatial_ssrl_jax.run.rollouts import write_rollouts
+from spatial_ssrl_jax.run.rollouts import FOLDER, write_rollouts
 from spatial_ssrl_jax.run.setup import Run
 
 # What a GRPO step trained on: prompts, and their rollout with rewards.
@@ -27,7 +30,8 @@ def log_step(run: Run, number: int, first: int, sampled: Sampled | None) -> None
     """
     log = run.config.log
     if sampled is not None and log.rollouts_every and (number - first) % log.rollouts_every == 0:
-        write_rollouts(run.workdir, number, list(_rollout_rows(*sampled, log.rollouts_count)))
+        rows = list(_rollout_rows(*sampled, log.rollouts_count))
+        _write(run, FOLDER, lambda: write_rollouts(run.workdir, number, rows))
     if number % log.report_every == 0:
         refresh_report(run)
 
@@ -60,4 +64,19 @@ def _rollout_rows(batch: Batch, scored: Scored, count: int) -> Iterator[dict[str
 
 def refresh_report(run: Run) -> None:
     """Writes `report.html` anew from what the folder holds."""
-    write_report(run.workdir, to_dict(run.config), run.config.name)
+    config = to_dict(run.config)
+    _write(run, "report.html", lambda: write_report(run.workdir, config, config["name"]))
+
+
+def _write(run: Run, what: str, write: Callable[[], object]) -> None:
+    try:
+        write()
+    except OSError as error:
+        if what not in run.unwritten:
+            run.progress.say(
+                f"{run.workdir / what} cannot be written ({error.strerror or error}): training "
+                "goes on without; free space there"
+            )
+        run.unwritten.add(what)
+    else:
+        run.unwritten.discard(what)

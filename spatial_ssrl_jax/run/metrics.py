@@ -6,10 +6,15 @@ import math
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from spatial_ssrl_jax.errors import UserError
 
 FILE = "metrics.jsonl"
 
@@ -82,17 +87,21 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, resume_step: int = 0):
-        path = Path(workdir) / FILE
-        if path.is_file():
-            _truncate(path, resume_step)
-        self._file = path.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1)
+        self._path = Path(workdir) / FILE
+        if self._path.is_file():
+            _truncate(self._path, resume_step)
+        self._file = self._path.open("a")
+        # Not SummaryWriter: its thread dies of a full disk, and the next calls wait for it forever.
+        self._events = EventsWriter(str(Path(workdir) / "events"))
+        started = SessionLog(status=SessionLog.START)  # TensorBoard drops later steps seen before
+        self._events.write_event(Event(step=resume_step + 1, session_log=started))
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Writes one step.
 
         Raises:
           ValueError: a name is not in `NAMES`.
+          UserError: the files cannot be written.
         """
         for name in values:
             if not _KNOWN.fullmatch(name):
@@ -100,12 +109,22 @@ class MetricsWriter:
                 raise ValueError(f"unknown metric {name}; nearest: {near}")
         row = {"step": step, "stage": stage, "time": round(time.time(), 3)}
         row |= {k: _number(values[k]) for k in sorted(values)}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._events.add_scalar(name, value, step)
-        self._events.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                if math.isfinite(value):
+                    summary = scalar(name, value)
+                    event = Event(wall_time=row["time"], step=step, summary=summary)
+                    self._events.write_event(event)
+            self._events.flush()
+        except OSError as error:
+            with suppress(OSError):
+                self.close()
+            raise UserError(
+                f"step {step} could not be written to {self._path} ({error.strerror or error}): "
+                "free space there; the same command then goes on after the newest checkpoint."
+            ) from error
 
     def close(self) -> None:
         self._file.close()

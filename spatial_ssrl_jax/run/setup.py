@@ -69,6 +69,7 @@ class Run(Parts):
     seconds: dict[str, float] = field(default_factory=dict)
     tried: int = 0
     bad: int = 0
+    unwritten: set[str] = field(default_factory=set)  # files for people that could not be written
 
     @property
     def total(self) -> int:

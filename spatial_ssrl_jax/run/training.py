@@ -14,7 +14,7 @@ import optax
 from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
 from spatial_ssrl_jax.data.batching import widen
 from spatial_ssrl_jax.data.pipeline import Batch, batch_at
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.errors import UserError, disk_explained
 from spatial_ssrl_jax.eval.pretext import Table
 from spatial_ssrl_jax.learn.cut import Buckets
 from spatial_ssrl_jax.learn.figures import gathered, prompt_metrics, prompt_rows
@@ -57,12 +57,20 @@ def train(config: Config, workdir: Path, overwrite: bool = False) -> bool:
     Raises:
       UserError: something the user can mend.
     """
-    with Preemption() as preemption, Progress(quiet=not is_writer()) as progress:
+    with (
+        Preemption() as preemption,
+        Progress(quiet=not is_writer()) as progress,
+        disk_explained(workdir),
+    ):
         run = open_run(config, workdir, overwrite, preemption, progress)
         done = run.checkpoints.latest()
         start = Start(config, run.model, run.layout, run.checkpoints, progress.say)
-        with explained_memory(memory_advice(config)):
-            finished = _run_stages(run, start, done or 0)
+        try:
+            with explained_memory(memory_advice(config)):
+                finished = _run_stages(run, start, done or 0)
+        except (UserError, OSError):
+            run.checkpoints.settle()
+            raise
         run.checkpoints.wait()
         if finished:
             _finish(run, start)
@@ -208,7 +216,6 @@ def _loop(
                 "perf/compilations": float(run.compilations.count),
             }
             _count_bad(run, batch)
-            _check_skipped(run, stage, number, state)
             due = run.config.eval.every and (number - first) % run.config.eval.every == 0
             if number == last or (stage == GRPO and due):
                 metrics |= _heldout_metrics(_measure(run, stage, number, state.params))
@@ -216,6 +223,7 @@ def _loop(
                 run.metrics.write(stage, number, metrics)
                 run.progress.step(number - first, metrics)
                 log_step(run, number, first, sampled)
+            _check_skipped(run, stage, number, state)
             stop = total(run.preemption.requested) > 0
             if number == last or (number - first) % run.config.checkpoint.every == 0 or stop:
                 elapsed = time.perf_counter() - begun + run.seconds.get(stage, 0.0)

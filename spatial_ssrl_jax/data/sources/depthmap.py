@@ -7,7 +7,8 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from spatial_ssrl_jax.errors import BadPicture
+from spatial_ssrl_jax.data.patience import patiently
+from spatial_ssrl_jax.errors import BadPicture, UserError
 
 MAX_ASPECT_ERROR = 0.02  # of width/height, between a picture and its depth
 _MILLIMETRES = 1e-3
@@ -55,20 +56,22 @@ def first_existing(paths: Sequence[str], picture: str) -> str:
 
 
 def _read(path: str) -> np.ndarray:
-    """The numbers of one file, any shape; PNG scaled to metres."""
+    """The numbers of one file, any shape; PNG scaled to metres. Waits for a file that is away."""
+    ending = os.path.splitext(path)[1]
+    read = {".png": _read_png, ".h5": _read_h5}.get(ending, _read_npy)
     try:
-        if path.endswith(".png"):
-            return _read_png(path)
-        if path.endswith(".h5"):
-            return _read_h5(path)
-        return np.load(path, allow_pickle=False)
-    except BadPicture:
+        return patiently(lambda: read(path), path)
+    except UserError:
         raise
     except FileNotFoundError as error:
         raise BadPicture(f"{path}: there is no such file.") from error
     except Exception as error:  # readers raise nearly anything on a damaged file
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise BadPicture(f"{path}: cannot be read as depth ({reason}).") from error
+
+
+def _read_npy(path: str) -> np.ndarray:
+    return np.load(path, allow_pickle=False)
 
 
 def _read_png(path: str) -> np.ndarray:

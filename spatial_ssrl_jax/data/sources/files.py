@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from spatial_ssrl_jax.data.images import image_size, open_picture
+from spatial_ssrl_jax.data.patience import patiently
 from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.errors import UserError
 
@@ -41,7 +43,7 @@ class FileSource:
         return self.files[index]
 
     def size(self, index: int) -> tuple[int, int]:
-        width, height = image_size(os.path.join(self.root, self.files[index]))
+        width, height = image_size(os.path.join(self.root, self.files[index]), listed=True)
         return height, width
 
     def __getitem__(self, index: int) -> Record:
@@ -67,11 +69,16 @@ def list_files(spec: str, path: str, layout: str) -> tuple[str, list[str]]:
       UserError: there is no such folder, or a folder cannot be read.
     """
     root = os.path.expanduser(path)
+    _wait_for(root)
     if not path or not os.path.isdir(root):
         what = "is a file, not a folder" if os.path.isfile(root) else "there is no such folder"
         what = what if path else "the folder's path is missing"
         raise UserError(f"source '{spec}': {what}; expected {layout}.")
-    return root, sorted(_walk(spec, root))
+    try:
+        return root, patiently(lambda: sorted(_walk(root)), root, listed=False)
+    except OSError as error:
+        where, why = error.filename or root, error.strerror or str(error)
+        raise UserError(f"source '{spec}': cannot read the folder {where} ({why}).") from error
 
 
 def require_pictures(spec: str, root: str, files: list[str], layout: str) -> tuple[str, ...]:
@@ -86,9 +93,15 @@ def is_picture(file: str) -> bool:
     return file.lower().endswith(PICTURES)
 
 
-def _walk(spec: str, root: str) -> Iterator[str]:
+def _wait_for(root: str) -> None:
+    """Returns when a folder can be asked about; that it does not exist is an answer."""
+    with suppress(OSError):
+        patiently(lambda: os.stat(root), root, listed=False)
+
+
+def _walk(root: str) -> Iterator[str]:
     def refuse(error: OSError):
-        raise UserError(f"source '{spec}': cannot read the folder {error.filename}.") from error
+        raise error
 
     seen = set()  # real folders, so that a link to a parent ends the walk
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):

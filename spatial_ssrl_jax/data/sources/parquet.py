@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from spatial_ssrl_jax.data.patience import patiently
+
 _KEPT = 4  # row groups a thread keeps: they are decoded whole, for a single row too
 _GROUP = 16  # questions in a row group that is written, a few megabytes
 
@@ -29,7 +31,18 @@ class RowGroups:
         self.__init__(state["column"])
 
     def value(self, file: str, row: int) -> Any:
-        """The value of one row, as Python types."""
+        """The value of one row, as Python types; waits for a file that is away."""
+
+        def read() -> Any:
+            try:
+                return self._value(file, row)
+            except OSError:
+                self._local.__dict__.setdefault("files", {}).pop(file, None)  # opened anew
+                raise
+
+        return patiently(read, file)
+
+    def _value(self, file: str, row: int) -> Any:
         files = self._local.__dict__.setdefault("files", {})
         if file not in files:
             files[file] = _open(file)

@@ -91,7 +91,8 @@ class QuestionSource:
     def sizes(self, index: int) -> list[tuple[int, int]]:
         name = self.name(index)
         return [
-            image_size(picture, _called(picture, name))[::-1] for picture in self._pictures(index)
+            image_size(picture, _called(picture, name), listed=True)[::-1]
+            for picture in self._pictures(index)
         ]
 
     def __getitem__(self, index: int) -> Example:
