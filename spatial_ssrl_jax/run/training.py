@@ -36,6 +36,7 @@ from spatial_ssrl_jax.run.preemption import Preemption
 from spatial_ssrl_jax.run.progress import Progress
 from spatial_ssrl_jax.run.setup import Run, check_bad, items_of, open_run, pipeline
 from spatial_ssrl_jax.run.start import Start
+from spatial_ssrl_jax.run.utilisation import useful_flops, utilisation
 
 UNTRAINED, SFT, GRPO = "untrained", "sft", "grpo"
 _REFILL_SEED = 1_000_001  # apart from the seeds of both stages
@@ -127,6 +128,9 @@ def _sft_stage(run: Run, start: Start, done: int) -> bool:
             "response/length_mean": float(rows["length"].mean()),
             "perf/update_seconds": seconds,
             "perf/tokens_per_second": tokens / seconds,
+            "perf/useful_flops": useful_flops(
+                run.model.config, settings, batch.prompts, whole.length
+            ),
         }
         return state, metrics | prompt_metrics(rows) | more, None
 
@@ -158,9 +162,12 @@ def _grpo_stage(run: Run, start: Start, done: int) -> bool:
 
     def step(number: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict, Sampled]:
         rate = float(rates(number * settings.updates))
-        more = partial(_refill, run, settings, number) if settings.drop_flat else None
-        state, metrics, *sampled = grpo.step(state, batch, jax.random.fold_in(key, number), more)
-        return state, metrics | {"optim/learning_rate": rate}, tuple(sampled)
+        refill = partial(_refill, run, settings, number) if settings.drop_flat else None
+        state, metrics, *sampled = grpo.step(state, batch, jax.random.fold_in(key, number), refill)
+        trained_on, scored = sampled
+        needed = useful_flops(run.model.config, settings, trained_on.prompts, scored.rollout.length)
+        more = {"optim/learning_rate": rate, "perf/useful_flops": needed}
+        return state, metrics | more, (trained_on, scored)
 
     return _loop(run, GRPO, settings, state, done, first, step) is not None
 
@@ -200,10 +207,13 @@ def _loop(
                 run.progress.say(f"compiling the programs of {stage} (first step)")
             started = time.perf_counter()
             state, metrics, sampled = step(number - first - 1, state, batch)
-            metrics |= memory() | {
-                "perf/step_seconds": time.perf_counter() - started + waited,
+            seconds = time.perf_counter() - started + waited
+            metrics |= memory() | utilisation(metrics["perf/useful_flops"], seconds)
+            metrics |= {
+                "perf/step_seconds": seconds,
                 "perf/input_wait_seconds": waited,
                 "perf/compilations": float(run.compilations.count),
+                "perf/compile_seconds": run.compilations.seconds,
             }
             _count_bad(run, batch)
             _check_skipped(run, stage, number, state)
