@@ -58,6 +58,8 @@ def train(config: Config, workdir: Path, overwrite: bool = False) -> bool:
       UserError: something the user can mend.
     """
     with Preemption() as preemption, Progress(quiet=not is_writer()) as progress:
+        preemption.say = progress.say
+        progress.doing("opening the model and the pictures")
         run = open_run(config, workdir, overwrite, preemption, progress)
         done = run.checkpoints.latest()
         start = Start(config, run.model, run.layout, run.checkpoints, progress.say)
@@ -204,7 +206,7 @@ def _loop(
             batch = _agreed(next(stream))
             waited = time.perf_counter() - waited
             if number == done + 1:
-                run.progress.say(f"compiling the programs of {stage} (first step)")
+                run.progress.doing(f"compiling the programs of {stage} (first step)")
             started = time.perf_counter()
             state, metrics, sampled = step(number - first - 1, state, batch)
             seconds = time.perf_counter() - started + waited
@@ -289,7 +291,7 @@ def _measure(run: Run, stage: str, number: int, params: Params) -> Table:
     if not run.evaluation.items:
         run.progress.say("no picture is held out, so there are no held-out figures")
         return {}
-    run.progress.say(f"measuring held-out pictures ({stage}, step {number})")
+    run.progress.doing(f"measuring held-out pictures ({stage}, step {number})")
     start = time.perf_counter()
     run.heldout[stage] = run.evaluation.measure(params, run.config.trained_tasks, run.config.seed)
     spent = run.seconds.get("heldout", 0.0) + time.perf_counter() - start
