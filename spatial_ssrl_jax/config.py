@@ -256,11 +256,13 @@ class LogSettings:
       rollouts_every: GRPO steps between samples of rollouts; 0 writes none.
       rollouts_count: prompts in a sample.
       report_every: steps between refreshes of `report.html`.
+      wandb: W&B project that the figures go to as well; needs the extra `[wandb]`. Empty: none.
     """
 
     rollouts_every: int = 10
     rollouts_count: int = 4
     report_every: int = 10
+    wandb: str = ""
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,11 @@ def gathered(rows: Rows) -> Rows:
 
 def prompt_metrics(rows: Rows) -> Metrics:
     """How long the prompts are, and how many records gave none."""
+    length, dropped = rows["prompt_length"], float(rows["dropped"].sum())
     return {
-        "prompt/length_mean": float(rows["prompt_length"].mean()),
-        "prompt/dropped": float(rows["dropped"].sum()),
+        "prompt/length_mean": float(length.mean()),
+        "prompt/dropped": dropped,
+        "prompt/dropped_share": dropped / (dropped + len(length)),
     }
 
 
@@ -82,9 +84,9 @@ def rollout_metrics(rows: Rows) -> Metrics:
     for number, task in enumerate(TASKS):
         mine = rows["task"] == number
         if mine.any():
-            metrics[f"task/{task.name}/reward"] = float(rows["overall"][mine].mean())
-            metrics[f"task/{task.name}/accuracy"] = float(rows["accuracy"][mine].mean())
-            metrics[f"task/{task.name}/format"] = float(rows["format"][mine].mean())
+            for key, name in (("overall", "reward"), ("accuracy",) * 2, ("format",) * 2):
+                metrics[f"task/{task.name}/{name}"] = float(rows[key][mine].mean())
+                metrics[f"task/{task.name}/{name}_std"] = float(rows[key][mine].std())
             metrics[f"task/{task.name}/count"] = float(mine.sum())
     overall, length = rows["overall"], rows["length"]
     return metrics | {

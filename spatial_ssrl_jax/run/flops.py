@@ -14,6 +14,7 @@ from jax.extend import core
 
 from spatial_ssrl_jax.data.windows import Grid, lay_out_windows
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+from spatial_ssrl_jax.qwen2_5_vl.model import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,12 @@ def vision_flops(config: VisionConfig, grids: Sequence[Grid]) -> float:
     """Forward pass of the vision tower over the pictures of one prompt."""
     if not grids:
         return 0.0
-    width, frame = config.hidden_size, lay_out_windows(config, list(grids)).frame
+    return windows_flops(config, lay_out_windows(config, list(grids)).frame)
+
+
+def windows_flops(config: VisionConfig, frame: np.ndarray) -> float:
+    """The same from laid-out windows: [W, P] int, the frame of each patch, -1 where none is."""
+    width = config.hidden_size
     patches = float((frame >= 0).sum())
     dense = 4 * width**2 + 3 * width * config.intermediate_size
     window = float(((frame >= 0).sum(axis=1) ** 2).sum())
@@ -70,6 +76,30 @@ def attention_flops(config: TextConfig, queries: int, before: int) -> float:
 def head_flops(config: TextConfig) -> float:
     """The head for one token."""
     return 2.0 * config.hidden_size * config.vocab_size
+
+
+def batch_flops(
+    config: Qwen2_5_VLConfig, prompts: PromptBatch, length_BG: np.ndarray
+) -> tuple[float, float]:
+    """One forward pass over prompts, each once, and their responses, without any padding.
+
+    Args:
+      config: the model's shape.
+      prompts: B prompts, NumPy arrays.
+      length_BG: [B, G] tokens of each response.
+
+    Returns:
+      FLOPs of the vision tower and of the language model.
+    """
+    text = 0.0
+    for prompt, lengths in zip(
+        np.asarray(prompts.length).tolist(), length_BG.tolist(), strict=True
+    ):
+        text += (prompt + sum(lengths)) * dense_flops(config.text)
+        text += attention_flops(config.text, prompt, 0) + sum(lengths) * head_flops(config.text)
+        text += sum(attention_flops(config.text, n, prompt) for n in lengths)
+    frames = np.asarray(prompts.vision.frame)
+    return sum(windows_flops(config.vision, frame) for frame in frames), text
 
 
 def group_flops(config: Qwen2_5_VLConfig, shape: Shape, head: bool = True) -> float:

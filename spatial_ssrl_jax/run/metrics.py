@@ -1,4 +1,8 @@
-"""A run's figures: every name there is, `metrics.jsonl`, and TensorBoard."""
+"""A run's figures: every name there is, and where they go: `metrics.jsonl`, TensorBoard, W&B.
+
+In a bucket, where nothing can be appended to, the lines lie in `metrics/part_000001.jsonl` and so
+on, of a hundred steps each; the newest part is written anew, whole, with every line.
+"""
 
 import difflib
 import json
@@ -10,13 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.run.tracker import Tracker
 
 FILE = "metrics.jsonl"
+PARTS = "metrics"
+_STEPS = 100  # of a part
 
 # `<task>` stands for a task's name. What depends on the clock or the machine is under perf/ or
 # memory/; all the rest is equal in two equal runs.
@@ -30,6 +38,9 @@ NAMES = (
     "task/<task>/reward",
     "task/<task>/accuracy",
     "task/<task>/format",
+    "task/<task>/reward_std",
+    "task/<task>/accuracy_std",
+    "task/<task>/format_std",
     "task/<task>/count",
     "advantage/mean",
     "advantage/std",
@@ -50,6 +61,7 @@ NAMES = (
     "response/clipped_share",
     "prompt/length_mean",
     "prompt/dropped",
+    "prompt/dropped_share",
     "optim/learning_rate",
     "optim/gradient_norm",
     "optim/skipped",
@@ -71,7 +83,11 @@ NAMES = (
     "perf/input_wait_seconds",
     "perf/tokens_per_second",
     "perf/rollout_tokens_per_second",
+    "perf/useful_flops",
+    "perf/flops_per_second",
+    "perf/mfu",
     "perf/compilations",
+    "perf/compile_seconds",
     "memory/host_bytes",
     "memory/device_bytes",
 )
@@ -79,20 +95,29 @@ _KNOWN = re.compile("|".join(re.escape(n).replace("<task>", r"\w+") for n in NAM
 
 
 class MetricsWriter:
-    """Appends one line a step to `metrics.jsonl`, and the same to TensorBoard.
+    """Writes one line a step to the run's folder, and the same to TensorBoard and W&B.
 
     Args:
-      workdir: the run's folder.
-      resume_step: the restored step; later lines are removed, all at once.
+      workdir: the run's folder; may be `gs://…`.
+      resume_step: the restored step; later lines are removed, each file at once.
+      in_parts: write parts; by default where nothing can be appended to.
+      tracker: W&B, when asked for.
     """
 
-    def __init__(self, workdir: Path, resume_step: int = 0):
-        self._path = Path(workdir) / FILE
-        if self._path.is_file():
-            _truncate(self._path, resume_step)
-        self._file = self._path.open("a")
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        resume_step: int = 0,
+        in_parts: bool | None = None,
+        tracker: Tracker | None = None,
+    ):
+        self._folder = epath.Path(workdir)
+        self._in_parts = "://" in str(workdir) if in_parts is None else in_parts
+        self._part = _truncate(self._folder, resume_step)
+        self._tracker = tracker
+        self._file = None if self._in_parts else (Path(workdir) / FILE).open("a")
         # Not SummaryWriter: its thread dies of a full disk, and the next calls wait for it forever.
-        self._events = EventsWriter(str(Path(workdir) / "events"))
+        self._events = EventsWriter(str(self._folder / "events"))
         started = SessionLog(status=SessionLog.START)  # TensorBoard drops later steps seen before
         self._events.write_event(Event(step=resume_step + 1, session_log=started))
 
@@ -109,26 +134,38 @@ class MetricsWriter:
                 raise ValueError(f"unknown metric {name}; nearest: {near}")
         row = {"step": step, "stage": stage, "time": round(time.time(), 3)}
         row |= {k: _number(values[k]) for k in sorted(values)}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-            for name, value in values.items():
-                if math.isfinite(value):
-                    summary = scalar(name, value)
-                    event = Event(wall_time=row["time"], step=step, summary=summary)
-                    self._events.write_event(event)
+            self._append(step, json.dumps(row) + "\n")
+            for name, value in finite.items():
+                event = Event(wall_time=row["time"], step=step, summary=scalar(name, value))
+                self._events.write_event(event)
             self._events.flush()
         except OSError as error:
             with suppress(OSError):
                 self.close()
             raise UserError(
-                f"step {step} could not be written to {self._path} ({error.strerror or error}): "
+                f"step {step} could not be written to {self._folder} ({error.strerror or error}): "
                 "free space there; the same command then goes on after the newest checkpoint."
             ) from error
+        if self._tracker is not None:
+            self._tracker.log(step, finite)
+
+    def _append(self, step: int, line: str) -> None:
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        number = step // _STEPS
+        self._part = (self._part if _last_step(self._part) // _STEPS == number else "") + line
+        _write_whole(_part_path(self._folder, number), self._part)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._events.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
 
 def _number(value: float) -> float | None:
@@ -136,19 +173,50 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Removes the lines behind `step`; with 0 all of them, since step 0 is measured again."""
-    kept = [row for row in read_metrics(path.parent) if 0 < step >= row["step"]]
+def _part_path(folder: epath.Path, number: int) -> epath.Path:
+    return folder / PARTS / f"part_{number + 1:06d}.jsonl"
+
+
+def _last_step(text: str) -> int:
+    return json.loads(text.splitlines()[-1])["step"] if text else -1
+
+
+def _truncate(folder: epath.Path, step: int) -> str:
+    """Removes the lines behind `step`; with 0 all of them, since step 0 is measured again.
+
+    Returns:
+      The text of the newest file that is left.
+    """
+    text = ""
+    for path in _files(folder):
+        kept = [row for row in _rows(path) if 0 < step >= row["step"]]
+        if not kept and path.name != FILE:
+            path.unlink()
+            continue
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        _write_whole(path, text)
+    return text
+
+
+def _write_whole(path: epath.Path, text: str) -> None:
+    """Replaces a file at once; in a bucket every write does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "://" in str(path):
+        path.write_text(text)
+        return
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    partial.write_text(text)
     os.replace(partial, path)
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's `metrics.jsonl`; a line cut off by a kill is left out."""
-    path = Path(workdir) / FILE
-    if not path.is_file():
-        return []
+def _files(folder: epath.Path) -> list[epath.Path]:
+    """The files that hold a run's lines, in the order of the steps."""
+    whole, parts = folder / FILE, folder / PARTS
+    found = [whole] if whole.exists() else []
+    return found + (sorted(parts.glob("part_*.jsonl")) if parts.exists() else [])
+
+
+def _rows(path: epath.Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text().splitlines():
         try:
@@ -156,3 +224,9 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """Every whole line of a run's figures, whole or in parts; one cut off by a kill is left out."""
+    rows = [row for path in _files(epath.Path(workdir)) for row in _rows(path)]
+    return sorted(rows, key=lambda row: row["step"])

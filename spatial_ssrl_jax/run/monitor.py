@@ -8,14 +8,21 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Compilations:
-    """Counts programs that XLA compiles, from construction on."""
+    """Programs that XLA compiles from construction on.
+
+    Attributes:
+      count: how many.
+      seconds: how long that took.
+    """
 
     def __init__(self):
-        self.count = 0
+        self.count, self.seconds = 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
     def _heard(self, event: str, duration: float, **_) -> None:
-        self.count += event == _COMPILED
+        if event == _COMPILED:
+            self.count += 1
+            self.seconds += duration
 
 
 def memory() -> dict[str, float]:

@@ -1,6 +1,10 @@
 """Stopping on request: SIGTERM or Ctrl-C once saves and exits, Ctrl-C twice exits at once."""
 
+import contextlib
 import signal
+from collections.abc import Callable
+
+STOPPING = "stopping after this step, which is saved; Ctrl-C again exits at once"
 
 
 class Preemption:
@@ -8,10 +12,12 @@ class Preemption:
 
     Attributes:
       requested: a signal has asked the run to stop.
+      say: is told at once that it has.
     """
 
     def __init__(self):
         self.requested = False
+        self.say: Callable[[str], None] = lambda _: None
         self._before = {}
 
     def __enter__(self) -> "Preemption":
@@ -26,4 +32,7 @@ class Preemption:
     def _heard(self, number: int, _frame) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        if not self.requested:
+            self.requested = True
+            with contextlib.suppress(RuntimeError):  # the signal came while a line was printed
+                self.say(STOPPING)

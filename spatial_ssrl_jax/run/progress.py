@@ -4,9 +4,18 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 _SHOWN = (  # metric, how it is called here, and its format
     ("reward/overall_mean", "reward", "{:.3f}"),
@@ -16,6 +25,24 @@ _SHOWN = (  # metric, how it is called here, and its format
     ("perf/tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 _PLAIN_SECONDS = 10
+_WIDE = 100  # characters of a terminal that has room for the bar itself
+_SPEED_SECONDS = 7200  # the time left follows the steps of this long; one may take minutes
+
+
+class _Clock(ProgressColumn):
+    """The time left, and until that is known how long the first step has taken so far."""
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        if left is None:
+            return Text(_clock(task.elapsed or 0))
+        return Text(f"{_clock(left)} left")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Progress:
@@ -29,7 +56,7 @@ class Progress:
     def __init__(self, console: Console | None = None, quiet: bool = False):
         self.console = console or Console(quiet=quiet)
         self._bar: Bar | None = None
-        self._task = None
+        self._task, self._in_stage = None, False
         self._stage, self._total, self._last = "", 0, 0.0
 
     def __enter__(self) -> "Progress":
@@ -44,23 +71,41 @@ class Progress:
         self._stage, self._total, self._last = stage, total, 0.0
         if not self.console.is_terminal:
             return
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        self._in_stage = True
+        count, figures = MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
+        columns = [TextColumn("{task.description}"), count, figures, _Clock()]
+        if self.console.width >= _WIDE:
+            columns[1:1] = [SpinnerColumn(), BarColumn(bar_width=16)]
+        self._show(*columns)
         self._task = self._bar.add_task(stage, total=total, completed=done, figures="")
+
+    def _show(self, *columns: ProgressColumn, transient: bool = False) -> None:
+        self._bar = Bar(
+            *columns,
+            console=self.console,
+            transient=transient,
+            speed_estimate_period=_SPEED_SECONDS,
+        )
         self._bar.start()
+
+    def doing(self, text: str) -> None:
+        """What goes on until the next step; on a terminal with the seconds that it takes so far."""
+        if not self.console.is_terminal:
+            self.say(text)
+        elif self._in_stage:
+            self._bar.update(self._task, figures=text)
+        else:
+            self.stop()
+            self._show(SpinnerColumn(), TextColumn(text), TimeElapsedColumn(), transient=True)
+            self._bar.add_task(text, total=None)
 
     def step(self, number: int, metrics: dict[str, float]) -> None:
         """Shows step `number` of the stage."""
-        figures = "  ".join(
+        space = " " if self.console.is_terminal and self.console.width < _WIDE else "  "
+        figures = space.join(
             f"{name} {form.format(metrics[key])}" for key, name, form in _SHOWN if key in metrics
         )
-        if self._bar is not None:
+        if self._in_stage:
             self._bar.update(self._task, completed=number, figures=figures)
         elif number == self._total or time.monotonic() - self._last > _PLAIN_SECONDS:
             self._last = time.monotonic()
@@ -74,7 +119,7 @@ class Progress:
         """Takes the bar away."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
+            self._bar, self._in_stage = None, False
 
     def table(self, heldout: dict[str, dict], trained: Sequence[str]) -> None:
         """Prints held-out accuracy and form per task, before training and after each stage."""

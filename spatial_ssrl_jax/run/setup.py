@@ -32,6 +32,7 @@ from spatial_ssrl_jax.run.monitor import Compilations
 from spatial_ssrl_jax.run.preemption import Preemption
 from spatial_ssrl_jax.run.progress import Progress
 from spatial_ssrl_jax.run.start import check_start
+from spatial_ssrl_jax.run.tracker import Tracker, check_tracker
 from spatial_ssrl_jax.tasks import TASKS
 
 # Changing these between two starts of one run does not change what was trained before.
@@ -84,6 +85,7 @@ def open_parts(config: Config) -> Parts:
     """
     model = models.open_model(config.model.path)
     check_start(config, model)
+    check_tracker(config.log.wandb)
     source = open_source(config.data.source)
     layout = Layout(make_mesh(config.mesh))
     data = config.data
@@ -146,8 +148,15 @@ def open_run(
         progress=progress,
         preemption=preemption,
         compilations=Compilations(),
-        metrics=MetricsWriter(workdir, checkpoints.latest() or 0) if is_writer() else None,
+        metrics=_metrics(config, workdir, checkpoints.latest() or 0) if is_writer() else None,
     )
+
+
+def _metrics(config: Config, workdir: Path, step: int) -> MetricsWriter:
+    project, tracker = config.log.wandb, None
+    if project:
+        tracker = Tracker(project, config.name, workdir, to_dict(config))
+    return MetricsWriter(workdir, step, tracker=tracker)
 
 
 def heldout_datasets(parts: Parts) -> dict[str, grain.MapDataset]:

@@ -37,6 +37,7 @@ from spatial_ssrl_jax.run.preemption import Preemption
 from spatial_ssrl_jax.run.progress import Progress
 from spatial_ssrl_jax.run.setup import Run, check_bad, items_of, open_run, pipeline
 from spatial_ssrl_jax.run.start import Start
+from spatial_ssrl_jax.run.utilisation import useful_flops, utilisation
 
 UNTRAINED, SFT, GRPO = "untrained", "sft", "grpo"
 _REFILL_SEED = 1_000_001  # apart from the seeds of both stages
@@ -62,6 +63,8 @@ def train(config: Config, workdir: Path, overwrite: bool = False) -> bool:
         Progress(quiet=not is_writer()) as progress,
         disk_explained(workdir),
     ):
+        preemption.say = progress.say
+        progress.doing("opening the model and the pictures")
         run = open_run(config, workdir, overwrite, preemption, progress)
         done = run.checkpoints.latest()
         start = Start(config, run.model, run.layout, run.checkpoints, progress.say)
@@ -136,6 +139,9 @@ def _sft_stage(run: Run, start: Start, done: int) -> bool:
             "perf/update_padding_share": 1 - tokens / total(packed.places),
             "perf/update_seconds": seconds,
             "perf/tokens_per_second": tokens / seconds,
+            "perf/useful_flops": useful_flops(
+                run.model.config, settings, batch.prompts, length[:, None]
+            ),
         }
         return state, metrics | prompt_metrics(rows) | more, None
 
@@ -168,9 +174,12 @@ def _grpo_stage(run: Run, start: Start, done: int) -> bool:
 
     def step(number: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict, Sampled]:
         rate = float(rates(number * settings.updates))
-        more = partial(_refill, run, settings, number) if settings.drop_flat else None
-        state, metrics, *sampled = grpo.step(state, batch, jax.random.fold_in(key, number), more)
-        return state, metrics | {"optim/learning_rate": rate}, tuple(sampled)
+        refill = partial(_refill, run, settings, number) if settings.drop_flat else None
+        state, metrics, *sampled = grpo.step(state, batch, jax.random.fold_in(key, number), refill)
+        trained_on, scored = sampled
+        needed = useful_flops(run.model.config, settings, trained_on.prompts, scored.rollout.length)
+        more = {"optim/learning_rate": rate, "perf/useful_flops": needed}
+        return state, metrics | more, (trained_on, scored)
 
     return _loop(run, GRPO, settings, state, done, first, step) is not None
 
@@ -207,13 +216,16 @@ def _loop(
             batch = _agreed(next(stream))
             waited = time.perf_counter() - waited
             if number == done + 1:
-                run.progress.say(f"compiling the programs of {stage} (first step)")
+                run.progress.doing(f"compiling the programs of {stage} (first step)")
             started = time.perf_counter()
             state, metrics, sampled = step(number - first - 1, state, batch)
-            metrics |= memory() | {
-                "perf/step_seconds": time.perf_counter() - started + waited,
+            seconds = time.perf_counter() - started + waited
+            metrics |= memory() | utilisation(metrics["perf/useful_flops"], seconds)
+            metrics |= {
+                "perf/step_seconds": seconds,
                 "perf/input_wait_seconds": waited,
                 "perf/compilations": float(run.compilations.count),
+                "perf/compile_seconds": run.compilations.seconds,
             }
             _count_bad(run, batch)
             due = run.config.eval.every and (number - first) % run.config.eval.every == 0
@@ -289,7 +301,7 @@ def _measure(run: Run, stage: str, number: int, params: Params) -> Table:
     if not run.evaluation.items:
         run.progress.say("no picture is held out, so there are no held-out figures")
         return {}
-    run.progress.say(f"measuring held-out pictures ({stage}, step {number})")
+    run.progress.doing(f"measuring held-out pictures ({stage}, step {number})")
     start = time.perf_counter()
     run.heldout[stage] = run.evaluation.measure(params, run.config.trained_tasks, run.config.seed)
     spent = run.seconds.get("heldout", 0.0) + time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: known names only, `null` for NaN, and no line behind a restored step."""
+"""`metrics.jsonl` and its parts: known names, `null` for NaN, no line behind a restored step."""
 
 import json
 import math
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from spatial_ssrl_jax.run import metrics
 from spatial_ssrl_jax.run.metrics import NAMES, MetricsWriter, read_metrics
 
 
-def write_steps(folder: Path, steps: range, resume: int = 0) -> None:
-    writer = MetricsWriter(folder, resume)
+def write_steps(folder: Path, steps: range, resume: int = 0, **options) -> None:
+    writer = MetricsWriter(folder, resume, **options)
     for step in steps:
         writer.write("sft", step, {"loss/sft": 1.0 / step, "perf/step_seconds": 0.5})
     writer.close()
@@ -86,3 +87,51 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_mended(tmp_path: Path):
 
 def test_no_file_reads_as_no_rows(tmp_path: Path):
     assert read_metrics(tmp_path) == []
+
+
+def parts(folder: Path) -> dict[str, list[int]]:
+    """The steps of each part; every line must be whole."""
+    return {
+        path.name: [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        for path in sorted((folder / "metrics").iterdir())
+    }
+
+
+def test_parts_hold_a_hundred_steps_each_and_nothing_else(tmp_path: Path):
+    write_steps(tmp_path, range(1, 231), in_parts=True)
+    assert parts(tmp_path) == {
+        "part_000001.jsonl": [*range(1, 100)],
+        "part_000002.jsonl": [*range(100, 200)],
+        "part_000003.jsonl": [*range(200, 231)],
+    }
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [*range(1, 231)]
+
+
+@pytest.mark.parametrize("step", [99, 100, 150, 199, 200, 230])
+def test_resume_in_parts_goes_on_behind_the_restored_step(tmp_path: Path, step: int):
+    write_steps(tmp_path, range(1, 231), in_parts=True)
+    write_steps(tmp_path, range(step + 1, step + 4), resume=step, in_parts=True)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [*range(1, step + 4)]
+    assert all(n // 100 == int(name[5:11]) - 1 for name, ns in parts(tmp_path).items() for n in ns)
+
+
+def test_a_start_from_nothing_removes_all_parts(tmp_path: Path):
+    write_steps(tmp_path, range(1, 231), in_parts=True)
+    write_steps(tmp_path, range(1, 3), in_parts=True)
+    assert parts(tmp_path) == {"part_000001.jsonl": [1, 2]}
+
+
+def test_a_part_is_whole_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is there before each replacement, and what replaces it, are whole lines."""
+    replace, seen = metrics.os.replace, []
+
+    def watched(new: Path, old: Path) -> None:
+        for path in (new, old):
+            lines = path.read_text().splitlines() if path.exists() else []
+            seen.append([json.loads(line)["step"] for line in lines])
+        replace(new, old)
+
+    monkeypatch.setattr(metrics.os, "replace", watched)
+    write_steps(tmp_path, range(1, 4), in_parts=True)
+    assert seen == [[1], [], [1, 2], [1], [1, 2, 3], [1, 2]]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from spatial_ssrl_jax.run.preemption import Preemption
+from spatial_ssrl_jax.run.preemption import STOPPING, Preemption
 
 LOOP = """
 import sys, time
@@ -29,6 +29,16 @@ def test_one_signal_is_noted_and_not_died_of(number: int):
         assert not preemption.requested
         os.kill(os.getpid(), number)
         assert preemption.requested
+
+
+def test_the_first_signal_is_answered_at_once_and_once():
+    said = []
+    with Preemption() as preemption:
+        preemption.say = said.append
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert said == [STOPPING] and "Ctrl-C again" in STOPPING
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert said == [STOPPING]
 
 
 def test_sigterm_twice_is_still_only_a_request():

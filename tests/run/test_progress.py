@@ -1,6 +1,7 @@
 """What a person sees: plain lines into a file, a bar on a terminal, and the table at the end."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -8,8 +9,8 @@ from rich.console import Console
 from spatial_ssrl_jax.run.progress import Progress
 
 
-def recording(terminal: bool) -> Console:
-    return Console(file=io.StringIO(), force_terminal=terminal, width=100)
+def recording(terminal: bool, width: int = 100, **options) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, **options)
 
 
 def shown(console: Console) -> str:
@@ -44,6 +45,50 @@ def test_a_terminal_gets_a_live_bar():
         progress.start("grpo", total=8, done=2)
         progress.step(5, {"reward/overall_mean": 0.25})
     assert "5/8" in shown(console) and "reward 0.250" in shown(console)
+
+
+FIGURES = {
+    "reward/overall_mean": 0.25,
+    "reward/accuracy_mean": 0.2,
+    "response/length_mean": 211.0,
+    "perf/tokens_per_second": 1800.0,
+}
+
+
+def last_line(console: Console) -> str:
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(console)).replace("\r", "\n")
+    return [line.strip() for line in text.splitlines() if line.strip()][-1]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_nothing_is_cut_off_and_slow_steps_have_a_time_left(width: int):
+    """Two minutes a step, as at the paper's size: longer than Rich looks back by itself."""
+    now = [1000.0]
+    console = recording(terminal=True, width=width, get_time=lambda: now[0])
+    with Progress(console) as progress:
+        progress.start("grpo", total=360, done=100)
+        for number in range(101, 105):
+            now[0] += 120
+            progress.step(number, FIGURES)
+    figures = "reward 0.250 accuracy 0.200 length 211 tokens/s 1,800"
+    assert last_line(console).replace("  ", " ").endswith(f"104/360 {figures} 8:32:00 left")
+    assert "grpo" in last_line(console)
+
+
+def test_what_goes_on_is_shown_with_its_seconds_until_a_step_is_done():
+    now = [1000.0]
+    console = recording(terminal=True, get_time=lambda: now[0])
+    with Progress(console) as progress:
+        progress.doing("measuring")
+        now[0] += 65
+        progress.start("sft", total=8)
+        progress.doing("compiling")
+        now[0] += 75
+    assert "measuring" in shown(console)
+    assert last_line(console).endswith("0/8 compiling 1:15")
+    plain = recording(terminal=False)
+    Progress(plain).doing("compiling")
+    assert shown(plain) == "compiling\n"
 
 
 def test_text_in_brackets_is_said_as_it_is():

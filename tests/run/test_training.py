@@ -266,6 +266,31 @@ def test_the_export_answers_alike_in_transformers(
     assert out[0, ids.shape[1] :].tolist() == ours["samples"][0]["ids"]
 
 
+def test_every_promised_figure_is_there(whole: Path):
+    """What users of such trainers look for, under the names of the list; MFU needs a known peak."""
+    row = [r for r in read_metrics(whole) if r["stage"] == "grpo"][-1]
+    parts = [f"reward/{name}_{of}" for name in REWARDS for of in ("mean", "std")]
+    for task in ("shuffle", "flip"):
+        parts += [f"task/{task}/{name}{of}" for name in ("reward", *REWARDS[1:]) for of in ENDS]
+    parts += [f"response/length_{of}" for of in ("mean", "min", "max")]
+    parts += [f"perf/{phase}_seconds" for phase in PHASES]
+    assert set(parts) | PROMISED <= row.keys()
+    assert row["perf/flops_per_second"] * row["perf/step_seconds"] == pytest.approx(
+        row["perf/useful_flops"]
+    )
+    assert row["perf/compile_seconds"] > 0 and "perf/mfu" not in row
+
+
+REWARDS, ENDS = ("overall", "accuracy", "format"), ("", "_std")
+PHASES = ("step", "rollout", "reward", "reference", "update", "input_wait", "compile")
+PROMISED = {
+    "advantage/zero_variance_share", "response/clipped_share", "kl/mean", "policy/entropy",
+    "policy/clip_low", "policy/clip_high", "optim/gradient_norm", "optim/learning_rate",
+    "mismatch/logprob_mean", "perf/tokens_per_second", "prompt/dropped_share",
+    "perf/compilations", "memory/host_bytes",
+}  # fmt: skip
+
+
 def test_nothing_compiles_late(whole: Path):
     counts = {r["step"]: r["perf/compilations"] for r in read_metrics(whole) if r["step"]}
     assert counts[5] == counts[4]
