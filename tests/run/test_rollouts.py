@@ -28,10 +28,11 @@ def test_rows_come_back_with_pictures_as_files(tmp_path: Path):
     assert not list(path.parent.glob("*.partial"))
 
 
-def test_the_newest_files_are_read_oldest_first(tmp_path: Path):
+def test_files_are_read_oldest_first_and_of_many_some_of_the_whole_run(tmp_path: Path):
     for step in (9, 10, 100, 2):
         write_rollouts(tmp_path, step, [{"images": []}])
-    assert [row["step"] for row in read_rollouts(tmp_path, 3)] == [9, 10, 100]
+    assert [row["step"] for row in read_rollouts(tmp_path, 4)] == [2, 9, 10, 100]
+    assert [row["step"] for row in read_rollouts(tmp_path, 2)] == [2, 100]
 
 
 def test_a_step_written_again_is_replaced(tmp_path: Path):
