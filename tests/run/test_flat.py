@@ -43,7 +43,7 @@ def watched(toy_config, folder: Path, steps: int, every: int) -> tuple[list[dict
             count = len(os.listdir(f"/proc/{process.pid}/fd"))
         except FileNotFoundError:  # it has just ended
             break
-        if rows and rows[-1]["step"]:
+        if count and rows and rows[-1]["step"]:  # one that has just ended has none
             step = rows[-1]["step"]
             opened[step] = min(count, opened.get(step, count))
         time.sleep(_LOOK)
