@@ -19,7 +19,7 @@ install() {
   run python3 -m venv "$VENV" ||
     stop "$VENV cannot be made: install python3-venv, or give --venv=FOLDER."
   run "$VENV/bin/python" -m pip install --quiet -e '.[gpu]' ||
-    stop "the package cannot be installed: mend what is said above, remove $VENV, and run this again."
+    stop "the package cannot be installed: mend what is said above, and remove $VENV."
 }
 
 main() {

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPUs: launch/tpu.sh SUBCOMMAND [--setting=value …] [--config.a.b=v …] [--dry-run]
+# Trains on Cloud TPUs:
+#
+#   launch/tpu.sh SUBCOMMAND [--setting=value …] [--config.a.b=v …] [--dry-run]
 #
 #   prepare     packs pictures of this machine (PICTURES) into the bucket
 #   create      asks for the TPU as a queued resource, and waits until it is there
@@ -12,8 +14,8 @@
 #   all         prepare, create, setup, train, watch and resume until it is complete, fetch, delete
 #   topologies  what --topology may be, with gcloud's name for it and the number of chips
 #
-# Settings and their defaults are in launch/settings.sh; each is a flag as well. --dry-run prints the
-# commands and runs none of them. Exit codes: 0 done, 75 interrupted (resume goes on), 1 anything else.
+# Settings and their defaults are in launch/settings.sh; each is a flag as well. --dry-run prints
+# the commands and runs none of them. Exit codes: 0 done, 75 interrupted (resume goes on), 1 else.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 LAUNCH=launch
@@ -53,7 +55,7 @@ create() {
     ((try == 1)) || sleep "$WAIT"
     now=$(state "${1:-NONE}")
     case $now in
-      UNKNOWN) stop "$NAME cannot be looked up ($(error_line)): mend that, then run $(next create)" ;;
+      UNKNOWN) stop "gcloud cannot tell of $NAME ($(error_line)): mend that, then $(next create)" ;;
       FAILED | SUSPENDING | SUSPENDED | DELETING) must_remove && now=NONE ;;
     esac
     if [[ $now != NONE ]] || request; then
@@ -130,18 +132,18 @@ source_spec() {
 }
 
 train() {
-  local spec words=(--config="$CONFIG" --workdir="gs://$BUCKET/runs/$RUN" --distributed) copy=
+  local spec from=- words=(--config="$CONFIG" --workdir="gs://$BUCKET/runs/$RUN" --distributed)
   spec=$(source_spec)
   [[ ! $spec ]] || words+=(--config.data.source="$spec")
   case $MODEL in
     gs://*)
-      copy="rm -rf model && mkdir model && gcloud storage rsync --recursive $MODEL model && "
+      from=$MODEL
       words+=(--config.model.path=../model)
       ;;
     ?*) words+=(--config.model.path="$MODEL") ;;
   esac
   words+=("${OVERRIDES[@]}")
-  must_everywhere train "${copy}bash code/launch/vm.sh train $(quoted "${words[@]}")"
+  must_everywhere train "bash code/launch/vm.sh train $(quoted "$from" "${words[@]}")"
   say "training began: see it with $(next watch)"
 }
 
@@ -189,7 +191,7 @@ remove() {
     queued delete --force --quiet 2>"$ERRORS" || grep -q NOT_FOUND "$ERRORS" || continue
     [[ $(state NONE) == NONE ]] || continue
     left=$(run gcloud compute tpus tpu-vm list --project="$PROJECT" --zone="$ZONE" \
-      --filter="name~/nodes/$NAME(-[0-9]+)?\$" --format='value(name)' 2>"$ERRORS") || continue
+      --filter="name~\"/nodes/$NAME(-[0-9]+)?\$\"" --format='value(name)' 2>"$ERRORS") || continue
     [[ $left ]] || return 0
     echo "ERROR: nodes are left: ${left//$'\n'/ }" >"$ERRORS"
   done
@@ -197,7 +199,8 @@ remove() {
 }
 
 must_remove() {
-  remove || stop "$NAME could not be deleted ($(error_line)) and may still be charged: run $(next delete)"
+  remove ||
+    stop "$NAME could not be deleted ($(error_line)) and may still be charged: run $(next delete)"
 }
 
 delete() {

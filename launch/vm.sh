@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What runs on each TPU VM. launch/tpu.sh calls it over ssh and counts the answers, because ssh to
-# many workers may lose one without an error: each verb but `stop` ends in one line, `ok HOST …` or
-# `failed HOST …`.
+# many workers may lose one without an error: each verb but `stop` and `job` ends in one line,
+# `ok HOST …` or `failed HOST …`.
 set -euo pipefail
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 ROOT=$(dirname "$CODE")
@@ -19,11 +19,11 @@ failed() {
 # Python 3.11 or newer: the system's, or one that uv fetches.
 make_venv() {
   [[ -x $VENV/bin/python ]] && return
-  if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    python3 -m venv "$VENV"
-  else
-    python3 -m pip install --quiet --user uv && python3 -m uv venv --seed --python 3.11 "$VENV"
+  if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' && python3 -m venv "$VENV"; then
+    return
   fi
+  rm -rf "$VENV"
+  python3 -m pip install --quiet --user uv && python3 -m uv venv --seed --python 3.11 "$VENV"
 }
 
 # Installs the package, and writes to the bucket as training will.
@@ -63,13 +63,21 @@ running() {
     tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -q 'vm.sh job'
 }
 
-# Starts training in a session of its own, so that it outlives ssh.
+# Starts training in a session of its own, so that it outlives ssh. $1 is a gs:// folder that is
+# copied to `model` first, or -; the rest is the command's.
 train() {
+  local from=$1
+  shift
   if running; then
     [[ $* == "$(cat "$JOB/arguments")" ]] ||
       failed "still trains with $(cat "$JOB/arguments"): wait for its end, or stop it by setup."
     ok "is training already"
     return
+  fi
+  if [[ $from != - ]]; then
+    mkdir -p "$ROOT/model"
+    gcloud storage rsync --recursive --delete-unmatched-destination-objects \
+      "$from" "$ROOT/model" || failed "$from cannot be copied: see the lines above."
   fi
   mkdir -p "$JOB" && rm -f "$JOB/exit"
   echo "$*" >"$JOB/arguments"
@@ -101,7 +109,7 @@ status() {
   fi
 }
 
-last_line() { tail -n 1 "$JOB/log" | tr '\r' '\n' | tail -n 1; }
+last_line() { tail -n 20 "$JOB/log" | { grep -v '^ *$' || echo "no word yet"; } | tail -n 1; }
 
 # Asks what trains here to save and end, waits ten minutes for it, and forgets how it ended.
 stop() {

@@ -1,7 +1,9 @@
 """launch/tpu.sh against a stand-in gcloud: what it asks for, and what it does about failures."""
 
 import math
+import os
 import shlex
+import signal
 
 import pytest
 
@@ -75,11 +77,12 @@ def test_wrong_settings_are_refused_before_anything_is_asked(cloud: Cloud, flags
 
 def test_all_goes_from_nothing_to_the_model_and_leaves_no_tpu(cloud: Cloud):
     flags = ["--pictures=coco=/pictures", "--model=gs://b/runs/sft_3b/export"]
+    flags += ["--config.grpo.steps=2", "--config.tasks.shuffle.kinds={'3x1': 1.0}"]
     (cloud.folder / "bucket/runs/sft_3b/export").mkdir(parents=True)
     plan = cloud.tpu("all", *flags, "--dry-run")
     assert plan.returncode == 0 and not cloud.calls
 
-    done = cloud.tpu("all", *flags, "--config.grpo.steps=2")
+    done = cloud.tpu("all", *flags)
     assert done.returncode == 0, done.stderr
     assert (cloud.folder / "out/export/config.json").exists()
     assert (cloud.folder / "out/summary.json").exists()
@@ -90,12 +93,13 @@ def test_all_goes_from_nothing_to_the_model_and_leaves_no_tpu(cloud: Cloud):
     assert (
         "-m spatial_ssrl_jax.train --config=configs/grpo_3b.py --workdir=gs://b/runs/grpo_3b "
         "--distributed --config.data.source=tfds:ssrl_pictures/coco@gs://b/data "
-        "--config.model.path=../model --config.grpo.steps=2"
+        "--config.model.path=../model --config.grpo.steps=2 "
+        "--config.tasks.shuffle.kinds={'3x1': 1.0}"
     ) in asked
     assert asked.count("spatial_ssrl_jax.train") == 2  # once a worker
 
     planned = [shlex.split(line)[1:] for line in plan.stdout.splitlines() if line[:6] == "gcloud"]
-    optional = ("buckets create", "adapter", "storage cp /tmp", "vm.sh train")
+    optional = ("buckets create", "adapter", "storage cp /tmp")
     missing = [words for words in planned if words not in cloud.calls]
     assert all(any(name in " ".join(words) for name in optional) for words in missing)
 
@@ -188,6 +192,18 @@ def test_preemption_is_told_apart_and_resumed(cloud: Cloud):
     assert cloud.count(DELETE) == 1 and cloud.count(CREATE) == 2
     cloud.wait_for("step 1 of 2")
     assert cloud.tpu("watch").returncode == 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_training_that_is_ended_from_outside_can_be_resumed(cloud: Cloud, how: int):
+    cloud.training(HANGS)
+    for verb in ("create", "setup", "train"):
+        assert cloud.tpu(verb).returncode == 0
+    cloud.wait_for("step 1 of 2")
+    for pid in cloud.folder.glob("worker*/job/pid"):
+        os.killpg(int(pid.read_text()), how)
+    done = cloud.tpu("watch")
+    assert done.returncode == 75 and "go on with launch/tpu.sh resume" in done.stderr
 
 
 def test_a_node_that_is_preempted_before_the_request_says_so(cloud: Cloud):
