@@ -29,7 +29,7 @@ def main(words: list[str]) -> int:
     if words[:3] == ["compute", "tpus", "queued-resources"]:
         return request(words[3], words)
     if words[:4] == ["compute", "tpus", "tpu-vm", "describe"]:
-        print("READY" if "--format=value(state)" in words else "\n".join(map(str, workers())))
+        print("READY" if "--format=value(state)" in words else "\n".join(addresses(words[4])))
         return 0
     if words[0] == "storage":
         return storage(words[1], [word for word in words[2:] if not word.startswith("--")])
@@ -51,6 +51,12 @@ def next_fault(call: str) -> dict | None:
 
 def workers() -> list[Path]:
     return sorted(CLOUD.glob("worker*"))
+
+
+def addresses(node: str) -> list[str]:
+    """Those of a node's workers: all of them, or with several slices the one of its number."""
+    number = node.rpartition("-")[2] if "-" in node else ""
+    return [w.name for w in workers() if w.name.endswith(number)]
 
 
 def request(verb: str, words: list[str]) -> int:

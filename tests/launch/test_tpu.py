@@ -104,8 +104,13 @@ def test_all_goes_from_nothing_to_the_model_and_leaves_no_tpu(cloud: Cloud):
     assert all(any(name in " ".join(words) for name in optional) for words in missing)
 
 
-def test_no_capacity_is_tried_again_and_then_nothing_is_left(cloud: Cloud):
-    cloud.fault(CREATE, NO_CAPACITY, times=2)
+@pytest.mark.parametrize("told", ["at once", "later"])
+def test_no_capacity_is_tried_again_and_then_nothing_is_left(cloud: Cloud, told: str):
+    if told == "at once":
+        cloud.fault(CREATE, NO_CAPACITY, times=2)
+    else:
+        cloud.fault(CREATE, state="FAILED", code=0, times=2)
+        cloud.fault("failedData", out=NO_CAPACITY, code=0, times=2)
     done = cloud.tpu("create")
     assert done.returncode == 1 and cloud.count(CREATE) == 2 and cloud.state is None
     assert "error: no capacity for v5litepod-16 in us-west4-a in 2 tries: try" in done.stderr
@@ -135,6 +140,13 @@ def test_a_request_that_waits_is_named_when_patience_is_over(cloud: Cloud):
     assert done.returncode == 1 and cloud.count(CREATE) == 0
     assert "go on waiting with launch/tpu.sh create" in done.stderr
     assert "is charged once it is ACTIVE; take it back: launch/tpu.sh delete" in done.stdout
+
+
+def test_two_slices_are_one_machine(cloud: Cloud):
+    cloud.start("ACTIVE")
+    (cloud.folder / "chips").write_text("32\n")
+    assert cloud.tpu("setup", "--slices=2").returncode == 0
+    assert cloud.count("describe ssrl-0") == cloud.count("describe ssrl-1") == 1
 
 
 def test_ssh_that_is_refused_for_a_while_is_tried_again(cloud: Cloud):
