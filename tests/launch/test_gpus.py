@@ -1,0 +1,80 @@
+"""launch/gpu.sh and launch/slurm.sbatch with stand-ins, and ShellCheck over all scripts."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import PYTHON, ROOT, Cloud, write_script
+
+
+@pytest.fixture
+def venv(cloud: Cloud) -> Path:
+    """An environment whose Python only notes what it is asked."""
+    cloud.training("")
+    write_script(cloud.folder / "venv/bin/python", PYTHON)
+    return cloud.folder / "venv"
+
+
+def test_gpu_trains_where_jax_sees_the_gpus(cloud: Cloud, venv: Path):
+    write_script(cloud.folder / "bin/nvidia-smi", "#!/bin/sh\n")
+    words = [f"--venv={venv}", "--config=configs/tiny.py", "--source=folder:p", "--config.seed=3"]
+    done = cloud.run("gpu.sh", *words)
+    assert done.returncode == 0, done.stderr
+    last = (cloud.folder / "python").read_text().splitlines()[-1]
+    assert last == (
+        "-m spatial_ssrl_jax.train --config=configs/tiny.py --workdir=runs/tiny "
+        "--config.data.source=folder:p --config.seed=3"
+    )
+    plan = cloud.run("gpu.sh", *words, "--dry-run")
+    assert plan.stdout.splitlines()[-1] == f"{venv}/bin/python {last}"
+
+
+def test_gpu_stops_without_a_driver_before_it_installs(cloud: Cloud):
+    write_script(cloud.folder / "bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
+    done = cloud.run("gpu.sh", f"--venv={cloud.folder / 'new'}")
+    assert done.returncode == 1 and done.stderr.startswith("error: no NVIDIA driver answers")
+    assert not (cloud.folder / "new").exists()
+
+
+def test_slurm_trains_on_every_task_and_queues_again_until_complete(cloud: Cloud, venv: Path):
+    notes = cloud.folder / "notes"
+    for name in ("srun", "scontrol"):
+        write_script(cloud.folder / f"bin/{name}", f'#!/bin/sh\necho {name} "$@" >>{notes}\n')
+    shutil.copytree(ROOT / "launch", cloud.folder / "launch")
+    (cloud.folder / "configs").mkdir()
+    (cloud.folder / "configs/x.py").touch()
+    copied = cloud.folder / "spool/slurm_script"
+    write_script(copied, (ROOT / "launch/slurm.sbatch").read_text())
+
+    def submit() -> subprocess.CompletedProcess[str]:
+        env = f"SLURM_SUBMIT_DIR={cloud.folder} SLURM_JOB_ID=7 PATH={cloud.folder / 'bin'}:$PATH"
+        command = f"{env} bash {copied} --config=configs/x.py --venv={venv}"
+        return subprocess.run(command, shell=True, capture_output=True, text=True)
+
+    assert submit().returncode == 0
+    train, again = notes.read_text().splitlines()
+    assert train == (
+        f"srun --kill-on-bad-exit=1 {venv}/bin/python -m spatial_ssrl_jax.train "
+        "--config=configs/x.py --workdir=runs/x --distributed"
+    )
+    assert again == "scontrol requeue 7"
+
+    (cloud.folder / "runs/x").mkdir(parents=True)
+    (cloud.folder / "runs/x/summary.json").touch()
+    assert submit().returncode == 0
+    assert notes.read_text().count("scontrol") == 1
+
+    write_script(cloud.folder / "bin/srun", "#!/bin/sh\nexit 2\n")
+    failed = submit()
+    assert failed.returncode == 1 and "training ended with an error" in failed.stderr
+
+
+def test_shellcheck_has_nothing_to_say():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is missing: pip install -e '.[test]'")
+    scripts = [*sorted((ROOT / "launch").glob("*.s*")), ROOT / ".ci/run"]
+    command = ["shellcheck", "--external-sources", *map(str, scripts)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
