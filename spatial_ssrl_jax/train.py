@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
         epilog="Any setting is changed by --config.SECTION.NAME=VALUE.",
     )
     parser.add_argument("--config", required=True, help="a Python file such as configs/tiny.py")
-    parser.add_argument("--workdir", type=Path, help="where everything is left (runs/NAME)")
+    parser.add_argument("--workdir", help="where everything is left (runs/NAME)")
     parser.add_argument("--overwrite", action="store_true", help="empty the folder first")
     parser.add_argument(
         "--check",
@@ -31,8 +31,13 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(args.config, overrides)
     if args.json and not args.check:
         raise UserError("--json belongs to --check: a run leaves its figures in metrics.jsonl.")
+    if args.workdir and "://" in args.workdir:
+        raise UserError(
+            f"--workdir={args.workdir} cannot be written to: give a local folder, and copy it from "
+            "there."
+        )
     connect(args)
-    workdir = args.workdir or Path("runs") / config.name
+    workdir = Path(args.workdir or Path("runs") / config.name)
     if args.check:
         _check(config, workdir, args)
         return

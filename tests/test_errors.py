@@ -62,6 +62,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (train.main, train_with("data.source=scene"), ["'scene'", "did you mean 'scenes'"]),
     (train.main, train_with("data.source=folder:/nowhere"), ["folder:/nowhere"]),
     (train.main, train_with("data.source=folder:DIR/empty"), ["found no picture"]),
+    (train.main, [*train_with(), "--workdir=gs://bucket/run"], ["gs://bucket/run", "local folder"]),
     (
         train.main,
         ["--check", *train_with("data.source=scenes:9", "data.prompt_buckets=9")],
