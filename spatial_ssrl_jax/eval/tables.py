@@ -56,12 +56,16 @@ class Row:
         value = self.values.get(column)
         return "" if value is None else value
 
-    def text(self, column: str) -> str:
-        """A value as text; raises `BadRow` where there is none."""
-        value = str(self.get(column)).strip()
-        if not value:
+    def words(self, column: str) -> str:
+        """A value as text, to the letter; raises `BadRow` where there is none."""
+        value = str(self.get(column))
+        if not value.strip():
             raise BadRow(f"{self.name} has no {column}: {MEND}.")
         return value
+
+    def text(self, column: str) -> str:
+        """A value as text without white space around it; raises `BadRow` where there is none."""
+        return self.words(column).strip()
 
     def find(self, column: str) -> tuple[Path, ...]:
         """The files that a column names; raises `BadRow` where one is missing."""
