@@ -99,7 +99,7 @@ def test_unwrapping_undoes_text(text: str, depth: int):
 
 def test_marks_of_one_side_belong_to_the_answer():
     assert answers.unwrap("$5") == "$5" and answers.unwrap("$5$") == "5"
-    assert answers.unwrap("12 inch\"") == '12 inch"'
+    assert answers.unwrap('12 inch"') == '12 inch"'
 
 
 @pytest.mark.parametrize(
