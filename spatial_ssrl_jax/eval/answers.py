@@ -22,6 +22,7 @@ _DECLARED = re.compile(
     r"[*(\[\"'`\s]*([A-Z])(?=[*)\]\"'`\s]*(?:$|[.,;:\n)]|because\b|since\b))",
     re.IGNORECASE | re.MULTILINE,
 )
+_ENCLOSED = re.compile(r"\(([^()]*)\)")
 _BARE = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
 _LETTERED = re.compile(r"(?:[(\[]([A-Z])[)\]]|([A-Z])[.:)\]])(?=\s|[*]|$)", re.IGNORECASE)
 _ANOTHER = re.compile(r"\s*(?:or|and|/)\s*[(\[]?[A-Za-z](?![\w'’-])")
@@ -92,9 +93,10 @@ def _without_text(text: str) -> str:
 def choice(response: str, options: Mapping[str, str]) -> str | None:
     """The letter of the option that a response chooses.
 
-    In this order: the last letter that is declared ("the answer is B"), a letter with its delimiter
-    in front ("A. chair", "(A) chair", "A: chair"), the text of just one option, and a letter alone
-    in a box or in a few words. None where there is none, or where the letter is of no option.
+    In this order: a letter that fills the first or last line, the last letter that is declared
+    ("the answer is B"), a letter with its delimiter in front ("A. chair", "(A) chair", "A: chair"),
+    the text of just one option, and a letter alone in a box or in a few words. None where there is
+    none, or where the letter is of no option.
 
     Args:
       response: what the model said.
@@ -104,8 +106,8 @@ def choice(response: str, options: Mapping[str, str]) -> str | None:
     if answer is None:
         return None
     text = answer.text
-    while text.startswith("(") and text.endswith(")") and len(text) > 3:
-        text = text[1:-1].strip()
+    if match := _ENCLOSED.fullmatch(text):
+        text = match[1].strip()
     letter = _written_letter(text)
     if letter is None:
         letter = _by_text(text, options)
@@ -116,8 +118,10 @@ def choice(response: str, options: Mapping[str, str]) -> str | None:
 
 
 def _written_letter(text: str) -> str | None:
-    if match := _BARE.fullmatch(text):
-        return match[1].upper()
+    lines = text.splitlines() or [""]
+    bare = {m[1].upper() for i in (0, -1) if (m := _BARE.fullmatch(unwrap(lines[i])))}
+    if len(bare) == 1:
+        return bare.pop()
     if declared := [m[1] for m in _DECLARED.finditer(text) if m[1].isupper()]:
         return declared[-1]
     match = _LETTERED.match(text)
@@ -127,7 +131,12 @@ def _written_letter(text: str) -> str | None:
 
 
 def _by_text(text: str, options: Mapping[str, str]) -> str | None:
-    same = [letter for letter, option in options.items() if _plain(option) == _plain(text)]
+    said = _plain(text)
+    same = [
+        letter
+        for letter, option in options.items()
+        if said in (_plain(option), _plain(f"{letter} {option}"))
+    ]
     return same[0] if len(same) == 1 else None
 
 

@@ -103,7 +103,7 @@ def cell_items(cell: str) -> list[str]:
     try:
         return [str(item) for item in ast.literal_eval(cell)]
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"no list of pictures: {error}") from None
+        raise ValueError(f"no list of pictures ({error})") from None
 
 
 def find_file(folder: Path, name: str) -> Path | None:

@@ -70,7 +70,10 @@ class Row:
     def find(self, column: str) -> tuple[Path, ...]:
         """The files that a column names; raises `BadRow` where one is missing."""
         value = self.get(column) or self.text(column)
-        names = value if isinstance(value, list) else cell_items(value)
+        try:
+            names = value if isinstance(value, list) else cell_items(value)
+        except ValueError as error:
+            raise BadRow(f"{self.name}: its {column} is {error}: {MEND}.") from None
         found = [find_file(self.file.parent, name) for name in names]
         for name, path in zip(names, found, strict=True):
             if path is None:

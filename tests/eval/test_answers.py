@@ -24,6 +24,9 @@ OPTIONS = {"A": "chair", "B": "table", "C": "left of the sofa"}
         ("table", "B"),
         ("Left of the sofa.", "C"),
         ("It is B", "B"),
+        ("B\n\nThe chair is seen left of A, so that it is nearer.", "B"),
+        ("The chair is seen left of A, so that it is nearer.\n\n**B**", "B"),
+        (r"\boxed{\text{A chair}}", "A"),
         ("The answer is B.", "B"),
         ("Answer: **C**", "C"),
         ("The table is nearer, so the correct option is (B)", "B"),
@@ -52,6 +55,7 @@ def test_a_choice_is_found(response: str, letter: str):
         "A table",
         "Seen from A and from B it may be either of them, or C.",
         "(A) or (B)",
+        "(   )",
         "The answer is A chair that I cannot see",
         "<think>It must be A.</think>",  # reasons, and boxes nothing
         "<think>It must be A. The answer is A.",
