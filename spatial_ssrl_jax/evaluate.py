@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spatial_ssrl_jax.errors import UserError, run_command
 from spatial_ssrl_jax.eval.benchmarks import SPECS, score_records
-from spatial_ssrl_jax.eval.paper import VARIANT, published
+from spatial_ssrl_jax.eval.paper import VARIANT, comparable, published, table
 from spatial_ssrl_jax.eval.predictions import (
     PREDICTIONS,
     SCORES,
@@ -22,31 +22,52 @@ from spatial_ssrl_jax.eval.scores import Scores
 
 
 def main(argv: Sequence[str]) -> None:
+    args = _parse(argv)
+    files = {path: read_predictions(path) for path in args.score}
+    found = []
+    for path, records in files.items():
+        # Several benchmarks would leave files of one name: each has a folder of its own.
+        out = args.out / records[0].benchmark if args.out and len(files) > 1 else args.out
+        _check_out(out, args.overwrite, path)
+        if _for_server(records):
+            _submit(records, out)
+            continue
+        kept = [r for r in records if r.target or not args.allow_missing]
+        if len(kept) < len(records):
+            print(f"{path}: {len(records) - len(kept)} left out, no target", file=sys.stderr)
+        scored, scores = score_records(kept)
+        if out:
+            write_results(out, scored, scores)
+        found.append(scores)
+    _print(found, len(files), args.json)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.evaluate",
         description="Scores the answers to a benchmark's questions, without a model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--score", type=Path, required=True, help="a predictions.jsonl")
-    parser.add_argument("--out", type=Path, help="folder for predictions.jsonl and scores.json")
+    parser.add_argument(
+        "--score",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="a predictions.jsonl; of several benchmarks several, for one table",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for predictions.jsonl and scores.json (of several, folders)",
+    )
     parser.add_argument(
         "--allow-missing", action="store_true", help="leave out predictions without a target"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace results in --out")
-    parser.add_argument("--json", action="store_true", help="print scores.json")
-    args = parser.parse_args(argv)
-    _check_out(args.out, args.overwrite, args.score)
-    records = read_predictions(args.score)
-    if _for_server(records):
-        _submit(records, args.out, args.json)
-        return
-    kept = [r for r in records if r.target or not args.allow_missing]
-    scored, scores = score_records(kept)
-    if args.out:
-        write_results(args.out, scored, scores)
-    if len(kept) < len(records):
-        print(f"{len(records) - len(kept)} left out: they have no target", file=sys.stderr)
-    print(json.dumps(scores.as_json()) if args.json else _report(scores))
+    parser.add_argument(
+        "--json", action="store_true", help='print scores.json; of several, {"scores": […]}'
+    )
+    return parser.parse_args(argv)
 
 
 def _check_out(folder: Path | None, overwrite: bool, read: Path) -> None:
@@ -65,7 +86,7 @@ def _for_server(records: Sequence[Record]) -> bool:
     return all(r.target is None and r.benchmark in private for r in records)
 
 
-def _submit(records: Sequence[Record], folder: Path | None, as_json: bool) -> None:
+def _submit(records: Sequence[Record], folder: Path | None) -> None:
     if folder is None:
         raise UserError(
             f"the right answers of {records[0].benchmark}'s test split are not public: give "
@@ -74,16 +95,32 @@ def _submit(records: Sequence[Record], folder: Path | None, as_json: bool) -> No
     path = folder / SUBMISSION
     write_submission(path, records)
     count = f"{len(records)} answers without a public target"
-    print(json.dumps({"submission": str(path)}) if as_json else f"{path}: {count}, not scored")
+    print(f"{path}: {count}, not scored", file=sys.stderr)
+
+
+def _print(found: Sequence[Scores], files: int, as_json: bool) -> None:
+    if as_json:
+        whole = [scores.as_json() for scores in found]
+        print(json.dumps(whole[0] if files == len(whole) == 1 else {"scores": whole}))
+    elif len(found) == 1:
+        print(_report(found[0]))
+    elif found:
+        titles = {name: spec.title for name, spec in SPECS.items()}
+        ours = {scores.benchmark: comparable(scores) for scores in found}
+        print("\n".join([*map(_headline, found), "", table(ours, titles)]))
+
+
+def _headline(scores: Scores) -> str:
+    low, high = scores.ci95
+    return (
+        f"{SPECS[scores.benchmark].title}: {scores.score:.2f} [{low:.2f}, {high:.2f}], "
+        f"{scores.count} questions, {scores.unparsed} without an answer that can be read (wrong)"
+    )
 
 
 def _report(scores: Scores) -> str:
-    """The score with its interval, its categories, and the paper's rows."""
-    low, high = scores.ci95
-    lines = [
-        f"{SPECS[scores.benchmark].title}: {scores.score:.2f} [{low:.2f}, {high:.2f}], "
-        f"{scores.count} questions, {scores.unparsed} without an answer that can be read (wrong)"
-    ]
+    """The score with its interval, its categories, and the paper's figures."""
+    lines = [_headline(scores)]
     lines += [f"  {name}: {value:.2f}" for name, value in scores.extra.items()]
     width = max(map(len, scores.categories))
     lines += [

@@ -12,6 +12,7 @@ import pytest
 from spatial_ssrl_jax import evaluate
 from spatial_ssrl_jax.errors import run_command
 from spatial_ssrl_jax.eval.benchmarks import open_benchmark
+from spatial_ssrl_jax.eval.paper import SPATIAL, table
 from spatial_ssrl_jax.eval.predictions import as_line, read_predictions
 from spatial_ssrl_jax.eval.question import record_of
 from tests.eval import files
@@ -88,6 +89,28 @@ def test_the_report_stands_beside_the_papers_rows(run, tmp_path: Path):
     assert "Jigsaw" in printed and "Spatial-SSRL-7B: 56.23" in printed
 
 
+def test_several_benchmarks_make_one_table_in_the_papers_form(run, tmp_path: Path):
+    """Missing columns are dashes, and the mean with them; VSI-Bench's column is the paper's own."""
+    vsi = {**LINES[0], "benchmark": "vsi_bench", "category": "object_counting", "target": 2}
+    given = [
+        write(tmp_path / "a.jsonl", LINES),
+        write(tmp_path / "b.jsonl", [{**vsi, "response": "3"}]),
+    ]
+    code, printed, _ = run("--score", *given, f"--out={tmp_path / 'out'}")
+    assert code == 0 and "VSI-Bench: 10.00 [" in printed
+    ours = [line.split()[2:] for line in printed.splitlines() if line.startswith("this model")]
+    assert ours == [["–"] * 6 + ["0.00", "–"], ["–", "50.00", *["–"] * 5]]
+    assert printed.count("mean") == 1 and "39.29  56.58\n" in printed and "71.85\n" in printed
+    assert (tmp_path / "out/blink/scores.json").exists()
+    _, printed, _ = run("--score", *given, "--json")
+    assert [x["benchmark"] for x in json.loads(printed)["scores"]] == ["blink", "vsi_bench"]
+
+
+def test_a_whole_set_has_a_mean():
+    titles = dict.fromkeys(SPATIAL, "x")
+    assert table(dict.fromkeys(SPATIAL, 70.0), titles).splitlines()[-1].split()[-1] == "70.00"
+
+
 def test_vsi_bench_names_the_papers_variant(run, tmp_path: Path):
     line = {**LINES[0], "benchmark": "vsi_bench", "category": "object_counting", "target": 2}
     _, printed, _ = run(f"--score={write(tmp_path / 'a.jsonl', [{**line, 'response': '3'}])}")
@@ -114,8 +137,8 @@ def test_mmbench_without_answers_becomes_a_submission(run, tmp_path: Path):
     given.write_text(
         "".join(as_line(record_of(q, benchmark.prompt(q), "B")) for q in benchmark.questions)
     )
-    code, printed, _ = run(f"--score={given}", f"--out={out}")
-    assert code == 0 and "4 answers without a public target, not scored" in printed
+    code, printed, err = run(f"--score={given}", f"--out={out}")
+    assert (code, printed) == (0, "") and "4 answers without a public target, not scored" in err
     rows = [line.split("\t") for line in (out / "submission.tsv").read_text().splitlines()]
     assert rows[0] == ["index", "question", "A", "B", "C", "D", "prediction"]
     assert rows[2] == ["1000241", "What is 1000241?", "chair", "table", "", "", "B"]

@@ -4,7 +4,10 @@
 four of them were asked directly, the last three with the format prompt for Spatial-SSRL only.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from spatial_ssrl_jax.eval.scores import Scores
 
 SPATIAL = (
     "spatial457",
@@ -55,10 +58,54 @@ ROWS = (
     _row("Qwen2.5-VL-7B", GENERAL, 82.23, 55.87, 52.26, 68.63, 88.5, 86.44, 70.93),
     _row("Spatial-SSRL-7B", GENERAL, 82.60, 56.23, 53.18, 69.28, 89.6, 88.08, 71.85),
 )
-# Which of our figures is the paper's, where it is not the score itself; by its name in `extra`.
+# Which figure of `Scores.extra` is the paper's, where it is not the score itself.
 VARIANT = {"vsi_bench": "paper"}
+
+# The paper gives a mean over the spatial ones alone.
+_MEAN = {SPATIAL: ("mean",), GENERAL: ()}
 
 
 def published(benchmark: str) -> dict[str, float]:
     """The paper's figures of one benchmark, by model."""
     return {row.model: row.figures[benchmark] for row in ROWS if benchmark in row.figures}
+
+
+def comparable(scores: Scores) -> float:
+    """The figure that the paper's is to be compared with."""
+    variant = VARIANT.get(scores.benchmark)
+    return scores.extra[variant] if variant else scores.score
+
+
+def table(figures: Mapping[str, float], titles: Mapping[str, str]) -> str:
+    """The paper's tables with one more row, of each of the two that has a figure.
+
+    Args:
+      figures: ours by benchmark, see `comparable`.
+      titles: of the columns by benchmark.
+    """
+    blocks = []
+    for names in (SPATIAL, GENERAL):
+        ours = Row("this model", {name: figures[name] for name in names if name in figures})
+        if not ours.figures:
+            continue
+        rows = [row for row in ROWS if set(row.figures) == set(names)]
+        lines = [("", *(titles[name] for name in names), *_MEAN[names])]
+        lines += [_cells(row, names) for row in (*rows, ours)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        blocks += ["\n".join(_aligned(line, widths) for line in lines)]
+    return "\n\n".join(blocks)
+
+
+def _cells(row: Row, names: tuple[str, ...]) -> tuple[str, ...]:
+    figures = [row.figures.get(name) for name in names]
+    if _MEAN[names]:
+        figures.append(None if None in figures else sum(figures) / len(figures))
+    return row.model, *("–" if figure is None else f"{figure:.2f}" for figure in figures)
+
+
+def _aligned(line: tuple[str, ...], widths: list[int]) -> str:
+    first, *others = line
+    return "  ".join(
+        [first.ljust(widths[0])]
+        + [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+    )
