@@ -14,16 +14,18 @@ from spatial_ssrl_jax.eval.tables import MEND, BadRow, Row
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 _ROTATION = 1_000_000  # MMBench numbers rotations of question i as i + n · 1,000,000
-_QID, _FLIPPED_QID, _FLIP = 8, 13, "-flip"  # 3DSRBench: "ABCDEFGH", "ABCDEFGH-flip", then "-1"
+_FLIP = "-flip"  # 3DSRBench: "ABCDEFGH", mirrored "ABCDEFGH-flip", then "-1" for another order
 
 
 def judge_choice(record: Record) -> Verdict:
     """Right when the chosen letter is the target's; the options come from meta or the prompt."""
     options = record.meta.get("options") or answers.options_in(record.question)
     target = answers.choice(str(record.target), options)  # files write "A", "(A)" or "A. chair"
+    if target is None:  # what the prompt seemed to list were not the options
+        options = {}
+        target = answers.choice(str(record.target), options)
     if target is None:
-        found = ", ".join(options) or "a letter"
-        raise UserError(f"{record.id}: its target {record.target!r} is none of {found}.")
+        raise UserError(f"{record.id}: its target {record.target!r} is no letter of an option.")
     letter = answers.choice(record.response, options)
     return Verdict(letter, float(letter == target))
 
@@ -91,13 +93,14 @@ def _parse_3dsrbench(row: Row) -> Question:
     return _question("3dsrbench", row, row.text("answer"), qid=row.text("qid"))
 
 
-def _base(record: Record) -> str:
-    return str(record.meta.get("qid", record.id))[:_QID]
+def _base(qid: str) -> str:
+    return qid.partition("-")[0]
 
 
 def _cells_3dsrbench(records: Sequence[Record]) -> list[Cell]:
     """Plain accuracy; flips and orders of one question are drawn together."""
-    return [(_base(record), "vanilla", record.score) for record in records]
+    units = (_base(record.meta.get("qid", record.id)) for record in records)
+    return [(unit, "vanilla", record.score) for unit, record in zip(units, records, strict=True)]
 
 
 def _extra_3dsrbench(records: Sequence[Record]) -> dict[str, float]:
@@ -106,8 +109,8 @@ def _extra_3dsrbench(records: Sequence[Record]) -> dict[str, float]:
     if all("qid" in record.meta for record in records):
         groups = {
             "flip": lambda qid: qid.replace(_FLIP, ""),
-            "circular": lambda qid: qid[: _FLIPPED_QID if _FLIP in qid else _QID],
-            "flip_circular": lambda qid: qid[:_QID],
+            "circular": lambda qid: (_base(qid), _FLIP in qid),
+            "flip_circular": _base,
         }
         for name, key in groups.items():
             right = all_right(records, lambda record, key=key: key(record.meta["qid"]))

@@ -20,7 +20,7 @@ _KINDS = {
     "bicycle": "road utility mountain tandem bicycle",
 }
 _KIND_OF = {shape: kind for kind, shapes in _KINDS.items() for shape in shapes.split()}
-_FIELD = re.compile(r"""Answer['"]?\s*:\s*(?:'([^']*)'|"([^"]*)"|(\w+))""")
+_FIELD = re.compile(r"""Answer['"]?\s*:\s*(?:'([^']*)'|"([^"]*)"|([^'",}\n]+))""")
 _MOST_WORDS = 4  # of a direct answer; none of the right ones has more than two
 
 

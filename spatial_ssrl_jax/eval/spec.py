@@ -27,6 +27,7 @@ class Spec:
       metric: how it is scored.
       pixels: smallest and largest area of a picture that the published numbers were taken with;
         None leaves both to the model folder.
+      frames: most frames of a video, likewise.
       new_tokens: most tokens of a response, likewise.
       public: whether all rows have an answer; without one they can be asked but not scored.
     """
@@ -39,6 +40,7 @@ class Spec:
     ask: Callable[[Question, Style], Asked]
     metric: Metric
     pixels: tuple[int, int] | None = KIT_PIXELS
+    frames: int | None = None
     new_tokens: int = 2048
     public: bool = True
 

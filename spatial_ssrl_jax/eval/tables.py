@@ -212,8 +212,8 @@ def _read_parquet(file: Path) -> list[Row]:
     rows = []
     for batch in reader.iter_batches(_ROWS_AT_A_TIME, columns=[_IMAGE]):
         for cell in batch.column(0):
-            number, name = len(rows), _name(file, len(rows))
-            holds = cell.is_valid and not (isinstance(cell.as_py(), dict) and not cell["bytes"])
+            number, name, value = len(rows), _name(file, len(rows)), cell.as_py()
+            holds = value["bytes"] if isinstance(value, dict) else value
             picture = (ParquetPicture(groups, file, number, name),) if holds else ()
             rows.append(Row(values[number], name, file, number, picture))
     return rows

@@ -12,7 +12,6 @@ from spatial_ssrl_jax.eval.spec import Spec
 from spatial_ssrl_jax.eval.tables import MEND, BadRow, Row
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
-MOST_FRAMES = 128  # of one video, in the published numbers
 _NUMBERS = {
     "object_counting",
     "object_abs_distance",
@@ -117,5 +116,6 @@ VSI_BENCH = Spec(
     ask=ask,
     metric=Metric(judge, _cells, dict.fromkeys(_DIRECTIONS, 1 / 3), _paper),
     pixels=None,
+    frames=128,
     new_tokens=4096,
 )

@@ -110,7 +110,8 @@ def write_spatial457(folder: Path) -> Path:
     return write_tsv(folder / "Spatial457.tsv", rows)
 
 
-def write_qspatial(folder: Path) -> Path:
+def write_qspatial(folder: Path, held: Sequence[int] = (0, 1, 2)) -> Path:
+    """Three rows, of which those that are `held` have their picture's bytes."""
     rows = [
         {
             "question": f"How far is {i}?",
@@ -118,7 +119,7 @@ def write_qspatial(folder: Path) -> Path:
             "answer_unit": "cm",
             "question_type": "horizontal_distance",
             "image_path": f"{i}.png",
-            "image": {"bytes": png(i), "path": f"{i}.png"},
+            "image": {"bytes": png(i) if i in held else None, "path": f"{i}.png"},
         }
         for i in range(3)
     ]

@@ -164,6 +164,15 @@ def test_each_picture_is_its_rows_own(tmp_path: Path):
     assert [files.seed_of(q.pictures[0].open()) for q in parquet] == [0, 1, 2]
 
 
+def test_a_parquet_row_without_bytes_has_its_picture_beside_it(tmp_path: Path):
+    path = files.write_qspatial(tmp_path, held=(0, 2))
+    with pytest.raises(UserError, match="row 2 of .*there is no 1.png"):
+        open_benchmark("qspatial_plus", path)
+    files.place(tmp_path, ["1.png"])
+    questions = open_benchmark("qspatial_plus", path).questions
+    assert [files.seed_of(q.pictures[0].open()) for q in questions] == [0, 7, 2]
+
+
 def test_cells_with_tabs_quotes_and_line_breaks(tmp_path: Path):
     text = 'Is it "this"\tor\nthat\r\nor – \u2028 neither?'
     rows = [files.mcq_row(i, question=text, A="’s chair\nred") for i in range(3)]

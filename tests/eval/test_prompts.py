@@ -142,5 +142,6 @@ def test_the_published_settings():
     assert pixels.pop("whatsup")[1] == 512 * 784
     assert pixels.pop("vsi_bench") is None and pixels.pop("viewspatial") == (256 * 784, 1280 * 784)
     assert set(pixels.values()) == {kit}
+    assert [name for name, spec in SPECS.items() if spec.frames] == ["vsi_bench"]
     tokens = {name for name, spec in SPECS.items() if spec.new_tokens == 4096}
     assert tokens == {"whatsup", "viewspatial", "vsi_bench"}

@@ -56,6 +56,12 @@ def test_choices(benchmark: str):
     assert ask("B. table", "B") == ("B", True, 1)
 
 
+def test_lines_of_a_question_are_not_taken_for_options():
+    asked = "Question: Who was it?\nI. Newton or another?"
+    given = dataclasses.replace(record("blink", "B", "B"), question=asked)
+    assert score_records([given])[1].score == 100
+
+
 def test_options_are_taken_from_the_prompt_where_meta_has_none():
     asked = "Question: What?\nOptions:\nA. chair\nB. table\nPlease select"
     given = dataclasses.replace(record("blink", "B", r"\boxed{table}"), question=asked)
@@ -110,6 +116,7 @@ def test_mmbench_needs_every_rotation():
         ("sedan", "minivan", "minivan", 1),
         ("school bus", "double bus", "double bus", 1),
         ("road bike", "school bus", "school bus", 0),
+        ("large", r"\boxed{Answer: large}", "large", 1),
         ("red", "blue", "blue", 0),
         ("red", "The red one is in front of the blue one.", None, 0),
         ("red", "<think>red</think>", None, 0),
@@ -347,7 +354,7 @@ def test_records_of_several_benchmarks_or_none_are_refused():
         ([record("blonk", "A", "A")], "unknown benchmark 'blonk'"),
         ([record("blink", "A", "A"), record("blink", "A", "A")], "the id '0' occurs 2 times"),
         ([record("blink", None, "A")], "0 has no target"),
-        ([record("blink", "4", "A")], "its target '4' is none of a letter"),
+        ([record("blink", "4", "A")], "its target '4' is no letter of an option"),
         ([record("hallusionbench", "Maybe", "Yes")], "neither Yes nor No"),
     ):
         with pytest.raises(UserError, match=said):
