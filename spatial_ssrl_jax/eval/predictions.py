@@ -1,0 +1,79 @@
+"""Reading and writing `predictions.jsonl`, `scores.json` and MMBench's submission."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.eval.question import Record
+from spatial_ssrl_jax.eval.scores import Scores
+
+PREDICTIONS, SCORES, SUBMISSION = "predictions.jsonl", "scores.json", "submission.tsv"
+_NEEDED = ("id", "benchmark", "category", "question", "target", "response")
+_FIELDS = tuple(field.name for field in dataclasses.fields(Record))
+
+
+def read_predictions(path: Path) -> list[Record]:
+    """Records of a file, scored or not; whatever scoring writes is read anew from the response.
+
+    Raises:
+      UserError: no such file, or a line that is not a record; it names the line.
+    """
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"{path} holds no prediction.")
+    return [_record(f"line {number} of {path}", line) for number, line in numbered]
+
+
+def _record(name: str, line: str) -> Record:
+    try:
+        values: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} is not JSON ({error}).") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{name} is no object with named fields.")
+    missing = [field for field in _NEEDED if field not in values]
+    if missing:
+        raise UserError(f"{name} has no {', '.join(missing)}: needed are {', '.join(_NEEDED)}.")
+    meta = values.get("meta") or {}
+    if not isinstance(meta, dict) or not isinstance(values["response"], str):
+        raise UserError(f"{name}: its response must be a text, and its meta an object.")
+    texts = {field: str(values[field]) for field in ("id", "benchmark", "question")}
+    texts["category"] = str(values["category"] or "all")
+    target = values["target"]
+    if not isinstance(target, list | None):
+        target = str(target)
+    return Record(**texts, target=target, response=values["response"], meta=meta)
+
+
+def as_line(record: Record) -> str:
+    """A record as one line, with its end."""
+    values = {field: getattr(record, field) for field in _FIELDS}
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def write_results(folder: Path, records: Iterable[Record], scores: Scores) -> None:
+    """Writes `predictions.jsonl` and `scores.json` into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PREDICTIONS).write_text("".join(map(as_line, records)), "utf-8")
+    (folder / SCORES).write_text(json.dumps(scores.as_json(), indent=1) + "\n", "utf-8")
+
+
+def write_submission(path: Path, records: Iterable[Record]) -> None:
+    """Writes answers as MMBench's server reads them, one row a rotation (save as xlsx there)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["index", "question", "A", "B", "C", "D", "prediction"])
+        for record in records:
+            options = record.meta.get("options", {})
+            text = record.meta.get("text", record.question)
+            letters = [options.get(letter, "") for letter in "ABCD"]
+            writer.writerow([record.id, text, *letters, record.response])

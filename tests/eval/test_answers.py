@@ -1,0 +1,172 @@
+"""Extraction: what counts as an answer, and that nothing is guessed where there is none."""
+
+import string
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from spatial_ssrl_jax.eval import answers
+
+OPTIONS = {"A": "chair", "B": "table", "C": "left of the sofa"}
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("A", "A"),
+        ("b", "B"),
+        ("(A)", "A"),
+        ("A. chair", "A"),
+        ("(B) table", "B"),
+        ("B: table", "B"),
+        ("**A. chair**", "A"),
+        ("table", "B"),
+        ("Left of the sofa.", "C"),
+        ("It is B", "B"),
+        ("B\n\nThe chair is seen left of A, so that it is nearer.", "B"),
+        ("The chair is seen left of A, so that it is nearer.\n\n**B**", "B"),
+        (r"\boxed{\text{A chair}}", "A"),
+        ("The answer is B.", "B"),
+        ("Answer: **C**", "C"),
+        ("The table is nearer, so the correct option is (B)", "B"),
+        (r"\boxed{A. chair}", "A"),
+        (r"\boxed{\text{A. chair}}", "A"),
+        (r"\boxed{\text{(A)}}", "A"),
+        (r"\boxed{\mathrm{\text{B}}}", "B"),
+        (r"\boxed{(B)}", "B"),
+        (r"\boxed{table}", "B"),
+        (r"$\boxed{B}$", "B"),
+        (r"\boxed{Option B}", "B"),
+        (r"<think>A is near. \boxed{A}?</think>\boxed{B}", "B"),
+    ],
+)
+def test_a_choice_is_found(response: str, letter: str):
+    assert answers.choice(response, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "D",  # no such option
+        r"\boxed{D. lamp}",
+        "A chair stands in front of the table, but I cannot tell.",
+        "A table",
+        "Seen from A and from B it may be either of them, or C.",
+        "(A) or (B)",
+        "(   )",
+        "The answer is A chair that I cannot see",
+        "<think>It must be A.</think>",  # reasons, and boxes nothing
+        "<think>It must be A. The answer is A.",
+        r"<think>So it is A.</think>\boxed{A",  # cut off
+        r"<think>So it is A.</think>\boxed{}",
+        r"<think>So it is A.</think>\boxed{\frac{1}{2}}",
+    ],
+)
+def test_nothing_is_guessed(response: str):
+    assert answers.choice(response, OPTIONS) is None
+
+
+words = st.text(string.ascii_letters + " .,\n()", max_size=80)
+
+
+@given(st.sampled_from("ABC"), words, st.sampled_from(["{}", r"\text{{{}}}", "({})", "{}. {}"]))
+def test_the_box_decides_whatever_is_thought(letter: str, thought: str, form: str):
+    inside = form.format(letter, OPTIONS[letter]) if form.count("{}") == 2 else form.format(letter)
+    response = rf"<think>{thought}</think>\boxed{{{inside}}}"
+    assert answers.choice(response, OPTIONS) == letter
+
+
+@given(words)
+def test_a_thought_without_a_box_answers_nothing(thought: str):
+    response = f"<think>{thought}</think>"
+    assert answers.choice(response, OPTIONS) is None
+    assert answers.number(response) is None
+    assert answers.yes_or_no(response) is None
+
+
+@given(st.text(max_size=60))
+def test_a_letter_that_is_found_is_of_an_option(response: str):
+    assert answers.choice(response, OPTIONS) in (None, *OPTIONS)
+    assert answers.choice(rf"\boxed{{{response}}}", OPTIONS) in (None, *OPTIONS)
+
+
+@given(st.text(string.ascii_letters + " ", min_size=1), st.integers(0, 4))
+def test_unwrapping_undoes_text(text: str, depth: int):
+    assume(text.strip())
+    wrapped = text
+    for _ in range(depth):
+        wrapped = rf"\text{{{wrapped}}}"
+    assert answers.unwrap(wrapped) == text.strip()
+
+
+def test_marks_of_one_side_belong_to_the_answer():
+    assert answers.unwrap("$5") == "$5" and answers.unwrap("$5$") == "5"
+    assert answers.unwrap('12 inch"') == '12 inch"'
+
+
+@pytest.mark.parametrize(
+    ("response", "value"),
+    [
+        ("4", 4),
+        ("4.5 meters", 4.5),
+        ("about 1,200 cm", 1200),
+        ("26.4 m2", 26.4),
+        ("26.4 m^2", 26.4),
+        ("There are two chairs.", 2),
+        (r"<think>1, 2, 3</think>\boxed{\text{3.5}}", 3.5),
+        ("12.", 12),
+        ("-2", -2),
+    ],
+)
+def test_a_number_is_found(response: str, value: float):
+    assert answers.number(response) == value
+
+
+@pytest.mark.parametrize("response", ["", "2 to 3", "3-4", "1/2", "none", "<think>3", r"\boxed{x}"])
+def test_no_number_is_guessed(response: str):
+    assert answers.number(response) is None
+
+
+@given(st.floats(0.01, 1e6).map(lambda x: round(x, 3)))
+def test_any_number_is_read_back(value: float):
+    assert answers.number(f"{value:.3f} m") == pytest.approx(value)
+    assert answers.number(rf"\boxed{{{value:,.3f}}}") == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("response", "said"),
+    [
+        ("Yes", "Yes"),
+        ("No, there is no such thing.", "No"),
+        ("Yes, and there is no other.", "Yes"),
+        ("There is no table", "No"),
+        (r"<think>yes</think>\boxed{\text{No}}", "No"),
+        ("Yes or no", None),
+        ("It cannot be said", None),
+        ("Nothing", None),
+    ],
+)
+def test_yes_or_no(response: str, said: str | None):
+    assert answers.yes_or_no(response) == said
+
+
+@pytest.mark.parametrize(
+    ("response", "length"),
+    [
+        (r"\scalar{50} \distance_unit{cm}", 50),
+        (r"\scalar{1.5} \distance_unit{Meters}", 150),
+        (r"\scalar{2} \distance_unit{\text{feet}}", 60.96),
+        (r"\scalar{1-2} \distance_unit{inches}", 3.81),
+        (r"as \scalar{scalar} \distance_unit{distance unit}: \scalar{3} \distance_unit{mm}", 0.3),
+        (r"\boxed{\scalar{5} \distance_unit{inch}}", 12.7),
+        (r"\scalar{scalar} \distance_unit{distance unit}", None),
+        (r"\scalar{5} \distance_unit{parsec}", None),
+        (r"\scalar{5}", None),
+        ("about 5 cm", None),
+    ],
+)
+def test_distances_in_centimetres(response: str, length: float | None):
+    found = answers.distance(response)
+    assert found == (length if length is None else pytest.approx(length))

@@ -1,0 +1,373 @@
+"""Each benchmark's metric on answers made by hand, with the traps that scoring can fall into."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.eval import scores
+from spatial_ssrl_jax.eval.benchmarks import SPECS, open_benchmark, score_records
+from spatial_ssrl_jax.eval.charts_and_text import relaxed
+from spatial_ssrl_jax.eval.paper import GENERAL, ROWS, SPATIAL, published
+from spatial_ssrl_jax.eval.question import Record, record_of
+from spatial_ssrl_jax.eval.vsi_bench import relative_accuracy
+from tests.eval import files
+
+OPTIONS = {"A": "chair", "B": "table"}
+KIT = ("blink", "realworldqa", "seedbench2_plus", "spatialeval", "3dsrbench", "viewspatial")
+FORMULA = "Handwritten Mathematical Expression Recognition"
+
+
+def record(
+    benchmark: str, target, response: str, category: str = "all", name="0", **meta
+) -> Record:
+    return Record(name, benchmark, category, "?", target, response, meta)
+
+
+def verdict(*given, **more) -> tuple[str | None, bool, float]:
+    """What one response is found to say, whether it can be read, and its score."""
+    (found,), _ = score_records([record(*given, **more)])
+    return found.extracted, found.parsed, found.score
+
+
+def numbered(records: list[Record]) -> list[Record]:
+    return [dataclasses.replace(r, id=str(i)) for i, r in enumerate(records)]
+
+
+# multiple choice
+
+
+@pytest.mark.parametrize("benchmark", [*KIT, "whatsup"])
+def test_choices(benchmark: str):
+    def ask(target: str, response: str):
+        return verdict(benchmark, target, response, options=OPTIONS)
+
+    assert ask("A", "A. chair") == ("A", True, 1)
+    assert ask("A", r"<think>B? No.</think>\boxed{\text{A. chair}}") == ("A", True, 1)
+    assert ask("A", r"\boxed{(B)}") == ("B", True, 0)
+    # The released scripts count these: any A in the output, or in the reasoning.
+    assert ask("A", "A chair is seen, and Also A table") == (None, False, 0)
+    assert ask("A", "<think>A is near, so A.</think>") == (None, False, 0)
+    assert ask("A", "BAD") == (None, False, 0)
+    # A box that ends at the first brace would be read as "\text{B".
+    assert ask("B", r"\boxed{\text{B}. table}") == ("B", True, 1)
+    assert ask("B. table", "B") == ("B", True, 1)
+
+
+def test_lines_of_a_question_are_not_taken_for_options():
+    asked = "Question: Who was it?\nI. Newton or another?"
+    given = dataclasses.replace(record("blink", "B", "B"), question=asked)
+    assert score_records([given])[1].score == 100
+
+
+def test_options_are_taken_from_the_prompt_where_meta_has_none():
+    asked = "Question: What?\nOptions:\nA. chair\nB. table\nPlease select"
+    given = dataclasses.replace(record("blink", "B", r"\boxed{table}"), question=asked)
+    (found,), _ = score_records([given])
+    assert (found.extracted, found.score) == ("B", 1)
+
+
+def test_3dsrbench_is_plain_and_also_gives_the_stricter_figures():
+    """Two questions; of the second only its mirrored picture in one order is answered wrongly."""
+    qids = [f"ABCDEF0{q}{kind}" for q in (0, 1) for kind in ("", "-1", "-flip", "-flip-1")]
+    records = [
+        record("3dsrbench", "A", "B" if qid == "ABCDEF01-flip-1" else "A", name=qid, qid=qid)
+        for qid in qids
+    ]
+    _, found = score_records(records)
+    assert found.score == found.extra["vanilla"] == 100 * 7 / 8
+    assert found.extra["flip"] == 75  # (00, 00-1, 01, 01-1): the last is wrong
+    assert found.extra["circular"] == 75  # (00, 00-flip, 01, 01-flip)
+    assert found.extra["flip_circular"] == 50
+
+
+def test_mmbench_needs_every_rotation():
+    def ask(*responses: tuple[str, str]):
+        return [record("mmbench", "A", said, name=name) for name, said in responses]
+
+    records = ask(("241", "A"), ("1000241", "A"), ("252", "A"), ("1000252", "B"), ("7", "A"))
+    _, found = score_records(records)
+    assert found.score == pytest.approx(100 * 2 / 3)
+    assert found.extra == {"vanilla": 80} and found.count == 5
+    by_meta = [dataclasses.replace(r, meta={"group": 1}) for r in numbered(records)]
+    assert score_records(by_meta)[1].score == 0
+    with pytest.raises(UserError, match="its meta has no group"):
+        score_records([record("mmbench", "A", "A", name="x1")])
+
+
+# short answers
+
+
+@pytest.mark.parametrize(
+    ("target", "response", "extracted", "score"),
+    [
+        ("Yes", "Yes", "Yes", 1),
+        ("yes", r"<think>no</think>\boxed{\text{Yes}}", "Yes", 1),
+        ("Yes", "3", "3", 1),
+        ("Yes", "0", "0", 0),
+        ("No", "0", "0", 1),
+        ("No", "none", "none", 1),
+        ("3", "three", "three", 1),
+        ("10", "{'Reasoning': 'one, two', 'Answer': 10}", "10", 1),
+        ("3", "{'Reasoning': 'I see 4', 'Answer': '3'}", "3", 1),
+        ("red", '{"Reasoning": "blue", "Answer": "Red"}', "Red", 1),
+        ("sedan", "minivan", "minivan", 1),
+        ("school bus", "double bus", "double bus", 1),
+        ("road bike", "school bus", "school bus", 0),
+        ("large", r"\boxed{Answer: large}", "large", 1),
+        ("red", "blue", "blue", 0),
+        ("red", "The red one is in front of the blue one.", None, 0),
+        ("red", "<think>red</think>", None, 0),
+    ],
+)
+def test_spatial457(target: str, response: str, extracted: str | None, score: float):
+    found = verdict("spatial457", target, response, "L1_single")
+    assert found == (extracted, extracted is not None, score)
+
+
+@pytest.mark.parametrize(
+    ("length", "unit", "score", "stricter"),
+    [
+        ("50", "cm", 1, 100),
+        ("0.5", "meters", 1, 100),
+        ("80", "cm", 1, 0),
+        ("99.9", "cm", 1, 0),
+        ("100", "cm", 0, 0),  # twice as much is too much
+        ("25", "cm", 0, 0),
+        ("0", "cm", 0, 0),
+    ],
+)
+def test_qspatial_plus(length: str, unit: str, score: float, stricter: float):
+    said = rf"\scalar{{{length}}} \distance_unit{{{unit}}}"
+    (one,), found = score_records([record("qspatial_plus", "50 cm", said)])
+    assert (one.score, found.score, one.parsed) == (score, 100 * score, True)
+    assert found.extra == {"within_1.5": stricter}
+
+
+def test_qspatial_plus_without_a_unit_is_unparsed():
+    assert verdict("qspatial_plus", "50 cm", "50 cm") == (None, False, 0)
+    with pytest.raises(UserError, match="its target '50' is no length"):
+        verdict("qspatial_plus", "50", r"\scalar{50} \distance_unit{cm}")
+
+
+# VSI-Bench
+
+
+def test_relative_accuracy_by_hand():
+    assert relative_accuracy(10, 10) == 1
+    assert relative_accuracy(9.5, 10) == 1  # off by 0.05, the limit of θ = 0.95
+    assert relative_accuracy(9.5, 10, strict=True) == 0.9
+    assert relative_accuracy(3, 2) == 0.1  # off by 0.5, the limit of θ = 0.5
+    assert relative_accuracy(3, 2, strict=True) == 0
+    assert relative_accuracy(7, 10) == 0.5  # limits 0.3, 0.35, …, 0.5
+    assert relative_accuracy(100, 10) == 0
+
+
+def test_every_limit_counts_once():
+    """At each of the ten limits itself, in spite of rounding."""
+    steps = range(1, 11)
+    assert [relative_accuracy(100 + 5 * i, 100) for i in steps] == [(11 - i) / 10 for i in steps]
+    assert [relative_accuracy(10.3 * (1 - i / 20), 10.3) for i in steps] == [
+        (11 - i) / 10 for i in steps
+    ]
+
+
+def test_vsi_bench_is_the_mean_of_eight_tasks_and_the_papers_of_all_questions():
+    right, wrong = "A", "B"
+    easy, medium, hard = (f"object_rel_direction_{x}" for x in ("easy", "medium", "hard"))
+    records = numbered(
+        [
+            record("vsi_bench", "A", right, easy, options=OPTIONS),
+            record("vsi_bench", "A", right, easy, options=OPTIONS),
+            record("vsi_bench", "A", wrong, medium, options=OPTIONS),
+            record("vsi_bench", "A", wrong, hard, options=OPTIONS),
+            record("vsi_bench", "2", "3", "object_counting"),
+            record("vsi_bench", "A", r"\boxed{A. left}", "route_planning", options=OPTIONS),
+        ]
+    )
+    scored, found = score_records(records)
+    assert [r.score for r in scored] == [1, 1, 0, 0, 0.1, 1]
+    assert found.score == pytest.approx(100 * (1 / 3 + 0.1 + 1) / 3)
+    assert found.extra["paper"] == pytest.approx(100 * 3 / 6)
+    assert found.categories[easy] == {"score": pytest.approx(100), "count": 2}
+
+
+def test_vsi_bench_reads_what_its_type_asks_for():
+    """The released script takes any single letter for a choice, whatever was asked."""
+    assert verdict("vsi_bench", "4", "A", "object_counting") == (None, False, 0)
+    assert verdict("vsi_bench", "A", "4", "route_planning", options=OPTIONS) == (None, False, 0)
+    assert verdict("vsi_bench", "4", "There are 4 chairs", "object_counting") == ("4", True, 1)
+    assert verdict("vsi_bench", "4", "3 or 4", "object_counting") == (None, False, 0)
+    for target, kind, said in (
+        ("0", "object_counting", "no number above 0"),
+        ("A", "object_counting", "no number above 0"),
+        ("A", "color", "not of VSI-Bench's"),
+    ):
+        with pytest.raises(UserError, match=said):
+            verdict("vsi_bench", target, "1", kind)
+
+
+# general benchmarks
+
+
+def test_hallusionbench_by_hand():
+    """Two figures with two questions each; one answer is wrong and one says nothing."""
+    said = {("1", "0"): "Yes", ("1", "1"): "No.", ("2", "0"): "Yes, it is", ("2", "1"): "Perhaps"}
+    records = [
+        record(
+            "hallusionbench",
+            "Yes" if question == "0" else "No",
+            response,
+            "VS",
+            name=f"{figure}{question}",
+            subcategory="chart",
+            set_id="0",
+            figure_id=figure,
+            question_id=question,
+        )
+        for (figure, question), response in said.items()
+    ]
+    _, found = score_records(records)
+    assert found.extra == {"aAcc": 75, "fAcc": 50, "qAcc": 50}
+    assert found.score == pytest.approx((75 + 50 + 50) / 3) and found.unparsed == 1
+    # The same numbers in another category are another set.
+    meta = {**records[3].meta, "subcategory": "map"}
+    apart = [*records[:3], dataclasses.replace(records[3], meta=meta)]
+    assert score_records(apart)[1].extra["fAcc"] == pytest.approx(100 * 2 / 3)
+    with pytest.raises(UserError, match="its meta has no set_id, figure_id, question_id"):
+        score_records([dataclasses.replace(records[0], meta={})])
+
+
+@pytest.mark.parametrize(
+    ("target", "response", "category", "score"),
+    [
+        ("CENTRE", "The word is Centre.", "Regular Text Recognition", 1),
+        (["ANTONIOS", "ANTONIO'S"], "antonio's", "Irregular Text Recognition", 1),
+        ("CENTRE", r"<think>or CENTER</think>\boxed{\text{centre}}", "Doc-oriented VQA", 1),
+        ("CENTRE", r"<think>CENTRE?</think>\boxed{CENTER}", "Doc-oriented VQA", 0),
+        ("$5", "$5", "Key Information Extraction", 1),
+        ("a b", "a\nb", "Scene Text-centric VQA", 1),
+        ("x ^ 2 = 4\n", "$x^{2}$ or x^2=4", FORMULA, 1),
+        (r"\text{a} = 1", r"\text{a}=1", FORMULA, 1),
+        ("X = 4", "x=4", FORMULA, 0),
+    ],
+)
+def test_ocrbench(target, response: str, category: str, score: float):
+    assert verdict("ocrbench", target, response, category)[1:] == (True, score)
+
+
+def test_ocrbench_does_not_search_the_reasoning():
+    thought = "<think>CENTRE</think>"
+    assert verdict("ocrbench", "CENTRE", thought, "Doc-oriented VQA") == (None, False, 0)
+
+
+def test_relaxed_match_is_relative_to_the_true_number():
+    assert relaxed("105", "100") and relaxed("95", "100")
+    assert not relaxed("105.1", "100") and not relaxed("94.9", "100")
+    # With its arguments swapped these two come out the other way round.
+    assert not relaxed("100", "95") and relaxed("100", "105.2")
+    assert relaxed("0", "0.0") and not relaxed("0.01", "0")
+    assert relaxed("-4.9", "-5") and not relaxed("5", "-5")
+    assert relaxed("14%", "0.14") and not relaxed("14%", "14")
+    assert relaxed("Italy", "italy") and not relaxed("Italy", "France")
+    assert not relaxed("about 14", "14")
+
+
+def test_chartqa_is_the_mean_of_both_halves():
+    records = numbered(
+        [
+            record("chartqa", "14", "14.5", split="test_human"),
+            record("chartqa", "14", r"<think>14</think>\boxed{\text{Yes}.}", split="test_human"),
+            record("chartqa", "Yes", "yes.", split="test_human"),
+            record("chartqa", "14", "<think>14", "augmented"),
+        ]
+    )
+    _, found = score_records(records)
+    assert found.score == pytest.approx(100 * (2 / 3 + 0) / 2) and found.unparsed == 1
+    with pytest.raises(UserError, match="neither human nor augmented"):
+        score_records([record("chartqa", "14", "14", "test")])
+
+
+# figures
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_all_right_and_all_wrong(name: str, tmp_path: Path):
+    """From the question files to the figures: right answers give 100, and empty ones 0."""
+    benchmark = open_benchmark(name, files.WRITERS[name](tmp_path))
+    records = []
+    for question in benchmark.questions:
+        target = question.target[0] if isinstance(question.target, list) else question.target
+        said = rf"\boxed{{{target}}}"
+        if name == "qspatial_plus":
+            said = r"\scalar{{{}}} \distance_unit{{{}}}".format(*target.split())
+        records.append(record_of(question, benchmark.prompt(question, "reasoning"), said))
+    scored, found = benchmark.score(records)
+    assert found.score == pytest.approx(100) and found.ci95 == pytest.approx((100, 100))
+    assert (found.count, found.unparsed) == (len(records), 0)
+    assert sum(part["count"] for part in found.categories.values()) == len(records)
+    assert all(r.parsed and r.score == 1 for r in scored)
+    empty = [dataclasses.replace(r, response="") for r in records]
+    scored, found = benchmark.score(empty)
+    assert (found.score, found.unparsed, found.ci95) == (0, len(records), (0, 0))
+    assert not any(r.parsed or r.score for r in scored)
+
+
+def test_unparsed_is_wrong_and_counted():
+    records = numbered(
+        [record("blink", "A", said, options=OPTIONS) for said in ("A", "B", "?", "")]
+    )
+    _, found = score_records(records)
+    assert (found.score, found.count, found.unparsed) == (25, 4, 2)
+
+
+def test_the_interval_is_that_of_the_mean():
+    """400 questions, half of them right: 50 ± 1.96 · 50/√400, and the same each time."""
+    cells = [(i, "all", float(i % 2)) for i in range(400)]
+    low, high = scores.interval(cells)
+    assert low == pytest.approx(50 - 4.9, abs=0.8) and high == pytest.approx(50 + 4.9, abs=0.8)
+    assert scores.interval(cells) == (low, high) != scores.interval(cells, seed=1)
+
+
+def test_units_are_drawn_as_a_whole():
+    """100 groups of four equal cells say no more than 100 cells, and their interval is as wide."""
+    alone = scores.interval([(i, "all", float(i % 2)) for i in range(100)])
+    together = scores.interval([(i // 4, "all", float(i // 4 % 2)) for i in range(400)])
+    assert np.subtract(*alone) == pytest.approx(np.subtract(*together), abs=2.0)
+
+
+def test_the_interval_covers_a_mean_of_parts():
+    """Two parts of one weight each, whatever their size; the small one makes it wide."""
+    cells = [(i, "big", 1.0) for i in range(300)] + [(1000 + i, "small", i % 2) for i in range(10)]
+    assert scores.mean(cells) == 75
+    low, high = scores.interval(cells)
+    assert low < 65 and high > 85
+    assert scores.mean(cells, {"big": 3.0}) == pytest.approx(87.5)
+
+
+def test_records_of_several_benchmarks_or_none_are_refused():
+    for records, said in (
+        ([], "found none"),
+        ([record("blink", "A", "A"), record("chartqa", "1", "1", name="1")], "blink, chartqa"),
+        ([record("blonk", "A", "A")], "unknown benchmark 'blonk'"),
+        ([record("blink", "A", "A"), record("blink", "A", "A")], "the id '0' occurs 2 times"),
+        ([record("blink", None, "A")], "0 has no target"),
+        ([record("blink", "4", "A")], "its target '4' is no letter of an option"),
+        ([record("hallusionbench", "Maybe", "Yes")], "neither Yes nor No"),
+    ):
+        with pytest.raises(UserError, match=said):
+            score_records(records)
+
+
+def test_the_papers_rows_are_whole():
+    """Each row's mean is the published one."""
+    means = [45.91, 44.85, 50.54, 52.69, 49.58, 56.58]
+    spatial = [row for row in ROWS if set(row.figures) == set(SPATIAL)]
+    assert [np.mean(list(row.figures.values())) for row in spatial] == pytest.approx(
+        means, abs=0.01
+    )
+    assert {*SPATIAL, *GENERAL} == set(SPECS)
+    assert len(published("spatial457")) == 6 and len(published("blink")) == 4
+    assert published("ocrbench")["Spatial-SSRL-7B"] == 89.6

@@ -1,0 +1,194 @@
+"""The command that scores predictions: what it prints and leaves, and what it refuses."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from spatial_ssrl_jax import evaluate
+from spatial_ssrl_jax.errors import run_command
+from spatial_ssrl_jax.eval.benchmarks import open_benchmark
+from spatial_ssrl_jax.eval.paper import SPATIAL, table
+from spatial_ssrl_jax.eval.predictions import as_line, read_predictions
+from spatial_ssrl_jax.eval.question import record_of
+from tests.eval import files
+
+LINES = [
+    {
+        "id": i,
+        "benchmark": "blink",
+        "category": ("Counting", "Jigsaw")[i % 2],
+        "question": "Question: What?\nOptions:\nA. chair\nB. table\n",
+        "target": "A",
+        "response": response,
+    }
+    for i, response in enumerate(["A", r"\boxed{\text{A. chair}}", "B", "<think>A"])
+]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Runs the command as its `__main__` does; gives exit code, stdout and stderr."""
+
+    def call(*argv) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
+        with pytest.raises(SystemExit) as exited:
+            run_command(evaluate.main)
+        out, err = capsys.readouterr()
+        return exited.value.code, out, err
+
+    return call
+
+
+def write(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_scores_need_six_fields_and_no_model(run, tmp_path: Path):
+    given, out = write(tmp_path / "predictions.jsonl", LINES), tmp_path / "out"
+    code, printed, _ = run(f"--score={given}", f"--out={out}", "--json")
+    scores = json.loads(printed)
+    assert code == 0 and scores == json.loads((out / "scores.json").read_text())
+    assert {key: scores[key] for key in ("benchmark", "score", "count", "unparsed")} == {
+        "benchmark": "blink",
+        "score": 50.0,
+        "count": 4,
+        "unparsed": 1,
+    }
+    assert scores["categories"] == {
+        "Counting": {"score": 50.0, "count": 2},
+        "Jigsaw": {"score": 50.0, "count": 2},
+    }
+    assert 0 <= scores["ci95"][0] < 50 < scores["ci95"][1] <= 100 and scores["extra"] == {}
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [(x["extracted"], x["parsed"], x["score"]) for x in lines] == [
+        ("A", True, 1.0),
+        ("A", True, 1.0),
+        ("B", True, 0.0),
+        (None, False, 0.0),
+    ]
+    fields = "id benchmark category question target response meta extracted parsed score"
+    assert list(lines[0]) == fields.split() and lines[0]["response"] == "A"
+
+
+def test_what_was_scored_is_scored_again_to_the_same(run, tmp_path: Path):
+    given = write(tmp_path / "a.jsonl", LINES)
+    first = run(f"--score={given}", f"--out={tmp_path / 'one'}", "--json")
+    again = run(f"--score={tmp_path / 'one' / 'predictions.jsonl'}", "--json")
+    assert first == again
+
+
+def test_the_report_stands_beside_the_papers_rows(run, tmp_path: Path):
+    code, printed, _ = run(f"--score={write(tmp_path / 'a.jsonl', LINES)}")
+    assert code == 0 and "BLINK: 50.00 [" in printed and "4 questions, 1 without" in printed
+    assert "Jigsaw" in printed and "Spatial-SSRL-7B: 56.23" in printed
+
+
+def test_several_benchmarks_make_one_table_in_the_papers_form(run, tmp_path: Path):
+    """Missing columns are dashes, and the mean with them; VSI-Bench's column is the paper's own."""
+    vsi = {**LINES[0], "benchmark": "vsi_bench", "category": "object_counting", "target": 2}
+    given = [
+        write(tmp_path / "a.jsonl", LINES),
+        write(tmp_path / "b.jsonl", [{**vsi, "response": "3"}]),
+    ]
+    code, printed, _ = run("--score", *given, f"--out={tmp_path / 'out'}")
+    assert code == 0 and "VSI-Bench: 10.00 [" in printed
+    ours = [line.split()[2:] for line in printed.splitlines() if line.startswith("this model")]
+    assert ours == [["–"] * 6 + ["0.00", "–"], ["–", "50.00", *["–"] * 5]]
+    assert printed.count("mean") == 1 and "39.29  56.58\n" in printed and "71.85\n" in printed
+    assert (tmp_path / "out/blink/scores.json").exists()
+    _, printed, _ = run("--score", *given, "--json")
+    assert [x["benchmark"] for x in json.loads(printed)["scores"]] == ["blink", "vsi_bench"]
+
+
+def test_a_whole_set_has_a_mean():
+    titles = dict.fromkeys(SPATIAL, "x")
+    assert table(dict.fromkeys(SPATIAL, 70.0), titles).splitlines()[-1].split()[-1] == "70.00"
+
+
+def test_vsi_bench_names_the_papers_variant(run, tmp_path: Path):
+    line = {**LINES[0], "benchmark": "vsi_bench", "category": "object_counting", "target": 2}
+    _, printed, _ = run(f"--score={write(tmp_path / 'a.jsonl', [{**line, 'response': '3'}])}")
+    assert "VSI-Bench: 10.00" in printed and "paper: 0.00" in printed
+    assert "the paper (compare 'paper' above):" in printed
+
+
+@pytest.mark.parametrize("name", files.WRITERS)
+def test_records_survive_the_file(name: str, tmp_path: Path):
+    benchmark = open_benchmark(name, files.WRITERS[name](tmp_path))
+    records = [
+        record_of(question, benchmark.prompt(question), "A\n\u2028\tü")
+        for question in benchmark.questions
+    ]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(map(as_line, records)), "utf-8")
+    assert read_predictions(path) == records
+
+
+def test_mmbench_without_answers_becomes_a_submission(run, tmp_path: Path):
+    path = files.write_mmbench(tmp_path, "MMBench_TEST_EN_V11.tsv", answer=False)
+    benchmark = open_benchmark("mmbench", path)
+    given, out = tmp_path / "predictions.jsonl", tmp_path / "out"
+    given.write_text(
+        "".join(as_line(record_of(q, benchmark.prompt(q), "B")) for q in benchmark.questions)
+    )
+    code, printed, err = run(f"--score={given}", f"--out={out}")
+    assert (code, printed) == (0, "") and "4 answers without a public target, not scored" in err
+    rows = [line.split("\t") for line in (out / "submission.tsv").read_text().splitlines()]
+    assert rows[0] == ["index", "question", "A", "B", "C", "D", "prediction"]
+    assert rows[2] == ["1000241", "What is 1000241?", "chair", "table", "", "", "B"]
+    assert not (out / "scores.json").exists()
+    code, _, err = run(f"--score={given}")
+    assert code == 2 and "give --out=DIR for its submission.tsv" in err
+
+
+def test_targets_that_are_missing_are_named_or_left_out(run, tmp_path: Path):
+    given = write(tmp_path / "a.jsonl", [*LINES, {**LINES[0], "id": 9, "target": None}])
+    code, out, err = run(f"--score={given}")
+    assert (code, out) == (2, "") and "9 has no target" in err and "--allow-missing" in err
+    code, printed, err = run(f"--score={given}", "--allow-missing", "--json")
+    assert code == 0 and json.loads(printed)["count"] == 4 and "1 left out" in err
+
+
+def test_nothing_is_overwritten_unasked(run, tmp_path: Path):
+    given, out = write(tmp_path / "predictions.jsonl", LINES), tmp_path / "out"
+    assert run(f"--score={given}", f"--out={out}")[0] == 0
+    code, _, err = run(f"--score={given}", f"--out={out}")
+    assert (
+        code == 2 and "predictions.jsonl exists: choose another folder or give --overwrite" in err
+    )
+    assert run(f"--score={given}", f"--out={out}", "--overwrite")[0] == 0
+    code, _, err = run(f"--score={given}", f"--out={tmp_path}", "--overwrite")
+    assert code == 2 and "is what is read" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "holds no prediction"),
+        ("{", "line 1 of .*a.jsonl is not JSON"),
+        ("[]", "line 1 of .*a.jsonl is no object"),
+        ('{"id": 1}', "line 1 of .*a.jsonl has no benchmark, category"),
+        (json.dumps({**LINES[0], "response": None}), "line 1 .* must be a text"),
+        (json.dumps({**LINES[0], "benchmark": "blonk"}), "unknown benchmark 'blonk'"),
+        (json.dumps(LINES[0]) + "\n" + json.dumps(LINES[0]), "the id '0' occurs 2 times"),
+    ],
+)
+def test_bad_predictions_are_refused(run, content: str, said: str, tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text(content)
+    code, out, err = run(f"--score={tmp_path / 'a.jsonl'}")
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(said, err)
+
+
+def test_the_module_is_a_command(tmp_path: Path):
+    given = write(tmp_path / "a.jsonl", LINES)
+    command = [sys.executable, "-m", "spatial_ssrl_jax.evaluate", f"--score={given}", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["score"] == 50.0
