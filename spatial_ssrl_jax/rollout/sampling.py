@@ -4,14 +4,13 @@ A cumulative sum over 152k entries is the costly part of sampling, so probabilit
 blocks, a block is chosen by its sum, and only that block is summed up inside.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-
-_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -75,28 +74,55 @@ def sample(
       [...] int32 tokens, and [...] float32 log-softmax of logits/temperature at them, taken before
       suppression and truncation.
     """
-    logits = logits / sampling.scale
+    logits = logits if sampling.scale == 1 else logits / sampling.scale
     left_out = np.array(suppressed, np.int32)
     allowed = np.ones(logits.shape[-1], bool)
     allowed[left_out] = False
     # The top is an allowed token's: under a far larger suppressed one, all would round to zero.
     top = jnp.where(allowed, logits, -jnp.inf).max(axis=-1, keepdims=True)
-    weight = jnp.where(allowed, jnp.exp(logits - top), 0.0)
-    log_allowed = top + jnp.log(weight.sum(axis=-1, keepdims=True))
+
+    def weigh(logits: Array, allowed: Array) -> Array:
+        return jnp.where(allowed, jnp.exp(logits - top), 0.0)
+
+    block_sum = _blocks(weigh(logits, allowed)).sum(axis=-1)
+    log_allowed = top + jnp.log(block_sum.sum(axis=-1, keepdims=True))
     every = jnp.concatenate((log_allowed, logits[..., left_out]), axis=-1)
     log_total = jax.nn.logsumexp(every, axis=-1)
     if sampling.temperature == 0:
         token = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), axis=-1).astype(jnp.int32)
+    elif sampling.top_k == 0 and sampling.top_p >= 1.0:
+        # Weights are worked out again inside the block: kept whole they cost more than the sums.
+        rows, known = _blocks(logits), jnp.asarray(_blocks(allowed))
+        token = _inverse_cdf(block_sum, lambda b: weigh(_block(rows, b), known[b]), uniform)
     else:
-        token = _inverse_cdf(_truncate(weight, sampling), uniform)
+        weight = _blocks(_truncate(weigh(logits, allowed), sampling))
+        token = _inverse_cdf(weight.sum(axis=-1), lambda b: _block(weight, b), uniform)
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return token, chosen - log_total
 
 
+def _block_size(size: int) -> int:
+    """Entries of a block: a power of two that divides `size`, where one does, so that none is
+    padded."""
+    return next((n for n in (512, 256, 128, 64) if size % n == 0), 512)
+
+
+def _blocks(x: Array) -> Array:
+    """[..., V] -> [..., V / block, block], zeros behind the last entry."""
+    block = _block_size(x.shape[-1])
+    if x.shape[-1] % block:
+        padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]
+        x = (jnp if isinstance(x, Array) else np).pad(x, padding)
+    return x.reshape(*x.shape[:-1], -1, block)
+
+
+def _block(blocks: Array, number: Array) -> Array:
+    """Each row's block of the given number."""
+    return jnp.take_along_axis(blocks, number[..., None, None], axis=-2)[..., 0, :]
+
+
 def _truncate(weight: Array, sampling: Sampling) -> Array:
     """Zeroes what top-k and top-p leave out; the likeliest token always stays."""
-    if sampling.top_k == 0 and sampling.top_p >= 1.0:
-        return weight
     ordered = jnp.sort(weight, axis=-1)[..., ::-1]
     if sampling.top_k:
         rank = jnp.arange(ordered.shape[-1])
@@ -107,21 +133,22 @@ def _truncate(weight: Array, sampling: Sampling) -> Array:
     return jnp.where(weight >= least, weight, 0.0)
 
 
-def _inverse_cdf(weight: Array, uniform: Array) -> Array:
-    """The index at which the running sum of `weight` passes `uniform` of the whole."""
-    size = weight.shape[-1]
-    blocks = -(-size // _BLOCK)
-    pad = [(0, 0)] * (weight.ndim - 1) + [(0, blocks * _BLOCK - size)]
-    weight = jnp.pad(weight, pad).reshape(*weight.shape[:-1], blocks, _BLOCK)
-    block_sum = weight.sum(axis=-1)
+def _inverse_cdf(block_sum: Array, inside: Callable[[Array], Array], uniform: Array) -> Array:
+    """The index at which the running sum of weights passes `uniform` of the whole.
+
+    Args:
+      block_sum: [..., N] sum of each block's weights.
+      inside: gives the weights of each row's block of a given number, [..., block].
+      uniform: [...] float32 in [0, 1).
+    """
     block_end = jnp.cumsum(block_sum, axis=-1)
     goal = uniform * block_end[..., -1]
     block = _first_above(block_end, goal, block_sum)
-    inside = jnp.take_along_axis(weight, block[..., None, None], axis=-2)[..., 0, :]
     before = jnp.take_along_axis(block_end, jnp.maximum(block - 1, 0)[..., None], axis=-1)[..., 0]
     before = jnp.where(block > 0, before, 0.0)
-    place = _first_above(jnp.cumsum(inside, axis=-1), goal - before, inside)
-    return (block * _BLOCK + place).astype(jnp.int32)
+    weight = inside(block)
+    place = _first_above(jnp.cumsum(weight, axis=-1), goal - before, weight)
+    return (block * weight.shape[-1] + place).astype(jnp.int32)
 
 
 def _first_above(running: Array, goal: Array, weight: Array) -> Array:
