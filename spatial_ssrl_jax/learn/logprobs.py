@@ -81,30 +81,60 @@ def _head_logprobs(
     compute: Compute, head_VD: Array, hidden_BTD: Array, tokens_BT: Array, temperature: float
 ) -> tuple[Array, Array]:
     """Log-probability of each token and the entropy where it is predicted, two [B, T] arrays."""
-
-    def chunk(hidden_BCD: Array, tokens_BC: Array) -> tuple[Array, Array]:
-        logits = jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
-        logits = logits / temperature
-        total = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, tokens_BC[..., None], axis=-1)[..., 0]
-        fixed, fixed_total = jax.lax.stop_gradient((logits, total))
-        entropy = fixed_total - jnp.sum(jnp.exp(fixed - fixed_total[..., None]) * fixed, axis=-1)
-        return chosen - total, entropy
-
-    return _over_chunks(chunk, compute.head_chunk, hidden_BTD, tokens_BT)
-
-
-def _over_chunks(function, size: int, hidden: Array, tokens: Array) -> tuple[Array, Array]:
-    """`function` over slices of the token axis; each is computed again in the backward pass."""
-    batch, length, width = hidden.shape
-    if length <= size:
-        return function(hidden, tokens)
-    count = -(-length // size)
+    batch, length, width = hidden_BTD.shape
+    count = -(-length // compute.head_chunk)
+    size = -(-length // count)  # chunks of one size, with as little padding as can be
     pad = count * size - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-    tokens = jnp.pad(tokens, ((0, 0), (0, pad)))
+    hidden = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0)))
+    tokens = jnp.pad(tokens_BT, ((0, 0), (0, pad)))
     hidden = hidden.reshape(batch, count, size, width).swapaxes(0, 1)
     tokens = tokens.reshape(batch, count, size).swapaxes(0, 1)
-    step = jax.checkpoint(lambda _, piece: (None, function(*piece)), prevent_cse=False)
+
+    def step(_: None, piece: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        return None, _chunk_logprobs(temperature, head_VD, *piece)
+
     _, out = jax.lax.scan(step, None, (hidden, tokens))
     return tuple(x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in out)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunk_logprobs(
+    temperature: float, head_VD: Array, hidden_BCD: Array, tokens_BC: Array
+) -> tuple[Array, Array]:
+    """Log-probabilities and entropies of a chunk; the entropy is a figure, without gradient.
+
+    The backward pass is written out: it works the logits out again and goes over them once, where
+    autodiff keeps several copies and scatters into one.
+    """
+    return _chunk_forward(temperature, head_VD, hidden_BCD, tokens_BC)[0]
+
+
+def _logits(temperature: float, head_VD: Array, hidden_BCD: Array) -> Array:
+    logits = jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+    return logits if temperature == 1 else logits / temperature
+
+
+def _chunk_forward(temperature: float, head_VD: Array, hidden_BCD: Array, tokens_BC: Array):
+    logits = _logits(temperature, head_VD, hidden_BCD)
+    top = logits.max(axis=-1, keepdims=True)
+    weight = jnp.exp(logits - top)
+    whole = weight.sum(axis=-1)
+    mean = jnp.sum(weight * (logits - top), axis=-1) / whole
+    chosen = jnp.take_along_axis(logits, tokens_BC[..., None], axis=-1)
+    total = top[..., 0] + jnp.log(whole)
+    found = (chosen[..., 0] - total, jnp.log(whole) - mean)
+    return found, (head_VD, hidden_BCD, tokens_BC, total)
+
+
+def _chunk_backward(temperature: float, kept: tuple[Array, ...], gradients: tuple[Array, Array]):
+    head, hidden, tokens, total = kept
+    logits = _logits(temperature, head, hidden)
+    chosen = jnp.arange(logits.shape[-1]) == tokens[..., None]
+    share = gradients[0][..., None] / temperature
+    of_logits = (share * (chosen - jnp.exp(logits - total[..., None]))).astype(hidden.dtype)
+    of_hidden = jnp.einsum("bcv,vd->bcd", of_logits, head)
+    of_head = jnp.einsum("bcv,bcd->vd", of_logits, hidden)
+    return of_head.astype(head.dtype), of_hidden.astype(hidden.dtype), None
+
+
+_chunk_logprobs.defvjp(_chunk_forward, _chunk_backward)
