@@ -26,6 +26,9 @@ def get_config() -> c.Config:
             prompt_buckets=(544, 640, 1152, 1216, 1792, 1984, 2368, 4096),
             window_buckets=(32, 48, 72, 120, 136, 160, 256),
         ),
-        grpo=c.GrpoSettings(response_buckets=(32, 64, 128, 192, 256, 320, 384, 512, 1024)),
+        grpo=c.GrpoSettings(
+            micro_prompts=32,  # one a chip
+            response_buckets=(32, 64, 128, 192, 256, 320, 384, 512, 1024),
+        ),
         eval=c.EvalSettings(examples=64, every=5),
     )

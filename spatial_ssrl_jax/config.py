@@ -178,6 +178,11 @@ class GrpoSettings:
     drop_flat: bool = False
     refills: int = 2
 
+    @property
+    def needs_old(self) -> bool:
+        """Whether anything but a figure depends on the trainer's log-probabilities of before."""
+        return self.old_logprobs == "recomputed" or self.correction != "none"
+
 
 @dataclass(frozen=True)
 class RewardSettings:

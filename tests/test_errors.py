@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatial_ssrl_jax import bench, convert, generate, prepare, preview, train
+from spatial_ssrl_jax import bench, convert, generate, plan, prepare, preview, train
 from spatial_ssrl_jax.errors import UserError, run_command
 from spatial_ssrl_jax.run import models
 from tests.conftest import random_params
@@ -44,6 +44,9 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (train.main, ["--config=DIR/number.py"], ["number.py", "gives int"]),
     (train.main, ["--config=PICTURE"], ["a.png", "no Python file"]),
     (train.main, [TINY, "--config.grpo.steps"], ["--config.grpo.steps has no value"]),
+    (plan.main, [TINY, "--topology=v9z:2x2"], ["v9z:2x2 is not known"]),
+    (plan.main, [TINY, "--topology=v5p:4x4"], ["has 2 axes"]),
+    (plan.main, [TINY, "--topology=cpu", "--config.mesh.fsdp=1000"], ["mesh data=1 x fsdp=1000"]),
     (train.main, train_with("grpo.stepps=3"), ["grpo.stepps", "did you mean steps?"]),
     (train.main, train_with("gpro.steps=3"), ["gpro.steps", "did you mean grpo?"]),
     (train.main, train_with("grpo.steps=x"), ["grpo.steps=x", "expected int"]),

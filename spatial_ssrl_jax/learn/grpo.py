@@ -184,7 +184,7 @@ class Grpo:
         )
         rows = settings.micro_prompts // jax.process_count()
         per_update = len(batch.items) // settings.updates
-        recompute_old = settings.updates > 1 and self._needs_old
+        recompute_old = settings.updates > 1 and settings.needs_old
         counted = rollout.finished | (not settings.mask_truncated)
         if settings.drop_flat:
             counted &= ~flat_groups(scored)[:, None]
@@ -204,11 +204,6 @@ class Grpo:
                 computed += piece.places(settings.group)
             updates.append(micro)
         return updates, computed
-
-    @property
-    def _needs_old(self) -> bool:
-        """Whether anything but a figure depends on the trainer's log-probabilities of before."""
-        return self.settings.old_logprobs == "recomputed" or self.settings.correction != "none"
 
     def _with_logprobs(self, params: Params, batch: GroupBatch, old: bool) -> GroupBatch:
         loss = self.loss

@@ -85,7 +85,11 @@ def new_state(
 
 
 @partial(jax.jit, static_argnums=0)
-def _gradients(loss: LossFunction, trained: Params, frozen: Params, batch: TrainBatch):
+def micro_gradients(
+    loss: LossFunction, trained: Params, frozen: Params, batch: TrainBatch
+) -> tuple[Params, dict[str, Array]]:
+    """Gradients of one micro-batch, and its share of the step's figures."""
+
     def of_trained(trained: Params) -> tuple[Array, dict[str, Array]]:
         return loss(join(trained, frozen), batch)
 
@@ -94,12 +98,22 @@ def _gradients(loss: LossFunction, trained: Params, frozen: Params, batch: Train
 
 
 @partial(jax.jit, donate_argnums=0)
-def _add(total: Params, more: Params) -> Params:
+def add_gradients(total: Params, more: Params) -> Params:
+    """Their sum; `total` is donated."""
     return jax.tree.map(jnp.add, total, more)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _apply(optimizer: optax.GradientTransformation, state: TrainState, gradients: Params):
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, gradients: Params
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after an optimizer step, or as it was where the gradients are not finite.
+
+    Args:
+      optimizer: the gradient transformation.
+      state: donated; its frozen weights must be left out.
+      gradients: of the whole step.
+    """
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
     changes, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
@@ -139,11 +153,11 @@ def train_step(
     """
     gradients, metrics = None, {}
     for batch in batches:
-        more, sums = _gradients(loss, state.trained, state.frozen, batch)
-        gradients = more if gradients is None else _add(gradients, more)
+        more, sums = micro_gradients(loss, state.trained, state.frozen, batch)
+        gradients = more if gradients is None else add_gradients(gradients, more)
         for name, value in sums.items():
             join = jnp.maximum if name.endswith("_max") else jnp.add
             metrics[name] = join(metrics[name], value) if name in metrics else value
     frozen = state.frozen  # kept out of what is donated: the KL's reference shares it
-    state, more = _apply(optimizer, replace(state, frozen={}), gradients)
+    state, more = apply_gradients(optimizer, replace(state, frozen={}), gradients)
     return replace(state, frozen=frozen), metrics | more

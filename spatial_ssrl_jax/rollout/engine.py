@@ -263,7 +263,7 @@ class Engine:
         hidden, prefix = prefill(self.config, self.compute, params, prompts)
         keys = row_keys(key, jnp.asarray(prompt_index, jnp.int32), group)
         slots = min(self.chunk, limit)
-        state = _start(self.config.text, group, slots, limit, hidden)
+        state = start_samples(self.config.text, group, slots, limit, hidden)
         rows, written, done = np.arange(len(hidden)), None, 0
         while True:
             steps = slots - done if on_tokens is None else self.check_every
@@ -283,7 +283,7 @@ class Engine:
                 state, prefix, keys = _take((state, prefix, keys), kept)
                 rows = rows[kept]
             slots = min(done + self.chunk, limit)
-            state = _grow(state, slots - done)
+            state = grow_cache(state, slots - done)
         written = _write(written, state, rows)
         return Rollout(*own_rows(written, getattr(prompts.length, "sharding", None)))
 
@@ -297,8 +297,8 @@ class Engine:
 
 
 _PARTS = (1, 2, 4)
-_start = jax.jit(lambda c, g, s, r, h: start(c, h, g, s, r), static_argnums=(0, 1, 2, 3))
-_grow = jax.jit(grow, static_argnums=1)
+start_samples = jax.jit(lambda c, g, s, r, h: start(c, h, g, s, r), static_argnums=(0, 1, 2, 3))
+grow_cache = jax.jit(grow, static_argnums=1)
 
 
 @jax.jit

@@ -17,8 +17,7 @@ from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.eval.pretext import heldout_items
 from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.learn.sft import encode_responses, pack_step
-from spatial_ssrl_jax.learn.trainable import Trainable
-from spatial_ssrl_jax.learn.update import TrainState, abstract_state
+from spatial_ssrl_jax.learn.update import TrainState
 from spatial_ssrl_jax.rollout.cache import token_bytes
 from spatial_ssrl_jax.run.devices import memory_bytes
 from spatial_ssrl_jax.run.metrics import read_metrics
@@ -30,6 +29,7 @@ from spatial_ssrl_jax.run.setup import (
     open_parts,
     pipeline,
 )
+from spatial_ssrl_jax.run.start import stage_shapes
 
 _EXAMPLES = 32  # of the cold start that each process makes
 _RECENT = 50  # steps whose median says how long one takes
@@ -112,7 +112,8 @@ def _stage(
     else:
         most = settings.prompts * settings.group * parts.config.rollout.limit
         responses = {"response_tokens_at_most": most}
-    state = _state(parts, settings)
+    optimizer = make_optimizer(parts.config.optim, settings, 1)
+    state = stage_shapes(parts.config, parts.model.config, parts.layout, settings, optimizer)
     memory = _memory(parts, settings, state)
     return {
         "steps": settings.steps,
@@ -143,13 +144,6 @@ def _first_prompts(parts: Parts, settings: SftSettings | GrpoSettings) -> Batch:
     parts = replace(parts, config=replace(parts.config, **{name: small}))
     with closing(pipeline(parts, small, start=0)) as stream:
         return next(stream)
-
-
-def _state(parts: Parts, settings: SftSettings | GrpoSettings) -> TrainState:
-    """Shapes and places of what a stage carries."""
-    whole = parts.layout.abstract(parts.model.config, settings.lora)
-    split = Trainable.of(settings).split(whole, parts.config.model.dtype)
-    return abstract_state(make_optimizer(parts.config.optim, settings, 1), *split)
 
 
 def _memory(

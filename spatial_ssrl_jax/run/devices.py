@@ -12,10 +12,20 @@ class Peak:
     Attributes:
       flops: dense bf16 FLOP/s.
       bandwidth: bytes/s of its memory; a plain copy reaches some nine tenths of it.
+      memory: bytes that a program may use, as the chip's compiler gives it; None where not known.
+      network: bytes/s that it sends along one axis of its slice's torus, both ways; None likewise.
     """
 
     flops: float
     bandwidth: float
+    memory: int | None = None
+    network: float | None = None
+
+
+_GIB = 2**30
+_V5E = Peak(197e12, 819e9, int(15.75 * _GIB), 100e9)
+_V5P = Peak(459e12, 2765e9, int(95.74 * _GIB), 200e9)
+_V6E = Peak(918e12, 1640e9, int(31.25 * _GIB), 200e9)
 
 
 # Substring of `device_kind` -> peak; the first that fits counts.
@@ -27,12 +37,12 @@ _PEAKS = {
     "A100-SXM4-80GB": Peak(312e12, 2.039e12),
     "A100 80GB": Peak(312e12, 1.935e12),
     "A100": Peak(312e12, 1.555e12),
-    "TPU v5 lite": Peak(197e12, 819e9),
-    "TPU v5e": Peak(197e12, 819e9),
-    "TPU v5p": Peak(459e12, 2765e9),
-    "TPU v5": Peak(459e12, 2765e9),
-    "TPU v6 lite": Peak(918e12, 1640e9),
-    "TPU v6e": Peak(918e12, 1640e9),
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5p": _V5P,
+    "TPU v5": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
 }
 
 

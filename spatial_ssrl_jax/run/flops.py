@@ -141,18 +141,25 @@ def program_flops(function: Callable, *args: Any) -> float:
     return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def jaxpr_flops(jaxpr: core.Jaxpr) -> float:
-    """As `program_flops`, of a program that is traced already."""
+def jaxpr_flops(jaxpr: core.Jaxpr, turns: float = 1.0, dear_share: float = 1.0) -> float:
+    """As `program_flops`, of a program that is traced already.
+
+    Args:
+      jaxpr: the program.
+      turns: of each `while_loop`.
+      dear_share: how often a branch takes its dearer side; else it takes the cheapest.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             total += _dot(equation)
-        elif name == "cond":
-            total += max(jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+            continue
+        inner = [jaxpr_flops(i, turns, dear_share) for i in inner_jaxprs(params)]
+        if name == "cond":
+            total += max(inner) * dear_share + min(inner) * (1 - dear_share)
         else:
-            inner = sum(jaxpr_flops(jaxpr) for jaxpr in inner_jaxprs(params))
-            total += inner * (params["length"] if name == "scan" else 1)
+            total += sum(inner) * {"scan": params.get("length"), "while": turns}.get(name, 1)
     return total
 
 

@@ -1,5 +1,6 @@
 """Devices as a mesh, and the one table from logical axes to mesh axes for each layout."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,21 +29,23 @@ TRAIN_RULES = {
 }
 
 
-def make_mesh(settings: MeshSettings) -> Mesh:
-    """All devices as a mesh with the axes `AXES`.
+def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices, all that there are by default, as a mesh with the axes `AXES`.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     sizes = [settings.data, settings.fsdp, settings.tensor]
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if sizes.count(-1) == 1:
         others = -int(np.prod(sizes))
-        sizes[sizes.index(-1)] = max(1, devices // others) if others > 0 else 1
-    if min(sizes) < 1 or np.prod(sizes) != devices:
+        sizes[sizes.index(-1)] = max(1, count // others) if others > 0 else 1
+    if min(sizes) < 1 or np.prod(sizes) != count:
         shape = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
-        raise UserError(f"mesh {shape} does not fit {devices} devices: change config.mesh.")
-    return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+        raise UserError(f"mesh {shape} does not fit {count} devices: change config.mesh.")
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
 
 
 @dataclass(frozen=True)

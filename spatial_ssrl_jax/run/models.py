@@ -151,7 +151,18 @@ def open_model(path: str) -> ModelFolder:
     return ModelFolder(read_config(files), files, folder)
 
 
-def _from_hub(path: str) -> Path:
+def read_shape(path: str) -> Qwen2_5_VLConfig:
+    """A model's shape from its `config.json` alone; of a hub id nothing else is fetched.
+
+    Raises:
+      UserError: nothing usable lies there.
+    """
+    if path == "tiny" or Path(path).is_dir():
+        return open_model(path).config
+    return read_config(_from_hub(path, allow_patterns=["config.json"]))
+
+
+def _from_hub(path: str, allow_patterns: list[str] | None = None) -> Path:
     missing = f"the model folder {path} does not exist"
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
@@ -160,7 +171,7 @@ def _from_hub(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path))
+        return Path(snapshot_download(path, allow_patterns=allow_patterns))
     except Exception as error:
         raise UserError(
             f"{missing}, and fetching it from the hub failed ({type(error).__name__}): "

@@ -95,9 +95,15 @@ def open_parts(config: Config) -> Parts:
     check_fits(source, split.train, config.tasks, processor, _limit(config))
     if config.sft.steps and config.sft.responses != "made":
         open_source(f"ssrl81k:{config.sft.responses}")
-    _check_shards(config, layout)
+    check_shards(config, layout)
     collate = Collate(data.prompt_buckets, data.window_buckets)
     return Parts(config, layout, model, processor, source, split, collate)
+
+
+def compute_of(config: Config) -> Compute:
+    """How the run's programs compute."""
+    model = config.model
+    return Compute(model.dtype, model.chunk, model.head_chunk, model.remat)
 
 
 def open_run(
@@ -111,9 +117,7 @@ def open_run(
         _describe_model(model, workdir / "checkpoints" / MODEL)
         pass_over_damaged(workdir / "checkpoints", progress.say)
     wait_for_all("the run's folder")
-    compute = Compute(
-        config.model.dtype, config.model.chunk, config.model.head_chunk, config.model.remat
-    )
+    compute = compute_of(config)
     rollout = config.rollout
     engine = Engine(
         model.config,
@@ -223,8 +227,12 @@ def _limit(config: Config) -> Extent:
     return Extent(max(config.data.prompt_buckets), max(config.data.window_buckets))
 
 
-def _check_shards(config: Config, layout: Layout) -> None:
-    """Refuses batches that cannot be cut over the devices."""
+def check_shards(config: Config, layout: Layout) -> None:
+    """Refuses batches that cannot be cut over the devices.
+
+    Raises:
+      UserError: names the setting and what it must be a multiple of.
+    """
     sizes = {"eval.prompts": config.eval.prompts}
     if config.sft.steps:
         sizes["sft.micro_rows"] = config.sft.micro_rows

@@ -10,6 +10,7 @@ from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.learn.trainable import Trainable
 from spatial_ssrl_jax.learn.update import TrainState, abstract_state, new_state
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.layers import cast
 from spatial_ssrl_jax.qwen2_5_vl.lora import without_adapters
 from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join, select
@@ -80,9 +81,8 @@ class Start:
         step: int,
     ) -> TrainState:
         """A stage's state as the checkpoint of the run's step `step` has it."""
-        whole = self.layout.abstract(self.model.config, stage.lora)
-        split = Trainable.of(stage).split(whole, self.config.model.dtype)
-        state, _ = self.checkpoints.restore(step, abstract_state(optimizer, *split))
+        like = stage_shapes(self.config, self.model.config, self.layout, stage, optimizer)
+        state, _ = self.checkpoints.restore(step, like)
         return self._told(state)
 
     def reference(
@@ -111,6 +111,27 @@ class Start:
         )
         self.say(f"training {trained:,} of {trained + frozen:,} weights")
         return state
+
+
+def stage_shapes(
+    config: Config,
+    model: Qwen2_5_VLConfig,
+    layout: Layout,
+    stage: SftSettings | GrpoSettings,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """Shapes and places of what a stage carries from step to step.
+
+    Args:
+      config: the run.
+      model: the model's shape.
+      layout: where weights lie.
+      stage: its section.
+      optimizer: as the stage makes it.
+    """
+    whole = layout.abstract(model, stage.lora)
+    split = Trainable.of(stage).split(whole, config.model.dtype)
+    return abstract_state(optimizer, *split)
 
 
 def _copy(params: Params, dtype: str) -> Params:

@@ -70,14 +70,14 @@ def lower(toy) -> Callable[[str, int], jax.stages.Lowered]:
                 reference_logprobs=None,
             )
             loss = GrpoLoss(config, COMPUTE, GrpoSettings())
-            return update._gradients.lower(loss, params, {}, whole)
+            return update.micro_gradients.lower(loss, params, {}, whole)
         if name == "optimizer":
             adamw = make_optimizer(OptimSettings(), SftSettings(), 1)
             state = jax.eval_shape(
                 lambda p: update.TrainState(p, {}, adamw.init(p), jnp.int32(0), jnp.int32(0)),
                 params,
             )
-            return update._apply.lower(adamw, state, params)
+            return update.apply_gradients.lower(adamw, state, params)
         return jax.jit(of_config).lower(params, tokens, length)
 
     return run

@@ -16,7 +16,7 @@ from spatial_ssrl_jax.run.mesh import Layout, make_mesh, own_rows
 @pytest.fixture
 def eight(monkeypatch: pytest.MonkeyPatch):
     """Eight devices that are only counted; a mesh over them is its sizes."""
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    monkeypatch.setattr(jax, "devices", lambda: [None] * 8)
     monkeypatch.setattr(
         jax, "make_mesh", lambda sizes, axes, **_: dict(zip(axes, sizes, strict=True))
     )

@@ -1,0 +1,368 @@
+"""What a compiled program moves, read from its text, with every loop's turns multiplied in.
+
+The compiler's own cost analysis counts the body of a loop once. Here a computation's bytes are the
+operands and results of its top-level instructions, for what happens inside a fusion stays on the
+chip; of an array that is only sliced, or written in one place, just that part counts. Arrays that
+the compiler keeps out of the main memory (`S(1)` in their layout) cost nothing.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TWO_BRANCHES = re.compile(r"(true|false)_computation=%([\w.\-]+)")
+_GROUPS_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_MESH_AXIS = re.compile(r"'([^']*)'(?:=(\d+)|:\(\d+\)(\d+))?")
+_GROUPS_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_GROUPS_LIST = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
+    "replica-id", "opt-barrier", "async-update", "add-dependency", "domain",
+}  # fmt: skip
+_COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+    "collective-permute", "collective-broadcast",
+)  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes of one device.
+
+    Attributes:
+      memory: read from and written to its main memory.
+      network: sent to other devices.
+    """
+
+    memory: float = 0.0
+    network: float = 0.0
+
+    def __add__(self, other: "Moved") -> "Moved":
+        return Moved(self.memory + other.memory, self.network + other.network)
+
+    def __mul__(self, times: float) -> "Moved":
+        return Moved(self.memory * times, self.network * times)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name: without the percent sign.
+      shape: as the text has it, layouts included; of several results in parentheses.
+      opcode: for example `fusion`.
+      operands: names, in order.
+      inner: what stands in its parentheses; the value of a constant, the number of a parameter.
+      text: what stands behind the operands: attributes.
+    """
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    inner: str
+    text: str
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that it runs, branches apart."""
+        return _CALLED.findall(self.text)
+
+
+@dataclass
+class Computation:
+    """A named list of instructions; the last one, or the one marked so, is its result."""
+
+    instructions: list[Instruction]
+    root: Instruction
+
+    @cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        return {i.name: i for i in self.instructions}
+
+    @cached_property
+    def parameters(self) -> dict[int, str]:
+        """The name of each parameter, by its number."""
+        return {int(i.inner): i.name for i in self.instructions if i.opcode == "parameter"}
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        found: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions:
+            for operand in dict.fromkeys(instruction.operands):
+                found.setdefault(operand, []).append(instruction)
+        return found
+
+
+def array_bytes(shape: str) -> float:
+    """Bytes that the arrays of a shape take in the main memory."""
+    total = 0.0
+    for kind, sizes, layout in _ARRAY.findall(shape):
+        if re.search(r"S\([1-9]", layout):
+            continue
+        total += math.prod(map(int, filter(None, sizes.split(",")))) * _item_bytes(kind)
+    return total
+
+
+def _item_bytes(kind: str) -> float:
+    if kind == "pred":
+        return 1.0
+    if kind.startswith("c"):
+        return float(kind[1:]) / 8
+    bits = re.match(r"[a-z]+(\d+)", kind)
+    return float(bits[1]) / 8 if bits else 0.0
+
+
+class Program:
+    """A compiled module's text, taken apart."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, Computation] = {}
+        self.entry = ""
+        lines: list[str] = []
+        for line in text.splitlines():
+            if line.endswith("{") and not line.startswith((" ", "HloModule")):
+                name = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%").split("(")[0]
+                self.entry = name if line.startswith("ENTRY") else self.entry
+                lines = []
+            elif line.startswith("}"):
+                self.computations[name] = _computation(lines)
+            elif line.startswith("  "):
+                lines.append(line)
+
+    def moved(self, unknown_turns: float = 1.0, dear_share: float = 1.0) -> Moved:
+        """What the whole program moves.
+
+        Args:
+          unknown_turns: of a loop whose length the compiler does not know.
+          dear_share: how often a conditional takes its dearest branch; else it takes the cheapest.
+        """
+        done: dict[str, Moved] = {}
+
+        def computation(name: str) -> Moved:
+            if name not in done:
+                total = Moved()
+                for instruction in self.computations[name].instructions:
+                    total += one(self.computations[name], instruction)
+                done[name] = total
+            return done[name]
+
+        def one(inside: Computation, instruction: Instruction) -> Moved:
+            opcode = instruction.opcode
+            if opcode == "while":
+                turns = self.turns(inside, instruction)
+                turns = unknown_turns if turns is None else turns
+                return sum(map(computation, instruction.called), Moved()) * turns
+            if opcode == "conditional":
+                costs = sorted(map(computation, _branches(instruction)), key=lambda m: m.memory)
+                return costs[-1] * dear_share + costs[0] * (1 - dear_share)
+            if opcode in ("call", "async-start"):
+                return sum(map(computation, instruction.called), Moved())
+            network = sent_bytes(instruction, self._operand_shapes(inside, instruction))
+            if opcode == "fusion":
+                # A collective that runs beside other work stands in a fusion of its own.
+                network += sum(self._network_inside(name) for name in instruction.called)
+            return Moved(self._memory(inside, instruction), network)
+
+        return computation(self.entry)
+
+    def turns(self, inside: Computation, loop: Instruction) -> int | None:
+        """How often a `while` runs its body; None where that is not a constant.
+
+        The text of a TPU program does not say: it is what the condition compares the counter with,
+        less what the counter begins at.
+        """
+        if known := _TRIPS.search(loop.text):
+            return int(known[1])
+        condition = self.computations[re.search(r"condition=%([\w.\-]+)", loop.text)[1]]
+        test, resolve = condition.root, condition.by_name
+        if test.opcode == "fusion":
+            inner = self.computations[test.called[0]]
+            outer = dict(enumerate(test.operands))
+            resolve = inner.by_name | {
+                name: condition.by_name[outer[number]] for number, name in inner.parameters.items()
+            }
+            test = inner.root
+        if test.opcode != "compare" or "direction=LT" not in test.text:
+            return None
+        counter, end = (resolve.get(name) for name in test.operands)
+        if end is None or end.opcode != "constant" or counter.opcode != "get-tuple-element":
+            return None
+        place = int(re.search(r"index=(\d+)", counter.text)[1])
+        first = inside.by_name.get(loop.operands[0])
+        first = inside.by_name.get(first.operands[place]) if first and first.operands else None
+        while first is not None and first.opcode in ("copy", "bitcast"):
+            first = inside.by_name.get(first.operands[0])
+        begins = int(first.inner) if first is not None and first.opcode == "constant" else 0
+        return int(end.inner) - begins
+
+    def _network_inside(self, name: str) -> float:
+        inside = self.computations[name]
+        return sum(
+            sent_bytes(i, self._operand_shapes(inside, i))
+            + (sum(map(self._network_inside, i.called)) if i.opcode == "fusion" else 0.0)
+            for i in inside.instructions
+        )
+
+    def _operand_shapes(self, inside: Computation, instruction: Instruction) -> list[str]:
+        known = inside.by_name
+        return [known[o].shape for o in instruction.operands if o in known]
+
+    def _memory(self, inside: Computation, instruction: Instruction) -> float:
+        """Bytes that one instruction other than a loop or branch reads and writes."""
+        opcode, shapes = instruction.opcode, self._operand_shapes(inside, instruction)
+        if opcode in _FREE or opcode.endswith("-done"):
+            return 0.0
+        if opcode == "fusion":
+            return self._fusion(inside, instruction)
+        if opcode in _SLICES:
+            return 2 * array_bytes(instruction.shape)
+        if opcode in ("dynamic-update-slice", "scatter"):
+            return 2 * array_bytes(shapes[1 if opcode == "dynamic-update-slice" else 2])
+        if opcode in ("copy-start", "slice-start"):
+            target, source = _ARRAY.finditer(instruction.shape), shapes[0]
+            new = array_bytes(next(target)[0])
+            read = array_bytes(source)
+            return new + (min(read, new) if opcode == "slice-start" and new else read)
+        if opcode.endswith("-start"):
+            return array_bytes(instruction.shape)  # holds operands and results
+        return array_bytes(instruction.shape) + sum(map(array_bytes, shapes))
+
+    def _fusion(self, inside: Computation, instruction: Instruction) -> float:
+        body = self.computations[instruction.called[0]]
+        total = self._written(body, body.root) if array_bytes(instruction.shape) else 0.0
+        total = min(total, array_bytes(instruction.shape))
+        for number, operand in enumerate(instruction.operands):
+            whole = array_bytes(inside.by_name[operand].shape) if operand in inside.by_name else 0.0
+            if whole and number in body.parameters:
+                total += min(whole, self._read(body, body.parameters[number], whole))
+        return total
+
+    def _read(self, body: Computation, name: str, whole: float) -> float:
+        """Bytes of the value `name` that the instructions of a fused computation need."""
+        total = 0.0
+        for user in body.users.get(name, []):
+            if user.opcode in _SLICES and user.operands[0] == name:
+                total += array_bytes(_plain(user.shape))
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                continue
+            elif user.opcode == "bitcast":
+                total += self._read(body, user.name, whole)
+            elif user.opcode == "fusion":
+                inner = self.computations[user.called[0]]
+                for number, operand in enumerate(user.operands):
+                    if operand == name:
+                        total += self._read(inner, inner.parameters[number], whole)
+            else:
+                return whole
+        return total
+
+    def _written(self, body: Computation, result: Instruction) -> float:
+        """Bytes that a fused computation's result writes."""
+        parts = [body.by_name[o] for o in result.operands if o in body.by_name]
+        if result.opcode == "tuple":
+            return sum(self._written(body, part) for part in parts)
+        if result.opcode == "bitcast" and parts:
+            return self._written(body, parts[0])
+        if result.opcode == "dynamic-update-slice":
+            return array_bytes(_plain(parts[1].shape))
+        if result.opcode == "fusion":
+            inner = self.computations[result.called[0]]
+            return self._written(inner, inner.root)
+        return array_bytes(_plain(result.shape))
+
+
+def sent_bytes(instruction: Instruction, operands: list[str]) -> float:
+    """Bytes that a device sends in one collective; 0 for any other instruction.
+
+    In a ring of n, gathering sends every shard n - 1 times, reducing to shards sends n - 1 of n
+    parts, and an all-reduce is both.
+    """
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in _COLLECTIVES:
+        return 0.0
+    given = sum(array_bytes(_plain(shape)) for shape in operands)
+    if kind in ("collective-permute", "collective-broadcast"):
+        return given
+    size = group_size(instruction.text)
+    if size <= 1:
+        return 0.0
+    factor = {"all-gather": size - 1.0, "all-reduce": 2 * (size - 1) / size}
+    return given * factor.get(kind, (size - 1) / size)
+
+
+def group_size(text: str) -> int:
+    """Devices that take part together in a collective, from its attributes."""
+    if found := _GROUPS_MESH.search(text):
+        sizes = {name: int(size) for name, size, _ in _MESH_AXIS.findall(found[1]) if size}
+        axes = _MESH_AXIS.findall(found[2])
+        return math.prod(int(part) if part else sizes[name] for name, _, part in axes)
+    if found := _GROUPS_IOTA.search(text):
+        return int(found[2])
+    if found := _GROUPS_LIST.search(text):
+        return len(found[1].split(","))
+    return 1
+
+
+def _plain(shape: str) -> str:
+    """The shape without layouts, so that all of it counts wherever it lies."""
+    return re.sub(r"\{[^}]*\}", "", shape)
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    if found := _BRANCHES.search(instruction.text):
+        return _NAME.findall(found[1])
+    return [name for _, name in _TWO_BRANCHES.findall(instruction.text)]
+
+
+def _computation(lines: list[str]) -> Computation:
+    instructions, root = [], None
+    for line in lines:
+        text = line.strip()
+        is_root = text.startswith("ROOT ")
+        name, equals, rest = text.removeprefix("ROOT ").partition(" = ")
+        if not equals:
+            continue
+        shape, rest = _until(rest, lambda c, depth: c == " " and depth == 0)
+        opcode = _OPCODE.match(rest)
+        if opcode is None:
+            continue
+        inner, text = _until(rest[opcode.end() :], lambda c, depth: c == ")" and depth == 0)
+        operands = tuple(_NAME.findall(inner))
+        found = Instruction(name.lstrip("%"), shape, opcode[1], operands, inner, text)
+        instructions.append(found)
+        root = found if is_root or root is None else root
+    return Computation(instructions, root or instructions[-1])
+
+
+def _until(text: str, ends: Callable[[str, int], bool]) -> tuple[str, str]:
+    """`text` up to and behind the first character that `ends` accepts, by depth of brackets."""
+    depth = 0
+    for place, character in enumerate(text):
+        if ends(character, depth):
+            return text[:place], text[place + 1 :]
+        depth += (character in "({[") - (character in ")}]")
+    return text, ""
+
+
+def largest_arrays(text: str, count: int) -> Iterator[tuple[float, str]]:
+    """Bytes and name of the largest results in a program's text, for what is short of memory."""
+    program = Program(text)
+    found = [
+        (array_bytes(i.shape), f"{i.opcode} {_plain(i.shape)[:60]}")
+        for c in program.computations.values()
+        for i in c.instructions
+        if i.opcode not in _FREE and not i.shape.startswith("(")
+    ]
+    yield from sorted(set(found), reverse=True)[:count]

@@ -1,0 +1,281 @@
+"""Compiles every program of a run for devices that need not be there, and says what it would cost.
+
+Memory is the compiler's own account of each program, with what else lies on the device then. FLOPs
+are counted in the traced program, bytes in the compiled one, loops multiplied in; from them follows
+the least time that the chip's peaks allow. All is at the largest buckets, with every response at
+`rollout.limit`: real steps are shorter.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jax
+
+from spatial_ssrl_jax.config import Config
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
+from spatial_ssrl_jax.run import hlo
+from spatial_ssrl_jax.run.devices import Peak
+from spatial_ssrl_jax.run.flops import jaxpr_flops
+from spatial_ssrl_jax.run.mesh import Layout, make_mesh
+from spatial_ssrl_jax.run.models import read_shape
+from spatial_ssrl_jax.run.programs import Program, Stage, own_bytes, stages
+from spatial_ssrl_jax.run.setup import check_shards
+from spatial_ssrl_jax.run.topology import Topology, open_topology
+
+_GIB = 2**30
+_NAMED = 4  # buffers that are named of a program
+_NEEDS = re.compile(r"[Uu]sed ([\d.]+)([KMG]) of|temporaries \(([\d.]+)([KMG])\)")
+_LISTED = re.compile(r"Size: ([\d.]+)([KMG])\s.*?Shape: (\w+\[[\d,]*\])", re.DOTALL)
+_UNITS = {"K": 2**10, "M": 2**20, "G": _GIB}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A large array: where it comes from, and its bytes on one device."""
+
+    name: str
+    bytes: float
+
+
+@dataclass
+class Cost:
+    """What one run of a program takes of one device.
+
+    Attributes:
+      name, runs: of the program, and how often a step calls it.
+      argument_bytes, temp_bytes, output_bytes: as the compiler says; results that lie in donated
+        arguments are not among the output.
+      beside: bytes that are taken besides, by what takes them.
+      flops: of matrix products.
+      bytes_accessed, collective_bytes: moved in the main memory, and sent to other devices.
+      compile_seconds: how long compiling took here.
+      largest_buffers: of arguments and of temporaries.
+      setting: what to lower where it does not fit.
+      estimated_seconds, bound: the least time, and what it is spent with; None where the peaks are
+        not known.
+      fits: whether `peak_bytes` is within the device's memory.
+    """
+
+    name: str
+    runs: float
+    beside: dict[str, int]
+    setting: str
+    argument_bytes: float = 0.0
+    temp_bytes: float = 0.0
+    output_bytes: float = 0.0
+    flops: float = 0.0
+    bytes_accessed: float = 0.0
+    collective_bytes: float = 0.0
+    compile_seconds: float = 0.0
+    largest_buffers: list[Buffer] = field(default_factory=list)
+    estimated_seconds: float | None = None
+    bound: str | None = None
+    fits: bool = True
+
+    @property
+    def peak_bytes(self) -> float:
+        """All that lies on the device while the program runs."""
+        own = self.argument_bytes + self.temp_bytes + self.output_bytes
+        return own + sum(self.beside.values())
+
+
+def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Compiles the programs of the config's stages.
+
+    Args:
+      config: the run.
+      topology_name: as `open_topology` takes it.
+      say: told what is being compiled, for that takes minutes.
+
+    Returns:
+      Plain JSON types; `step` is that of GRPO, or of the cold start where there is no GRPO.
+
+    Raises:
+      UserError: no such topology, no model there, or sizes that do not go with one another.
+    """
+    topology = open_topology(topology_name)
+    model = read_shape(config.model.path)
+    layout = Layout(make_mesh(config.mesh, topology.devices))
+    check_shards(config, layout)
+    planned = stages(config, model, layout)
+    found = {stage.name: list(costs(stage, model, topology, say)) for stage in planned}
+    programs, last = [cost for part in found.values() for cost in part], planned[-1]
+    return {
+        "topology": topology.name,
+        "devices": len(topology.devices),
+        "hbm_bytes": topology.peak.memory if topology.peak else None,
+        "fits": all(cost.fits for cost in programs),
+        "programs": [asdict(cost) | {"peak_bytes": cost.peak_bytes} for cost in programs],
+        "step": _step(found[last.name], last.tokens, len(topology.devices)),
+    }
+
+
+def _step(programs: list[Cost], tokens: int, devices: int) -> dict[str, float | None]:
+    """The stage's whole step, from how often each of its programs runs."""
+    seconds = [cost.estimated_seconds for cost in programs]
+    if None in seconds:
+        return {"estimated_seconds": None, "tokens_per_second_per_chip": None}
+    whole = sum(cost.runs * second for cost, second in zip(programs, seconds, strict=True))
+    return {
+        "estimated_seconds": whole,
+        "tokens_per_second_per_chip": tokens / whole / devices,
+    }
+
+
+def costs(
+    stage: Stage, model: Qwen2_5_VLConfig, topology: Topology, say: Callable[[str], None]
+) -> Iterator[Cost]:
+    """Compiles a stage's programs, one after another."""
+    programs, result = stage.programs, None
+    full = len(model.vision.fullatt_block_indexes) / model.vision.depth
+    while True:
+        try:
+            program = programs.send(result)
+        except StopIteration:
+            return
+        say(f"compiling {program.name}")
+        cost, result = _compiled(program, full, topology)
+        yield cost
+
+
+def _compiled(program: Program, full: float, topology: Topology) -> tuple[Cost, Any]:
+    """What a program costs, and the shapes of its results; those are None where it does not fit."""
+    cost = Cost(program.name, program.runs, dict(program.beside), program.setting)
+    traced = program.function.trace(*program.args)
+    devices = len(topology.devices)
+    cost.flops = jaxpr_flops(traced.jaxpr.jaxpr, program.turns, full) / devices
+    cost.largest_buffers = _largest_arguments(program.args)
+    begun, lowered = time.perf_counter(), traced.lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        cost.compile_seconds = time.perf_counter() - begun
+        _refused(cost, program, str(error))
+        return cost, None
+    cost.compile_seconds = time.perf_counter() - begun
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    given = own_bytes(_arrays(program.args))
+    # What a program does not use is no argument of it, but stays where it is.
+    cost.argument_bytes = max(given, memory.argument_size_in_bytes)
+    cost.temp_bytes = memory.temp_size_in_bytes
+    cost.output_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    moved = hlo.Program(text).moved(program.turns, full)
+    cost.bytes_accessed, cost.collective_bytes = moved.memory, moved.network
+    cost.largest_buffers += [Buffer(name, size) for size, name in hlo.largest_arrays(text, _NAMED)]
+    if topology.peak is not None:
+        _estimate(cost, topology.peak)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
+    return cost, shapes
+
+
+def _estimate(cost: Cost, peak: Peak) -> None:
+    """The least time that the peaks allow, and whether the program fits."""
+    seconds = {
+        "compute": cost.flops / peak.flops,
+        "memory": cost.bytes_accessed / peak.bandwidth,
+        "network": cost.collective_bytes / peak.network if peak.network else 0.0,
+    }
+    cost.bound = max(seconds, key=seconds.get)
+    cost.estimated_seconds = seconds[cost.bound]
+    cost.fits = peak.memory is None or cost.peak_bytes <= peak.memory
+
+
+def _refused(cost: Cost, program: Program, error: str) -> None:
+    """Fills in what the compiler says of a program that does not fit even alone."""
+    cost.argument_bytes = own_bytes(_arrays(program.args))
+    if found := _NEEDS.search(error):
+        size, unit = found[1] or found[3], found[2] or found[4]
+        needs = float(size) * _UNITS[unit]
+        cost.temp_bytes = needs - cost.argument_bytes if found[1] else needs
+    cost.largest_buffers += [
+        Buffer(shape, float(size) * _UNITS[unit]) for size, unit, shape in _LISTED.findall(error)
+    ][:_NAMED]
+    cost.fits = False
+
+
+def _arrays(args: tuple) -> list[jax.ShapeDtypeStruct]:
+    return [x for x in jax.tree.leaves(args) if isinstance(x, jax.ShapeDtypeStruct)]
+
+
+def _largest_arguments(args: tuple) -> list[Buffer]:
+    """The largest arguments by their paths; layers of a cache or of weights count as one."""
+    sizes: dict[str, float] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(args):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            name = re.sub(r"\[\d+\]", "[*]", jax.tree_util.keystr(path[1:]))
+            sizes[name] = sizes.get(name, 0) + own_bytes(x)
+    order = sorted(sizes, key=sizes.get, reverse=True)
+    return [Buffer(name, sizes[name]) for name in order[:_NAMED]]
+
+
+def problems(report: dict[str, Any]) -> list[str]:
+    """A sentence for every program that does not fit: by how much, what takes it, what helps."""
+    found = []
+    for cost in report["programs"]:
+        if cost["fits"]:
+            continue
+        parts = {
+            "its arguments": cost["argument_bytes"],
+            "its temporaries": cost["temp_bytes"],
+            "its results": cost["output_bytes"],
+            **cost["beside"],
+        }
+        named = ", ".join(
+            f"{n} {gib(b)}" for n, b in sorted(parts.items(), key=lambda i: -i[1])[:4]
+        )
+        largest = max(cost["largest_buffers"], key=lambda b: b["bytes"], default=None)
+        buffer = f"; the largest buffer is {largest['name']}, {gib(largest['bytes'])}"
+        found.append(
+            f"{cost['name']} needs {gib(cost['peak_bytes'])} of {gib(report['hbm_bytes'])} "
+            f"({named}{buffer if largest else ''}): {_help(cost['setting'])}."
+        )
+    return found
+
+
+def _help(setting: str) -> str:
+    if setting == "mesh.fsdp":
+        return "raise mesh.fsdp, use more devices, or train adapters alone (lora.rank=64)"
+    return f"lower {setting}, the largest bucket or rollout.limit, or use more devices"
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, as chips' memory is given."""
+    return f"{size / _GIB:.2f} GiB"
+
+
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    """The report as a table with a line a program; GiB are of one device."""
+    has = f"{gib(report['hbm_bytes'])} each" if report["hbm_bytes"] else "memory unknown"
+    yield f"{report['topology']}: {report['devices']} devices, {has}; all figures are a device's"
+    yield (
+        f"{'program':<20}{'runs':>6}{'peak GiB':>10}{'args':>8}{'temps':>8}{'beside':>8}"
+        f"{'TFLOPs':>9}{'GB moved':>10}{'GB sent':>9}{'seconds':>10}  {'bound':<8}{'compiled':>9}"
+    )
+    for cost in report["programs"]:
+        sizes = (cost["argument_bytes"], cost["temp_bytes"], sum(cost["beside"].values()))
+        seconds = cost["estimated_seconds"]
+        yield (
+            f"{cost['name']:<20}{cost['runs']:>6g}{cost['peak_bytes'] / _GIB:>10.2f}"
+            + "".join(f"{size / _GIB:>8.2f}" for size in sizes)
+            + f"{cost['flops'] / 1e12:>9.3f}{cost['bytes_accessed'] / 1e9:>10.2f}"
+            f"{cost['collective_bytes'] / 1e9:>9.2f}"
+            + (f"{'unknown':>10}" if seconds is None else f"{seconds:>10.4f}")
+            + f"  {cost['bound'] or 'unknown':<8}{cost['compile_seconds']:>7.0f} s"
+            + ("" if cost["fits"] else "  does not fit")
+        )
+    yield from problems(report)
+    step = report["step"]
+    if step["estimated_seconds"] is not None:
+        yield (
+            f"a step: {step['estimated_seconds']:.1f} s at least, "
+            f"{step['tokens_per_second_per_chip']:.0f} tokens/s a chip at most"
+        )

@@ -1,0 +1,314 @@
+"""The jitted programs of a run's stages at their largest buckets, as shapes on a mesh.
+
+They are the very functions that training calls. A program that takes another's result is given its
+shapes where the compiler put them, as in training, where nothing moves them in between.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.learn.batch import GroupBatch, PackedBatch
+from spatial_ssrl_jax.learn.logprobs import logprobs_of
+from spatial_ssrl_jax.learn.loss import GrpoLoss, SftLoss
+from spatial_ssrl_jax.learn.optimizer import make_optimizer
+from spatial_ssrl_jax.learn.update import (
+    LossFunction,
+    TrainState,
+    add_gradients,
+    apply_gradients,
+    micro_gradients,
+)
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
+from spatial_ssrl_jax.qwen2_5_vl.lora import without_adapters
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute, PackedRows, PromptBatch
+from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join
+from spatial_ssrl_jax.qwen2_5_vl.vision import VisionInput
+from spatial_ssrl_jax.rollout.engine import (
+    DecodeSettings,
+    decode_chunk,
+    fill_weights,
+    grow_cache,
+    prefill,
+    start_samples,
+)
+from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
+from spatial_ssrl_jax.run.mesh import BATCH, Layout
+from spatial_ssrl_jax.run.setup import compute_of
+from spatial_ssrl_jax.run.start import stage_shapes
+
+Held = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program of a step.
+
+    Attributes:
+      name: of the part that it does.
+      function: jitted.
+      args: what it is called with, arrays as `jax.ShapeDtypeStruct`s.
+      runs: how often a step calls it.
+      beside: bytes of each device that are taken while it runs, by what takes them; its own
+        arguments are not among them.
+      setting: what to lower where it does not fit.
+      turns: of the loop whose length depends on data.
+    """
+
+    name: str
+    function: Callable
+    args: tuple
+    runs: float
+    beside: Held
+    setting: str
+    turns: float = 1.0
+
+
+# Yields programs and is sent the shapes of their results, None where a program did not compile.
+Programs = Generator[Program, Any, None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's programs.
+
+    Attributes:
+      name: `sft` or `grpo`.
+      programs: in the order in which a step runs them.
+      tokens: that a step works on at the largest buckets, prompts and responses.
+    """
+
+    name: str
+    programs: Programs
+    tokens: int
+
+
+def stages(config: Config, model: Qwen2_5_VLConfig, layout: Layout) -> list[Stage]:
+    """The programs of the stages that a config has."""
+    planned = _Planned(config, model, layout, compute_of(config))
+    found = []
+    if config.sft.steps:
+        rows = _sft_rows(config)
+        found.append(Stage("sft", planned.sft(rows), rows * config.sft.row_tokens))
+    if config.grpo.steps:
+        grpo, limit = config.grpo, config.rollout.limit
+        tokens = grpo.prompts * (max(config.data.prompt_buckets) + grpo.group * limit)
+        found.append(Stage("grpo", planned.grpo(), tokens))
+    return found
+
+
+def _sft_rows(config: Config) -> int:
+    """Rows of a cold-start step, were every prompt and response the longest; whole micro-batches.
+
+    Rows are as full as the real ones are, so this is what a step costs at most.
+    """
+    sft = config.sft
+    longest = max(config.data.prompt_buckets) + config.rollout.limit
+    rows = -(-sft.prompts // (sft.row_tokens // longest))
+    return -(-rows // sft.micro_rows) * sft.micro_rows
+
+
+@dataclass(frozen=True)
+class _Planned:
+    config: Config
+    model: Qwen2_5_VLConfig
+    layout: Layout
+    compute: Compute
+
+    def sft(self, rows: int) -> Programs:
+        """Gradients, their sum and the optimizer's step of the cold start."""
+        settings, micro = self.config.sft, rows // self.config.sft.micro_rows
+        optimizer = make_optimizer(self.config.optim, settings, settings.steps)
+        state = self._state(settings, optimizer)
+        batch = PackedBatch(self._packed_rows(settings), self._scalar())
+        loss = SftLoss(self.model, self.compute)
+        yield from self._update(
+            "sft_", loss, optimizer, state, batch, micro, 1, {}, "sft.micro_rows"
+        )
+
+    def grpo(self) -> Programs:
+        """Rollout, log-probabilities and update of a GRPO step."""
+        config, settings = self.config, self.config.grpo
+        optimizer = make_optimizer(config.optim, settings, settings.steps * settings.updates)
+        state = self._state(settings, optimizer)
+        reference = self._reference(settings, state)
+        own_reference = {}
+        if reference is not None and not settings.lora.rank:
+            own_reference = {"reference": own_bytes(reference) - own_bytes(state.frozen)}
+        optimizing = {"optimizer": own_bytes(state.opt_state)} | own_reference
+        yield from self._rollout(state, optimizing)
+        batch = self._groups(settings)
+        micro = settings.prompts // settings.micro_prompts
+        waiting = {"other micro-batches": (micro - 1) * own_bytes(batch)}
+        weights = {"weights": own_bytes(state.params)}
+        temperature, setting = settings.temperature, "grpo.micro_prompts"
+
+        def logprobs(name: str, params: Params, beside: Held) -> Program:
+            args = (self.model, self.compute, temperature, params, batch)
+            return Program(name, logprobs_of, args, micro, beside | waiting, setting)
+
+        old = found = None
+        like = self._rows(*batch.tokens.shape, dtype=np.float32)
+        if settings.updates > 1 and settings.needs_old:
+            old = (yield logprobs("old_logprobs", state.params, optimizing)) or like
+        if reference is not None:
+            beside = {"optimizer": optimizing["optimizer"]} | weights
+            found = (yield logprobs("reference_logprobs", reference, beside)) or like
+        batch = replace(batch, old_logprobs=old, reference_logprobs=found)
+        loss = GrpoLoss(self.model, self.compute, settings)
+        yield from self._update(
+            "", loss, optimizer, state, batch, micro, settings.updates, own_reference, setting
+        )
+
+    def _rollout(self, state: TrainState, beside: Held) -> Programs:
+        """Copying the weights, prefill, and decoding in chunks, the last and widest one."""
+        config, model, rollout = self.config, self.model, self.config.rollout
+        group, limit, setting = config.grpo.group, rollout.limit, "rollout.wave"
+        waves = config.grpo.prompts / rollout.wave
+        params = state.params
+        args = (model, params, self.compute.dtype)
+        weights = yield Program("rollout_weights", fill_weights, args, 1, beside, "mesh.fsdp")
+        if weights is None:
+            return
+        beside = beside | {"rollout copy": own_bytes(weights)}
+        prompts = self._prompts(rollout.wave)
+        args = (model, self.compute, params, prompts)
+        filled = yield Program("prefill", prefill, args, waves, beside, setting)
+        if filled is None:
+            return
+        hidden, prefix = filled
+        beside = beside | {"weights": own_bytes(params), "prompts": own_bytes(prompts)}
+        chunks = -(-limit // rollout.chunk)
+        slots = min(rollout.chunk, limit)
+        before = beside | {"prompts' caches": own_bytes(prefix)}
+        args = (model.text, group, max(limit - slots, slots), limit, hidden)
+        samples = yield Program("start", start_samples, args, waves, before, setting)
+        if samples is not None and chunks > 1:
+            args = (samples, slots)
+            samples = yield Program("grow", grow_cache, args, waves * (chunks - 1), before, setting)
+        if samples is None:
+            return
+        sampling = Sampling(config.grpo.temperature)
+        stop = (model.eos_token_id,)
+        settings = DecodeSettings(sampling, stop, model.vision_tokens, rollout.check_every)
+        beside = {name: size for name, size in beside.items() if name != "rollout copy"}
+        keys = self._keys(rollout.wave, group)
+        args = (model, settings, slots, weights, prefix, samples, keys)
+        turns = slots / rollout.check_every
+        yield Program("decode", decode_chunk, args, waves * limit / slots, beside, setting, turns)
+
+    def _update(
+        self,
+        prefix: str,
+        loss: LossFunction,
+        optimizer: Any,
+        state: TrainState,
+        batch: GroupBatch | PackedBatch,
+        micro: int,
+        updates: int,
+        beside: Held,
+        setting: str,
+    ) -> Programs:
+        """One or several optimizer steps over `micro` micro-batches in all."""
+        trained = state.trained
+        several = micro > updates
+        if isinstance(batch, GroupBatch):  # those of a cold start are made one after another
+            beside = beside | {"other micro-batches": (micro - 1) * own_bytes(batch)}
+        optimizing = beside | {"optimizer": own_bytes(state.opt_state)}
+        summed = {"gradients so far": own_bytes(trained)} if several else {}
+        args = (loss, trained, state.frozen, batch)
+        found = yield Program(
+            f"{prefix}gradients", micro_gradients, args, micro, optimizing | summed, setting
+        )
+        if found is None:
+            return
+        gradients, _ = found
+        weights = {"weights": own_bytes(trained) + own_bytes(state.frozen)}
+        batches = {"micro-batch": own_bytes(batch)}
+        if several:
+            args = (gradients, gradients)
+            beside_sum = optimizing | weights | batches
+            runs = micro - updates
+            yield Program(f"{prefix}add", add_gradients, args, runs, beside_sum, "mesh.fsdp")
+        held = beside | batches | {"frozen weights": own_bytes(state.frozen)}
+        args = (optimizer, replace(state, frozen={}), gradients)
+        yield Program(f"{prefix}apply", apply_gradients, args, updates, held, "mesh.fsdp")
+
+    def _state(self, settings: SftSettings | GrpoSettings, optimizer: Any) -> TrainState:
+        return stage_shapes(self.config, self.model, self.layout, settings, optimizer)
+
+    def _reference(self, settings: GrpoSettings, state: TrainState) -> Params | None:
+        if not settings.kl_coefficient:
+            return None
+        if settings.lora.rank:
+            return without_adapters(state.frozen)
+        dtype = jnp.dtype(self.config.model.dtype)
+        return join(jax.tree.map(lambda x: x.update(dtype=dtype), state.trained), state.frozen)
+
+    def _rows(self, *shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(self.layout.mesh, P(BATCH))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def _scalar(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), np.float32, sharding=self.layout.replicated())
+
+    def _vision(self, rows: int, windows: int) -> VisionInput:
+        shape = (rows, windows, self.model.vision.window_patches)
+        patches = self._rows(*shape, self.model.vision.patch_dim, dtype=np.float32)
+        return VisionInput(patches, self._rows(*shape), self._rows(*shape, 2))
+
+    def _prompts(self, rows: int) -> PromptBatch:
+        tokens = max(self.config.data.prompt_buckets)
+        return PromptBatch(
+            ids=self._rows(rows, tokens),
+            length=self._rows(rows),
+            position=self._rows(rows, 3, tokens),
+            next_position=self._rows(rows),
+            image_index=self._rows(rows, tokens),
+            vision=self._vision(rows, max(self.config.data.window_buckets)),
+        )
+
+    def _packed_rows(self, settings: SftSettings) -> PackedRows:
+        rows, tokens = settings.micro_rows, settings.row_tokens
+        return PackedRows(
+            ids=self._rows(rows, tokens),
+            segment=self._rows(rows, tokens),
+            position=self._rows(rows, 3, tokens),
+            image_index=self._rows(rows, tokens),
+            place=self._rows(rows, settings.row_responses),
+            vision=self._vision(rows, max(settings.row_windows)),
+        )
+
+    def _groups(self, settings: GrpoSettings) -> GroupBatch:
+        rows, group, limit = settings.micro_prompts, settings.group, self.config.rollout.limit
+        return GroupBatch(
+            prompts=self._prompts(rows),
+            tokens=self._rows(rows, group, limit),
+            length=self._rows(rows, group),
+            weight=self._rows(rows, group, dtype=np.float32),
+            normaliser=self._scalar(),
+            advantage=self._rows(rows, group, dtype=np.float32),
+            sampled_logprobs=self._rows(rows, group, limit, dtype=np.float32),
+            old_logprobs=None,
+            reference_logprobs=None,
+        )
+
+    def _keys(self, rows: int, group: int) -> jax.ShapeDtypeStruct:
+        index = jax.ShapeDtypeStruct((rows,), np.int32)
+        keys = jax.eval_shape(lambda i: row_keys(jax.random.key(0), i, group), index)
+        return self._rows(*keys.shape, dtype=keys.dtype)
+
+
+def own_bytes(tree: Any) -> int:
+    """Bytes of one device's part of sharded shapes."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,109 @@
+"""Bytes in a compiled program's text: by hand on a small text, and on real programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from spatial_ssrl_jax.run.hlo import Program, array_bytes, group_size
+
+# A loop of 3 turns that gathers a layer's quarter, multiplies, and writes one row; as for a TPU.
+TEXT = """HloModule jit_f, is_scheduled=true
+
+%slice_layer (p0: bf16[3,8,8], p1: s32[]) -> bf16[1,8,8] {
+  %p0 = bf16[3,8,8]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %layer = bf16[1,8,8]{2,1,0:S(1)} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,8}
+}
+
+%write_row (q0: f32[100,8], q1: f32[1,8], q2: s32[]) -> f32[100,8] {
+  %q0 = f32[100,8]{1,0} parameter(0)
+  %q1 = f32[1,8]{1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  %none = s32[] constant(0)
+  ROOT %row = f32[100,8]{1,0} dynamic-update-slice(%q0, %q1, %q2, %none)
+}
+
+%body (b: (s32[], bf16[3,8,8], f32[100,8], f32[1,8])) -> (s32[], bf16[3,8,8], f32[100,8], f32[1,8]) {
+  %b = (s32[]{:T(128)}, bf16[3,8,8]{2,1,0}, f32[100,8]{1,0}, f32[1,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %w = bf16[3,8,8]{2,1,0} get-tuple-element(%b), index=1
+  %cache = f32[100,8]{1,0} get-tuple-element(%b), index=2
+  %new = f32[1,8]{1,0} get-tuple-element(%b), index=3
+  %sliced = bf16[1,8,8]{2,1,0:S(1)} fusion(%w, %i), kind=kLoop, calls=%slice_layer
+  %gathered = bf16[4,8,8]{2,1,0:S(1)} all-gather(%sliced), replica_groups=GROUPS, dimensions={0}
+  %written = f32[100,8]{1,0} fusion(%cache, %new, %i), kind=kLoop, calls=%write_row
+  ROOT %out = (s32[], bf16[3,8,8]{2,1,0}, f32[100,8]{1,0}, f32[1,8]{1,0}) tuple(%i, %w, %written, %new)
+}
+
+%cond (c: (s32[], bf16[3,8,8], f32[100,8], f32[1,8])) -> pred[] {
+  %c = (s32[], bf16[3,8,8]{2,1,0}, f32[100,8]{1,0}, f32[1,8]{1,0}) parameter(0)
+  %k = s32[] get-tuple-element(%c), index=0
+  %end = s32[] constant(4)
+  ROOT %less = pred[] compare(%k, %end), direction=LT
+}
+
+ENTRY %main (x: bf16[3,8,8], y: f32[100,8], z: f32[1,8]) -> f32[100,8] {
+  %x = bf16[3,8,8]{2,1,0} parameter(0)
+  %y = f32[100,8]{1,0} parameter(1)
+  %z = f32[1,8]{1,0} parameter(2)
+  %one = s32[] constant(1)
+  %init = (s32[], bf16[3,8,8]{2,1,0}, f32[100,8]{1,0}, f32[1,8]{1,0}) tuple(%one, %x, %y, %z)
+  %loop = (s32[], bf16[3,8,8]{2,1,0}, f32[100,8]{1,0}, f32[1,8]{1,0}) while(%init), condition=%cond, body=%body
+  ROOT %result = f32[100,8]{1,0} get-tuple-element(%loop), index=2
+}
+"""  # noqa: E501
+GROUPS = ("[2,4]<=[8]", "{{0,1,2,3},{4,5,6,7}}", "mesh['a'=2,'b'=4] {'b'}")
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_a_loop_counts_its_turns_and_only_what_they_touch(groups: str):
+    """From 1 to 4 is 3 turns; a layer of 128 bytes is read each, and a row of 32 read and written;
+    of 4 devices each sends its 128 bytes 3 times. The index, 4 bytes, is read by both fusions, and
+    the condition takes 9: two numbers and a truth value."""
+    moved = Program(TEXT.replace("GROUPS", groups)).moved()
+    assert moved.memory == 3 * (128 + 4 + 32 + 32 + 4 + 9)
+    assert moved.network == 3 * 3 * 128
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("bf16[2,3]{1,0:T(8,128)(2,1)}", 12),
+        ("f32[]", 4),
+        ("(pred[5], s4[4], u8[2]{0:S(1)})", 7),
+        ("token[]", 0),
+        ("f8e4m3fn[3]", 3),
+    ],
+)
+def test_bytes_of_a_shape(shape: str, size: float):
+    assert array_bytes(shape) == size
+
+
+def test_groups_of_part_of_an_axis():
+    assert group_size("replica_groups=mesh['a'=8,'b'=2] {'a':(1)4, 'b'}, x") == 8
+    assert group_size("channel_id=1") == 1
+
+
+def test_a_real_program_touches_each_layer_once_a_turn():
+    """A CPU copies a layer out of the stack and reads the copy: three times its bytes, not 7 x 3 of
+    the whole stack; what else it moves is activations, under a tenth."""
+    weights, x = jnp.zeros((7, 256, 256)), jnp.zeros((2, 256))
+
+    def run(weights, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    moved = Program(jax.jit(run).lower(weights, x).compile().as_text()).moved()
+    assert weights.nbytes <= moved.memory < 3.1 * weights.nbytes and moved.network == 0
+
+
+def test_loops_of_unknown_length_and_branches():
+    def run(x, go, full):
+        branch = lambda x: jax.lax.cond(full, lambda x: jnp.sort(x) + 1, lambda x: x, x)  # noqa: E731
+        return jax.lax.while_loop(lambda x: x[0] < go, lambda x: jnp.cumsum(branch(x)), x)
+
+    text = jax.jit(run).lower(jnp.zeros(4096), 1.0, True).compile().as_text()
+    program = Program(text)
+    one, ten = (program.moved(turns).memory for turns in (1, 10))
+    assert ten > 5 * one
+    assert program.moved(10, dear_share=0.0).memory < ten
