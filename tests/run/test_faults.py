@@ -26,6 +26,7 @@ from spatial_ssrl_jax.run import training
 from spatial_ssrl_jax.run.metrics import read_metrics
 from spatial_ssrl_jax.run.progress import Progress
 from spatial_ssrl_jax.run.training import train
+from tests.run.conftest import ROWS
 from tests.run.test_training import figures, weights
 from tests.tasks.synthetic import photo
 
@@ -38,7 +39,7 @@ def short(toy_config) -> Short:
     """A cold start of six steps, or of another length, and nothing else."""
 
     def make(steps: int = 6, every: int = 2, **sections) -> c.Config:
-        sft = c.SftSettings(steps=steps, prompts=8, micro_prompts=8, learning_rate=1e-3)
+        sft = c.SftSettings(steps=steps, learning_rate=1e-3, **ROWS)
         defaults = {
             "grpo": c.GrpoSettings(steps=0),
             "eval": c.EvalSettings(examples=2, samples=2, prompts=8),

@@ -14,6 +14,7 @@ from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax.run.checksums import damage
 from spatial_ssrl_jax.run.metrics import read_metrics
 from spatial_ssrl_jax.run.training import train
+from tests.run.conftest import ROWS
 from tests.run.test_training import figures, start, write_config
 
 LONG_KILLS, LONG_CUTS = 20, (6, 13)  # behind these kills a checkpoint is cut off
@@ -136,7 +137,7 @@ def assert_equal_runs(ours: Path, theirs: Path) -> None:
 def small(toy_config, sft: int, grpo: int, every: int) -> c.Config:
     """A run of both stages in which nearly all time goes into starting."""
     return toy_config(
-        sft=c.SftSettings(steps=sft, prompts=8, micro_prompts=8, learning_rate=1e-3),
+        sft=c.SftSettings(steps=sft, learning_rate=1e-3, **ROWS),
         grpo=c.GrpoSettings(
             steps=grpo, prompts=8, updates=1, group=3, micro_prompts=8, learning_rate=1e-3
         ),

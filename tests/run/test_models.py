@@ -106,7 +106,7 @@ def test_a_missing_folder_is_named_and_the_hub_is_not_asked(
 
 
 def test_a_hub_id_without_a_network_is_named(monkeypatch: pytest.MonkeyPatch):
-    def offline(name: str) -> str:
+    def offline(name: str, **_) -> str:
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
