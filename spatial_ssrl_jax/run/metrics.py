@@ -144,8 +144,9 @@ class MetricsWriter:
         except OSError as error:
             with suppress(OSError):
                 self.close()
+            place = self._folder / (PARTS if self._in_parts else FILE)
             raise UserError(
-                f"step {step} could not be written to {self._folder} ({error.strerror or error}): "
+                f"step {step} could not be written to {place} ({error.strerror or error}): "
                 "free space there; the same command then goes on after the newest checkpoint."
             ) from error
         if self._tracker is not None:

@@ -17,7 +17,7 @@ import pytest
 
 from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax.run.preemption import STOPPING
-from tests.run.conftest import make_config
+from tests.run.conftest import ROWS, make_config
 from tests.run.test_training import ROOT, figures, write_config
 
 
@@ -65,7 +65,7 @@ def argv(toy_folder: Path, tmp_path: Path) -> list[str]:
     """A cold start that would take minutes, without held-out pictures."""
     model = c.ModelSettings(str(toy_folder), True, "float32", "none")
     data = dataclasses.replace(make_config(model).data, heldout_share=0.0)
-    sft = c.SftSettings(steps=900, prompts=48, micro_prompts=8)
+    sft = c.SftSettings(steps=900, **ROWS | {"prompts": 48})
     config = make_config(model, sft=sft, data=data, checkpoint=c.CheckpointSettings(every=1000))
     return [f"--config={write_config(tmp_path, config)}", f"--workdir={tmp_path / 'run'}"]
 
