@@ -57,7 +57,8 @@ def test_padding_of_a_config(capsys: pytest.CaptureFixture):
     assert report["config"] == "tiny" and report["steps"] == 5
     assert 0 < report["made"]["padding_share"] < 0.5
     assert report["drawn"]["programs"] == report["made"]["programs"] == 1
-    wide = run_command(capsys, "padding", *argv, "--config.data.prompt_buckets=400")
+    argv += ["--config.data.prompt_buckets=400", "--config.sft.row_tokens=432"]
+    wide = run_command(capsys, "padding", *argv)
     assert wide["made"]["padding_share"] > report["made"]["padding_share"]
 
 
