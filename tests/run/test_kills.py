@@ -134,6 +134,12 @@ def assert_equal_runs(ours: Path, theirs: Path) -> None:
     assert not unfinished(ours)
 
 
+@pytest.fixture(autouse=True)
+def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed may leave half a program in the cache, and JAX aborts on reading it."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+
+
 def small(toy_config, sft: int, grpo: int, every: int) -> c.Config:
     """A run of both stages in which nearly all time goes into starting."""
     return toy_config(
