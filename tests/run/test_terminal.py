@@ -23,7 +23,7 @@ from tests.run.test_training import ROOT, figures, write_config
 
 @pytest.fixture(autouse=True)
 def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is killed may leave half a program in the cache, and JAX aborts on reading it."""
+    """A killed process may leave half a program in the cache, and JAX aborts on reading it."""
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 
