@@ -152,6 +152,7 @@ def small(toy_config, sft: int, grpo: int, every: int) -> c.Config:
     )
 
 
+@pytest.mark.slow
 def test_two_kills_and_a_cut_checkpoint_change_nothing(toy_config, tmp_path: Path):
     config = small(toy_config, 2, 2, 1)
     kills = [Kill("saving", 2, 0.0), Kill("step", 2, 0.05)]

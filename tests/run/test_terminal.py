@@ -21,12 +21,6 @@ from tests.run.conftest import ROWS, make_config
 from tests.run.test_training import ROOT, figures, write_config
 
 
-@pytest.fixture(autouse=True)
-def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed process may leave half a program in the cache, and JAX aborts on reading it."""
-    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
-
-
 class Terminal:
     """A command that runs at a terminal of 100 characters a line."""
 
