@@ -4,8 +4,8 @@
         --config.data.source=folder:COCO+diode:DIODE+megadepth:MEGADEPTH
 
 Starts from `runs/sft_3b/export`, which `configs/sft_3b.py` leaves. Published result: a mean of
-50.54 over seven spatial benchmarks, from 45.91. Meant for a TPU v5e-16 or one 80 GB GPU;
-it has not been run on the real weights.
+50.54 over seven spatial benchmarks, from 45.91. Meant for a TPU v5e-16; on
+one device `train --check` puts it at 93 GB. It has not been run on the real weights.
 """
 
 import dataclasses

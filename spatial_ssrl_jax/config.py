@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spatial_ssrl_jax.config_checks import check_settings
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.qwen2_5_vl.layers import REMAT_POLICIES
-from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings, known_targets
-from spatial_ssrl_jax.qwen2_5_vl.tree import PARTS
+from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
 from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
 
 
@@ -346,7 +345,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
         )
     for key, text in overrides:
         config = _override(config, key.split("."), text, key)
-    validate(config)
+    check_settings(config)
     return config
 
 
@@ -422,171 +421,6 @@ def _parse(text: str, kind: type, key: str) -> Any:
     if type(value) is not kind:
         raise UserError(f"config.{key}={text} does not fit: expected {kind.__name__}.")
     return value
-
-
-_AT_LEAST_ONE = (
-    "model.chunk",
-    "model.head_chunk",
-    "data.min_pixels",
-    "data.threads",
-    "sft.prompts",
-    "sft.micro_rows",
-    "grpo.prompts",
-    "grpo.updates",
-    "grpo.micro_prompts",
-    "rollout.limit",
-    "rollout.chunk",
-    "rollout.check_every",
-    "rollout.wave",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "optim.max_skipped",
-    "log.report_every",
-    "eval.examples",
-    "eval.samples",
-    "eval.prompts",
-)
-
-
-def validate(config: Config) -> None:
-    """Refuses settings that contradict one another, before anything is built.
-
-    Raises:
-      UserError: names the setting and what it must be.
-    """
-    grpo, sft = config.grpo, config.sft
-    for name in _AT_LEAST_ONE:
-        section, key = name.split(".")
-        if (value := getattr(getattr(config, section), key)) < 1:
-            raise UserError(f"{name}={value} must be at least 1.")
-    if grpo.temperature <= 0:
-        raise UserError(f"grpo.temperature={grpo.temperature} must be above 0.")
-    if grpo.kl_coefficient < 0:
-        raise UserError(
-            f"grpo.kl_coefficient={grpo.kl_coefficient} must be at least 0; 0 turns the KL off."
-        )
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"seed={config.seed} must be at least 0 and below {2**31}.")
-    if not 0 <= config.data.heldout_share < 1:
-        raise UserError(
-            f"data.heldout_share={config.data.heldout_share} must be from 0 to below 1."
-        )
-    _choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    _choice("model.remat", config.model.remat, tuple(REMAT_POLICIES))
-    _choice("sft.schedule", sft.schedule, ("constant", "cosine"))
-    _choice("grpo.schedule", grpo.schedule, ("constant", "cosine"))
-    _choice("grpo.kl", grpo.kl, ("k1", "k2", "k3"))
-    _choice("grpo.aggregation", grpo.aggregation, ("token", "sequence", "dr_grpo"))
-    _choice("grpo.old_logprobs", grpo.old_logprobs, ("recomputed", "sampler"))
-    _choice("grpo.correction", grpo.correction, ("none", "truncate", "mask"))
-    _choice("reward.rule", config.reward.rule, ("paper", "strict", "tolerant"))
-    if min(grpo.response_buckets, default=1) < 1:
-        raise UserError(
-            f"grpo.response_buckets={grpo.response_buckets} must hold widths of at least 1."
-        )
-    if grpo.correction_limit < 1:
-        raise UserError(f"grpo.correction_limit={grpo.correction_limit} must be at least 1.")
-    if config.reward.length_span < 1:
-        raise UserError(f"reward.length_span={config.reward.length_span} must be at least 1.")
-    _divides("grpo.updates", grpo.updates, "grpo.prompts", grpo.prompts)
-    _divides(
-        "grpo.micro_prompts",
-        grpo.micro_prompts,
-        "grpo.prompts/updates",
-        grpo.prompts // grpo.updates,
-    )
-    _divides("rollout.wave", config.rollout.wave, "grpo.prompts", grpo.prompts)
-    _divides(
-        "rollout.check_every", config.rollout.check_every, "rollout.chunk", config.rollout.chunk
-    )
-    _divides(
-        "rollout.check_every", config.rollout.check_every, "rollout.limit", config.rollout.limit
-    )
-    if sft.steps:
-        _check_rows(config)
-    for name, stage in (("sft", sft), ("grpo", grpo)):
-        _check_trained(name, stage)
-    for name, value in (
-        ("sft.steps", sft.steps),
-        ("grpo.steps", grpo.steps),
-        ("data.workers", config.data.workers),
-        ("grpo.refills", grpo.refills),
-        ("eval.every", config.eval.every),
-        ("log.rollouts_every", config.log.rollouts_every),
-        ("log.rollouts_count", config.log.rollouts_count),
-    ):
-        if value < 0:
-            raise UserError(f"{name}={value} must be at least 0.")
-    if grpo.steps and grpo.group < 2:
-        raise UserError(
-            f"grpo.group={grpo.group} must be at least 2: a group of one has no advantage, and "
-            "with grpo.scale_std no standard deviation."
-        )
-    if not config.trained_tasks:
-        raise UserError("every task has weight 0: give at least one tasks.NAME.weight above 0.")
-    if sft.steps == 0 and grpo.steps == 0:
-        raise UserError(
-            "sft.steps and grpo.steps are both 0: set one above 0, or there is nothing to train."
-        )
-    if grpo.init_from and sft.steps:
-        raise UserError(
-            "grpo.init_from takes the place of the cold start's result: set sft.steps=0, or leave "
-            "grpo.init_from empty."
-        )
-
-
-def _check_rows(config: Config) -> None:
-    """Refuses rows of the cold start in which the largest example has no room."""
-    data, sft, limit = config.data, config.sft, config.rollout.limit
-    prompt, windows = max(data.prompt_buckets), max(data.window_buckets)
-    for name, value, least, why in (
-        ("row_tokens", sft.row_tokens, prompt + limit, "data.prompt_buckets with rollout.limit"),
-        ("row_windows", max(sft.row_windows), windows, "data.window_buckets"),
-        ("row_responses", sft.row_responses, limit, "rollout.limit"),
-    ):
-        if value < least:
-            raise UserError(
-                f"sft.{name}={value} has no room for the largest example: raise it to {least} or "
-                f"more, or lower {why}."
-            )
-
-
-def _check_trained(name: str, stage: SftSettings | GrpoSettings) -> None:
-    """Refuses choices of weights that leave nothing to train, or that say nothing."""
-    lora = stage.lora
-    for part in stage.freeze:
-        _choice(f"{name}.freeze", part, PARTS)
-    for target in lora.targets:
-        _choice(f"{name}.lora.targets", target, known_targets())
-    if set(stage.freeze) == set(PARTS):
-        raise UserError(f"{name}.freeze holds every part: leave one that trains.")
-    if lora.rank < 0 or lora.alpha < 0:
-        raise UserError(f"{name}.lora.rank and {name}.lora.alpha must be at least 0.")
-    if lora.rank and not lora.targets:
-        raise UserError(f"{name}.lora.targets is empty: name a part such as language.")
-    if lora.rank and stage.freeze:
-        raise UserError(
-            f"{name}.freeze does nothing with {name}.lora.rank={lora.rank}, which trains adapters "
-            f"alone: choose {name}.lora.targets instead."
-        )
-    scale = stage.vision_learning_rate_scale
-    vision = any(t.split(".")[0] == "vision" for t in lora.targets)
-    trains = vision if lora.rank else "vision" not in stage.freeze
-    if scale <= 0 or (scale != 1 and not trains):
-        raise UserError(
-            f"{name}.vision_learning_rate_scale={scale} must be above 0, and 1 where the vision "
-            f"tower does not train; {name}.freeze=vision keeps it as it is."
-        )
-
-
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{name}={value} is unknown: choose one of {', '.join(known)}.")
-
-
-def _divides(small: str, divisor: int, large: str, total: int) -> None:
-    if divisor < 1 or total % divisor:
-        raise UserError(f"{small}={divisor} must divide {large}={total}.")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -16,6 +16,24 @@ from spatial_ssrl_jax.qwen2_5_vl.model import Params, abstract_params
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Two layers each: grouped heads in the language model, a windowed and a full block in the tower.
+SMALL_TEXT = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    mrope_section=(1, 1, 2),
+)
+SMALL_VISION = dict(
+    depth=2,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=2,
+    out_hidden_size=32,
+    fullatt_block_indexes=(1,),
+)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -85,22 +103,10 @@ class Toy:
 def toy() -> Toy:
     config = Qwen2_5_VLConfig(
         text=TextConfig(
-            vocab_size=700,
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            mrope_section=(2, 2, 2),
+            **SMALL_TEXT
+            | dict(vocab_size=700, hidden_size=48, intermediate_size=64, mrope_section=(2, 2, 2))
         ),
-        vision=VisionConfig(
-            depth=2,
-            hidden_size=32,
-            intermediate_size=48,
-            num_heads=2,
-            out_hidden_size=48,
-            fullatt_block_indexes=(1,),
-        ),
+        vision=VisionConfig(**SMALL_VISION | dict(out_hidden_size=48)),
         tie_word_embeddings=False,
         image_token_id=690,
         video_token_id=691,

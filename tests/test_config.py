@@ -11,8 +11,8 @@ from spatial_ssrl_jax.config import (
     load_config,
     split_overrides,
     to_dict,
-    validate,
 )
+from spatial_ssrl_jax.config_checks import check_settings
 from spatial_ssrl_jax.errors import UserError
 
 FILE = """
@@ -174,7 +174,7 @@ def test_settings_that_contradict_one_another_are_refused(path: str, changes: di
 
 
 def test_the_defaults_are_valid():
-    validate(Config("test"))
+    check_settings(Config("test"))
 
 
 def test_a_missing_file_is_named():

@@ -75,11 +75,8 @@ def _parse_ocr(row: Row) -> Question:
 
 def ask_ocr(question: Question, style: Style) -> Asked:
     """Formulas are asked for directly in a reasoning run too, as in the paper's."""
-    text = question.text
-    if style != "direct":
-        formula = question.category == _FORMULA
-        text = protocol.followed_by(text, protocol.DIRECTLY if formula else FORMAT_PROMPT)
-    return Asked(text, question.pictures)
+    tail = protocol.DIRECTLY if question.category == _FORMULA else FORMAT_PROMPT
+    return Asked(protocol.in_style(question.text, style, tail), question.pictures)
 
 
 def judge_chart(record: Record) -> Verdict:
@@ -134,9 +131,7 @@ def _parse_chart(row: Row) -> Question:
 
 
 def ask_chart(question: Question, style: Style) -> Asked:
-    text = question.text + protocol.CHARTQA
-    if style != "direct":
-        text = protocol.followed_by(text, FORMAT_PROMPT)
+    text = protocol.in_style(question.text + protocol.CHARTQA, style)
     return Asked(text, question.pictures)
 
 

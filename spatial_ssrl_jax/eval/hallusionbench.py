@@ -9,7 +9,6 @@ from spatial_ssrl_jax.eval.question import Asked, Question, Record, Verdict
 from spatial_ssrl_jax.eval.scores import Cell, Metric, all_right, mean
 from spatial_ssrl_jax.eval.spec import Spec
 from spatial_ssrl_jax.eval.tables import MEND, BadRow, Row
-from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 _ANSWERS = {"0": "No", "1": "Yes", "no": "No", "yes": "Yes"}
 _TEXT_ONLY = "0"  # visual_input of the rows that have no picture
@@ -84,10 +83,7 @@ def _parse(row: Row) -> Question | None:
 
 
 def ask(question: Question, style: Style) -> Asked:
-    text = question.text
-    if style != "direct":
-        text = protocol.followed_by(text, FORMAT_PROMPT)
-    return Asked(text, question.pictures)
+    return Asked(protocol.in_style(question.text, style), question.pictures)
 
 
 HALLUSIONBENCH = Spec(

@@ -11,7 +11,6 @@ from spatial_ssrl_jax.eval.question import Asked, Question, Record, Verdict
 from spatial_ssrl_jax.eval.scores import Cell, Metric, all_right, each, mean
 from spatial_ssrl_jax.eval.spec import Spec
 from spatial_ssrl_jax.eval.tables import MEND, BadRow, Row
-from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 _ROTATION = 1_000_000  # MMBench numbers rotations of question i as i + n · 1,000,000
 _FLIP = "-flip"  # 3DSRBench: "ABCDEFGH", mirrored "ABCDEFGH-flip", then "-1" for another order
@@ -41,9 +40,7 @@ def ask_choice(question: Question, style: Style) -> Asked:
             for letter, option in question.options.items()
         )
         text += protocol.SELECT
-    if style != "direct":
-        text = protocol.followed_by(text, FORMAT_PROMPT)
-    return Asked(text, question.pictures)
+    return Asked(protocol.in_style(text, style), question.pictures)
 
 
 def row_options(row: Row) -> dict[str, str]:

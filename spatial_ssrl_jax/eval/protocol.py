@@ -6,6 +6,8 @@ training format prompt of `tasks/protocol.py` comes last, once.
 
 from typing import Literal
 
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
+
 # How a question is asked: "direct" by the benchmark's own prompt; "reasoning" with the training
 # format prompt; "own" by the reasoning prompt of the benchmark itself, where it has one (the paper
 # asks untrained models so on Spatial457), else as "reasoning".
@@ -95,3 +97,8 @@ SPATIAL457_JSON = (
 def followed_by(text: str, tail: str) -> str:
     """A prompt with one more sentence, after one space where no white space stands yet."""
     return text + tail if text[-1:].isspace() else f"{text} {tail}"
+
+
+def in_style(text: str, style: Style, tail: str = FORMAT_PROMPT) -> str:
+    """A benchmark's own words; in a run that reasons, followed by `tail`."""
+    return text if style == "direct" else followed_by(text, tail)

@@ -13,26 +13,11 @@ from spatial_ssrl_jax.data.windows import lay_out_windows, mrope_positions
 from spatial_ssrl_jax.learn.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.learn.sft import PackedStep, pack_step
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
-from tests.conftest import random_params
+from tests.conftest import SMALL_TEXT, SMALL_VISION, random_params
 
 CONFIG = Qwen2_5_VLConfig(
-    text=TextConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        mrope_section=(1, 1, 2),
-    ),
-    vision=VisionConfig(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=2,
-        out_hidden_size=32,
-        fullatt_block_indexes=(1,),
-    ),
+    text=TextConfig(vocab_size=96, **SMALL_TEXT),
+    vision=VisionConfig(**SMALL_VISION),
     tie_word_embeddings=True,
     image_token_id=90,
     video_token_id=91,

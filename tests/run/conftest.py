@@ -12,25 +12,8 @@ from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax.qwen2_5_vl.config import config_to_dict
 from spatial_ssrl_jax.run import models
 from spatial_ssrl_jax.run.training import train
+from tests.conftest import SMALL_TEXT, SMALL_VISION
 
-SHAPE = dict(
-    text=dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        mrope_section=(1, 1, 2),
-    ),
-    vision=dict(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=2,
-        out_hidden_size=32,
-        fullatt_block_indexes=(1,),
-    ),
-)
 # Two examples fit in a row. Each of two processes packs four.
 ROWS = dict(prompts=8, row_tokens=320, row_windows=(2, 5), row_responses=64, micro_rows=4)
 
@@ -43,8 +26,8 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.copy_files(tiny, folder)
     config = dataclasses.replace(
         tiny.config,
-        text=dataclasses.replace(tiny.config.text, **SHAPE["text"]),
-        vision=dataclasses.replace(tiny.config.vision, **SHAPE["vision"]),
+        text=dataclasses.replace(tiny.config.text, **SMALL_TEXT),
+        vision=dataclasses.replace(tiny.config.vision, **SMALL_VISION),
     )
     (folder / "config.json").write_text(json.dumps(config_to_dict(config, "float32")))
     return folder
