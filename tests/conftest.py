@@ -51,6 +51,14 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         yield folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_let_go() -> Iterator[None]:
+    """Programs of one file are freed before the next: each takes dozens of memory mappings, of
+    which Linux allows a process 65,530, and XLA crashes when there is none left."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real tokenizers and configs that lies beside the repository."""

@@ -134,12 +134,6 @@ def assert_equal_runs(ours: Path, theirs: Path) -> None:
     assert not unfinished(ours)
 
 
-@pytest.fixture(autouse=True)
-def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed process may leave half a program in the cache, and JAX aborts on reading it."""
-    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
-
-
 def small(toy_config, sft: int, grpo: int, every: int) -> c.Config:
     """A run of both stages in which nearly all time goes into starting."""
     return toy_config(
@@ -152,7 +146,6 @@ def small(toy_config, sft: int, grpo: int, every: int) -> c.Config:
     )
 
 
-@pytest.mark.slow
 def test_two_kills_and_a_cut_checkpoint_change_nothing(toy_config, tmp_path: Path):
     config = small(toy_config, 2, 2, 1)
     kills = [Kill("saving", 2, 0.0), Kill("step", 2, 0.05)]
