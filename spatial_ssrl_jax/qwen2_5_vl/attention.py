@@ -93,9 +93,9 @@ def attend_shared(
         prefix, own = jnp.exp(prefix - top), jnp.exp(own - top)
         total = prefix.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
         dtype = prefix_v_BKTH.dtype
-        return jnp.einsum(
-            "bkgmqt,bkth->bgqkmh", (prefix / total).astype(dtype), prefix_v_BKTH
-        ) + jnp.einsum("bkgmqr,bgkrh->bgqkmh", (own / total).astype(dtype), own_v_BGKRH)
+        mixed = jnp.einsum("bkgmqt,bkth->bkgmqh", (prefix / total).astype(dtype), prefix_v_BKTH)
+        mixed += jnp.einsum("bkgmqr,bgkrh->bkgmqh", (own / total).astype(dtype), own_v_BGKRH)
+        return jnp.moveaxis(mixed, (1, 3), (3, 4))
 
     if queries <= chunk:
         out = block(q, own_seen_BGQR)

@@ -78,22 +78,28 @@ def sample(
     left_out = np.array(suppressed, np.int32)
     allowed = np.ones(logits.shape[-1], bool)
     allowed[left_out] = False
+    # Few blocks hold tokens that are left out: masking those alone spares a pass over all logits.
+    rows, known = _blocks(logits), _blocks(allowed)
+    mixed = np.flatnonzero(~known.all(axis=-1))
+    masked = jnp.where(known[mixed], rows[..., mixed, :], -jnp.inf)
     # The top is an allowed token's: under a far larger suppressed one, all would round to zero.
-    top = jnp.where(allowed, logits, -jnp.inf).max(axis=-1, keepdims=True)
+    tops = rows.max(axis=-1).at[..., mixed].set(masked.max(axis=-1))
+    top = tops.max(axis=-1, keepdims=True)
+    block_sum = jnp.exp(rows - top[..., None]).sum(axis=-1)
+    block_sum = block_sum.at[..., mixed].set(jnp.exp(masked - top[..., None]).sum(axis=-1))
+    log_allowed = top + jnp.log(block_sum.sum(axis=-1, keepdims=True))
+    every = jnp.concatenate((log_allowed, logits[..., left_out]), axis=-1)
+    log_total = jax.nn.logsumexp(every, axis=-1)
 
     def weigh(logits: Array, allowed: Array) -> Array:
         return jnp.where(allowed, jnp.exp(logits - top), 0.0)
 
-    block_sum = _blocks(weigh(logits, allowed)).sum(axis=-1)
-    log_allowed = top + jnp.log(block_sum.sum(axis=-1, keepdims=True))
-    every = jnp.concatenate((log_allowed, logits[..., left_out]), axis=-1)
-    log_total = jax.nn.logsumexp(every, axis=-1)
     if sampling.temperature == 0:
         token = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), axis=-1).astype(jnp.int32)
     elif sampling.top_k == 0 and sampling.top_p >= 1.0:
         # Weights are worked out again inside the block: kept whole they cost more than the sums.
-        rows, known = _blocks(logits), jnp.asarray(_blocks(allowed))
-        token = _inverse_cdf(block_sum, lambda b: weigh(_block(rows, b), known[b]), uniform)
+        inside = lambda b: weigh(_block(rows, b), jnp.asarray(known)[b])  # noqa: E731
+        token = _inverse_cdf(block_sum, inside, uniform)
     else:
         weight = _blocks(_truncate(weigh(logits, allowed), sampling))
         token = _inverse_cdf(weight.sum(axis=-1), lambda b: _block(weight, b), uniform)
