@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from spatial_ssrl_jax.data.sources.base import NEEDS_GCS
 from spatial_ssrl_jax.errors import UserError, run_command
+from spatial_ssrl_jax.folders import NEEDS_GCS
 
 _NAMED = 10  # skipped pictures that are named
 

@@ -3,10 +3,12 @@
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
+
+from etils import epath
 
 from spatial_ssrl_jax.config import Config, load_config, split_overrides
 from spatial_ssrl_jax.errors import UserError, run_command
+from spatial_ssrl_jax.folders import folder_at
 from spatial_ssrl_jax.run.distributed import add_options, connect
 
 
@@ -17,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
         epilog="Any setting is changed by --config.SECTION.NAME=VALUE.",
     )
     parser.add_argument("--config", required=True, help="a Python file such as configs/tiny.py")
-    parser.add_argument("--workdir", help="where everything is left (runs/NAME)")
+    parser.add_argument("--workdir", help="where everything is left (runs/NAME); may be gs://…")
     parser.add_argument("--overwrite", action="store_true", help="empty the folder first")
     parser.add_argument(
         "--check",
@@ -31,13 +33,8 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(args.config, overrides)
     if args.json and not args.check:
         raise UserError("--json belongs to --check: a run leaves its figures in metrics.jsonl.")
-    if args.workdir and "://" in args.workdir:
-        raise UserError(
-            f"--workdir={args.workdir} cannot be written to: give a local folder, and copy it from "
-            "there."
-        )
+    workdir = folder_at(args.workdir or f"runs/{config.name}")
     connect(args)
-    workdir = Path(args.workdir or Path("runs") / config.name)
     if args.check:
         _check(config, workdir, args)
         return
@@ -47,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     train(config, workdir, args.overwrite)
 
 
-def _check(config: Config, workdir: Path, args: argparse.Namespace) -> None:
+def _check(config: Config, workdir: epath.Path, args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from spatial_ssrl_jax.run.check import check, show

@@ -47,7 +47,7 @@ class Start:
         model = self.base(stage)
         if model is None:
             return cast(self.model.draw(self.layout, self.config.seed), dtype)
-        self.say(f"reading {model.weights}")
+        self.say(f"reading {model.name}")
         return model.load(self.layout, dtype)
 
     def base(self, stage: SftSettings | GrpoSettings) -> models.ModelFolder | None:
@@ -55,7 +55,7 @@ class Start:
         config = self.config
         if stage is not self.first():
             self.checkpoints.wait()  # the cold start's last one may still be on its way
-            return models.open_model(str(self.checkpoints.folder / str(config.sft.steps)))
+            return models.open_model(self.checkpoints.folder / str(config.sft.steps))
         if stage is config.grpo and config.grpo.init_from:
             return models.open_model(config.grpo.init_from)
         return None if config.model.from_scratch else self.model
