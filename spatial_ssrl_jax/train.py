@@ -3,16 +3,17 @@
 import argparse
 import json
 from collections.abc import Sequence
+from typing import Any
 
-from etils import epath
-
-from spatial_ssrl_jax.config import Config, load_config, split_overrides
 from spatial_ssrl_jax.errors import UserError, run_command
-from spatial_ssrl_jax.folders import folder_at
-from spatial_ssrl_jax.run.distributed import add_options, connect
 
 
 def main(argv: Sequence[str]) -> None:
+    # Not above, where Ctrl-C during the seconds that they take would show a traceback.
+    from spatial_ssrl_jax.config import load_config, split_overrides
+    from spatial_ssrl_jax.folders import folder_at
+    from spatial_ssrl_jax.run.distributed import add_options, connect
+
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.train",
         description="Runs a config's stages, from the start or from where the folder stopped.",
@@ -36,7 +37,9 @@ def main(argv: Sequence[str]) -> None:
     workdir = folder_at(args.workdir or f"runs/{config.name}")
     connect(args)
     if args.check:
-        _check(config, workdir, args)
+        from spatial_ssrl_jax.run.check import check
+
+        _show(check(config, workdir, args.overwrite), args.json)
         return
 
     from spatial_ssrl_jax.run.training import train
@@ -44,13 +47,12 @@ def main(argv: Sequence[str]) -> None:
     train(config, workdir, args.overwrite)
 
 
-def _check(config: Config, workdir: epath.Path, args: argparse.Namespace) -> None:
+def _show(report: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
 
-    from spatial_ssrl_jax.run.check import check, show
+    from spatial_ssrl_jax.run.check import show
 
-    report = check(config, workdir, args.overwrite)
-    if args.json:
+    if as_json:
         print(json.dumps(report))
     else:
         show(report, Console())

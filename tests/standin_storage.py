@@ -44,7 +44,8 @@ class Storage:
     Attributes:
       buckets: names of buckets to their objects by name.
       denied: permissions that the caller lacks, as `storage.objects.create`.
-      faults: (words of a request line, status, how often), the first that fits is taken.
+      faults: [words of a request line, status, how often], the first that fits is taken.
+      watch: is told of every request line.
       asked: the request lines so far.
     """
 
@@ -52,6 +53,7 @@ class Storage:
         self.buckets: dict[str, dict[str, Object]] = {name: {} for name in buckets}
         self.denied: set[str] = set()
         self.faults: list[list] = []
+        self.watch: Callable[[str], None] = lambda _: None
         self.asked: list[str] = []
         self.uploads: dict[str, tuple[str, str, bytearray]] = {}
         self.lock = RLock()
@@ -91,7 +93,8 @@ class Storage:
     def answer(self, method: str, target: str, headers, body: bytes) -> Answer:
         """What the cloud would say."""
         with self.lock:
-            self.asked.append(f"{method} {target}")
+            self.asked.append(f"{method} {unquote(target)}")
+            self.watch(self.asked[-1])
             for fault in self.faults:
                 if fault[2] and all(word in self.asked[-1] for word in fault[0].split()):
                     fault[2] -= 1

@@ -16,7 +16,8 @@ from spatial_ssrl_jax.qwen2_5_vl.lora import without_adapters
 from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join, select
 from spatial_ssrl_jax.run import models
 from spatial_ssrl_jax.run.checkpoint import Checkpoints
-from spatial_ssrl_jax.run.mesh import Layout
+from spatial_ssrl_jax.run.checksums import damage
+from spatial_ssrl_jax.run.mesh import Layout, is_writer, total
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Start:
         model = self.base(stage)
         if model is None:
             return cast(self.model.draw(self.layout, self.config.seed), dtype)
+        if stage is not self.first():
+            _check_whole(model)
         self.say(f"reading {model.name}")
         return model.load(self.layout, dtype)
 
@@ -132,6 +135,20 @@ def stage_shapes(
     whole = layout.abstract(model, stage.lora)
     split = Trainable.of(stage).split(whole, config.model.dtype)
     return abstract_state(optimizer, *split)
+
+
+def _check_whole(step: models.ModelFolder) -> None:
+    """Refuses a kept checkpoint that is not as it was written; every process calls it.
+
+    Raises:
+      UserError: says what is wrong with it.
+    """
+    wrong = damage(step.weights) if is_writer() else None
+    if total(wrong is not None):
+        raise UserError(
+            f"the cold start's checkpoint {step.name} is damaged ({wrong or 'see process 0'}): "
+            "copy it back from where it is whole, or train anew in another --workdir."
+        )
 
 
 def _copy(params: Params, dtype: str) -> Params:

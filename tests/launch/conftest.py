@@ -27,7 +27,7 @@ case $* in
     ;;
 esac
 """
-COMPLETE = """cd "$STANDIN_CLOUD/bucket" && mkdir -p runs/grpo_3b/{export,metrics} && cd runs/grpo_3b
+COMPLETE = """mkdir -p "$STANDIN_CLOUD/bucket/runs/grpo_3b" && cd "$_" && mkdir -p export metrics
 echo {} | tee export/config.json summary.json report.html >events.out.tfevents.1
 echo '{"step": 99, "stage": "sft", "loss/sft": 0.5}' >metrics/part_000001.jsonl
 echo '{"step": 100, "stage": "grpo", "reward/overall_mean": 0.25}' >metrics/part_000002.jsonl
