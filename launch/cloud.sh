@@ -122,6 +122,19 @@ unreached() {
 
 in_bucket() { run gcloud storage ls "gs://$BUCKET/$1" >/dev/null 2>&1; }
 
+# What the newest line of the run's metrics in the bucket says.
+figures() {
+  local part line
+  part=$(run gcloud storage ls "gs://$BUCKET/runs/$RUN/metrics/" 2>/dev/null | tail -n 1)
+  [[ $part == *.jsonl ]] && line=$(run gcloud storage cat "$part" 2>/dev/null | tail -n 1)
+  if [[ ${line:-} =~ \"step\":\ ([0-9]+),\ \"stage\":\ \"([a-z]+)\" ]]; then
+    echo "step ${BASH_REMATCH[1]} of ${BASH_REMATCH[2]}" \
+      "$(sed -nE 's/.*"(reward\/overall_mean|loss\/sft)": ([^,}]+).*/(\1 \2)/p' <<<"$line")"
+  else
+    echo "no step yet"
+  fi
+}
+
 make_bucket() {
   if run gcloud storage buckets describe "gs://$BUCKET" --format='value(name)' >/dev/null 2>&1; then
     [[ $DRY ]] || return 0

@@ -132,18 +132,12 @@ source_spec() {
 }
 
 train() {
-  local spec from=- words=(--config="$CONFIG" --workdir="gs://$BUCKET/runs/$RUN" --distributed)
+  local spec words=(--config="$CONFIG" --workdir="gs://$BUCKET/runs/$RUN" --distributed)
   spec=$(source_spec)
   [[ ! $spec ]] || words+=(--config.data.source="$spec")
-  case $MODEL in
-    gs://*)
-      from=$MODEL
-      words+=(--config.model.path=../model)
-      ;;
-    ?*) words+=(--config.model.path="$MODEL") ;;
-  esac
+  [[ ! $MODEL ]] || words+=(--config.model.path="$MODEL")
   words+=("${OVERRIDES[@]}")
-  must_everywhere train "bash code/launch/vm.sh train $(quoted "$from" "${words[@]}")"
+  must_everywhere train "bash code/launch/vm.sh train $(quoted "${words[@]}")"
   say "training began: see it with $(next watch)"
 }
 
@@ -152,6 +146,7 @@ watch() {
   while :; do
     everywhere "bash code/launch/vm.sh status" || unreached watch
     say "$(date +%H:%M:%S) $(grep '^ok ' <<<"$ANSWERS" | sort | head -n 1)"
+    say "         in the bucket: $(figures)"
     grep -qE '^ok [^ ]+ running' <<<"$ANSWERS" || break
     sleep "$WAIT"
   done
@@ -213,13 +208,14 @@ fetch() {
   local part from=gs://$BUCKET/runs/$RUN
   in_bucket "runs/$RUN/export/config.json" ||
     stop "$from/export is not there: see how training stands with $(next watch)"
-  for part in export adapter; do
+  for part in export adapter metrics; do
     in_bucket "runs/$RUN/$part/" || continue # only runs with LoRA leave an adapter
     run mkdir -p "$OUT/$part"
     run gcloud storage rsync --recursive "$from/$part" "$OUT/$part" || not_fetched
   done
-  run gcloud storage cp "$from/*.json" "$from/*.jsonl" "$from/report.html" "$OUT/" || not_fetched
-  say "$OUT/export is the trained model."
+  run gcloud storage cp "$from/*.json" "$from/report.html" "$from/events.*" "$OUT/" || not_fetched
+  [[ $DRY ]] || cat "$OUT"/metrics/part_*.jsonl >"$OUT/metrics.jsonl"
+  say "$OUT/export is the trained model, $OUT/report.html the report."
 }
 
 not_fetched() { stop "gs://$BUCKET/runs/$RUN was not copied whole: run $(next fetch) again."; }

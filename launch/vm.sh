@@ -28,22 +28,25 @@ make_venv() {
 
 # Installs the package, and writes to the bucket as training will.
 setup() {
+  local said
   make_venv || failed "no Python 3.11: install it, or choose a newer RUNTIME_VERSION."
   "$VENV/bin/python" -m pip install --quiet -e "${CODE}[tpu,gcs]" ||
     failed "the dependencies cannot be installed: see the lines above."
-  write_probe "$1/.probe-$HOST" ||
-    failed "$1 cannot be written: give the VMs' service account the role storage.objectAdmin."
+  said=$(try_bucket "$1/probes/$HOST") || failed "${said##*$'\n'}"
   ok "set up with $("$VENV/bin/python" --version)"
 }
 
-# Writes and removes a file as training will: from Python.
-write_probe() {
-  "$VENV/bin/python" - "$1" <<'PYTHON'
-import sys
-from etils import epath
-probe = epath.Path(sys.argv[1])
-probe.write_text("may this machine write here")
-probe.unlink()
+# Asks for every permission that training needs, and writes and removes a file.
+try_bucket() {
+  "$VENV/bin/python" - "$1" 2>&1 <<'PYTHON'
+from spatial_ssrl_jax.errors import run_command
+from spatial_ssrl_jax.folders import check_bucket, folder_at
+def main(argv):
+    check_bucket(folder_at(argv[0]))
+    probe = folder_at(argv[0]) / "probe"
+    probe.write_text("may this machine write here")
+    probe.unlink()
+run_command(main)
 PYTHON
 }
 
@@ -63,21 +66,13 @@ running() {
     tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -q 'vm.sh job'
 }
 
-# Starts training in a session of its own, so that it outlives ssh. $1 is a gs:// folder that is
-# copied to `model` first, or -; the rest is the command's.
+# Starts training in a session of its own, so that it outlives ssh; takes the command's words.
 train() {
-  local from=$1
-  shift
   if running; then
     [[ $* == "$(cat "$JOB/arguments")" ]] ||
       failed "still trains with $(cat "$JOB/arguments"): wait for its end, or stop it by setup."
     ok "is training already"
     return
-  fi
-  if [[ $from != - ]]; then
-    mkdir -p "$ROOT/model"
-    gcloud storage rsync --recursive --delete-unmatched-destination-objects \
-      "$from" "$ROOT/model" || failed "$from cannot be copied: see the lines above."
   fi
   mkdir -p "$JOB" && rm -f "$JOB/exit"
   echo "$*" >"$JOB/arguments"

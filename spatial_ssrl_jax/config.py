@@ -21,7 +21,8 @@ class ModelSettings:
     """Where the model comes from and how it computes.
 
     Attributes:
-      path: a Hugging Face folder, an Orbax checkpoint of ours, a hub id, or `tiny` (shipped).
+      path: a Hugging Face folder or an Orbax checkpoint of ours, here or `gs://…`, a hub id, or
+        `tiny` (shipped).
       from_scratch: draw fresh weights of the folder's shape instead of reading them.
       dtype: compute dtype, `float32` or `bfloat16`; master weights are always float32.
       remat: what the backward pass keeps of each layer: `none`, `dots` or `full`.
@@ -126,8 +127,8 @@ class GrpoSettings:
         length.
       response_buckets: widths in tokens that responses are padded to in an update, beside
         `rollout.limit`; none named means multiples of `rollout.chunk`.
-      init_from: a folder, a checkpoint of ours or a hub id whose weights the stage starts from, in
-        place of the model's; needs `sft.steps=0`.
+      init_from: a folder or a checkpoint of ours, here or `gs://…`, or a hub id whose weights the
+        stage starts from, in place of the model's; needs `sft.steps=0`.
       learning_rate, warmup, schedule, weight_decay: as under `sft`.
       freeze, vision_learning_rate_scale, lora: as under `sft`; with LoRA the KL's reference is the
         base itself.

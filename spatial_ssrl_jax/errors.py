@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +29,61 @@ def disk_explained(folder: str | os.PathLike) -> Iterator[None]:
     """Says in a sentence that a run's folder cannot be written to any more."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _DISK:
+    except Exception as error:
+        why, mend = unwritten(error)
+        if why is None or (isinstance(error, OSError) and error.errno not in (None, *_DISK)):
             raise
+        place = getattr(error, "filename", None) or folder
         raise UserError(
-            f"{error.filename or folder} cannot be written ({error.strerror}): free space there; "
-            "the same command then goes on after the newest checkpoint."
+            f"{place} cannot be written ({why}): {mend}; the same command then goes on after the "
+            "newest checkpoint."
         ) from error
+
+
+def unwritten(error: Exception) -> tuple[str, str] | tuple[None, None]:
+    """Why a file could not be written and what to do, or None where that is not what happened."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror, "free space there"
+    return bucket_trouble(error) or (None, None)
+
+
+_CLOUD = ("gcsfs", "aiohttp", "fsspec", "google.api_core", "google.auth", "google.cloud")
+GRANT = (
+    "grant roles/storage.objectAdmin and roles/storage.legacyBucketReader on the bucket to the "
+    "account that the machine acts as"
+)
+
+
+def bucket_trouble(error: Exception) -> tuple[str, str] | None:
+    """Why a bucket cannot be used and what to do; None where the error is not about one."""
+    text, ours = _line(error), type(error).__module__.startswith(_CLOUD)
+    code = getattr(error, "code", None) if ours else _answered(error)
+    if code is None and not ours:
+        return None
+    if code == 401 or type(error).__name__ == "DefaultCredentialsError":
+        return "no valid credentials", (
+            "run gcloud auth application-default login, or give the machine a service account"
+        )
+    if code == 403:
+        refused = re.search(r"\S+ does not have \S+ access", text)
+        return refused[0] if refused else "permission denied", GRANT
+    if code == 404:
+        return "there is no such bucket or file", "check the name, or create the bucket"
+    return text[:200].rstrip("."), "check the network and the bucket, and try again"
+
+
+def _answered(error: Exception) -> int | None:
+    """The cloud's answer where it is hidden: in what TensorStore says, and in gcsfs's OSErrors."""
+    text = _line(error)
+    noted = re.search(r"http_response_code='(\d+)'", text)
+    if noted:
+        return int(noted[1])
+    if isinstance(error, OSError) and error.errno is None:
+        if text.startswith("Forbidden: "):
+            return 403
+        if isinstance(error, FileNotFoundError) and re.match(r"(https?:/|b)/\S+$", text):
+            return 404
+    return None
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -69,6 +118,8 @@ def explain(error: Exception) -> str | None:
         text = str(error)
     elif isinstance(error, OSError) and error.errno is not None:
         text = _about_files(error)
+    elif bucket_trouble(error):
+        text = "the bucket cannot be used ({}): {}".format(*bucket_trouble(error))
     elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         text = (
             f"memory ran out ({_line(error)[:200]}): make less at a time (micro_prompts, "

@@ -7,10 +7,8 @@ import json
 import tempfile
 from collections.abc import Sequence
 
-from etils import epath
-
-from spatial_ssrl_jax.data.sources.base import NEEDS_GCS
 from spatial_ssrl_jax.errors import UserError, run_command
+from spatial_ssrl_jax.folders import folder_at
 
 _NAMED = 10  # skipped pictures that are named
 
@@ -70,8 +68,8 @@ def _write(
         source=source, config=args.kind, data_dir=local, file_format="array_record"
     )
     path = builder.data_path
-    target = epath.Path(remote) / path.relative_to(local) if remote else path
-    if _exists(target):
+    target = folder_at(remote) / path.relative_to(local) if remote else path
+    if target.exists():
         if not args.overwrite:
             raise UserError(
                 f"{target} is there already: choose another folder or give --overwrite."
@@ -98,13 +96,6 @@ def _write(
         for file in path.iterdir():
             file.copy(target / file.name)
     return written, skipped, str(target)
-
-
-def _exists(folder: epath.Path) -> bool:
-    try:
-        return folder.exists()
-    except ImportError as error:
-        raise UserError(f"{folder}: {NEEDS_GCS}.") from error
 
 
 if __name__ == "__main__":

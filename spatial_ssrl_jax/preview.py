@@ -15,8 +15,8 @@ from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.data.sources.mixture import parts_of
 from spatial_ssrl_jax.data.sources.parquet import write_questions
 from spatial_ssrl_jax.errors import BadPicture, UserError, run_command
+from spatial_ssrl_jax.folders import claim_folder
 from spatial_ssrl_jax.page import filters, page, table
-from spatial_ssrl_jax.run.models import claim_folder
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.example import Example, Reject
 

@@ -3,21 +3,24 @@
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-from spatial_ssrl_jax.config import Config, load_config, split_overrides
 from spatial_ssrl_jax.errors import UserError, run_command
-from spatial_ssrl_jax.run.distributed import add_options, connect
 
 
 def main(argv: Sequence[str]) -> None:
+    # Not above, where Ctrl-C during the seconds that they take would show a traceback.
+    from spatial_ssrl_jax.config import load_config, split_overrides
+    from spatial_ssrl_jax.folders import folder_at
+    from spatial_ssrl_jax.run.distributed import add_options, connect
+
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.train",
         description="Runs a config's stages, from the start or from where the folder stopped.",
         epilog="Any setting is changed by --config.SECTION.NAME=VALUE.",
     )
     parser.add_argument("--config", required=True, help="a Python file such as configs/tiny.py")
-    parser.add_argument("--workdir", help="where everything is left (runs/NAME)")
+    parser.add_argument("--workdir", help="where everything is left (runs/NAME); may be gs://…")
     parser.add_argument("--overwrite", action="store_true", help="empty the folder first")
     parser.add_argument(
         "--check",
@@ -31,15 +34,12 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(args.config, overrides)
     if args.json and not args.check:
         raise UserError("--json belongs to --check: a run leaves its figures in metrics.jsonl.")
-    if args.workdir and "://" in args.workdir:
-        raise UserError(
-            f"--workdir={args.workdir} cannot be written to: give a local folder, and copy it from "
-            "there."
-        )
+    workdir = folder_at(args.workdir or f"runs/{config.name}")
     connect(args)
-    workdir = Path(args.workdir or Path("runs") / config.name)
     if args.check:
-        _check(config, workdir, args)
+        from spatial_ssrl_jax.run.check import check
+
+        _show(check(config, workdir, args.overwrite), args.json)
         return
 
     from spatial_ssrl_jax.run.training import train
@@ -47,13 +47,12 @@ def main(argv: Sequence[str]) -> None:
     train(config, workdir, args.overwrite)
 
 
-def _check(config: Config, workdir: Path, args: argparse.Namespace) -> None:
+def _show(report: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
 
-    from spatial_ssrl_jax.run.check import check, show
+    from spatial_ssrl_jax.run.check import show
 
-    report = check(config, workdir, args.overwrite)
-    if args.json:
+    if as_json:
         print(json.dumps(report))
     else:
         show(report, Console())

@@ -4,15 +4,18 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils.epath import backend
 
 from spatial_ssrl_jax.data.prompts import Prompt
 from spatial_ssrl_jax.data.windows import Grid, lay_out_windows, merged_tokens, mrope_positions
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import Params, abstract_params
+from tests.standin_storage import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +60,30 @@ def programs_are_let_go() -> Iterator[None]:
     which Linux allows a process 65,530, and XLA crashes when there is none left."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def storage() -> Iterator[Storage]:
+    """A cloud with one bucket, `gs://bucket`, for this process and its children."""
+    pytest.importorskip("gcsfs", reason="gcsfs is missing: pip install -e '.[gcs]'")
+    storage = Storage("bucket")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in storage.environment.items():
+            patch.setenv(name, value)
+        yield storage
+    # epath and fsspec keep what they connected to.
+    type(backend.fsspec_backend)._get_filesystem.cache_clear()
+    fsspec.get_filesystem_class("gcs").clear_instance_cache()
+    storage.close()
+
+
+@pytest.fixture
+def bucket(storage: Storage) -> Iterator[Storage]:
+    """The cloud with nothing in its bucket and nothing refused."""
+    yield storage
+    storage.buckets["bucket"].clear()
+    storage.denied.clear()
+    storage.faults.clear()
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,12 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (train.main, train_with("data.source=scene"), ["'scene'", "did you mean 'scenes'"]),
     (train.main, train_with("data.source=folder:/nowhere"), ["folder:/nowhere"]),
     (train.main, train_with("data.source=folder:DIR/empty"), ["found no picture"]),
-    (train.main, [*train_with(), "--workdir=gs://bucket/run"], ["gs://bucket/run", "local folder"]),
+    (
+        train.main,
+        [*train_with(), "--workdir=gs://bucket"],
+        ["gs://bucket is no folder in a bucket"],
+    ),
+    (train.main, [*train_with(), "--workdir=s3://bucket/run"], ["s3://bucket/run", "give gs://"]),
     (
         train.main,
         ["--check", *train_with("data.source=scenes:9", "data.prompt_buckets=9")],
@@ -275,6 +280,24 @@ def main(argv):
     time.sleep(60)
 run_command(main)
 """
+
+
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "jax":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["train", "--config=c.py"]
+runpy.run_module("spatial_ssrl_jax.train", run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_the_libraries_load_is_one_word():
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
 @pytest.mark.parametrize("debug", [False, True])

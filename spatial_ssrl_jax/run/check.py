@@ -4,17 +4,18 @@ import shutil
 import statistics
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
 from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.eval.pretext import heldout_items
+from spatial_ssrl_jax.folders import check_bucket, files_below, folder_at, in_bucket
 from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.learn.sft import encode_responses, pack_step
 from spatial_ssrl_jax.learn.update import TrainState
@@ -35,7 +36,7 @@ _EXAMPLES = 32  # of the cold start that each process makes
 _RECENT = 50  # steps whose median says how long one takes
 
 
-def check(config: Config, workdir: Path, overwrite: bool = False) -> dict[str, Any]:
+def check(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> dict[str, Any]:
     """Opens everything as `train` does, makes the first prompts of each stage, and measures.
 
     Args:
@@ -50,6 +51,8 @@ def check(config: Config, workdir: Path, overwrite: bool = False) -> dict[str, A
     Raises:
       UserError: it would not begin.
     """
+    workdir = folder_at(workdir)
+    check_bucket(workdir)
     parts = open_parts(config)
     goes_on = check_workdir(config, workdir, overwrite)
     done = _steps_done(workdir) if goes_on else 0
@@ -191,13 +194,13 @@ def _count(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def _steps_done(workdir: Path) -> int:
+def _steps_done(workdir: epath.Path) -> int:
     """The newest checkpoint's step."""
     names = [p.name for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
     return max(map(int, names), default=0)
 
 
-def _seconds(workdir: Path, stage: str) -> float | None:
+def _seconds(workdir: epath.Path, stage: str) -> float | None:
     """The median of the newest steps of a stage in this folder; None where there are none."""
     seconds = [
         row["perf/step_seconds"]
@@ -214,21 +217,25 @@ def _seconds_left(stages: dict[str, dict]) -> float | None:
     return sum(s * stage["steps_left"] for s, stage in zip(seconds, stages.values(), strict=True))
 
 
-def _disk(config: Config, workdir: Path, stages: dict[str, dict]) -> dict[str, int]:
-    """Bytes that the run's checkpoints come to, those there are, and those free beside them."""
-    place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+def _disk(config: Config, workdir: epath.Path, stages: dict[str, dict]) -> dict[str, int | None]:
+    """Bytes that the run's checkpoints come to, those there are, and those free beside them; None
+    in a bucket, which has no end."""
+    free = None
+    if not in_bucket(workdir):
+        place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+        free = shutil.disk_usage(place).free
     largest = max((s["checkpoint_bytes"] for s in stages.values()), default=0)
     # A new one is complete before an old one goes, and the cold start's last one stays.
     count = config.checkpoint.keep + 1 + bool(config.sft.steps)
-    there = sum(p.stat().st_size for p in (workdir / "checkpoints").rglob("*") if p.is_file())
+    there = sum(size for size, _ in files_below(workdir / "checkpoints").values())
     return {
         "checkpoints_bytes": largest * count + sum(s["frozen_bytes"] for s in stages.values()),
         "there_bytes": there,
-        "free_bytes": shutil.disk_usage(place).free,
+        "free_bytes": free,
     }
 
 
-def _problems(stages: dict[str, dict], disk: dict[str, int], limit: int | None) -> list[str]:
+def _problems(stages: dict[str, dict], disk: dict[str, int | None], limit: int | None) -> list[str]:
     found = []
     for name, stage in stages.items():
         needs = stage["memory_bytes_a_device"]["sum"]
@@ -238,10 +245,10 @@ def _problems(stages: dict[str, dict], disk: dict[str, int], limit: int | None) 
                 f"{_size(limit)}: use more devices (mesh.fsdp), LoRA, a smaller rollout.wave or "
                 "shorter limits."
             )
-    needs = disk["checkpoints_bytes"] - disk["there_bytes"]
-    if needs > disk["free_bytes"]:
+    needs, free = disk["checkpoints_bytes"] - disk["there_bytes"], disk["free_bytes"]
+    if free is not None and needs > free:
         found.append(
-            f"the checkpoints come to {_size(needs)} more and only {_size(disk['free_bytes'])} is "
+            f"the checkpoints come to {_size(needs)} more and only {_size(free)} is "
             "free: free space, choose another --workdir, or lower checkpoint.keep."
         )
     return found
@@ -278,8 +285,8 @@ def _lines(report: dict[str, Any]):
         yield from ((f"{name}: {what}", text) for what, text in _stage_lines(stage))
     yield (
         "checkpoints",
-        f"{_size(disk['checkpoints_bytes'])} in all, {_size(disk['there_bytes'])} there, "
-        f"{_size(disk['free_bytes'])} free",
+        f"{_size(disk['checkpoints_bytes'])} in all, {_size(disk['there_bytes'])} there"
+        + ("" if disk["free_bytes"] is None else f", {_size(disk['free_bytes'])} free"),
     )
     left = report["seconds_left"]
     yield "time left", "unknown until some steps are done" if left is None else _time(left)

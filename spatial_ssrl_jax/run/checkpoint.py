@@ -12,7 +12,6 @@ was damaged later is found and passed over.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +19,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.errors import UserError, bucket_trouble
+from spatial_ssrl_jax.folders import absolute, in_bucket
 from spatial_ssrl_jax.learn.update import TrainState
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.run.checksums import damage, write_checksums
@@ -41,18 +41,19 @@ class Checkpoints:
       always: steps that are kept whatever their age.
     """
 
-    def __init__(self, folder: str, keep: int, always: Iterable[int] = ()):
+    def __init__(self, folder: epath.PathLike, keep: int, always: Iterable[int] = ()):
         policies = checkpoint_managers
         self.folder = epath.Path(folder)
         self._saving = 0
         self._manager = ocp.CheckpointManager(
-            self.folder.resolve() if "://" not in folder else self.folder,
+            absolute(self.folder),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(
                     [policies.LatestN(keep), policies.CustomSteps(list(always))]
                 ),
                 create=True,
-                cleanup_tmp_directories=True,
+                # In a bucket Orbax takes `model/` for an unfinished step.
+                cleanup_tmp_directories=not in_bucket(self.folder),
                 enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._sum),
             ),
@@ -79,7 +80,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._saving = step
             frozen = _FROZEN.format(stage) if state.frozen else None
-            if frozen and not (self.folder / frozen).exists():
+            if frozen and not _is_whole(self.folder / frozen):
                 save_params(self.folder / frozen, state.frozen)
             self._manager.save(
                 step,
@@ -91,9 +92,10 @@ class Checkpoints:
             )
 
     def _sum(self) -> None:
-        """Notes the checksums of the step being saved, before Orbax gives it its name."""
+        """Notes the checksums of the step being saved, before Orbax calls it complete."""
         if jax.process_index() == 0:
-            for folder in self.folder.glob(f"{self._saving}.*tmp*"):
+            name = f"{self._saving}" if in_bucket(self.folder) else f"{self._saving}.*tmp*"
+            for folder in self.folder.glob(name):
                 write_checksums(folder)
 
     @contextmanager
@@ -104,9 +106,11 @@ class Checkpoints:
         except Exception as error:  # Orbax hands on whatever its writers meet
             good = self._manager.latest_step()
             after = f"goes on after step {good}" if good is not None else "starts anew"
+            local = _first_line(error), "free space there or mend its permissions"
+            why, mend = bucket_trouble(error) or local
             raise UserError(
-                f"step {self._saving} could not be saved to {self.folder} ({_first_line(error)}): "
-                f"free space there or mend its permissions; the same command then {after}."
+                f"step {self._saving} could not be saved to {self.folder} ({why}): {mend}; the "
+                f"same command then {after}."
             ) from error
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -156,8 +160,10 @@ class Checkpoints:
         self._manager.close()
 
 
-def pass_over_damaged(folder: Path, say: Callable[[str], None]) -> None:
+def pass_over_damaged(folder: epath.PathLike, say: Callable[[str], None]) -> None:
     """Renames the newest checkpoints that are not as they were written, until a whole one comes.
+
+    One that was never complete goes; only in a bucket has it a name like the others.
 
     Args:
       folder: a run's `checkpoints/`.
@@ -166,6 +172,9 @@ def pass_over_damaged(folder: Path, say: Callable[[str], None]) -> None:
     folder = epath.Path(folder)
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
     for step in sorted(steps, reverse=True):
+        if not _is_whole(folder / str(step)):
+            (folder / str(step)).rmtree()
+            continue
         wrong = damage(folder / str(step))
         if wrong is None:
             return
@@ -178,17 +187,23 @@ def pass_over_damaged(folder: Path, say: Callable[[str], None]) -> None:
 def save_params(folder: epath.PathLike, params: Params) -> None:
     """Writes weights alone, as `convert to-orbax` leaves them."""
     with ocp.StandardCheckpointer() as writer:
-        writer.save(epath.Path(folder).resolve(), params)
+        writer.save(absolute(folder), params, force=True)
 
 
-def weight_folders(folder: Path) -> list[epath.Path]:
+def _is_whole(folder: epath.Path) -> bool:
+    """Whether Orbax finished writing a folder."""
+    return folder.exists() and ocp.utils.is_checkpoint_finalized(folder)
+
+
+def weight_folders(folder: epath.PathLike) -> list[epath.Path]:
     """Where the weights of a step, or of what `convert to-orbax` wrote, lie: one or two folders."""
-    found = [epath.Path(folder) / PARAMS]
+    folder = epath.Path(folder)
+    found = [folder / PARAMS]
     if (folder / _META).is_dir():
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            frozen = reader.restore(epath.Path(folder).resolve() / _META)["frozen"]
+            frozen = reader.restore(absolute(folder / _META))["frozen"]
         if frozen:
-            found.append(epath.Path(folder).parent / frozen)
+            found.append(folder.parent / frozen)
     return found
 
 
@@ -199,7 +214,7 @@ def stored_params(folder: epath.PathLike) -> Params:
       UserError: the folder holds no weights.
     """
     with _explained(folder):
-        stored = ocp.StandardCheckpointHandler().metadata(epath.Path(folder).resolve()).tree
+        stored = ocp.StandardCheckpointHandler().metadata(absolute(folder)).tree
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
 
 
@@ -218,7 +233,7 @@ def load_params(folder: epath.PathLike, like: Params, keep_dtype: bool = False) 
         like = _abstract(like)
         if keep_dtype:
             like = jax.tree.map(lambda x, m: x.update(dtype=m.dtype), like, stored_params(folder))
-        return reader.restore(epath.Path(folder).resolve(), like)
+        return reader.restore(absolute(folder), like)
 
 
 @contextmanager
@@ -226,6 +241,8 @@ def _explained(folder: epath.PathLike) -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError, KeyError) as error:
+        if bucket_trouble(error):
+            raise  # is said as such
         raise UserError(
             f"{folder} is not a checkpoint of this model ({_first_line(error)})."
         ) from error

@@ -1,28 +1,35 @@
-"""What tells a whole checkpoint from a damaged one: sizes and SHA-256 of its files."""
+"""What tells a whole checkpoint from a damaged one: sizes and checksums of its files."""
 
 import hashlib
 import json
 
 from etils import epath
 
+from spatial_ssrl_jax.folders import CRC32C, files_below, in_bucket
+
 FILE = "checksums.json"
-_CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes to it after the rest is complete
+_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them after all the rest
 
 
 def write_checksums(folder: epath.PathLike) -> None:
     """Leaves `checksums.json` in a folder: size and SHA-256 of every file, however deep.
 
-    In a bucket sizes alone are noted: reading all back would cost as much as the save itself.
+    Of a file in a bucket it holds the cloud's own CRC32C, since reading all back would cost as much
+    as the save itself.
     """
     folder = epath.Path(folder)
-    text = json.dumps({name: _sum(folder / name) for name in _names(folder)}, indent=1)
-    (folder / FILE).write_text(text + "\n")
+    sums = {
+        name: (size, checksum or _sha256(folder / name))
+        for name, (size, checksum) in sorted(_files(folder).items())
+    }
+    (folder / FILE).write_text(json.dumps(sums, indent=1) + "\n")
 
 
 def damage(folder: epath.PathLike) -> str | None:
     """What is wrong with a folder, or None.
 
-    A folder without `checksums.json`, of an earlier version, is taken as it is.
+    A folder without `checksums.json`, of an earlier version, is taken as it is. Sizes alone are
+    compared where a folder was copied into a bucket or out of one.
     """
     folder = epath.Path(folder)
     if not (folder / FILE).exists():
@@ -31,32 +38,24 @@ def damage(folder: epath.PathLike) -> str | None:
         noted = json.loads((folder / FILE).read_text())
     except ValueError:
         return f"{FILE} is damaged"
-    missing = sorted(noted.keys() - set(_names(folder)))
+    found = _files(folder)
+    missing = sorted(noted.keys() - found.keys())
     if missing:
         return f"{missing[0]} is missing"
-    for name, (size, digest) in noted.items():
-        if (folder / name).stat().length != size:
+    for name, (size, checksum) in noted.items():
+        if found[name][0] != size:
             return f"{name} was cut off or grew"
-        if digest and _sum(folder / name)[1] != digest:
+        alike = checksum and checksum.startswith(CRC32C) == in_bucket(folder)
+        if alike and checksum != (found[name][1] or _sha256(folder / name)):
             return f"{name} was altered"
     return None
 
 
-def _names(folder: epath.Path) -> list[str]:
-    """Paths of the files below a folder, relative to it, in order."""
-    found, folders = [], [folder]
-    while folders:
-        for path in folders.pop().iterdir():
-            if path.is_dir():
-                folders.append(path)
-            elif path.name not in (FILE, _CHANGING):
-                found.append(str(path.relative_to(folder)))
-    return sorted(found)
+def _files(folder: epath.Path) -> dict[str, tuple[int, str | None]]:
+    left_out = (FILE, *_LATER)
+    return {k: v for k, v in files_below(folder).items() if k.rpartition("/")[2] not in left_out}
 
 
-def _sum(path: epath.Path) -> tuple[int, str | None]:
-    size = path.stat().length
-    if "://" in str(path):
-        return size, None
+def _sha256(path: epath.Path) -> str:
     with open(path, "rb") as file:
-        return size, hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

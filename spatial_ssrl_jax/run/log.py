@@ -10,6 +10,7 @@ import numpy as np
 
 from spatial_ssrl_jax.config import to_dict
 from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.errors import unwritten
 from spatial_ssrl_jax.learn.figures import Scored
 from spatial_ssrl_jax.run.report import write_report
 from spatial_ssrl_jax.run.rollouts import FOLDER, write_rollouts
@@ -71,11 +72,13 @@ def refresh_report(run: Run) -> None:
 def _write(run: Run, what: str, write: Callable[[], object]) -> None:
     try:
         write()
-    except OSError as error:
+    except Exception as error:
+        why, mend = unwritten(error)
+        if why is None:
+            raise
         if what not in run.unwritten:
             run.progress.say(
-                f"{run.workdir / what} cannot be written ({error.strerror or error}): training "
-                "goes on without; free space there"
+                f"{run.workdir / what} cannot be written ({why}): training goes on without; {mend}"
             )
         run.unwritten.add(what)
     else:

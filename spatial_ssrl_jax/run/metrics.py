@@ -7,19 +7,16 @@ on, of a hundred steps each; the newest part is written anew, whole, with every 
 import difflib
 import json
 import math
-import os
 import re
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.errors import UserError, unwritten
+from spatial_ssrl_jax.folders import in_bucket, read_all, write_whole
+from spatial_ssrl_jax.run.events import Events
 from spatial_ssrl_jax.run.tracker import Tracker
 
 FILE = "metrics.jsonl"
@@ -112,14 +109,11 @@ class MetricsWriter:
         tracker: Tracker | None = None,
     ):
         self._folder = epath.Path(workdir)
-        self._in_parts = "://" in str(workdir) if in_parts is None else in_parts
+        self._in_parts = in_bucket(workdir) if in_parts is None else in_parts
         self._part = _truncate(self._folder, resume_step)
         self._tracker = tracker
-        self._file = None if self._in_parts else (Path(workdir) / FILE).open("a")
-        # Not SummaryWriter: its thread dies of a full disk, and the next calls wait for it forever.
-        self._events = EventsWriter(str(self._folder / "events"))
-        started = SessionLog(status=SessionLog.START)  # TensorBoard drops later steps seen before
-        self._events.write_event(Event(step=resume_step + 1, session_log=started))
+        self._file = None if self._in_parts else (self._folder / FILE).open("a")
+        self._events = Events(self._folder, resume_step + 1)
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Writes one step.
@@ -137,17 +131,17 @@ class MetricsWriter:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         try:
             self._append(step, json.dumps(row) + "\n")
-            for name, value in finite.items():
-                event = Event(wall_time=row["time"], step=step, summary=scalar(name, value))
-                self._events.write_event(event)
-            self._events.flush()
-        except OSError as error:
-            with suppress(OSError):
+            self._events.write(step, row["time"], finite)
+        except Exception as error:
+            why, mend = unwritten(error)
+            if why is None:
+                raise
+            with suppress(Exception):  # the cause is said already
                 self.close()
             place = self._folder / (PARTS if self._in_parts else FILE)
             raise UserError(
-                f"step {step} could not be written to {place} ({error.strerror or error}): "
-                "free space there; the same command then goes on after the newest checkpoint."
+                f"step {step} could not be written to {place} ({why}): {mend}; the same command "
+                "then goes on after the newest checkpoint."
             ) from error
         if self._tracker is not None:
             self._tracker.log(step, finite)
@@ -159,7 +153,7 @@ class MetricsWriter:
             return
         number = step // _STEPS
         self._part = (self._part if _last_step(self._part) // _STEPS == number else "") + line
-        _write_whole(_part_path(self._folder, number), self._part)
+        write_whole(_part_path(self._folder, number), self._part)
 
     def close(self) -> None:
         if self._file is not None:
@@ -188,26 +182,15 @@ def _truncate(folder: epath.Path, step: int) -> str:
     Returns:
       The text of the newest file that is left.
     """
-    text = ""
-    for path in _files(folder):
-        kept = [row for row in _rows(path) if 0 < step >= row["step"]]
+    text, files = "", _files(folder)
+    for path, rows in zip(files, _rows(files), strict=True):
+        kept = [row for row in rows if 0 < step >= row["step"]]
         if not kept and path.name != FILE:
             path.unlink()
             continue
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        _write_whole(path, text)
+        write_whole(path, text)
     return text
-
-
-def _write_whole(path: epath.Path, text: str) -> None:
-    """Replaces a file at once; in a bucket every write does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in str(path):
-        path.write_text(text)
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:
@@ -217,17 +200,22 @@ def _files(folder: epath.Path) -> list[epath.Path]:
     return found + (sorted(parts.glob("part_*.jsonl")) if parts.exists() else [])
 
 
-def _rows(path: epath.Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+def _rows(files: list[epath.Path]) -> list[list[dict[str, Any]]]:
+    """The whole lines of each file."""
+    return [
+        [row for line in data.decode().splitlines() if (row := _row(line)) is not None]
+        for data in read_all(files)
+    ]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """Every whole line of a run's figures, whole or in parts; one cut off by a kill is left out."""
-    rows = [row for path in _files(epath.Path(workdir)) for row in _rows(path)]
+    rows = [row for part in _rows(_files(epath.Path(workdir))) for row in part]
     return sorted(rows, key=lambda row: row["step"])

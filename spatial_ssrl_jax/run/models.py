@@ -2,18 +2,17 @@
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from flax import traverse_util
 
 from spatial_ssrl_jax.data.prompts import PROCESSOR_FILES
 from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.folders import fetched, folder_at, in_bucket, whole_folder
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, config_to_dict, read_config
 from spatial_ssrl_jax.qwen2_5_vl.lora import (
     LoraSettings,
@@ -44,12 +43,14 @@ class ModelFolder:
     Attributes:
       config: its shape.
       files: folder with its config, tokenizer and processor files.
-      weights: folder with its weights, safetensors or Orbax.
+      weights: folder with its weights, safetensors or Orbax; an Orbax one may lie in a bucket.
+      name: what it was asked for by.
     """
 
     config: Qwen2_5_VLConfig
     files: Path
-    weights: Path
+    weights: epath.Path
+    name: str
 
     def load(self, layout: Layout, dtype: str | None = None) -> Params:
         """Reads the weights straight into the training layout.
@@ -114,7 +115,9 @@ class ModelFolder:
         return program(self.config, lora, jax.random.key(seed))
 
 
-def load_split(trained: Path, frozen: Path, config: Qwen2_5_VLConfig, layout: Layout) -> Params:
+def load_split(
+    trained: epath.Path, frozen: epath.Path, config: Qwen2_5_VLConfig, layout: Layout
+) -> Params:
     """Reads the weights that trained and those that did not, in their own dtypes, as one tree.
 
     Raises:
@@ -131,24 +134,23 @@ def load_split(trained: Path, frozen: Path, config: Qwen2_5_VLConfig, layout: La
     return loaded
 
 
-def open_model(path: str) -> ModelFolder:
+def open_model(path: epath.PathLike) -> ModelFolder:
     """Opens a model's description without reading its weights.
 
     Args:
       path: a Hugging Face folder, a folder that `convert to-orbax` wrote, a step of a run's
-        `checkpoints/`, `tiny`, or a hub id (fetched where there is a network).
+        `checkpoints/`, `tiny`, or a hub id (fetched where there is a network). All but the last two
+        may lie in a bucket: a Hugging Face folder is copied from there, Orbax reads in place.
 
     Raises:
       UserError: nothing usable lies there.
     """
     if path == "tiny":
-        return ModelFolder(read_config(TINY), TINY, TINY)
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = _from_hub(path)
-    beside = folder.parent / MODEL
-    files = beside if (folder / PARAMS).is_dir() and (beside / "config.json").is_file() else folder
-    return ModelFolder(read_config(files), files, folder)
+        return ModelFolder(read_config(TINY), TINY, epath.Path(TINY), path)
+    folder, files = _find(str(path))
+    files = fetched(files)
+    weights = folder if (folder / PARAMS).is_dir() else epath.Path(files)
+    return ModelFolder(read_config(files), files, weights, str(path))
 
 
 def read_shape(path: str) -> Qwen2_5_VLConfig:
@@ -157,9 +159,23 @@ def read_shape(path: str) -> Qwen2_5_VLConfig:
     Raises:
       UserError: nothing usable lies there.
     """
-    if path == "tiny" or Path(path).is_dir():
-        return open_model(path).config
-    return read_config(_from_hub(path, allow_patterns=["config.json"]))
+    if path == "tiny":
+        return read_config(TINY)
+    _, files = _find(path, ["config.json"])
+    return read_config(fetched(files, "config.json"))
+
+
+def _find(path: str, allow_patterns: list[str] | None = None) -> tuple[epath.Path, epath.Path]:
+    """The folder of a model's weights and the one of its other files."""
+    folder = folder_at(path)
+    if in_bucket(folder):
+        if not folder.exists():
+            raise UserError(f"the model folder {path} does not exist: check bucket and name.")
+    elif not folder.is_dir():
+        folder = epath.Path(_from_hub(path, allow_patterns))
+    beside = folder.parent / MODEL
+    is_step = (folder / PARAMS).is_dir() and (beside / "config.json").is_file()
+    return folder, beside if is_step else folder
 
 
 def _from_hub(path: str, allow_patterns: list[str] | None = None) -> Path:
@@ -191,7 +207,7 @@ def write_config(config: Qwen2_5_VLConfig, folder: Path, dtype: str) -> None:
     (folder / "config.json").write_text(json.dumps(config_to_dict(config, dtype), indent=2) + "\n")
 
 
-def export(source: ModelFolder, params: Params, folder: Path, dtype: str) -> None:
+def export(source: ModelFolder, params: Params, folder: epath.PathLike, dtype: str) -> None:
     """Writes a Hugging Face folder that Transformers and vLLM load; whole or not at all.
 
     Args:
@@ -212,7 +228,9 @@ def export(source: ModelFolder, params: Params, folder: Path, dtype: str) -> Non
         write_params(partial, source.config, params, dtype)
 
 
-def export_adapter(step: ModelFolder, layout: Layout, folder: Path, base: str | None) -> None:
+def export_adapter(
+    step: ModelFolder, layout: Layout, folder: epath.PathLike, base: str | None
+) -> None:
     """Writes the adapters of a LoRA stage's checkpoint as PEFT has them; whole or not at all.
 
     Args:
@@ -227,52 +245,3 @@ def export_adapter(step: ModelFolder, layout: Layout, folder: Path, base: str | 
         return
     with whole_folder(folder) as partial:
         write_adapter(partial, step.config, adapters, base)
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill beside `folder`, which takes its place when all went well, else goes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        _remove(folder)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def check_folder(folder: Path, overwrite: bool, *inputs: Path) -> None:
-    """Makes sure that `folder` may be written: absent, empty, or `--overwrite` was given.
-
-    Args:
-      folder: what will be written.
-      overwrite: what it holds may go.
-      inputs: what is read; never removed.
-
-    Raises:
-      UserError: it holds something, or one of the inputs.
-    """
-    for path in inputs:
-        if path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"{folder} holds what is read ({path}): choose another folder to write."
-            )
-    holds = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if holds and not overwrite:
-        raise UserError(f"{folder} is not empty: choose another folder or give --overwrite.")
-
-
-def claim_folder(folder: Path, overwrite: bool, *inputs: Path) -> None:
-    """`check_folder`, and then whatever lies there goes."""
-    check_folder(folder, overwrite, *inputs)
-    _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    elif folder.exists():
-        folder.unlink()

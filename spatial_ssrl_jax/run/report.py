@@ -1,14 +1,15 @@
 """`report.html`: one file, readable without a server, refreshed while the run goes on."""
 
 import html
+import io
 import json
-import os
 import time
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from PIL import Image
 
+from spatial_ssrl_jax.folders import read_all, write_whole
 from spatial_ssrl_jax.page import filters, page, picture_uri, table
 from spatial_ssrl_jax.run.curves import COLOURS, figure, legend
 from spatial_ssrl_jax.run.metrics import read_metrics
@@ -53,7 +54,7 @@ _TILES = (  # metric of the newest step, what it is called here, and its format
 _LABELS = {"untrained": "untrained", "sft": "cold start", "grpo": "GRPO"}
 
 
-def write_report(workdir: Path, config: dict[str, Any], title: str) -> None:
+def write_report(workdir: epath.PathLike, config: dict[str, Any], title: str) -> None:
     """Writes the report from what the run's folder holds.
 
     Args:
@@ -70,14 +71,12 @@ def write_report(workdir: Path, config: dict[str, Any], title: str) -> None:
         f'<div class="curves">{"".join(_curves(rows))}</div>',
         _timing(rows),
         _heldout(rows),
-        _rollouts(Path(workdir), read_rollouts(workdir, _FILES)),
+        _rollouts(epath.Path(workdir), read_rollouts(workdir, _FILES)),
         f"<details><summary>Config</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre>"
         "</details>",
     ]
-    path = Path(workdir) / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(page(title, "".join(parts), ("curves.js", "filter.js")))
-    os.replace(partial, path)
+    whole = page(title, "".join(parts), ("curves.js", "filter.js"))
+    write_whole(epath.Path(workdir) / "report.html", whole)
 
 
 def warnings(rows: list[dict[str, Any]]) -> list[str]:
@@ -221,7 +220,7 @@ def _heldout(rows: Rows) -> str:
     return f"<h2>Held-out pictures</h2>{table(head, lines)}"
 
 
-def _rollouts(workdir: Path, rows: Rows) -> str:
+def _rollouts(workdir: epath.Path, rows: Rows) -> str:
     if not rows:
         return ""
     choices = {
@@ -229,7 +228,8 @@ def _rollouts(workdir: Path, rows: Rows) -> str:
         "step": dict.fromkeys(row["step"] for row in rows),
         "answers": dict.fromkeys(_answers(row) for row in rows),
     }
-    articles = "".join(_article(workdir, row) for row in rows)
+    pictures = iter(read_all(workdir / FOLDER / path for row in rows for path in row["images"]))
+    articles = "".join(_article(row, [next(pictures) for _ in row["images"]]) for row in rows)
     return f"<h2>Rollouts</h2>{filters(choices)}{articles}"
 
 
@@ -239,8 +239,8 @@ def _answers(row: dict) -> str:
     return "all wrong" if not right else "mixed" if right < len(row["responses"]) else "all right"
 
 
-def _article(workdir: Path, row: dict) -> str:
-    pictures = "".join(_picture(workdir / FOLDER / path) for path in row["images"])
+def _article(row: dict, files: list[bytes]) -> str:
+    pictures = "".join(_picture(file) for file in files)
     responses = "".join(
         f'<div class="response {"right" if r["accuracy"] > 0 else "wrong"}">'
         f"<div><b>{r['reward']:.2f}</b><small>{r['advantage']:+.2f} advantage</small>"
@@ -257,6 +257,6 @@ def _article(workdir: Path, row: dict) -> str:
     )
 
 
-def _picture(path: Path) -> str:
-    with Image.open(path) as image:
+def _picture(file: bytes) -> str:
+    with Image.open(io.BytesIO(file)) as image:
         return f'<img src="{picture_uri(image)}" alt="">'

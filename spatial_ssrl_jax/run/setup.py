@@ -4,11 +4,11 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import grain
 import jax
+from etils import epath
 
 from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings, to_dict
 from spatial_ssrl_jax.data.items import check_fits, item_dataset
@@ -17,6 +17,14 @@ from spatial_ssrl_jax.data.prompts import Extent, Processor
 from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.eval.pretext import PretextEval, Table, heldout_items
+from spatial_ssrl_jax.folders import (
+    check_bucket,
+    check_folder,
+    claim_folder,
+    in_bucket,
+    whole_folder,
+    write_whole,
+)
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import models
@@ -57,7 +65,7 @@ class Parts:
 class Run(Parts):
     """Everything a run holds while it goes on; built once by `open_run`."""
 
-    workdir: Path
+    workdir: epath.Path
     compute: Compute
     engine: Engine
     evaluation: PretextEval
@@ -107,9 +115,10 @@ def compute_of(config: Config) -> Compute:
 
 
 def open_run(
-    config: Config, workdir: Path, overwrite: bool, preemption: Preemption, progress: Progress
+    config: Config, workdir: epath.Path, overwrite: bool, preemption: Preemption, progress: Progress
 ) -> Run:
     """Opens model, source and checkpoints; refuses what cannot work before anything is computed."""
+    check_bucket(workdir)
     parts = open_parts(config)
     model, layout, processor = parts.model, parts.layout, parts.processor
     if is_writer():
@@ -128,7 +137,7 @@ def open_run(
         layout.batch_shards,
     )
     checkpoints = Checkpoints(
-        str(workdir / "checkpoints"), config.checkpoint.keep, always=[config.sft.steps]
+        workdir / "checkpoints", config.checkpoint.keep, always=[config.sft.steps]
     )
     train, heldout = (len(pool) for pool in (parts.split.train, parts.split.heldout))
     progress.say(f"{train} training and {heldout} held-out pictures from {parts.source.spec}")
@@ -156,7 +165,7 @@ def open_run(
     )
 
 
-def _metrics(config: Config, workdir: Path, step: int) -> MetricsWriter:
+def _metrics(config: Config, workdir: epath.Path, step: int) -> MetricsWriter:
     project, tracker = config.log.wandb, None
     if project:
         tracker = Tracker(project, config.name, workdir, to_dict(config))
@@ -256,7 +265,7 @@ def _weighted(settings: Any, weight: float) -> Any:
     return replace(settings, weight=weight)
 
 
-def check_workdir(config: Config, workdir: Path, overwrite: bool) -> bool:
+def check_workdir(config: Config, workdir: epath.Path, overwrite: bool) -> bool:
     """Refuses a folder that cannot be this run's; changes nothing.
 
     Returns:
@@ -265,13 +274,16 @@ def check_workdir(config: Config, workdir: Path, overwrite: bool) -> bool:
     Raises:
       UserError: it cannot be written to, is not empty, or holds another run.
     """
-    place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        why = "is not writable" if place.is_dir() else "is a file"
-        raise UserError(f"nothing can be written to {workdir} ({place} {why}): change --workdir.")
+    if not in_bucket(workdir):
+        place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            why = "is not writable" if place.is_dir() else "is a file"
+            raise UserError(
+                f"nothing can be written to {workdir} ({place} {why}): change --workdir."
+            )
     path = workdir / "config.json"
     if overwrite or not path.is_file():
-        models.check_folder(workdir, overwrite)
+        check_folder(workdir, overwrite)
         return False
     try:
         before = json.loads(path.read_text())
@@ -283,18 +295,17 @@ def check_workdir(config: Config, workdir: Path, overwrite: bool) -> bool:
     return True
 
 
-def _claim(config: Config, workdir: Path, overwrite: bool) -> None:
+def _claim(config: Config, workdir: epath.Path, overwrite: bool) -> None:
     """Makes the folder this run's: new, or one where the same run stopped."""
     if not check_workdir(config, workdir, overwrite):
-        models.claim_folder(workdir, overwrite)
-    workdir.mkdir(parents=True, exist_ok=True)
+        claim_folder(workdir, overwrite)
     # Beside the folder: one that holds nothing but a part of it would be taken for another's.
     partial = workdir.parent / f".{workdir.name}-config.partial"
-    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    os.replace(partial, workdir / "config.json")
+    text = json.dumps(to_dict(config), indent=2) + "\n"
+    write_whole(workdir / "config.json", text, partial)
 
 
-def _check_same(before: dict, now: dict, workdir: Path) -> None:
+def _check_same(before: dict, now: dict, workdir: epath.Path) -> None:
     changed = [key for key in _differences(before, now) if not _is_safe(key)]
     if changed:
         raise UserError(
@@ -315,7 +326,9 @@ def _differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def _describe_model(model: models.ModelFolder, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    models.copy_files(model, folder)
-    models.write_config(model.config, folder, "float32")
+def _describe_model(model: models.ModelFolder, folder: epath.Path) -> None:
+    if (folder / "config.json").exists():
+        return
+    with whole_folder(folder) as partial:
+        models.copy_files(model, partial)
+        models.write_config(model.config, partial, "float32")

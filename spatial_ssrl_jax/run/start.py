@@ -16,7 +16,8 @@ from spatial_ssrl_jax.qwen2_5_vl.lora import without_adapters
 from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join, select
 from spatial_ssrl_jax.run import models
 from spatial_ssrl_jax.run.checkpoint import Checkpoints
-from spatial_ssrl_jax.run.mesh import Layout
+from spatial_ssrl_jax.run.checksums import damage
+from spatial_ssrl_jax.run.mesh import Layout, is_writer, total
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Start:
         model = self.base(stage)
         if model is None:
             return cast(self.model.draw(self.layout, self.config.seed), dtype)
-        self.say(f"reading {model.weights}")
+        if stage is not self.first():
+            _check_whole(model)
+        self.say(f"reading {model.name}")
         return model.load(self.layout, dtype)
 
     def base(self, stage: SftSettings | GrpoSettings) -> models.ModelFolder | None:
@@ -55,7 +58,7 @@ class Start:
         config = self.config
         if stage is not self.first():
             self.checkpoints.wait()  # the cold start's last one may still be on its way
-            return models.open_model(str(self.checkpoints.folder / str(config.sft.steps)))
+            return models.open_model(self.checkpoints.folder / str(config.sft.steps))
         if stage is config.grpo and config.grpo.init_from:
             return models.open_model(config.grpo.init_from)
         return None if config.model.from_scratch else self.model
@@ -132,6 +135,20 @@ def stage_shapes(
     whole = layout.abstract(model, stage.lora)
     split = Trainable.of(stage).split(whole, config.model.dtype)
     return abstract_state(optimizer, *split)
+
+
+def _check_whole(step: models.ModelFolder) -> None:
+    """Refuses a kept checkpoint that is not as it was written; every process calls it.
+
+    Raises:
+      UserError: says what is wrong with it.
+    """
+    wrong = damage(step.weights) if is_writer() else None
+    if total(wrong is not None):
+        raise UserError(
+            f"the cold start's checkpoint {step.name} is damaged ({wrong or 'see process 0'}): "
+            "copy it back from where it is whole, or train anew in another --workdir."
+        )
 
 
 def _copy(params: Params, dtype: str) -> Params:

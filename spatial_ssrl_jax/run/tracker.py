@@ -1,9 +1,12 @@
 """Weights & Biases, when `log.wandb` names a project: the same figures, under the same names."""
 
-from pathlib import Path
+import tempfile
 from typing import Any
 
+from etils import epath
+
 from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.folders import in_bucket
 
 _FILE = "wandb_run.txt"  # the run's id, so that a restart goes on in the same curves
 
@@ -30,24 +33,24 @@ class Tracker:
     Args:
       project: the project's name.
       name: the run's name.
-      workdir: the run's folder, where the id is kept.
+      workdir: the run's folder, where the id is kept, and W&B's own files unless in a bucket.
       config: the config as plain types.
 
     Raises:
       UserError: it cannot begin.
     """
 
-    def __init__(self, project: str, name: str, workdir: Path, config: dict[str, Any]):
+    def __init__(self, project: str, name: str, workdir: epath.PathLike, config: dict[str, Any]):
         import wandb
 
-        path = Path(workdir) / _FILE
+        path = epath.Path(workdir) / _FILE
         known = path.read_text().strip() if path.is_file() else None
         try:
             self._run = wandb.init(
                 project=project,
                 name=name,
                 config=config,
-                dir=str(workdir),
+                dir=tempfile.mkdtemp() if in_bucket(workdir) else str(workdir),
                 id=known,
                 resume="allow" if known else None,
             )

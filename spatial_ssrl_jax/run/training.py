@@ -5,17 +5,18 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+from etils import epath
 
 from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
 from spatial_ssrl_jax.data.batching import widen
 from spatial_ssrl_jax.data.pipeline import Batch, batch_at
 from spatial_ssrl_jax.errors import UserError, disk_explained
 from spatial_ssrl_jax.eval.pretext import Table
+from spatial_ssrl_jax.folders import folder_at, write_whole
 from spatial_ssrl_jax.learn.cut import Buckets
 from spatial_ssrl_jax.learn.figures import gathered, prompt_metrics, prompt_rows
 from spatial_ssrl_jax.learn.grpo import Grpo
@@ -44,12 +45,12 @@ _REFILL_SEED = 1_000_001  # apart from the seeds of both stages
 _NAMED = 10  # unusable pictures that are named; the rest is only counted
 
 
-def train(config: Config, workdir: Path, overwrite: bool = False) -> bool:
+def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> bool:
     """Trains to the end, or until a signal asks to stop.
 
     Args:
       config: the run.
-      workdir: where everything is left; a run that stopped there goes on.
+      workdir: where everything is left, here or in a bucket; a run that stopped there goes on.
       overwrite: empty the folder first.
 
     Returns:
@@ -58,6 +59,7 @@ def train(config: Config, workdir: Path, overwrite: bool = False) -> bool:
     Raises:
       UserError: something the user can mend.
     """
+    workdir = folder_at(workdir)
     with (
         Preemption() as preemption,
         Progress(quiet=not is_writer()) as progress,
@@ -71,7 +73,7 @@ def train(config: Config, workdir: Path, overwrite: bool = False) -> bool:
         try:
             with explained_memory(memory_advice(config)):
                 finished = _run_stages(run, start, done or 0)
-        except (UserError, OSError):
+        except Exception:
             run.checkpoints.settle()
             raise
         run.checkpoints.wait()
@@ -336,14 +338,14 @@ def _finish(run: Run, start: Start) -> None:
         "seed": config.seed,
     }
     target, adapter = run.workdir / "export", run.workdir / "adapter"
-    last = models.open_model(str(run.checkpoints.folder / str(run.checkpoints.latest())))
+    last = models.open_model(run.checkpoints.folder / str(run.checkpoints.latest()))
     models.export(run.model, last.load(run.layout), target, config.model.dtype)
     stage = config.grpo if config.grpo.steps else config.sft
     if stage.lora.rank:
         base = start.base(stage)
-        models.export_adapter(last, run.layout, adapter, str(base.weights) if base else None)
+        models.export_adapter(last, run.layout, adapter, base.name if base else None)
     if run.metrics is not None:
-        (run.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_whole(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
         refresh_report(run)
         run.metrics.close()
     if run.heldout:

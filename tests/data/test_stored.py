@@ -19,6 +19,7 @@ from spatial_ssrl_jax.data.sources.stored import StoredSource
 from spatial_ssrl_jax.errors import BadPicture, UserError
 from tests.conftest import ROOT
 from tests.data.test_sources import HEIGHT, WIDTH, ramp, save_depth, save_picture
+from tests.standin_storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -198,18 +199,13 @@ def test_tensorflow_is_never_imported(prepared: Path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_bucket_gets_what_a_folder_would(
-    folder: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    local = prepare.epath.Path
-    monkeypatch.setattr(
-        prepare.epath,
-        "Path",
-        lambda path="": local(str(path).replace("gs://bucket", str(tmp_path / "bucket"))),
-    )
-    prepare.main(["rgbd", str(folder), "gs://bucket/data", "--max-bad-share=0.5"])
-    built = sorted(p.relative_to(prepared) for p in prepared.glob("*/rgbd/**/*") if p.is_file())
-    assert built and all((tmp_path / "bucket" / "data" / path).is_file() for path in built)
+def test_a_bucket_gets_what_a_folder_would(folder: Path, prepared: Path, bucket: Storage):
+    argv = ["rgbd", str(folder), "gs://bucket/data", "--max-bad-share=0.5"]
+    prepare.main(argv)
+    built = [p.relative_to(prepared) for p in prepared.glob("*/rgbd/**/*") if p.is_file()]
+    assert built and bucket.names("bucket") == sorted(f"data/{path}" for path in built)
+    with pytest.raises(UserError, match="is there already"):
+        prepare.main(argv)
 
 
 def test_a_bucket_without_its_extra_is_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -20,14 +20,18 @@ PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$STANDIN_CLOUD/python"
 case $* in
   *device_count*) cat "$STANDIN_CLOUD/chips" ;;
-  -\\ *) cat >/dev/null; exit "$(cat "$STANDIN_CLOUD/probe" 2>/dev/null || echo 0)" ;;
+  -\\ *) cat >/dev/null; ! cat "$STANDIN_CLOUD/probe" 2>/dev/null; exit ;;
   *spatial_ssrl_jax.train*)
     echo "step 1 of 2"
     source "$STANDIN_CLOUD/training"
     ;;
 esac
 """
-COMPLETE = 'mkdir -p "$STANDIN_CLOUD/bucket/runs/grpo_3b/export"; cd "$_"; echo {} | tee config.json ../summary.json >../report.html; : >../metrics.jsonl\n'  # noqa: E501
+COMPLETE = """mkdir -p "$STANDIN_CLOUD/bucket/runs/grpo_3b" && cd "$_" && mkdir -p export metrics
+echo {} | tee export/config.json summary.json report.html >events.out.tfevents.1
+echo '{"step": 99, "stage": "sft", "loss/sft": 0.5}' >metrics/part_000001.jsonl
+echo '{"step": 100, "stage": "grpo", "reward/overall_mean": 0.25}' >metrics/part_000002.jsonl
+"""
 HANGS = "trap 'echo saved; exit 0' TERM; while :; do sleep 0.05; done\n"
 FAILS = "echo 'error: out of memory'; exit 2\n"
 

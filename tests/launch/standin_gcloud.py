@@ -79,6 +79,8 @@ def storage(verb: str, places: list[str]) -> int:
     paths = [BUCKET / p.split("/", 3)[3] if p.startswith("gs://") else Path(p) for p in places if
              p.count("/") > 2 or not p.startswith("gs://")]  # fmt: skip
     if verb == "ls":
+        for path in sorted(paths[0].iterdir()) if paths[0].is_dir() else []:
+            print(f"gs://b/{path.relative_to(BUCKET)}")
         return int(not paths[0].exists())
     if verb == "cat":
         sys.stdout.buffer.write(paths[0].read_bytes())

@@ -1,5 +1,6 @@
 """launch/tpu.sh against a stand-in gcloud: what it asks for, and what it does about failures."""
 
+import json
 import math
 import os
 import shlex
@@ -78,7 +79,6 @@ def test_wrong_settings_are_refused_before_anything_is_asked(cloud: Cloud, flags
 def test_all_goes_from_nothing_to_the_model_and_leaves_no_tpu(cloud: Cloud):
     flags = ["--pictures=coco=/pictures", "--model=gs://b/runs/sft_3b/export"]
     flags += ["--config.grpo.steps=2", "--config.tasks.shuffle.kinds={'3x1': 1.0}"]
-    (cloud.folder / "bucket/runs/sft_3b/export").mkdir(parents=True)
     plan = cloud.tpu("all", *flags, "--dry-run")
     assert plan.returncode == 0 and not cloud.calls
 
@@ -86,6 +86,9 @@ def test_all_goes_from_nothing_to_the_model_and_leaves_no_tpu(cloud: Cloud):
     assert done.returncode == 0, done.stderr
     assert (cloud.folder / "out/export/config.json").exists()
     assert (cloud.folder / "out/summary.json").exists()
+    assert "in the bucket: step 100 of grpo (reward/overall_mean 0.25)" in done.stdout
+    lines = (cloud.folder / "out/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [99, 100]
     assert cloud.state is None and "is charged until" not in done.stdout
     assert "gs://b stays and is charged" in done.stdout
     asked = (cloud.folder / "python").read_text()
@@ -93,7 +96,7 @@ def test_all_goes_from_nothing_to_the_model_and_leaves_no_tpu(cloud: Cloud):
     assert (
         "-m spatial_ssrl_jax.train --config=configs/grpo_3b.py --workdir=gs://b/runs/grpo_3b "
         "--distributed --config.data.source=tfds:ssrl_pictures/coco@gs://b/data "
-        "--config.model.path=../model --config.grpo.steps=2 "
+        "--config.model.path=gs://b/runs/sft_3b/export --config.grpo.steps=2 "
         "--config.tasks.shuffle.kinds={'3x1': 1.0}"
     ) in asked
     assert asked.count("spatial_ssrl_jax.train") == 2  # once a worker
@@ -177,7 +180,7 @@ def test_a_worker_that_is_silent_is_missed(cloud: Cloud):
 @pytest.mark.parametrize(
     ("file", "text", "says"),
     [
-        ("probe", "1", "gs://b cannot be written: give the VMs' service account the role"),
+        ("probe", "W: x\nerror: gs://b/probes/w cannot be used", "error: gs://b/probes/w cannot"),
         ("chips", "12", "sees 12 chips in place of 16"),
     ],
 )

@@ -134,33 +134,3 @@ def test_weights_of_another_shape_are_named(exported: Path, tmp_path: Path, layo
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="has shape .* but config.json asks for"):
         models.open_model(str(folder)).load(layout)
-
-
-def test_an_absent_or_empty_folder_is_free(tmp_path: Path):
-    (tmp_path / "empty").mkdir()
-    for name in ("absent", "empty"):
-        models.claim_folder(tmp_path / name, overwrite=False)
-        assert not (tmp_path / name).exists()
-
-
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_is_there_goes_only_with_overwrite(tmp_path: Path, kind: str):
-    target = tmp_path / "out"
-    if kind == "folder":
-        target.mkdir()
-        (target / "a.txt").write_text("mine")
-    else:
-        target.write_text("mine")
-    with pytest.raises(UserError, match="out is not empty.*--overwrite"):
-        models.claim_folder(target, overwrite=False)
-    assert target.exists()
-    models.claim_folder(target, overwrite=True)
-    assert not target.exists()
-
-
-@pytest.mark.parametrize("inside", [".", "pictures"])
-def test_what_is_read_is_never_removed(tmp_path: Path, inside: str):
-    (tmp_path / inside).mkdir(exist_ok=True)
-    with pytest.raises(UserError, match="holds what is read"):
-        models.claim_folder(tmp_path, True, tmp_path / inside)
-    assert tmp_path.is_dir()

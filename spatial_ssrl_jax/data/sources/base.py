@@ -4,11 +4,6 @@ from typing import Protocol
 
 from spatial_ssrl_jax.data.record import Record
 
-NEEDS_GCS = (
-    "gs:// needs the extra [gcs]; install it with pip install 'spatial_ssrl_jax[gcs]', or copy the "
-    "files to a local folder"
-)
-
 
 class Source(Protocol):
     """A sequence of records that can be pickled, is cheap to construct, and reads pixels lazily.

@@ -1,0 +1,224 @@
+"""A run whose folder is `gs://…`: what it leaves there, a kill in a save, and what refuses it."""
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax import convert
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.folders import folder_at
+from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
+from spatial_ssrl_jax.run import models
+from spatial_ssrl_jax.run.check import check
+from spatial_ssrl_jax.run.checkpoint import Checkpoints, pass_over_damaged
+from spatial_ssrl_jax.run.metrics import MetricsWriter, read_metrics
+from spatial_ssrl_jax.run.start import check_start
+from spatial_ssrl_jax.run.training import train
+from tests.run.conftest import ROWS, make_config
+from tests.run.test_checkpoint import assert_same, state
+from tests.run.test_training import figures, start, write_config
+from tests.standin_storage import Storage
+
+
+@pytest.fixture(scope="module")
+def config(toy_folder: Path) -> c.Config:
+    """Two steps a stage, adapters alone trained, so that every kind of file is written."""
+    lora = LoraSettings(rank=2)
+    return make_config(
+        c.ModelSettings(str(toy_folder), True, "float32", "none"),
+        sft=c.SftSettings(steps=2, learning_rate=1e-2, lora=lora, **ROWS),
+        grpo=c.GrpoSettings(
+            steps=2, prompts=8, updates=1, group=3, micro_prompts=8, learning_rate=1e-2, lora=lora
+        ),
+        log=c.LogSettings(rollouts_every=1, rollouts_count=2, report_every=1),
+        eval=c.EvalSettings(examples=2, samples=2, prompts=8),
+    )
+
+
+@pytest.fixture(scope="module")
+def local(config: c.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in a folder of this machine."""
+    workdir = tmp_path_factory.mktemp("local") / "run"
+    assert train(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def run(config: c.Config, storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The bucket's files after a run that was killed in the save of step 3, and went on."""
+    process: subprocess.Popen
+
+    def kill(line: str) -> None:
+        if "upload" in line and "checkpoints/3/commit_success.txt" in line:
+            process.kill()
+
+    storage.watch = kill
+    process = start(write_config(tmp_path_factory.mktemp("config"), config), "gs://bucket/run", 1)
+    out, err = process.communicate(timeout=600)
+    storage.watch = lambda _: None
+    assert process.returncode == -9, out + err
+    storage.buckets["bucket"].pop("run/checkpoints/3/commit_success.txt", None)
+    assert storage.names("bucket", "run/checkpoints/3/training/")
+    assert train(config, "gs://bucket/run")
+    return dict(storage.buckets["bucket"])
+
+
+@pytest.fixture
+def left(run: dict, bucket: Storage) -> Storage:
+    """The bucket as that run left it."""
+    bucket.buckets["bucket"].update(run)
+    return bucket
+
+
+def test_it_ends_as_a_run_in_a_folder(left: Storage, local: Path):
+    assert figures(folder_at("gs://bucket/run")) == figures(local)
+    for name in ("export/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert left.read("bucket", f"run/{name}") == (local / name).read_bytes()
+    ours, theirs = left.read("bucket", "run/summary.json"), (local / "summary.json").read_text()
+    assert json.loads(ours)["heldout"] == json.loads(theirs)["heldout"]
+
+
+def test_it_leaves_what_a_run_in_a_folder_leaves(left: Storage, local: Path):
+    def kinds(names) -> set[str]:
+        """Names without checkpoints' insides and without what tells starts apart."""
+        names = {n for n in names if not n.startswith("checkpoints") or n.count("/") < 2}
+        return {n.split(".out.")[0] for n in names} - {"metrics/part_000001.jsonl", "metrics.jsonl"}
+
+    files = [str(p.relative_to(local)) for p in local.rglob("*") if p.is_file()]
+    names = [name.removeprefix("run/") for name in left.names("bucket")]
+    assert kinds(names) == kinds(files)
+    steps = {name.split("/")[1] for name in names if name.startswith("checkpoints")}
+    assert steps == {"model", "frozen_sft", "frozen_grpo", "2", "3", "4"}
+    report = left.read("bucket", "run/report.html").decode()
+    assert report.count("<article") == 4 and "data:image/jpeg" in report
+
+
+def test_tensorboard_gets_the_figures_of_each_start(left: Storage):
+    files = [name for name in left.names("bucket", "run/events.out.tfevents.")]
+    data, steps = left.read("bucket", files[-1]), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        steps.append(Event.FromString(data[12 : 12 + size]).step)
+        data = data[16 + size :]
+    assert sorted(set(steps)) == [0, 3, 4]  # 0: the file's first record
+
+
+def test_check_counts_on_from_there_and_writes_nothing(left: Storage, config: c.Config):
+    before = left.names("bucket")
+    longer = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, steps=5))
+    found = check(longer, "gs://bucket/run")
+    assert found["steps_done"] == 4 and found["stages"]["grpo"]["steps_left"] == 3
+    assert found["disk"]["free_bytes"] is None and found["disk"]["there_bytes"] > 10_000
+    assert found["problems"] == [] and left.names("bucket") == before
+    other = dataclasses.replace(config, seed=3)
+    with pytest.raises(UserError, match=r"gs://bucket/run holds a run with another.*seed changed"):
+        check(other, "gs://bucket/run")
+
+
+def bits(path: str) -> list[bytes]:
+    from spatial_ssrl_jax.run.mesh import Layout, make_mesh
+
+    params = models.open_model(path).load(Layout(make_mesh(c.MeshSettings())), "float32")
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(params)]
+
+
+def test_models_are_read_from_there_and_converted_to_there(
+    left: Storage, local: Path, config: c.Config, capsys: pytest.CaptureFixture
+):
+    wanted = bits(str(local / "export"))
+    for place in ("export", "checkpoints/4"):
+        assert bits(f"gs://bucket/run/{place}") == wanted
+        grpo = dataclasses.replace(config.grpo, init_from=f"gs://bucket/run/{place}")
+        no_start = dataclasses.replace(config.sft, steps=0)
+        check_start(
+            dataclasses.replace(config, sft=no_start, grpo=grpo),
+            models.open_model(config.model.path),
+        )
+    convert.main(["to-orbax", "gs://bucket/run/export", "gs://bucket/orbax"])
+    convert.main(["to-hf", "gs://bucket/orbax", "gs://bucket/again"])
+    merge = ["gs://bucket/run/checkpoints/2", "gs://bucket/run/adapter", "gs://bucket/merged"]
+    convert.main(["merge-lora", *merge])
+    assert bits("gs://bucket/orbax") == wanted
+    for name in ("again", "merged"):
+        file = left.read("bucket", f"{name}/model.safetensors")
+        assert file == (local / "export" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="gs://bucket/none does not exist"):
+        models.open_model("gs://bucket/none")
+    with pytest.raises(UserError, match="gs://bucket/again is not empty"):
+        convert.main(["to-hf", "gs://bucket/orbax", "gs://bucket/again"])
+
+
+DAMAGES = {
+    "cut off": lambda data: data[: len(data) // 2],
+    "altered": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_an_unfinished_one_goes(bucket: Storage, how: str):
+    folder = folder_at("gs://bucket/c")
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (3, 6, 9):
+        checkpoints.save(step, "sft", state(step, frozen=True), {"step": step})
+    checkpoints.wait()
+    checkpoints.close()
+    names = bucket.names("bucket", "c/6/params/")
+    largest = max(names, key=lambda name: len(bucket.read("bucket", name)))
+    data = bucket.buckets["bucket"].pop(largest).data
+    if DAMAGES[how] is not None:
+        bucket.write("bucket", largest, DAMAGES[how](data))
+    del bucket.buckets["bucket"]["c/9/commit_success.txt"]
+    del bucket.buckets["bucket"]["c/frozen_sft/commit_success.txt"]
+    said = []
+    pass_over_damaged(folder, said.append)
+    assert len(said) == 1 and "step 6" in said[0] and how in said[0]
+    assert bucket.names("bucket", "c/damaged_6/") and not bucket.names("bucket", "c/9/")
+    again = Checkpoints(folder, keep=3)
+    assert again.latest() == 3
+    again.save(9, "sft", state(9, frozen=True), {})
+    again.wait()
+    assert_same(again.restore(9, state(0, frozen=True))[0], state(9, frozen=True))
+    again.close()
+
+
+def test_figures_lie_in_parts_and_a_restart_cuts_them(bucket: Storage):
+    for steps, resume in ((range(1, 151), 0), (range(121, 124), 120)):
+        writer = MetricsWriter("gs://bucket/m", resume)
+        for step in steps:
+            writer.write("sft", step, {"loss/sft": 1.0 / step})
+        writer.close()
+    assert [row["step"] for row in read_metrics("gs://bucket/m")] == [*range(1, 124)]
+    assert bucket.names("bucket", "m/metrics/") == [
+        "m/metrics/part_000001.jsonl",
+        "m/metrics/part_000002.jsonl",
+    ]
+
+
+def test_a_permission_that_goes_while_a_run_goes_on_is_said(bucket: Storage):
+    writer = MetricsWriter("gs://bucket/m")
+    checkpoints = Checkpoints(folder_at("gs://bucket/c"), keep=2)
+    checkpoints.save(3, "sft", state(3), {})
+    checkpoints.wait()
+    bucket.denied.add("storage.objects.create")
+    with pytest.raises(UserError, match=r"step 4 could not .*objects\.create access\): grant"):
+        writer.write("sft", 4, {"loss/sft": 1.0})
+    says = r"step 4 could not be saved .*objects\.create access\): grant .* goes on after step 3"
+    with pytest.raises(UserError, match=says):
+        checkpoints.save(4, "sft", state(4), {})
+        checkpoints.wait()
+    checkpoints.close()
+
+
+def test_a_run_that_may_not_write_is_refused_before_it_begins(bucket: Storage, config: c.Config):
+    bucket.denied.add("storage.objects.create")
+    with pytest.raises(UserError, match=r"without the permission storage\.objects\.create"):
+        train(config, "gs://bucket/run")
+    assert bucket.names("bucket") == []
