@@ -1,4 +1,4 @@
-"""Scores answers to benchmarks: python -m spatial_ssrl_jax.evaluate --score=predictions.jsonl"""
+"""Scores and compares answers to benchmarks: python -m spatial_ssrl_jax.evaluate --score=FILE"""
 
 import argparse
 import json
@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spatial_ssrl_jax.errors import UserError, run_command
-from spatial_ssrl_jax.eval.benchmarks import SPECS, score_records
+from spatial_ssrl_jax.eval.benchmarks import SPECS, open_benchmark, score_records
+from spatial_ssrl_jax.eval.compare import compare, in_pairs
+from spatial_ssrl_jax.eval.compare_report import COMPARISON, as_text, write_comparison_page
+from spatial_ssrl_jax.eval.gallery import Questions
 from spatial_ssrl_jax.eval.paper import VARIANT, comparable, published, table
 from spatial_ssrl_jax.eval.predictions import (
     PREDICTIONS,
@@ -18,17 +21,22 @@ from spatial_ssrl_jax.eval.predictions import (
     write_submission,
 )
 from spatial_ssrl_jax.eval.question import Record
+from spatial_ssrl_jax.eval.results_page import RESULTS, Result, write_results_page
 from spatial_ssrl_jax.eval.scores import Scores
+
+_COMPARED = "comparison.json"
 
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
+    if args.compare:
+        return _compare(args)
     files = {path: read_predictions(path) for path in args.score}
-    found = []
+    results: list[Result] = []
     for path, records in files.items():
         # Several benchmarks would leave files of one name: each has a folder of its own.
         out = args.out / records[0].benchmark if args.out and len(files) > 1 else args.out
-        _check_out(out, args.overwrite, path)
+        _check_out(out, (PREDICTIONS, SCORES, SUBMISSION, RESULTS), args.overwrite, path)
         if _for_server(records):
             _submit(records, out)
             continue
@@ -38,43 +46,116 @@ def main(argv: Sequence[str]) -> None:
         scored, scores = score_records(kept)
         if out:
             write_results(out, scored, scores)
-        found.append(scores)
-    _print(found, len(files), args.json)
+        results.append((scored, scores))
+    if args.out and results:
+        _check_out(args.out, (RESULTS,), args.overwrite)
+        questions = _questions(args.data, [records for records, _ in results], args.allow_missing)
+        write_results_page(args.out / RESULTS, results, questions)
+    _print([scores for _, scores in results], len(files), args.json)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.evaluate",
-        description="Scores the answers to a benchmark's questions, without a model.",
+        description="Scores the answers to a benchmark's questions, or compares two models' "
+        "answers, without a model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--score",
         type=Path,
         nargs="+",
-        required=True,
         help="a predictions.jsonl; of several benchmarks several, for one table",
+    )
+    what.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="two predictions.jsonl, or their folders, of one benchmark: how B differs from A",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for predictions.jsonl and scores.json (of several, folders)",
+        help=f"folder for {PREDICTIONS}, {SCORES} and {RESULTS} (of several benchmarks, folders); "
+        f"with --compare for comparison.json and {COMPARISON}",
     )
     parser.add_argument(
-        "--allow-missing", action="store_true", help="leave out predictions without a target"
+        "--data", type=Path, help="the benchmark's files: their pictures go into the page"
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="leave out predictions without a target, questions that A or B alone has, and "
+        "rows of --data whose pictures are missing",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace results in --out")
     parser.add_argument(
-        "--json", action="store_true", help='print scores.json; of several, {"scores": […]}'
+        "--json",
+        action="store_true",
+        help='print scores.json; of several, {"scores": […]}; with --compare comparison.json',
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data and not args.out:
+        raise UserError("--data is for the pictures of a page: give --out=DIR for the page.")
+    return args
 
 
-def _check_out(folder: Path | None, overwrite: bool, read: Path) -> None:
+def _compare(args: argparse.Namespace) -> None:
+    paths = [_predictions_in(path) for path in args.compare]
+    out = args.out
+    for path in paths:
+        _check_out(out, (COMPARISON, _COMPARED), args.overwrite, path)
+    records = [read_predictions(path) for path in paths]
+    a, b = in_pairs(*records, args.allow_missing)
+    left = sum(map(len, records)) - len(a) - len(b)
+    if left:
+        print(f"{left} answers left out: only A or B has them", file=sys.stderr)
+    found, names = compare(a, b), tuple(map(str, args.compare))
+    if out:
+        questions = _questions(args.data, [a], args.allow_missing)
+        write_comparison_page(out / COMPARISON, found, names, questions)
+        (out / _COMPARED).write_text(json.dumps(found.as_json(), indent=1) + "\n", "utf-8")
+    print(json.dumps(found.as_json()) if args.json else as_text(found, names))
+
+
+def _predictions_in(path: Path) -> Path:
+    """A file, or that of a folder; raises `UserError` where it has none."""
+    if not path.is_dir():
+        return path
+    if (path / PREDICTIONS).is_file():
+        return path / PREDICTIONS
+    below = sorted(found.parent.name for found in path.glob(f"*/{PREDICTIONS}"))
+    here = f"; there is one in each of {', '.join(below)} below it" if below else ""
+    raise UserError(f"{path} has no {PREDICTIONS}{here}: give the folder that has it.")
+
+
+def _questions(
+    data: Path | None, answers: Sequence[Sequence[Record]], allow_missing: bool
+) -> Questions:
+    """The questions of each benchmark's answers, for their pictures; none without `data`."""
+    found = {}
+    for records in answers if data else ():
+        name = records[0].benchmark
+        opened = open_benchmark(name, data, allow_missing)
+        known = {(name, question.id): question for question in opened.questions}
+        if not any((name, record.id) in known for record in records):
+            raise UserError(
+                f"{data} has none of the questions that were answered (the first is "
+                f"{records[0].id}): give the --data that was asked."
+            )
+        found |= known
+    return found
+
+
+def _check_out(
+    folder: Path | None, names: Sequence[str], overwrite: bool, read: Path | None = None
+) -> None:
     """Raises `UserError` where results would replace others, or what they are made from."""
-    for name in (PREDICTIONS, SCORES, SUBMISSION) if folder else ():
+    for name in names if folder else ():
         path = folder / name
-        if path.exists() and path.resolve() == read.resolve():
+        if read is not None and path.exists() and path.resolve() == read.resolve():
             raise UserError(f"{path} is what is read: choose another folder for --out.")
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists: choose another folder or give --overwrite.")

@@ -1,6 +1,8 @@
 """Reading videos: frames taken evenly from a file, upright 8-bit RGB, with their rate."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +55,19 @@ def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAME
       BadPicture: the file is missing, holds no video, or is cut short.
       UserError: PyAV is not installed.
     """
+    with _explained(path) as av:
+        total, native = _count(av, path)
+        places = sample_places(total, native, fps, most)
+        with av.open(os.fspath(path)) as container:
+            frames = _take(container, places)
+    if len(frames) < len(places):
+        raise BadPicture(f"{path}: only {len(frames)} of {len(places)} frames can be decoded.")
+    return Video(np.stack(frames), len(places) / total * native)
+
+
+@contextmanager
+def _explained(path: str | os.PathLike) -> Iterator:
+    """PyAV; says in a sentence that it is missing, or why it cannot read the file."""
     try:
         import av
     except ImportError:
@@ -60,18 +75,30 @@ def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAME
             f"{path}: reading videos needs PyAV: pip install 'spatial_ssrl_jax[video]'."
         ) from None
     try:
-        total, native = _count(av, path)
-        places = sample_places(total, native, fps, most)
-        with av.open(os.fspath(path)) as container:
-            frames = _take(container, places)
+        yield av
     except FileNotFoundError:
         raise BadPicture(f"{path}: there is no such file.") from None
     except (av.FFmpegError, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise BadPicture(f"{path}: cannot be read as a video ({reason}).") from error
-    if len(frames) < len(places):
-        raise BadPicture(f"{path}: only {len(frames)} of {len(places)} frames can be decoded.")
-    return Video(np.stack(frames), len(places) / total * native)
+
+
+def stills(path: str | os.PathLike, count: int) -> list[np.ndarray]:
+    """Some frames to look at, [H, W, 3] uint8, RGB: the key frames nearest to even times.
+
+    Unlike `open_video` it decodes no other frame; raises the same errors.
+    """
+    with _explained(path) as av, av.open(os.fspath(path)) as container:
+        if not container.streams.video:
+            raise BadPicture(f"{path}: holds no video.")
+        stream, frames = container.streams.video[0], {}
+        for i in range(count):
+            if i and container.duration:
+                container.seek(container.duration * i // count)
+            frame = next(container.decode(stream), None)
+            if frame is not None:
+                frames.setdefault(frame.pts, _upright(frame))
+        return list(frames.values())
 
 
 def _count(av, path: str | os.PathLike) -> tuple[int, float]:
@@ -92,8 +119,12 @@ def _take(container, places: np.ndarray) -> list[np.ndarray]:
     container.streams.video[0].thread_type = "AUTO"
     for place, frame in enumerate(container.decode(video=0)):
         if place in wanted:
-            picture = frame.to_ndarray(format="rgb24")
-            frames.append(np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90))))
+            frames.append(_upright(frame))
         if place == places[-1]:
             break
     return frames
+
+
+def _upright(frame) -> np.ndarray:
+    picture = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))

@@ -76,24 +76,34 @@ def comparable(scores: Scores) -> float:
     return scores.extra[variant] if variant else scores.score
 
 
-def table(figures: Mapping[str, float], titles: Mapping[str, str]) -> str:
+def blocks(figures: Mapping[str, float], titles: Mapping[str, str]) -> list[list[tuple[str, ...]]]:
     """The paper's tables with one more row, of each of the two that has a figure.
 
     Args:
       figures: ours by benchmark, see `comparable`.
       titles: of the columns by benchmark.
+
+    Returns:
+      The lines of each table, its head first, as cells of text.
     """
-    blocks = []
+    found = []
     for names in (SPATIAL, GENERAL):
         ours = Row("this model", {name: figures[name] for name in names if name in figures})
         if not ours.figures:
             continue
         rows = [row for row in ROWS if set(row.figures) == set(names)]
-        lines = [("", *(titles[name] for name in names), *_MEAN[names])]
-        lines += [_cells(row, names) for row in (*rows, ours)]
+        head = ("", *(titles[name] for name in names), *_MEAN[names])
+        found.append([head, *(_cells(row, names) for row in (*rows, ours))])
+    return found
+
+
+def table(figures: Mapping[str, float], titles: Mapping[str, str]) -> str:
+    """`blocks` as text, aligned."""
+    texts = []
+    for lines in blocks(figures, titles):
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        blocks += ["\n".join(_aligned(line, widths) for line in lines)]
-    return "\n\n".join(blocks)
+        texts.append("\n".join(_aligned(line, widths) for line in lines))
+    return "\n\n".join(texts)
 
 
 def _cells(row: Row, names: tuple[str, ...]) -> tuple[str, ...]:
