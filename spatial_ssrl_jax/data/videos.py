@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAME
       BadPicture: the file is missing, holds no video, or is cut short.
       UserError: PyAV is not installed.
     """
-    with _explained(path) as av:
+    with _reading(path) as av:
         total, native = _count(av, path)
         places = sample_places(total, native, fps, most)
         with av.open(os.fspath(path)) as container:
@@ -66,8 +67,8 @@ def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAME
 
 
 @contextmanager
-def _explained(path: str | os.PathLike) -> Iterator:
-    """PyAV; says in a sentence that it is missing, or why it cannot read the file."""
+def _reading(path: str | os.PathLike) -> Iterator[ModuleType]:
+    """PyAV, and what it raises about a file as sentences."""
     try:
         import av
     except ImportError:
@@ -81,24 +82,6 @@ def _explained(path: str | os.PathLike) -> Iterator:
     except (av.FFmpegError, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise BadPicture(f"{path}: cannot be read as a video ({reason}).") from error
-
-
-def stills(path: str | os.PathLike, count: int) -> list[np.ndarray]:
-    """Some frames to look at, [H, W, 3] uint8, RGB: the key frames nearest to even times.
-
-    Unlike `open_video` it decodes no other frame; raises the same errors.
-    """
-    with _explained(path) as av, av.open(os.fspath(path)) as container:
-        if not container.streams.video:
-            raise BadPicture(f"{path}: holds no video.")
-        stream, frames = container.streams.video[0], {}
-        for i in range(count):
-            if i and container.duration:
-                container.seek(container.duration * i // count)
-            frame = next(container.decode(stream), None)
-            if frame is not None:
-                frames.setdefault(frame.pts, _upright(frame))
-        return list(frames.values())
 
 
 def _count(av, path: str | os.PathLike) -> tuple[int, float]:
@@ -123,6 +106,24 @@ def _take(container, places: np.ndarray) -> list[np.ndarray]:
         if place == places[-1]:
             break
     return frames
+
+
+def stills(path: str | os.PathLike, count: int) -> list[np.ndarray]:
+    """Some frames to look at, [H, W, 3] uint8, RGB: the key frames nearest to even times.
+
+    Unlike `open_video` it decodes no other frame; raises the same errors.
+    """
+    with _reading(path) as av, av.open(os.fspath(path)) as container:
+        if not container.streams.video:
+            raise BadPicture(f"{path}: holds no video.")
+        stream, frames = container.streams.video[0], {}
+        for i in range(count):
+            if i and container.duration:
+                container.seek(container.duration * i // count)
+            frame = next(container.decode(stream), None)
+            if frame is not None:
+                frames.setdefault(frame.pts, _upright(frame))
+        return list(frames.values())
 
 
 def _upright(frame) -> np.ndarray:
