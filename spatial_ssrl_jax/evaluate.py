@@ -32,26 +32,27 @@ def main(argv: Sequence[str]) -> None:
     if args.compare:
         return _compare(args)
     files = {path: read_predictions(path) for path in args.score}
-    results: list[Result] = []
+    found: list[Result] = []
+    # Several benchmarks would leave files of one name: each has a folder of its own.
+    apart = args.out is not None and len(files) > 1
+    if args.out:
+        _check_out(args.out, (RESULTS,), args.overwrite)
     for path, records in files.items():
-        # Several benchmarks would leave files of one name: each has a folder of its own.
-        out = args.out / records[0].benchmark if args.out and len(files) > 1 else args.out
-        _check_out(out, (PREDICTIONS, SCORES, SUBMISSION, RESULTS), args.overwrite, path)
+        out = args.out / records[0].benchmark if apart else args.out
+        _check_out(out, (PREDICTIONS, SCORES, SUBMISSION), args.overwrite, path)
         if _for_server(records):
             _submit(records, out)
             continue
         kept = [r for r in records if r.target or not args.allow_missing]
         if len(kept) < len(records):
             print(f"{path}: {len(records) - len(kept)} left out, no target", file=sys.stderr)
-        scored, scores = score_records(kept)
-        if out:
-            write_results(out, scored, scores)
-        results.append((scored, scores))
-    if args.out and results:
-        _check_out(args.out, (RESULTS,), args.overwrite)
-        questions = _questions(args.data, [records for records, _ in results], args.allow_missing)
-        write_results_page(args.out / RESULTS, results, questions)
-    _print([scores for _, scores in results], len(files), args.json)
+        found.append(score_records(kept))
+    if args.out and found:
+        questions = _questions(args.data, [records for records, _ in found], args.allow_missing)
+        for records, scores in found:
+            write_results(args.out / scores.benchmark if apart else args.out, records, scores)
+        write_results_page(args.out / RESULTS, found, questions)
+    _print([scores for _, scores in found], len(files), args.json)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

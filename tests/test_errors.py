@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatial_ssrl_jax import bench, convert, generate, plan, prepare, preview, train
+from spatial_ssrl_jax import bench, convert, evaluate, generate, plan, prepare, preview, train
 from spatial_ssrl_jax.errors import UserError, run_command
 from spatial_ssrl_jax.run import models
 from tests.conftest import random_params
@@ -135,6 +135,10 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (prepare.main, ["coco", "DIR/empty", "DIR/x"], ["found no picture"]),
     (prepare.main, ["coco", "DIR/bad", "DIR/x"], ["1 of 1 pictures", "bad.png"]),
     (prepare.main, ["coco", "PICTURES", "PICTURE/x"], ["a.png"]),
+    # evaluate
+    (evaluate.main, ["--score=/nowhere/p.jsonl"], ["/nowhere/p.jsonl cannot be read"]),
+    (evaluate.main, ["--compare", "DIR/empty", "PICTURE"], ["empty has no predictions.jsonl"]),
+    (evaluate.main, ["--score=PICTURE", "--data=DIR"], ["--data is for the pictures of a page"]),
     # bench
     (bench.main, ["rollout", "--model=/nowhere/m"], ["/nowhere/m"]),
     (bench.main, ["rollout", *BENCH, "--runs=0"], ["--runs=0"]),
