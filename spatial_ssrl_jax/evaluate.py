@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spatial_ssrl_jax.errors import UserError, run_command
@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> None:
     if args.compare:
         return _compare(args)
     files = {path: read_predictions(path) for path in args.score}
+    _check_apart(files)
     found: list[Result] = []
     # Several benchmarks would leave files of one name: each has a folder of its own.
     apart = args.out is not None and len(files) > 1
@@ -101,6 +102,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.data and not args.out:
         raise UserError("--data is for the pictures of a page: give --out=DIR for the page.")
     return args
+
+
+def _check_apart(files: Mapping[Path, Sequence[Record]]) -> None:
+    """Raises `UserError` where two files answer one benchmark: their results have one name."""
+    names = [records[0].benchmark for records in files.values()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        both = [str(p) for p, name in zip(files, names, strict=True) if name == twice]
+        raise UserError(
+            f"{' and '.join(both)} hold answers to {twice}: score them one by one, or give two to "
+            "--compare."
+        )
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -213,6 +213,12 @@ def test_two_models_are_compared(run, tmp_path: Path):
     assert code == 2 and "one in each of blink below it: give the folder that has it" in err
 
 
+def test_two_files_of_one_benchmark_are_not_mixed(run, tmp_path: Path):
+    given = [write(tmp_path / name, LINES) for name in ("a.jsonl", "b.jsonl")]
+    code, out, err = run("--score", *given)
+    assert (code, out) == (2, "") and "b.jsonl hold answers to blink: score them one by one" in err
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
