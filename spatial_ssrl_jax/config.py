@@ -246,10 +246,14 @@ class CheckpointSettings:
     Attributes:
       every: steps between checkpoints; the last step of a stage is always saved.
       keep: newest checkpoints kept.
+      best: what the best one is chosen by, which is kept besides: the score of `eval.benchmark`
+        (`benchmark`), the mean greedy accuracy on held-out pictures (`heldout`), the first of
+        these that there is (`auto`), or `none`. A step that is better than all before is saved.
     """
 
     every: int = 5
     keep: int = 3
+    best: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ _CHOICES = {
     "grpo.aggregation": ("token", "sequence", "dr_grpo"),
     "grpo.old_logprobs": ("recomputed", "sampler"),
     "grpo.correction": ("none", "truncate", "mask"),
+    "checkpoint.best": ("auto", "benchmark", "heldout", "none"),
     "reward.rule": ("paper", "strict", "tolerant"),
 }
 

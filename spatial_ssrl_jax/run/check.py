@@ -19,6 +19,7 @@ from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.learn.sft import encode_responses, pack_step
 from spatial_ssrl_jax.learn.update import TrainState
 from spatial_ssrl_jax.rollout.cache import token_bytes
+from spatial_ssrl_jax.run.best import chosen_by
 from spatial_ssrl_jax.run.devices import memory_bytes
 from spatial_ssrl_jax.run.metrics import read_metrics
 from spatial_ssrl_jax.run.setup import (
@@ -218,8 +219,9 @@ def _disk(config: Config, workdir: Path, stages: dict[str, dict]) -> dict[str, i
     """Bytes that the run's checkpoints come to, those there are, and those free beside them."""
     place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     largest = max((s["checkpoint_bytes"] for s in stages.values()), default=0)
-    # A new one is complete before an old one goes, and the cold start's last one stays.
-    count = config.checkpoint.keep + 1 + bool(config.sft.steps)
+    # A new one is complete before an old one goes; the best and the cold start's last one stay.
+    best = config.eval.every > 0 and chosen_by(config) is not None
+    count = config.checkpoint.keep + 1 + best + bool(config.sft.steps)
     there = sum(p.stat().st_size for p in (workdir / "checkpoints").rglob("*") if p.is_file())
     return {
         "checkpoints_bytes": largest * count + sum(s["frozen_bytes"] for s in stages.values()),

@@ -20,6 +20,7 @@ from spatial_ssrl_jax.eval.pretext import PretextEval, Table, heldout_items
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import models
+from spatial_ssrl_jax.run.best import Best
 from spatial_ssrl_jax.run.checkpoint import MODEL, Checkpoints, pass_over_damaged
 from spatial_ssrl_jax.run.mesh import (
     Layout,
@@ -67,6 +68,7 @@ class Run(Parts):
     compilations: Compilations
     metrics: MetricsWriter | None
     heldout: dict[str, Table] = field(default_factory=dict)
+    best: Best | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     tried: int = 0
     bad: int = 0

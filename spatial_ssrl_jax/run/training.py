@@ -3,7 +3,7 @@
 import json
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from spatial_ssrl_jax.learn.sft import encode_responses, pack_step
 from spatial_ssrl_jax.learn.update import TrainState, train_step
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.run import models
+from spatial_ssrl_jax.run.best import Best, better, chosen_by
 from spatial_ssrl_jax.run.log import Sampled, log_step, refresh_report
 from spatial_ssrl_jax.run.memory import explained_memory, memory_advice
 from spatial_ssrl_jax.run.mesh import (
@@ -88,6 +89,7 @@ def _run_stages(run: Run, start: Start, done: int) -> bool:
     if done:
         meta = run.checkpoints.read_meta(done)
         run.heldout, run.seconds = meta["heldout"], meta["seconds"]
+        run.best = Best(**meta["best"]) if meta.get("best") else None
         run.progress.say(f"going on after step {done}")
     if config.sft.steps and done < config.sft.steps:
         if not _sft_stage(run, start, done):
@@ -229,15 +231,18 @@ def _loop(
             }
             _count_bad(run, batch)
             due = run.config.eval.every and (number - first) % run.config.eval.every == 0
+            is_best = False
             if number == last or (stage == GRPO and due):
                 metrics |= _heldout_metrics(_measure(run, stage, number, state.params))
+                is_best = _is_best(run, number, metrics)
             if run.metrics is not None:
                 run.metrics.write(stage, number, metrics)
                 run.progress.step(number - first, metrics)
                 log_step(run, number, first, sampled)
             _check_skipped(run, stage, number, state)
             stop = total(run.preemption.requested) > 0
-            if number == last or (number - first) % run.config.checkpoint.every == 0 or stop:
+            due = (number - first) % run.config.checkpoint.every == 0
+            if number == last or due or is_best or stop:
                 elapsed = time.perf_counter() - begun + run.seconds.get(stage, 0.0)
                 _save(run, stage, number, state, run.seconds | {stage: round(elapsed, 2)})
                 if number == last:
@@ -312,6 +317,16 @@ def _measure(run: Run, stage: str, number: int, params: Params) -> Table:
     return run.heldout[stage]
 
 
+def _is_best(run: Run, number: int, metrics: dict[str, float]) -> bool:
+    """Whether this step is better than all before; it is then the run's best."""
+    found = better(run.best, number, metrics, chosen_by(run.config))
+    if found is None:
+        return False
+    run.best = found
+    run.progress.say(f"step {number} is the best so far: {found.metric} {found.value:.4g}")
+    return True
+
+
 def _heldout_metrics(table: Table) -> dict[str, float]:
     return {
         f"heldout/{task}/{name}": value
@@ -322,7 +337,9 @@ def _heldout_metrics(table: Table) -> dict[str, float]:
 
 
 def _save(run: Run, stage: str, number: int, state: TrainState, seconds: dict[str, float]) -> None:
-    run.checkpoints.save(number, stage, state, {"heldout": run.heldout, "seconds": seconds})
+    best = asdict(run.best) if run.best else None
+    meta = {"heldout": run.heldout, "seconds": seconds, "best": best}
+    run.checkpoints.save(number, stage, state, meta, run.best.step if run.best else None)
 
 
 def _finish(run: Run, start: Start) -> None:
@@ -334,6 +351,7 @@ def _finish(run: Run, start: Start) -> None:
         "trained": list(config.trained_tasks),
         "seconds": run.seconds,
         "seed": config.seed,
+        "best": asdict(run.best) if run.best else None,
     }
     target, adapter = run.workdir / "export", run.workdir / "adapter"
     last = models.open_model(str(run.checkpoints.folder / str(run.checkpoints.latest())))
@@ -351,4 +369,9 @@ def _finish(run: Run, start: Start) -> None:
     run.progress.say(
         f"done: {target} is the trained model, {run.workdir / 'report.html'} the report"
     )
+    if run.best and run.best.step < run.total:
+        run.progress.say(
+            f"the best by {run.best.metric} was step {run.best.step}, kept as "
+            f"{run.checkpoints.folder / str(run.best.step)}: convert to-hf makes a folder of it"
+        )
     run.checkpoints.close()
