@@ -15,7 +15,6 @@ from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
 from spatial_ssrl_jax.data.batching import widen
 from spatial_ssrl_jax.data.pipeline import Batch, batch_at
 from spatial_ssrl_jax.errors import UserError, disk_explained
-from spatial_ssrl_jax.eval.pretext import Table
 from spatial_ssrl_jax.learn.cut import Buckets
 from spatial_ssrl_jax.learn.figures import gathered, prompt_metrics, prompt_rows
 from spatial_ssrl_jax.learn.grpo import Grpo
@@ -23,10 +22,10 @@ from spatial_ssrl_jax.learn.loss import GrpoLoss, SftLoss
 from spatial_ssrl_jax.learn.optimizer import learning_rate, make_optimizer
 from spatial_ssrl_jax.learn.sft import encode_responses, pack_step
 from spatial_ssrl_jax.learn.update import TrainState, train_step
-from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.run import models
-from spatial_ssrl_jax.run.best import Best, better, chosen_by
+from spatial_ssrl_jax.run.best import Best
 from spatial_ssrl_jax.run.log import Sampled, log_step, refresh_report
+from spatial_ssrl_jax.run.measure import measure
 from spatial_ssrl_jax.run.memory import explained_memory, memory_advice
 from spatial_ssrl_jax.run.mesh import (
     gather_rows,
@@ -112,7 +111,9 @@ def _begin(
         return start.restored(settings, optimizer, done)
     params = start.params(settings)
     if done == 0:
-        _measure(run, UNTRAINED, 0, params)
+        metrics, _ = measure(run, UNTRAINED, 0, params)
+        if run.metrics is not None and metrics:
+            run.metrics.write(SFT if settings is run.config.sft else GRPO, 0, metrics)
     return start.state(settings, optimizer, params)
 
 
@@ -230,11 +231,11 @@ def _loop(
                 "perf/compile_seconds": run.compilations.seconds,
             }
             _count_bad(run, batch)
-            due = run.config.eval.every and (number - first) % run.config.eval.every == 0
             is_best = False
-            if number == last or (stage == GRPO and due):
-                metrics |= _heldout_metrics(_measure(run, stage, number, state.params))
-                is_best = _is_best(run, number, metrics)
+            if number == last or stage == GRPO:
+                place = None if number == last else number - first
+                measured, is_best = measure(run, stage, number, state.params, place)
+                metrics |= measured
             if run.metrics is not None:
                 run.metrics.write(stage, number, metrics)
                 run.progress.step(number - first, metrics)
@@ -300,40 +301,6 @@ def _check_skipped(run: Run, stage: str, number: int, state: TrainState) -> None
             f"{skipped} optimizer steps in a row had a non-finite gradient (step {number} is "
             "saved): lower the learning rate or look at the data."
         )
-
-
-def _measure(run: Run, stage: str, number: int, params: Params) -> Table:
-    if not run.evaluation.items:
-        run.progress.say("no picture is held out, so there are no held-out figures")
-        return {}
-    run.progress.doing(f"measuring held-out pictures ({stage}, step {number})")
-    start = time.perf_counter()
-    run.heldout[stage] = run.evaluation.measure(params, run.config.trained_tasks, run.config.seed)
-    spent = run.seconds.get("heldout", 0.0) + time.perf_counter() - start
-    run.seconds["heldout"] = round(spent, 2)
-    if number == 0 and run.metrics is not None:
-        first = SFT if run.config.sft.steps else GRPO
-        run.metrics.write(first, 0, _heldout_metrics(run.heldout[stage]))
-    return run.heldout[stage]
-
-
-def _is_best(run: Run, number: int, metrics: dict[str, float]) -> bool:
-    """Whether this step is better than all before; it is then the run's best."""
-    found = better(run.best, number, metrics, chosen_by(run.config))
-    if found is None:
-        return False
-    run.best = found
-    run.progress.say(f"step {number} is the best so far: {found.metric} {found.value:.4g}")
-    return True
-
-
-def _heldout_metrics(table: Table) -> dict[str, float]:
-    return {
-        f"heldout/{task}/{name}": value
-        for task, row in table.items()
-        for name, value in row.items()
-        if name != "count"
-    }
 
 
 def _save(run: Run, stage: str, number: int, state: TrainState, seconds: dict[str, float]) -> None:

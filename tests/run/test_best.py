@@ -1,7 +1,6 @@
 """The best checkpoint: chosen by what the config says, kept beside the newest, and exported."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,17 +47,17 @@ def rises_and_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out accuracy by step, in place of measuring it: the best is step 2."""
     values = {0: 0.2, 1: 0.3, 2: 0.9, 3: 0.5, 4: 0.9, 5: 0.1}
 
-    def measured(number: int) -> Iterator[dict]:
+    def measured(number: int) -> dict:
         row = dict.fromkeys(("accuracy_greedy", "accuracy_sampled", "format", "reward"), 0.0)
         return {"mean": row | {"accuracy_greedy": values[number], "count": 1}}
 
-    measure = training._measure
+    measure = training.measure
 
-    def at_step(run, stage, number, params):
+    def at_step(run, stage, number, *rest):
         monkeypatch.setattr(PretextEval, "measure", lambda *_: measured(number))
-        return measure(run, stage, number, params)
+        return measure(run, stage, number, *rest)
 
-    monkeypatch.setattr(training, "_measure", at_step)
+    monkeypatch.setattr(training, "measure", at_step)
 
 
 def test_the_best_step_stays_is_named_and_can_be_exported(
