@@ -23,6 +23,8 @@ from tests.conftest import random_params
 ROOT = Path(__file__).parents[1]
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
 ASK = ("--model=MODEL", "--question=Where?")
+ASKED = ("--model=MODEL", "--out=DIR/x", "--data=DIR/empty")
+PRETEXT = ("--benchmark=pretext", *ASKED[:2])
 BENCH = ("--model=tiny", "--random-weights")
 # What a sentence tells to try next begins or continues with one of these.
 NEXT = re.compile(
@@ -134,15 +136,29 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (convert.main, ["to-hf", "MODEL", "MODEL", "--overwrite"], ["holds what is read"]),
     (convert.main, ["to-hf", "DIR/cut", "DIR/x"], ["model.safetensors"]),
     (convert.main, ["merge-lora", "MODEL", "DIR/empty", "DIR/x"], ["adapter_config.json"]),
+    # evaluate
+    (evaluate.main, [], ["--benchmark is missing"]),
+    (evaluate.main, ["--benchmark=pretext", *ASKED[:1]], ["--source is missing"]),
+    (evaluate.main, ["--benchmark=blonk", *ASKED], ["unknown benchmark 'blonk'"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED], ["has no file of BLINK"]),
+    (evaluate.main, ["--benchmark=all", *ASKED[:2], "--data=PICTURE"], ["a.png is no folder"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED, "--source=scenes"], ["leave out --source"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED, "--samples=2"], ["give a --temperature"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED, "--max-frames=1"], ["--max-frames"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED, "--prompts=0"], ["--prompts"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED, "--reasoning", "--own-prompt"], ["two prompts"]),
+    (evaluate.main, [*PRETEXT, "--source=scene"], ["did you mean 'scenes'"]),
+    (evaluate.main, [*PRETEXT, "--source=scenes", "--heldout-share=1"], ["--heldout-share"]),
+    (evaluate.main, ["--score=DIR/x.jsonl"], ["x.jsonl cannot be read"]),
+    (evaluate.main, ["--score=DIR/x.jsonl", "--model=MODEL"], ["leave it out"]),
+    (evaluate.main, ["--score=DIR/x.jsonl", "--compare", "DIR", "DIR"], ["leave one out"]),
+    (evaluate.main, ["--score=DIR/x.jsonl", "--data=DIR"], ["--data is for a page's pictures"]),
+    (evaluate.main, ["--compare", "DIR/empty", "DIR"], ["empty has no predictions.jsonl"]),
     # prepare
     (prepare.main, ["coco", "/nowhere", "DIR/x"], ["coco:/nowhere"]),
     (prepare.main, ["coco", "DIR/empty", "DIR/x"], ["found no picture"]),
     (prepare.main, ["coco", "DIR/bad", "DIR/x"], ["1 of 1 pictures", "bad.png"]),
     (prepare.main, ["coco", "PICTURES", "PICTURE/x"], ["a.png"]),
-    # evaluate
-    (evaluate.main, ["--score=/nowhere/p.jsonl"], ["/nowhere/p.jsonl cannot be read"]),
-    (evaluate.main, ["--compare", "DIR/empty", "PICTURE"], ["empty has no predictions.jsonl"]),
-    (evaluate.main, ["--score=PICTURE", "--data=DIR"], ["--data is for the pictures of a page"]),
     # bench
     (bench.main, ["rollout", "--model=/nowhere/m"], ["/nowhere/m"]),
     (bench.main, ["rollout", *BENCH, "--runs=0"], ["--runs=0"]),

@@ -179,7 +179,7 @@ def test_a_page_stands_beside_the_scores(run, tmp_path: Path):
     code, _, err = run(f"--score={given}", f"--out={out}", f"--data={data}", "--overwrite")
     assert (code, err) == (0, "") and (out / "results.html").read_text().count("<img") == 6
     code, _, err = run(f"--score={given}", f"--data={data}")
-    assert code == 2 and "give --out=DIR for the page" in err
+    assert code == 2 and "give --out=DIR too" in err
     other = write(tmp_path / "other.jsonl", [{**LINES[0], "id": "x"}])
     code, _, err = run(f"--score={other}", f"--out={tmp_path / 'no'}", f"--data={data}")
     assert code == 2 and "has none of the questions that were answered (the first is x)" in err
@@ -208,7 +208,7 @@ def test_two_models_are_compared(run, tmp_path: Path):
     code, _, err = run("--compare", a, b)
     assert code == 2 and "1 question stands (3) only in A" in err and err.count("\n") == 1
     code, printed, err = run("--compare", a, b, "--allow-missing", "--json")
-    assert code == 0 and json.loads(printed)["count"] == 3 and "1 answers left out" in err
+    assert code == 0 and json.loads(printed)["count"] == 3 and "only A or B has them: 1" in err
     code, _, err = run("--compare", tmp_path / "a", b)
     assert code == 2 and "one in each of blink below it: give the folder that has it" in err
 

@@ -66,6 +66,23 @@ def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAME
     return Video(np.stack(frames), len(places) / total * native)
 
 
+def measure_video(
+    path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAMES
+) -> tuple[int, int, int]:
+    """Frames, height and width that `open_video` would give; one frame is decoded for it.
+
+    Raises:
+      as `open_video`, save that damage behind the first frame is not noticed.
+    """
+    with _reading(path) as av:
+        places = sample_places(*_count(av, path), fps, most)
+        with av.open(os.fspath(path)) as container:
+            frames = _take(container, np.zeros(1, np.int64))
+    if not frames:
+        raise BadPicture(f"{path}: no frame can be decoded.")
+    return len(places), *frames[0].shape[:2]
+
+
 @contextmanager
 def _reading(path: str | os.PathLike) -> Iterator[ModuleType]:
     """PyAV, and what it raises about a file as sentences."""

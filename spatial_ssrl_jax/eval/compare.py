@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.eval.benchmarks import SPECS, score_records
-from spatial_ssrl_jax.eval.question import Record
-from spatial_ssrl_jax.eval.scores import Cell, Metric, Scores, interval, mean
+from spatial_ssrl_jax.eval.benchmarks import SCORED, score_records
+from spatial_ssrl_jax.eval.question import SAMPLE, Record
+from spatial_ssrl_jax.eval.scores import Cell, Metric, Scores, cells_of, interval, mean
 
 GAINED, LOST = "gained", "lost"
 BOTH_RIGHT, BOTH_PARTLY, BOTH_WRONG = "both right", "both partly right", "both wrong"
 CHANGES = (GAINED, LOST, BOTH_RIGHT, BOTH_PARTLY, BOTH_WRONG)
 
 _NOT_BINARY = "scores are not only right or wrong"
-_TOGETHER = "questions that are scored together are not independent"
+_TOGETHER = "answers that are drawn together are not independent"
 _NAMED = 3  # ids that a sentence names
 
 
@@ -76,7 +76,7 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> Comparison:
       UserError: they cannot be scored, or group their questions differently.
     """
     (scored_a, scores_a), (scored_b, scores_b) = score_records(a), score_records(b)
-    metric = SPECS[scores_a.benchmark].metric
+    metric = SCORED[scores_a.benchmark].metric
     pairs = _paired_cells(metric, scored_a, scored_b)
     difference = [(unit, part, y - x) for unit, part, x, y in pairs]
     p_value, no_test = _test(pairs)
@@ -112,10 +112,9 @@ def in_pairs(
         raise UserError(
             f"A holds answers to {first} and B to {second}: give two runs of one benchmark."
         )
-    by_id = {record.id: record for record in b}
-    ids = {record.id for record in a}
-    alone = [r.id for r in a if r.id not in by_id], [r.id for r in b if r.id not in ids]
-    found = [(record, by_id[record.id]) for record in a if record.id in by_id]
+    of_a, of_b = ({_key(record): record for record in records} for records in (a, b))
+    alone = [r.id for r in a if _key(r) not in of_b], [r.id for r in b if _key(r) not in of_a]
+    found = [(record, of_b[key]) for key, record in of_a.items() if key in of_b]
     if any(alone) and not (allow_missing and found):
         parts = [
             f"{_some(only)} only in {name}" for only, name in zip(alone, "AB", strict=True) if only
@@ -153,6 +152,11 @@ def mcnemar(lost: int, gained: int) -> float:
     return float(binomtest(lost, changed, 0.5).pvalue) if changed else 1.0
 
 
+def _key(record: Record) -> tuple[str, int]:
+    """What tells answers to several questions, or several answers to one, apart."""
+    return record.id, record.meta.get(SAMPLE, 1)
+
+
 def _some(ids: Sequence[str]) -> str:
     more = ", …" if len(ids) > _NAMED else ""
     noun = "question stands" if len(ids) == 1 else "questions stand"
@@ -168,7 +172,7 @@ def _paired_cells(
     metric: Metric, a: Sequence[Record], b: Sequence[Record]
 ) -> list[tuple[Any, str, float, float]]:
     """Unit, part, and the values of A and B of each cell that the figure is a mean of."""
-    cells: list[list[Cell]] = [list(metric.cells(records)) for records in (a, b)]
+    cells: list[list[Cell]] = [cells_of(metric, records) for records in (a, b)]
     places = [[cell[:2] for cell in found] for found in cells]
     if places[0] != places[1]:
         raise UserError(

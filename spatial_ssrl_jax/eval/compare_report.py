@@ -5,14 +5,14 @@ from collections import Counter
 from pathlib import Path
 
 from spatial_ssrl_jax.eval import gallery
-from spatial_ssrl_jax.eval.benchmarks import SPECS
+from spatial_ssrl_jax.eval.benchmarks import SCORED
 from spatial_ssrl_jax.eval.compare import CHANGES, GAINED, LOST, Comparison
 from spatial_ssrl_jax.eval.gallery import Bar, Pictures, Questions
 from spatial_ssrl_jax.eval.question import Record
 from spatial_ssrl_jax.eval.results_page import RIGHT, verdict
 from spatial_ssrl_jax.page import filters, page, table
 
-COMPARISON = "comparison.html"
+COMPARISON, COMPARED = "comparison.html", "comparison.json"
 _LISTED = 8  # changed questions that the terminal names
 
 
@@ -32,7 +32,7 @@ def write_comparison_page(
       questions: where the pictures are; None leaves them out.
       shown: most questions that the page has.
     """
-    title = f"{SPECS[found.scores[0].benchmark].title}: B against A"
+    title = f"{SCORED[found.scores[0].benchmark].title}: B against A"
     categories = [
         (name, f"{row['a']:.2f}", f"{row['b']:.2f}", f"{row['difference']:+.2f}", row["count"])
         for name, row in found.categories.items()
@@ -60,7 +60,7 @@ def in_words(found: Comparison) -> str:
 def as_text(found: Comparison, names: tuple[str, str]) -> str:
     """Both scores, what their difference is worth, the categories, and what changed."""
     a, b = found.scores
-    lines = [f"{SPECS[a.benchmark].title}, {a.count} questions answered by both"]
+    lines = [f"{SCORED[a.benchmark].title}, {a.count} questions answered by both"]
     for letter, name, scores in zip("AB", names, (a, b), strict=True):
         low, high = scores.ci95
         lines.append(f"  {letter}  {scores.score:6.2f} [{low:.2f}, {high:.2f}]  {name}")
@@ -117,13 +117,12 @@ def _changed(found: Comparison, pictures: Pictures, shown: int) -> str:
 
 
 def _article(a: Record, b: Record, change: str, pictures: Pictures) -> str:
-    title = f"{a.id} · {a.category} · {change} · right answer {gallery.words_of(a.target)}"
     answers = "".join(
         gallery.answer("right" if verdict(r) == RIGHT else "wrong", f"{name}: {verdict(r)}", r)
         for name, r in (("A", a), ("B", b))
     )
     return (
         f'<article data-category="{html.escape(a.category)}" data-change="{change}">'
-        f"<h3>{html.escape(gallery.shortened(title, 300))}</h3>{pictures.of(a)}"
+        f"<h3>{html.escape(gallery.title_of(a, change))}</h3>{pictures.of(a)}"
         f"<pre>{html.escape(gallery.shortened(a.question))}</pre>{answers}</article>"
     )

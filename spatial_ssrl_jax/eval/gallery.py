@@ -4,12 +4,15 @@ import html
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from spatial_ssrl_jax.data.videos import stills
-from spatial_ssrl_jax.errors import BadPicture
-from spatial_ssrl_jax.eval.question import Question, Record
+from spatial_ssrl_jax.errors import BadPicture, UserError
+from spatial_ssrl_jax.eval.benchmarks import open_benchmark
+from spatial_ssrl_jax.eval.pretext_tasks import PRETEXT
+from spatial_ssrl_jax.eval.question import SAMPLE, Question, Record
 from spatial_ssrl_jax.page import picture_uri
 
 SHOWN = 800  # questions of a page
@@ -18,6 +21,37 @@ _BYTES = 3_000_000  # of all pictures of a page
 _SIDE, _PICTURES = 240, 4  # pixels of a picture's longer side, and pictures of a question
 
 Questions = Mapping[tuple[str, str], Question]  # by benchmark and id
+
+
+def questions_in(
+    data: Path | None, answers: Sequence[Sequence[Record]], allow_missing: bool
+) -> Questions:
+    """The questions of each benchmark's answers, for their pictures; none without `data`.
+
+    Raises:
+      UserError: `data` cannot be opened, or holds none of the questions that were answered.
+    """
+    found: dict[tuple[str, str], Question] = {}
+    for records in answers if data else ():
+        name = records[0].benchmark
+        if name == PRETEXT.name:
+            raise UserError("the pictures of the pretext tasks are in no file: leave out --data.")
+        opened = open_benchmark(name, data, allow_missing)
+        known = {(name, question.id): question for question in opened.questions}
+        if not any((name, record.id) in known for record in records):
+            raise UserError(
+                f"{data} has none of the questions that were answered (the first is "
+                f"{records[0].id}): give the --data that was asked."
+            )
+        found |= known
+    return found
+
+
+def title_of(record: Record, *words: str) -> str:
+    """A question's name, category and right answer, with `words` in between."""
+    sample = [f"sample {record.meta[SAMPLE]}"] if SAMPLE in record.meta else []
+    target = f"right answer {words_of(record.target)}"
+    return shortened(" · ".join([record.id, *sample, record.category, *words, target]), 300)
 
 
 def spread(kinds: Sequence[Hashable], most: int) -> list[int]:

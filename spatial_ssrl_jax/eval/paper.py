@@ -4,8 +4,9 @@
 four of them were asked directly, the last three with the format prompt for Spatial-SSRL only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from spatial_ssrl_jax.eval.scores import Scores
 
@@ -86,15 +87,13 @@ def blocks(figures: Mapping[str, float], titles: Mapping[str, str]) -> list[list
     Returns:
       The lines of each table, its head first, as cells of text.
     """
-    found = []
-    for names in (SPATIAL, GENERAL):
-        ours = Row("this model", {name: figures[name] for name in names if name in figures})
-        if not ours.figures:
-            continue
-        rows = [row for row in ROWS if set(row.figures) == set(names)]
-        head = ("", *(titles[name] for name in names), *_MEAN[names])
-        found.append([head, *(_cells(row, names) for row in (*rows, ours))])
-    return found
+    return [
+        [
+            ("", *(titles[name] for name in names), *_MEAN[names]),
+            *(_cells(row, names) for row in rows),
+        ]
+        for names, rows in _tables(figures)
+    ]
 
 
 def table(figures: Mapping[str, float], titles: Mapping[str, str]) -> str:
@@ -106,10 +105,36 @@ def table(figures: Mapping[str, float], titles: Mapping[str, str]) -> str:
     return "\n\n".join(texts)
 
 
-def _cells(row: Row, names: tuple[str, ...]) -> tuple[str, ...]:
+def table_json(figures: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The same tables as JSON types: the rows' figures by benchmark, and their mean where the
+    paper gives it; null where there is none."""
+    return [
+        {"rows": [{"model": row.model, "figures": _by_column(row, names)} for row in rows]}
+        for names, rows in _tables(figures)
+    ]
+
+
+def _by_column(row: Row, names: tuple[str, ...]) -> dict[str, float | None]:
+    return dict(zip((*names, *_MEAN[names]), _row_figures(row, names), strict=True))
+
+
+def _tables(figures: Mapping[str, float]) -> Iterator[tuple[tuple[str, ...], list[Row]]]:
+    """Of each of the paper's tables that has a figure, its columns, and its rows with ours."""
+    for names in (SPATIAL, GENERAL):
+        ours = Row("this model", {name: figures[name] for name in names if name in figures})
+        if ours.figures:
+            yield names, [*(row for row in ROWS if set(row.figures) == set(names)), ours]
+
+
+def _row_figures(row: Row, names: tuple[str, ...]) -> list[float | None]:
     figures = [row.figures.get(name) for name in names]
     if _MEAN[names]:
         figures.append(None if None in figures else sum(figures) / len(figures))
+    return [None if figure is None else round(figure, 4) for figure in figures]
+
+
+def _cells(row: Row, names: tuple[str, ...]) -> tuple[str, ...]:
+    figures = _row_figures(row, names)
     return row.model, *("–" if figure is None else f"{figure:.2f}" for figure in figures)
 
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spatial_ssrl_jax.eval import gallery
-from spatial_ssrl_jax.eval.benchmarks import SPECS
+from spatial_ssrl_jax.eval.benchmarks import SCORED
 from spatial_ssrl_jax.eval.gallery import Bar, Pictures, Questions
 from spatial_ssrl_jax.eval.paper import VARIANT, blocks, comparable, published
+from spatial_ssrl_jax.eval.pretext_tasks import CHANCE
 from spatial_ssrl_jax.eval.question import Record
 from spatial_ssrl_jax.eval.scores import Scores
 from spatial_ssrl_jax.page import filters, page, table
@@ -34,14 +35,14 @@ def write_results_page(
     """
     found = [scores for _, scores in results]
     one = found[0].benchmark if len(found) == 1 else None
-    title = SPECS[one].title if one else f"Results of {len(found)} benchmarks"
+    title = SCORED[one].title if one else f"Results of {len(found)} benchmarks"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if not one:
-        titles = {name: spec.title for name, spec in SPECS.items()}
+        titles = {name: spec.title for name, spec in SCORED.items()}
         ours = {scores.benchmark: comparable(scores) for scores in found}
         parts += [table(head, rows) for head, *rows in blocks(ours, titles)]
     for scores in found:
-        parts += [] if one else [f"<h2>{html.escape(SPECS[scores.benchmark].title)}</h2>"]
+        parts += [] if one else [f"<h2>{html.escape(SCORED[scores.benchmark].title)}</h2>"]
         parts.append(_figures(scores))
     records = [record for part, _ in results for record in part]
     parts.append(_answers(records, Pictures(questions or {}), shown))
@@ -65,9 +66,17 @@ def _figures(scores: Scores) -> str:
         "questions": f"{scores.count:,}",
         "without a readable answer (wrong)": f"{scores.unparsed:,}",
     }
-    figures |= {name.replace("_", " "): f"{value:.2f}" for name, value in scores.extra.items()}
+    figures |= {
+        name.replace("_", " "): f"{value:.2f}"
+        for name, value in scores.extra.items()
+        if not name.startswith(CHANCE)
+    }
     categories = [
-        Bar(name, found["score"], f"{found['score']:.2f} of {found['count']:,}")
+        Bar(
+            name,
+            found["score"],
+            f"{found['score']:.2f} of {found['count']:,}{_chance(scores, name)}",
+        )
         for name, found in scores.categories.items()
     ]
     parts = [gallery.tiles(figures), _beside_the_paper(scores)]
@@ -77,6 +86,11 @@ def _figures(scores: Scores) -> str:
             gallery.bars(categories),
         ]
     return "".join(parts)
+
+
+def _chance(scores: Scores, category: str) -> str:
+    chance = scores.extra.get(CHANCE + category)
+    return "" if chance is None else f", chance {chance:.2f}"
 
 
 def _beside_the_paper(scores: Scores) -> str:
@@ -125,9 +139,8 @@ def _article(record: Record, pictures: Pictures) -> str:
     data = {"benchmark": record.benchmark, "category": record.category, "answer": judged}
     fields = " ".join(f'data-{name}="{html.escape(value)}"' for name, value in data.items())
     words = judged if judged != PARTLY else f"{100 * record.score:.0f} % right"
-    title = f"{record.id} · {record.category} · right answer {gallery.words_of(record.target)}"
     return (
-        f"<article {fields}><h3>{html.escape(gallery.shortened(title, 300))}</h3>"
+        f"<article {fields}><h3>{html.escape(gallery.title_of(record))}</h3>"
         f"{pictures.of(record)}"
         f"<pre>{html.escape(gallery.shortened(record.question))}</pre>"
         f"{gallery.answer('right' if judged == RIGHT else 'wrong', words, record)}</article>"

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from spatial_ssrl_jax.data.pipeline import Collate, Split, batches, split_record
 from spatial_ssrl_jax.data.prompts import Extent, Processor
 from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.eval.pretext import PretextEval, Table, heldout_items
+from spatial_ssrl_jax.eval.pretext import PretextEval, Table, heldout_items, task_datasets
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import models
@@ -34,7 +34,6 @@ from spatial_ssrl_jax.run.preemption import Preemption
 from spatial_ssrl_jax.run.progress import Progress
 from spatial_ssrl_jax.run.start import check_start
 from spatial_ssrl_jax.run.tracker import Tracker, check_tracker
-from spatial_ssrl_jax.tasks import TASKS
 
 # Changing these between two starts of one run does not change what was trained before.
 _SAFE_TO_CHANGE = ("checkpoint", "log")
@@ -167,17 +166,9 @@ def _metrics(config: Config, workdir: Path, step: int) -> MetricsWriter:
 
 def heldout_datasets(parts: Parts) -> dict[str, grain.MapDataset]:
     """Each task alone over the held-out records."""
-    config, source, pool = parts.config, parts.source, parts.split.heldout
-    if not pool:
-        return {}
-    datasets = {}
-    for task in TASKS:
-        if task.needs_depth and not source.has_depth:
-            continue
-        alone = {name: _weighted(s, float(name == task.name)) for name, s in config.tasks.items()}
-        settings = replace(config, tasks=alone)
-        datasets[task.name] = items_of(settings, source, pool, parts.processor, config.seed + 1)
-    return datasets
+    config, pool = parts.config, parts.split.heldout
+    processor, limit = parts.processor, _limit(config)
+    return task_datasets(parts.source, pool, config.tasks, processor, config.seed + 1, limit)
 
 
 def pipeline(
@@ -252,10 +243,6 @@ def check_shards(config: Config, layout: Layout) -> None:
                 f"{name}={value} must be a multiple of the {layout.batch_shards} parts that "
                 "mesh.data x mesh.fsdp cuts a batch into."
             )
-
-
-def _weighted(settings: Any, weight: float) -> Any:
-    return replace(settings, weight=weight)
 
 
 def check_workdir(config: Config, workdir: Path, overwrite: bool) -> bool:
