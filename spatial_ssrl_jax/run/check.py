@@ -220,7 +220,8 @@ def _disk(config: Config, workdir: Path, stages: dict[str, dict]) -> dict[str, i
     place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     largest = max((s["checkpoint_bytes"] for s in stages.values()), default=0)
     # A new one is complete before an old one goes; the best and the cold start's last one stay.
-    best = config.eval.every > 0 and chosen_by(config) is not None
+    measured = max(config.eval.every, config.eval.benchmark_every) > 0
+    best = measured and chosen_by(config) is not None
     count = config.checkpoint.keep + 1 + best + bool(config.sft.steps)
     there = sum(p.stat().st_size for p in (workdir / "checkpoints").rglob("*") if p.is_file())
     return {

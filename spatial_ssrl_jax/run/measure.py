@@ -5,6 +5,8 @@ import time
 from spatial_ssrl_jax.eval.pretext import Table
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.run.best import better, chosen_by
+from spatial_ssrl_jax.run.log import log_benchmark
+from spatial_ssrl_jax.run.mesh import is_writer
 from spatial_ssrl_jax.run.setup import Run
 
 
@@ -27,6 +29,8 @@ def measure(
     metrics: dict[str, float] = {}
     if _due(place, run.config.eval.every):
         metrics |= _heldout_metrics(_heldout(run, stage, number, params))
+    if run.benchmark is not None and _due(place, run.config.eval.benchmark_every):
+        metrics |= _benchmark(run, stage, number, params)
     found = better(run.best, number, metrics, chosen_by(run.config)) if number else None
     if found is not None:
         run.best = found
@@ -47,6 +51,19 @@ def _heldout(run: Run, stage: str, number: int, params: Params) -> Table:
     run.heldout[stage] = run.evaluation.measure(params, run.config.trained_tasks, run.config.seed)
     _spend(run, "heldout", start)
     return run.heldout[stage]
+
+
+def _benchmark(run: Run, stage: str, number: int, params: Params) -> dict[str, float]:
+    benchmark = run.benchmark.benchmark
+    count, title = len(benchmark.questions), benchmark.spec.title
+    run.progress.doing(f"asking {count} questions of {title} ({stage}, step {number})")
+    start = time.perf_counter()
+    records, scores = run.benchmark.measure(params)
+    _spend(run, "benchmark", start)
+    if is_writer():
+        log_benchmark(run, number, records, scores)
+    names = {"score": scores.score, "unparsed_share": scores.unparsed / len(records)}
+    return {f"benchmark/{benchmark.name}/{name}": value for name, value in names.items()}
 
 
 def _spend(run: Run, name: str, start: float) -> None:

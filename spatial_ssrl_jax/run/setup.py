@@ -16,10 +16,12 @@ from spatial_ssrl_jax.data.pipeline import Collate, Split, batches, split_record
 from spatial_ssrl_jax.data.prompts import Extent, Processor
 from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.eval.benchmarks import Benchmark
 from spatial_ssrl_jax.eval.pretext import PretextEval, Table, heldout_items, task_datasets
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import models
+from spatial_ssrl_jax.run.benchmark import BenchmarkEval, how_to_ask, open_questions
 from spatial_ssrl_jax.run.best import Best
 from spatial_ssrl_jax.run.checkpoint import MODEL, Checkpoints, pass_over_damaged
 from spatial_ssrl_jax.run.mesh import (
@@ -51,6 +53,7 @@ class Parts:
     source: AnySource
     split: Split
     collate: Collate
+    questions: Benchmark | None
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Run(Parts):
     compute: Compute
     engine: Engine
     evaluation: PretextEval
+    benchmark: BenchmarkEval | None
     checkpoints: Checkpoints
     progress: Progress
     preemption: Preemption
@@ -98,7 +102,8 @@ def open_parts(config: Config) -> Parts:
         open_source(f"ssrl81k:{config.sft.responses}")
     check_shards(config, layout)
     collate = Collate(data.prompt_buckets, data.window_buckets)
-    return Parts(config, layout, model, processor, source, split, collate)
+    questions = open_questions(config)
+    return Parts(config, layout, model, processor, source, split, collate, questions)
 
 
 def compute_of(config: Config) -> Compute:
@@ -149,12 +154,20 @@ def open_run(
             config.reward,
             config.grpo.temperature,
         ),
+        benchmark=_benchmark(parts, engine),
         checkpoints=checkpoints,
         progress=progress,
         preemption=preemption,
         compilations=Compilations(),
         metrics=_metrics(config, workdir, checkpoints.latest() or 0) if is_writer() else None,
     )
+
+
+def _benchmark(parts: Parts, engine: Engine) -> BenchmarkEval | None:
+    if parts.questions is None:
+        return None
+    how = how_to_ask(parts.config, parts.layout)
+    return BenchmarkEval(parts.questions, parts.model.files, engine, parts.layout, how)
 
 
 def _metrics(config: Config, workdir: Path, step: int) -> MetricsWriter:
