@@ -251,7 +251,6 @@ def _score(args: argparse.Namespace) -> None:
     found: list[Result] = []
     # Several benchmarks would leave files of one name: each has a folder of its own.
     apart = args.out is not None and len(files) > 1
-    _check_out(args.out, (RESULTS,), args.overwrite)
     for path, records in files.items():
         out = args.out / records[0].benchmark if apart else args.out
         _check_out(out, (PREDICTIONS, SCORES, SUBMISSION), args.overwrite, path)
@@ -268,6 +267,7 @@ def _score(args: argparse.Namespace) -> None:
             print(f"{path}: {len(records) - len(kept)} left out, no target", file=sys.stderr)
         found.append(score_records(kept))
     if args.out and found:
+        _check_out(args.out, (RESULTS,), args.overwrite)
         questions = questions_in(args.data, [records for records, _ in found], args.allow_missing)
         for records, scores in found:
             write_results(args.out / scores.benchmark if apart else args.out, records, scores)

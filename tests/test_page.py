@@ -148,7 +148,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model, responses in (
         ("blink", "a", "ABA"),
         ("blink", "b", "BAA"),
-        ("spatial457", "a", ("yes", "no", r"I think that it is \boxed{yes}.", "perhaps")),
+        ("spatial457", "a", ("yes", "no", r"I think that it is \boxed{yes}.", "<think>Perhaps")),
     ):
         benchmark = open_benchmark(name, files.WRITERS[name](folder))
         path = paths[name, model] = folder / f"{name}_{model}.jsonl"

@@ -108,7 +108,7 @@ class Pictures:
             f'<figure><img src="{picture_uri(image, _SIDE)}" alt=""></figure>' for image in found
         )
         self.left -= len(figures)
-        figures += f'<p class="soft">and {more} more</p>' if more > 0 else ""
+        figures += f'<p class="soft">and {more} more</p>' if figures and more > 0 else ""
         return f'<div class="pictures">{figures}</div>' if figures else ""
 
     def _read(self, question: Question) -> tuple[list[np.ndarray], int]:

@@ -68,7 +68,9 @@ def test_several_benchmarks_share_a_page_in_the_papers_form(tmp_path: Path):
     # 3 for 4 is off by a quarter: the limits from 0.25 to 0.5 hold, but strictly only five of them
     assert ("vsi_bench", "object_counting", "partly right") in articles(page)
     assert "60 % right" in page and "figure &#x27;paper&#x27; above" in page
-    assert "<td>this model</td><td>75.00</td>" in page and "<dd>80.00</dd>" in page
+    assert (
+        "<td>this model</td><td>75.00</td>" in page and "<dd>70.00</dd>" in page
+    )  # one of three levels
 
 
 def test_thousands_of_questions_stay_small_and_every_kind_is_there(tmp_path: Path):
