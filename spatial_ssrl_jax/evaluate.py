@@ -162,7 +162,7 @@ def _ask(args: argparse.Namespace) -> None:
         if several:
             figures = {scores.benchmark: comparable(scores) for scores in found}
             write_whole(args.out / TABLE, json.dumps(table_json(figures), indent=1) + "\n")
-        _print(found, len(benchmarks), args.json)
+        _print(found, several, args.json)
 
 
 def _open(args: argparse.Namespace, model: ModelFolder, progress: Progress) -> list[Benchmark]:
@@ -234,7 +234,7 @@ def _score(args: argparse.Namespace) -> None:
         if out:
             write_results(out, scored, scores)
         found.append(scores)
-    _print(found, len(files), args.json)
+    _print(found, len(files) > 1, args.json)
 
 
 def _check_out(folder: Path | None, overwrite: bool, read: Path) -> None:
@@ -247,12 +247,12 @@ def _check_out(folder: Path | None, overwrite: bool, read: Path) -> None:
             raise UserError(f"{path} exists: choose another folder or give --overwrite.")
 
 
-def _print(found: Sequence[Scores], files: int, as_json: bool) -> None:
+def _print(found: Sequence[Scores], several: bool, as_json: bool) -> None:
     if as_json:
         whole = [scores.as_json() for scores in found]
-        print(json.dumps(whole[0] if files == len(whole) == 1 else {"scores": whole}))
-    elif len(found) == 1:
-        print(_report(found[0]))
+        print(json.dumps({"scores": whole} if several or not whole else whole[0]))
+    elif not several:
+        print("\n".join(map(_report, found)), end="\n" if found else "")
     elif found:
         titles = {name: spec.title for name, spec in SCORED.items()}
         ours = {scores.benchmark: comparable(scores) for scores in found}

@@ -261,7 +261,7 @@ def test_a_prompt_that_is_too_long_is_named(run, checkpoint: Path, many: Path, t
 
 def test_pretext_tasks_stand_beside_chance(run, checkpoint: Path, tmp_path: Path):
     """Asked as in training, over held-out pictures; what was asked can be scored again."""
-    words = [f"--model={checkpoint}", "--benchmark=pretext", "--source=scenes:40:96x96"]
+    words = [f"--model={checkpoint}", "--benchmark=pretext", "--source=scenes:40:224x224"]
     words += [f"--out={tmp_path / 'out'}", *SMALL, "--examples=3", "--reasoning"]
     code, out, err = run(*words, "--heldout-share=0.2")
     assert code == 0, err
