@@ -2,8 +2,7 @@
 
 import argparse
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -13,33 +12,17 @@ from rich.console import Console
 from spatial_ssrl_jax.config import MeshSettings
 from spatial_ssrl_jax.data.prompts import Processor
 from spatial_ssrl_jax.errors import UserError, run_command
+from spatial_ssrl_jax.eval.answered import compare_files, score_files
 from spatial_ssrl_jax.eval.asking import How, Respondent
-from spatial_ssrl_jax.eval.benchmarks import SCORED, SETS, Benchmark, for_server, score_records
-from spatial_ssrl_jax.eval.compare import compare, in_pairs
-from spatial_ssrl_jax.eval.compare_report import (
-    COMPARED,
-    COMPARISON,
-    as_text,
-    write_comparison_page,
-)
-from spatial_ssrl_jax.eval.gallery import questions_in
-from spatial_ssrl_jax.eval.paper import VARIANT, comparable, published, table, table_json
-from spatial_ssrl_jax.eval.predictions import (
-    PREDICTIONS,
-    SCORES,
-    SUBMISSION,
-    TABLE,
-    predictions_in,
-    read_predictions,
-    write_results,
-    write_whole,
-)
+from spatial_ssrl_jax.eval.benchmarks import SCORED, SETS, Benchmark
+from spatial_ssrl_jax.eval.compare_report import COMPARED
+from spatial_ssrl_jax.eval.paper import comparable, table_json
+from spatial_ssrl_jax.eval.predictions import TABLE, write_whole
 from spatial_ssrl_jax.eval.pretext import open_pretext
-from spatial_ssrl_jax.eval.pretext_tasks import CHANCE, PRETEXT
-from spatial_ssrl_jax.eval.question import Record
+from spatial_ssrl_jax.eval.pretext_tasks import PRETEXT
+from spatial_ssrl_jax.eval.printing import print_scores
 from spatial_ssrl_jax.eval.results_page import RESULTS, Result, write_results_page
-from spatial_ssrl_jax.eval.runs import journals, open_set, run, submit, tell_left_out
-from spatial_ssrl_jax.eval.scores import Scores
+from spatial_ssrl_jax.eval.runs import journals, open_set, run, tell_left_out
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout import options
 from spatial_ssrl_jax.rollout.engine import Engine
@@ -54,9 +37,9 @@ _DATA = "its question file, or a folder that holds it; with answers that are the
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
     if args.compare:
-        _compare(args)
+        compare_files(args)
     elif args.score:
-        _score(args)
+        score_files(args)
     else:
         _ask(args)
 
@@ -195,7 +178,7 @@ def _ask(args: argparse.Namespace) -> None:
         if several:
             figures = {each.benchmark: comparable(each) for each in scores}
             write_whole(args.out / TABLE, json.dumps(table_json(figures), indent=1) + "\n")
-        _print(scores, several, args.json)
+        print_scores(scores, several, args.json)
 
 
 def _open(args: argparse.Namespace, model: ModelFolder, progress: Progress) -> list[Benchmark]:
@@ -242,125 +225,6 @@ def _respondent(model: ModelFolder, args: argparse.Namespace, progress: Progress
     compute = Compute(_dtype(args))
     engine = Engine(model.config, compute, stops, shards=layout.batch_shards)
     return Respondent(model.files, engine, layout, params, engine.fill(params))
-
-
-def _score(args: argparse.Namespace) -> None:
-    """Scores files of answers, without a model."""
-    files = {path: read_predictions(path) for path in args.score}
-    _check_apart(files)
-    found: list[Result] = []
-    # Several benchmarks would leave files of one name: each has a folder of its own.
-    apart = args.out is not None and len(files) > 1
-    for path, records in files.items():
-        out = args.out / records[0].benchmark if apart else args.out
-        _check_out(out, (PREDICTIONS, SCORES, SUBMISSION), args.overwrite, path)
-        if for_server(records):
-            if out is None:
-                raise UserError(
-                    f"the right answers of {records[0].benchmark}'s test split are not public: "
-                    f"give --out=DIR for its {SUBMISSION}, or score the dev split."
-                )
-            submit(records, out, partial(print, file=sys.stderr))
-            continue
-        kept = [r for r in records if r.target or not args.allow_missing]
-        if len(kept) < len(records):
-            print(f"{path}: {len(records) - len(kept)} left out, no target", file=sys.stderr)
-        found.append(score_records(kept))
-    if args.out and found:
-        _check_out(args.out, (RESULTS,), args.overwrite)
-        questions = questions_in(args.data, [records for records, _ in found], args.allow_missing)
-        for records, scores in found:
-            write_results(args.out / scores.benchmark if apart else args.out, records, scores)
-        write_results_page(args.out / RESULTS, found, questions)
-    _print([scores for _, scores in found], len(files) > 1, args.json)
-
-
-def _compare(args: argparse.Namespace) -> None:
-    """Compares two files of answers, without a model."""
-    paths = [predictions_in(path) for path in args.compare]
-    _check_out(args.out, (COMPARISON, COMPARED), args.overwrite)
-    records = [read_predictions(path) for path in paths]
-    a, b = in_pairs(*records, args.allow_missing)
-    left = sum(map(len, records)) - len(a) - len(b)
-    if left:
-        print(f"answers left out, as only A or B has them: {left}", file=sys.stderr)
-    found, names = compare(a, b), tuple(map(str, args.compare))
-    if args.out:
-        questions = questions_in(args.data, [a], args.allow_missing)
-        write_comparison_page(args.out / COMPARISON, found, names, questions)
-        write_whole(args.out / COMPARED, json.dumps(found.as_json(), indent=1) + "\n")
-    print(json.dumps(found.as_json()) if args.json else as_text(found, names))
-
-
-def _check_apart(files: Mapping[Path, Sequence[Record]]) -> None:
-    """Raises `UserError` where two files answer one benchmark: their results have one name."""
-    names = [records[0].benchmark for records in files.values()]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        both = [str(p) for p, name in zip(files, names, strict=True) if name == twice]
-        raise UserError(
-            f"{' and '.join(both)} hold answers to {twice}: score them one by one, or give two to "
-            "--compare."
-        )
-
-
-def _check_out(
-    folder: Path | None, names: Sequence[str], overwrite: bool, read: Path | None = None
-) -> None:
-    """Raises `UserError` where results would replace others, or what they are made from."""
-    for name in names if folder else ():
-        path = folder / name
-        if read is not None and path.exists() and path.resolve() == read.resolve():
-            raise UserError(f"{path} is what is read: choose another folder for --out.")
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} exists: choose another folder or give --overwrite.")
-
-
-def _print(found: Sequence[Scores], several: bool, as_json: bool) -> None:
-    if as_json:
-        whole = [scores.as_json() for scores in found]
-        print(json.dumps({"scores": whole} if several or not whole else whole[0]))
-    elif not several:
-        print("\n".join(map(_report, found)), end="\n" if found else "")
-    elif found:
-        titles = {name: spec.title for name, spec in SCORED.items()}
-        ours = {scores.benchmark: comparable(scores) for scores in found}
-        print("\n".join([*map(_headline, found), "", table(ours, titles)]))
-
-
-def _headline(scores: Scores) -> str:
-    low, high = scores.ci95
-    return (
-        f"{SCORED[scores.benchmark].title}: {scores.score:.2f} [{low:.2f}, {high:.2f}], "
-        f"{scores.count} questions, {scores.unparsed} without an answer that can be read (wrong)"
-    )
-
-
-def _report(scores: Scores) -> str:
-    """The score with its interval, its categories, and the paper's figures."""
-    lines = [_headline(scores)]
-    lines += [
-        f"  {name}: {value:.2f}"
-        for name, value in scores.extra.items()
-        if not name.startswith(CHANCE)
-    ]
-    width = max(map(len, scores.categories))
-    lines += [
-        f"  {name:{width}}  {found['score']:6.2f}  of {found['count']}{_chance(scores, name)}"
-        for name, found in scores.categories.items()
-    ]
-    rows = published(scores.benchmark)
-    if rows:
-        variant = VARIANT.get(scores.benchmark)
-        lines.append(f"the paper{f' (compare {variant!r} above)' if variant else ''}:")
-        lines += [f"  {model}: {value:.2f}" for model, value in rows.items()]
-    return "\n".join(lines)
-
-
-def _chance(scores: Scores, category: str) -> str:
-    """What guessing gives in a category, where that is known."""
-    chance = scores.extra.get(CHANCE + category)
-    return "" if chance is None else f"  (chance {chance:.2f})"
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ class Journal:
     ) -> np.ndarray:
         """[n] bool, which questions have all their answers; the same on every process.
 
+        Where a stop left some of a question's answers, they go: it is asked again.
+
         Args:
           questions, asked: n questions, and in which words.
           samples: answers to each.
@@ -104,6 +106,10 @@ class Journal:
                     "other words: give the same --data, choose another --out, or give --overwrite."
                 )
             count[place] += 1
+        whole = [r for r in self.records if count[places[r.id]] == samples]
+        if len(whole) < len(self.records):
+            self.records = whole
+            write_whole(self.path, "".join(map(as_line, whole)))
         return gather_rows(count == samples)[: len(count)]
 
     def add(self, records: Iterable[Record]) -> None:

@@ -27,7 +27,7 @@ def read_predictions(path: Path) -> list[Record]:
     try:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from None
+        raise UserError(f"{path} cannot be read ({error}): check the path.") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{path} holds no prediction.")

@@ -67,6 +67,8 @@ class Reader:
         except BadPicture as error:
             self._note(place, error)
             return None
+        except UserError as error:
+            raise UserError(f"{self._name(place)}: {error}") from None
         if extent.tokens > self.most:
             raise UserError(
                 f"{self._name(place)} takes {extent.tokens} tokens with its pictures, but at most "

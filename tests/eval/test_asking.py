@@ -75,7 +75,7 @@ def test_each_benchmark_is_asked_and_scored(name: str, one_device: Path, fourtee
     assert [record["question"] for record in records] == [
         benchmark.prompt(q).text for q in benchmark.questions
     ]
-    assert len({record["response"] for record in records}) > 1
+    assert all(record["response"] for record in records)
     scores = json.loads((one_device / name / "scores.json").read_text())
     assert scores["benchmark"] == name and scores["count"] == len(records)
     assert scores["unparsed"] == sum(not record["parsed"] for record in records)
@@ -113,6 +113,8 @@ def test_eight_devices_answer_the_same(
     for name in SPECS:
         assert answers(tmp_path / name) == answers(one_device / name), name
     assert "this model" in out and "Spatial-SSRL-7B" in out
+    said = [response for name in SPECS for response in answers(tmp_path / name).values()]
+    assert len(set(said)) > len(said) / 2, "answers do not depend on what is asked"
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +263,7 @@ def test_a_prompt_that_is_too_long_is_named(run, checkpoint: Path, many: Path, t
 
 def test_pretext_tasks_stand_beside_chance(run, checkpoint: Path, tmp_path: Path):
     """Asked as in training, over held-out pictures; what was asked can be scored again."""
-    words = [f"--model={checkpoint}", "--benchmark=pretext", "--source=scenes:40:96x96"]
+    words = [f"--model={checkpoint}", "--benchmark=pretext", "--source=scenes:40:224x224"]
     words += [f"--out={tmp_path / 'out'}", *SMALL, "--examples=3", "--reasoning"]
     code, out, err = run(*words, "--heldout-share=0.2")
     assert code == 0, err

@@ -27,9 +27,10 @@ def test_every_question_is_asked_once_in_few_shapes_and_fits():
 
 def test_what_would_not_fill_a_batch_joins_the_next_larger():
     extents = [Extent(5000, 300), Extent(1000, 60), Extent(100, 0), *[Extent(90, 0)] * 5]
-    (batch,) = plan_batches(extents, shards=1, most=16)
-    assert batch.places == tuple(range(8)) and batch.size == 6  # of 5,000 tokens no more at a time
-    assert (batch.shape.tokens, batch.shape.windows) >= (5000, 300)
+    first, rest = plan_batches(extents, shards=1, most=16)
+    assert first.size * first.shape.tokens <= 32768 < (first.size + 1) * first.shape.tokens
+    assert first.places == tuple(range(first.size)) and first.shape.windows >= 300
+    assert rest.places == tuple(range(first.size, 8)) and rest.shape == Extent(128, 0)
 
 
 def test_questions_about_one_video_stand_together():
