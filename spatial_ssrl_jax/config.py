@@ -247,10 +247,14 @@ class CheckpointSettings:
     Attributes:
       every: steps between checkpoints; the last step of a stage is always saved.
       keep: newest checkpoints kept.
+      best: what the best one is chosen by, which is kept besides: the score of `eval.benchmark`
+        (`benchmark`), the mean greedy accuracy on held-out pictures (`heldout`), the first of
+        these that there is (`auto`), or `none`. A step that is better than all before is saved.
     """
 
     every: int = 5
     keep: int = 3
+    best: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -279,12 +283,23 @@ class EvalSettings:
       samples: sampled responses a held-out prompt, at the training temperature.
       every: GRPO steps between held-out measurements; 0 measures between stages only.
       prompts: prompts evaluated at a time.
+      benchmark: one of `evaluate`'s benchmarks that is asked while training goes on, greedily, with
+        the limits of `rollout` and `data`; empty: none.
+      benchmark_data: its files, as `evaluate --data` takes them.
+      benchmark_style: in whose words: `direct`, `reasoning` or `own`, see `evaluate`.
+      benchmark_count: questions that are asked, evenly over the file; 0 asks all.
+      benchmark_every: GRPO steps between; 0 asks between stages only.
     """
 
     examples: int = 64
     samples: int = 4
     every: int = 0
     prompts: int = 64
+    benchmark: str = ""
+    benchmark_data: str = ""
+    benchmark_style: str = "reasoning"
+    benchmark_count: int = 200
+    benchmark_every: int = 0
 
 
 def _task_settings() -> dict[str, Any]:

@@ -38,6 +38,8 @@ _AT_LEAST_ZERO = (
     "data.workers",
     "grpo.refills",
     "eval.every",
+    "eval.benchmark_count",
+    "eval.benchmark_every",
     "log.rollouts_every",
     "log.rollouts_count",
 )
@@ -50,6 +52,8 @@ _CHOICES = {
     "grpo.aggregation": ("token", "sequence", "dr_grpo"),
     "grpo.old_logprobs": ("recomputed", "sampler"),
     "grpo.correction": ("none", "truncate", "mask"),
+    "eval.benchmark_style": ("direct", "reasoning", "own"),
+    "checkpoint.best": ("auto", "benchmark", "heldout", "none"),
     "reward.rule": ("paper", "strict", "tolerant"),
 }
 
@@ -73,6 +77,7 @@ def check_settings(config: "Config") -> None:
     for name, stage in (("sft", config.sft), ("grpo", config.grpo)):
         _check_trained(name, stage)
     _check_stages(config)
+    _check_benchmark(config)
 
 
 def _value(config: "Config", name: str):
@@ -103,6 +108,25 @@ def _check_ranges(config: "Config") -> None:
         raise UserError(f"grpo.correction_limit={grpo.correction_limit} must be at least 1.")
     if config.reward.length_span < 1:
         raise UserError(f"reward.length_span={config.reward.length_span} must be at least 1.")
+
+
+def _check_benchmark(config: "Config") -> None:
+    """Refuses a benchmark without files, and settings of one that is not asked."""
+    found, best = config.eval, config.checkpoint.best
+    if found.benchmark and not found.benchmark_data:
+        raise UserError(
+            f"eval.benchmark={found.benchmark} needs its files: set eval.benchmark_data."
+        )
+    if not found.benchmark and (found.benchmark_data or found.benchmark_every):
+        raise UserError(
+            "eval.benchmark_data and eval.benchmark_every do nothing without a benchmark: set "
+            "eval.benchmark."
+        )
+    if not found.benchmark and best == "benchmark":
+        raise UserError(
+            "checkpoint.best=benchmark needs one that is asked: set eval.benchmark, or choose "
+            "heldout."
+        )
 
 
 def _check_batches(config: "Config") -> None:

@@ -17,7 +17,7 @@ from spatial_ssrl_jax.data.videos import FPS, MOST_FRAMES, open_video
 from spatial_ssrl_jax.errors import BadPicture, UserError, run_command
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
-from spatial_ssrl_jax.rollout.sampling import Sampling
+from spatial_ssrl_jax.rollout.options import add_options, check_options
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.models import open_model
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         limit=limit,
         key=jax.random.key(args.seed),
         prompt_index=np.zeros(1, np.int32),
-        sampling=Sampling(args.temperature, args.top_p),
+        sampling=args.sampling,
         on_tokens=stream,
     )
     samples = [_sample(processor, rollout, g, args.max_new_tokens) for g in range(args.samples)]
@@ -110,34 +110,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--video", action="append", default=[], type=Path, help="may be repeated")
     parser.add_argument("--fps", type=float, default=FPS, help="frames a second of a video")
     parser.add_argument("--max-frames", type=int, default=MOST_FRAMES, help="of one video")
-    parser.add_argument("--min-pixels", type=int, help="area of a picture or frame: by the model")
-    parser.add_argument("--max-pixels", type=int, help="area of a picture or frame: by the model")
     parser.add_argument("--question", required=True)
     parser.add_argument("--reasoning", action="store_true", help="append the format prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument(
         "--max-prompt-tokens", type=int, help="a longer prompt is refused: what the model takes"
     )
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on CPU")
+    add_options(parser, new_tokens=512)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    if args.samples < 1 or args.max_new_tokens < 1:
-        raise UserError("--samples and --max-new-tokens must be at least 1.")
+    args.sampling = check_options(args)
     if not 0 < args.fps < math.inf or args.max_frames < 2:
         raise UserError("--fps must be above 0, and --max-frames at least 2.")
-    limits = [
-        n for n in (args.min_pixels, args.max_pixels, args.max_prompt_tokens) if n is not None
-    ]
-    if min(limits, default=1) < 1:
-        raise UserError("--min-pixels, --max-pixels and --max-prompt-tokens must be at least 1.")
-    if not 0 <= args.seed < 2**31:
-        raise UserError("--seed must be at least 0 and below 2147483648.")
-    if not args.temperature >= 0 or not 0 < args.top_p <= 1:
-        raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1.")
+    if args.max_prompt_tokens is not None and args.max_prompt_tokens < 1:
+        raise UserError("--max-prompt-tokens must be at least 1.")
     return args
 
 

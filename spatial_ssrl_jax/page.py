@@ -54,11 +54,11 @@ def filters(choices: dict[str, Iterable[object]]) -> str:
     return f'<p class="filters">{"".join(selects)}<output class="soft"></output></p>'
 
 
-def picture_uri(picture: Image.Image | np.ndarray) -> str:
-    """A picture, brought to at most 320 pixels a side, as a JPEG data URI."""
+def picture_uri(picture: Image.Image | np.ndarray, side: int = _PICTURE) -> str:
+    """A picture, brought to at most `side` pixels a side, as a JPEG data URI."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image = image.convert("RGB")
-    image.thumbnail((_PICTURE, _PICTURE))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

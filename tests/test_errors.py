@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatial_ssrl_jax import bench, convert, generate, plan, prepare, preview, train
+from spatial_ssrl_jax import bench, convert, evaluate, generate, plan, prepare, preview, train
 from spatial_ssrl_jax.errors import UserError, run_command
 from spatial_ssrl_jax.run import models
 from tests.conftest import random_params
@@ -23,6 +23,8 @@ from tests.conftest import random_params
 ROOT = Path(__file__).parents[1]
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
 ASK = ("--model=MODEL", "--question=Where?")
+ASKED = ("--model=MODEL", "--out=DIR/x", "--data=DIR/empty")
+PRETEXT = ("--benchmark=pretext", *ASKED[:2])
 BENCH = ("--model=tiny", "--random-weights")
 # What a sentence tells to try next begins or continues with one of these.
 NEXT = re.compile(
@@ -58,6 +60,10 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (train.main, train_with("grpo.updates=3"), ["grpo.updates=3 must divide"]),
     (train.main, train_with("seed=-1"), ["seed=-1"]),
     (train.main, train_with("eval.every=-1"), ["eval.every=-1"]),
+    (train.main, train_with("eval.benchmark=blink"), ["eval.benchmark=blink needs its files"]),
+    (train.main, train_with("eval.benchmark_every=5"), ["do nothing without a benchmark"]),
+    (train.main, train_with("checkpoint.best=benchmark"), ["checkpoint.best=benchmark", "heldout"]),
+    (train.main, train_with("checkpoint.best=most"), ["checkpoint.best=most is unknown"]),
     (train.main, train_with("sft.freeze=all"), ["sft.freeze=all"]),
     (train.main, train_with("tasks.shuffle.weight=0"), ["every task has weight 0"]),
     (train.main, train_with("sft.steps=0", "grpo.steps=0"), ["nothing to train"]),
@@ -135,6 +141,24 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (convert.main, ["to-hf", "MODEL", "MODEL", "--overwrite"], ["holds what is read"]),
     (convert.main, ["to-hf", "DIR/cut", "DIR/x"], ["model.safetensors"]),
     (convert.main, ["merge-lora", "MODEL", "DIR/empty", "DIR/x"], ["adapter_config.json"]),
+    # evaluate
+    (evaluate.main, [], ["--benchmark is missing"]),
+    (evaluate.main, ["--benchmark=pretext", *ASKED[:1]], ["--source is missing"]),
+    (evaluate.main, ["--benchmark=blonk", *ASKED], ["unknown benchmark 'blonk'"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED], ["has no file of BLINK"]),
+    (evaluate.main, ["--benchmark=all", *ASKED[:2], "--data=PICTURE"], ["a.png is no folder"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED, "--source=scenes"], ["leave out --source"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED, "--samples=2"], ["give a --temperature"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED, "--max-frames=1"], ["--max-frames"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED, "--prompts=0"], ["--prompts"]),
+    (evaluate.main, ["--benchmark=blink", *ASKED, "--reasoning", "--own-prompt"], ["two prompts"]),
+    (evaluate.main, [*PRETEXT, "--source=scene"], ["did you mean 'scenes'"]),
+    (evaluate.main, [*PRETEXT, "--source=scenes", "--heldout-share=1"], ["--heldout-share"]),
+    (evaluate.main, ["--score=DIR/x.jsonl"], ["x.jsonl cannot be read"]),
+    (evaluate.main, ["--score=DIR/x.jsonl", "--model=MODEL"], ["leave it out"]),
+    (evaluate.main, ["--score=DIR/x.jsonl", "--compare", "DIR", "DIR"], ["leave one out"]),
+    (evaluate.main, ["--score=DIR/x.jsonl", "--data=DIR"], ["--data is for a page's pictures"]),
+    (evaluate.main, ["--compare", "DIR/empty", "DIR"], ["empty has no predictions.jsonl"]),
     # prepare
     (prepare.main, ["coco", "/nowhere", "DIR/x"], ["coco:/nowhere"]),
     (prepare.main, ["coco", "DIR/empty", "DIR/x"], ["found no picture"]),

@@ -167,6 +167,58 @@ def test_nothing_is_overwritten_unasked(run, tmp_path: Path):
     assert code == 2 and "is what is read" in err
 
 
+def test_a_page_stands_beside_the_scores(run, tmp_path: Path):
+    given, out = write(tmp_path / "predictions.jsonl", LINES), tmp_path / "out"
+    assert run(f"--score={given}", f"--out={out}")[0] == 0
+    page = (out / "results.html").read_text()
+    assert page.count("<article") == 4 and "<img" not in page
+    (out / "scores.json").unlink(), (out / "predictions.jsonl").unlink()
+    code, _, err = run(f"--score={given}", f"--out={out}")
+    assert code == 2 and "results.html exists" in err
+    data = files.WRITERS["blink"](tmp_path)
+    code, _, err = run(f"--score={given}", f"--out={out}", f"--data={data}", "--overwrite")
+    assert (code, err) == (0, "") and (out / "results.html").read_text().count("<img") == 6
+    code, _, err = run(f"--score={given}", f"--data={data}")
+    assert code == 2 and "give --out=DIR too" in err
+    other = write(tmp_path / "other.jsonl", [{**LINES[0], "id": "x"}])
+    code, _, err = run(f"--score={other}", f"--out={tmp_path / 'no'}", f"--data={data}")
+    assert code == 2 and "has none of the questions that were answered (the first is x)" in err
+    assert not (tmp_path / "no").exists()
+
+
+def test_two_models_are_compared(run, tmp_path: Path):
+    a, b, out = tmp_path / "a" / "blink", tmp_path / "b.jsonl", tmp_path / "out"
+    a.mkdir(parents=True)
+    write(a / "predictions.jsonl", LINES)
+    write(
+        b, [*LINES[:1], {**LINES[1], "response": "B"}, *({**x, "response": "A"} for x in LINES[2:])]
+    )
+    code, printed, _ = run("--compare", a, b, f"--out={out}")
+    assert code == 0 and "BLINK, 4 questions answered by both" in printed
+    assert "2 gained, 1 lost, 1 both right" in printed and "lost: 1" in printed
+    code, as_json, _ = run("--compare", a, b, "--json")
+    found = json.loads(as_json)
+    assert found == json.loads((out / "comparison.json").read_text())
+    assert found["difference"] == 25 and found["flipped"] == {"gained": ["2", "3"], "lost": ["1"]}
+    assert found["a"]["unparsed"] == 1 and found["mcnemar_p"] == 1.0
+    assert (out / "comparison.html").read_text().count("<article") == 3
+    code, _, err = run("--compare", a, b, f"--out={out}")
+    assert code == 2 and "comparison.html exists" in err
+    write(b, LINES[:3])
+    code, _, err = run("--compare", a, b)
+    assert code == 2 and "1 question stands (3) only in A" in err and err.count("\n") == 1
+    code, printed, err = run("--compare", a, b, "--allow-missing", "--json")
+    assert code == 0 and json.loads(printed)["count"] == 3 and "only A or B has them: 1" in err
+    code, _, err = run("--compare", tmp_path / "a", b)
+    assert code == 2 and "one in each of blink below it: give the folder that has it" in err
+
+
+def test_two_files_of_one_benchmark_are_not_mixed(run, tmp_path: Path):
+    given = [write(tmp_path / name, LINES) for name in ("a.jsonl", "b.jsonl")]
+    code, out, err = run("--score", *given)
+    assert (code, out) == (2, "") and "b.jsonl hold answers to blink: score them one by one" in err
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax import preview
+from spatial_ssrl_jax import evaluate, preview
 from spatial_ssrl_jax.config import Config, to_dict
+from spatial_ssrl_jax.eval.benchmarks import open_benchmark
+from spatial_ssrl_jax.eval.predictions import as_line
+from spatial_ssrl_jax.eval.question import record_of
 from spatial_ssrl_jax.run.metrics import MetricsWriter
 from spatial_ssrl_jax.run.report import write_report
 from spatial_ssrl_jax.run.rollouts import write_rollouts
+from tests.eval import files
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +138,68 @@ def test_the_previews_examples_are_chosen_by_task_and_kind(browser, tmp_path: Pa
         "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     )
     assert wide == 0
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scores of two benchmarks, and of one of them a comparison with other answers."""
+    folder = tmp_path_factory.mktemp("answers")
+    paths = {}
+    for name, model, responses in (
+        ("blink", "a", "ABA"),
+        ("blink", "b", "BAA"),
+        ("spatial457", "a", ("yes", "no", r"I think that it is \boxed{yes}.", "<think>Perhaps")),
+    ):
+        benchmark = open_benchmark(name, files.WRITERS[name](folder))
+        path = paths[name, model] = folder / f"{name}_{model}.jsonl"
+        records = [
+            record_of(question, benchmark.prompt(question), responses[i % len(responses)])
+            for i, question in enumerate(benchmark.questions)
+        ]
+        path.write_text("".join(map(as_line, records)), "utf-8")
+    given = [str(paths["blink", "a"]), str(paths["spatial457", "a"])]
+    out = f"--out={folder / 'out'}"
+    evaluate.main(["--score", *given, out, f"--data={folder}"])
+    both = [str(paths["blink", model]) for model in "ab"]
+    evaluate.main(["--compare", *both, out, f"--data={folder}"])
+    return folder / "out"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(("name", "pictures"), [("results", 13), ("comparison", 4)])
+def test_pages_of_answers_render_without_complaint(browser, answers: Path, name, pictures, width):
+    browser.set_window_size(width, 900)
+    browser.get((answers / f"{name}.html").as_uri())
+    assert browser.get_log("browser") == []
+    images = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
+    assert images == [40] * pictures
+    drawn = browser.execute_script(
+        "return [...document.querySelectorAll('.ours .scale i')].map(e => e.clientWidth)"
+    )
+    assert drawn and min(drawn) > 10
+    wide = browser.execute_script(
+        "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    )
+    assert wide == 0
+
+
+def test_answers_are_chosen_by_benchmark_category_and_verdict(browser, answers: Path):
+    browser.get((answers / "results.html").as_uri())
+    output = browser.find_element("css selector", ".filters output")
+    assert output.text == "10 of 10"
+    choose(browser, "benchmark", "blink")
+    choose(browser, "answer", "right")
+    assert output.text == "2 of 10"
+    choose(browser, "benchmark", "all")
+    choose(browser, "answer", "unparsed")
+    choose(browser, "category", "L4_occ")
+    assert output.text == "1 of 10"
+    assert browser.get_log("browser") == []
+
+
+def test_changed_answers_are_chosen_by_how_they_changed(browser, answers: Path):
+    browser.get((answers / "comparison.html").as_uri())
+    choose(browser, "change", "lost")
+    assert browser.find_element("css selector", ".filters output").text == "1 of 2"
+    (shown,) = (a for a in browser.find_elements("css selector", "article") if a.is_displayed())
+    assert "A: right" in shown.text and "B: wrong" in shown.text

@@ -184,22 +184,32 @@ class Processor:
             ) from None
         return times, high // patch, wide // patch
 
-    def measure(self, sizes: Sequence[tuple[int, int]], question: str | None = None) -> Extent:
-        """How large a prompt will be, from the sizes of its pictures alone.
+    def measure(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        question: str | None = None,
+        videos: Sequence[tuple[int, int, int]] = (),
+    ) -> Extent:
+        """How large a prompt will be, from the sizes of its pictures and videos alone.
 
         Args:
           sizes: (height, width) of each picture in pixels.
           question: the user's text; without it only what the pictures take is counted.
+          videos: (frames, height, width) of each video.
 
         Raises:
           BadPicture: a picture's aspect is too extreme.
         """
-        grids = [self.grid(*size) for size in sizes]
-        windows = window_count(self.config.vision, grids)
+        grids = {
+            "image": [self.grid(*size) for size in sizes],
+            "video": [self.video_grid(*size) for size in videos],
+        }
+        every = [*grids["image"], *grids["video"]]
+        windows = window_count(self.config.vision, every)
         if question is None:
-            return Extent(sum(merged_tokens(self.config.vision, grid) for grid in grids), windows)
-        text, order = self.chat(question, len(sizes))
-        return Extent(len(self._expand(text, order, [grids[i] for _, i in order])), windows)
+            return Extent(sum(merged_tokens(self.config.vision, grid) for grid in every), windows)
+        text, order = self.chat(question, len(sizes), len(videos))
+        return Extent(len(self._expand(text, order, [grids[k][i] for k, i in order])), windows)
 
     def patches(self, image: np.ndarray) -> tuple[np.ndarray, Grid]:
         """Resizes, normalises and cuts one picture.

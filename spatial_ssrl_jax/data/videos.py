@@ -1,7 +1,10 @@
 """Reading videos: frames taken evenly from a file, upright 8-bit RGB, with their rate."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
@@ -53,6 +56,36 @@ def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAME
       BadPicture: the file is missing, holds no video, or is cut short.
       UserError: PyAV is not installed.
     """
+    with _reading(path) as av:
+        total, native = _count(av, path)
+        places = sample_places(total, native, fps, most)
+        with av.open(os.fspath(path)) as container:
+            frames = _take(container, places)
+    if len(frames) < len(places):
+        raise BadPicture(f"{path}: only {len(frames)} of {len(places)} frames can be decoded.")
+    return Video(np.stack(frames), len(places) / total * native)
+
+
+def measure_video(
+    path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAMES
+) -> tuple[int, int, int]:
+    """Frames, height and width that `open_video` would give; one frame is decoded for it.
+
+    Raises:
+      as `open_video`, save that damage behind the first frame is not noticed.
+    """
+    with _reading(path) as av:
+        places = sample_places(*_count(av, path), fps, most)
+        with av.open(os.fspath(path)) as container:
+            frames = _take(container, np.zeros(1, np.int64))
+    if not frames:
+        raise BadPicture(f"{path}: no frame can be decoded.")
+    return len(places), *frames[0].shape[:2]
+
+
+@contextmanager
+def _reading(path: str | os.PathLike) -> Iterator[ModuleType]:
+    """PyAV, and what it raises about a file as sentences."""
     try:
         import av
     except ImportError:
@@ -60,18 +93,12 @@ def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAME
             f"{path}: reading videos needs PyAV: pip install 'spatial_ssrl_jax[video]'."
         ) from None
     try:
-        total, native = _count(av, path)
-        places = sample_places(total, native, fps, most)
-        with av.open(os.fspath(path)) as container:
-            frames = _take(container, places)
+        yield av
     except FileNotFoundError:
         raise BadPicture(f"{path}: there is no such file.") from None
     except (av.FFmpegError, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise BadPicture(f"{path}: cannot be read as a video ({reason}).") from error
-    if len(frames) < len(places):
-        raise BadPicture(f"{path}: only {len(frames)} of {len(places)} frames can be decoded.")
-    return Video(np.stack(frames), len(places) / total * native)
 
 
 def _count(av, path: str | os.PathLike) -> tuple[int, float]:
@@ -92,8 +119,30 @@ def _take(container, places: np.ndarray) -> list[np.ndarray]:
     container.streams.video[0].thread_type = "AUTO"
     for place, frame in enumerate(container.decode(video=0)):
         if place in wanted:
-            picture = frame.to_ndarray(format="rgb24")
-            frames.append(np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90))))
+            frames.append(_upright(frame))
         if place == places[-1]:
             break
     return frames
+
+
+def stills(path: str | os.PathLike, count: int) -> list[np.ndarray]:
+    """Some frames to look at, [H, W, 3] uint8, RGB: the key frames nearest to even times.
+
+    Unlike `open_video` it decodes no other frame; raises the same errors.
+    """
+    with _reading(path) as av, av.open(os.fspath(path)) as container:
+        if not container.streams.video:
+            raise BadPicture(f"{path}: holds no video.")
+        stream, frames = container.streams.video[0], {}
+        for i in range(count):
+            if i and container.duration:
+                container.seek(container.duration * i // count)
+            frame = next(container.decode(stream), None)
+            if frame is not None:
+                frames.setdefault(frame.pts, _upright(frame))
+        return list(frames.values())
+
+
+def _upright(frame) -> np.ndarray:
+    picture = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))

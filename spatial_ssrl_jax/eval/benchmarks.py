@@ -10,9 +10,10 @@ from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.eval import charts_and_text, mcq
 from spatial_ssrl_jax.eval.hallusionbench import HALLUSIONBENCH
 from spatial_ssrl_jax.eval.paper import GENERAL, SPATIAL
+from spatial_ssrl_jax.eval.pretext_tasks import PRETEXT
 from spatial_ssrl_jax.eval.protocol import Style
 from spatial_ssrl_jax.eval.qspatial import QSPATIAL_PLUS
-from spatial_ssrl_jax.eval.question import Asked, Question, Record
+from spatial_ssrl_jax.eval.question import SAMPLE, Asked, Question, Record
 from spatial_ssrl_jax.eval.scores import Scores, summarise
 from spatial_ssrl_jax.eval.spatial457 import SPATIAL457
 from spatial_ssrl_jax.eval.spec import Spec
@@ -40,6 +41,8 @@ SPECS = {
         mcq.SEEDBENCH2_PLUS,
     )
 }
+# What records may be of: the fourteen, and the pretext tasks, which have no file.
+SCORED = SPECS | {PRETEXT.name: PRETEXT}
 SETS = {"spatial": SPATIAL, "general": GENERAL, "all": SPATIAL + GENERAL}
 
 
@@ -189,20 +192,35 @@ def score_records(records: Sequence[Record]) -> tuple[list[Record], Scores]:
     if len(benchmarks) != 1:
         found = ", ".join(benchmarks) or "none"
         raise UserError(f"expected records of one benchmark and found {found}: score them apart.")
-    if benchmarks[0] not in SPECS:
-        known = ", ".join(SPECS)
+    if benchmarks[0] not in SCORED:
+        known = ", ".join(SCORED)
         raise UserError(f"unknown benchmark {benchmarks[0]!r}: choose among {known}.")
-    ids = [record.id for record in records]
+    ids = [
+        f"{record.id}, sample {record.meta[SAMPLE]}" if SAMPLE in record.meta else record.id
+        for record in records
+    ]
     _check_ids(ids, [f"line {number}" for number in range(1, len(ids) + 1)])
-    spec, scored = SPECS[benchmarks[0]], []
     for record in records:
         if not record.target:
             raise BadRow(f"{record.id} has no target: {MEND}.")
-        verdict = spec.metric.judge(record)
-        found = verdict.extracted
-        scored.append(
-            dataclasses.replace(
-                record, extracted=found, parsed=found is not None, score=verdict.score
-            )
-        )
-    return scored, summarise(spec.name, spec.metric, scored)
+    scored = [judged(record) for record in records]
+    return scored, summarise(benchmarks[0], SCORED[benchmarks[0]].metric, scored)
+
+
+def for_server(records: Sequence[Record]) -> bool:
+    """Whether the answers are for a benchmark's server, which alone knows what is right."""
+    private = {name for name, spec in SPECS.items() if not spec.public}
+    return all(r.target is None and r.benchmark in private for r in records)
+
+
+def judged(record: Record) -> Record:
+    """A record with `extracted`, `parsed` and `score`; as it is where no target is known."""
+    if not record.target:
+        return record
+    verdict = SCORED[record.benchmark].metric.judge(record)
+    return dataclasses.replace(
+        record,
+        extracted=verdict.extracted,
+        parsed=verdict.extracted is not None,
+        score=verdict.score,
+    )

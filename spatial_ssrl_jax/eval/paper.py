@@ -4,8 +4,9 @@
 four of them were asked directly, the last three with the format prompt for Spatial-SSRL only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from spatial_ssrl_jax.eval.scores import Scores
 
@@ -76,30 +77,64 @@ def comparable(scores: Scores) -> float:
     return scores.extra[variant] if variant else scores.score
 
 
-def table(figures: Mapping[str, float], titles: Mapping[str, str]) -> str:
+def blocks(figures: Mapping[str, float], titles: Mapping[str, str]) -> list[list[tuple[str, ...]]]:
     """The paper's tables with one more row, of each of the two that has a figure.
 
     Args:
       figures: ours by benchmark, see `comparable`.
       titles: of the columns by benchmark.
+
+    Returns:
+      The lines of each table, its head first, as cells of text.
     """
-    blocks = []
+    return [
+        [
+            ("", *(titles[name] for name in names), *_MEAN[names]),
+            *(_cells(row, names) for row in rows),
+        ]
+        for names, rows in _tables(figures)
+    ]
+
+
+def table(figures: Mapping[str, float], titles: Mapping[str, str]) -> str:
+    """`blocks` as text, aligned."""
+    texts = []
+    for lines in blocks(figures, titles):
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        texts.append("\n".join(_aligned(line, widths) for line in lines))
+    return "\n\n".join(texts)
+
+
+def table_json(figures: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The same tables as JSON types: the rows' figures by benchmark, and their mean where the
+    paper gives it; null where there is none."""
+    return [
+        {"rows": [{"model": row.model, "figures": _by_column(row, names)} for row in rows]}
+        for names, rows in _tables(figures)
+    ]
+
+
+def _by_column(row: Row, names: tuple[str, ...]) -> dict[str, float | None]:
+    return dict(zip((*names, *_MEAN[names]), _row_figures(row, names), strict=True))
+
+
+def _tables(figures: Mapping[str, float]) -> Iterator[tuple[tuple[str, ...], list[Row]]]:
+    """Of each of the paper's tables that has a figure, its columns, and its rows with ours."""
     for names in (SPATIAL, GENERAL):
         ours = Row("this model", {name: figures[name] for name in names if name in figures})
-        if not ours.figures:
-            continue
-        rows = [row for row in ROWS if set(row.figures) == set(names)]
-        lines = [("", *(titles[name] for name in names), *_MEAN[names])]
-        lines += [_cells(row, names) for row in (*rows, ours)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        blocks += ["\n".join(_aligned(line, widths) for line in lines)]
-    return "\n\n".join(blocks)
+        if ours.figures:
+            yield names, [*(row for row in ROWS if set(row.figures) == set(names)), ours]
 
 
-def _cells(row: Row, names: tuple[str, ...]) -> tuple[str, ...]:
+def _row_figures(row: Row, names: tuple[str, ...]) -> list[float | None]:
     figures = [row.figures.get(name) for name in names]
     if _MEAN[names]:
         figures.append(None if None in figures else sum(figures) / len(figures))
+    return [None if figure is None else round(figure, 4) for figure in figures]
+
+
+def _cells(row: Row, names: tuple[str, ...]) -> tuple[str, ...]:
+    figures = _row_figures(row, names)
     return row.model, *("–" if figure is None else f"{figure:.2f}" for figure in figures)
 
 

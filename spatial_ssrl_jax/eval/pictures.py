@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from spatial_ssrl_jax.data.images import open_image
+from spatial_ssrl_jax.data.images import image_size, open_image
 from spatial_ssrl_jax.data.sources.parquet import RowGroups
 from spatial_ssrl_jax.errors import BadPicture
 
@@ -30,6 +30,10 @@ class Picture(Protocol):
         """[H, W, 3] uint8, RGB; raises `BadPicture`."""
         ...
 
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what `open` gives, from the header alone; raises `BadPicture`."""
+        ...
+
 
 @dataclass(frozen=True)
 class FilePicture:
@@ -43,6 +47,9 @@ class FilePicture:
 
     def open(self) -> np.ndarray:
         return open_image(self.path)
+
+    def size(self) -> tuple[int, int]:
+        return image_size(self.path)[::-1]
 
 
 @dataclass(frozen=True)
@@ -65,15 +72,20 @@ class TsvPicture:
     name: str
 
     def open(self) -> np.ndarray:
+        return open_image(self._encoded(), self.name)
+
+    def size(self) -> tuple[int, int]:
+        return image_size(self._encoded(), self.name)[::-1]
+
+    def _encoded(self) -> bytes:
         with self.file.open("rb") as stream:
             stream.seek(self.start)
             text = stream.read(self.length).decode()
         cell = next(tsv_cells(iter([text])))[self.column]
         try:
-            encoded = base64.b64decode(cell_items(cell)[self.place], validate=True)
+            return base64.b64decode(cell_items(cell)[self.place], validate=True)
         except (binascii.Error, ValueError) as error:
             raise BadPicture(f"{self.name}: is not base64 ({error}).") from None
-        return open_image(encoded, self.name)
 
 
 @dataclass(frozen=True)
@@ -86,8 +98,14 @@ class ParquetPicture:
     name: str
 
     def open(self) -> np.ndarray:
+        return open_image(self._encoded(), self.name)
+
+    def size(self) -> tuple[int, int]:
+        return image_size(self._encoded(), self.name)[::-1]
+
+    def _encoded(self) -> bytes:
         cell = self.groups.value(str(self.file), self.row)
-        return open_image(cell["bytes"] if isinstance(cell, dict) else cell, self.name)
+        return cell["bytes"] if isinstance(cell, dict) else cell
 
 
 def tsv_cells(lines: Iterator[str]) -> Iterator[list[str]]:

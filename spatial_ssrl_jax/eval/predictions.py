@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from spatial_ssrl_jax.eval.question import Record
 from spatial_ssrl_jax.eval.scores import Scores
 
 PREDICTIONS, SCORES, SUBMISSION = "predictions.jsonl", "scores.json", "submission.tsv"
+TABLE = "table.json"
 _NEEDED = ("id", "benchmark", "category", "question", "target", "response")
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 
@@ -25,11 +27,22 @@ def read_predictions(path: Path) -> list[Record]:
     try:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from None
+        raise UserError(f"{path} cannot be read ({error}): check the path.") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{path} holds no prediction.")
     return [_record(f"line {number} of {path}", line) for number, line in numbered]
+
+
+def predictions_in(path: Path) -> Path:
+    """A file, or that of a folder; raises `UserError` where it has none."""
+    if not path.is_dir():
+        return path
+    if (path / PREDICTIONS).is_file():
+        return path / PREDICTIONS
+    below = sorted(found.parent.name for found in path.glob(f"*/{PREDICTIONS}"))
+    here = f"; there is one in each of {', '.join(below)} below it" if below else ""
+    raise UserError(f"{path} has no {PREDICTIONS}{here}: give the folder that has it.")
 
 
 def _record(name: str, line: str) -> Record:
@@ -60,10 +73,17 @@ def as_line(record: Record) -> str:
 
 
 def write_results(folder: Path, records: Iterable[Record], scores: Scores) -> None:
-    """Writes `predictions.jsonl` and `scores.json` into a folder."""
+    """Writes `predictions.jsonl` and `scores.json` into a folder, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PREDICTIONS).write_text("".join(map(as_line, records)), "utf-8")
-    (folder / SCORES).write_text(json.dumps(scores.as_json(), indent=1) + "\n", "utf-8")
+    write_whole(folder / PREDICTIONS, "".join(map(as_line, records)))
+    write_whole(folder / SCORES, json.dumps(scores.as_json(), indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is never seen half written."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
 
 
 def write_submission(path: Path, records: Iterable[Record]) -> None:

@@ -1,23 +1,28 @@
 """Held-out figures of the pretext tasks: greedy and sampled accuracy, form and reward."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 
-from spatial_ssrl_jax.config import EvalSettings, RewardSettings, RolloutSettings
-from spatial_ssrl_jax.data.items import Item
-from spatial_ssrl_jax.data.pipeline import Collate
-from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.config import Config, EvalSettings, RewardSettings, RolloutSettings
+from spatial_ssrl_jax.data.items import Item, item_dataset
+from spatial_ssrl_jax.data.pipeline import Collate, split_records
+from spatial_ssrl_jax.data.prompts import Extent, Processor
+from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.eval.benchmarks import Benchmark
+from spatial_ssrl_jax.eval.pretext_tasks import PRETEXT, question_of
 from spatial_ssrl_jax.learn.batch import take_rows
 from spatial_ssrl_jax.learn.reward import score
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
 from spatial_ssrl_jax.run.mesh import Layout, gather_rows
+from spatial_ssrl_jax.tasks import TASKS
 
 Table = dict[str, dict[str, float]]
 
@@ -108,6 +113,61 @@ class PretextEval:
         text = self.processor.decode(ids)
         reward = score(text, len(ids), item.example, self.reward)
         return reward.overall, reward.accuracy, reward.format
+
+
+def task_datasets(
+    source: AnySource,
+    pool: Sequence[int],
+    tasks: dict[str, Any],
+    processor: Processor,
+    seed: int,
+    limit: Extent | None = None,
+) -> dict[str, grain.MapDataset]:
+    """Each task alone over the records `pool` of a source; see `item_dataset`.
+
+    A task that needs depth is left out where the source has none, and all without a record.
+    """
+    datasets = {}
+    for task in TASKS if pool else ():
+        if task.needs_depth and not source.has_depth:
+            continue
+        alone = {name: replace(s, weight=float(name == task.name)) for name, s in tasks.items()}
+        datasets[task.name] = item_dataset(source, pool, alone, processor, seed, limit)
+    return datasets
+
+
+def open_pretext(spec: str, processor: Processor, count: int, share: float, seed: int) -> Benchmark:
+    """The tasks as a benchmark: the questions that a run of these settings measures itself by,
+    where its buckets hold them all.
+
+    Args:
+      spec: of the source.
+      processor: measures prompts.
+      count: questions a task.
+      share: of the pictures that is held out; the same as in a run.
+      seed: of the run.
+
+    Raises:
+      UserError: no such source, or its held-out pictures give no question.
+    """
+    source = open_source(spec)
+    pool = split_records(source, share).heldout
+    datasets = task_datasets(source, pool, Config("pretext").tasks, processor, seed + 1)
+    questions, left_out = [], []
+    for task, items in datasets.items():
+        try:
+            examples = [items[i].example for i in range(count)]
+        except UserError as error:
+            left_out.append(f"{task}: {error}")
+            continue
+        questions += [question_of(example, number) for number, example in enumerate(examples)]
+    if not questions:
+        reason = left_out[0] if left_out else "none is held out"
+        raise UserError(
+            f"the held-out pictures of {spec} give no question ({reason.rstrip('.')}): use another "
+            "--source, or raise --heldout-share."
+        )
+    return Benchmark(PRETEXT, tuple(questions), tuple(left_out))
 
 
 def heldout_items(

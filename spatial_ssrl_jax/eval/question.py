@@ -7,6 +7,7 @@ from typing import Any
 from spatial_ssrl_jax.eval.pictures import Picture
 
 Target = str | list[str] | None
+SAMPLE = "sample"  # in a record's meta: which of several responses to one question, from 1
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,16 @@ class Verdict:
     score: float
 
 
-def record_of(question: Question, asked: Asked, response: str) -> Record:
-    """The record of one answered question, not yet scored."""
+def record_of(question: Question, asked: Asked, response: str, sample: int | None = None) -> Record:
+    """The record of one answered question, not yet scored.
+
+    Args:
+      question, asked: what was asked, and in which words.
+      response: the answer.
+      sample: which one of several, from 1; None where it is the only one.
+    """
     meta = {**question.meta, "options": question.options} if question.options else question.meta
+    meta = meta if sample is None else {**meta, SAMPLE: sample}
     return Record(
         id=question.id,
         benchmark=question.benchmark,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spatial_ssrl_jax.eval.question import Record, Verdict
+from spatial_ssrl_jax.eval.question import SAMPLE, Record, Verdict
 
 _DRAWS, _TOGETHER, _SEED = 1000, 50, 0
 _ALL = "all"
@@ -61,7 +61,7 @@ class Scores:
     Attributes:
       benchmark: its name.
       score: by the benchmark's own metric.
-      count: questions that were scored.
+      count: questions that were scored, each perhaps on several responses.
       unparsed: responses in which no answer was found; each counts as wrong.
       categories: the same metric over each category, in the order of their names.
       ci95: bootstrapped 95 % interval of the score.
@@ -93,24 +93,43 @@ class Scores:
 
 
 def summarise(benchmark: str, metric: Metric, records: Sequence[Record]) -> Scores:
-    """The figures of records that are scored already; there must be at least one."""
+    """The figures of records that are scored already; there must be at least one.
+
+    Of several responses to each question, each one's figure is taken apart, and their mean given;
+    a question's responses are drawn together for the interval.
+    """
 
     def figure(part: Sequence[Record]) -> float:
-        return mean(metric.cells(part), metric.weights)
+        return mean(cells_of(metric, part), metric.weights)
 
+    extras = [metric.extra(sample) for sample in _samples(records)]
     names = sorted({record.category for record in records})
     parts = {name: [r for r in records if r.category == name] for name in names}
     return Scores(
         benchmark=benchmark,
         score=figure(records),
-        count=len(records),
+        count=len({record.id for record in records}),
         unparsed=sum(not record.parsed for record in records),
         categories={
-            name: {"score": figure(part), "count": len(part)} for name, part in parts.items()
+            name: {"score": figure(part), "count": len({r.id for r in part})}
+            for name, part in parts.items()
         },
-        ci95=interval(metric.cells(records), metric.weights),
-        extra=metric.extra(records),
+        ci95=interval(cells_of(metric, records), metric.weights),
+        extra={name: float(np.mean([extra[name] for extra in extras])) for name in extras[0]},
     )
+
+
+def cells_of(metric: Metric, records: Sequence[Record]) -> list[Cell]:
+    """A metric's cells; of several responses to each question, those of each one in turn."""
+    return [cell for sample in _samples(records) for cell in metric.cells(sample)]
+
+
+def _samples(records: Sequence[Record]) -> list[list[Record]]:
+    """The records of each sample, which are all where each question has one response."""
+    found: dict[Hashable, list[Record]] = {}
+    for record in records:
+        found.setdefault(record.meta.get(SAMPLE), []).append(record)
+    return list(found.values())
 
 
 def mean(cells: Iterable[Cell], weights: Mapping[str, float] | None = None) -> float:

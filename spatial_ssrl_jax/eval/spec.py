@@ -23,6 +23,7 @@ class Spec:
       files: names under which it is published: one of each group must be there.
       columns: what its rows have; of several forms one must be whole.
       parse: a row as a question, None for a row that the benchmark does not ask; raises `BadRow`.
+        None where its questions come from no file.
       ask: a question in the words of a style.
       metric: how it is scored.
       pixels: smallest and largest area of a picture that the published numbers were taken with;
@@ -36,7 +37,7 @@ class Spec:
     title: str
     files: tuple[tuple[str, ...], ...]
     columns: tuple[tuple[str, ...], ...]
-    parse: Callable[[Row], Question | None]
+    parse: Callable[[Row], Question | None] | None
     ask: Callable[[Question, Style], Asked]
     metric: Metric
     pixels: tuple[int, int] | None = KIT_PIXELS

@@ -8,7 +8,7 @@ from spatial_ssrl_jax.eval.mcq import check_target, judge_choice, row_options
 from spatial_ssrl_jax.eval.protocol import Style
 from spatial_ssrl_jax.eval.question import Asked, Question, Record, Verdict
 from spatial_ssrl_jax.eval.scores import Cell, Metric
-from spatial_ssrl_jax.eval.spec import Spec
+from spatial_ssrl_jax.eval.spec import Spec, area
 from spatial_ssrl_jax.eval.tables import MEND, BadRow, Row
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
@@ -115,7 +115,7 @@ VSI_BENCH = Spec(
     parse=_parse,
     ask=ask,
     metric=Metric(judge, _cells, dict.fromkeys(_DIRECTIONS, 1 / 3), _paper),
-    pixels=None,
+    pixels=(area(128), area(768)),  # of a frame, as the model family's own reader limits them
     frames=128,
     new_tokens=4096,
 )

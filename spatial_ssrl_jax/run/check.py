@@ -20,6 +20,7 @@ from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.learn.sft import encode_responses, pack_step
 from spatial_ssrl_jax.learn.update import TrainState
 from spatial_ssrl_jax.rollout.cache import token_bytes
+from spatial_ssrl_jax.run.best import chosen_by
 from spatial_ssrl_jax.run.devices import memory_bytes
 from spatial_ssrl_jax.run.metrics import read_metrics
 from spatial_ssrl_jax.run.setup import (
@@ -225,8 +226,10 @@ def _disk(config: Config, workdir: epath.Path, stages: dict[str, dict]) -> dict[
         place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
         free = shutil.disk_usage(place).free
     largest = max((s["checkpoint_bytes"] for s in stages.values()), default=0)
-    # A new one is complete before an old one goes, and the cold start's last one stays.
-    count = config.checkpoint.keep + 1 + bool(config.sft.steps)
+    # A new one is complete before an old one goes; the best and the cold start's last one stay.
+    measured = max(config.eval.every, config.eval.benchmark_every) > 0
+    best = measured and chosen_by(config) is not None
+    count = config.checkpoint.keep + 1 + best + bool(config.sft.steps)
     there = sum(size for size, _ in files_below(workdir / "checkpoints").values())
     return {
         "checkpoints_bytes": largest * count + sum(s["frozen_bytes"] for s in stages.values()),

@@ -10,8 +10,9 @@ Each step's folder holds checksums of its files, written before it gets its name
 was damaged later is found and passed over.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -32,6 +33,16 @@ _TRAINING = "training"
 _FROZEN = "frozen_{}"
 
 
+@dataclass
+class _Best:
+    """Orbax's preservation policy for one step, which may change."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence, *, context: object) -> list[bool]:
+        return [info.step == self.step for info in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -45,11 +56,12 @@ class Checkpoints:
         policies = checkpoint_managers
         self.folder = epath.Path(folder)
         self._saving = 0
+        self._best = _Best()
         self._manager = ocp.CheckpointManager(
             absolute(self.folder),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(keep), policies.CustomSteps(list(always))]
+                    [policies.LatestN(keep), policies.CustomSteps(list(always)), self._best]
                 ),
                 create=True,
                 # In a bucket Orbax takes `model/` for an unfinished step.
@@ -64,7 +76,14 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, stage: str, state: TrainState, meta: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        stage: str,
+        state: TrainState,
+        meta: dict[str, Any],
+        best: int | None = None,
+    ) -> None:
         """Begins to save; returns once the arrays are copied from the devices.
 
         Args:
@@ -72,6 +91,7 @@ class Checkpoints:
           stage: the stage's name; its frozen weights are written at its first checkpoint.
           state: what to save.
           meta: JSON that `restore` gives back.
+          best: the step, this one or one before, that stays as the best; None: no such one.
 
         Raises:
           UserError: this one or the one before could not be written.
@@ -79,6 +99,7 @@ class Checkpoints:
         with self._explained():
             self._manager.wait_until_finished()
             self._saving = step
+            self._best.step = best
             frozen = _FROZEN.format(stage) if state.frozen else None
             if frozen and not _is_whole(self.folder / frozen):
                 save_params(self.folder / frozen, state.frozen)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 
 from etils import epath
 
@@ -9,6 +11,7 @@ from spatial_ssrl_jax.folders import CRC32C, files_below, in_bucket
 
 FILE = "checksums.json"
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them after all the rest
+_PIECES, _PIECE = 64, 4096
 
 
 def write_checksums(folder: epath.PathLike) -> None:
@@ -54,6 +57,23 @@ def damage(folder: epath.PathLike) -> str | None:
 def _files(folder: epath.Path) -> dict[str, tuple[int, str | None]]:
     left_out = (FILE, *_LATER)
     return {k: v for k, v in files_below(folder).items() if k.rpartition("/")[2] not in left_out}
+
+
+def fingerprint(files: Mapping[str, epath.PathLike]) -> str:
+    """Tells files from others by their names, their sizes and pieces spread over each of them.
+
+    Args:
+      files: paths of local files by the names that count.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        size = os.path.getsize(path)
+        digest.update(f"{name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for piece in range(_PIECES):
+                file.seek(piece * max(size - _PIECE, 0) // (_PIECES - 1))
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()[:16]
 
 
 def _sha256(path: epath.Path) -> str:

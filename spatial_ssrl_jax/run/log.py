@@ -3,7 +3,7 @@
 Training does not end when they cannot be written: it is said, once until it works again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,15 @@ import numpy as np
 from spatial_ssrl_jax.config import to_dict
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.errors import unwritten
+from spatial_ssrl_jax.eval.predictions import write_results
+from spatial_ssrl_jax.eval.question import Record
+from spatial_ssrl_jax.eval.scores import Scores
 from spatial_ssrl_jax.learn.figures import Scored
 from spatial_ssrl_jax.run.report import write_report
 from spatial_ssrl_jax.run.rollouts import FOLDER, write_rollouts
 from spatial_ssrl_jax.run.setup import Run
 
+BENCHMARK = "benchmark"  # folder of the answers to `eval.benchmark`
 # What a GRPO step trained on: prompts, and their rollout with rewards.
 Sampled = tuple[Batch, Scored]
 
@@ -35,6 +39,12 @@ def log_step(run: Run, number: int, first: int, sampled: Sampled | None) -> None
         _write(run, FOLDER, lambda: write_rollouts(run.workdir, number, rows))
     if number % log.report_every == 0:
         refresh_report(run)
+
+
+def log_benchmark(run: Run, number: int, records: Sequence[Record], scores: Scores) -> None:
+    """Writes what a benchmark was answered at a step, as `evaluate` leaves it."""
+    folder = run.workdir / BENCHMARK / f"step_{number:06d}"
+    _write(run, BENCHMARK, lambda: write_results(folder, records, scores))
 
 
 def _rollout_rows(batch: Batch, scored: Scored, count: int) -> Iterator[dict[str, Any]]:

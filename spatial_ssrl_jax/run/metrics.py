@@ -23,8 +23,8 @@ FILE = "metrics.jsonl"
 PARTS = "metrics"
 _STEPS = 100  # of a part
 
-# `<task>` stands for a task's name. What depends on the clock or the machine is under perf/ or
-# memory/; all the rest is equal in two equal runs.
+# `<task>` and `<benchmark>` stand for the name of one. What depends on the clock or the machine is
+# under perf/ or memory/; all the rest is equal in two equal runs.
 NAMES = (
     "reward/overall_mean",
     "reward/overall_std",
@@ -70,6 +70,8 @@ NAMES = (
     "heldout/<task>/accuracy_sampled",
     "heldout/<task>/format",
     "heldout/<task>/reward",
+    "benchmark/<benchmark>/score",
+    "benchmark/<benchmark>/unparsed_share",
     "perf/step_seconds",
     "perf/rollout_seconds",
     "perf/reward_seconds",
@@ -88,7 +90,7 @@ NAMES = (
     "memory/host_bytes",
     "memory/device_bytes",
 )
-_KNOWN = re.compile("|".join(re.escape(n).replace("<task>", r"\w+") for n in NAMES))
+_KNOWN = re.compile("|".join(re.sub("<[a-z]+>", r"\\w+", re.escape(n)) for n in NAMES))
 
 
 class MetricsWriter:

@@ -31,6 +31,7 @@ from spatial_ssrl_jax.run.checkpoint import (
     stored_params,
     weight_folders,
 )
+from spatial_ssrl_jax.run.checksums import fingerprint
 from spatial_ssrl_jax.run.mesh import Layout, gather_whole, is_writer
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -101,6 +102,14 @@ class ModelFolder:
                 f"the weights in {self.weights} are not of the shape that "
                 f"{self.files / 'config.json'} asks for: copy both again."
             )
+
+    def fingerprint(self) -> str:
+        """Tells these weights from others, wherever they lie."""
+        if not (self.weights / PARAMS).is_dir():
+            return fingerprint({p.name: p for p in self.weights.glob("*.safetensors")})
+        folders = [Path(folder) for folder in weight_folders(self.weights)]
+        files = [(folder, p) for folder in folders for p in folder.rglob("*") if p.is_file()]
+        return fingerprint({f"{d.name}/{p.relative_to(d)}": p for d, p in files})
 
     def draw(self, layout: Layout, seed: int) -> Params:
         """Fresh weights of this shape, float32, in the training layout."""

@@ -58,6 +58,7 @@ class Progress:
         self._bar: Bar | None = None
         self._task, self._in_stage = None, False
         self._stage, self._total, self._last = "", 0, 0.0
+        self._done, self._began = 0, 0.0
 
     def __enter__(self) -> "Progress":
         return self
@@ -69,6 +70,7 @@ class Progress:
         """Begins a stage of `total` steps of which `done` are done."""
         self.stop()
         self._stage, self._total, self._last = stage, total, 0.0
+        self._done, self._began = done, time.monotonic()
         if not self.console.is_terminal:
             return
         self._in_stage = True
@@ -109,7 +111,16 @@ class Progress:
             self._bar.update(self._task, completed=number, figures=figures)
         elif number == self._total or time.monotonic() - self._last > _PLAIN_SECONDS:
             self._last = time.monotonic()
-            self.console.print(f"{self._stage} {number}/{self._total}  {figures}", highlight=False)
+            line = f"{self._stage} {number}/{self._total}  {figures}{self._left(number)}"
+            self.console.print(line, highlight=False)
+
+    def _left(self, number: int) -> str:
+        """The time left by the stage's mean so far; nothing where it is not known or over."""
+        done = number - self._done
+        if done <= 0 or number >= self._total:
+            return ""
+        seconds = (time.monotonic() - self._began) / done * (self._total - number)
+        return f"  {_clock(seconds)} left"
 
     def say(self, text: str) -> None:
         """One line about what is going on."""

@@ -3,12 +3,14 @@
 import html
 import io
 import json
+import re
 import time
 from typing import Any
 
 from etils import epath
 from PIL import Image
 
+from spatial_ssrl_jax.eval.benchmarks import SPECS
 from spatial_ssrl_jax.folders import read_all, write_whole
 from spatial_ssrl_jax.page import filters, page, picture_uri, table
 from spatial_ssrl_jax.run.curves import COLOURS, figure, legend
@@ -23,6 +25,7 @@ _CURVES = (  # title and the metrics drawn together; a * takes every task
     ("Reward", {"": "reward/overall_mean"}),
     ("Accuracy per task", {"*": "task/*/accuracy"}),
     ("Held-out accuracy, greedy", {"*": "heldout/*/accuracy_greedy"}),
+    ("Benchmark score", {"*": "benchmark/*/score"}),
     (
         "Response length (tokens)",
         {
@@ -71,6 +74,7 @@ def write_report(workdir: epath.PathLike, config: dict[str, Any], title: str) ->
         f'<div class="curves">{"".join(_curves(rows))}</div>',
         _timing(rows),
         _heldout(rows),
+        _benchmark(rows),
         _rollouts(epath.Path(workdir), read_rollouts(workdir, _FILES)),
         f"<details><summary>Config</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre>"
         "</details>",
@@ -166,13 +170,13 @@ def _curves(rows: Rows) -> list[str]:
 
 
 def _expanded(names: dict[str, str], rows: Rows) -> dict[str, str]:
-    """Metrics by label, with a * replaced by each task that the rows have."""
+    """Metrics by label, with a * replaced by each task or benchmark that the rows have."""
     found = {}
     for label, key in names.items():
-        for task in TASKS_BY_NAME if label == "*" else ("",):
-            name = key.replace("*", task)
+        for each in (*TASKS_BY_NAME, *SPECS) if label == "*" else ("",):
+            name = key.replace("*", each)
             if any(name in row for row in rows):
-                found[task or label] = name
+                found[each or label] = name
     return found
 
 
@@ -218,6 +222,22 @@ def _heldout(rows: Rows) -> str:
         if any(value is not None for value in values):
             lines.append([task, *("–" if v is None else f"{v:.3f}" for v in values)])
     return f"<h2>Held-out pictures</h2>{table(head, lines)}"
+
+
+def _benchmark(rows: Rows) -> str:
+    """The newest score of each stage and the best one, a line each."""
+    name = next((k for row in rows for k in row if re.fullmatch(r"benchmark/\w+/score", k)), None)
+    measured = [row for row in rows if row.get(name) is not None]
+    if not measured:
+        return ""
+    newest = {row["stage"] if row["step"] else "untrained": row for row in measured}
+    lines = [
+        (f"{_LABELS.get(stage, stage)}, step {row['step']}", f"{row[name]:.2f}")
+        for stage, row in newest.items()
+    ]
+    best = max(measured, key=lambda row: row[name])
+    lines.append((f"best, step {best['step']}", f"{best[name]:.2f}"))
+    return f"<h2>{html.escape(SPECS[name.split('/')[1]].title)}</h2>{table(('', 'score'), lines)}"
 
 
 def _rollouts(workdir: epath.Path, rows: Rows) -> str:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import grain
@@ -16,7 +16,8 @@ from spatial_ssrl_jax.data.pipeline import Collate, Split, batches, split_record
 from spatial_ssrl_jax.data.prompts import Extent, Processor
 from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.eval.pretext import PretextEval, Table, heldout_items
+from spatial_ssrl_jax.eval.benchmarks import Benchmark
+from spatial_ssrl_jax.eval.pretext import PretextEval, Table, heldout_items, task_datasets
 from spatial_ssrl_jax.folders import (
     check_bucket,
     check_folder,
@@ -28,6 +29,8 @@ from spatial_ssrl_jax.folders import (
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import models
+from spatial_ssrl_jax.run.benchmark import BenchmarkEval, how_to_ask, open_questions
+from spatial_ssrl_jax.run.best import Best
 from spatial_ssrl_jax.run.checkpoint import MODEL, Checkpoints, pass_over_damaged
 from spatial_ssrl_jax.run.mesh import (
     Layout,
@@ -41,7 +44,6 @@ from spatial_ssrl_jax.run.preemption import Preemption
 from spatial_ssrl_jax.run.progress import Progress
 from spatial_ssrl_jax.run.start import check_start
 from spatial_ssrl_jax.run.tracker import Tracker, check_tracker
-from spatial_ssrl_jax.tasks import TASKS
 
 # Changing these between two starts of one run does not change what was trained before.
 _SAFE_TO_CHANGE = ("checkpoint", "log")
@@ -59,6 +61,7 @@ class Parts:
     source: AnySource
     split: Split
     collate: Collate
+    questions: Benchmark | None
 
 
 @dataclass
@@ -69,12 +72,14 @@ class Run(Parts):
     compute: Compute
     engine: Engine
     evaluation: PretextEval
+    benchmark: BenchmarkEval | None
     checkpoints: Checkpoints
     progress: Progress
     preemption: Preemption
     compilations: Compilations
     metrics: MetricsWriter | None
     heldout: dict[str, Table] = field(default_factory=dict)
+    best: Best | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     tried: int = 0
     bad: int = 0
@@ -105,7 +110,8 @@ def open_parts(config: Config) -> Parts:
         open_source(f"ssrl81k:{config.sft.responses}")
     check_shards(config, layout)
     collate = Collate(data.prompt_buckets, data.window_buckets)
-    return Parts(config, layout, model, processor, source, split, collate)
+    questions = open_questions(config)
+    return Parts(config, layout, model, processor, source, split, collate, questions)
 
 
 def compute_of(config: Config) -> Compute:
@@ -157,12 +163,20 @@ def open_run(
             config.reward,
             config.grpo.temperature,
         ),
+        benchmark=_benchmark(parts, engine),
         checkpoints=checkpoints,
         progress=progress,
         preemption=preemption,
         compilations=Compilations(),
         metrics=_metrics(config, workdir, checkpoints.latest() or 0) if is_writer() else None,
     )
+
+
+def _benchmark(parts: Parts, engine: Engine) -> BenchmarkEval | None:
+    if parts.questions is None:
+        return None
+    how = how_to_ask(parts.config, parts.layout)
+    return BenchmarkEval(parts.questions, parts.model.files, engine, parts.layout, how)
 
 
 def _metrics(config: Config, workdir: epath.Path, step: int) -> MetricsWriter:
@@ -174,17 +188,9 @@ def _metrics(config: Config, workdir: epath.Path, step: int) -> MetricsWriter:
 
 def heldout_datasets(parts: Parts) -> dict[str, grain.MapDataset]:
     """Each task alone over the held-out records."""
-    config, source, pool = parts.config, parts.source, parts.split.heldout
-    if not pool:
-        return {}
-    datasets = {}
-    for task in TASKS:
-        if task.needs_depth and not source.has_depth:
-            continue
-        alone = {name: _weighted(s, float(name == task.name)) for name, s in config.tasks.items()}
-        settings = replace(config, tasks=alone)
-        datasets[task.name] = items_of(settings, source, pool, parts.processor, config.seed + 1)
-    return datasets
+    config, pool = parts.config, parts.split.heldout
+    processor, limit = parts.processor, _limit(config)
+    return task_datasets(parts.source, pool, config.tasks, processor, config.seed + 1, limit)
 
 
 def pipeline(
@@ -259,10 +265,6 @@ def check_shards(config: Config, layout: Layout) -> None:
                 f"{name}={value} must be a multiple of the {layout.batch_shards} parts that "
                 "mesh.data x mesh.fsdp cuts a batch into."
             )
-
-
-def _weighted(settings: Any, weight: float) -> Any:
-    return replace(settings, weight=weight)
 
 
 def check_workdir(config: Config, workdir: epath.Path, overwrite: bool) -> bool:

@@ -3,7 +3,7 @@
 import json
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import jax
@@ -15,7 +15,6 @@ from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
 from spatial_ssrl_jax.data.batching import widen
 from spatial_ssrl_jax.data.pipeline import Batch, batch_at
 from spatial_ssrl_jax.errors import UserError, disk_explained
-from spatial_ssrl_jax.eval.pretext import Table
 from spatial_ssrl_jax.folders import folder_at, write_whole
 from spatial_ssrl_jax.learn.cut import Buckets
 from spatial_ssrl_jax.learn.figures import gathered, prompt_metrics, prompt_rows
@@ -24,9 +23,10 @@ from spatial_ssrl_jax.learn.loss import GrpoLoss, SftLoss
 from spatial_ssrl_jax.learn.optimizer import learning_rate, make_optimizer
 from spatial_ssrl_jax.learn.sft import encode_responses, pack_step
 from spatial_ssrl_jax.learn.update import TrainState, train_step
-from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.run import models
+from spatial_ssrl_jax.run.best import Best
 from spatial_ssrl_jax.run.log import Sampled, log_step, refresh_report
+from spatial_ssrl_jax.run.measure import measure
 from spatial_ssrl_jax.run.memory import explained_memory, memory_advice
 from spatial_ssrl_jax.run.mesh import (
     gather_rows,
@@ -90,6 +90,7 @@ def _run_stages(run: Run, start: Start, done: int) -> bool:
     if done:
         meta = run.checkpoints.read_meta(done)
         run.heldout, run.seconds = meta["heldout"], meta["seconds"]
+        run.best = Best(**meta["best"]) if meta.get("best") else None
         run.progress.say(f"going on after step {done}")
     if config.sft.steps and done < config.sft.steps:
         if not _sft_stage(run, start, done):
@@ -112,7 +113,9 @@ def _begin(
         return start.restored(settings, optimizer, done)
     params = start.params(settings)
     if done == 0:
-        _measure(run, UNTRAINED, 0, params)
+        metrics, _ = measure(run, UNTRAINED, 0, params)
+        if run.metrics is not None and metrics:
+            run.metrics.write(SFT if settings is run.config.sft else GRPO, 0, metrics)
     return start.state(settings, optimizer, params)
 
 
@@ -230,16 +233,19 @@ def _loop(
                 "perf/compile_seconds": run.compilations.seconds,
             }
             _count_bad(run, batch)
-            due = run.config.eval.every and (number - first) % run.config.eval.every == 0
-            if number == last or (stage == GRPO and due):
-                metrics |= _heldout_metrics(_measure(run, stage, number, state.params))
+            is_best = False
+            if number == last or stage == GRPO:
+                place = None if number == last else number - first
+                measured, is_best = measure(run, stage, number, state.params, place)
+                metrics |= measured
             if run.metrics is not None:
                 run.metrics.write(stage, number, metrics)
                 run.progress.step(number - first, metrics)
                 log_step(run, number, first, sampled)
             _check_skipped(run, stage, number, state)
             stop = total(run.preemption.requested) > 0
-            if number == last or (number - first) % run.config.checkpoint.every == 0 or stop:
+            due = (number - first) % run.config.checkpoint.every == 0
+            if number == last or due or is_best or stop:
                 elapsed = time.perf_counter() - begun + run.seconds.get(stage, 0.0)
                 _save(run, stage, number, state, run.seconds | {stage: round(elapsed, 2)})
                 if number == last:
@@ -299,32 +305,10 @@ def _check_skipped(run: Run, stage: str, number: int, state: TrainState) -> None
         )
 
 
-def _measure(run: Run, stage: str, number: int, params: Params) -> Table:
-    if not run.evaluation.items:
-        run.progress.say("no picture is held out, so there are no held-out figures")
-        return {}
-    run.progress.doing(f"measuring held-out pictures ({stage}, step {number})")
-    start = time.perf_counter()
-    run.heldout[stage] = run.evaluation.measure(params, run.config.trained_tasks, run.config.seed)
-    spent = run.seconds.get("heldout", 0.0) + time.perf_counter() - start
-    run.seconds["heldout"] = round(spent, 2)
-    if number == 0 and run.metrics is not None:
-        first = SFT if run.config.sft.steps else GRPO
-        run.metrics.write(first, 0, _heldout_metrics(run.heldout[stage]))
-    return run.heldout[stage]
-
-
-def _heldout_metrics(table: Table) -> dict[str, float]:
-    return {
-        f"heldout/{task}/{name}": value
-        for task, row in table.items()
-        for name, value in row.items()
-        if name != "count"
-    }
-
-
 def _save(run: Run, stage: str, number: int, state: TrainState, seconds: dict[str, float]) -> None:
-    run.checkpoints.save(number, stage, state, {"heldout": run.heldout, "seconds": seconds})
+    best = asdict(run.best) if run.best else None
+    meta = {"heldout": run.heldout, "seconds": seconds, "best": best}
+    run.checkpoints.save(number, stage, state, meta, run.best.step if run.best else None)
 
 
 def _finish(run: Run, start: Start) -> None:
@@ -336,6 +320,7 @@ def _finish(run: Run, start: Start) -> None:
         "trained": list(config.trained_tasks),
         "seconds": run.seconds,
         "seed": config.seed,
+        "best": asdict(run.best) if run.best else None,
     }
     target, adapter = run.workdir / "export", run.workdir / "adapter"
     last = models.open_model(run.checkpoints.folder / str(run.checkpoints.latest()))
@@ -353,4 +338,9 @@ def _finish(run: Run, start: Start) -> None:
     run.progress.say(
         f"done: {target} is the trained model, {run.workdir / 'report.html'} the report"
     )
+    if run.best and run.best.step < run.total:
+        run.progress.say(
+            f"the best by {run.best.metric} was step {run.best.step}, kept as "
+            f"{run.checkpoints.folder / str(run.best.step)}: convert to-hf makes a folder of it"
+        )
     run.checkpoints.close()

@@ -152,4 +152,4 @@ def sizes(size: Size) -> list[Size]:
     return [size, *[(min(size) // 2,) * 2] * 4]
 
 
-TASK = Task("crop", False, CropSettings, make, sizes)
+TASK = Task("crop", False, CropSettings, make, sizes, chance=lambda answer: 1 / 4)

@@ -114,4 +114,4 @@ def _example(record: Record, found: Regions, chosen: np.ndarray, radius: int) ->
     )
 
 
-TASK = Task("depth", True, DepthSettings, make)
+TASK = Task("depth", True, DepthSettings, make, chance=lambda answer: 1 / 6)

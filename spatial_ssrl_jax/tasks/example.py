@@ -57,7 +57,8 @@ class Task:
     `make(record, rng, settings)` returns an `Example` or raises `Reject`. Every draw comes from
     `rng`, so the same record, generator state and settings give the same example. `sizes` gives the
     sizes of an example's pictures from the record's alone, or slightly more where a frame is left
-    off: what is too large for any prompt is dropped by them before it is decoded.
+    off: what is too large for any prompt is dropped by them before it is decoded. `chance` gives
+    how often a guess in the form of the right answer is right; None where that is not known.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Task:
     settings: type
     make: Callable[[Record, np.random.Generator, Any], Example]
     sizes: Callable[[Size], list[Size]] = one_picture
+    chance: Callable[[str], float] | None = None
 
 
 def source_of(record: Record) -> dict[str, str]:

@@ -74,4 +74,4 @@ def _can_tell(small: np.ndarray, least: float) -> bool:
     return distinct(np.stack([small, np.flip(small, 0), np.flip(small, 1)]), least)
 
 
-TASK = Task("flip", False, FlipSettings, make)
+TASK = Task("flip", False, FlipSettings, make, chance=lambda answer: 1 / 8)

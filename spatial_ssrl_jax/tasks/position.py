@@ -207,4 +207,4 @@ def _example(
     )
 
 
-TASK = Task("position", True, PositionSettings, make)
+TASK = Task("position", True, PositionSettings, make, chance=lambda answer: 1 / 4)

@@ -1,5 +1,6 @@
 """Shuffled patch reordering: which patch belongs where."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -139,4 +140,9 @@ def _mask(
     return int(rng.choice(able))
 
 
-TASK = Task("shuffle", False, ShuffleSettings, make)
+def chance(answer: str) -> float:
+    """One in all permutations but the identity."""
+    return 1 / (math.factorial(len(answer.split("-"))) - 1)
+
+
+TASK = Task("shuffle", False, ShuffleSettings, make, chance=chance)

@@ -13,6 +13,7 @@ from spatial_ssrl_jax.eval.charts_and_text import relaxed
 from spatial_ssrl_jax.eval.paper import GENERAL, ROWS, SPATIAL, published
 from spatial_ssrl_jax.eval.question import Record, record_of
 from spatial_ssrl_jax.eval.vsi_bench import relative_accuracy
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 from tests.eval import files
 
 OPTIONS = {"A": "chair", "B": "table"}
@@ -313,6 +314,57 @@ def test_all_right_and_all_wrong(name: str, tmp_path: Path):
     scored, found = benchmark.score(empty)
     assert (found.score, found.unparsed, found.ci95) == (0, len(records), (0, 0))
     assert not any(r.parsed or r.score for r in scored)
+
+
+def test_several_samples_give_their_mean():
+    """Each sample's figure for itself; a question's samples are drawn together."""
+    said = {"4": "AA", "5": "AB", "6": "BB"}
+    records = [
+        record("blink", "A", letter, name=name, options=OPTIONS, sample=number)
+        for name, letters in said.items()
+        for number, letter in enumerate(letters, 1)
+    ]
+    _, found = score_records(records)
+    assert found.score == pytest.approx(50) and (found.count, found.unparsed) == (3, 0)
+    assert found.categories == {"all": {"score": pytest.approx(50), "count": 3}}
+    # Right in both rotations: in the first sample, and not in the second.
+    turned = [
+        record("mmbench", "A", letter, name=name, options=OPTIONS, group=1, sample=number)
+        for number, letters in ((1, "AA"), (2, "AB"))
+        for name, letter in zip(("1", "1000001"), letters, strict=True)
+    ]
+    _, found = score_records(turned)
+    assert found.score == 50 and found.extra == {"vanilla": 75}
+    with pytest.raises(UserError, match="the id '4, sample 2' occurs 2 times"):
+        score_records([*records, records[1]])
+
+
+def test_the_pretext_tasks_count_alike_and_stand_beside_chance():
+    """Two right of two, and one of two: the mean of the tasks, whatever their number."""
+    source = {"spec": "scenes", "record": "1"}
+    rows = [
+        ("flip", "vertical", "1-0", r"<think>x</think>\boxed{1-0}", 0.125),
+        ("shuffle", "1x3", "0-2-1", r"\boxed{ 0-2-1 }", 0.2),
+        ("shuffle", "2x2", "0-2-1-3", r"\boxed{0-2-3-1}", 1 / 23),
+    ]
+    records = numbered(
+        [
+            record(
+                "pretext", target, said, f"{t}/{k}", task=t, kind=k, source=source, chance=chance
+            )
+            for t, k, target, said, chance in rows
+        ]
+    )
+    _, found = score_records(records)
+    assert found.score == 75 and found.extra["shuffle"] == 50 and found.extra["flip"] == 100
+    assert found.extra["chance/shuffle/1x3"] == pytest.approx(20)
+    assert found.extra["chance/shuffle"] == pytest.approx(100 * (0.2 + 1 / 23) / 2)
+    short = record(
+        "pretext", "A", "A", "crop", task="crop", kind="crop", source=source, chance=0.25
+    )
+    assert score_records([short])[1].score == 100, "asked directly, a short answer will do"
+    thought = dataclasses.replace(short, question=f"? {FORMAT_PROMPT}")
+    assert score_records([thought])[1].score == 0, "asked for a box, it will not"
 
 
 def test_unparsed_is_wrong_and_counted():

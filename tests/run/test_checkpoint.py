@@ -101,6 +101,22 @@ def test_the_newest_and_the_ones_kept_always_stay(tmp_path: Path):
     assert kept(tmp_path) == [2, 4, 5]
 
 
+def test_the_best_stays_until_another_is(tmp_path: Path):
+    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    for step, best in ((1, 1), (2, 1), (3, 1)):
+        checkpoints.save(step, "sft", state(step), {}, best)
+    checkpoints.close()
+    assert kept(tmp_path) == [1, 3]
+    again = Checkpoints(str(tmp_path), keep=1)
+    again.save(4, "sft", state(4), {}, 1)
+    again.wait()
+    assert kept(tmp_path) == [1, 4]
+    again.save(5, "sft", state(5), {}, 5)
+    again.save(6, "sft", state(6), {}, 5)
+    again.close()
+    assert kept(tmp_path) == [5, 6]
+
+
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path):
     save(tmp_path, [3], keep=2)
     # What a kill leaves: Orbax writes under a temporary name and renames when all is there.

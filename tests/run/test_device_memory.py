@@ -66,7 +66,7 @@ def test_training_says_what_helps(
     from tests.run.conftest import make_config
 
     monkeypatch.setattr(training, "train_step", full)
-    monkeypatch.setattr(training, "_measure", lambda *_: {})
+    monkeypatch.setattr(training, "measure", lambda *_: ({}, False))
     config = make_config(c.ModelSettings(str(toy_folder), True, "float32", "none"))
     with pytest.raises(UserError, match="ran out of memory.*sft.micro_rows=.*model.remat=full"):
         training.train(config, tmp_path / "run")

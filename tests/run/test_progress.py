@@ -28,7 +28,8 @@ def test_plain_lines_are_few_and_the_last_step_is_among_them(monkeypatch: pytest
             progress.step(number, {"loss/sft": 0.5, "perf/tokens_per_second": 12345.6})
     lines = shown(console).splitlines()
     assert [line.split()[1] for line in lines] == ["1/30", "12/30", "23/30", "30/30"]
-    assert lines[0] == "sft 1/30  loss 0.5000  tokens/s 12,346"
+    assert lines[0] == "sft 1/30  loss 0.5000  tokens/s 12,346  0:29 left"
+    assert lines[1].endswith("0:18 left") and lines[-1].endswith("12,346")
 
 
 def test_a_figure_that_is_absent_is_not_shown():

@@ -43,6 +43,16 @@ def test_same_state_same_example(task):
 
 
 @every_task
+def test_chance_is_one_in_all_answers(task):
+    answers: dict[int, set[str]] = {}
+    for seed in range(300):
+        example = task.make(record(2), np.random.default_rng(seed), task.settings())
+        answers.setdefault(len(example.answer), set()).add(example.answer)
+    for alike in answers.values():
+        assert {task.chance(answer) for answer in alike} == {pytest.approx(1 / len(alike))}
+
+
+@every_task
 def test_form_of_an_example(task):
     rec = record(2)
     before = rec.image.copy(), rec.depth.copy()

@@ -1,0 +1,53 @@
+"""A small random checkpoint to ask, and small files of all fourteen benchmarks."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.run import models
+from tests.conftest import SMALL_TEXT, SMALL_VISION, random_params
+from tests.eval import files
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy with the shipped tokenizer, whose answers depend on every part of a prompt."""
+    tiny = models.open_model("tiny")
+    config = dataclasses.replace(
+        tiny.config,
+        text=dataclasses.replace(tiny.config.text, **SMALL_TEXT),
+        vision=dataclasses.replace(tiny.config.vision, **SMALL_VISION),
+    )
+    folder = tmp_path_factory.mktemp("checkpoint") / "toy"
+    toy = dataclasses.replace(tiny, config=config)
+    models.export(toy, random_params(config, seed=3), folder, "float32")
+    return folder
+
+
+def write_clip(path: Path, frames: int = 12, size: tuple[int, int] = (60, 80)) -> None:
+    """An mp4 of three seconds whose picture moves."""
+    av = pytest.importorskip("av", reason="writes and reads videos, which needs PyAV")
+    path.unlink(missing_ok=True)
+    noise = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=frames // 3)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.roll(noise, 5 * i, axis=1), format="rgb24")
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+@pytest.fixture(scope="session")
+def fourteen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds one folder a benchmark."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for name, write in files.WRITERS.items():
+        (folder / name).mkdir()
+        write(folder / name)
+    write_clip(folder / "vsi_bench" / "rooms" / "1.mp4")
+    return folder

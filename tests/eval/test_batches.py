@@ -1,0 +1,44 @@
+"""Which questions are asked together: all of them once, alike in size, in few shapes."""
+
+import numpy as np
+
+from spatial_ssrl_jax.data.prompts import Extent
+from spatial_ssrl_jax.eval.batches import plan_batches
+
+
+def test_every_question_is_asked_once_in_few_shapes_and_fits():
+    rng = np.random.default_rng(0)
+    windows = np.exp(rng.uniform(np.log(80), np.log(1024), 3000)).astype(int)
+    extents = [Extent(int(16 * w + rng.integers(40, 400)), int(w)) for w in windows]
+    batches = plan_batches(extents, shards=4, most=16)
+    assert sorted(i for batch in batches for i in batch.places) == list(range(3000))
+    for batch in batches:
+        assert len(batch.places) <= batch.size and batch.size % 4 == 0
+        assert batch.size // 4 * batch.shape.tokens <= 32768 or batch.size == 4
+        for i in batch.places:
+            assert extents[i].tokens <= batch.shape.tokens
+            assert extents[i].windows <= batch.shape.windows
+    assert len({(batch.shape, batch.size) for batch in batches}) <= 14
+    padded = sum(batch.size * batch.shape.tokens for batch in batches)
+    assert padded < 1.4 * sum(extent.tokens for extent in extents)
+    sizes = [batch.shape.windows for batch in batches]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_would_not_fill_a_batch_joins_the_next_larger():
+    extents = [Extent(5000, 300), Extent(1000, 60), Extent(100, 0), *[Extent(90, 0)] * 5]
+    first, rest = plan_batches(extents, shards=1, most=16)
+    assert first.size * first.shape.tokens <= 32768 < (first.size + 1) * first.shape.tokens
+    assert first.places == tuple(range(first.size)) and first.shape.windows >= 300
+    assert rest.places == tuple(range(first.size, 8)) and rest.shape == Extent(128, 0)
+
+
+def test_questions_about_one_video_stand_together():
+    names = [f"{i % 3}.mp4" for i in range(12)]
+    batches = plan_batches([Extent(900, 50)] * 12, shards=1, most=4, near=names)
+    assert [{names[i] for i in batch.places} for batch in batches] == [
+        {"0.mp4"},
+        {"1.mp4"},
+        {"2.mp4"},
+    ]
+    assert [batch.size for batch in batches] == [4, 4, 4]
