@@ -3,14 +3,16 @@
 import csv
 import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.eval.question import Record
 from spatial_ssrl_jax.eval.scores import Scores
+from spatial_ssrl_jax.folders import write_whole
 
 PREDICTIONS, SCORES, SUBMISSION = "predictions.jsonl", "scores.json", "submission.tsv"
 TABLE = "table.json"
@@ -72,18 +74,10 @@ def as_line(record: Record) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def write_results(folder: Path, records: Iterable[Record], scores: Scores) -> None:
+def write_results(folder: epath.Path | Path, records: Iterable[Record], scores: Scores) -> None:
     """Writes `predictions.jsonl` and `scores.json` into a folder, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / PREDICTIONS, "".join(map(as_line, records)))
     write_whole(folder / SCORES, json.dumps(scores.as_json(), indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is never seen half written."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
 
 
 def write_submission(path: Path, records: Iterable[Record]) -> None:
