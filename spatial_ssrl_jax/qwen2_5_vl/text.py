@@ -10,7 +10,6 @@ Shape letters: B prompts, G samples of a group, T prompt tokens, R response toke
 N query heads, K key/value heads, H head size, L layers.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
