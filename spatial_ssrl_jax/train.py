@@ -8,6 +8,7 @@ from pathlib import Path
 from spatial_ssrl_jax.config import Config, load_config, split_overrides
 from spatial_ssrl_jax.errors import UserError, run_command
 from spatial_ssrl_jax.run.distributed import add_options, connect
+from spatial_ssrl_jax.run.preemption import nothing_to_save
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,15 +37,16 @@ def main(argv: Sequence[str]) -> None:
             f"--workdir={args.workdir} cannot be written to: give a local folder, and copy it from "
             "there."
         )
-    connect(args)
-    workdir = Path(args.workdir or Path("runs") / config.name)
-    if args.check:
-        _check(config, workdir, args)
-        return
+    with nothing_to_save():
+        connect(args, config.mesh.silence)
+        workdir = Path(args.workdir or Path("runs") / config.name)
+        if args.check:
+            _check(config, workdir, args)
+            return
 
-    from spatial_ssrl_jax.run.training import train
+        from spatial_ssrl_jax.run.training import train
 
-    train(config, workdir, args.overwrite)
+        train(config, workdir, args.overwrite)
 
 
 def _check(config: Config, workdir: Path, args: argparse.Namespace) -> None:
