@@ -26,7 +26,9 @@ class ModelSettings:
       from_scratch: draw fresh weights of the folder's shape instead of reading them.
       dtype: compute dtype, `float32` or `bfloat16`; master weights are always float32.
       remat: what the backward pass keeps of each layer: `none`, `dots` or `full`.
-      chunk: queries that attend at a time.
+      attention: what computes attention of prompts, rows and whole pictures to themselves: `xla`
+        anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16.
+      chunk: queries that attend at a time, by `xla`.
       head_chunk: response tokens a prompt whose logits exist at a time.
     """
 
@@ -34,6 +36,7 @@ class ModelSettings:
     from_scratch: bool = False
     dtype: str = "bfloat16"
     remat: str = "full"
+    attention: str = "xla"
     chunk: int = 1024
     head_chunk: int = 128
 
@@ -67,11 +70,21 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class MeshSettings:
-    """Devices along each axis; one axis may be -1 and takes what is left."""
+    """Devices along each axis, and how long the processes that have them wait for one another.
+
+    Attributes:
+      data, fsdp, tensor: devices along the axis; one may be -1 and takes what is left.
+      silence: seconds after which a process that was not heard of counts as lost, and the others
+        end.
+      patience: seconds that a step, or whatever else is said to be done, may take before the run
+        counts as hanging and ends; 0 waits for ever.
+    """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    silence: int = 60
+    patience: int = 3600
 
 
 @dataclass(frozen=True)

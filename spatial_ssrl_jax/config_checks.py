@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.qwen2_5_vl.kernels import KERNELS
 from spatial_ssrl_jax.qwen2_5_vl.layers import REMAT_POLICIES
 from spatial_ssrl_jax.qwen2_5_vl.lora import known_targets
 from spatial_ssrl_jax.qwen2_5_vl.tree import PARTS
@@ -15,6 +16,7 @@ _AT_LEAST_ONE = (
     "model.head_chunk",
     "data.min_pixels",
     "data.threads",
+    "mesh.silence",
     "sft.prompts",
     "sft.micro_rows",
     "grpo.prompts",
@@ -36,6 +38,7 @@ _AT_LEAST_ZERO = (
     "sft.steps",
     "grpo.steps",
     "data.workers",
+    "mesh.patience",
     "grpo.refills",
     "eval.every",
     "eval.benchmark_count",
@@ -46,6 +49,7 @@ _AT_LEAST_ZERO = (
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMAT_POLICIES),
+    "model.attention": KERNELS,
     "sft.schedule": ("constant", "cosine"),
     "grpo.schedule": ("constant", "cosine"),
     "grpo.kl": ("k1", "k2", "k3"),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 STOPPED = 130  # the exit code of a program that Ctrl-C ended
+LOST = 75  # that of one that ended with the other processes of its run; trying again may help
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
@@ -100,7 +101,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         if debug:
             traceback.print_exc()
         print("stopped", file=sys.stderr)
-        _exit_now(STOPPED)
+        exit_now(STOPPED)
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -145,7 +146,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _exit_now(code: int) -> None:
+def exit_now(code: int) -> None:
     """Ends the process and its workers without waiting for what its threads still do."""
     for worker in multiprocessing.active_children():
         worker.terminate()

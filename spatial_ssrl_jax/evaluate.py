@@ -17,12 +17,13 @@ from spatial_ssrl_jax.eval.asking import How, Respondent
 from spatial_ssrl_jax.eval.benchmarks import SCORED, SETS, Benchmark
 from spatial_ssrl_jax.eval.compare_report import COMPARED
 from spatial_ssrl_jax.eval.paper import comparable, table_json
-from spatial_ssrl_jax.eval.predictions import TABLE, write_whole
+from spatial_ssrl_jax.eval.predictions import TABLE
 from spatial_ssrl_jax.eval.pretext import open_pretext
 from spatial_ssrl_jax.eval.pretext_tasks import PRETEXT
 from spatial_ssrl_jax.eval.printing import print_scores
 from spatial_ssrl_jax.eval.results_page import RESULTS, Result, write_results_page
 from spatial_ssrl_jax.eval.runs import journals, open_set, run, tell_left_out
+from spatial_ssrl_jax.folders import write_whole
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout import options
 from spatial_ssrl_jax.rollout.engine import Engine

@@ -13,6 +13,7 @@ def main(argv: Sequence[str]) -> None:
     from spatial_ssrl_jax.config import load_config, split_overrides
     from spatial_ssrl_jax.folders import folder_at
     from spatial_ssrl_jax.run.distributed import add_options, connect
+    from spatial_ssrl_jax.run.preemption import nothing_to_save
 
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.train",
@@ -35,16 +36,17 @@ def main(argv: Sequence[str]) -> None:
     if args.json and not args.check:
         raise UserError("--json belongs to --check: a run leaves its figures in metrics.jsonl.")
     workdir = folder_at(args.workdir or f"runs/{config.name}")
-    connect(args)
-    if args.check:
-        from spatial_ssrl_jax.run.check import check
+    with nothing_to_save():
+        connect(args, config.mesh.silence)
+        if args.check:
+            from spatial_ssrl_jax.run.check import check
 
-        _show(check(config, workdir, args.overwrite), args.json)
-        return
+            _show(check(config, workdir, args.overwrite), args.json)
+            return
 
-    from spatial_ssrl_jax.run.training import train
+        from spatial_ssrl_jax.run.training import train
 
-    train(config, workdir, args.overwrite)
+        train(config, workdir, args.overwrite)
 
 
 def _show(report: dict[str, Any], as_json: bool) -> None:

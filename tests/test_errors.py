@@ -97,6 +97,15 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
         ["model folder /nowhere/m"],
     ),
     (train.main, train_with("mesh.fsdp=7"), ["fsdp=7 x tensor=1 does not fit"]),
+    (train.main, train_with("mesh.silence=0"), ["mesh.silence=0 must be at least 1"]),
+    (train.main, train_with("model.attention=flash"), ["attention=flash", "xla, splash, cudnn"]),
+    (train.main, train_with("model.attention=splash"), ["attention=splash runs on TPUs alone"]),
+    (train.main, train_with("model.attention=cudnn"), ["attention=cudnn runs on NVIDIA GPUs"]),
+    (
+        plan.main,
+        [TINY, "--topology=cpu", "--config.model.attention=splash"],
+        ["attention=splash runs on TPUs alone"],
+    ),
     # train: where it writes, and how it is called
     (train.main, [TINY, "--workdir=DIR"], ["is not empty", "--overwrite"]),
     (train.main, [TINY, "--workdir=PICTURE/w"], ["nothing can be written to", "is a file"]),

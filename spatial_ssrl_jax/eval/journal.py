@@ -14,9 +14,9 @@ from spatial_ssrl_jax.eval.predictions import (
     SUBMISSION,
     as_line,
     read_predictions,
-    write_whole,
 )
 from spatial_ssrl_jax.eval.question import Asked, Question, Record
+from spatial_ssrl_jax.folders import write_whole
 from spatial_ssrl_jax.run.mesh import gather_rows, is_writer
 
 ASKED = "asked.json"

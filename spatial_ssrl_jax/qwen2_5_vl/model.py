@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
+from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel
 from spatial_ssrl_jax.qwen2_5_vl.layers import Init
 from spatial_ssrl_jax.qwen2_5_vl.lora import (
     NO_LORA,
@@ -36,12 +37,14 @@ class Compute:
       chunk: queries that attend at a time.
       head_chunk: response positions a prompt whose logits exist at a time.
       remat: what the backward pass keeps of each layer: `none`, `dots` or `full`.
+      kernel: what computes self-attention over many tokens.
     """
 
     dtype: str = "float32"
     chunk: int = 1024
     head_chunk: int = 128
     remat: str = "full"
+    kernel: Kernel = XLA
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +156,11 @@ def embed_prompt(model: Qwen2_5_VL, prompts: PromptBatch | PackedRows, compute: 
     if prompts.vision.frame.shape[1] == 0:
         return x
     merged = model.vision(
-        prompts.vision, dtype=compute.dtype, chunk=compute.chunk, remat=compute.remat
+        prompts.vision,
+        dtype=compute.dtype,
+        chunk=compute.chunk,
+        remat=compute.remat,
+        kernel=compute.kernel,
     )
     index = jnp.maximum(prompts.image_index, 0)[..., None]
     picture = jnp.take_along_axis(merged, index, axis=1)
@@ -170,7 +177,9 @@ def prefill(
     """
     x = embed_prompt(model, prompts, compute)
     rotary = text_rotary(config.text, prompts.position)
-    hidden, keys, values = model.text.prefill(x, rotary, prompts.valid, chunk=compute.chunk)
+    hidden, keys, values = model.text.prefill(
+        x, rotary, prompts.valid, chunk=compute.chunk, kernel=compute.kernel
+    )
     return _last(hidden, prompts), keys, values
 
 
@@ -208,6 +217,7 @@ def response_hidden(
         order < length_BG[..., None],
         chunk=compute.chunk,
         remat=compute.remat,
+        kernel=compute.kernel,
     )
     first = jnp.broadcast_to(
         _last(prompt, prompts)[:, None, None], (*own.shape[:2], 1, own.shape[3])
@@ -225,6 +235,7 @@ def packed_hidden(
         rows.segment,
         chunk=compute.chunk,
         remat=compute.remat,
+        kernel=compute.kernel,
     )
     return jnp.take_along_axis(hidden, jnp.maximum(rows.place, 0)[..., None], axis=1)
 

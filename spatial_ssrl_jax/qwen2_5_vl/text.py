@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from spatial_ssrl_jax.qwen2_5_vl.attention import attend, attend_shared
+from spatial_ssrl_jax.qwen2_5_vl.attention import attend_shared
 from spatial_ssrl_jax.qwen2_5_vl.config import TextConfig
+from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel, group_attention, self_attention
 from spatial_ssrl_jax.qwen2_5_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
 from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
 
@@ -66,7 +67,7 @@ class TextModel(nnx.Module):
         return (self.embed if self.head is None else self.head)[...].astype(dtype)
 
     def prefill(
-        self, x_BTD: Array, rotary: Rotary, valid_BT: Array, *, chunk: int
+        self, x_BTD: Array, rotary: Rotary, valid_BT: Array, *, chunk: int, kernel: Kernel = XLA
     ) -> tuple[Array, Array, Array]:
         """Runs prompts.
 
@@ -75,16 +76,24 @@ class TextModel(nnx.Module):
           rotary: angles of the prompt's positions, [B, T, H/2].
           valid_BT: bool, which tokens exist.
           chunk: queries that attend at a time.
+          kernel: what computes attention.
 
         Returns:
           Hidden states [B, T, D] behind the last norm, keys and values [L, B, K, T, H].
         """
         segment = jnp.where(valid_BT, 0, -1)
-        x, (keys, values) = self._causal(x_BTD, rotary, segment, chunk, "none", keep=True)
+        x, (keys, values) = self._causal(x_BTD, rotary, segment, chunk, kernel, "none", keep=True)
         return x, keys, values
 
     def packed(
-        self, x_BTD: Array, rotary: Rotary, segment_BT: Array, *, chunk: int, remat: str
+        self,
+        x_BTD: Array,
+        rotary: Rotary,
+        segment_BT: Array,
+        *,
+        chunk: int,
+        remat: str,
+        kernel: Kernel = XLA,
     ) -> Array:
         """Runs rows of several examples; a token sees its own example's tokens up to itself.
 
@@ -94,21 +103,29 @@ class TextModel(nnx.Module):
           segment_BT: int32, which example a token belongs to; -1 is padding.
           chunk: queries that attend at a time.
           remat: what the backward pass keeps of each layer.
+          kernel: what computes attention.
 
         Returns:
           Hidden states [B, T, D] behind the last norm.
         """
-        return self._causal(x_BTD, rotary, segment_BT, chunk, remat, keep=False)[0]
+        return self._causal(x_BTD, rotary, segment_BT, chunk, kernel, remat, keep=False)[0]
 
     def _causal(
-        self, x: Array, rotary: Rotary, segment: Array, chunk: int, remat: str, keep: bool
+        self,
+        x: Array,
+        rotary: Rotary,
+        segment: Array,
+        chunk: int,
+        kernel: Kernel,
+        remat: str,
+        keep: bool,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Causal layers inside segments; with `keep`, every layer's keys and values too."""
 
         def step(layer: TextLayer, x: Array, _):
             q, k, v = layer.project(x, rotary)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            mixed = attend(q, k, v, segment, segment, causal=True, chunk=chunk)
+            mixed = self_attention(q, k, v, segment, causal=True, chunk=chunk, kernel=kernel)
             return layer.finish(x, mixed), (k, v) if keep else None
 
         x, kept = scan_layers(self.layers, step, x, remat=remat)
@@ -125,6 +142,7 @@ class TextModel(nnx.Module):
         *,
         chunk: int,
         remat: str,
+        kernel: Kernel = XLA,
     ) -> tuple[Array, Array]:
         """Runs every prompt once, with all its responses behind it.
 
@@ -137,6 +155,7 @@ class TextModel(nnx.Module):
         batch, prompt, width = prompt_BTD.shape
         _, group, response, _ = response_BGRD.shape
         segment = jnp.where(prompt_valid_BT, 0, -1)
+        valid = jnp.concatenate((prompt_valid_BT, response_valid_BGR.reshape(batch, -1)), axis=1)
         order = jnp.arange(response)
         seen = (order[:, None] >= order) & response_valid_BGR[:, :, None]
         rotary = tuple(
@@ -146,11 +165,17 @@ class TextModel(nnx.Module):
 
         def step(layer: TextLayer, x: Array, _):
             q, k, v = layer.project(x, rotary)
+            if kernel.name == "splash":
+                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+                sizes = dict(prompt=prompt, response=response, kernel=kernel)
+                return layer.finish(x, group_attention(q, k, v, valid, **sizes)), None
             own_q, own_k, own_v = (
                 t[:, prompt:].reshape(batch, group, response, *t.shape[2:]) for t in (q, k, v)
             )
             k, v = k[:, :prompt].swapaxes(1, 2), v[:, :prompt].swapaxes(1, 2)
-            mixed = attend(q[:, :prompt], k, v, segment, segment, causal=True, chunk=chunk)
+            mixed = self_attention(
+                q[:, :prompt], k, v, segment, causal=True, chunk=chunk, kernel=kernel
+            )
             own_k, own_v = own_k.swapaxes(2, 3), own_v.swapaxes(2, 3)
             own = attend_shared(own_q, k, v, prompt_valid_BT, own_k, own_v, seen, chunk=chunk)
             own = own.reshape(batch, group * response, *own.shape[3:])

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from spatial_ssrl_jax.qwen2_5_vl.attention import attend
 from spatial_ssrl_jax.qwen2_5_vl.config import VisionConfig
+from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel, self_attention
 from spatial_ssrl_jax.qwen2_5_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
 from spatial_ssrl_jax.qwen2_5_vl.rope import rotate, vision_rotary
 
@@ -51,25 +51,25 @@ class VisionBlock(nnx.Module):
         inner = config.intermediate_size
         self.mlp = GatedMLP(init, width, inner, bias=True, axes=("embed", "vision_ffn"))
 
-    def __call__(self, x_BWSD, rotary, segment_window, segment_full, is_full, chunk):
+    def __call__(self, x_BWSD, rotary, segment_window, segment_full, is_full, chunk, kernel):
         batch, windows, size, _ = x_BWSD.shape
         qkv = self.qkv(self.norm1(x_BWSD))
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         q, k = rotate(q, *rotary), rotate(k, *rotary)
 
-        def over(rows: int, segment: Array):
+        def over(rows: int, segment: Array, kernel: Kernel):
             def run(q, k, v):
                 q, k, v = (t.reshape(rows, -1, *t.shape[3:]) for t in (q, k, v))
                 k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
                 segments = segment.reshape(rows, -1)
-                out = attend(q, k, v, segments, segments, causal=False, chunk=chunk)
+                out = self_attention(q, k, v, segments, causal=False, chunk=chunk, kernel=kernel)
                 return out.reshape(batch, windows, size, *out.shape[2:])
 
             return run
 
-        mixed = jax.lax.cond(
-            is_full, over(batch, segment_full), over(batch * windows, segment_window), q, k, v
-        )
+        full = over(batch, segment_full, kernel)
+        window = over(batch * windows, segment_window, XLA)  # short rows need no kernel
+        mixed = jax.lax.cond(is_full, full, window, q, k, v)
         x_BWSD = x_BWSD + self.proj(mixed)
         return x_BWSD + self.mlp(self.norm2(x_BWSD))
 
@@ -96,7 +96,9 @@ class VisionTower(nnx.Module):
         self.blocks = VisionBlock(init.stacked(config.depth), config)
         self.merger = Merger(init, config)
 
-    def __call__(self, vision: VisionInput, *, dtype, chunk: int, remat: str) -> Array:
+    def __call__(
+        self, vision: VisionInput, *, dtype, chunk: int, remat: str, kernel: Kernel = XLA
+    ) -> Array:
         """Encodes the pictures of B prompts.
 
         Args:
@@ -104,6 +106,7 @@ class VisionTower(nnx.Module):
           dtype: compute dtype.
           chunk: patches that attend at a time in full attention.
           remat: what the backward pass keeps of each block.
+          kernel: what computes full attention.
 
         Returns:
           [B, W·M, D_text]: one vector a merged token, in window order.
@@ -116,7 +119,8 @@ class VisionTower(nnx.Module):
         full = [i in config.fullatt_block_indexes for i in range(config.depth)]
 
         def step(block: VisionBlock, x: Array, is_full: Array):
-            return block(x, rotary, segment_window, vision.frame, is_full, chunk), None
+            segments = (segment_window, vision.frame)
+            return block(x, rotary, *segments, is_full, chunk, kernel), None
 
         x, _ = scan_layers(self.blocks, step, x, jnp.array(full), remat=remat)
         x = self.merger.norm(x)

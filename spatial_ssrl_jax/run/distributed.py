@@ -1,6 +1,7 @@
 """Joining the processes of one run, before any device is asked for."""
 
 import argparse
+import os
 
 import jax
 
@@ -16,22 +17,59 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", help="HOST:PORT of process 0, where nothing else says it")
     group.add_argument("--processes", type=int, help="how many there are")
     group.add_argument("--process", type=int, help="which this one is, from 0")
+    group.add_argument(
+        "--join-seconds", type=int, default=300, help="how long to wait for the others (300)"
+    )
 
 
-def connect(args: argparse.Namespace) -> None:
+def connect(args: argparse.Namespace, silence: int) -> None:
     """Joins the other processes; a single process needs nothing.
 
+    Args:
+      args: what `add_options` added.
+      silence: seconds after which a process that was not heard of counts as lost.
+
     Raises:
-      UserError: the options do not belong together, or the others cannot be reached.
+      UserError: the options do not belong together, the environment speaks of several processes
+        and no option does, or the others cannot be reached.
     """
     explicit = (args.coordinator, args.processes, args.process)
     if all(option is None for option in explicit) and not args.distributed:
+        _check_alone()
         return
     if any(option is None for option in explicit) and not args.distributed:
         raise UserError("--coordinator, --processes and --process belong together: give all three.")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # `Watch` and `Preemption` do what these would: the one with a sentence, the other by the step.
+    jax.config.update("jax_enable_recoverability", True)
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(*explicit)
+        jax.distributed.initialize(
+            *explicit,
+            initialization_timeout=args.join_seconds,
+            heartbeat_timeout_seconds=2 * silence,
+        )
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"the processes cannot join ({first}): check --coordinator.") from error
+
+
+def _check_alone() -> None:
+    """Refuses to be one of several processes that know nothing of each other.
+
+    Raises:
+      UserError: SLURM or a TPU slice says that there are several.
+    """
+    steps, hosts = (
+        os.environ.get("SLURM_STEP_NUM_TASKS", ""),
+        os.environ.get("TPU_WORKER_HOSTNAMES", ""),
+    )
+    for what, count in (
+        ("SLURM's step has", int(steps) if steps.isdigit() else 1),
+        ("this TPU slice has", len(hosts.split(","))),
+    ):
+        if count > 1:
+            raise UserError(
+                f"{what} {count} processes, and nothing says that they belong together: give "
+                "--distributed to each of them."
+            )

@@ -4,6 +4,7 @@ A multiply-add counts as two. What a step needs leaves out padding and recomputa
 utilisation is measured by. Norms, activations and softmax are left out: under a hundredth.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from jax.extend import core
 
 from spatial_ssrl_jax.data.windows import Grid, lay_out_windows
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+from spatial_ssrl_jax.qwen2_5_vl.kernels import BLOCKS_RUN
 from spatial_ssrl_jax.qwen2_5_vl.model import PromptBatch
 
 
@@ -141,13 +143,16 @@ def program_flops(function: Callable, *args: Any) -> float:
     return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def jaxpr_flops(jaxpr: core.Jaxpr, turns: float = 1.0, dear_share: float = 1.0) -> float:
+def jaxpr_flops(
+    jaxpr: core.Jaxpr, turns: float = 1.0, dear_share: float = 1.0, blocks: int | None = None
+) -> float:
     """As `program_flops`, of a program that is traced already.
 
     Args:
       jaxpr: the program.
       turns: of each `while_loop`.
       dear_share: how often a branch takes its dearer side; else it takes the cheapest.
+      blocks: of a row and head that splash attention computes, inside a call of it.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -155,11 +160,19 @@ def jaxpr_flops(jaxpr: core.Jaxpr, turns: float = 1.0, dear_share: float = 1.0) 
         if name == "dot_general":
             total += _dot(equation)
             continue
-        inner = [jaxpr_flops(i, turns, dear_share) for i in inner_jaxprs(params)]
+        found = re.search(BLOCKS_RUN + r"(\d+)", str(equation.source_info.name_stack))
+        run = int(found[1]) if found else blocks
+        if name == "pallas_call":
+            total += _kernel_calls(equation, run) * jaxpr_flops(params["jaxpr"])
+            continue
+        inner = [jaxpr_flops(i, turns, dear_share, run) for i in inner_jaxprs(params)]
         if name == "cond":
             total += max(inner) * dear_share + min(inner) * (1 - dear_share)
         else:
-            total += sum(inner) * {"scan": params.get("length"), "while": turns}.get(name, 1)
+            times = {"scan": params.get("length"), "while": turns}
+            if name == "shard_map":  # what each device of the mesh does
+                times[name] = params["mesh"].size
+            total += sum(inner) * times.get(name, 1)
     return total
 
 
@@ -171,6 +184,15 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
                 yield item.jaxpr
             elif isinstance(item, core.Jaxpr):
                 yield item
+
+
+def _kernel_calls(equation: core.JaxprEqn, blocks: int | None) -> float:
+    """How often a Pallas kernel's body runs; splash leaves out blocks that its mask hides whole."""
+    whole = float(np.prod(equation.params["grid_mapping"].grid, dtype=float))
+    places = equation.invars[1].aval  # splash's map of blocks, where it has one
+    if blocks is None or not np.issubdtype(places.dtype, np.integer):
+        return whole
+    return whole / float(np.prod(places.shape[-2:])) * blocks
 
 
 def _dot(equation: core.JaxprEqn) -> float:

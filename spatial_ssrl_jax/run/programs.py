@@ -92,7 +92,7 @@ class Stage:
 
 def stages(config: Config, model: Qwen2_5_VLConfig, layout: Layout) -> list[Stage]:
     """The programs of the stages that a config has."""
-    planned = _Planned(config, model, layout, compute_of(config))
+    planned = _Planned(config, model, layout, compute_of(config, layout))
     found = []
     if config.sft.steps:
         rows = _sft_rows(config)

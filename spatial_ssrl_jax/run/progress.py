@@ -1,7 +1,7 @@
 """What a person at the terminal sees: a live line a stage, and the table at the end."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -51,10 +51,14 @@ class Progress:
     Args:
       console: where to print; the terminal unless given.
       quiet: print nothing.
+
+    Attributes:
+      went_on: called whenever something new is done.
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
         self.console = console or Console(quiet=quiet)
+        self.went_on: Callable[[], None] = lambda: None
         self._bar: Bar | None = None
         self._task, self._in_stage = None, False
         self._stage, self._total, self._last = "", 0, 0.0
@@ -92,6 +96,7 @@ class Progress:
 
     def doing(self, text: str) -> None:
         """What goes on until the next step; on a terminal with the seconds that it takes so far."""
+        self.went_on()
         if not self.console.is_terminal:
             self.say(text)
         elif self._in_stage:

@@ -8,6 +8,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 from etils import epath
 
 from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings, to_dict
@@ -26,6 +27,7 @@ from spatial_ssrl_jax.folders import (
     whole_folder,
     write_whole,
 )
+from spatial_ssrl_jax.qwen2_5_vl.kernels import Kernel, check_kernel
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import models
@@ -33,7 +35,9 @@ from spatial_ssrl_jax.run.benchmark import BenchmarkEval, how_to_ask, open_quest
 from spatial_ssrl_jax.run.best import Best
 from spatial_ssrl_jax.run.checkpoint import MODEL, Checkpoints, pass_over_damaged
 from spatial_ssrl_jax.run.mesh import (
+    BATCH,
     Layout,
+    gather_rows,
     is_writer,
     make_mesh,
     wait_for_all,
@@ -45,9 +49,10 @@ from spatial_ssrl_jax.run.progress import Progress
 from spatial_ssrl_jax.run.start import check_start
 from spatial_ssrl_jax.run.tracker import Tracker, check_tracker
 
-# Changing these between two starts of one run does not change what was trained before.
-_SAFE_TO_CHANGE = ("checkpoint", "log")
-_SAFE_KEYS = ("grpo.steps", "data.threads", "data.workers")
+# Changing these between two starts of one run changes neither what was trained before nor, but for
+# rounding, what is trained from there.
+_SAFE_TO_CHANGE = ("checkpoint", "log", "mesh")
+_SAFE_KEYS = ("grpo.steps", "data.threads", "data.workers", "model.attention", "model.remat")
 
 
 @dataclass
@@ -61,6 +66,7 @@ class Parts:
     source: AnySource
     split: Split
     collate: Collate
+    compute: Compute
     questions: Benchmark | None
 
 
@@ -69,7 +75,6 @@ class Run(Parts):
     """Everything a run holds while it goes on; built once by `open_run`."""
 
     workdir: epath.Path
-    compute: Compute
     engine: Engine
     evaluation: PretextEval
     benchmark: BenchmarkEval | None
@@ -101,6 +106,7 @@ def open_parts(config: Config) -> Parts:
     check_tracker(config.log.wandb)
     source = open_source(config.data.source)
     layout = Layout(make_mesh(config.mesh))
+    compute = compute_of(config, layout)
     data = config.data
     processor = Processor(model.files, model.config, data.min_pixels, data.max_pixels)
     split = split_records(source, data.heldout_share)
@@ -111,13 +117,19 @@ def open_parts(config: Config) -> Parts:
     check_shards(config, layout)
     collate = Collate(data.prompt_buckets, data.window_buckets)
     questions = open_questions(config)
-    return Parts(config, layout, model, processor, source, split, collate, questions)
+    return Parts(config, layout, model, processor, source, split, collate, compute, questions)
 
 
-def compute_of(config: Config) -> Compute:
-    """How the run's programs compute."""
+def compute_of(config: Config, layout: Layout) -> Compute:
+    """How the run's programs compute.
+
+    Raises:
+      UserError: the devices do not have what `model.attention` asks for.
+    """
     model = config.model
-    return Compute(model.dtype, model.chunk, model.head_chunk, model.remat)
+    check_kernel(model.attention, model.dtype, layout.mesh.devices.flat[0])
+    kernel = Kernel(model.attention, layout.mesh, BATCH)
+    return Compute(model.dtype, model.chunk, model.head_chunk, model.remat, kernel)
 
 
 def open_run(
@@ -132,11 +144,10 @@ def open_run(
         _describe_model(model, workdir / "checkpoints" / MODEL)
         pass_over_damaged(workdir / "checkpoints", progress.say)
     wait_for_all("the run's folder")
-    compute = compute_of(config)
     rollout = config.rollout
     engine = Engine(
         model.config,
-        compute,
+        parts.compute,
         processor.stop_ids,
         rollout.chunk,
         rollout.check_every,
@@ -150,7 +161,6 @@ def open_run(
     return Run(
         **vars(parts),
         workdir=workdir,
-        compute=compute,
         engine=engine,
         evaluation=PretextEval(
             heldout_items(heldout_datasets(parts), config.eval.examples, progress.say),
@@ -177,6 +187,21 @@ def _benchmark(parts: Parts, engine: Engine) -> BenchmarkEval | None:
         return None
     how = how_to_ask(parts.config, parts.layout)
     return BenchmarkEval(parts.questions, parts.model.files, engine, parts.layout, how)
+
+
+def newest_step(run: Run) -> int:
+    """The newest checkpoint's step, 0 where there is none; every process must see the same.
+
+    Raises:
+      UserError: they do not.
+    """
+    seen = gather_rows(np.array([run.checkpoints.latest() or 0]))
+    if len(set(seen.tolist())) > 1:
+        raise UserError(
+            f"the processes see different checkpoints in {run.workdir} (steps "
+            f"{', '.join(map(str, seen.tolist()))}): give a --workdir that all of them share."
+        )
+    return int(seen[0])
 
 
 def _metrics(config: Config, workdir: epath.Path, step: int) -> MetricsWriter:

@@ -28,17 +28,21 @@ from spatial_ssrl_jax.run.best import Best
 from spatial_ssrl_jax.run.log import Sampled, log_step, refresh_report
 from spatial_ssrl_jax.run.measure import measure
 from spatial_ssrl_jax.run.memory import explained_memory, memory_advice
-from spatial_ssrl_jax.run.mesh import (
-    gather_rows,
-    is_writer,
-    total,
-)
+from spatial_ssrl_jax.run.mesh import gather_rows, is_writer, total, wait_for_all
 from spatial_ssrl_jax.run.monitor import memory
 from spatial_ssrl_jax.run.preemption import Preemption
 from spatial_ssrl_jax.run.progress import Progress
-from spatial_ssrl_jax.run.setup import Run, check_bad, items_of, open_run, pipeline
+from spatial_ssrl_jax.run.setup import (
+    Run,
+    check_bad,
+    items_of,
+    newest_step,
+    open_run,
+    pipeline,
+)
 from spatial_ssrl_jax.run.start import Start
 from spatial_ssrl_jax.run.utilisation import useful_flops, utilisation
+from spatial_ssrl_jax.run.watch import Watch
 
 UNTRAINED, SFT, GRPO = "untrained", "sft", "grpo"
 _REFILL_SEED = 1_000_001  # apart from the seeds of both stages
@@ -62,17 +66,17 @@ def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> b
     workdir = folder_at(workdir)
     with (
         Preemption() as preemption,
+        Watch(config.mesh) as watch,
         Progress(quiet=not is_writer()) as progress,
         disk_explained(workdir),
     ):
-        preemption.say = progress.say
+        preemption.say, progress.went_on = progress.say, watch.beat
         progress.doing("opening the model and the pictures")
         run = open_run(config, workdir, overwrite, preemption, progress)
-        done = run.checkpoints.latest()
         start = Start(config, run.model, run.layout, run.checkpoints, progress.say)
         try:
             with explained_memory(memory_advice(config)):
-                finished = _run_stages(run, start, done or 0)
+                finished = _run_stages(run, start, newest_step(run))
         except Exception:
             run.checkpoints.settle()
             raise
@@ -81,6 +85,7 @@ def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> b
             _finish(run, start)
         elif run.metrics is not None:
             refresh_report(run)
+        wait_for_all("the end")  # none goes before what one of them writes is whole
         return finished
 
 
@@ -93,11 +98,11 @@ def _run_stages(run: Run, start: Start, done: int) -> bool:
         run.best = Best(**meta["best"]) if meta.get("best") else None
         run.progress.say(f"going on after step {done}")
     if config.sft.steps and done < config.sft.steps:
-        if not _sft_stage(run, start, done):
+        if _stopped(run, done) or not _sft_stage(run, start, done):
             return False
         done = config.sft.steps
     if config.grpo.steps and done < run.total:
-        return _grpo_stage(run, start, done)
+        return not _stopped(run, done) and _grpo_stage(run, start, done)
     return True
 
 
@@ -109,6 +114,7 @@ def _begin(
     done: int,
 ) -> TrainState:
     """A stage's state, new or as step `done` left it; measures the model before the first step."""
+    run.progress.went_on()
     if done > (0 if settings is start.first() else run.config.sft.steps):
         return start.restored(settings, optimizer, done)
     params = start.params(settings)
@@ -213,6 +219,8 @@ def _loop(
       The last state, or None when a signal stopped the run.
     """
     last = first + settings.steps
+    if _stopped(run, done):
+        return None
     with closing(pipeline(run, settings, start=done - first)) as stream:
         run.progress.start(stage, settings.steps, done - first)
         begun = time.perf_counter()
@@ -242,8 +250,9 @@ def _loop(
                 run.metrics.write(stage, number, metrics)
                 run.progress.step(number - first, metrics)
                 log_step(run, number, first, sampled)
+            run.progress.went_on()
             _check_skipped(run, stage, number, state)
-            stop = total(run.preemption.requested) > 0
+            stop = _asked_to_stop(run)
             due = (number - first) % run.config.checkpoint.every == 0
             if number == last or due or is_best or stop:
                 elapsed = time.perf_counter() - begun + run.seconds.get(stage, 0.0)
@@ -252,9 +261,26 @@ def _loop(
                     run.seconds[stage] = round(elapsed, 2)
             if stop and number < run.total:
                 run.checkpoints.wait()
-                run.progress.say(f"stopped after step {number}; the same command goes on from here")
+                _say_stopped(run, number)
                 return None
     return state
+
+
+def _asked_to_stop(run: Run) -> bool:
+    """Whether a signal reached any of the processes."""
+    return total(run.preemption.requested) > 0
+
+
+def _stopped(run: Run, done: int) -> bool:
+    """Whether a signal asks to stop where nothing is left to save."""
+    stop = _asked_to_stop(run)
+    if stop:
+        _say_stopped(run, done)
+    return stop
+
+
+def _say_stopped(run: Run, done: int) -> None:
+    run.progress.say(f"stopped after step {done}; the same command goes on from here")
 
 
 def _refill(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:

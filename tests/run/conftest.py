@@ -94,3 +94,11 @@ def toy_config(taught: Path) -> Callable[..., c.Config]:
     """Makes a run's config that starts from the taught toy; keywords replace whole sections."""
     model = c.ModelSettings(str(taught / "export"), False, "float32", "none")
     return partial(make_config, model)
+
+
+@pytest.fixture(scope="session")
+def whole(toy_config: Callable[..., c.Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert train(toy_config(), workdir)
+    return workdir

@@ -1,0 +1,236 @@
+"""Long self-attention: in plain XLA, or by the fused kernels of JAX's libraries.
+
+Every choice is one softmax over all the keys that a query sees: nothing is merged by log-sum-exp,
+whose gradient these libraries drop.
+
+Shape letters: B rows, T tokens, N query heads, K key/value heads, H head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.qwen2_5_vl.attention import attend
+
+KERNELS = ("xla", "splash", "cudnn")
+_LANES = 128  # a block is a multiple of these
+_BLOCKS = (512, 256, _LANES)  # tokens of a block, the fastest first
+_PADDED = 1 / 8  # most of a row that may be padding for the sake of a larger block
+BLOCKS_RUN = "splash_blocks_"  # a call's scope, with the blocks of a row and head that it computes
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What computes self-attention over many tokens.
+
+    Attributes:
+      name: one of `KERNELS`.
+      mesh: the devices; None where arrays lie on one. The compiler cannot cut splash over several.
+      rows, heads: mesh axes that rows and heads are cut over.
+      interpret: run splash's kernel step by step, to check it where there is no TPU.
+    """
+
+    name: str = "xla"
+    mesh: Mesh | None = None
+    rows: tuple[str, ...] = ("data", "fsdp")
+    heads: str = "tensor"
+    interpret: bool = False
+
+
+XLA = Kernel()
+
+
+def check_kernel(name: str, dtype: str, device: jax.Device) -> None:
+    """Refuses a kernel that cannot run.
+
+    Args:
+      name: one of `KERNELS`, the setting `model.attention`.
+      dtype: compute dtype.
+      device: one of those that it would run on.
+
+    Raises:
+      UserError: the device is of another kind or too old, or the dtype is not the kernel's.
+    """
+    why, instead = "", "set model.attention=xla"
+    capability = str(getattr(device, "compute_capability", ""))
+    if name == "splash" and device.platform != "tpu":
+        why = f"runs on TPUs alone, and here is {device.platform}"
+    elif name == "cudnn" and device.platform != "gpu":
+        why = f"runs on NVIDIA GPUs alone, and here is {device.platform}"
+    elif name == "cudnn" and dtype != "bfloat16":
+        why = "computes in bfloat16 alone"
+        instead = f"set model.dtype=bfloat16 in place of {dtype}, or model.attention=xla"
+    elif name == "cudnn" and not (capability[:1].isdigit() and float(capability) >= 8):
+        why = (
+            "needs an NVIDIA GPU of compute capability 8.0 or more, and this "
+            f"{device.device_kind} has {capability}"
+        )
+    if why:
+        raise UserError(f"model.attention={name} {why}: {instead}.")
+
+
+def self_attention(
+    q_BTNH: Array,
+    k_BKTH: Array,
+    v_BKTH: Array,
+    segment_BT: Array,
+    *,
+    causal: bool,
+    chunk: int,
+    kernel: Kernel = XLA,
+) -> Array:
+    """Attention inside segments, of tokens to themselves.
+
+    Args:
+      q_BTNH, k_BKTH, v_BKTH: queries, keys and values.
+      segment_BT: int32 segment of each token; -1 is padding, whose results mean nothing.
+      causal: a token sees none behind it.
+      chunk: queries handled at a time by `xla`.
+      kernel: what computes it.
+
+    Returns:
+      [B, T, N, H] in the dtype of `v`.
+    """
+    if kernel.name == "splash":
+        mask = _causal if causal else _all
+        return _splash(q_BTNH, k_BKTH, v_BKTH, segment_BT, mask, kernel)
+    if kernel.name == "cudnn":
+        return _cudnn(q_BTNH, k_BKTH, v_BKTH, segment_BT, causal)
+    return attend(q_BTNH, k_BKTH, v_BKTH, segment_BT, segment_BT, causal=causal, chunk=chunk)
+
+
+def group_attention(
+    q_BTNH: Array,
+    k_BKTH: Array,
+    v_BKTH: Array,
+    valid_BT: Array,
+    *,
+    prompt: int,
+    response: int,
+    kernel: Kernel,
+) -> Array:
+    """Attention over `[prompt | response 1 | … | response G]` in one call of splash.
+
+    The prompt attends to itself causally, each response to the prompt and causally to itself.
+
+    Args:
+      q_BTNH, k_BKTH, v_BKTH: queries, keys and values of prompt and responses.
+      valid_BT: bool, which tokens exist; the results of others mean nothing.
+      prompt: tokens of the prompt, padding included.
+      response: tokens of each response, padding included.
+      kernel: what computes it; its name is `splash`.
+
+    Returns:
+      [B, T, N, H] in the dtype of `v`.
+    """
+    group = (q_BTNH.shape[1] - prompt) // response
+    mask = partial(GroupMask, prompt=prompt, response=response, group=group)
+    return _splash(q_BTNH, k_BKTH, v_BKTH, jnp.where(valid_BT, 0, -1), mask, kernel)
+
+
+class GroupMask(masks._ComputableMask):
+    """What the tokens of `[prompt | response 1 | … | response G | padding]` see."""
+
+    def __init__(self, shape: tuple[int, int], prompt: int, response: int, group: int):
+        self._key = (shape, prompt, response, group)
+
+        def seen(query, key):
+            # Where the query's response begins, without a division: the kernel has no fast one.
+            later = [prompt + i * response for i in range(1, group)]
+            begins = prompt + response * sum((query >= at) * 1 for at in later)
+            return (query >= key) & ((key < prompt) | (key >= begins))
+
+        super().__init__(shape, seen)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GroupMask) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash((GroupMask, self._key))
+
+
+_causal, _all = masks.CausalMask, masks.FullMask
+
+
+def _splash(
+    q_BTNH: Array,
+    k_BKTH: Array,
+    v_BKTH: Array,
+    segment_BT: Array,
+    mask: Callable[[tuple[int, int]], masks.Mask],
+    kernel: Kernel,
+) -> Array:
+    """Splash attention under a mask that is known beforehand, and inside segments."""
+    length, heads, size = q_BTNH.shape[1:]
+    padded, block = _padded(length)
+    more = [(0, 0), (0, padded - length)]
+    q = (q_BTNH.astype(jnp.float32) * size**-0.5).astype(q_BTNH.dtype).swapaxes(1, 2)
+    q, *keys = (jnp.pad(x, ((0, 0), *more, (0, 0))) for x in (q, k_BKTH, v_BKTH))
+    segment_BT = jnp.pad(segment_BT, more, constant_values=-1)
+    mesh = kernel.mesh if kernel.mesh is not None and kernel.mesh.size > 1 else None
+    parts = mesh.shape[kernel.heads] if mesh else 1
+    run, blocks = _program(mask((padded, padded)), heads // parts, block, kernel.interpret)
+
+    def on_one(q_BNTH: Array, k_BKTH: Array, v_BKTH: Array, segment_BT: Array) -> Array:
+        with jax.named_scope(f"{BLOCKS_RUN}{blocks}"):
+            ids = splash.SegmentIds(segment_BT, segment_BT)
+            return jax.vmap(run)(q_BNTH, k_BKTH, v_BKTH, ids)
+
+    if mesh:
+        if keys[0].shape[1] % parts:  # fewer key heads than parts: each part has the one it needs
+            keys = [jnp.repeat(x, parts // x.shape[1], axis=1) for x in keys]
+        spec, rows = P(kernel.rows, kernel.heads), P(kernel.rows)
+        on_one = jax.shard_map(
+            on_one, mesh=mesh, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False
+        )
+    return on_one(q, *keys, segment_BT)[:, :, :length].swapaxes(1, 2)
+
+
+def _padded(length: int) -> tuple[int, int]:
+    """A row's length for splash, and its blocks'."""
+    for block in _BLOCKS:
+        padded = -(-length // block) * block
+        if padded - length <= _PADDED * length:
+            return padded, block
+    return padded, block
+
+
+@cache
+def _program(
+    mask: masks.Mask, heads: int, block: int, interpret: bool
+) -> tuple[splash.SplashAttentionKernel, int]:
+    """The kernel for one row, and how many blocks of a head are not hidden whole."""
+    sizes = splash.BlockSizes(*(block,) * 8)
+    with jax.ensure_compile_time_eval():
+        made = splash.make_splash_mha(
+            masks.MultiHeadMask([mask] * heads),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+    # NumPy arrays belong to no device, so that any program can hold them.
+    made = jax.tree.map(np.asarray, made)
+    blocks = made.fwd_mask_info.block_mask
+    every = (mask.shape[0] // block) ** 2
+    return made, every if blocks is None else int((blocks[0] > 0).sum())
+
+
+def _cudnn(q_BTNH: Array, k_BKTH: Array, v_BKTH: Array, segment_BT: Array, causal: bool) -> Array:
+    """cuDNN's fused attention; the mask of segments is one for all heads."""
+    # Padding sees padding, for a row without any key has no softmax.
+    seen = (segment_BT[:, :, None] == segment_BT[:, None])[:, None]
+    k, v = k_BKTH.swapaxes(1, 2), v_BKTH.swapaxes(1, 2)
+    return jax.nn.dot_product_attention(
+        q_BTNH, k, v, mask=seen, is_causal=causal, implementation="cudnn"
+    )

@@ -1,0 +1,245 @@
+"""Fused attention equals plain XLA's, gradients too, and compiles for a TPU that is not there."""
+
+import importlib.util
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from spatial_ssrl_jax.config import Config, MeshSettings, ModelSettings
+from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.qwen2_5_vl import model as qwen
+from spatial_ssrl_jax.qwen2_5_vl.attention import attend, attend_shared
+from spatial_ssrl_jax.qwen2_5_vl.kernels import (
+    XLA,
+    GroupMask,
+    Kernel,
+    group_attention,
+    self_attention,
+)
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute
+from spatial_ssrl_jax.run.flops import program_flops
+from spatial_ssrl_jax.run.mesh import Layout, make_mesh
+from spatial_ssrl_jax.run.setup import compute_of
+from spatial_ssrl_jax.run.topology import open_topology
+from tests.run.processes import start_all
+
+SPLASH = Kernel("splash", interpret=True)  # the kernel itself, without a TPU
+PROMPT, GROUP, RESPONSE = 100, 3, 35
+
+
+def drawn(length: int, heads: int, keys: int, size: int) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of two rows."""
+    rng = np.random.default_rng(0)
+    shapes = ((2, length, heads, size), (2, keys, length, size), (2, keys, length, size))
+    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+
+def packed_rows(length: int) -> Array:
+    """Segments of three examples and padding in one row, of one example in the other."""
+    row = np.repeat([0, 1, 2, -1], [length // 2, length // 5, length // 5, length])[:length]
+    return jnp.array([row, np.zeros(length, int)])
+
+
+def assert_alike(ours, reference, arrays: tuple[Array, ...], counts_BT: Array) -> None:
+    """Equal results and gradients where tokens count."""
+    weight = np.random.default_rng(1).normal(size=arrays[0].shape) * counts_BT[:, :, None, None]
+
+    def value(function):
+        def loss(*arrays):
+            out = function(*arrays)
+            return jnp.sum(out * weight), out
+
+        (_, out), gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+        return out * counts_BT[:, :, None, None], *gradient
+
+    for name, a, b in zip(("out", "q", "k", "v"), value(ours), value(reference), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max(), name
+
+
+@pytest.mark.parametrize(
+    ("causal", "heads", "keys", "size"),
+    [(True, 4, 2, 128), (False, 2, 2, 80)],
+    ids=["the language model's", "the vision tower's"],
+)
+def test_splash_is_xlas_attention(causal: bool, heads: int, keys: int, size: int):
+    """200 tokens are padded to two blocks, and segments end inside of blocks."""
+    arrays, segment = drawn(200, heads, keys, size), packed_rows(200)
+    forms = [
+        partial(self_attention, segment_BT=segment, causal=causal, chunk=999, kernel=kernel)
+        for kernel in (SPLASH, XLA)
+    ]
+    assert_alike(*forms, arrays, segment >= 0)
+
+
+def test_splash_is_a_groups_attention():
+    """Against the two calls that XLA makes: the prompt's own, and the responses' over both."""
+    length, place = PROMPT + GROUP * RESPONSE, np.arange(RESPONSE)
+    prompt_valid = jnp.arange(PROMPT) < jnp.array([[PROMPT], [60]])
+    own_valid = place < jnp.array([[[35], [1], [20]], [[7], [35], [0]]])
+    valid = jnp.concatenate((prompt_valid, own_valid.reshape(2, -1)), axis=1)
+    causal = (place[:, None] >= place) & own_valid[:, :, None]
+
+    def by_xla(q: Array, k: Array, v: Array) -> Array:
+        segment = jnp.where(prompt_valid, 0, -1)
+        keys, values = k[:, :, :PROMPT], v[:, :, :PROMPT]
+        first = attend(q[:, :PROMPT], keys, values, segment, segment, causal=True, chunk=999)
+        own_k, own_v = (
+            x[:, :, PROMPT:].reshape(2, 2, GROUP, RESPONSE, -1).swapaxes(1, 2) for x in (k, v)
+        )
+        own_q = q[:, PROMPT:].reshape(2, GROUP, RESPONSE, *q.shape[2:])
+        own = attend_shared(own_q, keys, values, prompt_valid, own_k, own_v, causal, chunk=999)
+        return jnp.concatenate((first, own.reshape(2, -1, *own.shape[3:])), axis=1)
+
+    by_splash = partial(
+        group_attention, valid_BT=valid, prompt=PROMPT, response=RESPONSE, kernel=SPLASH
+    )
+    assert_alike(by_splash, by_xla, drawn(length, 4, 2, 32), valid)
+
+
+def test_what_a_group_sees():
+    """Prompt of two, two responses of two, and one place of padding."""
+    mask = GroupMask((7, 7), prompt=2, response=2, group=2)
+    rows = ["1000000", "1100000", "1110000", "1111000", "1100100", "1100110", "1100111"]
+    seen = mask[0:7, 0:7]
+    assert ["".join(map(str, row.astype(int))) for row in seen] == rows
+
+
+def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
+    """The library's call with its own XLA in cuDNN's place, which needs a GPU."""
+    called = []
+
+    def stand_in(*args, implementation: str, **more):
+        called.append(implementation)
+        return library(*args, implementation="xla", **more)
+
+    library = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    segment = packed_rows(50)
+    for causal in (True, False):
+        forms = [
+            partial(self_attention, segment_BT=segment, causal=causal, chunk=999, kernel=kernel)
+            for kernel in (Kernel("cudnn"), XLA)
+        ]
+        assert_alike(*forms, drawn(50, 4, 2, 16), segment >= 0)
+    assert set(called) == {"cudnn"}
+
+
+def test_the_whole_model_may_run_on_splash(toy):
+    prompts = [toy.prompt(0, 20, [(1, 4, 6), (1, 2, 10)]), toy.prompt(1, 40)]
+    batch = pad_prompts(prompts, (64,), (5,))
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(0, 600, (2, 2, 8)).astype(np.int32)
+    length = np.array([[8, 3], [5, 8]])
+    weight = jnp.asarray(
+        rng.normal(size=(2, 2, 8, 1)) * (np.arange(8) < length[..., None])[..., None]
+    )
+
+    @partial(jax.jit, static_argnums=0)
+    def run(compute: Compute, params):
+        def loss(params):
+            model = qwen.bind(toy.config, params)
+            hidden = qwen.response_hidden(toy.config, model, batch, tokens, length, compute)
+            return jnp.sum(hidden * weight), hidden * (weight != 0)
+
+        (_, hidden), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        model = qwen.bind(toy.config, params)
+        return hidden, gradient, qwen.prefill(toy.config, model, batch, compute)[0]
+
+    ours, reference = (run(Compute(kernel=k), toy.params) for k in (SPLASH, XLA))
+    paths = jax.tree_util.tree_leaves_with_path(reference)
+    for (path, b), a in zip(paths, jax.tree.leaves(ours), strict=True):
+        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max(), jax.tree_util.keystr(path)
+
+
+def test_blocks_that_nobody_sees_cost_nothing():
+    """A prompt of two blocks and two responses of two: of 36 blocks 3 + 2 x (4 + 3) are run."""
+    q, k, v = drawn(768, 1, 1, 128)
+    valid = jnp.ones((2, 768), bool)
+    form = partial(group_attention, prompt=256, response=256, kernel=SPLASH)
+    done = program_flops(jax.jit(form), q, k, v, valid)
+    assert done == 2 * (3 + 2 * (4 + 3)) * 2 * (2 * 128 * 128 * 128)
+    both = lambda q: jnp.sum(form(q, k, v, valid))  # noqa: E731
+    seven = program_flops(jax.grad(both), q)  # two products forward, two again and three, three
+    assert done * 3 < seven < done * 5
+
+
+def cut_over_devices() -> None:
+    """Prints how far splash on a mesh of eight devices is from XLA on one, gradients too."""
+    mesh = make_mesh(MeshSettings(fsdp=2, tensor=4))
+    arrays, segment = drawn(90, 8, 2, 16), jnp.zeros((2, 90), int)
+
+    def run(kernel: Kernel):
+        def loss(q: Array, k: Array, v: Array):
+            out = self_attention(q, k, v, segment, causal=True, chunk=99, kernel=kernel)
+            return jnp.sum(out**2), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+
+    pairs = zip(
+        *map(jax.tree.leaves, (run(Kernel("splash", mesh, interpret=True)), run(XLA))), strict=True
+    )
+    print(max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs))
+
+
+def test_splash_is_cut_over_rows_and_heads():
+    """Two rows and eight heads on eight devices; two key heads serve four parts."""
+    command = "from tests.qwen2_5_vl.test_kernels import cut_over_devices as c; c()"
+    (process,) = start_all(["-c", command], 1, devices=8)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert float(out) < 1e-5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("part", ["group", "vision"])
+def test_splash_compiles_for_a_tpu(part: str):
+    """At the 3B's heads, gradients too, cut over four chips."""
+    layout = Layout(make_mesh(MeshSettings(fsdp=2, tensor=2), open_topology("v5e:2x2").devices))
+    kernel = Kernel("splash", layout.mesh)
+    length, heads, keys, size = (1536, 16, 2, 128) if part == "group" else (2048, 16, 16, 80)
+
+    def loss(q, k, v, kept):
+        if part == "group":
+            out = group_attention(q, k, v, kept >= 0, prompt=1024, response=256, kernel=kernel)
+        else:
+            out = self_attention(q, k, v, kept, causal=False, chunk=1024, kernel=kernel)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    shapes = [(2, length, heads, size), (2, keys, length, size), (2, keys, length, size)]
+    place = layout.replicated()
+    args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=place) for s in shapes]
+    args.append(jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=place))
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "device", "said"),
+    [
+        ("splash", "bfloat16", ("gpu", "9.0"), "runs on TPUs alone, and here is gpu"),
+        ("cudnn", "bfloat16", ("tpu", None), "runs on NVIDIA GPUs alone, and here is tpu"),
+        ("cudnn", "float32", ("gpu", "9.0"), "computes in bfloat16 alone"),
+        ("cudnn", "bfloat16", ("gpu", "7.5"), "needs an NVIDIA GPU of compute capability 8.0"),
+        ("cudnn", "bfloat16", ("gpu", "8.0"), None),
+        ("splash", "float32", ("tpu", None), None),
+        ("xla", "float32", ("cpu", None), None),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(
+    name: str, dtype: str, device: tuple, said: str | None
+):
+    platform, capability = device
+    there = SimpleNamespace(platform=platform, device_kind="Some", compute_capability=capability)
+    layout = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([there])))
+    config = Config("x", model=ModelSettings(attention=name, dtype=dtype))
+    if said is None:
+        assert compute_of(config, layout).kernel.name == name
+    else:
+        with pytest.raises(UserError, match=f"model.attention={name} {said}.*set model"):
+            compute_of(config, layout)
