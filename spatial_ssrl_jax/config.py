@@ -66,7 +66,11 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class MeshSettings:
-    """Devices along each axis; one axis may be -1 and takes what is left."""
+    """Devices along each axis while training; one axis may be -1 and takes what is left.
+
+    TPU slices that are joined by the data-centre network lie along `data`, which must then be a
+    multiple of their number.
+    """
 
     data: int = 1
     fsdp: int = -1
@@ -214,12 +218,15 @@ class RolloutSettings:
       chunk: response places that the cache grows by.
       check_every: decode steps between looks at whether all have finished.
       wave: prompts that are sampled at a time.
+      tensor: devices that share one copy of the weights while sampling; no more of them than the
+        model has key/value heads, or caches are held twice.
     """
 
     limit: int = 2048
     chunk: int = 256
     check_every: int = 8
     wave: int = 64
+    tensor: int = 1
 
 
 @dataclass(frozen=True)
@@ -230,6 +237,8 @@ class OptimSettings:
       beta1, beta2, eps: AdamW's constants.
       max_gradient_norm: gradients are scaled down to this norm.
       max_skipped: non-finite steps in a row after which the run stops.
+      offload: AdamW's moments and the KL's reference rest in host memory while no program needs
+        them; for a single GPU.
     """
 
     beta1: float = 0.9
@@ -237,6 +246,7 @@ class OptimSettings:
     eps: float = 1e-8
     max_gradient_norm: float = 1.0
     max_skipped: int = 5
+    offload: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Peak:
 
 
 _GIB = 2**30
+_SHARE = 0.95  # of a GPU's memory, as XLA_PYTHON_CLIENT_MEM_FRACTION gives it to a program
 _V5E = Peak(197e12, 819e9, int(15.75 * _GIB), 100e9)
 _V5P = Peak(459e12, 2765e9, int(95.74 * _GIB), 200e9)
 _V6E = Peak(918e12, 1640e9, int(31.25 * _GIB), 200e9)
@@ -32,10 +33,11 @@ _V6E = Peak(918e12, 1640e9, int(31.25 * _GIB), 200e9)
 _PEAKS = {
     "H100 PCIe": Peak(756e12, 2.0e12),
     "H100 NVL": Peak(835e12, 3.9e12),
-    "H100": Peak(989e12, 3.35e12),
+    "H100": Peak(989e12, 3.35e12, int(_SHARE * 84.9e9)),
     "H200": Peak(989e12, 4.8e12),
-    "A100-SXM4-80GB": Peak(312e12, 2.039e12),
-    "A100 80GB": Peak(312e12, 1.935e12),
+    "A100-SXM4-80GB": Peak(312e12, 2.039e12, int(_SHARE * 84.9e9)),
+    "A100 80GB": Peak(312e12, 1.935e12, int(_SHARE * 84.9e9)),
+    "RTX 4090": Peak(165e12, 1.008e12, int(_SHARE * 25.2e9)),
     "A100": Peak(312e12, 1.555e12),
     "TPU v5 lite": _V5E,
     "TPU v5e": _V5E,

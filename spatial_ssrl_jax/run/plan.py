@@ -99,8 +99,7 @@ def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict
     topology = open_topology(topology_name)
     model = read_shape(config.model.path)
     layout = Layout(make_mesh(config.mesh, topology.devices))
-    check_shards(config, layout)
-    planned = stages(config, model, layout)
+    planned = stages(config, model, layout, check_shards(config, model, layout))
     found = {stage.name: list(costs(stage, model, topology, say)) for stage in planned}
     programs, last = [cost for part in found.values() for cost in part], planned[-1]
     return {

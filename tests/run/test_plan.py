@@ -18,7 +18,7 @@ from spatial_ssrl_jax.run.devices import Peak
 from spatial_ssrl_jax.run.models import open_model
 from spatial_ssrl_jax.run.plan import Cost, lines, plan, problems
 from spatial_ssrl_jax.run.topology import Topology
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SMALL_TEXT
 from tests.run.conftest import make_config
 
 FIELDS = {
@@ -51,8 +51,8 @@ def program(report: dict, name: str) -> dict:
 def test_every_program_of_both_stages_is_there(report: dict):
     names = [p["name"] for p in report["programs"]]
     assert names == [
-        "sft_gradients", "sft_add", "sft_apply", "rollout_weights", "prefill", "start", "grow",
-        "decode", "old_logprobs", "reference_logprobs", "gradients", "apply",
+        "sft_gradients", "sft_add", "sft_apply", "rollout_weights", "rollout_reshard", "prefill",
+        "start", "grow", "decode", "old_logprobs", "reference_logprobs", "gradients", "apply",
     ]  # fmt: skip
     assert all(p.keys() >= FIELDS for p in report["programs"])
     assert report["fits"] and report["devices"] == 1 and report["hbm_bytes"] == 2**34
@@ -61,7 +61,8 @@ def test_every_program_of_both_stages_is_there(report: dict):
 def test_a_step_is_what_its_programs_come_to(report: dict):
     """16 prompts are two waves of 8 and two micro-batches, 32 tokens are two chunks of 16."""
     runs = {p["name"]: p["runs"] for p in report["programs"]}
-    assert runs["prefill"] == runs["grow"] == runs["gradients"] == runs["apply"] == 2
+    assert runs["prefill"] == runs["gradients"] == runs["apply"] == 2
+    assert runs["grow"] == 2 * SMALL_TEXT["num_hidden_layers"]
     assert runs["decode"] == 4 and runs["rollout_weights"] == 1
     grpo = [p for p in report["programs"] if not p["name"].startswith("sft")]
     seconds = sum(p["runs"] * p["estimated_seconds"] for p in grpo)
