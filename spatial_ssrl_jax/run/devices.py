@@ -14,19 +14,21 @@ class Peak:
       bandwidth: bytes/s of its memory; a plain copy reaches some nine tenths of it.
       memory: bytes that a program may use, as the chip's compiler gives it; None where not known.
       network: bytes/s that it sends along one axis of its slice's torus, both ways; None likewise.
+      far: bytes/s that it sends to other slices, its share of its host's network card.
     """
 
     flops: float
     bandwidth: float
     memory: int | None = None
     network: float | None = None
+    far: float | None = None
 
 
 _GIB = 2**30
 _SHARE = 0.95  # of a GPU's memory, as XLA_PYTHON_CLIENT_MEM_FRACTION gives it to a program
-_V5E = Peak(197e12, 819e9, int(15.75 * _GIB), 100e9)
-_V5P = Peak(459e12, 2765e9, int(95.74 * _GIB), 200e9)
-_V6E = Peak(918e12, 1640e9, int(31.25 * _GIB), 200e9)
+_V5E = Peak(197e12, 819e9, int(15.75 * _GIB), 100e9, 3.1e9)
+_V5P = Peak(459e12, 2765e9, int(95.74 * _GIB), 200e9, 6.2e9)
+_V6E = Peak(918e12, 1640e9, int(31.25 * _GIB), 200e9, 6.2e9)
 
 
 # Substring of `device_kind` -> peak; the first that fits counts.

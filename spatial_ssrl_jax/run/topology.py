@@ -30,11 +30,13 @@ class Topology:
       name: as it was asked for.
       devices: they only have to exist for the compiler.
       peak: what one of them does at most; None where that is not known.
+      slice_size: devices of each of several slices; None where there is one.
     """
 
     name: str
     devices: Sequence[jax.Device]
     peak: Peak | None
+    slice_size: int | None = None
 
 
 def open_topology(name: str) -> Topology:
@@ -79,4 +81,6 @@ def open_topology(name: str) -> Topology:
             "give a slice that is offered, such as v5e:4x4."
         ) from error
     devices = described.devices
-    return Topology(name, devices, device_peak(devices[0].device_kind))
+    slices = int(found[3] or 1)
+    size = len(devices) // slices if slices > 1 else None
+    return Topology(name, devices, device_peak(devices[0].device_kind), size)

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax import plan as command
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.model import abstract_params
 from spatial_ssrl_jax.run.devices import Peak
@@ -113,6 +114,25 @@ def test_sizes_that_do_not_go_together_are_refused(toy_plan: c.Config):
     missing = dataclasses.replace(toy_plan, model=c.ModelSettings("/nowhere"))
     with pytest.raises(UserError, match="/nowhere does not exist"):
         plan(missing, "cpu", lambda _: None)
+
+
+def test_a_run_that_does_not_fit_exits_with_1(
+    toy_plan: c.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """The cold start alone, on a device of 1 MiB; with 16 GiB the same command exits with 0."""
+    sft = dataclasses.replace(toy_plan, grpo=c.GrpoSettings(steps=0))
+    monkeypatch.setattr("spatial_ssrl_jax.plan.load_config", lambda *_: sft)
+    for size, code in ((2**20, 1), (2**34, 0)):
+        peak = Peak(1e12, 1e9, memory=size, network=1e9)
+        monkeypatch.setattr(
+            "spatial_ssrl_jax.run.plan.open_topology",
+            lambda name, peak=peak: Topology(name, jax.devices("cpu")[:1], peak),
+        )
+        assert command.main(["--config=toy", "--topology=one"]) == code
+    said = capsys.readouterr().out
+    assert "sft_gradients needs" in said and "lower sft.micro_rows, model.chunk" in said
+    assert "sft_apply needs" in said and "optim.offload=True" in said
+    assert "the largest buffer is [" in said
 
 
 @pytest.mark.slow
