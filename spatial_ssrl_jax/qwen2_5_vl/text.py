@@ -9,6 +9,8 @@ Shape letters: B prompts, G samples of a group, T prompt tokens, R response toke
 N query heads, K key/value heads, H head size, L layers.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,6 +23,7 @@ from spatial_ssrl_jax.qwen2_5_vl.lora import merge_adapters
 from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
 
 Rotary = tuple[Array, Array]
+Hold = Callable[[Array], Array]
 
 
 class TextLayer(nnx.Module):
@@ -67,7 +70,13 @@ class TextModel(nnx.Module):
         return (self.embed if self.head is None else self.head)[...].astype(dtype)
 
     def prefill(
-        self, x_BTD: Array, rotary: Rotary, valid_BT: Array, *, chunk: int
+        self,
+        x_BTD: Array,
+        rotary: Rotary,
+        valid_BT: Array,
+        *,
+        chunk: int,
+        hold: Hold = lambda x: x,
     ) -> tuple[Array, Array, Array]:
         """Runs prompts.
 
@@ -76,16 +85,24 @@ class TextModel(nnx.Module):
           rotary: angles of the prompt's positions, [B, T, H/2].
           valid_BT: bool, which tokens exist.
           chunk: queries that attend at a time.
+          hold: keeps activations where their rows lie.
 
         Returns:
           Hidden states [B, T, D] behind the last norm, keys and values [L, B, K, T, H].
         """
         segment = jnp.where(valid_BT, 0, -1)
-        x, (keys, values) = self._causal(x_BTD, rotary, segment, chunk, "none", keep=True)
+        x, (keys, values) = self._causal(x_BTD, rotary, segment, chunk, "none", hold, keep=True)
         return x, keys, values
 
     def packed(
-        self, x_BTD: Array, rotary: Rotary, segment_BT: Array, *, chunk: int, remat: str
+        self,
+        x_BTD: Array,
+        rotary: Rotary,
+        segment_BT: Array,
+        *,
+        chunk: int,
+        remat: str,
+        hold: Hold = lambda x: x,
     ) -> Array:
         """Runs rows of several examples; a token sees its own example's tokens up to itself.
 
@@ -95,18 +112,27 @@ class TextModel(nnx.Module):
           segment_BT: int32, which example a token belongs to; -1 is padding.
           chunk: queries that attend at a time.
           remat: what the backward pass keeps of each layer.
+          hold: keeps activations where their rows lie.
 
         Returns:
           Hidden states [B, T, D] behind the last norm.
         """
-        return self._causal(x_BTD, rotary, segment_BT, chunk, remat, keep=False)[0]
+        return self._causal(x_BTD, rotary, segment_BT, chunk, remat, hold, keep=False)[0]
 
     def _causal(
-        self, x: Array, rotary: Rotary, segment: Array, chunk: int, remat: str, keep: bool
+        self,
+        x: Array,
+        rotary: Rotary,
+        segment: Array,
+        chunk: int,
+        remat: str,
+        hold: Hold,
+        keep: bool,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Causal layers inside segments; with `keep`, every layer's keys and values too."""
 
         def step(layer: TextLayer, x: Array, _):
+            x = hold(x)
             q, k, v = layer.project(x, rotary)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             mixed = attend(q, k, v, segment, segment, causal=True, chunk=chunk)
@@ -126,6 +152,7 @@ class TextModel(nnx.Module):
         *,
         chunk: int,
         remat: str,
+        hold: Hold = lambda x: x,
     ) -> tuple[Array, Array]:
         """Runs every prompt once, with all its responses behind it.
 
@@ -146,6 +173,7 @@ class TextModel(nnx.Module):
         )
 
         def step(layer: TextLayer, x: Array, _):
+            x = hold(x)
             q, k, v = layer.project(x, rotary)
             own_q, own_k, own_v = (
                 t[:, prompt:].reshape(batch, group, response, *t.shape[2:]) for t in (q, k, v)

@@ -4,6 +4,7 @@ Shape letters: B prompts, W windows of a prompt, S patches of a window (64), D w
 tokens of a window (S/4).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -96,7 +97,15 @@ class VisionTower(nnx.Module):
         self.blocks = VisionBlock(init.stacked(config.depth), config)
         self.merger = Merger(init, config)
 
-    def __call__(self, vision: VisionInput, *, dtype, chunk: int, remat: str) -> Array:
+    def __call__(
+        self,
+        vision: VisionInput,
+        *,
+        dtype,
+        chunk: int,
+        remat: str,
+        hold: Callable[[Array], Array] = lambda x: x,
+    ) -> Array:
         """Encodes the pictures of B prompts.
 
         Args:
@@ -104,6 +113,7 @@ class VisionTower(nnx.Module):
           dtype: compute dtype.
           chunk: patches that attend at a time in full attention.
           remat: what the backward pass keeps of each block.
+          hold: keeps activations where their rows lie.
 
         Returns:
           [B, W·M, D_text]: one vector a merged token, in window order.
@@ -116,9 +126,9 @@ class VisionTower(nnx.Module):
         full = [i in config.fullatt_block_indexes for i in range(config.depth)]
 
         def step(block: VisionBlock, x: Array, is_full: Array):
-            return block(x, rotary, segment_window, vision.frame, is_full, chunk), None
+            return block(hold(x), rotary, segment_window, vision.frame, is_full, chunk), None
 
         x, _ = scan_layers(self.blocks, step, x, jnp.array(full), remat=remat)
-        x = self.merger.norm(x)
+        x = self.merger.norm(hold(x))
         x = x.reshape(batch, windows * size // config.merge_unit, -1)
-        return self.merger(x)
+        return hold(self.merger(x))

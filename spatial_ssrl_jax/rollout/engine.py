@@ -102,7 +102,7 @@ def reshard_weights(
       layout: for sampling.
       weights: from `fill_weights`.
     """
-    whole = layout.params(config)["text"]
+    whole = layout.params(config, part="text/")["text"]
 
     def of_layer(stacked: NamedSharding) -> NamedSharding:
         return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))

@@ -17,6 +17,7 @@ from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.layers import Axes
 from spatial_ssrl_jax.qwen2_5_vl.lora import NO_LORA, LoraSettings
 from spatial_ssrl_jax.qwen2_5_vl.model import Params, abstract_params, param_axes
+from spatial_ssrl_jax.qwen2_5_vl.tree import select
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -107,26 +108,38 @@ class Layout:
         grid = devices.reshape(devices.size // tensor, 1, tensor)
         return Layout(Mesh(grid, AXES, axis_types=_TYPES), "rollout")
 
+    def rows(self) -> NamedSharding:
+        """Where the rows of a batch lie."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH))
+
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def params(self, config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA) -> Params:
-        """The sharding of every weight; with `lora`, of adapters too.
+    def params(
+        self, config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA, part: str = ""
+    ) -> Params:
+        """The sharding of every weight, or of those below `part`; with `lora`, of adapters too.
 
         Raises:
           UserError: an axis of a weight does not divide by its mesh axis.
         """
         shapes = traverse_util.flatten_dict(abstract_params(config, lora), sep="/")
         axes = traverse_util.flatten_dict(param_axes(config, lora), sep="/")
-        flat = {path: self.sharding(path, axes[path], leaf.shape) for path, leaf in shapes.items()}
+        flat = {
+            path: self.sharding(path, axes[path], leaf.shape)
+            for path, leaf in shapes.items()
+            if path.startswith(part)
+        }
         return traverse_util.unflatten_dict(flat, sep="/")
 
-    def abstract(self, config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA) -> Params:
-        """Every weight's shape and sharding, float32, to restore one."""
+    def abstract(
+        self, config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA, part: str = ""
+    ) -> Params:
+        """The shape and sharding of every weight, or of those below `part`, float32."""
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            abstract_params(config, lora),
-            self.params(config, lora),
+            select(abstract_params(config, lora), lambda path: path.startswith(part)),
+            self.params(config, lora, part),
         )
 
     def sharding(self, name: str, axes: Axes, shape: Sequence[int]) -> NamedSharding:
@@ -154,7 +167,7 @@ class Layout:
 
     def put_batch(self, tree: Any) -> Any:
         """Host arrays with this process's rows -> global arrays, rows sharded over `BATCH`."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH))
+        sharding = self.rows()
 
         def put(x: np.ndarray) -> jax.Array:
             if np.ndim(x) == 0:

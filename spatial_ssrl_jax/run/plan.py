@@ -253,9 +253,7 @@ def _help(setting: str) -> str:
             "(optim.offload=True), or train adapters alone (lora.rank=64)"
         )
     other = "raise rollout.tensor, lower" if setting == "rollout.wave" else "model.chunk,"
-    return (
-        f"lower {setting}, {other} the largest bucket or rollout.limit, or use more devices"
-    )
+    return f"lower {setting}, {other} the largest bucket or rollout.limit, or use more devices"
 
 
 def gib(size: float) -> str:

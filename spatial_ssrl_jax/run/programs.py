@@ -11,8 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
 from spatial_ssrl_jax.learn.batch import GroupBatch, PackedBatch
@@ -42,7 +40,7 @@ from spatial_ssrl_jax.rollout.engine import (
     start_samples,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
-from spatial_ssrl_jax.run.mesh import BATCH, Layout
+from spatial_ssrl_jax.run.mesh import Layout
 from spatial_ssrl_jax.run.setup import compute_of
 from spatial_ssrl_jax.run.start import stage_shapes
 
@@ -96,7 +94,7 @@ def stages(
     config: Config, model: Qwen2_5_VLConfig, layout: Layout, rollout_layout: Layout
 ) -> list[Stage]:
     """The programs of the stages that a config has."""
-    planned = _Planned(config, model, layout, rollout_layout, compute_of(config))
+    planned = _Planned(config, model, layout, rollout_layout, compute_of(config, layout))
     found = []
     if config.sft.steps:
         rows = _sft_rows(config)
@@ -280,8 +278,7 @@ class _Planned:
         return join(jax.tree.map(lambda x: x.update(dtype=dtype), state.trained), state.frozen)
 
     def _rows(self, *shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(self.layout.mesh, P(BATCH))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.rows())
 
     def _scalar(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), np.float32, sharding=self.layout.replicated())

@@ -102,10 +102,10 @@ def open_parts(config: Config) -> Parts:
     return Parts(config, layout, rollout_layout, model, processor, source, split, collate)
 
 
-def compute_of(config: Config) -> Compute:
-    """How the run's programs compute."""
+def compute_of(config: Config, layout: Layout) -> Compute:
+    """How the run's programs compute, and where the rows of training's activations lie."""
     model = config.model
-    return Compute(model.dtype, model.chunk, model.head_chunk, model.remat)
+    return Compute(model.dtype, model.chunk, model.head_chunk, model.remat, layout.rows())
 
 
 def open_run(
@@ -119,7 +119,7 @@ def open_run(
         _describe_model(model, workdir / "checkpoints" / MODEL)
         pass_over_damaged(workdir / "checkpoints", progress.say)
     wait_for_all("the run's folder")
-    compute = compute_of(config)
+    compute = compute_of(config, layout)
     rollout = config.rollout
     engine = Engine(
         model.config,
@@ -246,7 +246,7 @@ def check_shards(config: Config, model: Qwen2_5_VLConfig, layout: Layout) -> Lay
     """
     layout.params(model)
     rollout = layout.rollout(config.rollout.tensor)
-    rollout.params(model)
+    rollout.params(model, part="text/")
     sampled, trained = {"eval.prompts": config.eval.prompts}, {}
     if config.sft.steps:
         trained["sft.micro_rows"] = config.sft.micro_rows

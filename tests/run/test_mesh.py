@@ -110,7 +110,7 @@ def test_slices_lie_along_data(places):
     """Neighbours along the other axes are of one slice, whatever order the devices come in."""
 
     class Chip(SimpleNamespace):
-        platform, device_kind, process_index = "tpu", "TPU v0", 0
+        platform, device_kind, process_index, core_on_chip = "tpu", "TPU v0", 0, 0
 
         def __hash__(self):
             return self.id
