@@ -18,7 +18,7 @@ def get_config() -> c.Config:
     base = c.Config(name="grpo_3b")
     return dataclasses.replace(
         base,
-        model=c.ModelSettings(path="runs/sft_3b/export"),
+        model=c.ModelSettings(path="runs/sft_3b/export", chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
             min_pixels=262_144,
@@ -27,5 +27,6 @@ def get_config() -> c.Config:
             window_buckets=(32, 48, 72, 120, 136, 160, 256),
         ),
         grpo=c.GrpoSettings(response_buckets=(32, 64, 128, 192, 256, 320, 384, 512, 1024)),
+        rollout=c.RolloutSettings(wave=128, tensor=2),
         eval=c.EvalSettings(examples=64, every=5),
     )

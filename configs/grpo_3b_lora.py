@@ -18,7 +18,7 @@ def get_config() -> c.Config:
     base = c.Config(name="grpo_3b_lora")
     return dataclasses.replace(
         base,
-        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct"),
+        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
             min_pixels=56 * 56,

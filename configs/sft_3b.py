@@ -22,7 +22,7 @@ def get_config() -> c.Config:
     base = c.Config(name="sft_3b")
     return dataclasses.replace(
         base,
-        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct"),
+        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
             min_pixels=56 * 56,

@@ -29,6 +29,8 @@ main() {
   [[ -x $VENV/bin/python ]] || install
   run "$VENV/bin/python" -c 'import jax; jax.devices("gpu")' ||
     stop "JAX sees no GPU: run $VENV/bin/python -m pip install -e '.[gpu]'."
+  # What XLA leaves to others by default is a quarter; what `plan` counts with is this.
+  export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.95}
   local words=(--config="$CONFIG" --workdir="runs/$RUN")
   [[ ! $SOURCE ]] || words+=(--config.data.source="$SOURCE")
   [[ ! $MODEL ]] || words+=(--config.model.path="$MODEL")

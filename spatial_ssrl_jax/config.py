@@ -70,7 +70,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class MeshSettings:
-    """Devices along each axis, and how long the processes that have them wait for one another.
+    """Devices along each axis while training, and how long their processes wait for one another.
+
+    TPU slices that are joined by the data-centre network lie along `data`, which must then be a
+    multiple of their number.
 
     Attributes:
       data, fsdp, tensor: devices along the axis; one may be -1 and takes what is left.
@@ -228,12 +231,15 @@ class RolloutSettings:
       chunk: response places that the cache grows by.
       check_every: decode steps between looks at whether all have finished.
       wave: prompts that are sampled at a time.
+      tensor: devices that share one copy of the weights while sampling; no more of them than the
+        model has key/value heads, or caches are held twice.
     """
 
     limit: int = 2048
     chunk: int = 256
     check_every: int = 8
     wave: int = 64
+    tensor: int = 1
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,8 @@ class OptimSettings:
       beta1, beta2, eps: AdamW's constants.
       max_gradient_norm: gradients are scaled down to this norm.
       max_skipped: non-finite steps in a row after which the run stops.
+      offload: AdamW's moments and the KL's reference rest in host memory while no program needs
+        them; for a single GPU.
     """
 
     beta1: float = 0.9
@@ -251,6 +259,7 @@ class OptimSettings:
     eps: float = 1e-8
     max_gradient_norm: float = 1.0
     max_skipped: int = 5
+    offload: bool = False
 
 
 @dataclass(frozen=True)

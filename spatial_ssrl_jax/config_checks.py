@@ -26,6 +26,7 @@ _AT_LEAST_ONE = (
     "rollout.chunk",
     "rollout.check_every",
     "rollout.wave",
+    "rollout.tensor",
     "checkpoint.every",
     "checkpoint.keep",
     "optim.max_skipped",

@@ -36,6 +36,7 @@ from spatial_ssrl_jax.learn.update import TrainState, train_step
 from spatial_ssrl_jax.qwen2_5_vl.model import Params
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout, join
 from spatial_ssrl_jax.rollout.sampling import Sampling
+from spatial_ssrl_jax.run import offload
 from spatial_ssrl_jax.run.mesh import Layout, total
 
 
@@ -188,6 +189,7 @@ class Grpo:
         counted = rollout.finished | (not settings.mask_truncated)
         if settings.drop_flat:
             counted &= ~flat_groups(scored)[:, None]
+        reference = None if self.reference is None else offload.to_device(self.reference)
         updates, computed = [], 0
         for first in range(0, len(batch.items), per_update):
             mine = slice(first, first + per_update)
@@ -200,20 +202,20 @@ class Grpo:
             for piece in cut(sizes[mine], rows, self.buckets):
                 piece = replace(piece, rows=piece.rows + first)
                 groups = self.layout.put_batch(_micro_batch(batch, scored, weight, count, piece))
-                micro.append(self._with_logprobs(params, groups, recompute_old))
+                micro.append(self._with_logprobs(params, reference, groups, recompute_old))
                 computed += piece.places(settings.group)
             updates.append(micro)
         return updates, computed
 
-    def _with_logprobs(self, params: Params, batch: GroupBatch, old: bool) -> GroupBatch:
+    def _with_logprobs(
+        self, params: Params, reference: Params | None, batch: GroupBatch, old: bool
+    ) -> GroupBatch:
         loss = self.loss
         program = partial(logprobs_of, loss.config, loss.compute, self.settings.temperature)
         return replace(
             batch,
             old_logprobs=program(params, batch) if old else None,
-            reference_logprobs=(
-                program(self.reference, batch) if self.reference is not None else None
-            ),
+            reference_logprobs=None if reference is None else program(reference, batch),
         )
 
 

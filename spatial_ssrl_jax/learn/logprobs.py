@@ -82,6 +82,7 @@ def _head_logprobs(
 ) -> tuple[Array, Array]:
     """Log-probability of each token and the entropy where it is predicted, two [B, T] arrays."""
     batch, length, width = hidden_BTD.shape
+    hidden_BTD = compute.hold(hidden_BTD)
     count = -(-length // compute.head_chunk)
     size = -(-length // count)  # chunks of one size, with as little padding as can be
     pad = count * size - length

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from spatial_ssrl_jax.learn.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join
+from spatial_ssrl_jax.run import offload
 
 TrainBatch = GroupBatch | PackedBatch
 LossFunction = Callable[[Params, TrainBatch], tuple[Array, dict[str, Array]]]
@@ -158,6 +159,9 @@ def train_step(
         for name, value in sums.items():
             join = jnp.maximum if name.endswith("_max") else jnp.add
             metrics[name] = join(metrics[name], value) if name in metrics else value
-    frozen = state.frozen  # kept out of what is donated: the KL's reference shares it
-    state, more = apply_gradients(optimizer, replace(state, frozen={}), gradients)
-    return replace(state, frozen=frozen), metrics | more
+    frozen, resting = state.frozen, state.opt_state
+    # Frozen weights are kept out of what is donated: the KL's reference shares them.
+    awake = replace(state, frozen={}, opt_state=offload.to_device(resting))
+    state, more = apply_gradients(optimizer, awake, gradients)
+    moments = offload.like(state.opt_state, resting)
+    return replace(state, frozen=frozen, opt_state=moments), metrics | more

@@ -4,7 +4,9 @@ Weights that read the same input lie side by side here: a product of few rows ta
 for twice the columns. Shape letters as in `text.py`.
 """
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from jax import Array
 
 from spatial_ssrl_jax.qwen2_5_vl.attention import attend_shared
 from spatial_ssrl_jax.qwen2_5_vl.config import TextConfig
-from spatial_ssrl_jax.qwen2_5_vl.layers import Init, Linear, RMSNorm
+from spatial_ssrl_jax.qwen2_5_vl.layers import Axes, Init, Linear, RMSNorm
 from spatial_ssrl_jax.qwen2_5_vl.lora import merge_adapters
 from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
 from spatial_ssrl_jax.qwen2_5_vl.text import Rotary, TextModel
@@ -101,9 +103,21 @@ def _paired(layer: dict) -> dict:
 
 def bind_layer(config: TextConfig, weights: dict) -> DecodeLayer:
     """The module over one layer's arrays."""
-    return nnx.merge(_graph(config), weights)
+    return nnx.merge(_abstract(config)[0], weights)
+
+
+def map_layer(place: Callable[[str, Axes, tuple[int, ...]], Any], config: TextConfig) -> dict:
+    """What `place` says of each of a layer's arrays: of its name, logical axes and shape."""
+
+    def named(path: tuple, weight: nnx.Variable) -> Any:
+        name = "/".join(str(key.key) for key in path)
+        return place(name, weight.axes, weight.shape)
+
+    is_weight = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    state = _abstract(config)[1]
+    return nnx.to_pure_dict(jax.tree.map_with_path(named, state, is_leaf=is_weight))
 
 
 @cache
-def _graph(config: TextConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: DecodeLayer(Init(jax.random.key(0)), config)))[0]
+def _abstract(config: TextConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: DecodeLayer(Init(jax.random.key(0)), config)))

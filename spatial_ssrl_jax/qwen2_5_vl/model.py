@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding
 
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel
@@ -38,6 +39,8 @@ class Compute:
       head_chunk: response positions a prompt whose logits exist at a time.
       remat: what the backward pass keeps of each layer: `none`, `dots` or `full`.
       kernel: what computes self-attention over many tokens.
+      rows: where the rows of activations lie; None leaves it to the compiler, which on a mesh would
+        rather cut their widths, as those of the weights are, and add up whole batches.
     """
 
     dtype: str = "float32"
@@ -45,6 +48,11 @@ class Compute:
     head_chunk: int = 128
     remat: str = "full"
     kernel: Kernel = XLA
+    rows: NamedSharding | None = None
+
+    def hold(self, x: Array) -> Array:
+        """Activations with rows in front, kept where `rows` says, inside a jitted program."""
+        return x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)
 
 
 @jax.tree_util.register_dataclass
@@ -152,7 +160,7 @@ def bind(config: Qwen2_5_VLConfig, params: Params) -> Qwen2_5_VL:
 
 def embed_prompt(model: Qwen2_5_VL, prompts: PromptBatch | PackedRows, compute: Compute) -> Array:
     """[B, T, D] token embeddings with the pictures' vectors in their places."""
-    x = model.text.embed[...][prompts.ids].astype(compute.dtype)
+    x = compute.hold(model.text.embed[...][prompts.ids].astype(compute.dtype))
     if prompts.vision.frame.shape[1] == 0:
         return x
     merged = model.vision(
@@ -161,6 +169,7 @@ def embed_prompt(model: Qwen2_5_VL, prompts: PromptBatch | PackedRows, compute: 
         chunk=compute.chunk,
         remat=compute.remat,
         kernel=compute.kernel,
+        hold=compute.hold,
     )
     index = jnp.maximum(prompts.image_index, 0)[..., None]
     picture = jnp.take_along_axis(merged, index, axis=1)
@@ -178,7 +187,12 @@ def prefill(
     x = embed_prompt(model, prompts, compute)
     rotary = text_rotary(config.text, prompts.position)
     hidden, keys, values = model.text.prefill(
-        x, rotary, prompts.valid, chunk=compute.chunk, kernel=compute.kernel
+        x,
+        rotary,
+        prompts.valid,
+        chunk=compute.chunk,
+        kernel=compute.kernel,
+        hold=compute.hold,
     )
     return _last(hidden, prompts), keys, values
 
@@ -210,7 +224,7 @@ def response_hidden(
     position = jnp.broadcast_to(position[:, :, None], (*tokens_BGR.shape[:2], 3, response))
     prompt, own = model.text.group(
         embed_prompt(model, prompts, compute),
-        model.text.embed[...][tokens_BGR].astype(compute.dtype),
+        compute.hold(model.text.embed[...][tokens_BGR].astype(compute.dtype)),
         text_rotary(config.text, prompts.position),
         text_rotary(config.text, position),
         prompts.valid,
@@ -218,6 +232,7 @@ def response_hidden(
         chunk=compute.chunk,
         remat=compute.remat,
         kernel=compute.kernel,
+        hold=compute.hold,
     )
     first = jnp.broadcast_to(
         _last(prompt, prompts)[:, None, None], (*own.shape[:2], 1, own.shape[3])
@@ -236,6 +251,7 @@ def packed_hidden(
         chunk=compute.chunk,
         remat=compute.remat,
         kernel=compute.kernel,
+        hold=compute.hold,
     )
     return jnp.take_along_axis(hidden, jnp.maximum(rows.place, 0)[..., None], axis=1)
 

@@ -10,6 +10,8 @@ Shape letters: B prompts, G samples of a group, T prompt tokens, R response toke
 N query heads, K key/value heads, H head size, L layers.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -21,6 +23,7 @@ from spatial_ssrl_jax.qwen2_5_vl.layers import GatedMLP, Init, Linear, RMSNorm, 
 from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
 
 Rotary = tuple[Array, Array]
+Hold = Callable[[Array], Array]
 
 
 class TextLayer(nnx.Module):
@@ -67,7 +70,14 @@ class TextModel(nnx.Module):
         return (self.embed if self.head is None else self.head)[...].astype(dtype)
 
     def prefill(
-        self, x_BTD: Array, rotary: Rotary, valid_BT: Array, *, chunk: int, kernel: Kernel = XLA
+        self,
+        x_BTD: Array,
+        rotary: Rotary,
+        valid_BT: Array,
+        *,
+        chunk: int,
+        kernel: Kernel = XLA,
+        hold: Hold = lambda x: x,
     ) -> tuple[Array, Array, Array]:
         """Runs prompts.
 
@@ -77,12 +87,15 @@ class TextModel(nnx.Module):
           valid_BT: bool, which tokens exist.
           chunk: queries that attend at a time.
           kernel: what computes attention.
+          hold: keeps activations where their rows lie.
 
         Returns:
           Hidden states [B, T, D] behind the last norm, keys and values [L, B, K, T, H].
         """
         segment = jnp.where(valid_BT, 0, -1)
-        x, (keys, values) = self._causal(x_BTD, rotary, segment, chunk, kernel, "none", keep=True)
+        x, (keys, values) = self._causal(
+            x_BTD, rotary, segment, chunk, kernel, "none", hold, keep=True
+        )
         return x, keys, values
 
     def packed(
@@ -94,6 +107,7 @@ class TextModel(nnx.Module):
         chunk: int,
         remat: str,
         kernel: Kernel = XLA,
+        hold: Hold = lambda x: x,
     ) -> Array:
         """Runs rows of several examples; a token sees its own example's tokens up to itself.
 
@@ -103,12 +117,13 @@ class TextModel(nnx.Module):
           segment_BT: int32, which example a token belongs to; -1 is padding.
           chunk: queries that attend at a time.
           remat: what the backward pass keeps of each layer.
-          kernel: what computes attention.
+          hold: keeps activations where their rows lie.
 
         Returns:
           Hidden states [B, T, D] behind the last norm.
         """
         return self._causal(x_BTD, rotary, segment_BT, chunk, kernel, remat, keep=False)[0]
+        return self._causal(x_BTD, rotary, segment_BT, chunk, kernel, remat, hold, keep=False)[0]
 
     def _causal(
         self,
@@ -118,11 +133,13 @@ class TextModel(nnx.Module):
         chunk: int,
         kernel: Kernel,
         remat: str,
+        hold: Hold,
         keep: bool,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Causal layers inside segments; with `keep`, every layer's keys and values too."""
 
         def step(layer: TextLayer, x: Array, _):
+            x = hold(x)
             q, k, v = layer.project(x, rotary)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             mixed = self_attention(q, k, v, segment, causal=True, chunk=chunk, kernel=kernel)
@@ -143,6 +160,7 @@ class TextModel(nnx.Module):
         chunk: int,
         remat: str,
         kernel: Kernel = XLA,
+        hold: Hold = lambda x: x,
     ) -> tuple[Array, Array]:
         """Runs every prompt once, with all its responses behind it.
 
@@ -164,6 +182,7 @@ class TextModel(nnx.Module):
         )
 
         def step(layer: TextLayer, x: Array, _):
+            x = hold(x)
             q, k, v = layer.project(x, rotary)
             if kernel.name == "splash":
                 k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)

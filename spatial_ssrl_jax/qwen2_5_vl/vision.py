@@ -4,6 +4,7 @@ Shape letters: B prompts, W windows of a prompt, S patches of a window (64), D w
 tokens of a window (S/4).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -97,7 +98,14 @@ class VisionTower(nnx.Module):
         self.merger = Merger(init, config)
 
     def __call__(
-        self, vision: VisionInput, *, dtype, chunk: int, remat: str, kernel: Kernel = XLA
+        self,
+        vision: VisionInput,
+        *,
+        dtype,
+        chunk: int,
+        remat: str,
+        kernel: Kernel = XLA,
+        hold: Callable[[Array], Array] = lambda x: x,
     ) -> Array:
         """Encodes the pictures of B prompts.
 
@@ -107,6 +115,7 @@ class VisionTower(nnx.Module):
           chunk: patches that attend at a time in full attention.
           remat: what the backward pass keeps of each block.
           kernel: what computes full attention.
+          hold: keeps activations where their rows lie.
 
         Returns:
           [B, W·M, D_text]: one vector a merged token, in window order.
@@ -120,9 +129,9 @@ class VisionTower(nnx.Module):
 
         def step(block: VisionBlock, x: Array, is_full: Array):
             segments = (segment_window, vision.frame)
-            return block(x, rotary, *segments, is_full, chunk, kernel), None
+            return block(hold(x), rotary, *segments, is_full, chunk, kernel), None
 
         x, _ = scan_layers(self.blocks, step, x, jnp.array(full), remat=remat)
-        x = self.merger.norm(x)
+        x = self.merger.norm(hold(x))
         x = x.reshape(batch, windows * size // config.merge_unit, -1)
-        return self.merger(x)
+        return hold(self.merger(x))

@@ -3,13 +3,15 @@
 One array a layer: a cache carried through a scan over layers would be copied at every step.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from spatial_ssrl_jax.qwen2_5_vl.config import TextConfig
+from spatial_ssrl_jax.run.mesh import Layout
 
 LayerCache = tuple[Array, Array]
 
@@ -79,10 +81,27 @@ def start(config: TextConfig, hidden_BD: Array, group: int, slots: int, limit: i
     )
 
 
-def grow(state: Decoding, slots: int) -> Decoding:
-    """The same samples with `slots` more cache slots behind."""
+def longer(cache: LayerCache, slots: int) -> LayerCache:
+    """One layer's keys and values with `slots` more slots behind."""
+    return tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, slots), (0, 0)]) for x in cache)
 
-    def longer(x: Array) -> Array:
-        return jnp.pad(x, [(0, 0)] * 3 + [(0, slots), (0, 0)])
 
-    return replace(state, layers=jax.tree.map(longer, state.layers))
+Kept = TypeVar("Kept")
+_PREFIX = ("batch", "kv_heads", None, None)
+_OWN = ("batch", None, "kv_heads", None, None)
+
+
+def placed(tree: Kept, layout: Layout | None) -> Kept:
+    """What decoding keeps, held in a layout inside a jitted program; None leaves it as it is.
+
+    Caches, the only arrays of four and five axes, are cut by rows and by key/value heads, all else
+    by rows.
+    """
+    if layout is None:
+        return tree
+
+    def hold(x: Array) -> Array:
+        axes = {4: _PREFIX, 5: _OWN}.get(x.ndim, ("batch", None, None)[: x.ndim])
+        return jax.lax.with_sharding_constraint(x, layout.sharding("a cache", axes, x.shape))
+
+    return jax.tree.map(hold, tree)

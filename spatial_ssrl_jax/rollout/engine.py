@@ -19,14 +19,14 @@ from jax import Array
 
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
-from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
-from spatial_ssrl_jax.qwen2_5_vl.decode import bind_layer, decode_weights
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig
+from spatial_ssrl_jax.qwen2_5_vl.decode import bind_layer, decode_weights, map_layer
 from spatial_ssrl_jax.qwen2_5_vl.layers import cast
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
 from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
-from spatial_ssrl_jax.rollout.cache import Decoding, Prefix, grow, start
+from spatial_ssrl_jax.rollout.cache import Decoding, LayerCache, Prefix, longer, placed, start
 from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys, sample, uniforms
-from spatial_ssrl_jax.run.mesh import gather_whole, own_rows
+from spatial_ssrl_jax.run.mesh import Layout, gather_whole, own_rows
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,14 @@ class DecodeSettings:
       stop_ids: tokens that end a response.
       suppressed: tokens that are never drawn.
       check_every: steps between looks at whether all have finished.
+      layout: where caches lie; None leaves it to the compiler.
     """
 
     sampling: Sampling
     stop_ids: tuple[int, ...]
     suppressed: tuple[int, ...]
     check_every: int
+    layout: Layout | None = None
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -86,11 +88,45 @@ def fill_weights(config: Qwen2_5_VLConfig, params: Params, dtype: str) -> dict[s
     }
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def reshard_weights(
+    config: Qwen2_5_VLConfig, layout: Layout, weights: dict[str, Any]
+) -> dict[str, Any]:
+    """The decode step's weights from where training has them to where sampling needs them.
+
+    Already cast, so that half as much is sent; `weights` is donated.
+
+    Args:
+      config: the model's shape.
+      layout: for sampling.
+      weights: from `fill_weights`.
+    """
+    whole = layout.params(config, part="text/")["text"]
+    places = {
+        "layers": [map_layer(layout.sharding, config.text)] * config.text.num_hidden_layers,
+        "embed": whole["embed"],
+        "head": whole.get("head"),
+        "norm": whole["norm"],
+    }
+    return jax.lax.with_sharding_constraint(weights, places)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 4))
 def prefill(
-    config: Qwen2_5_VLConfig, compute: Compute, params: Params, prompts: PromptBatch
+    config: Qwen2_5_VLConfig,
+    compute: Compute,
+    params: Params,
+    prompts: PromptBatch,
+    layout: Layout | None = None,
 ) -> tuple[Array, Prefix]:
     """Encodes pictures and prompts once.
+
+    Args:
+      config: the model's shape.
+      compute: how to compute.
+      params: the model, laid out for training.
+      prompts: B prompts, likewise.
+      layout: for sampling, where the results go.
 
     Returns:
       [B, D] hidden state behind each prompt, and the prompts' keys and values.
@@ -98,7 +134,7 @@ def prefill(
     model = qwen.bind(config, params)
     hidden, keys, values = qwen.prefill(config, model, prompts, compute)
     layers = tuple((keys[i], values[i]) for i in range(config.text.num_hidden_layers))
-    return hidden, Prefix(layers, prompts.valid, prompts.next_position)
+    return placed((hidden, Prefix(layers, prompts.valid, prompts.next_position)), layout)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -123,6 +159,7 @@ def decode_chunk(
       keys_BG: one key a sample.
     """
     end = state.cursor + steps
+    keys_BG = placed(keys_BG, settings.layout)
 
     def unfinished(state: Decoding) -> Array:
         return (state.cursor < end) & ~state.finished.all()
@@ -131,7 +168,7 @@ def decode_chunk(
         body = partial(_decode_step, config, settings, weights, prefix, keys_BG)
         return jax.lax.fori_loop(0, settings.check_every, lambda _, s: body(s), state)
 
-    return jax.lax.while_loop(unfinished, some_steps, state)
+    return placed(jax.lax.while_loop(unfinished, some_steps, state), settings.layout)
 
 
 def _decode_step(
@@ -198,6 +235,7 @@ class Engine:
       chunk: response places that the cache grows by.
       check_every: decode steps between looks at whether all have finished; divides `chunk`.
       shards: parts that the batch axis is cut into; a batch never shrinks below one group a part.
+      layout: for sampling, where its weights and caches lie; None leaves it to the compiler.
     """
 
     config: Qwen2_5_VLConfig
@@ -206,6 +244,7 @@ class Engine:
     chunk: int = 256
     check_every: int = 8
     shards: int = 1
+    layout: Layout | None = None
 
     def __post_init__(self):
         if self.chunk % self.check_every:
@@ -216,7 +255,10 @@ class Engine:
 
     def fill(self, params: Params) -> dict[str, Any]:
         """The decode weights of `params`, to be made once a step and freed before the update."""
-        return fill_weights(self.config, params, self.compute.dtype)
+        weights = fill_weights(self.config, params, self.compute.dtype)
+        if self.layout is None:
+            return weights
+        return reshard_weights(self.config, self.layout, weights)
 
     def generate(
         self,
@@ -253,12 +295,12 @@ class Engine:
                 f"limit={limit} must be a multiple of rollout.check_every={self.check_every}."
             )
         settings = DecodeSettings(
-            sampling, self.stop_ids, self.config.vision_tokens, self.check_every
+            sampling, self.stop_ids, self.config.vision_tokens, self.check_every, self.layout
         )
-        hidden, prefix = prefill(self.config, self.compute, params, prompts)
+        hidden, prefix = prefill(self.config, self.compute, params, prompts, self.layout)
         keys = row_keys(key, jnp.asarray(prompt_index, jnp.int32), group)
         slots = min(self.chunk, limit)
-        state = start_samples(self.config.text, group, slots, limit, hidden)
+        state = start_samples(self.config.text, group, slots, limit, hidden, self.layout)
         rows, written, done = np.arange(len(hidden)), None, 0
         while True:
             steps = slots - done if on_tokens is None else self.check_every
@@ -275,10 +317,10 @@ class Engine:
             if size < len(rows) and on_tokens is None:
                 written = _write(written, state, rows)
                 kept = np.sort(np.argsort(~going, kind="stable")[:size])
-                state, prefix, keys = _take((state, prefix, keys), kept)
+                state, prefix, keys = _take((state, prefix, keys), kept, self.layout)
                 rows = rows[kept]
             slots = min(done + self.chunk, limit)
-            state = grow_cache(state, slots - done)
+            state = grow(state, slots - done, self.layout)
         written = _write(written, state, rows)
         return Rollout(*own_rows(written, getattr(prompts.length, "sharding", None)))
 
@@ -292,8 +334,38 @@ class Engine:
 
 
 _PARTS = (1, 2, 4)
-start_samples = jax.jit(lambda c, g, s, r, h: start(c, h, g, s, r), static_argnums=(0, 1, 2, 3))
-grow_cache = jax.jit(grow, static_argnums=1)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 5))
+def start_samples(
+    config: TextConfig,
+    group: int,
+    slots: int,
+    limit: int,
+    hidden: Array,
+    layout: Layout | None = None,
+) -> Decoding:
+    """Every sample before its first token (see `cache.start`)."""
+    return placed(start(config, hidden, group, slots, limit), layout)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def grow_layer(cache: LayerCache, slots: int, layout: Layout | None = None) -> LayerCache:
+    """One layer's cache with `slots` more slots behind."""
+    return placed(longer(cache, slots), layout)
+
+
+def grow(state: Decoding, slots: int, layout: Layout | None = None) -> Decoding:
+    """The same samples with `slots` more cache slots behind; `state` is used up.
+
+    A layer at a time, so that old and new caches are not there together.
+    """
+    layers = []
+    for old in state.layers:
+        layers.append(grow_layer(old, slots, layout))
+        for x in old:
+            x.delete()
+    return replace(state, layers=tuple(layers))
 
 
 @jax.jit
@@ -302,10 +374,12 @@ def _closed(state: Decoding) -> Array:
     return state.finished.all(axis=1)
 
 
-@jax.jit
-def _take(tree: tuple[Decoding, Prefix, Array], rows: Array) -> tuple[Decoding, Prefix, Array]:
+@partial(jax.jit, static_argnums=2)
+def _take(
+    tree: tuple[Decoding, Prefix, Array], rows: Array, layout: Layout | None
+) -> tuple[Decoding, Prefix, Array]:
     """The given groups alone."""
-    return jax.tree.map(lambda x: x[rows] if x.ndim else x, tree)
+    return placed(jax.tree.map(lambda x: x[rows] if x.ndim else x, tree), layout)
 
 
 @jax.jit

@@ -131,7 +131,7 @@ def _stage(
         "padding_share": round(padding, 3),
         "trained": _count(state.trained),
         "frozen": _count(state.frozen),
-        "memory_bytes_a_device": memory | {"sum": _most(memory)},
+        "memory_bytes_a_device": memory | {"sum": _most(memory, parts.config.optim.offload)},
         "checkpoint_bytes": _whole(replace(state, frozen={})),
         "frozen_bytes": _whole(state.frozen),
     }
@@ -167,16 +167,26 @@ def _memory(
         "weights": _own(state.trained) + _own(state.frozen),
         "optimizer": _own(state.opt_state),
         "reference": reference,
-        "rollout_copy": _own(parts.layout.abstract(parts.model.config)["text"], size),
-        "caches": tokens * token_bytes(text, config.model.dtype) // parts.layout.batch_shards,
+        "rollout_copy": _own(parts.rollout_layout.abstract(parts.model.config, part="text/"), size),
+        "caches": tokens * token_bytes(text, config.model.dtype) // _cache_parts(parts),
         "gradients": 2 * _own(state.trained),  # the sum and what is added to it
     }
 
 
-def _most(memory: dict[str, int]) -> int:
+def _cache_parts(parts: Parts) -> int:
+    """Parts that the caches are cut into while sampling, by rows and by key/value heads."""
+    rows, tensor = parts.rollout_layout.batch_shards, parts.config.rollout.tensor
+    return rows if parts.model.config.text.num_key_value_heads % tensor else rows * tensor
+
+
+def _most(memory: dict[str, int], offload: bool) -> int:
     """What is there at once: sampling's own part is freed before the update's comes."""
-    stays = memory["weights"] + memory["optimizer"] + memory["reference"]
-    return stays + max(memory["rollout_copy"] + memory["caches"], memory["gradients"])
+    sampling, gradients = memory["rollout_copy"] + memory["caches"], memory["gradients"]
+    rests = memory["optimizer"] + memory["reference"]
+    if offload:
+        updating = memory["optimizer"] + gradients // 2
+        return memory["weights"] + max(sampling, gradients, updating)
+    return memory["weights"] + rests + max(sampling, gradients)
 
 
 def _own(tree: Any, itemsize: int | None = None) -> int:

@@ -14,28 +14,32 @@ class Peak:
       bandwidth: bytes/s of its memory; a plain copy reaches some nine tenths of it.
       memory: bytes that a program may use, as the chip's compiler gives it; None where not known.
       network: bytes/s that it sends along one axis of its slice's torus, both ways; None likewise.
+      far: bytes/s that it sends to other slices, its share of its host's network card.
     """
 
     flops: float
     bandwidth: float
     memory: int | None = None
     network: float | None = None
+    far: float | None = None
 
 
 _GIB = 2**30
-_V5E = Peak(197e12, 819e9, int(15.75 * _GIB), 100e9)
-_V5P = Peak(459e12, 2765e9, int(95.74 * _GIB), 200e9)
-_V6E = Peak(918e12, 1640e9, int(31.25 * _GIB), 200e9)
+_SHARE = 0.95  # of a GPU's memory, as XLA_PYTHON_CLIENT_MEM_FRACTION gives it to a program
+_V5E = Peak(197e12, 819e9, int(15.75 * _GIB), 100e9, 3.1e9)
+_V5P = Peak(459e12, 2765e9, int(95.74 * _GIB), 200e9, 6.2e9)
+_V6E = Peak(918e12, 1640e9, int(31.25 * _GIB), 200e9, 6.2e9)
 
 
 # Substring of `device_kind` -> peak; the first that fits counts.
 _PEAKS = {
     "H100 PCIe": Peak(756e12, 2.0e12),
     "H100 NVL": Peak(835e12, 3.9e12),
-    "H100": Peak(989e12, 3.35e12),
+    "H100": Peak(989e12, 3.35e12, int(_SHARE * 84.9e9)),
     "H200": Peak(989e12, 4.8e12),
-    "A100-SXM4-80GB": Peak(312e12, 2.039e12),
-    "A100 80GB": Peak(312e12, 1.935e12),
+    "A100-SXM4-80GB": Peak(312e12, 2.039e12, int(_SHARE * 84.9e9)),
+    "A100 80GB": Peak(312e12, 1.935e12, int(_SHARE * 84.9e9)),
+    "RTX 4090": Peak(165e12, 1.008e12, int(_SHARE * 25.2e9)),
     "A100": Peak(312e12, 1.555e12),
     "TPU v5 lite": _V5E,
     "TPU v5e": _V5E,

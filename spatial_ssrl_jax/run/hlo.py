@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from spatial_ssrl_jax.run.collectives import sent
+
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
@@ -19,19 +21,11 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TWO_BRANCHES = re.compile(r"(true|false)_computation=%([\w.\-]+)")
-_GROUPS_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
-_MESH_AXIS = re.compile(r"'([^']*)'(?:=(\d+)|:\(\d+\)(\d+))?")
-_GROUPS_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
-_GROUPS_LIST = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "opt-barrier", "async-update", "add-dependency", "domain",
 }  # fmt: skip
-_COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
-    "collective-permute", "collective-broadcast",
-)  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -41,17 +35,19 @@ class Moved:
 
     Attributes:
       memory: read from and written to its main memory.
-      network: sent to other devices.
+      network: sent to other devices of its slice.
+      far: sent to other slices.
     """
 
     memory: float = 0.0
     network: float = 0.0
+    far: float = 0.0
 
     def __add__(self, other: "Moved") -> "Moved":
-        return Moved(self.memory + other.memory, self.network + other.network)
+        return Moved(self.memory + other.memory, self.network + other.network, self.far + other.far)
 
     def __mul__(self, times: float) -> "Moved":
-        return Moved(self.memory * times, self.network * times)
+        return Moved(self.memory * times, self.network * times, self.far * times)
 
 
 @dataclass(frozen=True)
@@ -125,9 +121,15 @@ def _item_bytes(kind: str) -> float:
 
 
 class Program:
-    """A compiled module's text, taken apart."""
+    """A compiled module's text, taken apart.
 
-    def __init__(self, text: str):
+    Args:
+      text: as XLA prints it.
+      slice_size: devices of a slice, whose numbers follow one another; None is one slice.
+    """
+
+    def __init__(self, text: str, slice_size: int | None = None):
+        self.slice_size = slice_size
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         lines: list[str] = []
@@ -169,11 +171,11 @@ class Program:
                 return costs[-1] * dear_share + costs[0] * (1 - dear_share)
             if opcode in ("call", "async-start"):
                 return sum(map(computation, instruction.called), Moved())
-            network = sent_bytes(instruction, self._operand_shapes(inside, instruction))
+            total = Moved(self._memory(inside, instruction)) + self._sent(inside, instruction)
             if opcode == "fusion":
                 # A collective that runs beside other work stands in a fusion of its own.
-                network += sum(self._network_inside(name) for name in instruction.called)
-            return Moved(self._memory(inside, instruction), network)
+                total += sum(map(self._sent_inside, instruction.called), Moved())
+            return total
 
         return computation(self.entry)
 
@@ -207,13 +209,19 @@ class Program:
         begins = int(first.inner) if first is not None and first.opcode == "constant" else 0
         return int(end.inner) - begins
 
-    def _network_inside(self, name: str) -> float:
+    def _sent(self, inside: Computation, instruction: Instruction) -> Moved:
+        """What one collective sends, near and far; nothing for any other instruction."""
+        given = sum(array_bytes(_plain(x)) for x in self._operand_shapes(inside, instruction))
+        return Moved(0.0, *sent(instruction.opcode, given, instruction.text, self.slice_size))
+
+    def _sent_inside(self, name: str) -> Moved:
         inside = self.computations[name]
-        return sum(
-            sent_bytes(i, self._operand_shapes(inside, i))
-            + (sum(map(self._network_inside, i.called)) if i.opcode == "fusion" else 0.0)
-            for i in inside.instructions
-        )
+        total = Moved()
+        for i in inside.instructions:
+            total += self._sent(inside, i)
+            if i.opcode == "fusion":
+                total += sum(map(self._sent_inside, i.called), Moved())
+        return total
 
     def _operand_shapes(self, inside: Computation, instruction: Instruction) -> list[str]:
         known = inside.by_name
@@ -281,38 +289,6 @@ class Program:
             inner = self.computations[result.called[0]]
             return self._written(inner, inner.root)
         return array_bytes(_plain(result.shape))
-
-
-def sent_bytes(instruction: Instruction, operands: list[str]) -> float:
-    """Bytes that a device sends in one collective; 0 for any other instruction.
-
-    In a ring of n, gathering sends every shard n - 1 times, reducing to shards sends n - 1 of n
-    parts, and an all-reduce is both.
-    """
-    kind = instruction.opcode.removesuffix("-start")
-    if kind not in _COLLECTIVES:
-        return 0.0
-    given = sum(array_bytes(_plain(shape)) for shape in operands)
-    if kind in ("collective-permute", "collective-broadcast"):
-        return given
-    size = group_size(instruction.text)
-    if size <= 1:
-        return 0.0
-    factor = {"all-gather": size - 1.0, "all-reduce": 2 * (size - 1) / size}
-    return given * factor.get(kind, (size - 1) / size)
-
-
-def group_size(text: str) -> int:
-    """Devices that take part together in a collective, from its attributes."""
-    if found := _GROUPS_MESH.search(text):
-        sizes = {name: int(size) for name, size, _ in _MESH_AXIS.findall(found[1]) if size}
-        axes = _MESH_AXIS.findall(found[2])
-        return math.prod(int(part) if part else sizes[name] for name, _, part in axes)
-    if found := _GROUPS_IOTA.search(text):
-        return int(found[2])
-    if found := _GROUPS_LIST.search(text):
-        return len(found[1].split(","))
-    return 1
 
 
 def _plain(shape: str) -> str:

@@ -52,5 +52,7 @@ def memory_advice(config: Config) -> list[str]:
     for name, stage in (("sft", sft), ("grpo", grpo)):
         if stage.steps and not stage.lora.rank:
             advice.append(f"train adapters alone ({name}.lora.rank=64)")
+    if not config.optim.offload:
+        advice.append("let moments and reference rest in host memory (optim.offload=True)")
     advice.append("spread the weights over more devices (mesh.fsdp)")
     return advice

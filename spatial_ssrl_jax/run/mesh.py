@@ -1,5 +1,6 @@
 """Devices as a mesh, and the one table from logical axes to mesh axes for each layout."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,33 +8,40 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spatial_ssrl_jax.config import MeshSettings
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
+from spatial_ssrl_jax.qwen2_5_vl.layers import Axes
 from spatial_ssrl_jax.qwen2_5_vl.lora import NO_LORA, LoraSettings
 from spatial_ssrl_jax.qwen2_5_vl.model import Params, abstract_params, param_axes
+from spatial_ssrl_jax.qwen2_5_vl.tree import select
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
-# Logical axis of a weight -> mesh axis while training. What is absent is replicated.
-TRAIN_RULES = {
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "ffn": "tensor",
-    "vocab": "tensor",
+# Logical axis -> mesh axes, in each layout. What is absent is replicated. The vision tower's inner
+# width, 3420, divides by 4 alone, so only its outer one is cut.
+_BY_TENSOR = {"heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
+RULES = {
+    "train": {"batch": BATCH, "embed": "fsdp"} | _BY_TENSOR,
+    "rollout": {"batch": BATCH} | _BY_TENSOR,
 }
+
+
+_TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 
 
 def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Devices, all that there are by default, as a mesh with the axes `AXES`.
 
+    TPU slices that are joined over the data-centre network lie along `data`, so that only sums of
+    gradients and rollout weights go over it.
+
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or `data` is not cut at slices.
     """
     sizes = [settings.data, settings.fsdp, settings.tensor]
     devices = jax.devices() if devices is None else devices
@@ -44,60 +52,122 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
     if min(sizes) < 1 or np.prod(sizes) != count:
         shape = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh {shape} does not fit {count} devices: change config.mesh.")
-    types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    slices = _slices(devices)
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=_TYPES, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.data={sizes[0]} must be a multiple of the {slices} slices, for only that axis "
+            f"lies between them: set --config.mesh.data={slices}."
+        )
+    within = (sizes[0] // slices, *sizes[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
+    return Mesh(grid, AXES, axis_types=_TYPES)
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """TPU slices among the devices; GPUs of several machines count as one."""
+    tpus = [d for d in devices if getattr(d, "platform", "") == "tpu"]
+    return len({getattr(d, "slice_index", 0) for d in tpus}) or 1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where arrays lie on a mesh."""
+    """Where arrays lie on a mesh.
+
+    Attributes:
+      mesh: with the axes `AXES`.
+      rules: which of `RULES` holds: `train` or `rollout`.
+    """
 
     mesh: Mesh
+    rules: str = "train"
 
     @property
     def batch_shards(self) -> int:
         """Parts that the batch axis is cut into."""
-        return int(np.prod([self.mesh.shape[a] for a in BATCH]))
+        return math.prod(self.mesh.shape[a] for a in BATCH)
+
+    def rollout(self, tensor: int) -> "Layout":
+        """The same devices in the same order as `data` x `tensor`, for sampling.
+
+        Args:
+          tensor: devices that share one copy of the weights; neighbours, of one process.
+
+        Raises:
+          UserError: the devices cannot be cut so.
+        """
+        devices = self.mesh.devices
+        if devices.size % tensor:
+            raise UserError(f"rollout.tensor={tensor} must divide the {devices.size} devices.")
+        if devices.size // jax.process_count() % tensor:
+            raise UserError(
+                f"rollout.tensor={tensor} must divide the "
+                f"{devices.size // jax.process_count()} devices of a process."
+            )
+        grid = devices.reshape(devices.size // tensor, 1, tensor)
+        return Layout(Mesh(grid, AXES, axis_types=_TYPES), "rollout")
+
+    def rows(self) -> NamedSharding:
+        """Where the rows of a batch lie."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH))
 
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def params(self, config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA) -> Params:
-        """The sharding of every weight; with `lora`, of adapters too.
+    def params(
+        self, config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA, part: str = ""
+    ) -> Params:
+        """The sharding of every weight, or of those below `part`; with `lora`, of adapters too.
 
         Raises:
           UserError: an axis of a weight does not divide by its mesh axis.
         """
         shapes = traverse_util.flatten_dict(abstract_params(config, lora), sep="/")
         axes = traverse_util.flatten_dict(param_axes(config, lora), sep="/")
-        flat = {path: self._weight(path, axes[path], leaf.shape) for path, leaf in shapes.items()}
+        flat = {
+            path: self.sharding(path, axes[path], leaf.shape)
+            for path, leaf in shapes.items()
+            if path.startswith(part)
+        }
         return traverse_util.unflatten_dict(flat, sep="/")
 
-    def abstract(self, config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA) -> Params:
-        """Every weight's shape and sharding, float32, to restore one."""
+    def abstract(
+        self, config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA, part: str = ""
+    ) -> Params:
+        """The shape and sharding of every weight, or of those below `part`, float32."""
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            abstract_params(config, lora),
-            self.params(config, lora),
+            select(abstract_params(config, lora), lambda path: path.startswith(part)),
+            self.params(config, lora, part),
         )
 
-    def _weight(self, path: str, axes: tuple, shape: tuple[int, ...]) -> NamedSharding:
+    def sharding(self, name: str, axes: Axes, shape: Sequence[int]) -> NamedSharding:
+        """Where an array of these logical axes lies.
+
+        Fewer key/value heads than parts are replicated: each part keeps them all.
+
+        Raises:
+          UserError: an axis does not divide by the mesh axes that it is cut over; it names both.
+        """
         spec = []
         for axis, size in zip(axes, shape, strict=True):
-            target = TRAIN_RULES.get(axis)
-            parts = self.mesh.shape[target] if target else 1
+            target = RULES[self.rules].get(axis)
+            parts = math.prod(self.mesh.shape[a] for a in _names(target))
             if axis == "kv_heads" and size % parts and parts % size == 0:
-                target, parts = None, 1  # fewer heads than parts: each part keeps them all
+                target, parts = None, 1
             if size % parts:
+                section = "mesh" if self.rules == "train" else "rollout"
+                named = " x ".join(f"{section}.{a}" for a in _names(target))
                 raise UserError(
-                    f"{path}: its axis {axis} of {size} does not divide by mesh.{target}={parts}."
+                    f"{name}: its axis {axis} of {size} does not divide by {named}={parts}."
                 )
             spec.append(target if parts > 1 else None)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def put_batch(self, tree: Any) -> Any:
         """Host arrays with this process's rows -> global arrays, rows sharded over `BATCH`."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH))
+        sharding = self.rows()
 
         def put(x: np.ndarray) -> jax.Array:
             if np.ndim(x) == 0:
@@ -105,6 +175,12 @@ class Layout:
             return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
         return jax.tree.map(put, tree)
+
+
+def _names(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if target is None:
+        return ()
+    return (target,) if isinstance(target, str) else target
 
 
 def own_rows(tree: Any, sharding: NamedSharding | None) -> Any:

@@ -50,7 +50,9 @@ class Cost:
         arguments are not among the output.
       beside: bytes that are taken besides, by what takes them.
       flops: of matrix products.
-      bytes_accessed, collective_bytes: moved in the main memory, and sent to other devices.
+      bytes_accessed, collective_bytes: moved in the main memory, and sent to other devices of the
+        slice.
+      far_bytes: sent to other slices, over the data-centre network.
       compile_seconds: how long compiling took here.
       largest_buffers: of arguments and of temporaries.
       setting: what to lower where it does not fit.
@@ -69,6 +71,7 @@ class Cost:
     flops: float = 0.0
     bytes_accessed: float = 0.0
     collective_bytes: float = 0.0
+    far_bytes: float = 0.0
     compile_seconds: float = 0.0
     largest_buffers: list[Buffer] = field(default_factory=list)
     estimated_seconds: float | None = None
@@ -99,8 +102,7 @@ def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict
     topology = open_topology(topology_name)
     model = read_shape(config.model.path)
     layout = Layout(make_mesh(config.mesh, topology.devices))
-    check_shards(config, layout)
-    planned = stages(config, model, layout)
+    planned = stages(config, model, layout, check_shards(config, model, layout))
     found = {stage.name: list(costs(stage, model, topology, say)) for stage in planned}
     programs, last = [cost for part in found.values() for cost in part], planned[-1]
     return {
@@ -164,8 +166,9 @@ def _compiled(program: Program, full: float, topology: Topology) -> tuple[Cost, 
     cost.argument_bytes = max(given, memory.argument_size_in_bytes)
     cost.temp_bytes = memory.temp_size_in_bytes
     cost.output_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    moved = hlo.Program(text).moved(program.turns, full)
+    moved = hlo.Program(text, topology.slice_size).moved(program.turns, full)
     cost.bytes_accessed, cost.collective_bytes = moved.memory, moved.network
+    cost.far_bytes = moved.far
     cost.largest_buffers += [Buffer(name, size) for size, name in hlo.largest_arrays(text, _NAMED)]
     if topology.peak is not None:
         _estimate(cost, topology.peak)
@@ -183,9 +186,11 @@ def _estimate(cost: Cost, peak: Peak) -> None:
         "compute": cost.flops / peak.flops,
         "memory": cost.bytes_accessed / peak.bandwidth,
         "network": cost.collective_bytes / peak.network if peak.network else 0.0,
+        "far": cost.far_bytes / peak.far if peak.far else 0.0,
     }
-    cost.bound = max(seconds, key=seconds.get)
-    cost.estimated_seconds = seconds[cost.bound]
+    longest = max(seconds, key=seconds.get)
+    cost.bound = "network" if longest == "far" else longest
+    cost.estimated_seconds = seconds[longest]
     cost.fits = peak.memory is None or cost.peak_bytes <= peak.memory
 
 
@@ -243,8 +248,12 @@ def problems(report: dict[str, Any]) -> list[str]:
 
 def _help(setting: str) -> str:
     if setting == "mesh.fsdp":
-        return "raise mesh.fsdp, use more devices, or train adapters alone (lora.rank=64)"
-    return f"lower {setting}, the largest bucket or rollout.limit, or use more devices"
+        return (
+            "raise mesh.fsdp, use more devices, let moments rest in host memory "
+            "(optim.offload=True), or train adapters alone (lora.rank=64)"
+        )
+    other = "raise rollout.tensor, lower" if setting == "rollout.wave" else "model.chunk,"
+    return f"lower {setting}, {other} the largest bucket or rollout.limit, or use more devices"
 
 
 def gib(size: float) -> str:
@@ -258,7 +267,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"{report['topology']}: {report['devices']} devices, {has}; all figures are a device's"
     yield (
         f"{'program':<20}{'runs':>6}{'peak GiB':>10}{'args':>8}{'temps':>8}{'beside':>8}"
-        f"{'TFLOPs':>9}{'GB moved':>10}{'GB sent':>9}{'seconds':>10}  {'bound':<8}{'compiled':>9}"
+        f"{'TFLOPs':>9}{'GB moved':>10}{'GB sent':>9}{'far':>7}{'seconds':>10}  {'bound':<8}"
+        f"{'compiled':>9}"
     )
     for cost in report["programs"]:
         sizes = (cost["argument_bytes"], cost["temp_bytes"], sum(cost["beside"].values()))
@@ -267,7 +277,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
             f"{cost['name']:<20}{cost['runs']:>6g}{cost['peak_bytes'] / _GIB:>10.2f}"
             + "".join(f"{size / _GIB:>8.2f}" for size in sizes)
             + f"{cost['flops'] / 1e12:>9.3f}{cost['bytes_accessed'] / 1e9:>10.2f}"
-            f"{cost['collective_bytes'] / 1e9:>9.2f}"
+            f"{cost['collective_bytes'] / 1e9:>9.2f}{cost['far_bytes'] / 1e9:>7.2f}"
             + (f"{'unknown':>10}" if seconds is None else f"{seconds:>10.4f}")
             + f"  {cost['bound'] or 'unknown':<8}{cost['compile_seconds']:>7.0f} s"
             + ("" if cost["fits"] else "  does not fit")

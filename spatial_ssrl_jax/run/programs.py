@@ -11,8 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
 from spatial_ssrl_jax.learn.batch import GroupBatch, PackedBatch
@@ -31,16 +29,18 @@ from spatial_ssrl_jax.qwen2_5_vl.lora import without_adapters
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, PackedRows, PromptBatch
 from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join
 from spatial_ssrl_jax.qwen2_5_vl.vision import VisionInput
+from spatial_ssrl_jax.rollout.cache import Decoding
 from spatial_ssrl_jax.rollout.engine import (
     DecodeSettings,
     decode_chunk,
     fill_weights,
-    grow_cache,
+    grow_layer,
     prefill,
+    reshard_weights,
     start_samples,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
-from spatial_ssrl_jax.run.mesh import BATCH, Layout
+from spatial_ssrl_jax.run.mesh import Layout
 from spatial_ssrl_jax.run.setup import compute_of
 from spatial_ssrl_jax.run.start import stage_shapes
 
@@ -90,9 +90,11 @@ class Stage:
     tokens: int
 
 
-def stages(config: Config, model: Qwen2_5_VLConfig, layout: Layout) -> list[Stage]:
+def stages(
+    config: Config, model: Qwen2_5_VLConfig, layout: Layout, rollout_layout: Layout
+) -> list[Stage]:
     """The programs of the stages that a config has."""
-    planned = _Planned(config, model, layout, compute_of(config, layout))
+    planned = _Planned(config, model, layout, rollout_layout, compute_of(config, layout))
     found = []
     if config.sft.steps:
         rows = _sft_rows(config)
@@ -120,6 +122,7 @@ class _Planned:
     config: Config
     model: Qwen2_5_VLConfig
     layout: Layout
+    rollout_layout: Layout
     compute: Compute
 
     def sft(self, rows: int) -> Programs:
@@ -142,8 +145,9 @@ class _Planned:
         own_reference = {}
         if reference is not None and not settings.lora.rank:
             own_reference = {"reference": own_bytes(reference) - own_bytes(state.frozen)}
-        optimizing = {"optimizer": own_bytes(state.opt_state)} | own_reference
-        yield from self._rollout(state, optimizing)
+        resting = {} if config.optim.offload else own_reference
+        optimizing = self._moments(state)
+        yield from self._rollout(state, optimizing | resting)
         batch = self._groups(settings)
         micro = settings.prompts // settings.micro_prompts
         waiting = {"other micro-batches": (micro - 1) * own_bytes(batch)}
@@ -157,14 +161,15 @@ class _Planned:
         old = found = None
         like = self._rows(*batch.tokens.shape, dtype=np.float32)
         if settings.updates > 1 and settings.needs_old:
-            old = (yield logprobs("old_logprobs", state.params, optimizing)) or like
+            beside = optimizing | own_reference
+            old = (yield logprobs("old_logprobs", state.params, beside)) or like
         if reference is not None:
-            beside = {"optimizer": optimizing["optimizer"]} | weights
+            beside = optimizing | weights
             found = (yield logprobs("reference_logprobs", reference, beside)) or like
         batch = replace(batch, old_logprobs=old, reference_logprobs=found)
         loss = GrpoLoss(self.model, self.compute, settings)
         yield from self._update(
-            "", loss, optimizer, state, batch, micro, settings.updates, own_reference, setting
+            "", loss, optimizer, state, batch, micro, settings.updates, resting, setting
         )
 
     def _rollout(self, state: TrainState, beside: Held) -> Programs:
@@ -177,9 +182,14 @@ class _Planned:
         weights = yield Program("rollout_weights", fill_weights, args, 1, beside, "mesh.fsdp")
         if weights is None:
             return
+        layout, before = self.rollout_layout, beside | {"weights": own_bytes(params)}
+        args = (model, layout, weights)
+        weights = yield Program("rollout_reshard", reshard_weights, args, 1, before, "mesh.fsdp")
+        if weights is None:
+            return
         beside = beside | {"rollout copy": own_bytes(weights)}
         prompts = self._prompts(rollout.wave)
-        args = (model, self.compute, params, prompts)
+        args = (model, self.compute, params, prompts, layout)
         filled = yield Program("prefill", prefill, args, waves, beside, setting)
         if filled is None:
             return
@@ -188,21 +198,36 @@ class _Planned:
         chunks = -(-limit // rollout.chunk)
         slots = min(rollout.chunk, limit)
         before = beside | {"prompts' caches": own_bytes(prefix)}
-        args = (model.text, group, max(limit - slots, slots), limit, hidden)
+        width = max(limit - slots, slots)
+        args = (model.text, group, width, limit, hidden, layout)
         samples = yield Program("start", start_samples, args, waves, before, setting)
         if samples is not None and chunks > 1:
-            args = (samples, slots)
-            samples = yield Program("grow", grow_cache, args, waves * (chunks - 1), before, setting)
+            samples = yield from self._grown(samples, width, slots, waves * (chunks - 1), before)
         if samples is None:
             return
         sampling = Sampling(config.grpo.temperature)
         stop = (model.eos_token_id,)
-        settings = DecodeSettings(sampling, stop, model.vision_tokens, rollout.check_every)
+        settings = DecodeSettings(sampling, stop, model.vision_tokens, rollout.check_every, layout)
         beside = {name: size for name, size in beside.items() if name != "rollout copy"}
         keys = self._keys(rollout.wave, group)
         args = (model, settings, slots, weights, prefix, samples, keys)
         turns = slots / rollout.check_every
         yield Program("decode", decode_chunk, args, waves * limit / slots, beside, setting, turns)
+
+    def _grown(
+        self, samples: Decoding, width: int, slots: int, times: float, beside: Held
+    ) -> Generator[Program, Any, Decoding | None]:
+        """Growing the caches from `width` by `slots`, the last layer's, beside all the others."""
+        layers = len(samples.layers)
+        others = own_bytes(samples.layers[1:]) * (width + slots) // width
+        beside = beside | {"samples' caches": others}
+        args, runs = (samples.layers[0], slots, self.rollout_layout), times * layers
+        grown = yield Program("grow", grow_layer, args, runs, beside, "rollout.wave")
+        return None if grown is None else replace(samples, layers=(grown,) * layers)
+
+    def _moments(self, state: TrainState) -> Held:
+        """What the optimizer takes while it does nothing."""
+        return {} if self.config.optim.offload else {"optimizer": own_bytes(state.opt_state)}
 
     def _update(
         self,
@@ -221,7 +246,7 @@ class _Planned:
         several = micro > updates
         if isinstance(batch, GroupBatch):  # those of a cold start are made one after another
             beside = beside | {"other micro-batches": (micro - 1) * own_bytes(batch)}
-        optimizing = beside | {"optimizer": own_bytes(state.opt_state)}
+        optimizing = beside | self._moments(state)
         summed = {"gradients so far": own_bytes(trained)} if several else {}
         args = (loss, trained, state.frozen, batch)
         found = yield Program(
@@ -253,8 +278,7 @@ class _Planned:
         return join(jax.tree.map(lambda x: x.update(dtype=dtype), state.trained), state.frozen)
 
     def _rows(self, *shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(self.layout.mesh, P(BATCH))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.rows())
 
     def _scalar(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), np.float32, sharding=self.layout.replicated())

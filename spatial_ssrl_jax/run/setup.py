@@ -27,6 +27,7 @@ from spatial_ssrl_jax.folders import (
     whole_folder,
     write_whole,
 )
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.kernels import Kernel, check_kernel
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
@@ -61,6 +62,7 @@ class Parts:
 
     config: Config
     layout: Layout
+    rollout_layout: Layout
     model: models.ModelFolder
     processor: Processor
     source: AnySource
@@ -114,14 +116,16 @@ def open_parts(config: Config) -> Parts:
     check_fits(source, split.train, config.tasks, processor, _limit(config))
     if config.sft.steps and config.sft.responses != "made":
         open_source(f"ssrl81k:{config.sft.responses}")
-    check_shards(config, layout)
+    rollout_layout = check_shards(config, model.config, layout)
     collate = Collate(data.prompt_buckets, data.window_buckets)
     questions = open_questions(config)
-    return Parts(config, layout, model, processor, source, split, collate, compute, questions)
+    return Parts(
+        config, layout, rollout_layout, model, processor, source, split, collate, compute, questions
+    )
 
 
 def compute_of(config: Config, layout: Layout) -> Compute:
-    """How the run's programs compute.
+    """How the run's programs compute, and where the rows of training's activations lie.
 
     Raises:
       UserError: the devices do not have what `model.attention` asks for.
@@ -129,7 +133,7 @@ def compute_of(config: Config, layout: Layout) -> Compute:
     model = config.model
     check_kernel(model.attention, model.dtype, layout.mesh.devices.flat[0])
     kernel = Kernel(model.attention, layout.mesh, BATCH)
-    return Compute(model.dtype, model.chunk, model.head_chunk, model.remat, kernel)
+    return Compute(model.dtype, model.chunk, model.head_chunk, model.remat, kernel, layout.rows())
 
 
 def open_run(
@@ -151,7 +155,8 @@ def open_run(
         processor.stop_ids,
         rollout.chunk,
         rollout.check_every,
-        layout.batch_shards,
+        parts.rollout_layout.batch_shards,
+        parts.rollout_layout,
     )
     checkpoints = Checkpoints(
         workdir / "checkpoints", config.checkpoint.keep, always=[config.sft.steps]
@@ -267,28 +272,47 @@ def _limit(config: Config) -> Extent:
     return Extent(max(config.data.prompt_buckets), max(config.data.window_buckets))
 
 
-def check_shards(config: Config, layout: Layout) -> None:
-    """Refuses batches that cannot be cut over the devices.
+def check_shards(config: Config, model: Qwen2_5_VLConfig, layout: Layout) -> Layout:
+    """Refuses weights and batches that cannot be cut over the devices.
+
+    Args:
+      config: the run.
+      model: the model's shape.
+      layout: for training.
+
+    Returns:
+      The layout for sampling.
 
     Raises:
-      UserError: names the setting and what it must be a multiple of.
+      UserError: names the setting, and the axis of a weight or what it must be a multiple of.
     """
-    sizes = {"eval.prompts": config.eval.prompts}
+    layout.params(model)
+    rollout = layout.rollout(config.rollout.tensor)
+    rollout.params(model, part="text/")
+    sampled, trained = {"eval.prompts": config.eval.prompts}, {}
     if config.sft.steps:
-        sizes["sft.micro_rows"] = config.sft.micro_rows
+        trained["sft.micro_rows"] = config.sft.micro_rows
     if config.grpo.steps:
-        sizes["grpo.micro_prompts"] = config.grpo.micro_prompts
-        sizes["rollout.wave"] = config.rollout.wave
+        trained["grpo.micro_prompts"] = config.grpo.micro_prompts
+        sampled["rollout.wave"] = config.rollout.wave
     processes = jax.process_count()
     if config.sft.steps and config.sft.prompts % processes:
         raise UserError(
             f"sft.prompts={config.sft.prompts} must be a multiple of the {processes} processes."
         )
+    # What is sampled is prefilled where training lies, and decoded in the other layout.
+    over = "the devices over rollout.tensor"
+    _check_parts(sampled, rollout.batch_shards, over)
+    _check_parts(sampled | trained, layout.batch_shards, "mesh.data x mesh.fsdp")
+    return rollout
+
+
+def _check_parts(sizes: dict[str, int], parts: int, by: str) -> None:
     for name, value in sizes.items():
-        if value % layout.batch_shards:
+        if value % parts:
             raise UserError(
-                f"{name}={value} must be a multiple of the {layout.batch_shards} parts that "
-                "mesh.data x mesh.fsdp cuts a batch into."
+                f"{name}={value} must be a multiple of the {parts} parts that {by} cuts a batch "
+                "into."
             )
 
 

@@ -1,7 +1,7 @@
 """What each stage of a run starts from, anew or from a checkpoint."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import optax
@@ -14,7 +14,7 @@ from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.layers import cast
 from spatial_ssrl_jax.qwen2_5_vl.lora import without_adapters
 from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join, select
-from spatial_ssrl_jax.run import models
+from spatial_ssrl_jax.run import models, offload
 from spatial_ssrl_jax.run.checkpoint import Checkpoints
 from spatial_ssrl_jax.run.checksums import damage
 from spatial_ssrl_jax.run.mesh import Layout, is_writer, total
@@ -75,7 +75,7 @@ class Start:
             adapters = self.model.draw_adapters(self.layout, stage.lora, seed)
             params = join(params, adapters)
         split = Trainable.of(stage).split(params, self.config.model.dtype)
-        return self._told(new_state(optimizer, *split))
+        return self._rested(self._told(new_state(optimizer, *split)))
 
     def restored(
         self,
@@ -86,7 +86,7 @@ class Start:
         """A stage's state as the checkpoint of the run's step `step` has it."""
         like = stage_shapes(self.config, self.model.config, self.layout, stage, optimizer)
         state, _ = self.checkpoints.restore(step, like)
-        return self._told(state)
+        return self._rested(self._told(state))
 
     def reference(
         self, stage: SftSettings | GrpoSettings, state: TrainState, fresh: bool
@@ -101,7 +101,14 @@ class Start:
         if stage.lora.rank:
             return without_adapters(state.frozen)
         trained = state.trained if fresh else select(self.params(stage), Trainable.of(stage))
-        return join(_copy(trained, self.config.model.dtype), state.frozen)
+        copy = _copy(trained, self.config.model.dtype)
+        return join(offload.to_host(copy) if self.config.optim.offload else copy, state.frozen)
+
+    def _rested(self, state: TrainState) -> TrainState:
+        """The state, its moments in host memory where `optim.offload` says so."""
+        if not self.config.optim.offload:
+            return state
+        return replace(state, opt_state=offload.to_host(state.opt_state))
 
     def _dtype(self, stage: SftSettings | GrpoSettings) -> str:
         """Master weights are float32; a base that only adapters are trained over needs no more

@@ -1,4 +1,4 @@
-"""Devices to compile for that need not be there: a TPU slice by its name, or this machine's CPU."""
+"""Devices to compile for that need not be there: TPU slices or a GPU by name, or this CPU."""
 
 import importlib.util
 import math
@@ -12,6 +12,7 @@ from jax.experimental import topologies
 
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.run.devices import Peak, device_peak
+from spatial_ssrl_jax.run.gpus import GPUS, gpu_devices
 
 # Name of a TPU -> axes of its torus, and what gcloud calls a slice of n chips.
 _TPUS = {
@@ -29,26 +30,30 @@ class Topology:
       name: as it was asked for.
       devices: they only have to exist for the compiler.
       peak: what one of them does at most; None where that is not known.
+      slice_size: devices of each of several slices; None where there is one.
     """
 
     name: str
     devices: Sequence[jax.Device]
     peak: Peak | None
+    slice_size: int | None = None
 
 
 def open_topology(name: str) -> Topology:
-    """The devices of `v5e:4x4`, `v6e:4x4`, `v5p:2x2x4`, with `,slices=2` behind it, or `cpu`.
+    """The devices of `v5e:4x4`, perhaps with `,slices=2` behind it, of a name of `GPUS`, or `cpu`.
 
     Raises:
       UserError: there is no such topology, or the TPU compiler is missing.
     """
     if name == "cpu":
         return Topology(name, jax.devices("cpu"), None)
+    if name in GPUS:
+        return Topology(name, gpu_devices(name), device_peak(GPUS[name].name))
     found = re.fullmatch(r"(v\d\w):(\d+(?:x\d+)*)(?:,slices=([1-9]\d*))?", name)
     if found is None or found[1] not in _TPUS:
         raise UserError(
             f"--topology={name} is not known: give one such as v5e:4x4, v6e:4x4, v5p:2x2x4 or "
-            "v5e:4x4,slices=2, or cpu."
+            f"v5e:4x4,slices=2, one of {', '.join(GPUS)}, or cpu."
         )
     axes, accelerator = _TPUS[found[1]]
     sizes = [int(size) for size in found[2].split("x")]
@@ -76,4 +81,6 @@ def open_topology(name: str) -> Topology:
             "give a slice that is offered, such as v5e:4x4."
         ) from error
     devices = described.devices
-    return Topology(name, devices, device_peak(devices[0].device_kind))
+    slices = int(found[3] or 1)
+    size = len(devices) // slices if slices > 1 else None
+    return Topology(name, devices, device_peak(devices[0].device_kind), size)

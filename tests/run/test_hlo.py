@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from spatial_ssrl_jax.run.hlo import Program, array_bytes, group_size
+from spatial_ssrl_jax.run.collectives import group_ids, group_size
+from spatial_ssrl_jax.run.hlo import Program, array_bytes
 
 # A loop of 3 turns that gathers a layer's quarter, multiplies, and writes one row; as for a TPU.
 TEXT = """HloModule jit_f, is_scheduled=true
@@ -83,6 +84,29 @@ def test_bytes_of_a_shape(shape: str, size: float):
 def test_groups_of_part_of_an_axis():
     assert group_size("replica_groups=mesh['a'=8,'b'=2] {'a':(1)4, 'b'}, x") == 8
     assert group_size("channel_id=1") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups={{0,1},{2,3}}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2]]),
+        ("source_target_pairs={{0,2},{2,0}}, x", [[0, 2], [2, 0]]),
+        ("channel_id=1", [[0]]),
+    ],
+)
+def test_who_takes_part_together(text: str, ids: list):
+    assert group_ids(text).tolist() == ids
+
+
+def test_what_goes_between_slices_is_told_apart():
+    """Four devices gather 128 bytes of each: in slices of 4 nothing leaves them; in slices of 2
+    each also sends its part to the other one; in slices of 1 all goes between slices."""
+    text = TEXT.replace("GROUPS", GROUPS[0])
+    for size, near, far in ((4, 3, 0), (2, 3, 1), (1, 0, 3)):
+        moved = Program(text, size).moved()
+        assert (moved.network, moved.far) == (3 * 128 * near, 3 * 128 * far)
 
 
 def test_a_real_program_touches_each_layer_once_a_turn():

@@ -63,14 +63,11 @@ def test_an_axis_that_does_not_divide_is_named(toy, shape: dict, named: str):
 def test_more_parts_than_key_heads_keep_them_whole(toy, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("spatial_ssrl_jax.run.mesh.NamedSharding", lambda mesh, spec: spec)
     layout = on(tensor=4)
-    assert layout._weight("k", ("embed", "kv_heads", None), (48, 2, 12)) == PartitionSpec(
-        None, None, None
-    )
-    assert layout._weight("q", ("embed", "heads", None), (48, 4, 12)) == PartitionSpec(
-        None, "tensor", None
-    )
-    with pytest.raises(UserError, match="kv_heads of 6"):
-        layout._weight("k", ("embed", "kv_heads", None), (48, 6, 12))
+    key, query = ("embed", "kv_heads", None), ("embed", "heads", None)
+    assert layout.sharding("k", key, (48, 2, 12)) == PartitionSpec(None, None, None)
+    assert layout.sharding("q", query, (48, 4, 12)) == PartitionSpec(None, "tensor", None)
+    with pytest.raises(UserError, match="kv_heads of 6 does not divide by mesh.tensor=4"):
+        layout.sharding("k", key, (48, 6, 12))
 
 
 def test_adapters_lie_as_their_kernels_do(toy, monkeypatch: pytest.MonkeyPatch):
@@ -80,6 +77,51 @@ def test_adapters_lie_as_their_kernels_do(toy, monkeypatch: pytest.MonkeyPatch):
     assert layers["q"]["lora_b"] == PartitionSpec(None, None, "tensor", None)
     assert layers["mlp"]["down"]["lora_a"] == PartitionSpec(None, "tensor", None)
     assert layers["mlp"]["down"]["lora_b"] == PartitionSpec(None, None, "fsdp")
+
+
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch):
+    """Meshes and shardings as what they are made of, so that no device need be there."""
+    made = lambda grid, axes, **_: SimpleNamespace(  # noqa: E731
+        devices=grid, shape=dict(zip(axes, grid.shape, strict=True))
+    )
+    monkeypatch.setattr("spatial_ssrl_jax.run.mesh.Mesh", made)
+    monkeypatch.setattr("spatial_ssrl_jax.run.mesh.NamedSharding", lambda mesh, spec: spec)
+
+
+def test_sampling_has_the_same_devices_in_the_same_order(places):
+    """As data x tensor: the training layout's cut of widths is gone, that of heads has its own."""
+    train = Layout(SimpleNamespace(devices=np.arange(8).reshape(2, 2, 2)))
+    rollout = train.rollout(4)
+    assert rollout.mesh.devices.ravel().tolist() == list(range(8)) and rollout.batch_shards == 2
+    query = rollout.sharding("q", ("embed", "heads", None), (48, 4, 12))
+    assert query == PartitionSpec(None, "tensor", None)
+    cache = rollout.sharding("a cache", ("batch", "kv_heads", None, None), (4, 4, 9, 12))
+    assert cache == PartitionSpec(("data", "fsdp"), "tensor", None, None)
+    with pytest.raises(UserError, match="rollout.tensor=3 must divide the 8 devices"):
+        train.rollout(3)
+    with pytest.raises(UserError, match="q: its axis heads of 6 does not .* rollout.tensor=4"):
+        rollout.sharding("q", ("heads",), (6,))
+    with pytest.raises(UserError, match="axis batch of 3 does .* rollout.data x rollout.fsdp=2"):
+        rollout.sharding("a cache", ("batch",), (3,))
+
+
+def test_slices_lie_along_data(places):
+    """Neighbours along the other axes are of one slice, whatever order the devices come in."""
+
+    class Chip(SimpleNamespace):
+        platform, device_kind, process_index, core_on_chip = "tpu", "TPU v0", 0, 0
+
+        def __hash__(self):
+            return self.id
+
+    chips = [Chip(id=i, slice_index=i % 2, coords=(i // 2, 0, 0)) for i in range(8)]
+    mesh = make_mesh(MeshSettings(data=2), chips)
+    assert mesh.shape == {"data": 2, "fsdp": 4, "tensor": 1}
+    for part in mesh.devices:
+        assert len({chip.slice_index for chip in part.ravel()}) == 1
+    with pytest.raises(UserError, match=r"mesh.data=1 must be a multiple of the 2 slices"):
+        make_mesh(MeshSettings(), chips)
 
 
 def test_the_batch_is_cut_over_data_and_fsdp():

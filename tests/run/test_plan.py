@@ -12,13 +12,14 @@ import jax
 import pytest
 
 from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax import plan as command
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.model import abstract_params
 from spatial_ssrl_jax.run.devices import Peak
 from spatial_ssrl_jax.run.models import open_model
 from spatial_ssrl_jax.run.plan import Cost, lines, plan, problems
 from spatial_ssrl_jax.run.topology import Topology
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SMALL_TEXT
 from tests.run.conftest import make_config
 
 FIELDS = {
@@ -51,8 +52,8 @@ def program(report: dict, name: str) -> dict:
 def test_every_program_of_both_stages_is_there(report: dict):
     names = [p["name"] for p in report["programs"]]
     assert names == [
-        "sft_gradients", "sft_add", "sft_apply", "rollout_weights", "prefill", "start", "grow",
-        "decode", "old_logprobs", "reference_logprobs", "gradients", "apply",
+        "sft_gradients", "sft_add", "sft_apply", "rollout_weights", "rollout_reshard", "prefill",
+        "start", "grow", "decode", "old_logprobs", "reference_logprobs", "gradients", "apply",
     ]  # fmt: skip
     assert all(p.keys() >= FIELDS for p in report["programs"])
     assert report["fits"] and report["devices"] == 1 and report["hbm_bytes"] == 2**34
@@ -61,7 +62,8 @@ def test_every_program_of_both_stages_is_there(report: dict):
 def test_a_step_is_what_its_programs_come_to(report: dict):
     """16 prompts are two waves of 8 and two micro-batches, 32 tokens are two chunks of 16."""
     runs = {p["name"]: p["runs"] for p in report["programs"]}
-    assert runs["prefill"] == runs["grow"] == runs["gradients"] == runs["apply"] == 2
+    assert runs["prefill"] == runs["gradients"] == runs["apply"] == 2
+    assert runs["grow"] == 2 * SMALL_TEXT["num_hidden_layers"]
     assert runs["decode"] == 4 and runs["rollout_weights"] == 1
     grpo = [p for p in report["programs"] if not p["name"].startswith("sft")]
     seconds = sum(p["runs"] * p["estimated_seconds"] for p in grpo)
@@ -112,6 +114,25 @@ def test_sizes_that_do_not_go_together_are_refused(toy_plan: c.Config):
     missing = dataclasses.replace(toy_plan, model=c.ModelSettings("/nowhere"))
     with pytest.raises(UserError, match="/nowhere does not exist"):
         plan(missing, "cpu", lambda _: None)
+
+
+def test_a_run_that_does_not_fit_exits_with_1(
+    toy_plan: c.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """The cold start alone, on a device of 1 MiB; with 16 GiB the same command exits with 0."""
+    sft = dataclasses.replace(toy_plan, grpo=c.GrpoSettings(steps=0))
+    monkeypatch.setattr("spatial_ssrl_jax.plan.load_config", lambda *_: sft)
+    for size, code in ((2**20, 1), (2**34, 0)):
+        peak = Peak(1e12, 1e9, memory=size, network=1e9)
+        monkeypatch.setattr(
+            "spatial_ssrl_jax.run.plan.open_topology",
+            lambda name, peak=peak: Topology(name, jax.devices("cpu")[:1], peak),
+        )
+        assert command.main(["--config=toy", "--topology=one"]) == code
+    said = capsys.readouterr().out
+    assert "sft_gradients needs" in said and "lower sft.micro_rows, model.chunk" in said
+    assert "sft_apply needs" in said and "optim.offload=True" in said
+    assert "the largest buffer is [" in said
 
 
 @pytest.mark.slow

@@ -171,7 +171,9 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 def test_eight_devices_change_nothing(toy_config, whole: Path, tmp_path: Path):
-    config = write_config(tmp_path, toy_config(mesh=c.MeshSettings(data=2, fsdp=2, tensor=2)))
+    sampling = dataclasses.replace(toy_config().rollout, tensor=2)
+    mesh = c.MeshSettings(data=2, fsdp=2, tensor=2)
+    config = write_config(tmp_path, toy_config(mesh=mesh, rollout=sampling))
     finish(start(config, tmp_path / "run", 8))
     assert_same_run(tmp_path / "run", whole)
 
