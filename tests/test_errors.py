@@ -240,7 +240,7 @@ def assert_one_sentence(code: int, err: str, named: Sequence[str]) -> None:
 
 def name_of(case: tuple) -> str:
     main, argv, _ = case
-    return f"{main.__module__.rpartition('.')[2]}-{argv[-1]}"
+    return f"{main.__module__.rpartition('.')[2]}-{argv[-1] if argv else 'alone'}"
 
 
 @pytest.mark.parametrize(("main", "argv", "named"), CASES, ids=map(name_of, CASES))
