@@ -84,24 +84,31 @@ def attend_shared(
     q = q_BGQNH.reshape(batch, group, queries, prefix_k_BKTH.shape[1], -1, size)
 
     def block(q: Array, seen_BGQR: Array) -> Array:
+        # Each product in the order in which its cache lies, else a decode step copies the caches.
         prefix = _scores("bgqkmh,bkth->bkgmqt", q, prefix_k_BKTH)
         prefix = jnp.where(prefix_valid_BT[:, None, None, None, None], prefix, NEVER)
-        own = _scores("bgqkmh,bgkrh->bkgmqr", q, own_k_BGKRH)
-        own = jnp.where(seen_BGQR[:, None, :, None], own, NEVER)
-        top = jnp.maximum(prefix.max(-1, keepdims=True), own.max(-1, keepdims=True))
+        own = _scores("bgqkmh,bgkrh->bgkmqr", q, own_k_BGKRH)
+        own = jnp.where(seen_BGQR[:, :, None, None], own, NEVER)
+        top = jnp.maximum(_by_head(prefix.max(-1, keepdims=True)), own.max(-1, keepdims=True))
         top = jax.lax.stop_gradient(top)
-        prefix, own = jnp.exp(prefix - top), jnp.exp(own - top)
-        total = prefix.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
-        dtype = prefix_v_BKTH.dtype
-        mixed = jnp.einsum("bkgmqt,bkth->bkgmqh", (prefix / total).astype(dtype), prefix_v_BKTH)
-        mixed += jnp.einsum("bkgmqr,bgkrh->bkgmqh", (own / total).astype(dtype), own_v_BGKRH)
-        return jnp.moveaxis(mixed, (1, 3), (3, 4))
+        prefix, own = jnp.exp(prefix - _by_head(top)), jnp.exp(own - top)
+        total = _by_head(prefix.sum(-1, keepdims=True)) + own.sum(-1, keepdims=True)
+        prefix = (prefix / _by_head(total)).astype(prefix_v_BKTH.dtype)
+        mixed = _by_head(jnp.einsum("bkgmqt,bkth->bkgmqh", prefix, prefix_v_BKTH))
+        own = (own / total).astype(own_v_BGKRH.dtype)
+        mixed += jnp.einsum("bgkmqr,bgkrh->bgkmqh", own, own_v_BGKRH)
+        return jnp.moveaxis(mixed, 4, 2)
 
     if queries <= chunk:
         out = block(q, own_seen_BGQR)
     else:
         out = _over_queries(block, chunk, (2, 2), 2, q, own_seen_BGQR)
     return out.reshape(q_BGQNH.shape)
+
+
+def _by_head(x: Array) -> Array:
+    """[B, K, G, ...] from [B, G, K, ...], or back."""
+    return x.swapaxes(1, 2)
 
 
 def _scores(letters: str, q: Array, k: Array) -> Array:
