@@ -50,21 +50,16 @@ def local(config: c.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+COMMIT = "run/checkpoints/3/commit_success.txt"
+
+
 @pytest.fixture(scope="module")
-def run(config: c.Config, storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The bucket's files after a run that was killed in the save of step 3, and went on."""
-    process: subprocess.Popen
-
-    def kill(line: str) -> None:
-        if "upload" in line and "checkpoints/3/commit_success.txt" in line:
-            process.kill()
-
-    storage.watch = kill
-    process = start(write_config(tmp_path_factory.mktemp("config"), config), "gs://bucket/run", 1)
-    out, err = process.communicate(timeout=600)
-    storage.watch = lambda _: None
-    assert process.returncode == -9, out + err
-    storage.buckets["bucket"].pop("run/checkpoints/3/commit_success.txt", None)
+def run(config: c.Config, storage: Storage) -> dict:
+    """The bucket's files after a run that was refused at the end of the save of step 3, and went
+    on."""
+    storage.faults.append([f"uploadType {COMMIT}", 403, 1])
+    with pytest.raises(UserError, match=r"step 3 could not be saved.*goes on after step 2"):
+        train(config, "gs://bucket/run")
     assert storage.names("bucket", "run/checkpoints/3/training/")
     assert train(config, "gs://bucket/run")
     return dict(storage.buckets["bucket"])
@@ -77,12 +72,37 @@ def left(run: dict, bucket: Storage) -> Storage:
     return bucket
 
 
-def test_it_ends_as_a_run_in_a_folder(left: Storage, local: Path):
+def assert_as_local(bucket: Storage, local: Path) -> None:
     assert figures(folder_at("gs://bucket/run")) == figures(local)
     for name in ("export/model.safetensors", "adapter/adapter_model.safetensors"):
-        assert left.read("bucket", f"run/{name}") == (local / name).read_bytes()
-    ours, theirs = left.read("bucket", "run/summary.json"), (local / "summary.json").read_text()
+        assert bucket.read("bucket", f"run/{name}") == (local / name).read_bytes()
+    ours, theirs = bucket.read("bucket", "run/summary.json"), (local / "summary.json").read_text()
     assert json.loads(ours)["heldout"] == json.loads(theirs)["heldout"]
+
+
+def test_it_ends_as_a_run_in_a_folder(left: Storage, local: Path):
+    assert_as_local(left, local)
+
+
+@pytest.mark.slow
+def test_a_kill_in_a_save_changes_nothing(
+    bucket: Storage, local: Path, config: c.Config, tmp_path: Path
+):
+    process: subprocess.Popen
+
+    def kill(line: str) -> None:
+        if "upload" in line and COMMIT in line:
+            process.kill()
+
+    bucket.watch = kill
+    process = start(write_config(tmp_path, config), "gs://bucket/run", 1)
+    out, err = process.communicate(timeout=600)
+    bucket.watch = lambda _: None
+    assert process.returncode == -9, out + err
+    bucket.buckets["bucket"].pop(COMMIT, None)
+    assert bucket.names("bucket", "run/checkpoints/3/training/")
+    assert train(config, "gs://bucket/run")
+    assert_as_local(bucket, local)
 
 
 def test_it_leaves_what_a_run_in_a_folder_leaves(left: Storage, local: Path):
@@ -214,7 +234,6 @@ def test_a_permission_that_goes_while_a_run_goes_on_is_said(bucket: Storage):
     with pytest.raises(UserError, match=says):
         checkpoints.save(4, "sft", state(4), {})
         checkpoints.wait()
-    checkpoints.close()
 
 
 def test_a_run_that_may_not_write_is_refused_before_it_begins(bucket: Storage, config: c.Config):
