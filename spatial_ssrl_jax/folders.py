@@ -105,10 +105,10 @@ def write_whole(path: epath.Path, data: str | bytes, partial: epath.Path | None 
       partial: what it is called until it is written, beside it by default.
     """
     data = data.encode() if isinstance(data, str) else data
-    path.parent.mkdir(parents=True, exist_ok=True)
     if in_bucket(path):
         path.write_bytes(data)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial or path.with_suffix(".partial")
     partial.write_bytes(data)
     os.replace(partial, path)

@@ -1,8 +1,8 @@
 """A stand-in for Google Cloud Storage, in memory: what the libraries ask of its JSON API.
 
-gcsfs, google-cloud-storage and TensorStore talk to it as to the cloud when `environment` is set. It
-has no accounts: `denied` holds the permissions that the caller lacks, and `faults` are
-answers that take the place of the next ones that fit.
+gcsfs, google-cloud-storage, TensorStore and ArrayRecord talk to it as to the cloud when
+`environment` is set. It has no accounts: `denied` holds the permissions that the caller lacks, and
+`faults` are answers that take the place of the next ones that fit.
 """
 
 import base64
@@ -73,6 +73,7 @@ class Storage:
         return {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,  # ArrayRecord's reader
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "anyone",
             "NO_GCE_CHECK": "true",  # nobody asks the metadata server for credentials
             # Bucket types are asked for over gRPC, which is not spoken here.

@@ -10,8 +10,8 @@ from etils import epath
 from spatial_ssrl_jax.folders import CRC32C, files_below, in_bucket
 
 FILE = "checksums.json"
-_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them after all the rest
 _PIECES, _PIECE = 64, 4096
+_CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes to it after the rest is complete
 
 
 def write_checksums(folder: epath.PathLike) -> None:
@@ -55,7 +55,7 @@ def damage(folder: epath.PathLike) -> str | None:
 
 
 def _files(folder: epath.Path) -> dict[str, tuple[int, str | None]]:
-    left_out = (FILE, *_LATER)
+    left_out = (FILE, _CHANGING)
     return {k: v for k, v in files_below(folder).items() if k.rpartition("/")[2] not in left_out}
 
 

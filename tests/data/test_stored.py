@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils.epath import backend
 from PIL import Image, ImageFile
 
 from spatial_ssrl_jax import prepare
@@ -120,7 +121,10 @@ def test_what_cannot_be_opened_is_named(prepared: Path, tmp_path: Path, spec: st
     "spec", ["arrayrecord:gs://bucket/x*.array_record", "tfds:ssrl_pictures/rgbd@gs://bucket/data"]
 )
 def test_gs_without_its_extra_says_what_to_install(spec: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
+    def absent(*_):
+        raise ImportError("Install gcsfs")
+
+    monkeypatch.setattr(backend.fsspec_backend, "fs", absent)
     with pytest.raises(UserError, match=r"extra \[gcs\].*pip install.*local folder") as error:
         open_source(spec)
     assert spec in str(error.value) and "\n" not in str(error.value)
@@ -204,6 +208,11 @@ def test_a_bucket_gets_what_a_folder_would(folder: Path, prepared: Path, bucket:
     prepare.main(argv)
     built = [p.relative_to(prepared) for p in prepared.glob("*/rgbd/**/*") if p.is_file()]
     assert built and bucket.names("bucket") == sorted(f"data/{path}" for path in built)
+    ours = open_source("tfds:ssrl_pictures/rgbd@gs://bucket/data")
+    theirs = open_source(specs(prepared)[0])
+    assert len(ours) == 2
+    for index in range(2):
+        np.testing.assert_array_equal(ours[index].image, theirs[index].image)
     with pytest.raises(UserError, match="is there already"):
         prepare.main(argv)
 

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax.learn import grpo
+from spatial_ssrl_jax.learn.reward import Reward
 from spatial_ssrl_jax.qwen2_5_vl.config import config_to_dict
+from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
 from spatial_ssrl_jax.run import models
 from spatial_ssrl_jax.run.training import train
-from tests.conftest import SMALL_TEXT, SMALL_VISION
+from tests.conftest import ROOT, SMALL_TEXT, SMALL_VISION, random_params
 
 # Two examples fit in a row. Each of two processes packs four.
 ROWS = dict(prompts=8, row_tokens=320, row_windows=(2, 5), row_responses=64, micro_rows=4)
@@ -101,4 +105,69 @@ def whole(toy_config: Callable[..., c.Config], tmp_path_factory: pytest.TempPath
     """The folder of a run that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     assert train(toy_config(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def lora_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow model of one layer with the tiny one's tokenizer."""
+    tiny = models.open_model("tiny")
+    text = dataclasses.replace(
+        tiny.config.text, hidden_size=32, intermediate_size=32, num_hidden_layers=1
+    )
+    text = dataclasses.replace(text, num_attention_heads=2, num_key_value_heads=1)
+    text = dataclasses.replace(text, mrope_section=(2, 3, 3))
+    vision = dataclasses.replace(
+        tiny.config.vision, depth=1, hidden_size=16, intermediate_size=16, num_heads=1
+    )
+    vision = dataclasses.replace(vision, out_hidden_size=32, fullatt_block_indexes=(0,))
+    config = dataclasses.replace(tiny.config, text=text, vision=vision)
+    folder = tmp_path_factory.mktemp("base") / "hf"
+    source = dataclasses.replace(tiny, config=config)
+    models.export(source, random_params(config, seed=1), folder, "float32")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lora_config(lora_base: Path) -> c.Config:
+    """Two stages of adapters, two steps of two prompts each, no held-out figures."""
+    tiny = c.load_config(str(ROOT / "configs" / "tiny.py"))
+    small = {"steps": 2, "prompts": 2, "learning_rate": 0.05}
+    groups = {"micro_prompts": 2, "group": 2, "warmup": 0.0}
+    return dataclasses.replace(
+        tiny,
+        model=dataclasses.replace(tiny.model, path=str(lora_base), from_scratch=False),
+        data=dataclasses.replace(tiny.data, source="scenes:20", heldout_share=0.0),
+        sft=dataclasses.replace(tiny.sft, **small, micro_rows=1, lora=LoraSettings(2)),
+        grpo=dataclasses.replace(tiny.grpo, **small, **groups, lora=LoraSettings(3)),
+        rollout=dataclasses.replace(tiny.rollout, wave=2),
+        checkpoint=c.CheckpointSettings(every=1, keep=9),
+        log=c.LogSettings(rollouts_every=1, report_every=1),
+    )
+
+
+@contextmanager
+def rewarding_length() -> Iterator[None]:
+    """Answers of an untrained model earn nothing: here long ones do, so that GRPO learns."""
+
+    def by_length(text: str, *_) -> Reward:
+        return Reward(overall=len(text) / 100, accuracy=0.0, format=0.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "score", by_length)
+        yield
+
+
+@pytest.fixture(scope="module")
+def reward_by_length() -> Iterator[None]:
+    with rewarding_length():
+        yield
+
+
+@pytest.fixture(scope="session")
+def lora_run(lora_config: c.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run."""
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    with rewarding_length():
+        assert train(lora_config, workdir)
     return workdir

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 from pathlib import Path
 
 import jax
@@ -14,59 +13,31 @@ from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax import convert
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.folders import folder_at
-from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
 from spatial_ssrl_jax.run import models
 from spatial_ssrl_jax.run.check import check
 from spatial_ssrl_jax.run.checkpoint import Checkpoints, pass_over_damaged
+from spatial_ssrl_jax.run.checksums import damage
 from spatial_ssrl_jax.run.metrics import MetricsWriter, read_metrics
 from spatial_ssrl_jax.run.start import check_start
 from spatial_ssrl_jax.run.training import train
-from tests.run.conftest import ROWS, make_config
 from tests.run.test_checkpoint import assert_same, state
-from tests.run.test_training import figures, start, write_config
+from tests.run.test_training import figures, finish, start, write_config
 from tests.standin_storage import Storage
 
+pytestmark = pytest.mark.usefixtures("reward_by_length")
 
-@pytest.fixture(scope="module")
-def config(toy_folder: Path) -> c.Config:
-    """Two steps a stage, adapters alone trained, so that every kind of file is written."""
-    lora = LoraSettings(rank=2)
-    return make_config(
-        c.ModelSettings(str(toy_folder), True, "float32", "none"),
-        sft=c.SftSettings(steps=2, learning_rate=1e-2, lora=lora, **ROWS),
-        grpo=c.GrpoSettings(
-            steps=2, prompts=8, updates=1, group=3, micro_prompts=8, learning_rate=1e-2, lora=lora
-        ),
-        log=c.LogSettings(rollouts_every=1, rollouts_count=2, report_every=1),
-        eval=c.EvalSettings(examples=2, samples=2, prompts=8),
-    )
+COMMIT = "run/checkpoints/3/commit_success.txt"
 
 
 @pytest.fixture(scope="module")
-def local(config: c.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run in a folder of this machine."""
-    workdir = tmp_path_factory.mktemp("local") / "run"
-    assert train(config, workdir)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def run(config: c.Config, storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The bucket's files after a run that was killed in the save of step 3, and went on."""
-    process: subprocess.Popen
-
-    def kill(line: str) -> None:
-        if "upload" in line and "checkpoints/3/commit_success.txt" in line:
-            process.kill()
-
-    storage.watch = kill
-    process = start(write_config(tmp_path_factory.mktemp("config"), config), "gs://bucket/run", 1)
-    out, err = process.communicate(timeout=600)
-    storage.watch = lambda _: None
-    assert process.returncode == -9, out + err
-    storage.buckets["bucket"].pop("run/checkpoints/3/commit_success.txt", None)
+def run(lora_config: c.Config, storage: Storage) -> dict:
+    """The bucket's files after a run that was refused at the end of the save of step 3, and went
+    on."""
+    storage.faults.append([f"uploadType {COMMIT}", 403, 1])
+    with pytest.raises(UserError, match=r"step 3 could not be saved.*goes on after step 2"):
+        train(lora_config, "gs://bucket/run")
     assert storage.names("bucket", "run/checkpoints/3/training/")
-    assert train(config, "gs://bucket/run")
+    assert train(lora_config, "gs://bucket/run")
     return dict(storage.buckets["bucket"])
 
 
@@ -77,25 +48,51 @@ def left(run: dict, bucket: Storage) -> Storage:
     return bucket
 
 
-def test_it_ends_as_a_run_in_a_folder(left: Storage, local: Path):
-    assert figures(folder_at("gs://bucket/run")) == figures(local)
+def assert_as_local(bucket: Storage, lora_run: Path) -> None:
+    assert figures(folder_at("gs://bucket/run")) == figures(lora_run)
     for name in ("export/model.safetensors", "adapter/adapter_model.safetensors"):
-        assert left.read("bucket", f"run/{name}") == (local / name).read_bytes()
-    ours, theirs = left.read("bucket", "run/summary.json"), (local / "summary.json").read_text()
+        assert bucket.read("bucket", f"run/{name}") == (lora_run / name).read_bytes()
+    ours, theirs = (
+        bucket.read("bucket", "run/summary.json"),
+        (lora_run / "summary.json").read_text(),
+    )
     assert json.loads(ours)["heldout"] == json.loads(theirs)["heldout"]
 
 
-def test_it_leaves_what_a_run_in_a_folder_leaves(left: Storage, local: Path):
+def test_it_ends_as_a_run_in_a_folder(left: Storage, lora_run: Path):
+    assert_as_local(left, lora_run)
+
+
+@pytest.mark.slow
+def test_a_kill_in_a_save_changes_nothing(bucket: Storage, lora_config: c.Config, tmp_path: Path):
+    path, process = write_config(tmp_path, lora_config), None
+
+    def kill(line: str) -> None:
+        if "upload" in line and COMMIT in line:
+            process.kill()
+
+    bucket.watch = kill
+    process = start(path, "gs://bucket/run", 1)
+    out, err = process.communicate(timeout=600)
+    bucket.watch = lambda _: None
+    assert process.returncode == -9, out + err
+    bucket.buckets["bucket"].pop(COMMIT, None)
+    assert bucket.names("bucket", "run/checkpoints/3/training/")
+    finish(start(path, "gs://bucket/run", 1), start(path, tmp_path / "run", 1))
+    assert_as_local(bucket, tmp_path / "run")
+
+
+def test_it_leaves_what_a_run_in_a_folder_leaves(left: Storage, lora_run: Path):
     def kinds(names) -> set[str]:
         """Names without checkpoints' insides and without what tells starts apart."""
         names = {n for n in names if not n.startswith("checkpoints") or n.count("/") < 2}
         return {n.split(".out.")[0] for n in names} - {"metrics/part_000001.jsonl", "metrics.jsonl"}
 
-    files = [str(p.relative_to(local)) for p in local.rglob("*") if p.is_file()]
+    files = [str(p.relative_to(lora_run)) for p in lora_run.rglob("*") if p.is_file()]
     names = [name.removeprefix("run/") for name in left.names("bucket")]
     assert kinds(names) == kinds(files)
     steps = {name.split("/")[1] for name in names if name.startswith("checkpoints")}
-    assert steps == {"model", "frozen_sft", "frozen_grpo", "2", "3", "4"}
+    assert steps == {"model", "frozen_sft", "frozen_grpo", *"1234"}
     report = left.read("bucket", "run/report.html").decode()
     assert report.count("<article") == 4 and "data:image/jpeg" in report
 
@@ -110,14 +107,14 @@ def test_tensorboard_gets_the_figures_of_each_start(left: Storage):
     assert sorted(set(steps)) == [0, 3, 4]  # 0: the file's first record
 
 
-def test_check_counts_on_from_there_and_writes_nothing(left: Storage, config: c.Config):
+def test_check_counts_on_from_there_and_writes_nothing(left: Storage, lora_config: c.Config):
     before = left.names("bucket")
-    longer = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, steps=5))
+    longer = dataclasses.replace(lora_config, grpo=dataclasses.replace(lora_config.grpo, steps=5))
     found = check(longer, "gs://bucket/run")
     assert found["steps_done"] == 4 and found["stages"]["grpo"]["steps_left"] == 3
     assert found["disk"]["free_bytes"] is None and found["disk"]["there_bytes"] > 10_000
     assert found["problems"] == [] and left.names("bucket") == before
-    other = dataclasses.replace(config, seed=3)
+    other = dataclasses.replace(lora_config, seed=3)
     with pytest.raises(UserError, match=r"gs://bucket/run holds a run with another.*seed changed"):
         check(other, "gs://bucket/run")
 
@@ -130,16 +127,16 @@ def bits(path: str) -> list[bytes]:
 
 
 def test_models_are_read_from_there_and_converted_to_there(
-    left: Storage, local: Path, config: c.Config, capsys: pytest.CaptureFixture
+    left: Storage, lora_run: Path, lora_config: c.Config, capsys: pytest.CaptureFixture
 ):
-    wanted = bits(str(local / "export"))
+    wanted = bits(str(lora_run / "export"))
     for place in ("export", "checkpoints/4"):
         assert bits(f"gs://bucket/run/{place}") == wanted
-        grpo = dataclasses.replace(config.grpo, init_from=f"gs://bucket/run/{place}")
-        no_start = dataclasses.replace(config.sft, steps=0)
+        grpo = dataclasses.replace(lora_config.grpo, init_from=f"gs://bucket/run/{place}")
+        no_start = dataclasses.replace(lora_config.sft, steps=0)
         check_start(
-            dataclasses.replace(config, sft=no_start, grpo=grpo),
-            models.open_model(config.model.path),
+            dataclasses.replace(lora_config, sft=no_start, grpo=grpo),
+            models.open_model(lora_config.model.path),
         )
     convert.main(["to-orbax", "gs://bucket/run/export", "gs://bucket/orbax"])
     convert.main(["to-hf", "gs://bucket/orbax", "gs://bucket/again"])
@@ -148,22 +145,14 @@ def test_models_are_read_from_there_and_converted_to_there(
     assert bits("gs://bucket/orbax") == wanted
     for name in ("again", "merged"):
         file = left.read("bucket", f"{name}/model.safetensors")
-        assert file == (local / "export" / "model.safetensors").read_bytes()
+        assert file == (lora_run / "export" / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="gs://bucket/none does not exist"):
         models.open_model("gs://bucket/none")
     with pytest.raises(UserError, match="gs://bucket/again is not empty"):
         convert.main(["to-hf", "gs://bucket/orbax", "gs://bucket/again"])
 
 
-DAMAGES = {
-    "cut off": lambda data: data[: len(data) // 2],
-    "altered": lambda data: bytes([data[0] ^ 1]) + data[1:],
-    "missing": None,
-}
-
-
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_and_an_unfinished_one_goes(bucket: Storage, how: str):
+def test_a_damaged_checkpoint_is_passed_over_and_an_unfinished_one_goes(bucket: Storage):
     folder = folder_at("gs://bucket/c")
     checkpoints = Checkpoints(folder, keep=3)
     for step in (3, 6, 9):
@@ -173,13 +162,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_an_unfinished_one_goes(bucket: 
     names = bucket.names("bucket", "c/6/params/")
     largest = max(names, key=lambda name: len(bucket.read("bucket", name)))
     data = bucket.buckets["bucket"].pop(largest).data
-    if DAMAGES[how] is not None:
-        bucket.write("bucket", largest, DAMAGES[how](data))
+    assert damage(folder / "6") == f"{largest.removeprefix('c/6/')} is missing"
+    bucket.write("bucket", largest, data[:-1])
+    assert damage(folder / "6").endswith("was cut off or grew")
+    bucket.write("bucket", largest, bytes([data[0] ^ 1]) + data[1:])
     del bucket.buckets["bucket"]["c/9/commit_success.txt"]
     del bucket.buckets["bucket"]["c/frozen_sft/commit_success.txt"]
     said = []
     pass_over_damaged(folder, said.append)
-    assert len(said) == 1 and "step 6" in said[0] and how in said[0]
+    assert len(said) == 1 and "step 6" in said[0] and "was altered" in said[0]
     assert bucket.names("bucket", "c/damaged_6/") and not bucket.names("bucket", "c/9/")
     again = Checkpoints(folder, keep=3)
     assert again.latest() == 3
@@ -190,12 +181,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_an_unfinished_one_goes(bucket: 
 
 
 def test_figures_lie_in_parts_and_a_restart_cuts_them(bucket: Storage):
-    for steps, resume in ((range(1, 151), 0), (range(121, 124), 120)):
+    for steps, resume in ((range(96, 106), 0), (range(103, 105), 102)):
         writer = MetricsWriter("gs://bucket/m", resume)
         for step in steps:
             writer.write("sft", step, {"loss/sft": 1.0 / step})
         writer.close()
-    assert [row["step"] for row in read_metrics("gs://bucket/m")] == [*range(1, 124)]
+    assert [row["step"] for row in read_metrics("gs://bucket/m")] == [*range(96, 105)]
     assert bucket.names("bucket", "m/metrics/") == [
         "m/metrics/part_000001.jsonl",
         "m/metrics/part_000002.jsonl",
@@ -214,11 +205,12 @@ def test_a_permission_that_goes_while_a_run_goes_on_is_said(bucket: Storage):
     with pytest.raises(UserError, match=says):
         checkpoints.save(4, "sft", state(4), {})
         checkpoints.wait()
-    checkpoints.close()
 
 
-def test_a_run_that_may_not_write_is_refused_before_it_begins(bucket: Storage, config: c.Config):
+def test_a_run_that_may_not_write_is_refused_before_it_begins(
+    bucket: Storage, lora_config: c.Config
+):
     bucket.denied.add("storage.objects.create")
     with pytest.raises(UserError, match=r"without the permission storage\.objects\.create"):
-        train(config, "gs://bucket/run")
+        train(lora_config, "gs://bucket/run")
     assert bucket.names("bucket") == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spatial_ssrl_jax.run import metrics
+from spatial_ssrl_jax import folders
 from spatial_ssrl_jax.run.metrics import NAMES, MetricsWriter, read_metrics
 
 
@@ -124,7 +124,7 @@ def test_a_start_from_nothing_removes_all_parts(tmp_path: Path):
 
 def test_a_part_is_whole_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What is there before each replacement, and what replaces it, are whole lines."""
-    replace, seen = metrics.os.replace, []
+    replace, seen = folders.os.replace, []
 
     def watched(new: Path, old: Path) -> None:
         for path in (new, old):
@@ -132,6 +132,6 @@ def test_a_part_is_whole_at_every_moment(tmp_path: Path, monkeypatch: pytest.Mon
             seen.append([json.loads(line)["step"] for line in lines])
         replace(new, old)
 
-    monkeypatch.setattr(metrics.os, "replace", watched)
+    monkeypatch.setattr(folders.os, "replace", watched)
     write_steps(tmp_path, range(1, 4), in_parts=True)
     assert seen == [[1], [], [1, 2], [1], [1, 2, 3], [1, 2]]

@@ -40,7 +40,7 @@ def assert_same(ours, theirs) -> None:
 
 
 def test_draw_follows_the_seed(toy, layout: Layout):
-    model = models.ModelFolder(toy.config, models.TINY, models.TINY)
+    model = models.ModelFolder(toy.config, models.TINY, models.TINY, "toy")
     first, again, other = (model.draw(layout, seed=seed) for seed in (3, 3, 4))
     assert_same(first, again)
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
