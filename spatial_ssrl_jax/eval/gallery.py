@@ -161,12 +161,13 @@ def bars(rows: Iterable[Bar]) -> str:
     """A table with one bar a line."""
     lines = []
     for row in rows:
+        name = html.escape(row.name).replace("_", "_<wbr>")  # where it may break
         mark, kind = "", ' class="ours"' if row.ours else ""
         if row.interval:
             low, high = row.interval
             mark = f'<b style="left:{low:.2f}%;width:{high - low:.2f}%"></b>'
         lines.append(
-            f"<tr{kind}><td>{html.escape(row.name)}</td>"
+            f"<tr{kind}><td>{name}</td>"
             f"<td>{html.escape(row.words)}</td>"
             f'<td><span class="scale"><i style="width:{row.value:.2f}%"></i>{mark}</span></td></tr>'
         )
