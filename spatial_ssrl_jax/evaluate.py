@@ -11,6 +11,7 @@ from rich.console import Console
 
 from spatial_ssrl_jax.config import MeshSettings
 from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.errors import UserError, run_command
 from spatial_ssrl_jax.eval.answered import compare_files, score_files
 from spatial_ssrl_jax.eval.asking import How, Respondent
@@ -185,10 +186,11 @@ def _open(args: argparse.Namespace, model: ModelFolder, progress: Progress) -> l
     """The benchmarks that are asked for, before the model is loaded."""
     if args.source is None:
         return open_set(args.benchmark, args.data, args.allow_missing, progress.say)
+    source = open_source(args.source)
     progress.doing(f"making questions of {args.source}")
     processor = Processor(model.files, model.config, args.min_pixels, args.max_pixels)
     share, seed = args.heldout_share, args.seed
-    opened = open_pretext(args.source, processor, args.examples, share, seed)
+    opened = open_pretext(source, processor, args.examples, share, seed)
     tell_left_out(opened.left_out, opened.spec.title, progress.say)
     return [opened]
 

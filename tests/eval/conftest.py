@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,16 +14,23 @@ from tests.eval import files
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy with the shipped tokenizer, whose answers depend on every part of a prompt."""
+    """A toy with the shipped tokenizer, whose answers depend on every part of a prompt.
+
+    Weights as they are usually drawn would look at the last token alone, the same in all prompts.
+    """
     tiny = models.open_model("tiny")
     config = dataclasses.replace(
         tiny.config,
         text=dataclasses.replace(tiny.config.text, **SMALL_TEXT),
         vision=dataclasses.replace(tiny.config.vision, **SMALL_VISION),
+        tie_word_embeddings=False,
     )
     folder = tmp_path_factory.mktemp("checkpoint") / "toy"
     toy = dataclasses.replace(tiny, config=config)
-    models.export(toy, random_params(config, seed=3), folder, "float32")
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: 3 * x if path[-1].key == "kernel" else x, random_params(config, seed=3)
+    )
+    models.export(toy, params, folder, "float32")
     return folder
 
 
