@@ -23,13 +23,13 @@ from spatial_ssrl_jax.eval.predictions import (
     SUBMISSION,
     predictions_in,
     read_predictions,
+    submit,
     write_results,
     write_whole,
 )
 from spatial_ssrl_jax.eval.printing import print_scores
 from spatial_ssrl_jax.eval.question import Record
 from spatial_ssrl_jax.eval.results_page import RESULTS, Result, write_results_page
-from spatial_ssrl_jax.eval.runs import submit
 
 
 def score_files(args: argparse.Namespace) -> None:

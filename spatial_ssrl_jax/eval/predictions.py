@@ -4,12 +4,12 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.eval.question import Record
+from spatial_ssrl_jax.eval.question import SAMPLE, Record
 from spatial_ssrl_jax.eval.scores import Scores
 
 PREDICTIONS, SCORES, SUBMISSION = "predictions.jsonl", "scores.json", "submission.tsv"
@@ -84,6 +84,13 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, "utf-8")
     os.replace(partial, path)
+
+
+def submit(records: Sequence[Record], folder: Path, say: Callable[[str], None]) -> None:
+    """Writes the file that a benchmark's server scores; of several samples the first counts."""
+    first = [record for record in records if record.meta.get(SAMPLE, 1) == 1]
+    write_submission(folder / SUBMISSION, first)
+    say(f"{folder / SUBMISSION}: {len(first)} answers without a public target, not scored")
 
 
 def write_submission(path: Path, records: Iterable[Record]) -> None:
