@@ -3,34 +3,19 @@
 import argparse
 import json
 from collections.abc import Sequence
-from functools import cache, partial
 from pathlib import Path
 
-import jax
-from rich.console import Console
-
-from spatial_ssrl_jax.config import MeshSettings
-from spatial_ssrl_jax.data.prompts import Processor
 from spatial_ssrl_jax.errors import UserError, run_command
 from spatial_ssrl_jax.eval.answered import compare_files, score_files
-from spatial_ssrl_jax.eval.asking import How, Respondent
-from spatial_ssrl_jax.eval.benchmarks import SCORED, SETS, Benchmark
+from spatial_ssrl_jax.eval.benchmarks import SCORED, SETS
 from spatial_ssrl_jax.eval.compare_report import COMPARED
 from spatial_ssrl_jax.eval.paper import comparable, table_json
 from spatial_ssrl_jax.eval.predictions import TABLE
-from spatial_ssrl_jax.eval.pretext import open_pretext
 from spatial_ssrl_jax.eval.pretext_tasks import PRETEXT
 from spatial_ssrl_jax.eval.printing import print_scores
-from spatial_ssrl_jax.eval.results_page import RESULTS, Result, write_results_page
-from spatial_ssrl_jax.eval.runs import journals, open_set, run, tell_left_out
 from spatial_ssrl_jax.folders import write_whole
-from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout import options
-from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import distributed
-from spatial_ssrl_jax.run.mesh import Layout, is_writer, make_mesh
-from spatial_ssrl_jax.run.models import ModelFolder, open_model
-from spatial_ssrl_jax.run.progress import Progress
 
 _DATA = "its question file, or a folder that holds it; with answers that are there, for pictures"
 
@@ -156,76 +141,17 @@ def _check(args: argparse.Namespace) -> None:
 
 def _ask(args: argparse.Namespace) -> None:
     """Asks one benchmark or a set; each answer is kept as soon as it is there."""
-    distributed.connect(args)
-    with Progress(Console(stderr=True, quiet=not is_writer())) as progress:
-        model, how = open_model(args.model), _how(args)
-        benchmarks = _open(args, model, progress)
-        about = {"model": args.model, "weights": model.fingerprint(), "dtype": _dtype(args)}
-        if args.source is not None:
-            about |= {"source": args.source, "heldout_share": args.heldout_share}
-        several = args.benchmark in SETS
-        kept = journals(benchmarks, args.out, about, how, args.overwrite, several)
-        respondent = cache(partial(_respondent, model, args, progress))
-        found: list[Result] = []
-        for benchmark, journal in zip(benchmarks, kept, strict=True):
-            result = run(benchmark, how, journal, respondent, progress, args.allow_missing)
-            found += [result] if result else []
-        if is_writer() and found:
-            progress.doing(f"writing {args.out / RESULTS}")
-            questions = {(b.name, q.id): q for b in benchmarks for q in b.questions}
-            write_results_page(args.out / RESULTS, found, questions)
-    if is_writer():
-        scores = [scores for _, scores in found]
-        if several:
-            figures = {each.benchmark: comparable(each) for each in scores}
-            write_whole(args.out / TABLE, json.dumps(table_json(figures), indent=1) + "\n")
-        print_scores(scores, several, args.json)
+    # Scoring alone needs none of what this takes seconds to import.
+    from spatial_ssrl_jax.eval.command import ask_and_score
 
-
-def _open(args: argparse.Namespace, model: ModelFolder, progress: Progress) -> list[Benchmark]:
-    """The benchmarks that are asked for, before the model is loaded."""
-    if args.source is None:
-        return open_set(args.benchmark, args.data, args.allow_missing, progress.say)
-    progress.doing(f"making questions of {args.source}")
-    processor = Processor(model.files, model.config, args.min_pixels, args.max_pixels)
-    share, seed = args.heldout_share, args.seed
-    opened = open_pretext(args.source, processor, args.examples, share, seed)
-    tell_left_out(opened.left_out, opened.spec.title, progress.say)
-    return [opened]
-
-
-def _how(args: argparse.Namespace) -> How:
-    return How(
-        style="reasoning" if args.reasoning else "own" if args.own_prompt else "direct",
-        sampling=args.sampling,
-        samples=args.samples,
-        seed=args.seed,
-        prompts=args.prompts,
-        new_tokens=args.max_new_tokens,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        frames=args.max_frames,
-    )
-
-
-def _dtype(args: argparse.Namespace) -> str:
-    return args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-
-
-def _respondent(model: ModelFolder, args: argparse.Namespace, progress: Progress) -> Respondent:
-    """Loads the model, every device with a part of each batch."""
-    progress.doing("loading the model")
-    if jax.device_count() % (args.fsdp * args.tensor):
-        raise UserError(
-            f"--fsdp={args.fsdp} and --tensor={args.tensor} do not divide the "
-            f"{jax.device_count()} devices: change them."
-        )
-    layout = Layout(make_mesh(MeshSettings(data=-1, fsdp=args.fsdp, tensor=args.tensor)))
-    params = model.load(layout, _dtype(args))
-    stops = Processor(model.files, model.config).stop_ids
-    compute = Compute(_dtype(args))
-    engine = Engine(model.config, compute, stops, shards=layout.batch_shards)
-    return Respondent(model.files, engine, layout, params, engine.fill(params))
+    found = ask_and_score(args)
+    if found is None:
+        return
+    several = args.benchmark in SETS
+    if several:
+        figures = {scores.benchmark: comparable(scores) for scores in found}
+        write_whole(args.out / TABLE, json.dumps(table_json(figures), indent=1) + "\n")
+    print_scores(found, several, args.json)
 
 
 if __name__ == "__main__":

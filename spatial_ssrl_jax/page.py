@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 _PICTURE = 320  # longest side of a picture that stands inside a page, in pixels
+_QUALITY = 85
 
 
 def page(title: str, body: str, scripts: Sequence[str] = ()) -> str:
@@ -54,11 +55,13 @@ def filters(choices: dict[str, Iterable[object]]) -> str:
     return f'<p class="filters">{"".join(selects)}<output class="soft"></output></p>'
 
 
-def picture_uri(picture: Image.Image | np.ndarray, side: int = _PICTURE) -> str:
-    """A picture, brought to at most `side` pixels a side, as a JPEG data URI."""
+def picture_uri(
+    picture: Image.Image | np.ndarray, side: int = _PICTURE, quality: int = _QUALITY
+) -> str:
+    """A picture as a JPEG data URI, brought to at most `side` pixels a side; quality up to 95."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image = image.convert("RGB")
     image.thumbnail((side, side))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
+    image.save(buffer, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -151,7 +151,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (convert.main, ["to-hf", "DIR/cut", "DIR/x"], ["model.safetensors"]),
     (convert.main, ["merge-lora", "MODEL", "DIR/empty", "DIR/x"], ["adapter_config.json"]),
     # evaluate
-    (evaluate.main, [], ["--benchmark is missing"]),
+    (evaluate.main, ["--json"], ["--benchmark is missing"]),
     (evaluate.main, ["--benchmark=pretext", *ASKED[:1]], ["--source is missing"]),
     (evaluate.main, ["--benchmark=blonk", *ASKED], ["unknown benchmark 'blonk'"]),
     (evaluate.main, ["--benchmark=blink", *ASKED], ["has no file of BLINK"]),

@@ -23,12 +23,12 @@ from spatial_ssrl_jax.eval.predictions import (
     SUBMISSION,
     predictions_in,
     read_predictions,
+    submit,
     write_results,
 )
 from spatial_ssrl_jax.eval.printing import print_scores
 from spatial_ssrl_jax.eval.question import Record
 from spatial_ssrl_jax.eval.results_page import RESULTS, Result, write_results_page
-from spatial_ssrl_jax.eval.runs import submit
 from spatial_ssrl_jax.folders import write_whole
 
 

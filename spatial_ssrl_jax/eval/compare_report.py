@@ -21,7 +21,6 @@ def write_comparison_page(
     found: Comparison,
     names: tuple[str, str],
     questions: Questions | None = None,
-    shown: int = gallery.SHOWN // 2,
 ) -> None:
     """Writes a page that needs no other file.
 
@@ -30,7 +29,6 @@ def write_comparison_page(
       found: the comparison.
       names: where A and B lie.
       questions: where the pictures are; None leaves them out.
-      shown: most questions that the page has.
     """
     title = f"{SCORED[found.scores[0].benchmark].title}: B against A"
     categories = [
@@ -42,7 +40,7 @@ def write_comparison_page(
         f'<p class="soft">A: {html.escape(names[0])}<br>B: {html.escape(names[1])}</p>'
         f"{_figures(found)}<h2>Categories</h2>"
         f"{table(('category', 'A', 'B', 'B − A', 'questions'), categories)}"
-        f"{_changed(found, Pictures(questions or {}), shown)}"
+        f"{_changed(found, Pictures(questions or {}))}"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(title, body, ("filter.js",)), "utf-8")
@@ -94,13 +92,13 @@ def _figures(found: Comparison) -> str:
     return f"{gallery.tiles(figures)}{gallery.bars(rows)}<p>{html.escape(in_words(found))}</p>"
 
 
-def _changed(found: Comparison, pictures: Pictures, shown: int) -> str:
+def _changed(found: Comparison, pictures: Pictures) -> str:
     """The browser of questions that B answers better or worse than A."""
     places = [i for i, change in enumerate(found.changes) if change in (GAINED, LOST)]
     if not places:
         return "<h2>Changed answers</h2><p>No question is scored differently.</p>"
     kinds = [(found.a[i].category, found.changes[i]) for i in places]
-    chosen = [places[i] for i in gallery.spread(kinds, shown)]
+    chosen = [places[i] for i in gallery.spread(kinds, gallery.SHOWN // 2)]
     articles = {i: _article(found.a[i], found.b[i], found.changes[i], pictures) for i in chosen}
     note = pictures.note()
     if len(chosen) < len(places):

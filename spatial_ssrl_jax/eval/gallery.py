@@ -18,7 +18,8 @@ from spatial_ssrl_jax.page import picture_uri
 SHOWN = 800  # questions of a page
 _LETTERS = 1500  # of a text; what is longer is cut in its middle
 _BYTES = 3_000_000  # of all pictures of a page
-_SIDE, _PICTURES = 240, 4  # pixels of a picture's longer side, and pictures of a question
+_SIDE, _QUALITY = 240, 70  # pixels of a picture's longer side, and what JPEG keeps
+_PICTURES = 4  # of a question
 
 Questions = Mapping[tuple[str, str], Question]  # by benchmark and id
 
@@ -105,7 +106,8 @@ class Pictures:
             return ""
         found, more = self._read(question)
         figures = "".join(
-            f'<figure><img src="{picture_uri(image, _SIDE)}" alt=""></figure>' for image in found
+            f'<figure><img src="{picture_uri(image, _SIDE, _QUALITY)}" alt=""></figure>'
+            for image in found
         )
         self.left -= len(figures)
         figures += f'<p class="soft">and {more} more</p>' if figures and more > 0 else ""
@@ -159,12 +161,13 @@ def bars(rows: Iterable[Bar]) -> str:
     """A table with one bar a line."""
     lines = []
     for row in rows:
+        name = html.escape(row.name).replace("_", "_<wbr>")  # where it may break
         mark, kind = "", ' class="ours"' if row.ours else ""
         if row.interval:
             low, high = row.interval
             mark = f'<b style="left:{low:.2f}%;width:{high - low:.2f}%"></b>'
         lines.append(
-            f"<tr{kind}><td>{html.escape(row.name)}</td>"
+            f"<tr{kind}><td>{name}</td>"
             f"<td>{html.escape(row.words)}</td>"
             f'<td><span class="scale"><i style="width:{row.value:.2f}%"></i>{mark}</span></td></tr>'
         )

@@ -3,14 +3,14 @@
 import csv
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.eval.question import Record
+from spatial_ssrl_jax.eval.question import SAMPLE, Record
 from spatial_ssrl_jax.eval.scores import Scores
 from spatial_ssrl_jax.folders import write_whole
 
@@ -78,6 +78,13 @@ def write_results(folder: epath.Path | Path, records: Iterable[Record], scores: 
     """Writes `predictions.jsonl` and `scores.json` into a folder, each whole or not at all."""
     write_whole(folder / PREDICTIONS, "".join(map(as_line, records)))
     write_whole(folder / SCORES, json.dumps(scores.as_json(), indent=1) + "\n")
+
+
+def submit(records: Sequence[Record], folder: Path, say: Callable[[str], None]) -> None:
+    """Writes the file that a benchmark's server scores; of several samples the first counts."""
+    first = [record for record in records if record.meta.get(SAMPLE, 1) == 1]
+    write_submission(folder / SUBMISSION, first)
+    say(f"{folder / SUBMISSION}: {len(first)} answers without a public target, not scored")
 
 
 def write_submission(path: Path, records: Iterable[Record]) -> None:

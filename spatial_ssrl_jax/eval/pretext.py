@@ -12,7 +12,7 @@ from spatial_ssrl_jax.config import Config, EvalSettings, RewardSettings, Rollou
 from spatial_ssrl_jax.data.items import Item, item_dataset
 from spatial_ssrl_jax.data.pipeline import Collate, split_records
 from spatial_ssrl_jax.data.prompts import Extent, Processor
-from spatial_ssrl_jax.data.sources import AnySource, open_source
+from spatial_ssrl_jax.data.sources import AnySource
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.eval.benchmarks import Benchmark
 from spatial_ssrl_jax.eval.pretext_tasks import PRETEXT, question_of
@@ -136,21 +136,22 @@ def task_datasets(
     return datasets
 
 
-def open_pretext(spec: str, processor: Processor, count: int, share: float, seed: int) -> Benchmark:
+def open_pretext(
+    source: AnySource, processor: Processor, count: int, share: float, seed: int
+) -> Benchmark:
     """The tasks as a benchmark: the questions that a run of these settings measures itself by,
     where its buckets hold them all.
 
     Args:
-      spec: of the source.
+      source: of pictures or of questions.
       processor: measures prompts.
       count: questions a task.
       share: of the pictures that is held out; the same as in a run.
       seed: of the run.
 
     Raises:
-      UserError: no such source, or its held-out pictures give no question.
+      UserError: its held-out pictures give no question.
     """
-    source = open_source(spec)
     pool = split_records(source, share).heldout
     datasets = task_datasets(source, pool, Config("pretext").tasks, processor, seed + 1)
     questions, left_out = [], []
@@ -164,8 +165,8 @@ def open_pretext(spec: str, processor: Processor, count: int, share: float, seed
     if not questions:
         reason = left_out[0] if left_out else "none is held out"
         raise UserError(
-            f"the held-out pictures of {spec} give no question ({reason.rstrip('.')}): use another "
-            "--source, or raise --heldout-share."
+            f"the held-out pictures of {source.spec} give no question ({reason.rstrip('.')}): use "
+            "another --source, or raise --heldout-share."
         )
     return Benchmark(PRETEXT, tuple(questions), tuple(left_out))
 

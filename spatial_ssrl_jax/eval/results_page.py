@@ -23,7 +23,6 @@ def write_results_page(
     path: Path,
     results: Sequence[Result],
     questions: Questions | None = None,
-    shown: int = gallery.SHOWN,
 ) -> None:
     """Writes a page that needs no other file.
 
@@ -31,7 +30,6 @@ def write_results_page(
       path: the page.
       results: of each benchmark.
       questions: where the pictures are; None leaves them out.
-      shown: most questions that the page has.
     """
     found = [scores for _, scores in results]
     one = found[0].benchmark if len(found) == 1 else None
@@ -45,7 +43,7 @@ def write_results_page(
         parts += [] if one else [f"<h2>{html.escape(SCORED[scores.benchmark].title)}</h2>"]
         parts.append(_figures(scores))
     records = [record for part, _ in results for record in part]
-    parts.append(_answers(records, Pictures(questions or {}), shown))
+    parts.append(_answers(records, Pictures(questions or {})))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(title, "".join(parts), ("filter.js",)), "utf-8")
 
@@ -111,10 +109,10 @@ def _beside_the_paper(scores: Scores) -> str:
     return f"<h3>Beside the paper's rows</h3>{gallery.bars(rows)}{note}"
 
 
-def _answers(records: Sequence[Record], pictures: Pictures, shown: int) -> str:
+def _answers(records: Sequence[Record], pictures: Pictures) -> str:
     """The browser of answers: an even spread over benchmarks, categories and verdicts."""
     kinds = [(r.benchmark, r.category, verdict(r)) for r in records]
-    chosen = gallery.spread(kinds, shown)
+    chosen = gallery.spread(kinds, gallery.SHOWN)
     articles = {place: _article(records[place], pictures) for place in chosen}
     benchmarks = list(dict.fromkeys(record.benchmark for record in records))
     choices = {"benchmark": benchmarks} if len(benchmarks) > 1 else {}

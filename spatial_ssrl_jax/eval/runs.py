@@ -8,8 +8,8 @@ from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.eval.asking import How, Respondent, ask, in_order
 from spatial_ssrl_jax.eval.benchmarks import SPECS, Benchmark, for_server, names_of, open_benchmark
 from spatial_ssrl_jax.eval.journal import Journal
-from spatial_ssrl_jax.eval.predictions import SUBMISSION, write_results, write_submission
-from spatial_ssrl_jax.eval.question import SAMPLE, Record
+from spatial_ssrl_jax.eval.predictions import submit, write_results
+from spatial_ssrl_jax.eval.question import Record
 from spatial_ssrl_jax.eval.scores import Scores
 from spatial_ssrl_jax.run.mesh import is_writer
 from spatial_ssrl_jax.run.progress import Progress
@@ -83,13 +83,6 @@ def run(
     scored, scores = benchmark.score(records)
     write_results(journal.folder, scored, scores)
     return scored, scores
-
-
-def submit(records: Sequence[Record], folder: Path, say: Callable[[str], None]) -> None:
-    """Writes the file that a benchmark's server scores; of several samples the first counts."""
-    first = [record for record in records if record.meta.get(SAMPLE, 1) == 1]
-    write_submission(folder / SUBMISSION, first)
-    say(f"{folder / SUBMISSION}: {len(first)} answers without a public target, not scored")
 
 
 def journals(

@@ -235,8 +235,10 @@ def _benchmark(rows: Rows) -> str:
         (f"{_LABELS.get(stage, stage)}, step {row['step']}", f"{row[name]:.2f}")
         for stage, row in newest.items()
     ]
-    best = max(measured, key=lambda row: row[name])
-    lines.append((f"best, step {best['step']}", f"{best[name]:.2f}"))
+    trained = [row for row in measured if row["step"]]
+    if trained:
+        best = max(trained, key=lambda row: row[name])
+        lines.append((f"best, step {best['step']}", f"{best[name]:.2f}"))
     return f"<h2>{html.escape(SPECS[name.split('/')[1]].title)}</h2>{table(('', 'score'), lines)}"
 
 

@@ -56,7 +56,8 @@ def test_an_unknown_name_is_refused_and_not_written(tmp_path: Path, name: str):
 
 def test_every_listed_name_is_taken(tmp_path: Path):
     writer = MetricsWriter(tmp_path)
-    writer.write("grpo", 1, {name.replace("<task>", "flip"): 1.0 for name in NAMES})
+    names = [name.replace("<task>", "flip").replace("<benchmark>", "blink") for name in NAMES]
+    writer.write("grpo", 1, dict.fromkeys(names, 1.0))
     writer.close()
     assert len(read_metrics(tmp_path)[0]) == len(NAMES) + 3
 

@@ -148,6 +148,19 @@ def test_rollouts_can_be_chosen(page: str):
     assert "<option>flip</option>" in page and "<option>14</option>" in page
 
 
+def test_the_best_score_of_a_benchmark_is_named(tmp_path: Path):
+    writer = MetricsWriter(tmp_path)
+    for step, score in enumerate((90.0, 40.0, 62.5, 62.5, 50.0)):
+        writer.write("grpo", step, {"benchmark/3dsrbench/score": score})
+    writer.close()
+    write_report(tmp_path, CONFIG, "demo")
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>3DSRBench</h2>" in page and "<figcaption>Benchmark score" in page
+    assert "<td>untrained, step 0</td><td>90.00</td>" in page
+    assert "<td>GRPO, step 4</td><td>50.00</td>" in page
+    assert "<td>best, step 2</td><td>62.50</td>" in page
+
+
 def test_a_run_that_has_not_begun_has_a_report(tmp_path: Path):
     write_report(tmp_path, CONFIG, "demo")
     page = (tmp_path / "report.html").read_text()

@@ -49,7 +49,7 @@ def test_chance_is_one_in_all_answers(task):
         example = task.make(record(2), np.random.default_rng(seed), task.settings())
         answers.setdefault(len(example.answer), set()).add(example.answer)
     for alike in answers.values():
-        assert {task.chance(answer) for answer in alike} == {pytest.approx(1 / len(alike))}
+        assert all(task.chance(answer) == 1 / len(alike) for answer in alike)
 
 
 @every_task
