@@ -124,8 +124,8 @@ class Watch:
 
     def _leave(self, sentence: str) -> None:
         """Ends the process at once: its main thread may never come back."""
-        self._dismiss_shell()
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        self._dismiss_shell()  # only now: the library may abort at any time
         exit_now(LOST)
 
     def _dismiss_shell(self) -> None:
