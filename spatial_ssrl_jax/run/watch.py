@@ -21,12 +21,14 @@ from spatial_ssrl_jax.errors import LOST, exit_now, explain
 
 _ALIVE, _LEFT = "watch/alive/", "watch/left/"
 _GOES_ON = "the same command goes on after the newest checkpoint."
-# What collectives say when one of those who take part is gone.
 _ABORTED = (
     "this process was ended from outside, most likely because process 0 of this run was lost: see "
     f"what became of it; {_GOES_ON}"
 )
-_BROKEN_OFF = re.compile(r"gloo|connection|peer|unavailable|deadline|coordination|nccl", re.I)
+# What collectives say when one of those who take part is gone.
+_BROKEN_OFF = re.compile(
+    "Gloo|NCCL|by peer|onnection (closed|reset)|UNAVAILABLE|DEADLINE_EXCEEDED|oordination service"
+)
 
 
 class Watch:
@@ -65,23 +67,22 @@ class Watch:
         return self
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
-        if not self._heard:
+        if self._shell is None:
             self._over.set()
             return
-        if isinstance(error, jax.errors.JaxRuntimeError) and _BROKEN_OFF.search(str(error)):
-            self._leave(
-                f"another process was lost ({' '.join(str(error).split())[:160]}): {_GOES_ON}"
-            )
+        known = explain(error) if isinstance(error, Exception) else None
+        if known is None and _BROKEN_OFF.search(str(error)):
+            said = " ".join(str(error).split())[:160]
+            self._leave(f"another process was lost ({said}): {_GOES_ON}")
         self._over.set()
-        self._dismiss_shell()
         sentence = ""
         if error is not None:
-            known = explain(error) if isinstance(error, Exception) else None
             sentence = known or f"{type(error).__name__}: {error}"
         with suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"{_LEFT}{self._process}", sentence, allow_overwrite=True)
         if sentence:
-            time.sleep(2 * self._pause)  # process 0 takes the notes along with it
+            self._linger()
+        self._dismiss_shell()
 
     def _talk(self) -> None:
         """Says that this process lives, and notes what is new from the others."""
@@ -125,8 +126,14 @@ class Watch:
     def _leave(self, sentence: str) -> None:
         """Ends the process at once: its main thread may never come back."""
         print(f"error: {sentence}", file=sys.stderr, flush=True)
+        self._linger()
         self._dismiss_shell()  # only now: the library may abort at any time
         exit_now(LOST)
+
+    def _linger(self) -> None:
+        """Process 0 takes the service along with it, so the others first read what it says."""
+        if self._process == 0 and self._shell is not None:
+            time.sleep(3 * self._pause)
 
     def _dismiss_shell(self) -> None:
         if self._shell is not None:
