@@ -67,8 +67,16 @@ def ended(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
     return process.returncode, found[0]
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    ("number", "lost"),
+    [
+        (signal.SIGKILL, 0),
+        (signal.SIGSTOP, 1),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.slow),
+    ],
+    ids=["0 killed", "1 stopped", "1 killed", "0 stopped"],
+)
 def test_a_lost_process_ends_the_other(pair: list[subprocess.Popen], number: int, lost: int):
     pair[lost].send_signal(number)
     code, said = ended(pair[1 - lost], SILENCE)
@@ -78,7 +86,9 @@ def test_a_lost_process_ends_the_other(pair: list[subprocess.Popen], number: int
     assert "the same command goes on" in said
 
 
-@pytest.mark.parametrize("pair", [["--fails=0"], ["--fails=1"]], indirect=True)
+@pytest.mark.parametrize(
+    "pair", [["--fails=1"], pytest.param(["--fails=0"], marks=pytest.mark.slow)], indirect=True
+)
 def test_an_error_of_one_is_what_the_other_says(pair: list[subprocess.Popen]):
     found = [ended(process, SILENCE) for process in pair]
     assert (2, "error: the disk is full: free space there.") in found
