@@ -1,10 +1,12 @@
 """Watching the processes of a run: where one is lost, ends on an error or hangs, all of them end.
 
 Two threads a process: one tells the others that it lives and hears from them, through the service
-that joined them; one looks at the clock, for the first may itself be kept waiting.
+that joined them; one looks at the clock, for the first may itself be kept waiting. The service
+lies in process 0, and the library aborts the others when it goes: a shell left behind says why.
 """
 
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -19,8 +21,14 @@ from spatial_ssrl_jax.errors import LOST, exit_now, explain
 
 _ALIVE, _LEFT = "watch/alive/", "watch/left/"
 _GOES_ON = "the same command goes on after the newest checkpoint."
+_ABORTED = (
+    "this process was ended from outside, most likely because process 0 of this run was lost: see "
+    f"what became of it; {_GOES_ON}"
+)
 # What collectives say when one of those who take part is gone.
-_BROKEN_OFF = re.compile(r"gloo|connection|peer|unavailable|deadline|coordination|nccl", re.I)
+_BROKEN_OFF = re.compile(
+    "Gloo|NCCL|by peer|onnection (closed|reset)|UNAVAILABLE|DEADLINE_EXCEEDED|oordination service"
+)
 
 
 class Watch:
@@ -41,31 +49,40 @@ class Watch:
         self.beat()
         others = set(range(state.num_processes if state.client else 1)) - {self._process}
         self._heard = dict.fromkeys(sorted(others), self._beaten)
+        self._shell: subprocess.Popen | None = None
 
     def beat(self) -> None:
         """Notes that work went on."""
         self._beaten = time.monotonic()
 
     def __enter__(self) -> "Watch":
+        if self._heard:
+            self._shell = subprocess.Popen(
+                ["sh", "-c", 'read -r _ || echo "error: $0" >&2', _ABORTED],
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # it outlives a signal to all of this process's group
+            )
         for work in (self._talk, self._look) if self._heard else (self._look,):
             threading.Thread(target=work, daemon=True, name="watch").start()
         return self
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
-        if not self._heard:
+        if self._shell is None:
             self._over.set()
             return
-        if isinstance(error, jax.errors.JaxRuntimeError) and _BROKEN_OFF.search(str(error)):
-            _leave(f"another process was lost ({' '.join(str(error).split())[:160]}): {_GOES_ON}")
+        known = explain(error) if isinstance(error, Exception) else None
+        if known is None and _BROKEN_OFF.search(str(error)):
+            said = " ".join(str(error).split())[:160]
+            self._leave(f"another process was lost ({said}): {_GOES_ON}")
         self._over.set()
         sentence = ""
         if error is not None:
-            known = explain(error) if isinstance(error, Exception) else None
             sentence = known or f"{type(error).__name__}: {error}"
         with suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"{_LEFT}{self._process}", sentence, allow_overwrite=True)
         if sentence:
-            time.sleep(2 * self._pause)  # process 0 takes the notes along with it
+            self._linger()
+        self._dismiss_shell()
 
     def _talk(self) -> None:
         """Says that this process lives, and notes what is new from the others."""
@@ -93,21 +110,32 @@ class Watch:
         while not self._over.wait(self._pause):
             now = time.monotonic()
             if self._wrong:
-                _leave(f"{self._wrong}, so this one does too: mend that; {_GOES_ON}")
+                self._leave(f"{self._wrong}, so this one does too: mend that; {_GOES_ON}")
             for process, heard in list(self._heard.items()):
                 if now - heard > self._silence:
-                    _leave(
+                    self._leave(
                         f"process {process} of this run was not heard of for {self._silence} s: "
                         f"see what became of it; {_GOES_ON}"
                     )
             if self._patience and now - self._beaten > self._patience:
-                _leave(
+                self._leave(
                     f"nothing went on for {self._patience} s: see what the other processes say, or "
                     f"raise mesh.patience; {_GOES_ON}"
                 )
 
+    def _leave(self, sentence: str) -> None:
+        """Ends the process at once: its main thread may never come back."""
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        self._linger()
+        self._dismiss_shell()  # only now: the library may abort at any time
+        exit_now(LOST)
 
-def _leave(sentence: str) -> None:
-    """Ends the process at once: its main thread may never come back."""
-    print(f"error: {sentence}", file=sys.stderr)
-    exit_now(LOST)
+    def _linger(self) -> None:
+        """Process 0 takes the service along with it, so the others first read what it says."""
+        if self._process == 0 and self._shell is not None:
+            time.sleep(3 * self._pause)
+
+    def _dismiss_shell(self) -> None:
+        if self._shell is not None:
+            with suppress(OSError):
+                self._shell.communicate(b"\n")

@@ -44,3 +44,11 @@ def start_all(
             )
         )
     return started
+
+
+def until(process: subprocess.Popen, begins: str) -> None:
+    """Reads what a process says up to a line; the library that joins them says something, too."""
+    for line in process.stdout:
+        if line.startswith(begins):
+            return
+    raise AssertionError(process.stderr.read())
