@@ -163,9 +163,7 @@ def _memory(
         "weights": _own(state.trained) + _own(state.frozen),
         "optimizer": _own(state.opt_state),
         "reference": reference,
-        "rollout_copy": _own(
-            parts.rollout_layout.abstract(parts.model.config, part="text/"), size
-        ),
+        "rollout_copy": _own(parts.rollout_layout.abstract(parts.model.config, part="text/"), size),
         "caches": tokens * token_bytes(text, config.model.dtype) // _cache_parts(parts),
         "gradients": 2 * _own(state.trained),  # the sum and what is added to it
     }
