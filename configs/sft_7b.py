@@ -17,7 +17,7 @@ def get_config() -> c.Config:
     """75 steps of 256 samples, at most 2,048 + 1,024 tokens, pictures of 262,144 pixels.
 
     Over the five tasks with COCO and DIODE sizes and made responses, 256 samples take up to 48
-    rows, three micro-batches: 10 % of the token places and 27 % of the windows are padding.
+    rows, two micro-batches of 32: 10 % of the token places and 27 % of the windows are padding.
     """
     base = c.Config(name="sft_7b")
     return dataclasses.replace(
@@ -36,10 +36,10 @@ def get_config() -> c.Config:
             row_tokens=3328,
             row_windows=(240,),
             row_responses=1024,
-            micro_rows=16,
+            micro_rows=32,  # one a chip
             lora=LoraSettings(rank=128, alpha=256.0),
         ),
         grpo=c.GrpoSettings(steps=0),
-        rollout=c.RolloutSettings(limit=1024),
+        rollout=c.RolloutSettings(limit=1024, tensor=4),
         checkpoint=c.CheckpointSettings(every=25),
     )

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from spatial_ssrl_jax.learn.batch import ResponseBatch
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
@@ -91,10 +92,24 @@ def _head_logprobs(
     hidden = hidden.reshape(batch, count, size, width).swapaxes(0, 1)
     tokens = tokens.reshape(batch, count, size).swapaxes(0, 1)
 
-    def step(_: None, piece: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        return None, _chunk_logprobs(temperature, head_VD, *piece)
+    def chunks(head_VD: Array, hidden: Array, tokens: Array) -> tuple[Array, Array]:
+        def step(_: None, piece: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+            return None, _chunk_logprobs(temperature, head_VD, *piece)
 
-    _, out = jax.lax.scan(step, None, (hidden, tokens))
+        return jax.lax.scan(step, None, (hidden, tokens))[1]
+
+    if compute.rows is not None:
+        # By hand: the compiler would gather the head and add up its gradient for every chunk anew.
+        rows = compute.rows.spec[0]
+        chunks = jax.shard_map(
+            chunks,
+            mesh=compute.rows.mesh,
+            in_specs=(P(), P(None, rows), P(None, rows)),
+            out_specs=P(None, rows),
+            axis_names=set(rows),
+            check_vma=False,
+        )
+    out = chunks(head_VD, hidden, tokens)
     return tuple(x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in out)
 
 

@@ -85,16 +85,36 @@ def new_state(
     return TrainState(trained, frozen, *program(trained))
 
 
-@partial(jax.jit, static_argnums=0)
+def places_of(trained: Params) -> tuple[Sharding, ...]:
+    """Where weights lie on a mesh, in the order of their leaves; empty on a device of its own."""
+    places = tuple(x.sharding for x in jax.tree.leaves(trained))
+    return places if all(isinstance(place, NamedSharding) for place in places) else ()
+
+
+@partial(jax.jit, static_argnums=(0, 4))
 def micro_gradients(
-    loss: LossFunction, trained: Params, frozen: Params, batch: TrainBatch
+    loss: LossFunction,
+    trained: Params,
+    frozen: Params,
+    batch: TrainBatch,
+    places: tuple[Sharding, ...] = (),
 ) -> tuple[Params, dict[str, Array]]:
-    """Gradients of one micro-batch, and its share of the step's figures."""
+    """Gradients of one micro-batch, and its share of the step's figures.
+
+    Args:
+      loss: as `train_step` takes it.
+      trained, frozen: the model.
+      batch: the micro-batch.
+      places: `places_of(trained)`: where gradients go, layer by layer, or whole ones would pile up.
+    """
 
     def of_trained(trained: Params) -> tuple[Array, dict[str, Array]]:
         return loss(join(trained, frozen), batch)
 
     (_, sums), gradients = jax.value_and_grad(of_trained, has_aux=True)(trained)
+    if places:
+        target = jax.tree.unflatten(jax.tree.structure(gradients), places)
+        gradients = jax.lax.with_sharding_constraint(gradients, target)
     return gradients, sums
 
 
@@ -152,9 +172,9 @@ def train_step(
     Returns:
       The new state and the step's metrics: means over the step's tokens (maxima for `_max`).
     """
-    gradients, metrics = None, {}
+    gradients, metrics, places = None, {}, places_of(state.trained)
     for batch in batches:
-        more, sums = micro_gradients(loss, state.trained, state.frozen, batch)
+        more, sums = micro_gradients(loss, state.trained, state.frozen, batch, places)
         gradients = more if gradients is None else add_gradients(gradients, more)
         for name, value in sums.items():
             join = jnp.maximum if name.endswith("_max") else jnp.add

@@ -23,6 +23,7 @@ from spatial_ssrl_jax.learn.update import (
     add_gradients,
     apply_gradients,
     micro_gradients,
+    places_of,
 )
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.lora import without_adapters
@@ -248,7 +249,7 @@ class _Planned:
             beside = beside | {"other micro-batches": (micro - 1) * own_bytes(batch)}
         optimizing = beside | self._moments(state)
         summed = {"gradients so far": own_bytes(trained)} if several else {}
-        args = (loss, trained, state.frozen, batch)
+        args = (loss, trained, state.frozen, batch, places_of(trained))
         found = yield Program(
             f"{prefix}gradients", micro_gradients, args, micro, optimizing | summed, setting
         )
