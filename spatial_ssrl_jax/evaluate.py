@@ -78,7 +78,7 @@ def _add_asking(parser: argparse.ArgumentParser) -> None:
         help="with the benchmark's own reasoning prompt, where it has one",
     )
     group.add_argument("--max-frames", type=int, help="of a video: by the benchmark")
-    options.add_options(group, new_tokens=None)
+    options.add_options(group, new_tokens=None, by="the benchmark")
     group.add_argument("--prompts", type=int, default=16, help="at a time on each device, at most")
     group.add_argument("--fsdp", type=int, default=1, help="devices that share the weights")
     group.add_argument("--tensor", type=int, default=1, help="devices that share each layer")

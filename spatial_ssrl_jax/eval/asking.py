@@ -17,7 +17,7 @@ from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.prompts import Processor
 from spatial_ssrl_jax.data.videos import MOST_FRAMES
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.eval.batches import QuestionBatch, plan_batches
+from spatial_ssrl_jax.eval.batches import QuestionBatch, plan_batches, queries_at_a_time
 from spatial_ssrl_jax.eval.benchmarks import Benchmark, judged
 from spatial_ssrl_jax.eval.journal import Journal
 from spatial_ssrl_jax.eval.protocol import Style
@@ -224,8 +224,9 @@ def _respond(
         (batch.shape.windows,),
     )
     keys = [0 if place is None else _key(reader.questions[place]) for place in rows]
-    step = respondent.engine.check_every
-    rollout = respondent.engine.generate(
+    engine = _engine(respondent, batch)
+    step = engine.check_every
+    rollout = engine.generate(
         respondent.params,
         respondent.weights,
         respondent.layout.put_batch(padded),
@@ -236,6 +237,13 @@ def _respond(
         sampling=how.sampling,
     )
     return gather_rows((rollout.tokens, np.minimum(rollout.length, how.new_tokens), failed))
+
+
+def _engine(respondent: Respondent, batch: QuestionBatch) -> Engine:
+    """The engine, which takes fewer queries at a time where prompts are long."""
+    engine, rows = respondent.engine, batch.size // respondent.layout.batch_shards
+    chunk = queries_at_a_time(engine.config, batch.shape, rows, engine.compute.chunk)
+    return dataclasses.replace(engine, compute=dataclasses.replace(engine.compute, chunk=chunk))
 
 
 def _key(question: Question) -> int:

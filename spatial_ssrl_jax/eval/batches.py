@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spatial_ssrl_jax.data.prompts import Extent
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 _TOKENS = 32768  # most prompt tokens at a time on each part of the mesh, padding included
 _GROWTH = 1.5  # from one size to the next; what lies between is padded
+_SCORES, _FEWEST = 2**28, 32  # most attention scores at a time, and fewest queries
 _LEAST = Extent(tokens=128, windows=8)
 
 
@@ -52,6 +54,23 @@ def plan_batches(
         else:
             groups.append(([i], shapes[i]))
     return [batch for group in groups for batch in _cut(*group, shards, most)]
+
+
+def queries_at_a_time(config: Qwen2_5_VLConfig, shape: Extent, rows: int, most: int) -> int:
+    """How many queries attend at a time, so that their scores against all keys fit.
+
+    A video's frames are keys by the hundred thousand.
+
+    Args:
+      config: the model's shape.
+      shape: of each prompt.
+      rows: prompts on each part of the mesh.
+      most: queries at most.
+    """
+    patches = config.vision.num_heads * shape.windows * config.vision.window_patches
+    scores = rows * max(patches, config.text.num_attention_heads * shape.tokens)  # of one query
+    few = max(_SCORES // scores, _FEWEST)
+    return min(1 << few.bit_length() - 1, most)
 
 
 def _rounded(extent: Extent) -> Extent:

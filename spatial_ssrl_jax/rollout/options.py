@@ -6,17 +6,21 @@ from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.rollout.sampling import Sampling
 
 
-def add_options(parser: argparse.ArgumentParser, new_tokens: int | None) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, new_tokens: int | None, by: str = "the model"
+) -> None:
     """Adds how pictures are shown and tokens drawn.
 
     Args:
       parser: of the command.
       new_tokens: default length of a response; None leaves it to the command.
+      by: what decides where an option is not given.
     """
-    parser.add_argument("--min-pixels", type=int, help="area of a picture or frame: by the model")
-    parser.add_argument("--max-pixels", type=int, help="area of a picture or frame: by the model")
-    parser.add_argument("--max-new-tokens", type=int, default=new_tokens)
-    parser.add_argument("--samples", type=int, default=1)
+    for name in ("--min-pixels", "--max-pixels"):
+        parser.add_argument(name, type=int, help=f"area of a picture or frame: by {by}")
+    length = f"by {by}" if new_tokens is None else "of a response"
+    parser.add_argument("--max-new-tokens", type=int, default=new_tokens, help=length)
+    parser.add_argument("--samples", type=int, default=1, help="of each question")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)

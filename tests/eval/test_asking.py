@@ -228,6 +228,14 @@ def test_what_cannot_be_read_is_named_or_left_out(run, checkpoint: Path, tmp_pat
     assert "ViewSpatial: 2 left out, the first: question '0'" in err
 
 
+def test_answers_that_a_server_scores_become_its_file(run, checkpoint: Path, tmp_path: Path):
+    data = files.write_mmbench(tmp_path, "MMBench_TEST_EN_V11.tsv", answer=False)
+    code, out, err = run(*argv(checkpoint, "mmbench", data, tmp_path / "out"))
+    assert (code, out) == (0, "") and "4 answers without a public target" in err
+    lines = (tmp_path / "out" / "submission.tsv").read_text("utf-8").splitlines()
+    assert len(lines) == 5 and not (tmp_path / "out" / "scores.json").exists()
+
+
 def test_sizes_are_known_from_headers_alone(fourteen: Path, checkpoint: Path):
     """The size that a prompt is planned with is the one that it has."""
     from spatial_ssrl_jax.data.videos import measure_video, open_video

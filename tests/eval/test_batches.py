@@ -1,9 +1,12 @@
 """Which questions are asked together: all of them once, alike in size, in few shapes."""
 
+from pathlib import Path
+
 import numpy as np
 
 from spatial_ssrl_jax.data.prompts import Extent
-from spatial_ssrl_jax.eval.batches import plan_batches
+from spatial_ssrl_jax.eval.batches import plan_batches, queries_at_a_time
+from spatial_ssrl_jax.qwen2_5_vl.config import read_config
 
 
 def test_every_question_is_asked_once_in_few_shapes_and_fits():
@@ -31,6 +34,17 @@ def test_what_would_not_fill_a_batch_joins_the_next_larger():
     assert first.size * first.shape.tokens <= 32768 < (first.size + 1) * first.shape.tokens
     assert first.places == tuple(range(first.size)) and first.shape.windows >= 300
     assert rest.places == tuple(range(first.size, 8)) and rest.shape == Extent(128, 0)
+
+
+def test_scores_against_a_long_video_fit(shared: Path):
+    """In GiB of float32 scores: of a video of 128 frames, and of sixteen pictures."""
+    config = read_config(shared / "qwen2_5_vl" / "3b")
+    heads = config.vision.num_heads
+    for shape, rows in ((Extent(50_000, 3072), 1), (Extent(1536, 128), 16)):
+        queries = queries_at_a_time(config, shape, rows, most=1024)
+        patches = shape.windows * config.vision.window_patches
+        assert 2**29 < 4 * queries * rows * heads * patches <= 2**30
+    assert queries_at_a_time(config, Extent(128, 8), 1, most=1024) == 1024
 
 
 def test_questions_about_one_video_stand_together():
