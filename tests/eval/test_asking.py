@@ -107,7 +107,7 @@ def test_eight_devices_answer_the_same(
     checkpoint: Path, fourteen: Path, one_device: Path, tmp_path: Path
 ):
     flags = "--xla_force_host_platform_device_count=8"
-    words = argv(checkpoint, "all", fourteen, tmp_path, "--fsdp=2")
+    words = argv(checkpoint, "all", fourteen, tmp_path, "--fsdp=2", "--tensor=2")
     out, err = (process := start(words, XLA_FLAGS=flags)).communicate(timeout=600)
     assert process.returncode == 0, out + err
     for name in SPECS:
