@@ -4,8 +4,12 @@
         --config.data.source=folder:COCO+diode:DIODE+megadepth:MEGADEPTH
 
 Starts from `runs/sft_7b/export`, which `configs/sft_7b.py` leaves. Published result: a mean of
-56.58 over seven spatial benchmarks, from 52.69. Meant for a TPU v5e-32;
-it has not been run on the real weights.
+56.58 over seven spatial benchmarks, from 52.69. It has not been run on the real weights.
+
+Meant for a TPU v5e-32, weights over `fsdp=32`, sampling over 8 x 4 (one key/value head a chip). Two
+slices of v5e:4x4 hold the weights twice and need
+
+    --config.mesh.data=2 --config.optim.offload=True
 """
 
 import dataclasses
