@@ -30,6 +30,8 @@ def disk_explained(folder: str | os.PathLike) -> Iterator[None]:
     """Says in a sentence that a run's folder cannot be written to any more."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         why, mend = unwritten(error)
         if why is None or (isinstance(error, OSError) and error.errno not in (None, *_DISK)):

@@ -46,6 +46,8 @@ class Events:
     def close(self) -> None:
         self._writer.close()
         self._copy()
+        if self._local is not None:
+            self._local.cleanup()
 
     def _copy(self) -> None:
         if self._folder is None:

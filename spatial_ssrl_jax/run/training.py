@@ -2,7 +2,7 @@
 
 import json
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -79,14 +79,23 @@ def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> b
                 finished = _run_stages(run, start, newest_step(run))
         except Exception:
             run.checkpoints.settle()
+            _close(run)
             raise
         run.checkpoints.wait()
         if finished:
             _finish(run, start)
         elif run.metrics is not None:
             refresh_report(run)
+        _close(run)
         wait_for_all("the end")  # none goes before what one of them writes is whole
         return finished
+
+
+def _close(run: Run) -> None:
+    """Hands on the last figures; how the run ended is said already."""
+    if run.metrics is not None:
+        with suppress(Exception):
+            run.metrics.close()
 
 
 def _run_stages(run: Run, start: Start, done: int) -> bool:
@@ -358,7 +367,6 @@ def _finish(run: Run, start: Start) -> None:
     if run.metrics is not None:
         write_whole(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
         refresh_report(run)
-        run.metrics.close()
     if run.heldout:
         run.progress.table(run.heldout, config.trained_tasks)
     run.progress.say(
