@@ -72,6 +72,7 @@ class Watch:
             return
         known = explain(error) if isinstance(error, Exception) else None
         if known is None and _BROKEN_OFF.search(str(error)):
+            time.sleep(3 * self._pause)  # `_look` knows more where the other one left word
             said = " ".join(str(error).split())[:160]
             self._leave(f"another process was lost ({said}): {_GOES_ON}")
         self._over.set()
