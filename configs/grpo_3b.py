@@ -36,6 +36,6 @@ def get_config() -> c.Config:
             window_buckets=(32, 48, 72, 120, 136, 160, 256),
         ),
         grpo=c.GrpoSettings(response_buckets=(32, 64, 128, 192, 256, 320, 384, 512, 1024)),
-        rollout=c.RolloutSettings(wave=128, tensor=2),
+        rollout=c.RolloutSettings(wave=64, tensor=2),
         eval=c.EvalSettings(examples=64, every=5),
     )

@@ -22,7 +22,7 @@ def get_config() -> c.Config:
     base = c.Config(name="grpo_7b")
     return dataclasses.replace(
         base,
-        model=c.ModelSettings(path="runs/sft_7b/export", chunk=256),
+        model=c.ModelSettings(path="runs/sft_7b/export", chunk=128),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
             min_pixels=262_144,
@@ -34,6 +34,6 @@ def get_config() -> c.Config:
             micro_prompts=32,  # one a chip
             response_buckets=(32, 64, 128, 192, 256, 320, 384, 512, 1024),
         ),
-        rollout=c.RolloutSettings(wave=128, tensor=4),
+        rollout=c.RolloutSettings(wave=64, tensor=4),
         eval=c.EvalSettings(examples=64, every=5),
     )

@@ -263,9 +263,13 @@ class Program:
         for user in body.users.get(name, []):
             if user.opcode in _SLICES and user.operands[0] == name:
                 total += array_bytes(_plain(user.shape))
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            elif user.opcode == "tuple":
                 continue
-            elif user.opcode == "bitcast":
+            elif user.opcode == "bitcast" and user is body.root:
+                return whole  # handed on to whatever this computation stands in
+            elif user.opcode == "bitcast" or (
+                user.opcode == "dynamic-update-slice" and user.operands[0] == name
+            ):  # what is written in place may be read whole behind that, as a cache is
                 total += self._read(body, user.name, whole)
             elif user.opcode == "fusion":
                 inner = self.computations[user.called[0]]
