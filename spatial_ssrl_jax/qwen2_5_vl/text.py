@@ -117,12 +117,12 @@ class TextModel(nnx.Module):
           segment_BT: int32, which example a token belongs to; -1 is padding.
           chunk: queries that attend at a time.
           remat: what the backward pass keeps of each layer.
+          kernel: what computes attention.
           hold: keeps activations where their rows lie.
 
         Returns:
           Hidden states [B, T, D] behind the last norm.
         """
-        return self._causal(x_BTD, rotary, segment_BT, chunk, kernel, remat, keep=False)[0]
         return self._causal(x_BTD, rotary, segment_BT, chunk, kernel, remat, hold, keep=False)[0]
 
     def _causal(

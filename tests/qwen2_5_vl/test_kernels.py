@@ -239,7 +239,8 @@ def test_a_kernel_that_cannot_run_is_refused(
 ):
     platform, capability = device
     there = SimpleNamespace(platform=platform, device_kind="Some", compute_capability=capability)
-    layout = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([there])))
+    mesh = SimpleNamespace(devices=np.array([there]))
+    layout = SimpleNamespace(mesh=mesh, rows=lambda: None)
     config = Config("x", model=ModelSettings(attention=name, dtype=dtype))
     if said is None:
         assert compute_of(config, layout).kernel.name == name
