@@ -117,9 +117,9 @@ def _add_flops(commands: Any) -> None:
 
 def _flops(args: argparse.Namespace) -> dict[str, Any]:
     from spatial_ssrl_jax.config import DataSettings
+    from spatial_ssrl_jax.cost.sharing import sharing_report
     from spatial_ssrl_jax.data.prompts import Processor
     from spatial_ssrl_jax.run.models import open_model
-    from spatial_ssrl_jax.run.sharing import sharing_report
 
     model, limits = open_model(args.model), DataSettings()
     files = Path(args.processor) if args.processor else model.files
@@ -128,14 +128,14 @@ def _flops(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _flops_lines(found: dict[str, Any]) -> Sequence[str]:
-    from spatial_ssrl_jax.run.sharing import sharing_lines
+    from spatial_ssrl_jax.cost.sharing import sharing_lines
 
     return sharing_lines(found)
 
 
 def _add_device_parts(commands: Any) -> None:
     """The parts that run on devices; they import neither Grain nor TFDS."""
-    from spatial_ssrl_jax.run import timing
+    from spatial_ssrl_jax.cost import timing
 
     for name, run, text in (
         ("rollout", timing.bench_rollout, "sampling alone; every sample runs to --new tokens"),

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(rest)
     config = load_config(args.config, overrides)
 
-    from spatial_ssrl_jax.run.plan import lines, plan
+    from spatial_ssrl_jax.cost.plan import lines, plan
 
     report = plan(config, args.topology, say=partial(print, file=sys.stderr, flush=True))
     print(json.dumps(report) if args.json else "\n".join(lines(report)))

@@ -1,6 +1,7 @@
 """What all tests share: one compilation cache a session, the shared folder, and a toy model."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,8 +14,14 @@ from etils.epath import backend
 
 from spatial_ssrl_jax.data.prompts import Prompt
 from spatial_ssrl_jax.data.windows import Grid, lay_out_windows, merged_tokens, mrope_positions
-from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+from spatial_ssrl_jax.qwen2_5_vl.config import (
+    Qwen2_5_VLConfig,
+    TextConfig,
+    VisionConfig,
+    config_to_dict,
+)
 from spatial_ssrl_jax.qwen2_5_vl.model import Params, abstract_params
+from spatial_ssrl_jax.run import models
 from tests.standin_storage import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,3 +184,18 @@ def measure() -> Callable[..., float]:
         return value
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's folder with a smaller config."""
+    folder = tmp_path_factory.mktemp("toy")
+    tiny = models.open_model("tiny")
+    models.copy_files(tiny, folder)
+    config = dataclasses.replace(
+        tiny.config,
+        text=dataclasses.replace(tiny.config.text, **SMALL_TEXT),
+        vision=dataclasses.replace(tiny.config.vision, **SMALL_VISION),
+    )
+    (folder / "config.json").write_text(json.dumps(config_to_dict(config, "float32")))
+    return folder

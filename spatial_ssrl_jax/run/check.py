@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.cost.devices import memory_bytes
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.eval.pretext import heldout_items
 from spatial_ssrl_jax.folders import check_bucket, files_below, folder_at, in_bucket
@@ -21,7 +22,6 @@ from spatial_ssrl_jax.learn.sft import encode_responses, pack_step
 from spatial_ssrl_jax.learn.update import TrainState
 from spatial_ssrl_jax.rollout.cache import token_bytes
 from spatial_ssrl_jax.run.best import chosen_by
-from spatial_ssrl_jax.run.devices import memory_bytes
 from spatial_ssrl_jax.run.metrics import read_metrics
 from spatial_ssrl_jax.run.setup import (
     Parts,

@@ -12,6 +12,7 @@ import optax
 from etils import epath
 
 from spatial_ssrl_jax.config import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.cost.utilisation import useful_flops, utilisation
 from spatial_ssrl_jax.data.batching import widen
 from spatial_ssrl_jax.data.pipeline import Batch, batch_at
 from spatial_ssrl_jax.errors import UserError, disk_explained
@@ -41,7 +42,6 @@ from spatial_ssrl_jax.run.setup import (
     pipeline,
 )
 from spatial_ssrl_jax.run.start import Start
-from spatial_ssrl_jax.run.utilisation import useful_flops, utilisation
 from spatial_ssrl_jax.run.watch import Watch
 
 UNTRAINED, SFT, GRPO = "untrained", "sft", "grpo"

@@ -11,6 +11,8 @@ import pytest
 from jax import Array
 
 from spatial_ssrl_jax.config import Config, MeshSettings, ModelSettings
+from spatial_ssrl_jax.cost.flops import program_flops
+from spatial_ssrl_jax.cost.topology import open_topology
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
@@ -23,10 +25,8 @@ from spatial_ssrl_jax.qwen2_5_vl.kernels import (
     self_attention,
 )
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
-from spatial_ssrl_jax.run.flops import program_flops
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.setup import compute_of
-from spatial_ssrl_jax.run.topology import open_topology
 from tests.run.processes import start_all
 
 SPLASH = Kernel("splash", interpret=True)  # the kernel itself, without a TPU

@@ -1,7 +1,6 @@
 """A run that is over in seconds: a toy model with the shipped tokenizer, two stages, two tasks."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,29 +11,13 @@ import pytest
 from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax.learn import grpo
 from spatial_ssrl_jax.learn.reward import Reward
-from spatial_ssrl_jax.qwen2_5_vl.config import config_to_dict
 from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
 from spatial_ssrl_jax.run import models
 from spatial_ssrl_jax.run.training import train
-from tests.conftest import ROOT, SMALL_TEXT, SMALL_VISION, random_params
+from tests.conftest import ROOT, random_params
 
 # Two examples fit in a row. Each of two processes packs four.
 ROWS = dict(prompts=8, row_tokens=320, row_windows=(2, 5), row_responses=64, micro_rows=4)
-
-
-@pytest.fixture(scope="session")
-def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's folder with a smaller config."""
-    folder = tmp_path_factory.mktemp("toy")
-    tiny = models.open_model("tiny")
-    models.copy_files(tiny, folder)
-    config = dataclasses.replace(
-        tiny.config,
-        text=dataclasses.replace(tiny.config.text, **SMALL_TEXT),
-        vision=dataclasses.replace(tiny.config.vision, **SMALL_VISION),
-    )
-    (folder / "config.json").write_text(json.dumps(config_to_dict(config, "float32")))
-    return folder
 
 
 def make_config(model: c.ModelSettings, **sections) -> c.Config:

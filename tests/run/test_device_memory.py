@@ -8,9 +8,10 @@ import pytest
 
 from spatial_ssrl_jax import bench
 from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax.cost import timing
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
-from spatial_ssrl_jax.run import timing, training
+from spatial_ssrl_jax.run import training
 from spatial_ssrl_jax.run.memory import explained_memory, memory_advice
 
 TPU = (

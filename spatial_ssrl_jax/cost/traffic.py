@@ -7,10 +7,10 @@ gathered embedding rows are left out: how often they leave a chip's caches is th
 import jax
 import numpy as np
 
+from spatial_ssrl_jax.cost.flops import Shape
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import abstract_params
 from spatial_ssrl_jax.rollout.cache import token_bytes
-from spatial_ssrl_jax.run.flops import Shape
 
 _MASTER = 4  # bytes of a float32 weight, gradient or moment
 

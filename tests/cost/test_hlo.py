@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from spatial_ssrl_jax.run.collectives import group_ids, group_size
-from spatial_ssrl_jax.run.hlo import Program, array_bytes
+from spatial_ssrl_jax.cost.collectives import group_ids, group_size
+from spatial_ssrl_jax.cost.hlo import Program, array_bytes
 
 # A loop of 3 turns that gathers a layer's quarter, multiplies, and writes one row; as for a TPU.
 TEXT = """HloModule jit_f, is_scheduled=true

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.config import GrpoSettings, SftSettings
+from spatial_ssrl_jax.cost import utilisation as module
+from spatial_ssrl_jax.cost.devices import Peak
+from spatial_ssrl_jax.cost.flops import Shape, group_flops, vision_flops
+from spatial_ssrl_jax.cost.utilisation import passes, useful_flops, utilisation
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
-from spatial_ssrl_jax.run import utilisation as module
-from spatial_ssrl_jax.run.devices import Peak
-from spatial_ssrl_jax.run.flops import Shape, group_flops, vision_flops
-from spatial_ssrl_jax.run.utilisation import passes, useful_flops, utilisation
 
 GRIDS = ((1, 4, 6), (1, 8, 12))  # neither fills its windows
 

@@ -11,6 +11,11 @@ import jax
 import numpy as np
 
 from spatial_ssrl_jax.config import GrpoSettings, MeshSettings, OptimSettings
+from spatial_ssrl_jax.cost.devices import device_peak
+from spatial_ssrl_jax.cost.flops import Shape, group_flops
+from spatial_ssrl_jax.cost.made_up import made_up_prompt
+from spatial_ssrl_jax.cost.matmuls import replay, rollout_products
+from spatial_ssrl_jax.cost.traffic import decode_bytes, rollout_bytes, update_bytes, weight_bytes
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.learn.batch import GroupBatch
@@ -23,14 +28,9 @@ from spatial_ssrl_jax.qwen2_5_vl.layers import cast
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
-from spatial_ssrl_jax.run.devices import device_peak
-from spatial_ssrl_jax.run.flops import Shape, group_flops
-from spatial_ssrl_jax.run.made_up import made_up_prompt
-from spatial_ssrl_jax.run.matmuls import replay, rollout_products
 from spatial_ssrl_jax.run.memory import explained_memory
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.models import open_model
-from spatial_ssrl_jax.run.traffic import decode_bytes, rollout_bytes, update_bytes, weight_bytes
 
 OnTokens = Callable[[np.ndarray, np.ndarray], None]
 
@@ -330,8 +330,8 @@ def _report(
 
     Args:
       args: the command line.
-      flops: useful ones, of `run/flops.py`: matrix products without padding and recomputation.
-      moved: useful bytes, of `run/traffic.py`: weights, caches, gradients and optimizer state.
+      flops: useful ones, of `cost/flops.py`: matrix products without padding and recomputation.
+      moved: useful bytes, of `cost/traffic.py`: weights, caches, gradients and optimizer state.
       seconds: median of the timed runs.
       found: other figures.
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax.cost.flops import Shape, attention_flops, group_flops, program_flops
+from spatial_ssrl_jax.cost.matmuls import Product, products_of, replay, rollout_products
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, abstract_params
-from spatial_ssrl_jax.run.flops import Shape, attention_flops, group_flops, program_flops
-from spatial_ssrl_jax.run.matmuls import Product, products_of, replay, rollout_products
 
 GRID = (1, 8, 8)
 

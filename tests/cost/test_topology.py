@@ -5,9 +5,9 @@ import importlib.util
 import jax
 import pytest
 
+from spatial_ssrl_jax.cost import topology
+from spatial_ssrl_jax.cost.topology import open_topology
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.run import topology
-from spatial_ssrl_jax.run.topology import open_topology
 
 
 def test_the_cpu_is_there():

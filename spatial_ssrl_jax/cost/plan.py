@@ -15,15 +15,15 @@ from typing import Any
 import jax
 
 from spatial_ssrl_jax.config import Config
+from spatial_ssrl_jax.cost import hlo
+from spatial_ssrl_jax.cost.devices import Peak
+from spatial_ssrl_jax.cost.flops import jaxpr_flops
+from spatial_ssrl_jax.cost.programs import Program, Stage, own_bytes, stages
+from spatial_ssrl_jax.cost.topology import Topology, open_topology
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
-from spatial_ssrl_jax.run import hlo
-from spatial_ssrl_jax.run.devices import Peak
-from spatial_ssrl_jax.run.flops import jaxpr_flops
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.models import read_shape
-from spatial_ssrl_jax.run.programs import Program, Stage, own_bytes, stages
 from spatial_ssrl_jax.run.setup import check_shards
-from spatial_ssrl_jax.run.topology import Topology, open_topology
 
 _GIB = 2**30
 _NAMED = 4  # buffers that are named of a program

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies
 
+from spatial_ssrl_jax.cost.devices import Peak, device_peak
+from spatial_ssrl_jax.cost.gpus import GPUS, gpu_devices
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.run.devices import Peak, device_peak
-from spatial_ssrl_jax.run.gpus import GPUS, gpu_devices
 
 # Name of a TPU -> axes of its torus, and what gcloud calls a slice of n chips.
 _TPUS = {

@@ -5,17 +5,17 @@ import math
 import jax
 import pytest
 
-from spatial_ssrl_jax.qwen2_5_vl.config import read_config
-from spatial_ssrl_jax.qwen2_5_vl.model import abstract_params
-from spatial_ssrl_jax.rollout.cache import token_bytes
-from spatial_ssrl_jax.run.devices import device_peak
-from spatial_ssrl_jax.run.flops import Shape
-from spatial_ssrl_jax.run.traffic import (
+from spatial_ssrl_jax.cost.devices import device_peak
+from spatial_ssrl_jax.cost.flops import Shape
+from spatial_ssrl_jax.cost.traffic import (
     decode_bytes,
     rollout_bytes,
     update_bytes,
     weight_bytes,
 )
+from spatial_ssrl_jax.qwen2_5_vl.config import read_config
+from spatial_ssrl_jax.qwen2_5_vl.model import abstract_params
+from spatial_ssrl_jax.rollout.cache import token_bytes
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ import pytest
 
 from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax import plan as command
+from spatial_ssrl_jax.cost.devices import Peak
+from spatial_ssrl_jax.cost.plan import Cost, lines, plan, problems
+from spatial_ssrl_jax.cost.topology import Topology
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.model import abstract_params
-from spatial_ssrl_jax.run.devices import Peak
 from spatial_ssrl_jax.run.models import open_model
-from spatial_ssrl_jax.run.plan import Cost, lines, plan, problems
-from spatial_ssrl_jax.run.topology import Topology
 from tests.conftest import ROOT, SMALL_TEXT
 from tests.run.conftest import make_config
 
@@ -39,7 +39,7 @@ def report(toy_plan: c.Config) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         peak = Peak(1e12, 1e9, memory=2**34, network=1e9)
         patch.setattr(
-            "spatial_ssrl_jax.run.plan.open_topology",
+            "spatial_ssrl_jax.cost.plan.open_topology",
             lambda name: Topology(name, jax.devices("cpu")[:1], peak),
         )
         return json.loads(json.dumps(plan(toy_plan, "one", lambda _: None)))
@@ -125,7 +125,7 @@ def test_a_run_that_does_not_fit_exits_with_1(
     for size, code in ((2**20, 1), (2**34, 0)):
         peak = Peak(1e12, 1e9, memory=size, network=1e9)
         monkeypatch.setattr(
-            "spatial_ssrl_jax.run.plan.open_topology",
+            "spatial_ssrl_jax.cost.plan.open_topology",
             lambda name, peak=peak: Topology(name, jax.devices("cpu")[:1], peak),
         )
         assert command.main(["--config=toy", "--topology=one"]) == code

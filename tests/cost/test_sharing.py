@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from spatial_ssrl_jax import bench
+from spatial_ssrl_jax.cost.flops import Shape, step_flops
+from spatial_ssrl_jax.cost.sharing import LENGTHS, MIX, TaskPrompt, sharing_curve
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.config import read_config
-from spatial_ssrl_jax.run.flops import Shape, step_flops
-from spatial_ssrl_jax.run.sharing import LENGTHS, MIX, TaskPrompt, sharing_curve
 from spatial_ssrl_jax.tasks import TASKS
 
 COCO, DIODE = 34 * 46, 54 * 74  # patches

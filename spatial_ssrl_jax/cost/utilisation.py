@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from spatial_ssrl_jax.config import GrpoSettings, SftSettings
+from spatial_ssrl_jax.cost.devices import device_peak
+from spatial_ssrl_jax.cost.flops import batch_flops
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import PromptBatch
-from spatial_ssrl_jax.run.devices import device_peak
-from spatial_ssrl_jax.run.flops import batch_flops
 from spatial_ssrl_jax.run.mesh import total
 
 

@@ -11,12 +11,12 @@ import jax
 from jax import Array
 from jax.extend import core
 
+from spatial_ssrl_jax.cost.flops import inner_jaxprs, jaxpr_flops
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
 from spatial_ssrl_jax.rollout.cache import start
 from spatial_ssrl_jax.rollout.engine import DecodeSettings, decode_chunk, fill_weights, prefill
 from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
-from spatial_ssrl_jax.run.flops import inner_jaxprs, jaxpr_flops
 
 
 @dataclass(frozen=True)

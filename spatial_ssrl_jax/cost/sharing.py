@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from spatial_ssrl_jax.cost.flops import Shape, step_flops
 from spatial_ssrl_jax.data.prompts import Processor
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.windows import Grid
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
-from spatial_ssrl_jax.run.flops import Shape, step_flops
 from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT

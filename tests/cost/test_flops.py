@@ -5,10 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.data.batching import pad_prompts
-from spatial_ssrl_jax.learn.logprobs import response_logprobs
-from spatial_ssrl_jax.qwen2_5_vl.model import Compute, abstract_params
-from spatial_ssrl_jax.run.flops import (
+from spatial_ssrl_jax.cost.flops import (
     Shape,
     attention_flops,
     dense_flops,
@@ -16,6 +13,9 @@ from spatial_ssrl_jax.run.flops import (
     program_flops,
     vision_flops,
 )
+from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.learn.logprobs import response_logprobs
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute, abstract_params
 
 GRID = (1, 8, 8)  # one full window, so that nothing is padding
 
