@@ -36,7 +36,7 @@ def ask_and_score(args: argparse.Namespace) -> list[Scores] | None:
     Raises:
       UserError: something is missing, or does not belong together.
     """
-    distributed.connect(args)
+    distributed.connect(args, MeshSettings().silence)
     with Progress(Console(stderr=True, quiet=not is_writer())) as progress:
         model, how = open_model(args.model), _how(args)
         benchmarks = _open(args, model, progress)

@@ -1,11 +1,18 @@
 """Joining the processes of one run, before any device is asked for."""
 
 import argparse
+import atexit
 import os
+import time
+from contextlib import suppress
 
 import jax
+from jax._src import distributed  # the only way to the service's shared notes
 
 from spatial_ssrl_jax.errors import UserError
+
+_PARTED = "parted/"
+_PATIENCE = 10  # seconds that process 0 waits for the others' ends
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +59,26 @@ def connect(args: argparse.Namespace, silence: int) -> None:
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"the processes cannot join ({first}): check --coordinator.") from error
+    atexit.register(_part)
+
+
+def _part() -> None:
+    """Lets process 0 go last: it takes along the service that joined them, and the library aborts
+    whoever signs off from one that is gone."""
+    state = distributed.global_state
+    if state.client is None:
+        return
+    if state.process_id:
+        with suppress(jax.errors.JaxRuntimeError):
+            state.client.key_value_set(f"{_PARTED}{state.process_id}", "")
+        jax.distributed.shutdown()
+        return
+    end = time.monotonic() + _PATIENCE
+    for process in range(1, state.num_processes):
+        left = max(0.0, end - time.monotonic())
+        with suppress(jax.errors.JaxRuntimeError):  # it is lost, and has no one to sign off to
+            state.client.blocking_key_value_get(f"{_PARTED}{process}", int(1000 * left))
+    time.sleep(1)  # that a sign-off takes after its note
 
 
 def _check_alone() -> None:

@@ -248,7 +248,7 @@ def test_no_room_for_metrics_stops_and_the_same_command_goes_on(
                 self._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
             elif step == 5:
                 full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
-                self._events._py_recordio_writer._writer = full
+                self._events._writer._py_recordio_writer._writer = full
             super().write(stage, step, values)
 
     with monkeypatch.context() as patch:

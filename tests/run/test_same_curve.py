@@ -10,6 +10,7 @@ import pytest
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.learn.aggregation import sample_weights
 from spatial_ssrl_jax.learn.batch import GroupBatch
+from spatial_ssrl_jax.learn.cut import Buckets
 from spatial_ssrl_jax.learn.grpo import Grpo, score_rollout
 from spatial_ssrl_jax.learn.logprobs import logprobs_of
 from spatial_ssrl_jax.learn.loss import GrpoLoss
@@ -130,6 +131,7 @@ def open_grpo(config, folder: Path, progress: Progress, preemption: Preemption):
         GrpoLoss(run.model.config, run.compute, settings),
         optimizer,
         run.layout,
+        Buckets.of(config),
         run.processor,
         start.reference(settings, state, fresh=True),
     )
