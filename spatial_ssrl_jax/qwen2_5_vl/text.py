@@ -1,10 +1,9 @@
-"""The language model's layers, in three of the four forms that training and sampling need.
+"""The language model's layers, in the four forms that training and sampling need.
 
 - `prefill`: prompts alone, keeping their keys and values;
 - `packed`: rows of several examples, one behind another, for gradients;
+- `decode`: one token of each sample, over the shared prompt and the sample's own cache;
 - `group`: prompts and all their responses at once, for log-probabilities and gradients.
-
-The fourth, one token of each sample, has layers of its own: `decode.py`.
 
 Shape letters: B prompts, G samples of a group, T prompt tokens, R response tokens, D width,
 N query heads, K key/value heads, H head size, L layers.
@@ -12,6 +11,7 @@ N query heads, K key/value heads, H head size, L layers.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -20,6 +20,7 @@ from spatial_ssrl_jax.qwen2_5_vl.attention import attend_shared
 from spatial_ssrl_jax.qwen2_5_vl.config import TextConfig
 from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel, group_attention, self_attention
 from spatial_ssrl_jax.qwen2_5_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
+from spatial_ssrl_jax.qwen2_5_vl.lora import merge_adapters
 from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
 
 Rotary = tuple[Array, Array]
@@ -204,3 +205,48 @@ class TextModel(nnx.Module):
         x, _ = scan_layers(self.layers, step, x, remat=remat)
         x = self.norm(x)
         return x[:, :prompt], x[:, prompt:].reshape(response_BGRD.shape)
+
+
+def unstack(model: TextModel, dtype) -> list[dict]:
+    """The stacked layers, adapters merged, as one pure dict of arrays a layer, in `dtype`."""
+    weights = nnx.to_pure_dict(nnx.state(model.layers))
+    count = jax.tree.leaves(weights)[0].shape[0]
+    layers = (jax.tree.map(lambda x, i=i: x[i], weights) for i in range(count))
+    # A layer at a time: merging whole stacks would need a float32 copy of each.
+    return [merge_adapters(layer, dtype) for layer in layers]
+
+
+def decode_layer(
+    layer: TextLayer,
+    x_BGD: Array,
+    rotary: Rotary,
+    prefix: tuple[Array, Array],
+    prefix_valid_BT: Array,
+    own: tuple[Array, Array],
+    own_seen_BR: Array,
+    cursor: Array,
+) -> tuple[Array, tuple[Array, Array]]:
+    """One layer of one decode step: writes this token's key and value at `cursor`, then attends.
+
+    Args:
+      layer: the module with one layer's arrays.
+      x_BGD: hidden state of each sample's newest token.
+      rotary: angles of its position, [B, G, H/2].
+      prefix: the prompt's keys and values, each [B, K, T, H].
+      prefix_valid_BT: bool, which prompt tokens exist.
+      own: the samples' keys and values, each [B, G, K, R, H].
+      own_seen_BR: bool, which slots the token may see, its own included.
+      cursor: int32 slot that every sample writes.
+
+    Returns:
+      The new hidden state [B, G, D] and the new `own`.
+    """
+    x = x_BGD[:, :, None]
+    q, k, v = layer.project(x, tuple(r[:, :, None] for r in rotary))
+    write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+        cache, new.swapaxes(2, 3).astype(cache.dtype), cursor, axis=3
+    )
+    own = (write(own[0], k), write(own[1], v))
+    seen = jnp.broadcast_to(own_seen_BR[:, None, None], (*x.shape[:3], own_seen_BR.shape[-1]))
+    mixed = attend_shared(q, *prefix, prefix_valid_BT, *own, seen, chunk=1)
+    return layer.finish(x, mixed)[:, :, 0], own

@@ -8,7 +8,7 @@ the groups have finished it goes on with the others alone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig
-from spatial_ssrl_jax.qwen2_5_vl.decode import bind_layer, decode_weights, map_layer
-from spatial_ssrl_jax.qwen2_5_vl.layers import cast
+from spatial_ssrl_jax.qwen2_5_vl.layers import Init, cast
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
 from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
+from spatial_ssrl_jax.qwen2_5_vl.text import TextLayer, decode_layer, unstack
 from spatial_ssrl_jax.rollout.cache import Decoding, LayerCache, Prefix, longer, placed, start
 from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys, sample, uniforms
 from spatial_ssrl_jax.run.mesh import Layout, gather_whole, own_rows
@@ -81,7 +82,7 @@ def fill_weights(config: Qwen2_5_VLConfig, params: Params, dtype: str) -> dict[s
     """The decode step's own copy of the language model: one dict a layer, in `dtype`."""
     text = qwen.bind(config, params).text
     return {
-        "layers": decode_weights(text, dtype),
+        "layers": unstack(text, dtype),
         "embed": text.embed[...].astype(dtype),
         "head": None if text.head is None else text.head[...].astype(dtype),
         "norm": cast(nnx.to_pure_dict(nnx.state(text.norm)), dtype),
@@ -102,8 +103,12 @@ def reshard_weights(
       weights: from `fill_weights`.
     """
     whole = layout.params(config, part="text/")["text"]
+
+    def of_layer(stacked: NamedSharding) -> NamedSharding:
+        return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
+
     places = {
-        "layers": [map_layer(layout.sharding, config.text)] * config.text.num_hidden_layers,
+        "layers": [jax.tree.map(of_layer, whole["layers"])] * config.text.num_hidden_layers,
         "embed": whole["embed"],
         "head": whole.get("head"),
         "norm": whole["norm"],
@@ -135,6 +140,11 @@ def prefill(
     hidden, keys, values = qwen.prefill(config, model, prompts, compute)
     layers = tuple((keys[i], values[i]) for i in range(config.text.num_hidden_layers))
     return placed((hidden, Prefix(layers, prompts.valid, prompts.next_position)), layout)
+
+
+@cache
+def _layer_graph(config: TextConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: TextLayer(Init(jax.random.key(0)), config)))[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -190,8 +200,8 @@ def _decode_step(
     for layer_weights, shared, own in zip(
         weights["layers"], prefix.layers, state.layers, strict=True
     ):
-        layer = bind_layer(config.text, layer_weights)
-        x, own = layer(x, rotary, shared, prefix.valid, own, seen, state.cursor)
+        layer = nnx.merge(_layer_graph(config.text), layer_weights)
+        x, own = decode_layer(layer, x, rotary, shared, prefix.valid, own, seen, state.cursor)
         caches.append(own)
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + config.text.rms_norm_eps)
