@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from etils.epath import backend
 
 from spatial_ssrl_jax.data.prompts import Prompt
 from spatial_ssrl_jax.data.windows import Grid, lay_out_windows, merged_tokens, mrope_positions
+from spatial_ssrl_jax.errors import run_command
 from spatial_ssrl_jax.qwen2_5_vl.config import (
     Qwen2_5_VLConfig,
     TextConfig,
@@ -199,3 +201,16 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "config.json").write_text(json.dumps(config_to_dict(config, "float32")))
     return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Runs a command as its `__main__` does; gives exit code, stdout and stderr."""
+
+    def call(main: Callable, *argv) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
+        with pytest.raises(SystemExit) as exited:
+            run_command(main)
+        return exited.value.code, *capsys.readouterr()
+
+    return call

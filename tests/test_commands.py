@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,7 +15,6 @@ from safetensors.numpy import load_file
 
 from spatial_ssrl_jax import convert, generate, preview, train
 from spatial_ssrl_jax.data.prompts import Processor
-from spatial_ssrl_jax.errors import run_command
 from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
 from spatial_ssrl_jax.qwen2_5_vl.model import init_adapters
 from spatial_ssrl_jax.qwen2_5_vl.peft import write_adapter
@@ -50,20 +49,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
         image.resize((112, 84)).save(folder / f"{name}.png")
     return folder
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """Runs a command as its `__main__` does; gives exit code, stdout and stderr."""
-
-    def call(main: Callable[[Sequence[str]], None], *argv) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
-        with pytest.raises(SystemExit) as exited:
-            run_command(main)
-        out, err = capsys.readouterr()
-        return exited.value.code, out, err
-
-    return call
 
 
 def assert_refused(result: tuple[int, str, str], *named: str) -> None:

@@ -218,19 +218,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """Runs a command as its `__main__` does; gives exit code, stdout and stderr."""
-
-    def call(main: Callable, *argv: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["command", *argv])
-        with pytest.raises(SystemExit) as exited:
-            run_command(main)
-        return exited.value.code, *capsys.readouterr()
-
-    return call
-
-
 def assert_one_sentence(code: int, err: str, named: Sequence[str]) -> None:
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith((".\n", "?\n")), err

@@ -5,12 +5,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from spatial_ssrl_jax import evaluate
-from spatial_ssrl_jax.errors import run_command
 from spatial_ssrl_jax.eval.benchmarks import open_benchmark
 from spatial_ssrl_jax.eval.paper import SPATIAL, table
 from spatial_ssrl_jax.eval.predictions import as_line, read_predictions
@@ -31,17 +31,9 @@ LINES = [
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """Runs the command as its `__main__` does; gives exit code, stdout and stderr."""
-
-    def call(*argv) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
-        with pytest.raises(SystemExit) as exited:
-            run_command(evaluate.main)
-        out, err = capsys.readouterr()
-        return exited.value.code, out, err
-
-    return call
+def run(run: Callable) -> Callable:
+    """`evaluate` as its `__main__` runs it."""
+    return partial(run, evaluate.main)
 
 
 def write(path: Path, lines: list[dict]) -> Path:

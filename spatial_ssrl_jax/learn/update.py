@@ -86,9 +86,23 @@ def new_state(
 
 
 def places_of(trained: Params) -> tuple[Sharding, ...]:
-    """Where weights lie on a mesh, in the order of their leaves; empty on a device of its own."""
-    places = tuple(x.sharding for x in jax.tree.leaves(trained))
-    return places if all(isinstance(place, NamedSharding) for place in places) else ()
+    """Where weights lie on a mesh, in the order of their leaves; empty on a device of its own.
+
+    Said in one way: an optimizer step gives back `P()` for `P(None, None)`, and a program that is
+    told another place is compiled anew.
+    """
+    found = [x.sharding for x in jax.tree.leaves(trained)]
+    if not all(isinstance(place, NamedSharding) for place in found):
+        return ()
+    return tuple(NamedSharding(place.mesh, _shortest(place.spec)) for place in found)
+
+
+def _shortest(spec: P) -> P:
+    """The same without what is not cut at its end."""
+    axes = list(spec)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return P(*axes)
 
 
 @partial(jax.jit, static_argnums=(0, 4))

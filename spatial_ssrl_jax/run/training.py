@@ -232,7 +232,7 @@ def _loop(
         return None
     with closing(pipeline(run, settings, start=done - first)) as stream:
         run.progress.start(stage, settings.steps, done - first)
-        begun = time.perf_counter()
+        begun, compiled = time.perf_counter(), None
         for number in range(done + 1, last + 1):
             waited = time.perf_counter()
             batch = _agreed(next(stream))
@@ -260,6 +260,10 @@ def _loop(
                 run.progress.step(number - first, metrics)
                 log_step(run, number, first, sampled)
             run.progress.went_on()
+            if compiled is not None and metrics["perf/compilations"] > compiled:
+                more = metrics["perf/compilations"] - compiled
+                run.progress.say(f"step {number} had sizes not met before: {more:.0f} compilations")
+            compiled = float(run.compilations.count)
             _check_skipped(run, stage, number, state)
             stop = _asked_to_stop(run)
             due = (number - first) % run.config.checkpoint.every == 0

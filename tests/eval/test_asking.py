@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ import pytest
 
 from spatial_ssrl_jax import evaluate
 from spatial_ssrl_jax.data.prompts import Processor
-from spatial_ssrl_jax.errors import run_command
 from spatial_ssrl_jax.eval.benchmarks import SETS, SPECS, open_benchmark
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run.models import open_model
@@ -52,16 +52,9 @@ def one_device(checkpoint: Path, fourteen: Path, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """Runs the command as its `__main__` does; gives exit code, stdout and stderr."""
-
-    def call(*argv) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
-        with pytest.raises(SystemExit) as exited:
-            run_command(evaluate.main)
-        return exited.value.code, *capsys.readouterr()
-
-    return call
+def run(run: Callable) -> Callable:
+    """`evaluate` as its `__main__` runs it."""
+    return partial(run, evaluate.main)
 
 
 @pytest.mark.parametrize("name", SPECS)

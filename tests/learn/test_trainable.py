@@ -12,7 +12,7 @@ from spatial_ssrl_jax.config import GrpoSettings, OptimSettings
 from spatial_ssrl_jax.learn.loss import SftLoss
 from spatial_ssrl_jax.learn.optimizer import make_optimizer, scale_part
 from spatial_ssrl_jax.learn.trainable import Trainable
-from spatial_ssrl_jax.learn.update import abstract_state, new_state, train_step
+from spatial_ssrl_jax.learn.update import abstract_state, new_state, places_of, train_step
 from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, init_adapters
 from spatial_ssrl_jax.qwen2_5_vl.tree import PARTS, join, part_of
@@ -125,6 +125,19 @@ def test_frozen_weights_are_not_given_away(small_params, packed_batch):
     train_step(LOSS, optax.sgd(1.0), state, [packed_batch])
     assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
     assert all(x.is_deleted() for x in jax.tree.leaves(state.trained))
+
+
+def test_places_are_the_same_however_they_are_said():
+    """An optimizer step gives back `P()` for `P(None, None)`: gradients were compiled twice."""
+    mesh = AbstractMesh((2, 2), ("fsdp", "tensor"))
+
+    def placed(*axes: str | None) -> dict[str, jax.ShapeDtypeStruct]:
+        place = NamedSharding(mesh, PartitionSpec(*axes))
+        return {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=place)}
+
+    assert places_of(placed(None, None)) == places_of(placed())
+    assert places_of(placed("fsdp", None)) == places_of(placed("fsdp"))
+    assert places_of(placed(None, "fsdp")) != places_of(placed("fsdp"))
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spatial_ssrl_jax import config as c
@@ -15,12 +16,17 @@ GROWTH = 1.05
 
 
 def steady(toy_config, steps: int, every: int) -> c.Config:
-    """GRPO alone, with all that a step may do: saves, rollouts, the report, held-out figures."""
+    """GRPO alone, with all that a step may do: saves, rollouts, the report, held-out figures.
+
+    Caches have one width: a batch that shrinks once most responses have ended is a program of its
+    own, compiled whenever that first happens.
+    """
     return toy_config(
         sft=c.SftSettings(),
         grpo=c.GrpoSettings(
             steps=steps, prompts=8, updates=1, group=3, micro_prompts=8, learning_rate=1e-4
         ),
+        rollout=c.RolloutSettings(limit=32, chunk=32, check_every=8, wave=8),
         checkpoint=c.CheckpointSettings(every=every, keep=2),
         log=c.LogSettings(rollouts_every=every, rollouts_count=2, report_every=every),
         eval=c.EvalSettings(examples=2, samples=2, every=every, prompts=8),
@@ -63,7 +69,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="need
 @needs_proc
 def test_nothing_compiles_late_and_no_file_stays_open(toy_config, tmp_path: Path):
     rows, opened = watched(toy_config, tmp_path, 24, 4)
-    assert {row["perf/compilations"] for row in rows[8:]} == {rows[7]["perf/compilations"]}
+    assert {row["perf/compilations"] for row in rows} == {rows[0]["perf/compilations"]}
     assert fewest(opened, range(17, 25)) <= fewest(opened, range(5, 13))
 
 
@@ -72,11 +78,13 @@ def test_nothing_compiles_late_and_no_file_stays_open(toy_config, tmp_path: Path
 def test_three_hundred_steps_stay_flat(toy_config, tmp_path: Path):
     rows, opened = watched(toy_config, tmp_path, 300, 10)
     by_step = {row["step"]: row for row in rows}
-    print("step  host memory (MB)  compilations  open files (fewest of ten steps)")
+    host = {}
+    print("step  host memory (MB)  compilations  open files (mean, newest and fewest of ten steps)")
     for step in (50, 100, 200, 300):
-        row, files = by_step[step], fewest(opened, range(step - 9, step + 1))
-        size = row["memory/host_bytes"] / 1e6
-        print(f"{step:4}  {size:16.1f}  {row['perf/compilations']:12.0f}  {files}")
-    assert by_step[300]["memory/host_bytes"] <= GROWTH * by_step[50]["memory/host_bytes"]
-    assert {row["perf/compilations"] for row in rows[20:]} == {rows[19]["perf/compilations"]}
+        ten = range(step - 9, step + 1)
+        host[step] = np.mean([by_step[n]["memory/host_bytes"] for n in ten])  # one step's swings by 10 %
+        count, files = by_step[step]["perf/compilations"], fewest(opened, ten)
+        print(f"{step:4}  {host[step] / 1e6:16.1f}  {count:12.0f}  {files}")
+    assert host[300] <= GROWTH * host[50]
+    assert {row["perf/compilations"] for row in rows} == {rows[0]["perf/compilations"]}
     assert fewest(opened, range(291, 301)) <= fewest(opened, range(41, 51))
