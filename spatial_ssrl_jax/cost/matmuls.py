@@ -15,7 +15,7 @@ from spatial_ssrl_jax.cost.flops import inner_jaxprs, jaxpr_flops
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
 from spatial_ssrl_jax.rollout.cache import start
-from spatial_ssrl_jax.rollout.engine import DecodeSettings, decode_chunk, fill_weights, prefill
+from spatial_ssrl_jax.rollout.decode import DecodeSettings, decode_chunk, fill_weights, prefill
 from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
 
 

@@ -31,7 +31,7 @@ from spatial_ssrl_jax.qwen2_5_vl.model import Compute, PackedRows, PromptBatch
 from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join
 from spatial_ssrl_jax.qwen2_5_vl.vision import VisionInput
 from spatial_ssrl_jax.rollout.cache import Decoding
-from spatial_ssrl_jax.rollout.engine import (
+from spatial_ssrl_jax.rollout.decode import (
     DecodeSettings,
     decode_chunk,
     fill_weights,

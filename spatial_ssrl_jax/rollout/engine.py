@@ -1,32 +1,33 @@
 """Sampling G responses to each of B prompts, with everything about a prompt done once.
 
-Pictures are encoded and prompts prefilled once; every decode step reads the prompt's keys and
-values once for the whole group. The decode loop is one `while_loop` on the device that looks for
-the end every few steps; between chunks the host lengthens the response cache, and once half of
-the groups have finished it goes on with the others alone.
+Pictures are encoded and prompts prefilled once. Between chunks of decode steps the host lengthens
+the response cache, and once half of the groups have finished it goes on with the others alone.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.qwen2_5_vl import model as qwen
-from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig
-from spatial_ssrl_jax.qwen2_5_vl.layers import Init, cast
+from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
-from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
-from spatial_ssrl_jax.qwen2_5_vl.text import TextLayer, decode_layer, unstack
-from spatial_ssrl_jax.rollout.cache import Decoding, LayerCache, Prefix, longer, placed, start
-from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys, sample, uniforms
+from spatial_ssrl_jax.rollout.cache import Decoding, Prefix, placed
+from spatial_ssrl_jax.rollout.decode import (
+    DecodeSettings,
+    decode_chunk,
+    fill_weights,
+    grow,
+    prefill,
+    reshard_weights,
+    start_samples,
+)
+from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
 from spatial_ssrl_jax.run.mesh import Layout, gather_whole, own_rows
 
 
@@ -56,182 +57,6 @@ def join(rollouts: Sequence[Rollout], places: np.ndarray) -> Rollout:
     """
     fields, order = ("tokens", "logprobs", "length", "finished"), np.argsort(places)
     return Rollout(*(np.concatenate([getattr(r, f) for r in rollouts])[order] for f in fields))
-
-
-@dataclass(frozen=True)
-class DecodeSettings:
-    """What is fixed when the decode program is compiled.
-
-    Attributes:
-      sampling: temperature and truncation.
-      stop_ids: tokens that end a response.
-      suppressed: tokens that are never drawn.
-      check_every: steps between looks at whether all have finished.
-      layout: where caches lie; None leaves it to the compiler.
-    """
-
-    sampling: Sampling
-    stop_ids: tuple[int, ...]
-    suppressed: tuple[int, ...]
-    check_every: int
-    layout: Layout | None = None
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-def fill_weights(config: Qwen2_5_VLConfig, params: Params, dtype: str) -> dict[str, Any]:
-    """The decode step's own copy of the language model: one dict a layer, in `dtype`."""
-    text = qwen.bind(config, params).text
-    return {
-        "layers": unstack(text, dtype),
-        "embed": text.embed[...].astype(dtype),
-        "head": None if text.head is None else text.head[...].astype(dtype),
-        "norm": cast(nnx.to_pure_dict(nnx.state(text.norm)), dtype),
-    }
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def reshard_weights(
-    config: Qwen2_5_VLConfig, layout: Layout, weights: dict[str, Any]
-) -> dict[str, Any]:
-    """The decode step's weights from where training has them to where sampling needs them.
-
-    Already cast, so that half as much is sent; `weights` is donated.
-
-    Args:
-      config: the model's shape.
-      layout: for sampling.
-      weights: from `fill_weights`.
-    """
-    whole = layout.params(config, part="text/")["text"]
-
-    def of_layer(stacked: NamedSharding) -> NamedSharding:
-        return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
-
-    places = {
-        "layers": [jax.tree.map(of_layer, whole["layers"])] * config.text.num_hidden_layers,
-        "embed": whole["embed"],
-        "head": whole.get("head"),
-        "norm": whole["norm"],
-    }
-    return jax.lax.with_sharding_constraint(weights, places)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 4))
-def prefill(
-    config: Qwen2_5_VLConfig,
-    compute: Compute,
-    params: Params,
-    prompts: PromptBatch,
-    layout: Layout | None = None,
-) -> tuple[Array, Prefix]:
-    """Encodes pictures and prompts once.
-
-    Args:
-      config: the model's shape.
-      compute: how to compute.
-      params: the model, laid out for training.
-      prompts: B prompts, likewise.
-      layout: for sampling, where the results go.
-
-    Returns:
-      [B, D] hidden state behind each prompt, and the prompts' keys and values.
-    """
-    model = qwen.bind(config, params)
-    hidden, keys, values = qwen.prefill(config, model, prompts, compute)
-    layers = tuple((keys[i], values[i]) for i in range(config.text.num_hidden_layers))
-    return placed((hidden, Prefix(layers, prompts.valid, prompts.next_position)), layout)
-
-
-@cache
-def _layer_graph(config: TextConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: TextLayer(Init(jax.random.key(0)), config)))[0]
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def decode_chunk(
-    config: Qwen2_5_VLConfig,
-    settings: DecodeSettings,
-    steps: int,
-    weights: dict[str, Any],
-    prefix: Prefix,
-    state: Decoding,
-    keys_BG: Array,
-) -> Decoding:
-    """Writes up to `steps` more tokens of every sample; stops when all have finished.
-
-    Args:
-      config: the model's shape.
-      settings: sampling and stopping.
-      steps: a multiple of `settings.check_every`.
-      weights: from `fill_weights`.
-      prefix: the prompts.
-      state: the samples so far; donated. Its caches must hold `steps` more slots.
-      keys_BG: one key a sample.
-    """
-    end = state.cursor + steps
-    keys_BG = placed(keys_BG, settings.layout)
-
-    def unfinished(state: Decoding) -> Array:
-        return (state.cursor < end) & ~state.finished.all()
-
-    def some_steps(state: Decoding) -> Decoding:
-        body = partial(_decode_step, config, settings, weights, prefix, keys_BG)
-        return jax.lax.fori_loop(0, settings.check_every, lambda _, s: body(s), state)
-
-    return placed(jax.lax.while_loop(unfinished, some_steps, state), settings.layout)
-
-
-def _decode_step(
-    config: Qwen2_5_VLConfig,
-    settings: DecodeSettings,
-    weights: dict[str, Any],
-    prefix: Prefix,
-    keys_BG: Array,
-    state: Decoding,
-) -> Decoding:
-    state, token = _draw(settings, weights, keys_BG, state)
-    x = weights["embed"][token]
-    position = prefix.next_position[:, None] + state.cursor
-    rotary = text_rotary(config.text, jnp.broadcast_to(position[..., None, :], (len(token), 3, 1)))
-    rotary = tuple(jnp.broadcast_to(r, (*token.shape, r.shape[-1])) for r in rotary)
-    slots = state.layers[0][0].shape[3]
-    seen = jnp.broadcast_to(jnp.arange(slots) <= state.cursor, (len(token), slots))
-    caches = []
-    for layer_weights, shared, own in zip(
-        weights["layers"], prefix.layers, state.layers, strict=True
-    ):
-        layer = nnx.merge(_layer_graph(config.text), layer_weights)
-        x, own = decode_layer(layer, x, rotary, shared, prefix.valid, own, seen, state.cursor)
-        caches.append(own)
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + config.text.rms_norm_eps)
-    hidden = weights["norm"]["scale"] * x32.astype(x.dtype)
-    return replace(state, layers=tuple(caches), hidden=hidden, cursor=state.cursor + 1)
-
-
-def _draw(
-    settings: DecodeSettings, weights: dict[str, Any], keys_BG: Array, state: Decoding
-) -> tuple[Decoding, Array]:
-    """Draws and writes down the next token of every sample that goes on."""
-    head = weights["embed"] if weights["head"] is None else weights["head"]
-    logits = jnp.einsum("bgd,vd->bgv", state.hidden, head, preferred_element_type=jnp.float32)
-    uniform = None if settings.sampling.temperature == 0 else uniforms(keys_BG, state.cursor)
-    token, logprob = sample(logits, uniform, settings.sampling, settings.suppressed)
-    token = jnp.where(state.finished, 0, token)
-    logprob = jnp.where(state.finished, 0.0, logprob)
-
-    def write(rows: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(rows, new[..., None], state.cursor, axis=2)
-
-    stopped = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32)) & ~state.finished
-    state = replace(
-        state,
-        tokens=write(state.tokens, token),
-        logprobs=write(state.logprobs, logprob),
-        length=state.length + ~state.finished,
-        finished=state.finished | stopped,
-    )
-    return state, token
 
 
 @dataclass(frozen=True)
@@ -344,38 +169,6 @@ class Engine:
 
 
 _PARTS = (1, 2, 4)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 5))
-def start_samples(
-    config: TextConfig,
-    group: int,
-    slots: int,
-    limit: int,
-    hidden: Array,
-    layout: Layout | None = None,
-) -> Decoding:
-    """Every sample before its first token (see `cache.start`)."""
-    return placed(start(config, hidden, group, slots, limit), layout)
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def grow_layer(cache: LayerCache, slots: int, layout: Layout | None = None) -> LayerCache:
-    """One layer's cache with `slots` more slots behind."""
-    return placed(longer(cache, slots), layout)
-
-
-def grow(state: Decoding, slots: int, layout: Layout | None = None) -> Decoding:
-    """The same samples with `slots` more cache slots behind; `state` is used up.
-
-    A layer at a time, so that old and new caches are not there together.
-    """
-    layers = []
-    for old in state.layers:
-        layers.append(grow_layer(old, slots, layout))
-        for x in old:
-            x.delete()
-    return replace(state, layers=tuple(layers))
 
 
 @jax.jit

@@ -20,7 +20,7 @@ from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, abstract_params
 from spatial_ssrl_jax.rollout.cache import start
-from spatial_ssrl_jax.rollout.engine import DecodeSettings, decode_chunk, fill_weights, prefill
+from spatial_ssrl_jax.rollout.decode import DecodeSettings, decode_chunk, fill_weights, prefill
 from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
 
 PROMPTS, GROUP, TOKENS, RESPONSE = 2, 4, 64, 256

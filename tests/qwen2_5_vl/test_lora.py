@@ -27,7 +27,7 @@ from spatial_ssrl_jax.qwen2_5_vl.model import (
     param_axes,
 )
 from spatial_ssrl_jax.qwen2_5_vl.tree import join
-from spatial_ssrl_jax.rollout.engine import fill_weights
+from spatial_ssrl_jax.rollout.decode import fill_weights
 
 EVERYWHERE = LoraSettings(rank=3, alpha=12.0, targets=("language", "vision", "merger"))
 

@@ -14,7 +14,8 @@ from spatial_ssrl_jax.qwen2_5_vl import model as qwen
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
 from spatial_ssrl_jax.qwen2_5_vl.vision import VisionInput
-from spatial_ssrl_jax.rollout.engine import Engine, prefill
+from spatial_ssrl_jax.rollout.decode import prefill
+from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import GREEDY
 
 torch = pytest.importorskip("torch", reason="compares with Transformers, which needs torch")

@@ -12,7 +12,8 @@ from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout import engine
-from spatial_ssrl_jax.rollout.engine import Engine, prefill
+from spatial_ssrl_jax.rollout.decode import prefill
+from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
 
 LIMIT, GROUP = 24, 3

@@ -82,7 +82,9 @@ def test_three_hundred_steps_stay_flat(toy_config, tmp_path: Path):
     print("step  host memory (MB)  compilations  open files (mean, newest and fewest of ten steps)")
     for step in (50, 100, 200, 300):
         ten = range(step - 9, step + 1)
-        host[step] = np.mean([by_step[n]["memory/host_bytes"] for n in ten])  # one step's swings by 10 %
+        host[step] = np.mean(
+            [by_step[n]["memory/host_bytes"] for n in ten]
+        )  # one step's swings by 10 %
         count, files = by_step[step]["perf/compilations"], fewest(opened, ten)
         print(f"{step:4}  {host[step] / 1e6:16.1f}  {count:12.0f}  {files}")
     assert host[300] <= GROWTH * host[50]
