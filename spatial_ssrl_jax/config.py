@@ -29,7 +29,7 @@ class ModelSettings:
       attention: what computes attention of prompts, rows and whole pictures to themselves: `xla`
         anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16.
       chunk: queries that attend at a time, by `xla`.
-      head_chunk: response tokens a prompt whose logits exist at a time.
+      head_block: entries of the vocabulary whose logits exist at a time, for all tokens.
     """
 
     path: str = ""
@@ -38,7 +38,7 @@ class ModelSettings:
     remat: str = "full"
     attention: str = "xla"
     chunk: int = 1024
-    head_chunk: int = 128
+    head_block: int = 4096
 
 
 @dataclass(frozen=True)

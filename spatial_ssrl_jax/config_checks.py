@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _AT_LEAST_ONE = (
     "model.chunk",
-    "model.head_chunk",
+    "model.head_block",
     "data.min_pixels",
     "data.threads",
     "mesh.silence",

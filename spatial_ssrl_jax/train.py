@@ -13,6 +13,7 @@ def main(argv: Sequence[str]) -> None:
     from spatial_ssrl_jax.config import load_config, split_overrides
     from spatial_ssrl_jax.folders import folder_at
     from spatial_ssrl_jax.run.distributed import add_options, connect
+    from spatial_ssrl_jax.run.memory import keep_freed_memory
     from spatial_ssrl_jax.run.preemption import nothing_to_save
 
     parser = argparse.ArgumentParser(
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--json belongs to --check: a run leaves its figures in metrics.jsonl.")
     workdir = folder_at(args.workdir or f"runs/{config.name}")
     with nothing_to_save():
+        keep_freed_memory()
         connect(args, config.mesh.silence)
         if args.check:
             from spatial_ssrl_jax.run.check import check

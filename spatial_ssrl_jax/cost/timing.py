@@ -28,7 +28,7 @@ from spatial_ssrl_jax.qwen2_5_vl.layers import cast
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
-from spatial_ssrl_jax.run.memory import explained_memory
+from spatial_ssrl_jax.run.memory import explained_memory, keep_freed_memory
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.models import open_model
 
@@ -91,6 +91,7 @@ class Bench:
           UserError: no model there, or sizes that do not fit.
         """
         _check_sizes(args)
+        keep_freed_memory()  # as `train` does
         model = open_model(args.model)
         grid = (1, args.grid, args.grid)
         prompt = made_up_prompt(model.config, args.prompt_tokens, grid)

@@ -36,7 +36,7 @@ class Compute:
     Attributes:
       dtype: compute dtype, `float32` or `bfloat16`.
       chunk: queries that attend at a time.
-      head_chunk: response positions a prompt whose logits exist at a time.
+      head_block: entries of the vocabulary whose logits exist at a time, for all tokens.
       remat: what the backward pass keeps of each layer: `none`, `dots` or `full`.
       kernel: what computes self-attention over many tokens.
       rows: where the rows of activations lie; None leaves it to the compiler, which on a mesh would
@@ -45,7 +45,7 @@ class Compute:
 
     dtype: str = "float32"
     chunk: int = 1024
-    head_chunk: int = 128
+    head_block: int = 4096
     remat: str = "full"
     kernel: Kernel = XLA
     rows: NamedSharding | None = None

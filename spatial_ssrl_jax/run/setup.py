@@ -133,7 +133,7 @@ def compute_of(config: Config, layout: Layout) -> Compute:
     model = config.model
     check_kernel(model.attention, model.dtype, layout.mesh.devices.flat[0])
     kernel = Kernel(model.attention, layout.mesh, BATCH)
-    return Compute(model.dtype, model.chunk, model.head_chunk, model.remat, kernel, layout.rows())
+    return Compute(model.dtype, model.chunk, model.head_block, model.remat, kernel, layout.rows())
 
 
 def open_run(

@@ -76,7 +76,7 @@ def test_loss_and_gradient(small_params, mixed_batch, reference, measure):
         total = total + value * float(mixed_batch.weight[b, g])
     total.backward()
 
-    loss = GrpoLoss(CONFIG, Compute(chunk=16, head_chunk=5), GrpoSettings(temperature=TEMPERATURE))
+    loss = GrpoLoss(CONFIG, Compute(chunk=16, head_block=32), GrpoSettings(temperature=TEMPERATURE))
     program = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, _), gradients = program(small_params, mixed_batch)
     assert float(value) == pytest.approx(float(total.detach()), rel=LIMIT)

@@ -17,7 +17,7 @@ from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from tests.learn.conftest import CONFIG
 
 TEMPERATURE = 0.7
-LOSS = GrpoLoss(CONFIG, Compute(chunk=16, head_chunk=5), GrpoSettings(temperature=TEMPERATURE))
+LOSS = GrpoLoss(CONFIG, Compute(chunk=16, head_block=32), GrpoSettings(temperature=TEMPERATURE))
 
 
 def alone(batch, b):

@@ -28,7 +28,7 @@ STOPS = tuple(range(0, 680, 5))  # a fifth of what is drawn ends a response
 
 
 def make_grpo(settings, rollout, buckets, engine=None) -> Grpo:
-    loss = GrpoLoss(CONFIG, Compute(chunk=16, head_chunk=5), settings)
+    loss = GrpoLoss(CONFIG, Compute(chunk=16, head_block=32), settings)
     layout = Layout(make_mesh(MeshSettings()))
     return Grpo(
         settings, rollout, RewardSettings(), engine, loss, optax.sgd(1.0), layout, buckets, None,

@@ -20,7 +20,7 @@ def mismatch(toy, params, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """|sampler - trainer| and the sampler's log-probabilities, of all tokens that were sampled."""
     grids = ([(1, 4, 6), (1, 2, 10)], [], [(1, 6, 2)], [(1, 10, 4)])
     prompts = pad_prompts([toy.prompt(i, 8 + i, g) for i, g in enumerate(grids)], (32,), (5,))
-    compute = Compute(dtype, chunk=16, head_chunk=7)
+    compute = Compute(dtype, chunk=16, head_block=32)
     engine = Engine(toy.config, compute, STOPS, chunk=12, check_every=4)
     rollout = engine.generate(
         params,

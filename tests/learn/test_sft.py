@@ -22,7 +22,7 @@ PLAIN = Compute(remat="none")
 # The programs run for milliseconds and compile for seconds.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LOSS = jax.jit(
-    jax.value_and_grad(SftLoss(CONFIG, Compute(chunk=16, head_chunk=5)), has_aux=True),
+    jax.value_and_grad(SftLoss(CONFIG, Compute(chunk=16, head_block=32)), has_aux=True),
     compiler_options=QUICK,
 )
 

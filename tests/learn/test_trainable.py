@@ -18,7 +18,7 @@ from spatial_ssrl_jax.qwen2_5_vl.model import Compute, init_adapters
 from spatial_ssrl_jax.qwen2_5_vl.tree import PARTS, join, part_of
 from tests.learn.conftest import CONFIG
 
-LOSS = SftLoss(CONFIG, Compute(chunk=16, head_chunk=64, remat="none"))
+LOSS = SftLoss(CONFIG, Compute(chunk=16, head_block=32, remat="none"))
 LORA = Trainable(lora=LoraSettings(rank=2, alpha=6.0, targets=("language", "vision.qkv")))
 
 
