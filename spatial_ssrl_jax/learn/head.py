@@ -42,9 +42,9 @@ def head_logprobs(
         found = _logprobs(temperature, blocks, head_VD, hidden, tokens_BT.reshape(-1))
         return tuple(x.reshape(tokens_BT.shape) for x in found)
 
-    if compute.rows is not None:
+    rows = () if compute.rows is None else compute.rows.spec[0]
+    if any(compute.rows.mesh.shape[axis] > 1 for axis in rows):
         # By hand: the compiler would add up the gradient of the head for every block anew.
-        rows = compute.rows.spec[0]
         logprobs = jax.shard_map(
             logprobs,
             mesh=compute.rows.mesh,

@@ -13,7 +13,6 @@ import jax
 from spatial_ssrl_jax.config import Config
 from spatial_ssrl_jax.errors import UserError
 
-
 # Parameters of glibc's mallopt(3), from its <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
