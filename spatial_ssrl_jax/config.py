@@ -27,7 +27,8 @@ class ModelSettings:
       dtype: compute dtype, `float32` or `bfloat16`; master weights are always float32.
       remat: what the backward pass keeps of each layer: `none`, `dots` or `full`.
       attention: what computes attention of prompts, rows and whole pictures to themselves: `xla`
-        anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16.
+        anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16; `auto` is `splash` on TPUs
+        in bfloat16, else `xla`.
       chunk: queries that attend at a time, by `xla`.
       head_block: entries of the vocabulary whose logits exist at a time, for all tokens.
     """
@@ -36,7 +37,7 @@ class ModelSettings:
     from_scratch: bool = False
     dtype: str = "bfloat16"
     remat: str = "full"
-    attention: str = "xla"
+    attention: str = "auto"
     chunk: int = 1024
     head_block: int = 4096
 

@@ -50,7 +50,7 @@ _AT_LEAST_ZERO = (
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMAT_POLICIES),
-    "model.attention": KERNELS,
+    "model.attention": ("auto", *KERNELS),
     "sft.schedule": ("constant", "cosine"),
     "grpo.schedule": ("constant", "cosine"),
     "grpo.kl": ("k1", "k2", "k3"),

@@ -238,11 +238,12 @@ class Program:
             return 2 * array_bytes(instruction.shape)
         if opcode in ("dynamic-update-slice", "scatter"):
             return 2 * array_bytes(shapes[1 if opcode == "dynamic-update-slice" else 2])
-        if opcode in ("copy-start", "slice-start"):
-            target, source = _ARRAY.finditer(instruction.shape), shapes[0]
-            new = array_bytes(next(target)[0])
-            read = array_bytes(source)
-            return new + (min(read, new) if opcode == "slice-start" and new else read)
+        if opcode == "copy-start":  # (result, operand, …)
+            return array_bytes(next(_ARRAY.finditer(instruction.shape))[0]) + array_bytes(shapes[0])
+        if opcode == "slice-start":  # ((operand), result, …)
+            _, result, *_ = (found[0] for found in _ARRAY.finditer(instruction.shape))
+            part = array_bytes(_plain(result)) if array_bytes(shapes[0]) else 0.0
+            return part + array_bytes(result)
         if opcode.endswith("-start"):
             return array_bytes(instruction.shape)  # holds operands and results
         return array_bytes(instruction.shape) + sum(map(array_bytes, shapes))

@@ -37,7 +37,8 @@ from spatial_ssrl_jax.rollout.decode import (
     fill_weights,
     grow_layer,
     prefill,
-    reshard_weights,
+    reshard_part,
+    sampling_places,
     start_samples,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
@@ -184,8 +185,7 @@ class _Planned:
         if weights is None:
             return
         layout, before = self.rollout_layout, beside | {"weights": own_bytes(params)}
-        args = (model, layout, weights)
-        weights = yield Program("rollout_reshard", reshard_weights, args, 1, before, "mesh.fsdp")
+        weights = yield from self._resharded(weights, before)
         if weights is None:
             return
         beside = beside | {"rollout copy": own_bytes(weights)}
@@ -214,6 +214,29 @@ class _Planned:
         args = (model, settings, slots, weights, prefix, samples, keys)
         turns = slots / rollout.check_every
         yield Program("decode", decode_chunk, args, waves * limit / slots, beside, setting, turns)
+
+    def _resharded(
+        self, weights: dict[str, Any], beside: Held
+    ) -> Generator[Program, Any, dict[str, Any] | None]:
+        """Moving the weights for sampling: what is around the layers, then each layer."""
+        model, layout = self.model, self.rollout_layout
+        *_, layer = layers = weights["layers"]
+        around = {name: part for name, part in weights.items() if name != "layers"}
+        args = (model, layout, around)
+        before = beside | {"layers": own_bytes(layers)}
+        moved = yield Program("rollout_reshard", reshard_part, args, 1, before, "mesh.fsdp")
+        if moved is None:
+            return None
+        copy = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            layer,
+            sampling_places(model, layout)["layers"],
+        )
+        others = own_bytes(moved) + (len(layers) - 1) * own_bytes(copy)
+        args, before = (model, layout, layer), beside | {"rollout copy": others}
+        name, runs = "rollout_reshard_layer", len(layers)
+        layer = yield Program(name, reshard_part, args, runs, before, "mesh.fsdp")
+        return None if layer is None else moved | {"layers": [layer] * len(layers)}
 
     def _grown(
         self, samples: Decoding, width: int, slots: int, times: float, beside: Held

@@ -1,11 +1,13 @@
 """The output layer and its softmax, without ever holding the whole logits.
 
 The vocabulary is gone through in blocks, all tokens at once: each pass reads the weights once, and
-a block's share of their gradient is one product, summed in float32 and written once. Cut
-Cross-Entropy (arXiv 2411.09009) does the same inside one kernel.
+a block's share of their gradient is one product, summed in float32 and written once. On a mesh a
+device has one block whole at a time, and its own part of all others. Cut Cross-Entropy (arXiv
+2411.09009) does the same inside one kernel.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,21 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
+from spatial_ssrl_jax.run.mesh import RULES
 
-Blocks = tuple[int, int]
+
+class Blocks(NamedTuple):
+    """How the head is cut.
+
+    Attributes:
+      shards: parts of the vocabulary that lie on different devices (`tensor`).
+      count: blocks of each part.
+      gathered: mesh axis over which each block's widths are put together, if they are cut.
+    """
+
+    shards: int
+    count: int
+    gathered: str | None = None
 
 
 def head_logprobs(
@@ -34,8 +49,10 @@ def head_logprobs(
       differentiable).
     """
     hidden_BTD = compute.hold(hidden_BTD)
-    shards = 1 if compute.rows is None else compute.rows.mesh.shape.get("tensor", 1)
-    blocks = (shards, block_count(head_VD.shape[0] // shards, compute.head_block))
+    mesh = {} if compute.rows is None else compute.rows.mesh.shape
+    shards, width = mesh.get("tensor", 1), RULES["train"]["embed"]
+    gathered = width if mesh.get(width, 1) > 1 else None
+    blocks = Blocks(shards, block_count(head_VD.shape[0] // shards, compute.head_block), gathered)
 
     def logprobs(head_VD: Array, hidden_BTD: Array, tokens_BT: Array) -> tuple[Array, Array]:
         hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
@@ -43,12 +60,12 @@ def head_logprobs(
         return tuple(x.reshape(tokens_BT.shape) for x in found)
 
     rows = () if compute.rows is None else compute.rows.spec[0]
-    if any(compute.rows.mesh.shape[axis] > 1 for axis in rows):
-        # By hand: the compiler would add up the gradient of the head for every block anew.
+    if any(mesh[axis] > 1 for axis in rows):
+        # By hand: the compiler would gather the whole head, and add up its gradient on every chip.
         logprobs = jax.shard_map(
             logprobs,
             mesh=compute.rows.mesh,
-            in_specs=(P(), P(rows), P(rows)),
+            in_specs=(P(None, gathered), P(rows), P(rows)),
             out_specs=P(rows),
             axis_names=set(rows),
             check_vma=False,
@@ -75,7 +92,7 @@ def _logprobs(
 
 def _cut(blocks: Blocks, head_VD: Array) -> Array:
     """The weights as [blocks, entries, D]; each block has a part of every tensor shard's own."""
-    shards, count = blocks
+    shards, count, _ = blocks
     size, width = head_VD.shape
     cut = head_VD.reshape(shards, count, size // (shards * count), width)
     return cut.swapaxes(0, 1).reshape(count, size // count, width)
@@ -83,17 +100,24 @@ def _cut(blocks: Blocks, head_VD: Array) -> Array:
 
 def _uncut(blocks: Blocks, cut: Array) -> Array:
     """The inverse of `_cut`."""
-    shards, count = blocks
+    shards, count, _ = blocks
     _, entries, width = cut.shape
     return cut.reshape(count, shards, entries // shards, width).swapaxes(0, 1).reshape(-1, width)
 
 
 def _places(blocks: Blocks, size: int, tokens: Array) -> tuple[Array, Array]:
     """The block in which each token lies, and its place there."""
-    shards, count = blocks
+    shards, count, _ = blocks
     part = size // (shards * count)
     shard, inside = tokens // (count * part), tokens % (count * part)
     return inside // part, shard * part + inside % part
+
+
+def _gather(blocks: Blocks, head_VD: Array) -> Array:
+    """A block with all of its widths."""
+    if not blocks.gathered:
+        return head_VD
+    return jax.lax.all_gather(head_VD, blocks.gathered, axis=1, tiled=True)
 
 
 def _logits(temperature: float, head_VD: Array, hidden_TD: Array) -> Array:
@@ -106,7 +130,7 @@ def _forward(temperature: float, blocks: Blocks, head_VD: Array, hidden_TD: Arra
 
     def step(carry: tuple[Array, ...], block: tuple[Array, Array]):
         top, whole, spread, chosen = carry
-        number, head = block
+        number, head = block[0], _gather(blocks, block[1])
         logits = _logits(temperature, head, hidden_TD)
         highest = jnp.maximum(top, logits.max(axis=-1))
         shifted = logits - highest[:, None]
@@ -122,7 +146,7 @@ def _forward(temperature: float, blocks: Blocks, head_VD: Array, hidden_TD: Arra
     zero = jnp.zeros(hidden_TD.shape[0], jnp.float32)
     lowest = jnp.full_like(zero, jnp.finfo(jnp.float32).min)
     start = (lowest, zero, zero, zero)
-    numbered = (jnp.arange(blocks[1]), _cut(blocks, head_VD))
+    numbered = (jnp.arange(blocks.count), _cut(blocks, head_VD))
     (top, whole, spread, chosen), _ = jax.lax.scan(step, start, numbered)
     total = top + jnp.log(whole)
     found = (chosen - total, jnp.log(whole) - spread / whole)
@@ -137,7 +161,7 @@ def _backward(
     block_T, place_T = _places(blocks, head_VD.shape[0], tokens_T)
 
     def step(of_hidden: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
-        number, head = block
+        number, head = block[0], _gather(blocks, block[1])
         logits = _logits(temperature, head, hidden_TD)
         place = jnp.where(block_T == number, place_T, -1)
         chosen = jnp.arange(logits.shape[-1]) == place[:, None]
@@ -146,10 +170,14 @@ def _backward(
         sums = dict(preferred_element_type=jnp.float32)
         of_hidden += jnp.einsum("tv,vd->td", of_logits, head, **sums)
         of_head = jnp.einsum("tv,td->vd", of_logits, hidden_TD, **sums)
+        if blocks.gathered:
+            of_head = jax.lax.psum_scatter(
+                of_head, blocks.gathered, scatter_dimension=1, tiled=True
+            )
         return of_hidden, of_head.astype(head.dtype)
 
     start = jnp.zeros(hidden_TD.shape, jnp.float32)
-    numbered = (jnp.arange(blocks[1]), _cut(blocks, head_VD))
+    numbered = (jnp.arange(blocks.count), _cut(blocks, head_VD))
     of_hidden, of_head = jax.lax.scan(step, start, numbered)
     return _uncut(blocks, of_head), of_hidden.astype(hidden_TD.dtype), None
 

@@ -56,31 +56,44 @@ def fill_weights(config: Qwen2_5_VLConfig, params: Params, dtype: str) -> dict[s
     }
 
 
+def sampling_places(config: Qwen2_5_VLConfig, layout: Layout) -> dict[str, Any]:
+    """Where `fill_weights`' arrays lie for sampling; `layers` is one layer's, for all are alike."""
+    whole = layout.params(config, part="text/")["text"]
+
+    def of_layer(stacked: NamedSharding) -> NamedSharding:
+        return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
+
+    layer = jax.tree.map(of_layer, whole["layers"])
+    around = {"embed": whole["embed"], "head": whole.get("head"), "norm": whole["norm"]}
+    return around | {"layers": layer}
+
+
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def reshard_part(config: Qwen2_5_VLConfig, layout: Layout, part: dict[str, Any]) -> dict[str, Any]:
+    """One layer, or what is around the layers, moved to where sampling needs it; donated."""
+    places = sampling_places(config, layout)
+    layer = places.pop("layers")
+    return jax.lax.with_sharding_constraint(part, places if "embed" in part else layer)
+
+
 def reshard_weights(
     config: Qwen2_5_VLConfig, layout: Layout, weights: dict[str, Any]
 ) -> dict[str, Any]:
     """The decode step's weights from where training has them to where sampling needs them.
 
-    Already cast, so that half as much is sent; `weights` is donated.
+    Already cast, so that half as much is sent, and a layer at a time: all at once, the compiler
+    gathers many layers whole before it cuts the first. `weights` is used up.
 
     Args:
       config: the model's shape.
       layout: for sampling.
       weights: from `fill_weights`.
     """
-    whole = layout.params(config, part="text/")["text"]
-
-    def of_layer(stacked: NamedSharding) -> NamedSharding:
-        return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
-
-    places = {
-        "layers": [jax.tree.map(of_layer, whole["layers"])] * config.text.num_hidden_layers,
-        "embed": whole["embed"],
-        "head": whole.get("head"),
-        "norm": whole["norm"],
-    }
-    return jax.lax.with_sharding_constraint(weights, places)
+    layers = weights.pop("layers")
+    moved = reshard_part(config, layout, weights)
+    for i, layer in enumerate(layers):
+        layers[i] = reshard_part(config, layout, layer)
+    return moved | {"layers": layers}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 4))

@@ -1,6 +1,7 @@
 """Devices as a mesh, and the one table from logical axes to mesh axes for each layout."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,19 @@ RULES = {
 _TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 
 
+# Products with weights that are cut over chips are one gather and one product. By itself the
+# compiler makes as many small ones as there are chips and sums them up: at a micro-batch's sizes
+# all its activations are then read and written at every one of them.
+_TPU_OPTION = "--xla_jf_spmd_threshold_for_windowed_einsum_mib"
+
+
+def tell_tpu_compiler() -> None:
+    """Sets an option of the TPU compiler, before JAX looks for devices; a user's own one stays."""
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if _TPU_OPTION not in given:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {_TPU_OPTION}=1000000".strip()
+
+
 def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Devices, all that there are by default, as a mesh with the axes `AXES`.
 
@@ -43,6 +57,7 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
     Raises:
       UserError: the sizes do not multiply to the number of devices, or `data` is not cut at slices.
     """
+    tell_tpu_compiler()
     sizes = [settings.data, settings.fsdp, settings.tensor]
     devices = jax.devices() if devices is None else devices
     count = len(devices)

@@ -131,8 +131,11 @@ def compute_of(config: Config, layout: Layout) -> Compute:
       UserError: the devices do not have what `model.attention` asks for.
     """
     model = config.model
-    check_kernel(model.attention, model.dtype, layout.mesh.devices.flat[0])
-    kernel = Kernel(model.attention, layout.mesh, BATCH)
+    device, name = layout.mesh.devices.flat[0], model.attention
+    if name == "auto":
+        name = "splash" if device.platform == "tpu" and model.dtype == "bfloat16" else "xla"
+    check_kernel(name, model.dtype, device)
+    kernel = Kernel(name, layout.mesh, BATCH)
     return Compute(model.dtype, model.chunk, model.head_block, model.remat, kernel, layout.rows())
 
 

@@ -131,3 +131,17 @@ def test_loops_of_unknown_length_and_branches():
     one, ten = (program.moved(turns).memory for turns in (1, 10))
     assert ten > 5 * one
     assert program.moved(10, dear_share=0.0).memory < ten
+
+
+@pytest.mark.parametrize(("place", "times"), [("S(1)", 1), ("", 2)])
+def test_a_part_that_is_fetched_beforehand_counts_alone(place: str, times: int):
+    """Read once, and written where it does not stay on the chip; not all of its operand."""
+    text = f"""HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: bf16[64,8]) -> bf16[16,8] {{
+  %x = bf16[64,8]{{1,0}} parameter(0)
+  %start = ((bf16[64,8]{{1,0}}), bf16[16,8]{{1,0:T(8,128){place}}}, s32[]{{:S(2)}}) slice-start(%x), slice={{[0:16], [0:8]}}
+  ROOT %part = bf16[16,8]{{1,0:T(8,128){place}}} slice-done(%start)
+}}
+"""  # noqa: E501
+    assert Program(text).moved().memory == times * 16 * 8 * 2

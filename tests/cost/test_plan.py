@@ -52,7 +52,8 @@ def program(report: dict, name: str) -> dict:
 def test_every_program_of_both_stages_is_there(report: dict):
     names = [p["name"] for p in report["programs"]]
     assert names == [
-        "sft_gradients", "sft_add", "sft_apply", "rollout_weights", "rollout_reshard", "prefill",
+        "sft_gradients", "sft_add", "sft_apply",
+        "rollout_weights", "rollout_reshard", "rollout_reshard_layer", "prefill",
         "start", "grow", "decode", "old_logprobs", "reference_logprobs", "gradients", "apply",
     ]  # fmt: skip
     assert all(p.keys() >= FIELDS for p in report["programs"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.learn.head import _logprobs, block_count
+from spatial_ssrl_jax.learn.head import Blocks, _logprobs, block_count
 
 VOCABULARY, WIDTH, TOKENS = 96, 8, 11
 
@@ -16,7 +16,7 @@ def whole(temperature: float, head, hidden, tokens):
     return jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0], entropy
 
 
-@pytest.mark.parametrize("blocks", [(1, 1), (1, 6), (2, 3)])
+@pytest.mark.parametrize("blocks", [Blocks(1, 1), Blocks(1, 6), Blocks(2, 3)])
 def test_blocks_give_the_whole_softmax_and_its_gradients(blocks):
     rng = np.random.default_rng(0)
     head = 5 * rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
