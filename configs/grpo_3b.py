@@ -8,10 +8,10 @@ Starts from `runs/sft_3b/export`, which `configs/sft_3b.py` leaves. Published re
 
 Meant for a TPU v5e-16, weights over `fsdp=16`, sampling over 8 x 2. Compiled for v5e:4x4 with every
 prompt of 4,096 and every response of 2,048 tokens, its tightest program, the gradients of a
-micro-batch, takes 15.4 of 15.75 GiB a chip; BUILD.md has the others. At that length gradients and
-log-probabilities are bound by the memory that attention's scores go through (`model.chunk`), the
-copy of the weights by the network. One GPU of 80 GB needs (counted: 60 GB at most beside
-activations; not compiled)
+micro-batch, takes 12.9 of 15.75 GiB a chip; BUILD.md has the others. Gradients, log-probabilities
+and prefill are bound by products, decoding by the memory of weights and caches, the copy of the
+weights by the network. One GPU of 80 GB needs (counted: 60 GB at most beside activations; not
+compiled)
 
     --config.rollout.tensor=1 --config.rollout.wave=16 --config.grpo.micro_prompts=1
     --config.eval.prompts=16 --config.optim.offload=True

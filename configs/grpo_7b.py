@@ -6,10 +6,8 @@
 Starts from `runs/sft_7b/export`, which `configs/sft_7b.py` leaves. Published result: a mean of
 56.58 over seven spatial benchmarks, from 52.69. It has not been run on the real weights.
 
-Meant for a TPU v5e-32, weights over `fsdp=32`, sampling over 8 x 4 (one key/value head a chip). Two
-slices of v5e:4x4 hold the weights twice and need
-
-    --config.mesh.data=2 --config.optim.offload=True
+Meant for a TPU v5e-32, weights over `fsdp=32`, sampling over 8 x 4 (one key/value head a chip); the
+moments rest in host memory. Two slices of v5e:4x4 need --config.mesh.data=2.
 """
 
 import dataclasses
@@ -36,4 +34,5 @@ def get_config() -> c.Config:
         ),
         rollout=c.RolloutSettings(wave=64, tensor=4),
         eval=c.EvalSettings(examples=64, every=5),
+        optim=c.OptimSettings(offload=True),
     )

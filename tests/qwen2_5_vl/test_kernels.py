@@ -247,3 +247,18 @@ def test_a_kernel_that_cannot_run_is_refused(
     else:
         with pytest.raises(UserError, match=f"model.attention={name} {said}.*set model"):
             compute_of(config, layout)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "name"),
+    [
+        ("tpu", "bfloat16", "splash"),
+        ("tpu", "float32", "xla"),
+        ("gpu", "bfloat16", "xla"),
+        ("cpu", "bfloat16", "xla"),
+    ],
+)
+def test_by_default_tpus_have_the_fused_kernel(platform: str, dtype: str, name: str):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    layout = SimpleNamespace(mesh=mesh, rows=lambda: None)
+    assert compute_of(Config("x", model=ModelSettings(dtype=dtype)), layout).kernel.name == name

@@ -1,6 +1,10 @@
 """Out of device memory: one sentence with what helps, and nothing else is swallowed."""
 
 import dataclasses
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -78,3 +82,28 @@ def test_a_timing_says_what_helps(toy_folder: Path, monkeypatch: pytest.MonkeyPa
     argv = ["--random-weights", "--prompts=1", "--group=2", "--new=8", "--grid=4"]
     with pytest.raises(UserError, match="ran out of memory.*--micro-prompts"):
         bench.main(["update", f"--model={toy_folder}", *argv, "--prompt-tokens=12"])
+
+
+KEPT = """
+import os
+import numpy as np
+from spatial_ssrl_jax.run.memory import keep_freed_memory
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+keep_freed_memory()
+before = resident()
+np.ones(2**28, np.uint8)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize(("platforms", "kept"), [("cpu", True), ("tpu,cpu", False)])
+def test_on_cpu_alone_freed_memory_is_kept(platforms: str, kept: bool):
+    environment = os.environ | {"JAX_PLATFORMS": platforms}
+    command = [sys.executable, "-c", KEPT]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert (int(found.stdout) > 2**27) is kept

@@ -1,5 +1,6 @@
 """The mesh: sizes that do not fit and axes that do not divide are named."""
 
+import os
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec
 from spatial_ssrl_jax.config import MeshSettings
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
-from spatial_ssrl_jax.run.mesh import Layout, make_mesh, own_rows
+from spatial_ssrl_jax.run.mesh import Layout, make_mesh, own_rows, tell_tpu_compiler
 
 
 @pytest.fixture
@@ -135,3 +136,14 @@ def test_a_batch_comes_back_as_it_was_put():
     assert isinstance(put["ids"], jax.Array) and put["ids"].dtype == np.int32
     back = {"ids": own_rows(put["ids"], put["ids"].sharding), "scale": float(put["scale"])}
     assert np.array_equal(back["ids"], tree["ids"]) and back["scale"] == tree["scale"]
+
+
+def test_the_tpu_compiler_is_told_once_and_a_users_own_option_stays(monkeypatch):
+    name = "--xla_jf_spmd_threshold_for_windowed_einsum_mib"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--a=1")
+    tell_tpu_compiler()
+    tell_tpu_compiler()
+    assert os.environ["LIBTPU_INIT_ARGS"] == f"--a=1 {name}=1000000"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"{name}=5")
+    tell_tpu_compiler()
+    assert os.environ["LIBTPU_INIT_ARGS"] == f"{name}=5"
