@@ -232,15 +232,16 @@ def _loop(
         return None
     with closing(pipeline(run, settings, start=done - first)) as stream:
         run.progress.start(stage, settings.steps, done - first)
-        begun, compiled = time.perf_counter(), None
+        begun = time.perf_counter()
         for number in range(done + 1, last + 1):
             waited = time.perf_counter()
             batch = _agreed(next(stream))
             waited = time.perf_counter() - waited
             if number == done + 1:
                 run.progress.doing(f"compiling the programs of {stage} (first step)")
-            started = time.perf_counter()
+            started, compiled = time.perf_counter(), run.compilations.count
             state, metrics, sampled = step(number - first - 1, state, batch)
+            compiled = run.compilations.count - compiled
             seconds = time.perf_counter() - started + waited
             metrics |= memory() | utilisation(metrics["perf/useful_flops"], seconds)
             metrics |= {
@@ -260,10 +261,8 @@ def _loop(
                 run.progress.step(number - first, metrics)
                 log_step(run, number, first, sampled)
             run.progress.went_on()
-            if compiled is not None and metrics["perf/compilations"] > compiled:
-                more = metrics["perf/compilations"] - compiled
-                run.progress.say(f"step {number} had sizes not met before: {more:.0f} compilations")
-            compiled = float(run.compilations.count)
+            if compiled and number > done + 1:
+                run.progress.say(f"step {number} had sizes not met before: {compiled} compilations")
             _check_skipped(run, stage, number, state)
             stop = _asked_to_stop(run)
             due = (number - first) % run.config.checkpoint.every == 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.learn.head import Blocks, _logprobs, block_count
+from tests.run.processes import start_all
 
 VOCABULARY, WIDTH, TOKENS = 96, 8, 11
 
@@ -45,3 +46,42 @@ def test_blocks_give_the_whole_softmax_and_its_gradients(blocks):
 )
 def test_blocks_divide_the_vocabulary(size: int, most: int, count: int):
     assert block_count(size, most) == count
+
+
+ON_MESHES = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from spatial_ssrl_jax.config import MeshSettings
+from spatial_ssrl_jax.learn.head import head_logprobs
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute
+from spatial_ssrl_jax.run.mesh import BATCH, Layout, make_mesh
+
+rng = np.random.default_rng(0)
+head, hidden = (rng.normal(size=s).astype(np.float32) for s in ((192, 16), (8, 6, 16)))
+tokens = rng.integers(0, 192, (8, 6)).astype(np.int32)
+first = None
+for sizes in ((1, 1, 1), (1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 1, 4)):
+    devices = jax.devices()[: np.prod(sizes)]
+    layout = Layout(make_mesh(MeshSettings(*sizes), devices))
+    compute = Compute(head_block=24, rows=layout.rows())
+    put = lambda x, *axes: jax.device_put(x, NamedSharding(layout.mesh, P(*axes)))
+    args = put(head, "tensor", "fsdp"), put(hidden, BATCH), put(tokens, BATCH)
+
+    def loss(head, hidden, tokens):
+        found = head_logprobs(compute, head, hidden, tokens, 0.7)
+        return found[0].sum(), found
+
+    found = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*args)
+    found = [np.asarray(x) for x in jax.tree.leaves(found)]
+    first = first or found
+    print(max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, first)))
+"""
+
+
+def test_meshes_give_what_one_device_gives():
+    """Rows, widths and vocabulary cut, each alone and together."""
+    (process,) = start_all(["-c", ON_MESHES], 1, devices=8)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    apart = [float(line) for line in out.split()]
+    assert len(apart) == 5 and max(apart) < 2e-6, apart
