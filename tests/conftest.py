@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ from spatial_ssrl_jax.run import models
 from tests.standin_storage import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# A shell lets what it runs in the background ignore Ctrl-C, and so would the commands started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two layers each: grouped heads in the language model, a windowed and a full block in the tower.
 SMALL_TEXT = dict(
