@@ -12,38 +12,45 @@ _GROUPS_LISTS = re.compile(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d,]+\},?)+)\}")
 _GROUPS_LIST = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
 _COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
 
 
-def sent(opcode: str, given: float, text: str, slice_size: int | None) -> tuple[float, float]:
+def sent(
+    opcode: str, given: float, text: str, slice_size: int | None, slices: int = 1
+) -> tuple[float, float]:
     """Bytes that a device sends within its slice, and to other slices; 0 where nothing is sent.
 
     In a ring of n, gathering sends every shard n - 1 times, reducing to shards sends n - 1 of n
     parts, and an all-reduce is both. Between slices each device sends what no other one of its
-    slice does.
+    slice does. The TPU compiler takes that part apart: hosts `send` it for their devices.
 
     Args:
       opcode: of an instruction, a collective or not.
       given: bytes of its operands.
       text: its attributes.
       slice_size: devices of a slice, whose numbers follow one another; None is one slice.
+      slices: how many there are.
     """
+    if opcode == "send" and (found := _BETWEEN_SLICES.search(text)):
+        return 0.0, _factor(found[1].lower().replace("_", "-"), slices) * given
     kind = opcode.removesuffix("-start")
     if kind not in _COLLECTIVES:
         return 0.0, 0.0
-    near, slices, local = _factor(kind, group_size(text)) * given, 1, 1
+    near, crossed, local = _factor(kind, group_size(text)) * given, 1, 1
     if slice_size is not None:
         groups = group_ids(text)
-        slices = np.unique(groups // slice_size, axis=-1).shape[-1]
-        local = max(1, groups.shape[-1] // slices)
-    if slices == 1:
+        crossed = np.unique(groups // slice_size, axis=-1).shape[-1]
+        local = max(1, groups.shape[-1] // crossed)
+    if crossed == 1:
         return near, 0.0
     if local == 1:
         return 0.0, near
-    return near, _factor(kind, slices) * given / (1 if kind == "all-gather" else local)
+    return near, _factor(kind, crossed) * given / (1 if kind == "all-gather" else local)
 
 
 def _factor(kind: str, size: int) -> float:

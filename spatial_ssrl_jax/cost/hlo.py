@@ -4,6 +4,9 @@ The compiler's own cost analysis counts the body of a loop once. Here a computat
 operands and results of its top-level instructions, for what happens inside a fusion stays on the
 chip; of an array that is only sliced, or written in one place, just that part counts. Arrays that
 the compiler keeps out of the main memory (`S(1)` in their layout) cost nothing.
+
+A TPU's collectives may run beside other work: one then stands in a fusion that starts it, in those
+that it runs beside, and in one that ends it, each time under the same channel. It counts once.
 """
 
 import math
@@ -20,6 +23,7 @@ _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _TWO_BRANCHES = re.compile(r"(true|false)_computation=%([\w.\-]+)")
 
 _FREE = {
@@ -126,10 +130,11 @@ class Program:
     Args:
       text: as XLA prints it.
       slice_size: devices of a slice, whose numbers follow one another; None is one slice.
+      slices: how many there are.
     """
 
-    def __init__(self, text: str, slice_size: int | None = None):
-        self.slice_size = slice_size
+    def __init__(self, text: str, slice_size: int | None = None, slices: int = 1):
+        self.slice_size, self.slices = slice_size, slices
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         lines: list[str] = []
@@ -142,6 +147,19 @@ class Program:
                 self.computations[name] = _computation(lines)
             elif line.startswith("  "):
                 lines.append(line)
+        self.repeated = set[str]()  # collectives that an earlier fusion beside them has begun
+        for found in self.computations.values():
+            self._mark_repeated(found)
+
+    def _mark_repeated(self, inside: Computation) -> None:
+        begun = set[str]()
+        for fusion in (i for i in inside.instructions if i.opcode == "fusion"):
+            for i in self.computations[fusion.called[0]].instructions:
+                if (channel := _CHANNEL.search(i.text)) is None:
+                    continue
+                if channel[1] in begun:
+                    self.repeated.add(i.name)
+                begun.add(channel[1])
 
     def moved(self, unknown_turns: float = 1.0, dear_share: float = 1.0) -> Moved:
         """What the whole program moves.
@@ -209,16 +227,25 @@ class Program:
         begins = int(first.inner) if first is not None and first.opcode == "constant" else 0
         return int(end.inner) - begins
 
-    def _sent(self, inside: Computation, instruction: Instruction) -> Moved:
+    def _sent(
+        self, inside: Computation, instruction: Instruction, scattered: bool = False
+    ) -> Moved:
         """What one collective sends, near and far; nothing for any other instruction."""
+        if instruction.name in self.repeated:
+            return Moved()
+        opcode = instruction.opcode
+        if scattered and opcode == "all-reduce":
+            opcode = "reduce-scatter"
         given = sum(array_bytes(_plain(x)) for x in self._operand_shapes(inside, instruction))
-        return Moved(0.0, *sent(instruction.opcode, given, instruction.text, self.slice_size))
+        return Moved(0.0, *sent(opcode, given, instruction.text, self.slice_size, self.slices))
 
     def _sent_inside(self, name: str) -> Moved:
         inside = self.computations[name]
         total = Moved()
         for i in inside.instructions:
-            total += self._sent(inside, i)
+            # A TPU runs an all-reduce of which each device takes its part as one operation.
+            users = [user.opcode for user in inside.users.get(i.name, [])]
+            total += self._sent(inside, i, scattered=users == ["dynamic-slice"])
             if i.opcode == "fusion":
                 total += sum(map(self._sent_inside, i.called), Moved())
         return total
@@ -264,7 +291,7 @@ class Program:
         for user in body.users.get(name, []):
             if user.opcode in _SLICES and user.operands[0] == name:
                 total += array_bytes(_plain(user.shape))
-            elif user.opcode == "tuple":
+            elif user.opcode == "tuple" or user.name in self.repeated:
                 continue
             elif user.opcode == "bitcast" and user is body.root:
                 return whole  # handed on to whatever this computation stands in
@@ -284,6 +311,8 @@ class Program:
     def _written(self, body: Computation, result: Instruction) -> float:
         """Bytes that a fused computation's result writes."""
         parts = [body.by_name[o] for o in result.operands if o in body.by_name]
+        if result.opcode == "parameter" or result.name in self.repeated:
+            return 0.0
         if result.opcode == "tuple":
             return sum(self._written(body, part) for part in parts)
         if result.opcode == "bitcast" and parts:

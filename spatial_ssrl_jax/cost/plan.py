@@ -166,7 +166,7 @@ def _compiled(program: Program, full: float, topology: Topology) -> tuple[Cost, 
     cost.argument_bytes = max(given, memory.argument_size_in_bytes)
     cost.temp_bytes = memory.temp_size_in_bytes
     cost.output_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    moved = hlo.Program(text, topology.slice_size).moved(program.turns, full)
+    moved = hlo.Program(text, topology.slice_size, topology.slices).moved(program.turns, full)
     cost.bytes_accessed, cost.collective_bytes = moved.memory, moved.network
     cost.far_bytes = moved.far
     cost.largest_buffers += [Buffer(name, size) for size, name in hlo.largest_arrays(text, _NAMED)]

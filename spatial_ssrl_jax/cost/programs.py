@@ -22,6 +22,7 @@ from spatial_ssrl_jax.learn.update import (
     TrainState,
     add_gradients,
     apply_gradients,
+    gradient_places,
     micro_gradients,
     places_of,
 )
@@ -36,8 +37,8 @@ from spatial_ssrl_jax.rollout.decode import (
     decode_chunk,
     fill_weights,
     grow_layer,
-    prefill,
-    reshard_part,
+    prefill_program,
+    reshard_program,
     sampling_places,
     start_samples,
 )
@@ -190,8 +191,8 @@ class _Planned:
             return
         beside = beside | {"rollout copy": own_bytes(weights)}
         prompts = self._prompts(rollout.wave)
-        args = (model, self.compute, params, prompts, layout)
-        filled = yield Program("prefill", prefill, args, waves, beside, setting)
+        program = prefill_program(model, self.compute, layout)
+        filled = yield Program("prefill", program, (params, prompts), waves, beside, setting)
         if filled is None:
             return
         hidden, prefix = filled
@@ -222,9 +223,9 @@ class _Planned:
         model, layout = self.model, self.rollout_layout
         *_, layer = layers = weights["layers"]
         around = {name: part for name, part in weights.items() if name != "layers"}
-        args = (model, layout, around)
         before = beside | {"layers": own_bytes(layers)}
-        moved = yield Program("rollout_reshard", reshard_part, args, 1, before, "mesh.fsdp")
+        program = reshard_program(model, layout, of_layer=False)
+        moved = yield Program("rollout_reshard", program, (around,), 1, before, "mesh.fsdp")
         if moved is None:
             return None
         copy = jax.tree.map(
@@ -233,9 +234,10 @@ class _Planned:
             sampling_places(model, layout)["layers"],
         )
         others = own_bytes(moved) + (len(layers) - 1) * own_bytes(copy)
-        args, before = (model, layout, layer), beside | {"rollout copy": others}
+        before = beside | {"rollout copy": others}
         name, runs = "rollout_reshard_layer", len(layers)
-        layer = yield Program(name, reshard_part, args, runs, before, "mesh.fsdp")
+        program = reshard_program(model, layout, of_layer=True)
+        layer = yield Program(name, program, (layer,), runs, before, "mesh.fsdp")
         return None if layer is None else moved | {"layers": [layer] * len(layers)}
 
     def _grown(
@@ -271,8 +273,12 @@ class _Planned:
         if isinstance(batch, GroupBatch):  # those of a cold start are made one after another
             beside = beside | {"other micro-batches": (micro - 1) * own_bytes(batch)}
         optimizing = beside | self._moments(state)
-        summed = {"gradients so far": own_bytes(trained)} if several else {}
-        args = (loss, trained, state.frozen, batch, places_of(trained))
+        places = gradient_places(trained)
+        shapes = jax.tree.leaves(trained)
+        if places:
+            shapes = [x.update(sharding=p) for x, p in zip(shapes, places, strict=True)]
+        summed = {"gradients so far": own_bytes(shapes)} if several else {}
+        args = (loss, trained, state.frozen, batch, places)
         found = yield Program(
             f"{prefix}gradients", micro_gradients, args, micro, optimizing | summed, setting
         )
@@ -287,7 +293,7 @@ class _Planned:
             runs = micro - updates
             yield Program(f"{prefix}add", add_gradients, args, runs, beside_sum, "mesh.fsdp")
         held = beside | batches | {"frozen weights": own_bytes(state.frozen)}
-        args = (optimizer, replace(state, frozen={}), gradients)
+        args = (optimizer, replace(state, frozen={}), gradients, places_of(trained))
         yield Program(f"{prefix}apply", apply_gradients, args, updates, held, "mesh.fsdp")
 
     def _state(self, settings: SftSettings | GrpoSettings, optimizer: Any) -> TrainState:

@@ -39,6 +39,10 @@ class Topology:
     peak: Peak | None
     slice_size: int | None = None
 
+    @property
+    def slices(self) -> int:
+        return len(self.devices) // (self.slice_size or len(self.devices))
+
 
 def open_topology(name: str) -> Topology:
     """The devices of `v5e:4x4`, perhaps with `,slices=2` behind it, of a name of `GPUS`, or `cpu`.

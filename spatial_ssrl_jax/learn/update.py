@@ -97,6 +97,27 @@ def places_of(trained: Params) -> tuple[Sharding, ...]:
     return tuple(NamedSharding(place.mesh, _shortest(place.spec)) for place in found)
 
 
+def gradient_places(trained: Params) -> tuple[Sharding, ...]:
+    """Where gradients lie: as their weights, what is cut over `fsdp` over `data` too.
+
+    Weights are whole along `data` so that no product waits for its network; sums are not needed
+    there before the optimizer's step. A part that does not divide stays as the weight is.
+    """
+    leaves, places = jax.tree.leaves(trained), places_of(trained)
+    return tuple(map(_finer, leaves, places)) if places else ()
+
+
+def _finer(weight: Any, place: NamedSharding) -> NamedSharding:
+    sizes, spec = place.mesh.shape, list(place.spec)
+    if "fsdp" not in spec or sizes["data"] == 1:
+        return place
+    at = spec.index("fsdp")
+    if weight.shape[at] % (sizes["fsdp"] * sizes["data"]):
+        return place
+    spec[at] = ("fsdp", "data")
+    return NamedSharding(place.mesh, P(*spec))
+
+
 def _shortest(spec: P) -> P:
     """The same without what is not cut at its end."""
     axes = list(spec)
@@ -119,17 +140,21 @@ def micro_gradients(
       loss: as `train_step` takes it.
       trained, frozen: the model.
       batch: the micro-batch.
-      places: `places_of(trained)`: where gradients go, layer by layer, or whole ones would pile up.
+      places: `gradient_places(trained)`: gradients go there layer by layer, or whole ones pile up.
     """
 
     def of_trained(trained: Params) -> tuple[Array, dict[str, Array]]:
         return loss(join(trained, frozen), batch)
 
     (_, sums), gradients = jax.value_and_grad(of_trained, has_aux=True)(trained)
-    if places:
-        target = jax.tree.unflatten(jax.tree.structure(gradients), places)
-        gradients = jax.lax.with_sharding_constraint(gradients, target)
-    return gradients, sums
+    return _placed(gradients, places), sums
+
+
+def _placed(gradients: Params, places: tuple[Sharding, ...]) -> Params:
+    if not places:
+        return gradients
+    target = jax.tree.unflatten(jax.tree.structure(gradients), places)
+    return jax.lax.with_sharding_constraint(gradients, target)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -138,9 +163,12 @@ def add_gradients(total: Params, more: Params) -> Params:
     return jax.tree.map(jnp.add, total, more)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
+@partial(jax.jit, static_argnums=(0, 3), donate_argnums=1)
 def apply_gradients(
-    optimizer: optax.GradientTransformation, state: TrainState, gradients: Params
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradients: Params,
+    places: tuple[Sharding, ...] = (),
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after an optimizer step, or as it was where the gradients are not finite.
 
@@ -148,7 +176,9 @@ def apply_gradients(
       optimizer: the gradient transformation.
       state: donated; its frozen weights must be left out.
       gradients: of the whole step.
+      places: `places_of(state.trained)`: what is cut finer is put together, and stays so.
     """
+    gradients = _placed(gradients, places)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
     changes, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
@@ -186,7 +216,7 @@ def train_step(
     Returns:
       The new state and the step's metrics: means over the step's tokens (maxima for `_max`).
     """
-    gradients, metrics, places = None, {}, places_of(state.trained)
+    gradients, metrics, places = None, {}, gradient_places(state.trained)
     for batch in batches:
         more, sums = micro_gradients(loss, state.trained, state.frozen, batch, places)
         gradients = more if gradients is None else add_gradients(gradients, more)
@@ -196,6 +226,6 @@ def train_step(
     frozen, resting = state.frozen, state.opt_state
     # Frozen weights are kept out of what is donated: the KL's reference shares them.
     awake = replace(state, frozen={}, opt_state=offload.to_device(resting))
-    state, more = apply_gradients(optimizer, awake, gradients)
+    state, more = apply_gradients(optimizer, awake, gradients, places_of(state.trained))
     moments = offload.like(state.opt_state, resting)
     return replace(state, frozen=frozen, opt_state=moments), metrics | more

@@ -105,3 +105,9 @@ def placed(tree: Kept, layout: Layout | None) -> Kept:
         return jax.lax.with_sharding_constraint(x, layout.sharding("a cache", axes, x.shape))
 
     return jax.tree.map(hold, tree)
+
+
+def prefix_places(config: TextConfig, layout: Layout) -> Prefix:
+    """Where a `Prefix` lies in a layout; `layers` stands for every cache."""
+    shape = (layout.batch_shards, config.num_key_value_heads, 1, 1)
+    return Prefix(layout.sharding("a cache", _PREFIX, shape), layout.rows(), layout.rows())

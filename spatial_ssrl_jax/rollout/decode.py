@@ -20,7 +20,15 @@ from spatial_ssrl_jax.qwen2_5_vl.layers import Init, cast
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
 from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
 from spatial_ssrl_jax.qwen2_5_vl.text import TextLayer, decode_layer, unstack
-from spatial_ssrl_jax.rollout.cache import Decoding, LayerCache, Prefix, longer, placed, start
+from spatial_ssrl_jax.rollout.cache import (
+    Decoding,
+    LayerCache,
+    Prefix,
+    longer,
+    placed,
+    prefix_places,
+    start,
+)
 from spatial_ssrl_jax.rollout.sampling import Sampling, sample, uniforms
 from spatial_ssrl_jax.run.mesh import Layout
 
@@ -68,12 +76,21 @@ def sampling_places(config: Qwen2_5_VLConfig, layout: Layout) -> dict[str, Any]:
     return around | {"layers": layer}
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def reshard_part(config: Qwen2_5_VLConfig, layout: Layout, part: dict[str, Any]) -> dict[str, Any]:
-    """One layer, or what is around the layers, moved to where sampling needs it; donated."""
+@cache
+def reshard_program(config: Qwen2_5_VLConfig, layout: Layout, of_layer: bool) -> jax.stages.Wrapped:
+    """Jitted: one layer, or what is around the layers, to where sampling needs it.
+
+    Donated where nothing moves; a part of another size could not take its buffer.
+    """
     places = sampling_places(config, layout)
     layer = places.pop("layers")
-    return jax.lax.with_sharding_constraint(part, places if "embed" in part else layer)
+
+    def reshard(part: dict[str, Any]) -> dict[str, Any]:
+        return part
+
+    # Between two meshes only where results are asked to lie holds; constraints inside may get lost.
+    donated = 0 if layout.mesh.size == 1 else ()
+    return jax.jit(reshard, out_shardings=layer if of_layer else places, donate_argnums=donated)
 
 
 def reshard_weights(
@@ -90,13 +107,31 @@ def reshard_weights(
       weights: from `fill_weights`.
     """
     layers = weights.pop("layers")
-    moved = reshard_part(config, layout, weights)
-    for i, layer in enumerate(layers):
-        layers[i] = reshard_part(config, layout, layer)
+    moved = reshard_program(config, layout, of_layer=False)(weights)
+    move_layer = reshard_program(config, layout, of_layer=True)
+    weights.clear()
+    for i in range(len(layers)):
+        layers[i] = move_layer(layers[i])  # nothing else holds it: its memory is free after that
     return moved | {"layers": layers}
 
 
-@partial(jax.jit, static_argnums=(0, 1, 4))
+@cache
+def prefill_program(
+    config: Qwen2_5_VLConfig, compute: Compute, layout: Layout | None = None
+) -> jax.stages.Wrapped:
+    """`prefill`, jitted, as a function of parameters and prompts."""
+
+    def prefill(params: Params, prompts: PromptBatch) -> tuple[Array, Prefix]:
+        model = qwen.bind(config, params)
+        hidden, keys, values = qwen.prefill(config, model, prompts, compute)
+        layers = tuple((keys[i], values[i]) for i in range(config.text.num_hidden_layers))
+        return hidden, Prefix(layers, prompts.valid, prompts.next_position)
+
+    if layout is None:
+        return jax.jit(prefill)
+    return jax.jit(prefill, out_shardings=(layout.rows(), prefix_places(config.text, layout)))
+
+
 def prefill(
     config: Qwen2_5_VLConfig,
     compute: Compute,
@@ -116,10 +151,7 @@ def prefill(
     Returns:
       [B, D] hidden state behind each prompt, and the prompts' keys and values.
     """
-    model = qwen.bind(config, params)
-    hidden, keys, values = qwen.prefill(config, model, prompts, compute)
-    layers = tuple((keys[i], values[i]) for i in range(config.text.num_hidden_layers))
-    return placed((hidden, Prefix(layers, prompts.valid, prompts.next_position)), layout)
+    return prefill_program(config, compute, layout)(params, prompts)
 
 
 @cache

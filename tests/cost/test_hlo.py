@@ -145,3 +145,77 @@ ENTRY %main (x: bf16[64,8]) -> bf16[16,8] {{
 }}
 """  # noqa: E501
     assert Program(text).moved().memory == times * 16 * 8 * 2
+
+
+ASYNC = """HloModule jit_f, is_scheduled=true
+
+%begin (b0: bf16[2,8]) -> (bf16[2,8], bf16[8,8]) {
+  %b0 = bf16[2,8]{1,0:S(1)} parameter(0)
+  %gather.1 = bf16[8,8]{1,0} all-gather(%b0), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %begun = (bf16[2,8]{1,0:S(1)}, bf16[8,8]{1,0}) tuple(%b0, %gather.1)
+}
+
+%beside (m0: bf16[2,8], m1: bf16[8,8], m2: bf16[100,8]) -> (bf16[100,8], bf16[2,8], bf16[8,8]) {
+  %m0 = bf16[2,8]{1,0:S(1)} parameter(0)
+  %m1 = bf16[8,8]{1,0} parameter(1)
+  %m2 = bf16[100,8]{1,0} parameter(2)
+  %twice = bf16[100,8]{1,0} add(%m2, %m2)
+  %gather.2 = bf16[8,8]{1,0} all-gather(%m0), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %both = (bf16[100,8]{1,0}, bf16[2,8]{1,0:S(1)}, bf16[8,8]{1,0}) tuple(%twice, %m0, %m1)
+}
+
+%end (e0: bf16[2,8], e1: bf16[8,8]) -> bf16[8,8] {
+  %e0 = bf16[2,8]{1,0:S(1)} parameter(0)
+  %e1 = bf16[8,8]{1,0} parameter(1)
+  ROOT %gather.3 = bf16[8,8]{1,0} all-gather(%e0), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+ENTRY %main (x: bf16[2,8], y: bf16[100,8]) -> bf16[100,8] {
+  %x = bf16[2,8]{1,0:S(1)} parameter(0)
+  %y = bf16[100,8]{1,0} parameter(1)
+  %start = (bf16[2,8]{1,0:S(1)}, bf16[8,8]{1,0}) fusion(%x), kind=kCustom, calls=%begin
+  %s0 = bf16[2,8]{1,0:S(1)} get-tuple-element(%start), index=0
+  %s1 = bf16[8,8]{1,0} get-tuple-element(%start), index=1
+  %work = (bf16[100,8]{1,0}, bf16[2,8]{1,0:S(1)}, bf16[8,8]{1,0}) fusion(%s0, %s1, %y), kind=kOutput, calls=%beside
+  %w0 = bf16[100,8]{1,0} get-tuple-element(%work), index=0
+  %w1 = bf16[2,8]{1,0:S(1)} get-tuple-element(%work), index=1
+  %w2 = bf16[8,8]{1,0} get-tuple-element(%work), index=2
+  %done = bf16[8,8]{1,0} fusion(%w1, %w2), kind=kCustom, calls=%end
+  ROOT %out = bf16[100,8]{1,0} copy(%w0)
+}
+"""  # noqa: E501
+
+
+def test_a_gather_that_runs_beside_other_work_counts_once():
+    """32 bytes sent to three others, 128 written; the work reads and writes 1,600, its copy too."""
+    moved = Program(ASYNC).moved()
+    assert moved.network == 3 * 32
+    assert moved.memory == 128 + 2 * 1600 + 2 * 1600
+
+
+SCATTER = """HloModule jit_f, is_scheduled=true
+
+%sum_and_take (s0: bf16[8,8]) -> bf16[2,8] {
+  %s0 = bf16[8,8]{1,0} parameter(0)
+  %sum = bf16[8,8]{1,0} all-reduce(%s0), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %own = bf16[2,8]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={2,8}
+}
+
+ENTRY %main (x: bf16[8,8]) -> bf16[2,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %ready = token[] after-all()
+  %far = (bf16[8,8]{1,0}, u32[], token[]) send(%x, %ready), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %own = bf16[2,8]{1,0} fusion(%x), kind=kCustom, calls=%sum_and_take
+}
+"""  # noqa: E501
+
+
+def test_a_sum_of_which_each_takes_its_part_is_sent_once():
+    assert Program(SCATTER).moved().network == 128 * 3 / 4
+
+
+@pytest.mark.parametrize(("slices", "times"), [(2, 1.0), (4, 1.5)])
+def test_what_hosts_send_between_slices_goes_far(slices: int, times: float):
+    """A ring of n all-reduces with 2 (n - 1) / n of the bytes."""
+    assert Program(SCATTER, 4, slices).moved().far == times * 128

@@ -12,7 +12,13 @@ from spatial_ssrl_jax.config import GrpoSettings, OptimSettings
 from spatial_ssrl_jax.learn.loss import SftLoss
 from spatial_ssrl_jax.learn.optimizer import make_optimizer, scale_part
 from spatial_ssrl_jax.learn.trainable import Trainable
-from spatial_ssrl_jax.learn.update import abstract_state, new_state, places_of, train_step
+from spatial_ssrl_jax.learn.update import (
+    abstract_state,
+    gradient_places,
+    new_state,
+    places_of,
+    train_step,
+)
 from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, init_adapters
 from spatial_ssrl_jax.qwen2_5_vl.tree import PARTS, join, part_of
@@ -138,6 +144,24 @@ def test_places_are_the_same_however_they_are_said():
     assert places_of(placed(None, None)) == places_of(placed())
     assert places_of(placed("fsdp", None)) == places_of(placed("fsdp"))
     assert places_of(placed(None, "fsdp")) != places_of(placed("fsdp"))
+
+
+def test_gradients_are_cut_between_copies_of_the_weights_too():
+    """Where that divides, and where there are copies; the parts stay where their weight's are."""
+
+    def placed(data: int, *axes: str | None) -> dict[str, jax.ShapeDtypeStruct]:
+        mesh = AbstractMesh((data, 2, 2), ("data", "fsdp", "tensor"))
+        place = NamedSharding(mesh, PartitionSpec(*axes))
+        return {"kernel": jax.ShapeDtypeStruct((4, 6), jnp.float32, sharding=place)}
+
+    def found(data: int, *axes: str | None) -> PartitionSpec:
+        return gradient_places(placed(data, *axes))[0].spec
+
+    assert found(2, "fsdp", "tensor") == PartitionSpec(("fsdp", "data"), "tensor")
+    assert found(1, "fsdp", "tensor") == PartitionSpec("fsdp", "tensor")
+    assert found(2, None, "fsdp") == PartitionSpec(None, "fsdp")  # 6 is not cut in 4
+    assert found(2, "tensor") == PartitionSpec("tensor")
+    assert gradient_places({"kernel": jnp.zeros(4)}) == ()
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -22,7 +22,7 @@ from spatial_ssrl_jax.learn.loss import GrpoLoss, SftLoss
 from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.learn.reward import Reward
 from spatial_ssrl_jax.learn.sft import encode_responses, pack_step
-from spatial_ssrl_jax.learn.update import add_gradients, micro_gradients
+from spatial_ssrl_jax.learn.update import add_gradients, gradient_places, micro_gradients
 from spatial_ssrl_jax.run import models, training
 from spatial_ssrl_jax.run.distributed import add_options, connect
 from spatial_ssrl_jax.run.mesh import gather_rows, gather_whole, is_writer
@@ -124,9 +124,9 @@ def _grpo(run: Run, start: Start) -> Arrays:
 
 def _summed(name: str, loss, params, batches) -> Arrays:
     """A step's figures and gradients, over its micro-batches."""
-    gradients, figures = None, {}
+    gradients, figures, places = None, {}, gradient_places(params)
     for batch in batches:
-        more, sums = micro_gradients(loss, params, {}, batch)
+        more, sums = micro_gradients(loss, params, {}, batch, places)
         gradients = more if gradients is None else add_gradients(gradients, more)
         for key, value in sums.items():
             figures[key] = figures.get(key, 0.0) + float(value)
