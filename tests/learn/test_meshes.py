@@ -1,0 +1,51 @@
+"""Gradients and prompts' caches on meshes are those of one device, and lie where they should."""
+
+from tests.run.processes import start_all
+
+ON_MESHES = """
+import jax, numpy as np
+from spatial_ssrl_jax.config import GrpoSettings, MeshSettings
+from spatial_ssrl_jax.learn.loss import GrpoLoss
+from spatial_ssrl_jax.learn.update import gradient_places, micro_gradients
+from spatial_ssrl_jax.qwen2_5_vl.model import Compute
+from spatial_ssrl_jax.rollout.cache import prefix_places
+from spatial_ssrl_jax.rollout.decode import prefill
+from spatial_ssrl_jax.run.mesh import Layout, make_mesh
+from tests.conftest import random_params
+from tests.learn.conftest import CONFIG, mixed_batch
+
+once = mixed_batch.__wrapped__()
+batch = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8] if np.ndim(x) else x, once)
+params, first = random_params(CONFIG, seed=0), None
+
+
+def alike(places, arrays):
+    for x, place in zip(jax.tree.leaves(arrays), places, strict=True):
+        assert x.sharding.is_equivalent_to(place, x.ndim), (x.shape, x.sharding, place)
+
+
+for sizes in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
+    layout = Layout(make_mesh(MeshSettings(*sizes), jax.devices()[: np.prod(sizes)]))
+    sampling = layout.rollout(min(2, np.prod(sizes)))
+    compute = Compute(chunk=16, head_block=32, rows=layout.rows(), looked_up=layout.looked_up())
+    put = jax.device_put(params, layout.params(CONFIG))
+    rows, loss = layout.put_batch(batch), GrpoLoss(CONFIG, compute, GrpoSettings(group=4))
+    gradients, _ = micro_gradients(loss, put, {}, rows, gradient_places(put))
+    alike(gradient_places(put), gradients)
+    hidden, prefix = prefill(CONFIG, compute, put, rows.prompts, sampling)
+    asked = prefix_places(CONFIG.text, sampling)
+    caches = [asked.layers] * len(jax.tree.leaves(prefix.layers))
+    alike([sampling.rows(), *caches, asked.valid, asked.next_position], (hidden, prefix))
+    found = [np.asarray(x) for x in jax.tree.leaves((gradients, hidden, prefix.layers))]
+    first = first or found
+    print(max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, first, strict=True)))
+"""
+
+
+def test_meshes_give_what_one_device_gives():
+    """With copies of the weights; sampling cuts 2 x 4 into 4 x 2, which is no part of its axes."""
+    (process,) = start_all(["-c", ON_MESHES], 1, devices=8)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    apart = [float(line) for line in out.split()]
+    assert len(apart) == 3 and max(apart) < 1e-5, apart
