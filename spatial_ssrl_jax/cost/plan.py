@@ -152,7 +152,7 @@ def _compiled(program: Program, full: float, topology: Topology) -> tuple[Cost, 
     cost.largest_buffers = _largest_arguments(program.args)
     begun, lowered = time.perf_counter(), traced.lower()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

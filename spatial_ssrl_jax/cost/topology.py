@@ -11,7 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from spatial_ssrl_jax.cost.devices import Peak, device_peak
-from spatial_ssrl_jax.cost.gpus import GPUS, gpu_devices
+from spatial_ssrl_jax.cost.gpus import GPUS, NO_TRIAL, gpu_devices
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.run.mesh import tell_tpu_compiler
 
@@ -32,12 +32,14 @@ class Topology:
       devices: they only have to exist for the compiler.
       peak: what one of them does at most; None where that is not known.
       slice_size: devices of each of several slices; None where there is one.
+      compiler_options: that compiling without the device needs.
     """
 
     name: str
     devices: Sequence[jax.Device]
     peak: Peak | None
     slice_size: int | None = None
+    compiler_options: dict[str, bool] | None = None
 
     @property
     def slices(self) -> int:
@@ -54,7 +56,8 @@ def open_topology(name: str) -> Topology:
     if name == "cpu":
         return Topology(name, jax.devices("cpu"), None)
     if name in GPUS:
-        return Topology(name, gpu_devices(name), device_peak(GPUS[name].name))
+        peak = device_peak(GPUS[name].name)
+        return Topology(name, gpu_devices(name), peak, compiler_options=NO_TRIAL)
     found = re.fullmatch(r"(v\d\w):(\d+(?:x\d+)*)(?:,slices=([1-9]\d*))?", name)
     if found is None or found[1] not in _TPUS:
         raise UserError(

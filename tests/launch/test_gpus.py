@@ -66,9 +66,20 @@ def test_slurm_trains_on_every_task_and_queues_again_until_complete(cloud: Cloud
     assert submit().returncode == 0
     assert notes.read_text().count("scontrol") == 1
 
-    write_script(cloud.folder / "bin/srun", "#!/bin/sh\nexit 2\n")
-    failed = submit()
+    def ends(code: int, saves: str = ":") -> subprocess.CompletedProcess[str]:
+        write_script(cloud.folder / "bin/srun", f"#!/bin/sh\n{saves}\nexit {code}\n")
+        return submit()
+
+    failed = ends(2)
     assert failed.returncode == 1 and "training ended with an error" in failed.stderr
+
+    # A lost process queues again, if the run went on since it started; an error never does.
+    (cloud.folder / "runs/x/summary.json").unlink()
+    for code, step, again in ((75, 10, 1), (137, 20, 1), (2, 30, 0), (75, 30, 0)):
+        notes.write_text("")
+        done = ends(code, f"mkdir -p runs/x/checkpoints/{step}")
+        assert done.returncode == 1 - again, (code, step, done.stderr)
+        assert notes.read_text().count("scontrol requeue 7") == again, (code, step)
 
 
 def test_shellcheck_has_nothing_to_say():
