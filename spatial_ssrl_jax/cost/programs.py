@@ -315,7 +315,8 @@ class _Planned:
 
     def _vision(self, rows: int, windows: int) -> VisionInput:
         shape = (rows, windows, self.model.vision.window_patches)
-        patches = self._rows(*shape, self.model.vision.patch_dim, dtype=np.float32)
+        dtype = jnp.dtype(self.compute.dtype)
+        patches = self._rows(*shape, self.model.vision.patch_dim, dtype=dtype)
         return VisionInput(patches, self._rows(*shape), self._rows(*shape, 2))
 
     def _prompts(self, rows: int) -> PromptBatch:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 
 from spatial_ssrl_jax.data.prompts import Prompt
@@ -24,16 +25,26 @@ def bucket(size: int, buckets: Sequence[int], name: str) -> int:
 
 
 def pad_prompts(
-    prompts: Sequence[Prompt], prompt_buckets: Sequence[int], window_buckets: Sequence[int]
+    prompts: Sequence[Prompt],
+    prompt_buckets: Sequence[int],
+    window_buckets: Sequence[int],
+    dtype: str = "float32",
 ) -> PromptBatch:
-    """Stacks prompts as NumPy arrays, padded to the smallest buckets that hold all of them."""
+    """Stacks prompts as NumPy arrays, padded to the smallest buckets that hold all of them.
+
+    Args:
+      prompts: at least one.
+      prompt_buckets, window_buckets: tokens and vision windows to choose from.
+      dtype: of the patches: the compute dtype, to which the model rounds them first in any case.
+        They are the larger part of a batch.
+    """
     tokens = bucket(max(len(p.ids) for p in prompts), prompt_buckets, "data.prompt_buckets")
     windows = bucket(max(len(p.frame) for p in prompts), window_buckets, "data.window_buckets")
 
-    def stack(name: str, length: int, axis: int = 0, fill: int = 0) -> np.ndarray:
+    def stack(name: str, length: int, axis: int = 0, fill: int = 0, dtype=None) -> np.ndarray:
         padded = []
         for prompt in prompts:
-            array = getattr(prompt, name)
+            array = np.asarray(getattr(prompt, name), dtype)
             width = [(0, 0)] * array.ndim
             width[axis] = (0, length - array.shape[axis])
             padded.append(np.pad(array, width, constant_values=fill))
@@ -46,7 +57,7 @@ def pad_prompts(
         next_position=np.array([p.next_position for p in prompts], np.int32),
         image_index=stack("image_index", tokens, fill=-1),
         vision=VisionInput(
-            patches=stack("patches", windows),
+            patches=stack("patches", windows, dtype=jnp.dtype(dtype)),
             frame=stack("frame", windows, fill=-1),
             coords=stack("coords", windows),
         ),

@@ -122,7 +122,7 @@ def fill_rows(
         image_index=np.full((count, room.tokens), -1, np.int32),
         place=np.full((count, room.responses), -1, np.int32),
         vision=VisionInput(
-            patches=np.zeros((*window, patch_dim), np.float32),
+            patches=np.zeros((*window, patch_dim), examples[0].prompt.patches.dtype),
             frame=np.full(window, -1, np.int32),
             coords=np.zeros((*window, 2), np.int32),
         ),

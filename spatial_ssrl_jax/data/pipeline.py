@@ -104,14 +104,16 @@ class _ProcessRows(grain.sources.RandomAccessDataSource):
 
 @dataclass(frozen=True)
 class Collate:
-    """Items with their places -> `Batch`."""
+    """Items with their places -> `Batch`; as `pad_prompts` takes them."""
 
     prompt_buckets: tuple[int, ...]
     window_buckets: tuple[int, ...]
+    dtype: str = "float32"
 
     def __call__(self, rows: Sequence[tuple[int, Item]]) -> Batch:
         places, items = zip(*rows, strict=True)
-        prompts = pad_prompts([i.prompt for i in items], self.prompt_buckets, self.window_buckets)
+        buckets = self.prompt_buckets, self.window_buckets
+        prompts = pad_prompts([i.prompt for i in items], *buckets, self.dtype)
         # Their patches are the larger part of a batch: they are not kept twice.
         items = tuple(dataclasses.replace(item, prompt=None) for item in items)
         return Batch(items, prompts, np.array(places, np.int32))

@@ -117,7 +117,7 @@ def open_parts(config: Config) -> Parts:
     if config.sft.steps and config.sft.responses != "made":
         open_source(f"ssrl81k:{config.sft.responses}")
     rollout_layout = check_shards(config, model.config, layout)
-    collate = Collate(data.prompt_buckets, data.window_buckets)
+    collate = Collate(data.prompt_buckets, data.window_buckets, config.model.dtype)
     questions = open_questions(config)
     return Parts(
         config, layout, rollout_layout, model, processor, source, split, collate, compute, questions

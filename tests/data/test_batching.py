@@ -17,6 +17,15 @@ def test_windows_are_counted(prompts):
     assert windows_of(batch).tolist() == [len(p.frame) for p in prompts]
 
 
+def test_patches_come_in_the_compute_dtype_as_the_model_would_round_them(prompts):
+    given, found = (
+        pad_prompts(prompts, (64,), (9,), *d).vision.patches for d in ((), ("bfloat16",))
+    )
+    rounded = jax.jit(lambda x: x.astype("bfloat16"))(given)
+    assert found.dtype == "bfloat16" and np.abs(given).max() > 1
+    np.testing.assert_array_equal(found, rounded)
+
+
 def test_trim_undoes_widen_and_picks_rows(prompts):
     tokens, windows = len(prompts[2].ids), len(prompts[2].frame)
     small = pad_prompts(prompts, (tokens,), (windows,))
