@@ -8,13 +8,16 @@ Starts from `runs/sft_3b/export`, which `configs/sft_3b.py` leaves. Published re
 
 Meant for a TPU v5e-16, weights over `fsdp=16`, sampling over 8 x 2. Compiled for v5e:4x4 with every
 prompt of 4,096 and every response of 2,048 tokens, its tightest program, the gradients of a
-micro-batch, takes 12.9 of 15.75 GiB a chip; BUILD.md has the others. Gradients, log-probabilities
+micro-batch, takes 12.4 of 15.75 GiB a chip; BUILD.md has the others. Gradients, log-probabilities
 and prefill are bound by products, decoding by the memory of weights and caches, the copy of the
-weights by the network. One GPU of 80 GB needs (counted: 60 GB at most beside activations; not
-compiled)
+weights by the network. One GPU of 80 GB holds it with
 
     --config.rollout.tensor=1 --config.rollout.wave=16 --config.grpo.micro_prompts=1
     --config.eval.prompts=16 --config.optim.offload=True
+
+Compiled for `h100`, the optimizer's step takes most, 65 of 75 GiB. A step at these lengths takes 20
+minutes there at least: attention's scores go through memory, and cuDNN's kernel
+(`--config.model.attention=cudnn`), which spares that, could not be compiled without a GPU.
 """
 
 import dataclasses

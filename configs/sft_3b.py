@@ -4,7 +4,9 @@
         --config.data.source=folder:COCO+diode:DIODE+megadepth:MEGADEPTH
 
 Responses are made from the tasks themselves unless `--config.sft.responses=FILE` names the released
-cold-start JSON. Meant for a TPU v5e-16 or one 80 GB GPU; it has not been run on the real weights.
+cold-start JSON. Meant for a TPU v5e-16 (compiled: 5.1 of 15.75 GiB a chip), or one 80 GB GPU with
+`--config.sft.micro_rows=1 --config.rollout.tensor=1` (compiled for `a100-80gb`: 12.6 GiB). It has
+not been run on the real weights.
 """
 
 import dataclasses

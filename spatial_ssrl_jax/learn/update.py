@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from spatial_ssrl_jax.learn.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join
 from spatial_ssrl_jax.run import offload
+from spatial_ssrl_jax.run.mesh import slices
 
 TrainBatch = GroupBatch | PackedBatch
 LossFunction = Callable[[Params, TrainBatch], tuple[Array, dict[str, Array]]]
@@ -98,18 +99,20 @@ def places_of(trained: Params) -> tuple[Sharding, ...]:
 
 
 def gradient_places(trained: Params) -> tuple[Sharding, ...]:
-    """Where gradients lie: as their weights, what is cut over `fsdp` over `data` too.
+    """Where gradients lie: as their weights, on several TPU slices cut over `data` as well.
 
-    Weights are whole along `data` so that no product waits for its network; sums are not needed
-    there before the optimizer's step. A part that does not divide stays as the weight is.
+    Each slice has whole weights, so that no product waits for the network between them; the sums
+    are not needed whole before the optimizer's step. What does not divide stays as the weight is.
     """
     leaves, places = jax.tree.leaves(trained), places_of(trained)
-    return tuple(map(_finer, leaves, places)) if places else ()
+    if not places or slices(places[0].mesh) == 1:
+        return places
+    return tuple(map(_finer, leaves, places))
 
 
 def _finer(weight: Any, place: NamedSharding) -> NamedSharding:
     sizes, spec = place.mesh.shape, list(place.spec)
-    if "fsdp" not in spec or sizes["data"] == 1:
+    if "fsdp" not in spec:
         return place
     at = spec.index("fsdp")
     if weight.shape[at] % (sizes["fsdp"] * sizes["data"]):

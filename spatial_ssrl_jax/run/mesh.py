@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,21 +67,25 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
     if min(sizes) < 1 or np.prod(sizes) != count:
         shape = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh {shape} does not fit {count} devices: change config.mesh.")
-    slices = _slices(devices)
-    if slices == 1:
+    count = _slices(devices)
+    if count == 1:
         return jax.make_mesh(sizes, AXES, axis_types=_TYPES, devices=devices)
-    if sizes[0] % slices:
+    if sizes[0] % count:
         raise UserError(
-            f"mesh.data={sizes[0]} must be a multiple of the {slices} slices, for only that axis "
-            f"lies between them: set --config.mesh.data={slices}."
+            f"mesh.data={sizes[0]} must be a multiple of the {count} slices, for only that axis "
+            f"lies between them: set --config.mesh.data={count}."
         )
-    within = (sizes[0] // slices, *sizes[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
+    within = (sizes[0] // count, *sizes[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (count, 1, 1), devices=devices)
     return Mesh(grid, AXES, axis_types=_TYPES)
 
 
-def _slices(devices: Sequence[jax.Device]) -> int:
-    """TPU slices among the devices; GPUs of several machines count as one."""
+def slices(mesh: Mesh) -> int:
+    """TPU slices of a mesh; GPUs of several machines count as one."""
+    return _slices(mesh.devices.flat)
+
+
+def _slices(devices: Iterable[jax.Device]) -> int:
     tpus = [d for d in devices if getattr(d, "platform", "") == "tpu"]
     return len({getattr(d, "slice_index", 0) for d in tpus}) or 1
 

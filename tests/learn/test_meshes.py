@@ -5,6 +5,7 @@ from tests.run.processes import start_all
 ON_MESHES = """
 import jax, numpy as np
 from spatial_ssrl_jax.config import GrpoSettings, MeshSettings
+from spatial_ssrl_jax.learn import update
 from spatial_ssrl_jax.learn.loss import GrpoLoss
 from spatial_ssrl_jax.learn.update import gradient_places, micro_gradients
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
@@ -14,6 +15,7 @@ from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from tests.conftest import random_params
 from tests.learn.conftest import CONFIG, mixed_batch
 
+update.slices = lambda mesh: mesh.shape["data"]  # as if each copy of the weights were one
 once = mixed_batch.__wrapped__()
 batch = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8] if np.ndim(x) else x, once)
 params, first = random_params(CONFIG, seed=0), None

@@ -9,6 +9,7 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from spatial_ssrl_jax.config import GrpoSettings, OptimSettings
+from spatial_ssrl_jax.learn import update
 from spatial_ssrl_jax.learn.loss import SftLoss
 from spatial_ssrl_jax.learn.optimizer import make_optimizer, scale_part
 from spatial_ssrl_jax.learn.trainable import Trainable
@@ -146,8 +147,8 @@ def test_places_are_the_same_however_they_are_said():
     assert places_of(placed(None, "fsdp")) != places_of(placed("fsdp"))
 
 
-def test_gradients_are_cut_between_copies_of_the_weights_too():
-    """Where that divides, and where there are copies; the parts stay where their weight's are."""
+def test_gradients_are_cut_between_slices_too(monkeypatch: pytest.MonkeyPatch):
+    """Where that divides; the parts stay where their weight's are."""
 
     def placed(data: int, *axes: str | None) -> dict[str, jax.ShapeDtypeStruct]:
         mesh = AbstractMesh((data, 2, 2), ("data", "fsdp", "tensor"))
@@ -157,8 +158,9 @@ def test_gradients_are_cut_between_copies_of_the_weights_too():
     def found(data: int, *axes: str | None) -> PartitionSpec:
         return gradient_places(placed(data, *axes))[0].spec
 
+    monkeypatch.setattr(update, "slices", lambda mesh: mesh.shape["data"])
     assert found(2, "fsdp", "tensor") == PartitionSpec(("fsdp", "data"), "tensor")
-    assert found(1, "fsdp", "tensor") == PartitionSpec("fsdp", "tensor")
+    assert found(1, "fsdp", "tensor") == PartitionSpec("fsdp", "tensor")  # one slice
     assert found(2, None, "fsdp") == PartitionSpec(None, "fsdp")  # 6 is not cut in 4
     assert found(2, "tensor") == PartitionSpec("tensor")
     assert gradient_places({"kernel": jnp.zeros(4)}) == ()
