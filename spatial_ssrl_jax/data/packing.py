@@ -103,6 +103,7 @@ def fill_rows(
     patch_dim: int,
     window_patches: int,
     merge_unit: int,
+    dtype: np.dtype = np.dtype("float32"),
 ) -> PackedRows:
     """Lays examples out in rows, padded to `room`; NumPy arrays.
 
@@ -112,6 +113,7 @@ def fill_rows(
       room: what a row holds.
       patch_dim, window_patches, merge_unit: numbers of a patch, patches of a window and patches of
         a merged token.
+      dtype: of the patches.
     """
     count = len(rows)
     window = (count, room.windows, window_patches)
@@ -122,7 +124,7 @@ def fill_rows(
         image_index=np.full((count, room.tokens), -1, np.int32),
         place=np.full((count, room.responses), -1, np.int32),
         vision=VisionInput(
-            patches=np.zeros((*window, patch_dim), examples[0].prompt.patches.dtype),
+            patches=np.zeros((*window, patch_dim), dtype),
             frame=np.full(window, -1, np.int32),
             coords=np.zeros((*window, 2), np.int32),
         ),

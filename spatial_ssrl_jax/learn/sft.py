@@ -44,6 +44,7 @@ class PackedStep:
       rooms: the rows' shape in each micro-batch.
       normaliser: response tokens of the whole step.
       vision: the vision tower's shape.
+      dtype: of the patches; the same on all processes, also on one that has no example.
     """
 
     examples: list[Packable]
@@ -51,13 +52,14 @@ class PackedStep:
     rooms: list[Room]
     normaliser: float
     vision: VisionConfig
+    dtype: np.dtype
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """The micro-batches with this process's rows, NumPy arrays."""
         vision = self.vision
         sizes = vision.patch_dim, vision.window_patches, vision.merge_unit
         for rows, room in zip(self.parts, self.rooms, strict=True):
-            packed = fill_rows(self.examples, rows, room, *sizes)
+            packed = fill_rows(self.examples, rows, room, *sizes, dtype=self.dtype)
             yield PackedBatch(packed, np.float32(self.normaliser))
 
     @property
@@ -93,4 +95,5 @@ def pack_step(
         Room(room.tokens, bucket(most, settings.row_windows, "sft.row_windows"), room.responses)
         for most in gather_rows(np.array([windows])).max(axis=0).tolist()
     ]
-    return PackedStep(examples, parts, rooms, total(sum(map(len, responses))), vision)
+    normaliser, dtype = total(sum(map(len, responses))), batch.prompts.vision.patches.dtype
+    return PackedStep(examples, parts, rooms, normaliser, vision, dtype)

@@ -20,7 +20,13 @@ from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, abstract_params
 from spatial_ssrl_jax.rollout.cache import start
-from spatial_ssrl_jax.rollout.decode import DecodeSettings, decode_chunk, fill_weights, prefill
+from spatial_ssrl_jax.rollout.decode import (
+    DecodeSettings,
+    decode_chunk,
+    fill_weights,
+    prefill,
+    prefill_program,
+)
 from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
 
 PROMPTS, GROUP, TOKENS, RESPONSE = 2, 4, 64, 256
@@ -52,7 +58,7 @@ def lower(toy) -> Callable[[str, int], jax.stages.Lowered]:
         config = replace(toy.config, text=replace(toy.config.text, num_hidden_layers=depth))
         params = abstract_params(config)
         if name == "prefill":
-            return prefill.lower(config, COMPUTE, params, batch)
+            return prefill_program(config, COMPUTE).lower(params, batch)
         if name == "decode":
             return decode(config, params)
         of_config = partial(logprobs, config)
