@@ -103,7 +103,7 @@ def fill_rows(
     patch_dim: int,
     window_patches: int,
     merge_unit: int,
-    dtype: np.dtype = np.dtype("float32"),
+    dtype: str | np.dtype = "float32",
 ) -> PackedRows:
     """Lays examples out in rows, padded to `room`; NumPy arrays.
 

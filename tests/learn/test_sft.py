@@ -87,7 +87,7 @@ def test_packed_loss_is_the_one_by_one_loss(adapted, examples, reference, rows: 
 def test_rows_without_any_token_add_nothing(adapted, examples):
     """What a process runs when only another one still has examples."""
     step = packed(examples, micro_rows=1)
-    (empty,) = sft.PackedStep([], [[[]]], step.rooms[-1:], step.normaliser, step.vision)
+    (empty,) = sft.PackedStep([], [[[]]], step.rooms[-1:], step.normaliser, step.vision, step.dtype)
     (value, _), gradients = LOSS(adapted, empty)
     assert float(value) == 0
     assert all(not np.asarray(g).any() for g in jax.tree.leaves(gradients))
