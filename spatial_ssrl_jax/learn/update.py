@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from spatial_ssrl_jax.learn.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join
 from spatial_ssrl_jax.run import offload
-from spatial_ssrl_jax.run.mesh import slices
+from spatial_ssrl_jax.run.mesh import slice_count
 
 TrainBatch = GroupBatch | PackedBatch
 LossFunction = Callable[[Params, TrainBatch], tuple[Array, dict[str, Array]]]
@@ -105,7 +105,7 @@ def gradient_places(trained: Params) -> tuple[Sharding, ...]:
     are not needed whole before the optimizer's step. What does not divide stays as the weight is.
     """
     leaves, places = jax.tree.leaves(trained), places_of(trained)
-    if not places or slices(places[0].mesh) == 1:
+    if not places or slice_count(places[0].mesh) == 1:
         return places
     return tuple(map(_finer, leaves, places))
 

@@ -67,20 +67,20 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
     if min(sizes) < 1 or np.prod(sizes) != count:
         shape = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh {shape} does not fit {count} devices: change config.mesh.")
-    count = _slices(devices)
-    if count == 1:
+    slices = _slices(devices)
+    if slices == 1:
         return jax.make_mesh(sizes, AXES, axis_types=_TYPES, devices=devices)
-    if sizes[0] % count:
+    if sizes[0] % slices:
         raise UserError(
-            f"mesh.data={sizes[0]} must be a multiple of the {count} slices, for only that axis "
-            f"lies between them: set --config.mesh.data={count}."
+            f"mesh.data={sizes[0]} must be a multiple of the {slices} slices, for only that axis "
+            f"lies between them: set --config.mesh.data={slices}."
         )
-    within = (sizes[0] // count, *sizes[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (count, 1, 1), devices=devices)
+    within = (sizes[0] // slices, *sizes[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
     return Mesh(grid, AXES, axis_types=_TYPES)
 
 
-def slices(mesh: Mesh) -> int:
+def slice_count(mesh: Mesh) -> int:
     """TPU slices of a mesh; GPUs of several machines count as one."""
     return _slices(mesh.devices.flat)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.learn.head import Blocks, _logprobs, block_count
-from tests.run.processes import start_all
+from tests.run.processes import printed
 
 VOCABULARY, WIDTH, TOKENS = 96, 8, 11
 
@@ -80,8 +80,5 @@ for sizes in ((1, 1, 1), (1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 1, 4)):
 
 def test_meshes_give_what_one_device_gives():
     """Rows, widths and vocabulary cut, each alone and together."""
-    (process,) = start_all(["-c", ON_MESHES], 1, devices=8)
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors
-    apart = [float(line) for line in out.split()]
+    apart = printed(ON_MESHES, devices=8)
     assert len(apart) == 5 and max(apart) < 2e-6, apart

@@ -1,13 +1,15 @@
-"""Gradients and prompts' caches on meshes are those of one device, and lie where they should."""
+"""Gradients, a step and prompts' caches on meshes: as on one device, and where they should lie."""
 
-from tests.run.processes import start_all
+from tests.run.processes import printed
 
 ON_MESHES = """
-import jax, numpy as np
+import jax, numpy as np, optax
 from spatial_ssrl_jax.config import GrpoSettings, MeshSettings
 from spatial_ssrl_jax.learn import update
 from spatial_ssrl_jax.learn.loss import GrpoLoss
-from spatial_ssrl_jax.learn.update import gradient_places, micro_gradients
+from spatial_ssrl_jax.learn.update import (
+    gradient_places, micro_gradients, new_state, places_of, train_step,
+)
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.cache import prefix_places
 from spatial_ssrl_jax.rollout.decode import prefill
@@ -15,10 +17,10 @@ from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from tests.conftest import random_params
 from tests.learn.conftest import CONFIG, mixed_batch
 
-update.slices = lambda mesh: mesh.shape["data"]  # as if each copy of the weights were one
+update.slice_count = lambda mesh: mesh.shape["data"]  # as if each copy of the weights were one
 once = mixed_batch.__wrapped__()
 batch = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8] if np.ndim(x) else x, once)
-params, first = random_params(CONFIG, seed=0), None
+optimizer, first = optax.sgd(0.1), None
 
 
 def alike(places, arrays):
@@ -30,7 +32,7 @@ for sizes in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
     layout = Layout(make_mesh(MeshSettings(*sizes), jax.devices()[: np.prod(sizes)]))
     sampling = layout.rollout(min(2, np.prod(sizes)))
     compute = Compute(chunk=16, head_block=32, rows=layout.rows(), looked_up=layout.looked_up())
-    put = jax.device_put(params, layout.params(CONFIG))
+    put = jax.device_put(random_params(CONFIG, seed=0), layout.params(CONFIG))
     rows, loss = layout.put_batch(batch), GrpoLoss(CONFIG, compute, GrpoSettings(group=4))
     gradients, _ = micro_gradients(loss, put, {}, rows, gradient_places(put))
     alike(gradient_places(put), gradients)
@@ -38,7 +40,11 @@ for sizes in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
     asked = prefix_places(CONFIG.text, sampling)
     caches = [asked.layers] * len(jax.tree.leaves(prefix.layers))
     alike([sampling.rows(), *caches, asked.valid, asked.next_position], (hidden, prefix))
-    found = [np.asarray(x) for x in jax.tree.leaves((gradients, hidden, prefix.layers))]
+    places, state = places_of(put), new_state(optimizer, put)
+    state, _ = train_step(loss, optimizer, state, [rows, rows])  # uses the weights up
+    alike(places, state.trained)
+    found = (gradients, hidden, prefix.layers, state.trained)
+    found = [np.asarray(x) for x in jax.tree.leaves(found)]
     first = first or found
     print(max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, first, strict=True)))
 """
@@ -46,8 +52,5 @@ for sizes in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
 
 def test_meshes_give_what_one_device_gives():
     """With copies of the weights; sampling cuts 2 x 4 into 4 x 2, which is no part of its axes."""
-    (process,) = start_all(["-c", ON_MESHES], 1, devices=8)
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors
-    apart = [float(line) for line in out.split()]
+    apart = printed(ON_MESHES, devices=8)
     assert len(apart) == 3 and max(apart) < 1e-5, apart

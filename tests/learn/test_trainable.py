@@ -158,7 +158,7 @@ def test_gradients_are_cut_between_slices_too(monkeypatch: pytest.MonkeyPatch):
     def found(data: int, *axes: str | None) -> PartitionSpec:
         return gradient_places(placed(data, *axes))[0].spec
 
-    monkeypatch.setattr(update, "slices", lambda mesh: mesh.shape["data"])
+    monkeypatch.setattr(update, "slice_count", lambda mesh: mesh.shape["data"])
     assert found(2, "fsdp", "tensor") == PartitionSpec(("fsdp", "data"), "tensor")
     assert found(1, "fsdp", "tensor") == PartitionSpec("fsdp", "tensor")  # one slice
     assert found(2, None, "fsdp") == PartitionSpec(None, "fsdp")  # 6 is not cut in 4

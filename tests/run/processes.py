@@ -46,6 +46,14 @@ def start_all(
     return started
 
 
+def printed(script: str, devices: int) -> list[float]:
+    """The numbers that a Python script prints, run in a process with so many devices."""
+    (process,) = start_all(["-c", script], 1, devices)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return [float(line) for line in out.split()]
+
+
 def until(process: subprocess.Popen, begins: str) -> None:
     """Reads what a process says up to a line; the library that joins them says something, too."""
     for line in process.stdout:
