@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel
@@ -41,9 +41,6 @@ class Compute:
       kernel: what computes self-attention over many tokens.
       rows: where the rows of activations lie; None leaves it to the compiler, which on a mesh would
         rather cut their widths, as those of the weights are, and add up whole batches.
-      looked_up: where [B, T, D] token embeddings lie as they come out of the table, cut like it;
-        their rows are exchanged after that. Left to itself the compiler may put the table and its
-        gradient together on every chip.
     """
 
     dtype: str = "float32"
@@ -52,7 +49,6 @@ class Compute:
     remat: str = "full"
     kernel: Kernel = XLA
     rows: NamedSharding | None = None
-    looked_up: NamedSharding | None = None
 
     def hold(self, x: Array) -> Array:
         """Activations with rows in front, kept where `rows` says, inside a jitted program."""
@@ -162,19 +158,9 @@ def bind(config: Qwen2_5_VLConfig, params: Params) -> Qwen2_5_VL:
     return nnx.merge(_abstract(config, found_adapters(params))[0], params)
 
 
-def embed_tokens(model: Qwen2_5_VL, ids_BT: Array, compute: Compute) -> Array:
-    """[B, T, D] embeddings of tokens, in the compute dtype."""
-    if compute.looked_up is None:
-        return compute.hold(model.text.embed[...][ids_BT].astype(compute.dtype))
-    mesh, (rows, *_) = compute.looked_up.mesh, compute.looked_up.spec
-    ids_BT = jax.lax.with_sharding_constraint(ids_BT, NamedSharding(mesh, PartitionSpec(rows)))
-    x_BTD = model.text.embed[...][ids_BT].astype(compute.dtype)
-    return compute.hold(jax.lax.with_sharding_constraint(x_BTD, compute.looked_up))
-
-
 def embed_prompt(model: Qwen2_5_VL, prompts: PromptBatch | PackedRows, compute: Compute) -> Array:
     """[B, T, D] token embeddings with the pictures' vectors in their places."""
-    x = embed_tokens(model, prompts.ids, compute)
+    x = compute.hold(model.text.embed[...][prompts.ids].astype(compute.dtype))
     if prompts.vision.frame.shape[1] == 0:
         return x
     merged = model.vision(
@@ -234,12 +220,11 @@ def response_hidden(
     """
     response = tokens_BGR.shape[2]
     order = jnp.arange(response)
-    flat = tokens_BGR.reshape(tokens_BGR.shape[0], -1)
     position = prompts.next_position[:, None, None] + order
     position = jnp.broadcast_to(position[:, :, None], (*tokens_BGR.shape[:2], 3, response))
     prompt, own = model.text.group(
         embed_prompt(model, prompts, compute),
-        embed_tokens(model, flat, compute).reshape(*tokens_BGR.shape, -1),
+        compute.hold(model.text.embed[...][tokens_BGR].astype(compute.dtype)),
         text_rotary(config.text, prompts.position),
         text_rotary(config.text, position),
         prompts.valid,

@@ -131,12 +131,6 @@ class Layout:
         """Where the rows of a batch lie."""
         return NamedSharding(self.mesh, PartitionSpec(BATCH))
 
-    def looked_up(self) -> NamedSharding:
-        """Where token embeddings [B, T, D] lie as they come out of the table: cut as it is."""
-        width = RULES[self.rules].get("embed")
-        rows = tuple(axis for axis in BATCH if axis != width)
-        return NamedSharding(self.mesh, PartitionSpec(rows, None, width))
-
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 

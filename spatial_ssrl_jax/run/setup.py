@@ -136,8 +136,7 @@ def compute_of(config: Config, layout: Layout) -> Compute:
         name = "splash" if device.platform == "tpu" and model.dtype == "bfloat16" else "xla"
     check_kernel(name, model.dtype, device)
     kernel = Kernel(name, layout.mesh, BATCH)
-    held = (layout.rows(), layout.looked_up())
-    return Compute(model.dtype, model.chunk, model.head_block, model.remat, kernel, *held)
+    return Compute(model.dtype, model.chunk, model.head_block, model.remat, kernel, layout.rows())
 
 
 def open_run(

@@ -31,7 +31,7 @@ def alike(places, arrays):
 for sizes in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
     layout = Layout(make_mesh(MeshSettings(*sizes), jax.devices()[: np.prod(sizes)]))
     sampling = layout.rollout(min(2, np.prod(sizes)))
-    compute = Compute(chunk=16, head_block=32, rows=layout.rows(), looked_up=layout.looked_up())
+    compute = Compute(chunk=16, head_block=32, rows=layout.rows())
     put = jax.device_put(random_params(CONFIG, seed=0), layout.params(CONFIG))
     rows, loss = layout.put_batch(batch), GrpoLoss(CONFIG, compute, GrpoSettings(group=4))
     gradients, _ = micro_gradients(loss, put, {}, rows, gradient_places(put))

@@ -240,7 +240,7 @@ def test_a_kernel_that_cannot_run_is_refused(
     platform, capability = device
     there = SimpleNamespace(platform=platform, device_kind="Some", compute_capability=capability)
     mesh = SimpleNamespace(devices=np.array([there]))
-    layout = SimpleNamespace(mesh=mesh, rows=lambda: None, looked_up=lambda: None)
+    layout = SimpleNamespace(mesh=mesh, rows=lambda: None)
     config = Config("x", model=ModelSettings(attention=name, dtype=dtype))
     if said is None:
         assert compute_of(config, layout).kernel.name == name
@@ -260,5 +260,5 @@ def test_a_kernel_that_cannot_run_is_refused(
 )
 def test_by_default_tpus_have_the_fused_kernel(platform: str, dtype: str, name: str):
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
-    layout = SimpleNamespace(mesh=mesh, rows=lambda: None, looked_up=lambda: None)
+    layout = SimpleNamespace(mesh=mesh, rows=lambda: None)
     assert compute_of(Config("x", model=ModelSettings(dtype=dtype)), layout).kernel.name == name
