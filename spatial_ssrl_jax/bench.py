@@ -28,13 +28,19 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _lines(found: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """A line a figure, nested names joined by dots."""
+    """A line a figure, nested names joined by dots, and a line for each row of a table."""
     for name, value in found.items():
         if isinstance(value, dict):
             yield from _lines(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            for row in value:
+                yield f"{prefix}{name:<24} " + ", ".join(map(_shown, row.values()))
         else:
-            shown = f"{value:,.4g}" if isinstance(value, float) else value
-            yield f"{prefix}{name:<24} {shown}"
+            yield f"{prefix}{name:<24} {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def _add_tasks(commands: Any) -> None:

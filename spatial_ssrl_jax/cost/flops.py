@@ -121,6 +121,13 @@ def group_flops(config: Qwen2_5_VLConfig, shape: Shape, head: bool = True) -> fl
     )
 
 
+def decode_flops(config: Qwen2_5_VLConfig, shape: Shape) -> float:
+    """All decode steps of a group: every sampled token through the layers and the head."""
+    text, tokens = config.text, shape.group * shape.response
+    attention = shape.group * attention_flops(text, shape.response, shape.prompt)
+    return tokens * (dense_flops(text) + head_flops(text)) + attention
+
+
 def step_flops(config: Qwen2_5_VLConfig, shape: Shape, passes: int, shared: bool) -> float:
     """A whole GRPO step for one prompt: rollout, `passes` of log-probabilities, and update.
 

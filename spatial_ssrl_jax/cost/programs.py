@@ -209,7 +209,10 @@ class _Planned:
             return
         sampling = Sampling(config.grpo.temperature)
         stop = (model.eos_token_id,)
-        settings = DecodeSettings(sampling, stop, model.vision_tokens, rollout.check_every, layout)
+        settings = DecodeSettings(
+            *(sampling, stop, model.vision_tokens, rollout.check_every),
+            *(layout, self.compute.kernel),
+        )
         beside = {name: size for name, size in beside.items() if name != "rollout copy"}
         keys = self._keys(rollout.wave, group)
         args = (model, settings, slots, weights, prefix, samples, keys)

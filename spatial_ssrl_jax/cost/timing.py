@@ -5,16 +5,19 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spatial_ssrl_jax.config import GrpoSettings, MeshSettings, OptimSettings
 from spatial_ssrl_jax.cost.devices import device_peak
-from spatial_ssrl_jax.cost.flops import Shape, group_flops
+from spatial_ssrl_jax.cost.flops import Shape, decode_flops, group_flops
 from spatial_ssrl_jax.cost.made_up import made_up_prompt
 from spatial_ssrl_jax.cost.matmuls import replay, rollout_products
+from spatial_ssrl_jax.cost.profile import profiled
 from spatial_ssrl_jax.cost.traffic import decode_bytes, rollout_bytes, update_bytes, weight_bytes
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.errors import UserError
@@ -24,15 +27,16 @@ from spatial_ssrl_jax.learn.loss import GrpoLoss
 from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.learn.update import TrainState, new_state, train_step
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
+from spatial_ssrl_jax.qwen2_5_vl.kernels import KERNELS, choose_kernel
 from spatial_ssrl_jax.qwen2_5_vl.layers import cast
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
+from spatial_ssrl_jax.rollout.cache import Decoding
+from spatial_ssrl_jax.rollout.decode import decode_chunk, prefill, start_samples
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
-from spatial_ssrl_jax.rollout.sampling import Sampling
+from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
 from spatial_ssrl_jax.run.memory import explained_memory, keep_freed_memory
-from spatial_ssrl_jax.run.mesh import Layout, make_mesh
+from spatial_ssrl_jax.run.mesh import BATCH, Layout, make_mesh
 from spatial_ssrl_jax.run.models import open_model
-
-OnTokens = Callable[[np.ndarray, np.ndarray], None]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +51,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on CPU")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="full")
     parser.add_argument("--micro-prompts", type=int, help="prompts at a time in an update; all")
+    parser.add_argument("--attention", choices=("auto", *KERNELS), default="auto")
     parser.add_argument("--runs", type=int, default=3, help="timed runs after one to warm up")
+    parser.add_argument(
+        "--profile",
+        metavar="FOLDER",
+        help="write one more run's trace there, and name the kernels that take the time",
+    )
 
 
 def add_rollout_options(parser: argparse.ArgumentParser) -> None:
@@ -97,13 +107,14 @@ class Bench:
         prompt = made_up_prompt(model.config, args.prompt_tokens, grid)
         layout = Layout(make_mesh(MeshSettings()))
         dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        kernel = choose_kernel(args.attention, dtype, layout.mesh, BATCH)
         params = model.draw(layout, 0) if args.random_weights else model.load(layout, "float32")
         batch = pad_prompts([prompt] * args.prompts, (len(prompt.ids),), (len(prompt.frame),))
         return cls(
             args,
             model.config,
             layout,
-            Compute(dtype, remat=args.remat),
+            Compute(dtype, remat=args.remat, kernel=kernel),
             params,
             layout.put_batch(batch),
             Shape(len(prompt.ids), (grid,), args.group, args.new),
@@ -114,27 +125,45 @@ class Bench:
         """Decode steps between looks at whether all samples have ended."""
         return next(n for n in (8, 4, 2, 1) if self.args.new % n == 0)
 
-    def sample(self, params: Params, on_tokens: OnTokens | None = None) -> Rollout:
+    @property
+    def engine(self) -> Engine:
+        return Engine(self.config, self.compute, (), self.args.new, self.check_every)
+
+    def sample(self, params: Params) -> Rollout:
         """One rollout in which every sample runs to `--new` tokens."""
-        new = self.args.new
-        engine = Engine(self.config, self.compute, (), new, self.check_every)
+        engine = self.engine
         return engine.generate(
             params,
             engine.fill(params),
             self.prompts,
             group=self.args.group,
-            limit=new,
+            limit=self.args.new,
             key=jax.random.key(0),
-            prompt_index=np.arange(self.args.prompts, dtype=np.int32),
+            prompt_index=self._index,
             sampling=Sampling(),
-            on_tokens=on_tokens,
         )
 
-    def decode_seconds(self, params: Params) -> float:
-        """Seconds from the first look at a rollout's tokens, after `check_every`, to the last."""
-        looks: list[float] = []
-        self.sample(params, lambda *_: looks.append(time.perf_counter()))
-        return looks[-1] - looks[0]
+    def decoder(self, params: Params) -> Callable[[], Decoding]:
+        """The decode steps of `sample` alone: the prompts are run here, once."""
+        engine, group, new = self.engine, self.args.group, self.args.new
+        weights = engine.fill(params)
+        hidden, prefix = prefill(self.config, self.compute, params, self.prompts)
+        keys = row_keys(jax.random.key(0), self._index, group)
+        settings = engine.settings(Sampling())
+        waiting = [start_samples(self.config.text, group, new, new, hidden)]
+
+        def decode() -> Decoding:
+            # The last run's state is used up, so that its caches are there once.
+            state = replace(waiting.pop(), cursor=jnp.zeros((), jnp.int32))
+            state = decode_chunk(self.config, settings, new, weights, prefix, state, keys)
+            waiting.append(jax.block_until_ready(state))
+            return state
+
+        return decode
+
+    @property
+    def _index(self) -> np.ndarray:
+        return np.arange(self.args.prompts, dtype=np.int32)
 
     def groups(self, rollout: Rollout) -> list[GroupBatch]:
         """Micro-batches with advantages drawn at random."""
@@ -174,38 +203,50 @@ def _check_sizes(args: argparse.Namespace) -> None:
 def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
     """Sampling alone, by the peers' meaning: all sampled tokens over the whole call.
 
-    Figures that begin with `decode_` are of the decode steps behind the first look alone. With
+    Figures that begin with `decode_`, and `--profile`, are of the decode steps alone. With
     `--matmuls`, `matmul_seconds` is the time of the rollout's own matrix products by themselves,
     and `share_of_matmul_bound` how much of that rate the rollout reaches.
     """
     bench = Bench.open(args)
     params = cast(bench.params, bench.compute.dtype)
     bench.params = None
-    whole = _median(lambda: bench.sample(params), args.runs)
+    whole = _median(partial(bench.sample, params), args.runs)
     account = (bench.config, bench.compute.dtype, bench.shape, args.prompts)
     found = {"rollout_tok_s": args.prompts * args.group * args.new / whole}
-    found |= _decode_figures(bench, params)
+    decode = bench.decoder(params)
+    found |= _decode_figures(bench, decode)
     if args.matmuls:
         bound = _matmul_seconds(bench, params)
         found |= {"matmul_seconds": bound, "share_of_matmul_bound": bound / whole}
     flops = args.prompts * group_flops(bench.config, bench.shape)
-    return _report(args, flops, rollout_bytes(*account), seconds=whole, **found)
+    return _report(args, flops, rollout_bytes(*account), whole, found, decode)
 
 
-def _decode_figures(bench: Bench, params: Params) -> dict[str, float | None]:
-    """Rate, bytes and share of the memory's bandwidth of the steps behind the first look."""
-    args, first = bench.args, bench.check_every
-    account = (bench.config, bench.compute.dtype, bench.shape, args.prompts)
-    found = {"decode_bytes_per_step": decode_bytes(*account) / args.new}
-    names = ("decode_tok_s", "decode_step_seconds", "decode_share_of_bandwidth")
-    if args.new == first:
-        return found | dict.fromkeys(names)
-    seconds = statistics.median([bench.decode_seconds(params) for _ in range(args.runs + 1)][1:])
-    peak, steps = device_peak(), args.new - first
-    rate = decode_bytes(*account, first) / seconds
-    share = rate / (peak.bandwidth * jax.device_count()) if peak else None
-    figures = (args.prompts * args.group * steps / seconds, seconds / steps, share)
-    return found | dict(zip(names, figures, strict=True))
+def _decode_figures(bench: Bench, decode: Callable[[], Any]) -> dict[str, float | None]:
+    """Rate of the decode steps alone, and their shares of what bounds them.
+
+    `decode_roofline_seconds` is the larger of a step's useful bytes over the memory's bandwidth and
+    its useful FLOPs over the peak, both of the data sheet.
+    """
+    args, peak, devices = bench.args, device_peak(), jax.device_count()
+    seconds = _median(decode, args.runs) / args.new
+    moved = decode_bytes(bench.config, bench.compute.dtype, bench.shape, args.prompts) / args.new
+    flops = args.prompts * decode_flops(bench.config, bench.shape) / args.new
+    found = {
+        "decode_tok_s": args.prompts * args.group / seconds,
+        "decode_step_seconds": seconds,
+        "decode_bytes_per_step": moved,
+        "decode_flops_per_step": flops,
+        "decode_roofline_seconds": None,
+        "decode_share_of_roofline": None,
+    }
+    if peak:
+        bound = max(moved / peak.bandwidth, flops / peak.flops) / devices
+        found |= {
+            "decode_roofline_seconds": bound,
+            "decode_share_of_roofline": bound / seconds,
+        }
+    return found
 
 
 def _matmul_seconds(bench: Bench, params: Params) -> float:
@@ -222,11 +263,11 @@ def bench_update(args: argparse.Namespace) -> dict[str, Any]:
     """One optimizer step over groups of random tokens, without KL."""
     bench = Bench.open(args)
     trainer = _Trainer.make(bench, kl=0.0)
-    batches = bench.groups(_random_rollout(bench))
-    seconds = _median(lambda: trainer.update(batches), args.runs)
+    run = partial(trainer.update, bench.groups(_random_rollout(bench)))
+    seconds = _median(run, args.runs)
     flops = 3 * args.prompts * group_flops(bench.config, bench.shape)
     moved = update_bytes(bench.config, bench.compute.dtype)
-    return _report(args, flops, moved, seconds=seconds, step_seconds=seconds)
+    return _report(args, flops, moved, seconds, {"step_seconds": seconds}, run)
 
 
 def bench_step(args: argparse.Namespace) -> dict[str, Any]:
@@ -263,7 +304,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     moved = rollout_bytes(config, dtype, bench.shape, args.prompts)
     moved += weight_bytes(config, dtype) + update_bytes(config, dtype)
     found = {"step_seconds": seconds, **phases, **mismatch}
-    return _report(args, flops, moved, seconds=seconds, **found)
+    return _report(args, flops, moved, seconds, found, step)
 
 
 @dataclass
@@ -325,7 +366,12 @@ def _median(run: Callable[[], Any], runs: int) -> float:
 
 
 def _report(
-    args: argparse.Namespace, flops: float, moved: float, seconds: float, **found: float | None
+    args: argparse.Namespace,
+    flops: float,
+    moved: float,
+    seconds: float,
+    found: dict[str, float | None],
+    run: Callable[[], Any],
 ) -> dict[str, Any]:
     """The timing with what was timed, on what, and its shares of the device's peaks.
 
@@ -335,6 +381,7 @@ def _report(
       moved: useful bytes, of `cost/traffic.py`: weights, caches, gradients and optimizer state.
       seconds: median of the timed runs.
       found: other figures.
+      run: what was timed, to be profiled.
 
     Returns:
       Shares are of all devices together, and None where the device's peak is not known.
@@ -355,4 +402,5 @@ def _report(
         "new": args.new,
         "prompt_tokens": args.prompt_tokens,
         "runs": args.runs,
+        **(profiled(run, args.profile) if args.profile else {}),
     }

@@ -20,9 +20,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.qwen2_5_vl.attention import attend
+from spatial_ssrl_jax.qwen2_5_vl.attention import attend, attend_shared
+from spatial_ssrl_jax.qwen2_5_vl.decode_kernel import attend_step
+from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
 
 KERNELS = ("xla", "splash", "cudnn")
+FUSED = ("splash", "cudnn")  # take a whole group in one call
 _LANES = 128  # a block is a multiple of these
 _BLOCKS = (512, 256, _LANES)  # tokens of a block, the fastest first
 _PADDED = 1 / 8  # most of a row that may be padding for the sake of a larger block
@@ -48,6 +51,25 @@ class Kernel:
 
 
 XLA = Kernel()
+
+
+def choose_kernel(name: str, dtype: str, mesh: Mesh, rows: tuple[str, ...]) -> Kernel:
+    """The kernel that a name stands for on the devices of a mesh.
+
+    Args:
+      name: `auto` or one of `KERNELS`, the setting `model.attention`.
+      dtype: compute dtype.
+      mesh: the devices.
+      rows: mesh axes that rows are cut over.
+
+    Raises:
+      UserError: it cannot run on these devices.
+    """
+    device = mesh.devices.flat[0]
+    if name == "auto":
+        name = "splash" if device.platform == "tpu" and dtype == "bfloat16" else "xla"
+    check_kernel(name, dtype, device)
+    return Kernel(name, mesh, rows)
 
 
 def check_kernel(name: str, dtype: str, device: jax.Device) -> None:
@@ -88,6 +110,7 @@ def self_attention(
     causal: bool,
     chunk: int,
     kernel: Kernel = XLA,
+    single: bool = False,
 ) -> Array:
     """Attention inside segments, of tokens to themselves.
 
@@ -97,6 +120,7 @@ def self_attention(
       causal: a token sees none behind it.
       chunk: queries handled at a time by `xla`.
       kernel: what computes it.
+      single: a row is one segment with padding behind it, which spares causal `cudnn` its mask.
 
     Returns:
       [B, T, N, H] in the dtype of `v`.
@@ -105,7 +129,9 @@ def self_attention(
         mask = _causal if causal else _all
         return _splash(q_BTNH, k_BKTH, v_BKTH, segment_BT, mask, kernel)
     if kernel.name == "cudnn":
-        return _cudnn(q_BTNH, k_BKTH, v_BKTH, segment_BT, causal)
+        # Padding sees padding, for a row without any key has no softmax.
+        same = segment_BT[:, :, None] == segment_BT[:, None]
+        return _cudnn(q_BTNH, k_BKTH, v_BKTH, None if causal and single else same, causal)
     return attend(q_BTNH, k_BKTH, v_BKTH, segment_BT, segment_BT, causal=causal, chunk=chunk)
 
 
@@ -119,7 +145,7 @@ def group_attention(
     response: int,
     kernel: Kernel,
 ) -> Array:
-    """Attention over `[prompt | response 1 | … | response G]` in one call of splash.
+    """Attention over `[prompt | response 1 | … | response G]` in one call of a fused kernel.
 
     The prompt attends to itself causally, each response to the prompt and causally to itself.
 
@@ -128,14 +154,83 @@ def group_attention(
       valid_BT: bool, which tokens exist; the results of others mean nothing.
       prompt: tokens of the prompt, padding included.
       response: tokens of each response, padding included.
-      kernel: what computes it; its name is `splash`.
+      kernel: what computes it, `splash` or `cudnn`.
 
     Returns:
       [B, T, N, H] in the dtype of `v`.
     """
     group = (q_BTNH.shape[1] - prompt) // response
+    if kernel.name == "cudnn":
+        # Padding behind a response is hidden from it by order, and sees the prompt itself.
+        part = np.repeat(np.arange(group + 1), [prompt] + [response] * group)
+        of_prompt = valid_BT & (part == 0)
+        seen = of_prompt[:, None] | (part[:, None] == part)
+        return _cudnn(q_BTNH, k_BKTH, v_BKTH, seen, causal=True)
     mask = partial(GroupMask, prompt=prompt, response=response, group=group)
     return _splash(q_BTNH, k_BKTH, v_BKTH, jnp.where(valid_BT, 0, -1), mask, kernel)
+
+
+def step_attention(
+    qkv_BGKPH: Array,
+    rotary: tuple[Array, Array],
+    prefix: tuple[Array, Array],
+    prefix_valid_BT: Array,
+    own: tuple[Array, Array],
+    cursor: Array,
+    *,
+    kernel: Kernel = XLA,
+) -> tuple[Array, tuple[Array, Array]]:
+    """One token of each of G samples, over the prompt they share and each sample's own tokens.
+
+    Args:
+      qkv_BGKPH: of each key/value head its query heads, its key and its value; not rotated.
+      rotary: angles of the token's position, [B, H/2].
+      prefix: the prompts' keys and values [B, K, T, H], once a group.
+      prefix_valid_BT: bool, which prompt tokens exist; padding is behind.
+      own: keys and values [B, G, K, R, H] in each sample's R slots.
+      cursor: int32, the slot that every sample writes; later ones are not seen.
+      kernel: what computes it: with `cudnn` a kernel of our own, for cuDNN has none that shares.
+
+    Returns:
+      [B, G, N, H] in the dtype of the values, and the new `own`.
+    """
+    if kernel.name != "cudnn":
+        return _step_by_xla(qkv_BGKPH, rotary, prefix, prefix_valid_BT, own, cursor)
+    run = partial(attend_step, interpret=kernel.interpret)
+    if kernel.mesh is not None and kernel.mesh.size > 1:
+        heads = None if qkv_BGKPH.shape[2] % kernel.mesh.shape[kernel.heads] else kernel.heads
+        each, shared, rows = P(kernel.rows, None, heads), P(kernel.rows, heads), P(kernel.rows)
+        run = jax.shard_map(
+            run,
+            mesh=kernel.mesh,
+            in_specs=(each, rows, rows, shared, shared, rows, each, each, P()),
+            out_specs=(each, each, each),
+            check_vma=False,
+        )
+    length_B = prefix_valid_BT.sum(axis=1, dtype=jnp.int32)
+    out, *own = run(qkv_BGKPH, *rotary, *prefix, length_B, *own, cursor)
+    return out, tuple(own)
+
+
+def _step_by_xla(
+    qkv_BGKPH: Array,
+    rotary: tuple[Array, Array],
+    prefix: tuple[Array, Array],
+    prefix_valid_BT: Array,
+    own: tuple[Array, Array],
+    cursor: Array,
+) -> tuple[Array, tuple[Array, Array]]:
+    q, k, v = qkv_BGKPH[..., :-2, :], qkv_BGKPH[..., -2, :], qkv_BGKPH[..., -1, :]
+    q = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    q, k = (rotate(x, *(angle[:, None] for angle in rotary)) for x in (q, k))
+    own = tuple(
+        jax.lax.dynamic_update_slice_in_dim(cache, new[:, :, :, None], cursor, axis=3)
+        for cache, new in zip(own, (k, v), strict=True)
+    )
+    slots = own[0].shape[3]
+    seen = jnp.broadcast_to(jnp.arange(slots) <= cursor, (*q.shape[:2], 1, slots))
+    out = attend_shared(q[:, :, None], *prefix, prefix_valid_BT, *own, seen, chunk=1)
+    return out[:, :, 0], own
 
 
 class GroupMask(masks._ComputableMask):
@@ -226,11 +321,21 @@ def _program(
     return made, every if blocks is None else int((blocks[0] > 0).sum())
 
 
-def _cudnn(q_BTNH: Array, k_BKTH: Array, v_BKTH: Array, segment_BT: Array, causal: bool) -> Array:
-    """cuDNN's fused attention; the mask of segments is one for all heads."""
-    # Padding sees padding, for a row without any key has no softmax.
-    seen = (segment_BT[:, :, None] == segment_BT[:, None])[:, None]
-    k, v = k_BKTH.swapaxes(1, 2), v_BKTH.swapaxes(1, 2)
-    return jax.nn.dot_product_attention(
-        q_BTNH, k, v, mask=seen, is_causal=causal, implementation="cudnn"
+def _cudnn(
+    q_BTNH: Array, k_BKTH: Array, v_BKTH: Array, seen_BTT: Array | None, causal: bool
+) -> Array:
+    """cuDNN's fused attention; the mask, if there is one, is one for all heads."""
+    length = q_BTNH.shape[1]
+    more = [(0, 0), (0, length % 2)]  # with a mask cuDNN takes even lengths alone
+    q, k, v = (
+        jnp.pad(x, (*more, (0, 0), (0, 0)))
+        for x in (q_BTNH, k_BKTH.swapaxes(1, 2), v_BKTH.swapaxes(1, 2))
     )
+    if seen_BTT is not None:
+        # What is added sees all else and is seen by nothing.
+        seen_BTT = jnp.pad(seen_BTT, (*more, (0, 0)), constant_values=True)
+        seen_BTT = jnp.pad(seen_BTT, ((0, 0), *more))[:, None]
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=seen_BTT, is_causal=causal, implementation="cudnn"
+    )
+    return out[:, :length]

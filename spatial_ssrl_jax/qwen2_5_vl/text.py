@@ -18,7 +18,14 @@ from jax import Array
 
 from spatial_ssrl_jax.qwen2_5_vl.attention import attend_shared
 from spatial_ssrl_jax.qwen2_5_vl.config import TextConfig
-from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel, group_attention, self_attention
+from spatial_ssrl_jax.qwen2_5_vl.kernels import (
+    FUSED,
+    XLA,
+    Kernel,
+    group_attention,
+    self_attention,
+    step_attention,
+)
 from spatial_ssrl_jax.qwen2_5_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
 from spatial_ssrl_jax.qwen2_5_vl.lora import merge_adapters
 from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
@@ -143,7 +150,9 @@ class TextModel(nnx.Module):
             x = hold(x)
             q, k, v = layer.project(x, rotary)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            mixed = self_attention(q, k, v, segment, causal=True, chunk=chunk, kernel=kernel)
+            mixed = self_attention(
+                q, k, v, segment, causal=True, chunk=chunk, kernel=kernel, single=keep
+            )
             return layer.finish(x, mixed), (k, v) if keep else None
 
         x, kept = scan_layers(self.layers, step, x, remat=remat)
@@ -185,7 +194,7 @@ class TextModel(nnx.Module):
         def step(layer: TextLayer, x: Array, _):
             x = hold(x)
             q, k, v = layer.project(x, rotary)
-            if kernel.name == "splash":
+            if kernel.name in FUSED:
                 k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
                 sizes = dict(prompt=prompt, response=response, kernel=kernel)
                 return layer.finish(x, group_attention(q, k, v, valid, **sizes)), None
@@ -207,46 +216,86 @@ class TextModel(nnx.Module):
         return x[:, :prompt], x[:, prompt:].reshape(response_BGRD.shape)
 
 
-def unstack(model: TextModel, dtype) -> list[dict]:
-    """The stacked layers, adapters merged, as one pure dict of arrays a layer, in `dtype`."""
+class DecodeLayer(nnx.Module):
+    """A `TextLayer` as a decode step has it: what multiplies the same activations is one weight.
+
+    A step's products are so thin that reading the weights bounds them, and fewer of them take less
+    time between.
+    """
+
+    def __init__(self, init: Init, config: TextConfig):
+        width, size, inner = config.hidden_size, config.head_dim, config.intermediate_size
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        self.norm1 = RMSNorm(init, width, config.rms_norm_eps)
+        self.norm2 = RMSNorm(init, width, config.rms_norm_eps)
+        # Of each key/value head: the query heads that it serves, its key, its value.
+        shape, axes = (width, groups, heads // groups + 2, size), ("kv_heads", None, "head_dim")
+        self.qkv = Linear(init, shape, ("embed", *axes), bias=True)
+        self.o = Linear(
+            init, (heads, size, width), ("heads", "head_dim", "embed"), contract=2, ends_branch=True
+        )
+        self.gate_up = init.normal((width, 2, inner), ("embed", None, "ffn"), width**-0.5)
+        self.down = Linear(init, (inner, width), ("ffn", "embed"), ends_branch=True)
+
+    def finish(self, x_BGD: Array, mixed_BGNH: Array) -> Array:
+        """Adds what attention mixed, then the MLP."""
+        x = x_BGD + self.o(mixed_BGNH)
+        both = jnp.einsum("bgd,dcf->bgcf", self.norm2(x), self.gate_up[...])
+        return x + self.down(jax.nn.silu(both[:, :, 0]) * both[:, :, 1])
+
+
+def decode_layers(model: TextModel, dtype) -> list[dict]:
+    """The weights of a `DecodeLayer` for each stacked layer, adapters merged, in `dtype`."""
     weights = nnx.to_pure_dict(nnx.state(model.layers))
     count = jax.tree.leaves(weights)[0].shape[0]
     layers = (jax.tree.map(lambda x, i=i: x[i], weights) for i in range(count))
     # A layer at a time: merging whole stacks would need a float32 copy of each.
-    return [merge_adapters(layer, dtype) for layer in layers]
+    return [_joined(merge_adapters(layer, dtype)) for layer in layers]
+
+
+def _joined(layer: dict) -> dict:
+    mlp, groups = layer["mlp"], layer["k"]["bias"].shape[0]
+
+    def grouped(name: str) -> Array:
+        q, *kv = (layer[part][name] for part in ("q", "k", "v"))
+        q = q.reshape(*q.shape[:-2], groups, -1, q.shape[-1])
+        return jnp.concatenate((q, *(x[..., None, :] for x in kv)), axis=-2)
+
+    return {
+        "norm1": layer["norm1"],
+        "norm2": layer["norm2"],
+        "qkv": {name: grouped(name) for name in ("kernel", "bias")},
+        "o": layer["o"],
+        "gate_up": jnp.stack([mlp[name]["kernel"] for name in ("gate", "up")], axis=1),
+        "down": mlp["down"],
+    }
 
 
 def decode_layer(
-    layer: TextLayer,
+    layer: DecodeLayer,
     x_BGD: Array,
     rotary: Rotary,
     prefix: tuple[Array, Array],
     prefix_valid_BT: Array,
     own: tuple[Array, Array],
-    own_seen_BR: Array,
     cursor: Array,
+    kernel: Kernel = XLA,
 ) -> tuple[Array, tuple[Array, Array]]:
     """One layer of one decode step: writes this token's key and value at `cursor`, then attends.
 
     Args:
       layer: the module with one layer's arrays.
       x_BGD: hidden state of each sample's newest token.
-      rotary: angles of its position, [B, G, H/2].
+      rotary: angles of its position, [B, H/2].
       prefix: the prompt's keys and values, each [B, K, T, H].
       prefix_valid_BT: bool, which prompt tokens exist.
       own: the samples' keys and values, each [B, G, K, R, H].
-      own_seen_BR: bool, which slots the token may see, its own included.
-      cursor: int32 slot that every sample writes.
+      cursor: int32 slot that every sample writes; the token sees it and those before.
+      kernel: what computes attention.
 
     Returns:
       The new hidden state [B, G, D] and the new `own`.
     """
-    x = x_BGD[:, :, None]
-    q, k, v = layer.project(x, tuple(r[:, :, None] for r in rotary))
-    write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
-        cache, new.swapaxes(2, 3).astype(cache.dtype), cursor, axis=3
-    )
-    own = (write(own[0], k), write(own[1], v))
-    seen = jnp.broadcast_to(own_seen_BR[:, None, None], (*x.shape[:3], own_seen_BR.shape[-1]))
-    mixed = attend_shared(q, *prefix, prefix_valid_BT, *own, seen, chunk=1)
-    return layer.finish(x, mixed)[:, :, 0], own
+    qkv = layer.qkv(layer.norm1(x_BGD))
+    mixed, own = step_attention(qkv, rotary, prefix, prefix_valid_BT, own, cursor, kernel=kernel)
+    return layer.finish(x_BGD, mixed), own

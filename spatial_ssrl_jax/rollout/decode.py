@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig
+from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel
 from spatial_ssrl_jax.qwen2_5_vl.layers import Init, cast
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
 from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
-from spatial_ssrl_jax.qwen2_5_vl.text import TextLayer, decode_layer, unstack
+from spatial_ssrl_jax.qwen2_5_vl.text import DecodeLayer, decode_layer, decode_layers
 from spatial_ssrl_jax.rollout.cache import (
     Decoding,
     LayerCache,
@@ -43,6 +44,7 @@ class DecodeSettings:
       suppressed: tokens that are never drawn.
       check_every: steps between looks at whether all have finished.
       layout: where caches lie; None leaves it to the compiler.
+      kernel: what computes attention; where, `layout` says.
     """
 
     sampling: Sampling
@@ -50,6 +52,7 @@ class DecodeSettings:
     suppressed: tuple[int, ...]
     check_every: int
     layout: Layout | None = None
+    kernel: Kernel = XLA
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -57,23 +60,35 @@ def fill_weights(config: Qwen2_5_VLConfig, params: Params, dtype: str) -> dict[s
     """The decode step's own copy of the language model: one dict a layer, in `dtype`."""
     text = qwen.bind(config, params).text
     return {
-        "layers": unstack(text, dtype),
+        "layers": decode_layers(text, dtype),
         "embed": text.embed[...].astype(dtype),
         "head": None if text.head is None else text.head[...].astype(dtype),
         "norm": cast(nnx.to_pure_dict(nnx.state(text.norm)), dtype),
     }
 
 
+@cache
+def _layer(config: TextConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: DecodeLayer(Init(jax.random.key(0)), config)))
+
+
 def sampling_places(config: Qwen2_5_VLConfig, layout: Layout) -> dict[str, Any]:
-    """Where `fill_weights`' arrays lie for sampling; `layers` is one layer's, for all are alike."""
+    """Where `fill_weights`' arrays lie for sampling; `layers` is one layer's, for all are alike.
+
+    Raises:
+      UserError: an axis of a weight does not divide by its mesh axis.
+    """
     whole = layout.params(config, part="text/")["text"]
 
-    def of_layer(stacked: NamedSharding) -> NamedSharding:
-        return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
+    def place(path: Any, weight: nnx.Param) -> NamedSharding:
+        name = "/".join(str(getattr(key, "key", key)) for key in path)
+        return layout.sharding(f"layers/{name}", weight.axes, weight.shape)
 
-    layer = jax.tree.map(of_layer, whole["layers"])
+    layer = jax.tree.map_with_path(
+        place, _layer(config.text)[1], is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
     around = {"embed": whole["embed"], "head": whole.get("head"), "norm": whole["norm"]}
-    return around | {"layers": layer}
+    return around | {"layers": layer.to_pure_dict()}
 
 
 @cache
@@ -154,11 +169,6 @@ def prefill(
     return prefill_program(config, compute, layout)(params, prompts)
 
 
-@cache
-def _layer_graph(config: TextConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: TextLayer(Init(jax.random.key(0)), config)))[0]
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def decode_chunk(
     config: Qwen2_5_VLConfig,
@@ -203,17 +213,16 @@ def _decode_step(
 ) -> Decoding:
     state, token = _draw(settings, weights, keys_BG, state)
     x = weights["embed"][token]
-    position = prefix.next_position[:, None] + state.cursor
-    rotary = text_rotary(config.text, jnp.broadcast_to(position[..., None, :], (len(token), 3, 1)))
-    rotary = tuple(jnp.broadcast_to(r, (*token.shape, r.shape[-1])) for r in rotary)
-    slots = state.layers[0][0].shape[3]
-    seen = jnp.broadcast_to(jnp.arange(slots) <= state.cursor, (len(token), slots))
+    position = (prefix.next_position + state.cursor)[:, None, None]
+    rotary = text_rotary(config.text, jnp.broadcast_to(position, (len(token), 3, 1)))
+    rotary = tuple(angle[:, 0] for angle in rotary)
+    kernel = replace(settings.kernel, mesh=settings.layout and settings.layout.mesh)
     caches = []
     for layer_weights, shared, own in zip(
         weights["layers"], prefix.layers, state.layers, strict=True
     ):
-        layer = nnx.merge(_layer_graph(config.text), layer_weights)
-        x, own = decode_layer(layer, x, rotary, shared, prefix.valid, own, seen, state.cursor)
+        layer = nnx.merge(_layer(config.text)[0], layer_weights)
+        x, own = decode_layer(layer, x, rotary, shared, prefix.valid, own, state.cursor, kernel)
         caches.append(own)
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + config.text.rms_norm_eps)

@@ -95,6 +95,13 @@ class Engine:
             return weights
         return reshard_weights(self.config, self.layout, weights)
 
+    def settings(self, sampling: Sampling) -> DecodeSettings:
+        """What its decode programs are compiled with."""
+        suppressed, kernel = self.config.vision_tokens, self.compute.kernel
+        return DecodeSettings(
+            sampling, self.stop_ids, suppressed, self.check_every, self.layout, kernel
+        )
+
     def generate(
         self,
         params: Params,
@@ -129,9 +136,7 @@ class Engine:
             raise UserError(
                 f"limit={limit} must be a multiple of rollout.check_every={self.check_every}."
             )
-        settings = DecodeSettings(
-            sampling, self.stop_ids, self.config.vision_tokens, self.check_every, self.layout
-        )
+        settings = self.settings(sampling)
         hidden, prefix = prefill(self.config, self.compute, params, prompts, self.layout)
         keys = row_keys(key, jnp.asarray(prompt_index, jnp.int32), group)
         slots = min(self.chunk, limit)

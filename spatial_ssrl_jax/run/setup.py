@@ -28,7 +28,7 @@ from spatial_ssrl_jax.folders import (
     write_whole,
 )
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
-from spatial_ssrl_jax.qwen2_5_vl.kernels import Kernel, check_kernel
+from spatial_ssrl_jax.qwen2_5_vl.kernels import choose_kernel
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import models
@@ -131,11 +131,7 @@ def compute_of(config: Config, layout: Layout) -> Compute:
       UserError: the devices do not have what `model.attention` asks for.
     """
     model = config.model
-    device, name = layout.mesh.devices.flat[0], model.attention
-    if name == "auto":
-        name = "splash" if device.platform == "tpu" and model.dtype == "bfloat16" else "xla"
-    check_kernel(name, model.dtype, device)
-    kernel = Kernel(name, layout.mesh, BATCH)
+    kernel = choose_kernel(model.attention, model.dtype, layout.mesh, BATCH)
     return Compute(model.dtype, model.chunk, model.head_block, model.remat, kernel, layout.rows())
 
 

@@ -1,6 +1,7 @@
 """Fused attention equals plain XLA's, gradients too, and compiles for a TPU that is not there."""
 
 import importlib.util
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from spatial_ssrl_jax.qwen2_5_vl.kernels import (
     Kernel,
     group_attention,
     self_attention,
+    step_attention,
 )
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
@@ -31,6 +33,7 @@ from tests.run.processes import start_all
 
 SPLASH = Kernel("splash", interpret=True)  # the kernel itself, without a TPU
 PROMPT, GROUP, RESPONSE = 100, 3, 35
+LENGTH = PROMPT + GROUP * RESPONSE
 # The programs run for milliseconds and compile for seconds.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -80,9 +83,10 @@ def test_splash_is_xlas_attention(causal: bool, heads: int, keys: int, size: int
     assert_alike(*forms, arrays, segment >= 0)
 
 
-def test_splash_is_a_groups_attention():
-    """Against the two calls that XLA makes: the prompt's own, and the responses' over both."""
-    length, place = PROMPT + GROUP * RESPONSE, np.arange(RESPONSE)
+def group_by_xla() -> tuple[Callable, Callable, Array]:
+    """A group's attention by the two calls that XLA makes: the prompt's own, and the responses'
+    over both. With the arguments of `group_attention`, and which tokens count."""
+    place = np.arange(RESPONSE)
     prompt_valid = jnp.arange(PROMPT) < jnp.array([[PROMPT], [60]])
     own_valid = place < jnp.array([[[35], [1], [20]], [[7], [35], [0]]])
     valid = jnp.concatenate((prompt_valid, own_valid.reshape(2, -1)), axis=1)
@@ -99,10 +103,12 @@ def test_splash_is_a_groups_attention():
         own = attend_shared(own_q, keys, values, prompt_valid, own_k, own_v, causal, chunk=999)
         return jnp.concatenate((first, own.reshape(2, -1, *own.shape[3:])), axis=1)
 
-    by_splash = partial(
-        group_attention, valid_BT=valid, prompt=PROMPT, response=RESPONSE, kernel=SPLASH
-    )
-    assert_alike(by_splash, by_xla, drawn(length, 4, 2, 32), valid)
+    return by_xla, partial(group_attention, valid_BT=valid, prompt=PROMPT, response=RESPONSE), valid
+
+
+def test_splash_is_a_groups_attention():
+    by_xla, by_kernel, valid = group_by_xla()
+    assert_alike(partial(by_kernel, kernel=SPLASH), by_xla, drawn(LENGTH, 4, 2, 32), valid)
 
 
 def test_what_a_group_sees():
@@ -123,14 +129,51 @@ def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
 
     library = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    segment = packed_rows(50)
-    for causal in (True, False):
+    by_cudnn = Kernel("cudnn")
+    packed, padded = packed_rows(51), jnp.where(jnp.arange(51) < jnp.array([[51], [20]]), 0, -1)
+    for segment, causal, single in (
+        (packed, True, False),
+        (packed, False, False),
+        (padded, True, True),
+    ):
         forms = [
-            partial(self_attention, segment_BT=segment, causal=causal, chunk=999, kernel=kernel)
-            for kernel in (Kernel("cudnn"), XLA)
+            partial(
+                self_attention,
+                segment_BT=segment,
+                causal=causal,
+                chunk=999,
+                kernel=kernel,
+                single=single,
+            )
+            for kernel in (by_cudnn, XLA)
         ]
-        assert_alike(*forms, drawn(50, 4, 2, 16), segment >= 0)
+        assert_alike(*forms, drawn(51, 4, 2, 16), segment >= 0)
+    by_xla, by_kernel, valid = group_by_xla()
+    assert_alike(partial(by_kernel, kernel=by_cudnn), by_xla, drawn(LENGTH, 4, 2, 32), valid)
     assert set(called) == {"cudnn"}
+
+
+@pytest.mark.parametrize("cursor", [0, 1, 64, 71])
+def test_one_steps_kernel_is_xlas(cursor: int):
+    """Prompts and slots that end inside of blocks; seven query heads of a key/value head."""
+    rng = np.random.default_rng(0)
+    batch, group, keys, size, prompt, slots = 2, 3, 2, 16, 100, 72
+
+    def drawn(*shape: int) -> Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    qkv, rotary = drawn(batch, group, keys, 7 + 2, size), drawn(2, batch, size // 2)
+    prefix, own = drawn(2, batch, keys, prompt, size), drawn(2, batch, group, keys, slots, size)
+    valid = jnp.arange(prompt) < jnp.array([[100], [37]])
+
+    @partial(jax.jit, static_argnums=0)
+    def run(kernel: Kernel, cursor: Array) -> tuple[Array, tuple[Array, Array]]:
+        parts = (qkv, tuple(rotary), tuple(prefix), valid, tuple(own), cursor)
+        return step_attention(*parts, kernel=kernel)
+
+    found = (run(k, jnp.int32(cursor)) for k in (Kernel("cudnn", interpret=True), XLA))
+    for ours, reference in zip(*map(jax.tree.leaves, found), strict=True):
+        assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
 
 
 def test_the_whole_model_may_run_on_splash(toy):

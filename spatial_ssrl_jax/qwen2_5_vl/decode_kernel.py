@@ -1,0 +1,162 @@
+"""Attention of one decode step as one GPU kernel (Pallas, by way of Triton).
+
+A program holds the queries of a whole group for one key/value head, so that the prompt's keys and
+values are read once a group and no score leaves the chip. It begins with each sample's newest
+token, goes on with the prompt, then with the samples' own slots as far as they are written.
+
+Shape letters: B groups, G samples, K key/value heads, M query heads of each, P = M + 2 with key and
+value, H head size, T prompt tokens, R slots, Q = G·M query rows of a program, rounded up to a power
+of two.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from spatial_ssrl_jax.qwen2_5_vl.attention import NEVER
+
+_BLOCK = 64  # keys at a time
+_WARPS, _STAGES = 4, 3
+_LEAST = 16  # rows of Triton's smallest product
+
+
+def attend_step(
+    qkv_BGKPH: Array,
+    cos_BH: Array,
+    sin_BH: Array,
+    prefix_k_BKTH: Array,
+    prefix_v_BKTH: Array,
+    prefix_length_B: Array,
+    own_k_BGKRH: Array,
+    own_v_BGKRH: Array,
+    cursor: Array,
+    *,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array]:
+    """Rotates a token's queries and key, writes key and value, and attends, on one device.
+
+    Args:
+      qkv_BGKPH: each sample's query heads of a key/value head, its key and its value, not rotated.
+      cos_BH, sin_BH: [B, H/2] float32, the angles of the token's position.
+      prefix_k_BKTH, prefix_v_BKTH: the prompts' keys and values, once a group.
+      prefix_length_B: int32 tokens of each prompt.
+      own_k_BGKRH, own_v_BGKRH: keys and values of each sample's own tokens; used up.
+      cursor: int32, the slot to write; later ones are not read.
+      interpret: run the kernel step by step, to check it where there is no GPU.
+
+    Returns:
+      [B, G, K·M, H] in the dtype of the values, and the own keys and values with the token's.
+    """
+    batch, group, heads, parts, size = qkv_BGKPH.shape
+    prompt, slots, each = prefix_k_BKTH.shape[2], own_k_BGKRH.shape[3], parts - 2
+
+    def of_group(count: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, group, None, count, size), lambda b, k: (b, 0, k, 0, 0))
+
+    angles = pl.BlockSpec((None, size // 2), lambda b, k: (b, 0))
+    shared = pl.BlockSpec((None, None, prompt, size), lambda b, k: (b, k, 0, 0))
+    length, place = pl.BlockSpec((None,), lambda b, k: (b,)), pl.BlockSpec((), lambda b, k: ())
+    own = of_group(slots)
+    out_shape = (batch, group, heads, each, size)
+    out, own_k_BGKRH, own_v_BGKRH = pl.pallas_call(
+        partial(_kernel, each=each, group=group),
+        grid=(batch, heads),
+        in_specs=[of_group(parts), angles, angles, shared, shared, length, own, own, place],
+        out_specs=[of_group(each), own, own],
+        out_shape=[
+            jax.ShapeDtypeStruct(out_shape, prefix_v_BKTH.dtype),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (own_k_BGKRH, own_v_BGKRH)),
+        ],
+        input_output_aliases={6: 1, 7: 2},
+        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+        interpret=interpret,
+        name="attend_step",
+    )(
+        *(qkv_BGKPH, cos_BH, sin_BH),
+        *(prefix_k_BKTH, prefix_v_BKTH, prefix_length_B),
+        *(own_k_BGKRH, own_v_BGKRH, cursor),
+    )
+    return out.reshape(batch, group, heads * each, size), own_k_BGKRH, own_v_BGKRH
+
+
+def _kernel(
+    qkv_ref: Any,
+    cos_ref: Any,
+    sin_ref: Any,
+    prefix_k_ref: Any,
+    prefix_v_ref: Any,
+    length_ref: Any,
+    own_k_ref: Any,
+    own_v_ref: Any,
+    cursor_ref: Any,
+    out_ref: Any,
+    new_k_ref: Any,
+    new_v_ref: Any,
+    *,
+    each: int,
+    group: int,
+) -> None:
+    """One group and one key/value head; row i of the queries is of sample i // `each`."""
+    size, scale = qkv_ref.shape[-1], qkv_ref.shape[-1] ** -0.5
+    rows = max(_LEAST, pl.next_power_of_2(group * each))
+    # Rows that are too many do again what the last one does, and write the same.
+    row = jnp.minimum(jnp.arange(rows), group * each - 1)[:, None]
+    sample_Q, head_Q = row // each, row % each
+    column = jnp.arange(size)[None]
+    turn = column % (size // 2)
+    cos, sin = plgpu.load(cos_ref.at[turn]), plgpu.load(sin_ref.at[turn])
+    sin = jnp.where(column < size // 2, -sin, sin)
+    cursor = cursor_ref[...]
+
+    def rotated(part: Array | int) -> Array:
+        here = plgpu.load(qkv_ref.at[sample_Q, part, column]).astype(jnp.float32)
+        across = plgpu.load(qkv_ref.at[sample_Q, part, (column + size // 2) % size])
+        return (here * cos + across.astype(jnp.float32) * sin).astype(qkv_ref.dtype)
+
+    q_QH, k_QH = rotated(head_Q), rotated(each)
+    v_QH = plgpu.load(qkv_ref.at[sample_Q, each + 1, column])
+    plgpu.store(new_k_ref.at[sample_Q, cursor, column], k_QH)
+    plgpu.store(new_v_ref.at[sample_Q, cursor, column], v_QH)
+
+    def visit(k_ref, v_ref, here, whose, carry):
+        """Goes on with the softmax over a block of keys, of which those count that are `here`.
+
+        With `whose`, only that sample sees them.
+        """
+        out_QH, top_Q, whole_Q = carry
+        k = plgpu.load(k_ref, mask=here[:, None], other=0.0)
+        scores = plgpu.dot(q_QH, k.T) * scale
+        seen = here[None] if whose is None else here[None] & (sample_Q == whose)
+        scores = jnp.where(seen, scores, NEVER)
+        higher_Q = jnp.maximum(top_Q, scores.max(axis=1))
+        weights, shrink_Q = jnp.exp(scores - higher_Q[:, None]), jnp.exp(top_Q - higher_Q)
+        v = plgpu.load(v_ref, mask=here[:, None], other=0.0)
+        out_QH = out_QH * shrink_Q[:, None] + plgpu.dot(weights.astype(v.dtype), v)
+        return out_QH, higher_Q, whole_Q * shrink_Q + weights.sum(axis=1)
+
+    place = jnp.arange(_BLOCK)
+    length = length_ref[...]
+    blocks = pl.cdiv(cursor, _BLOCK)
+
+    def of_prompt(i, carry):
+        at = (pl.ds(i * _BLOCK, _BLOCK), slice(None))
+        here = i * _BLOCK + place < length
+        return visit(prefix_k_ref.at[at], prefix_v_ref.at[at], here, None, carry)
+
+    def of_sample(i, carry):
+        sample, begin = i // blocks, i % blocks * _BLOCK
+        at = (sample, pl.ds(begin, _BLOCK), slice(None))
+        here = begin + place < cursor
+        return visit(own_k_ref.at[at], own_v_ref.at[at], here, sample, carry)
+
+    own_Q = jnp.sum(q_QH.astype(jnp.float32) * k_QH.astype(jnp.float32), axis=1) * scale
+    carry = (v_QH.astype(jnp.float32), own_Q, jnp.ones(rows, jnp.float32))
+    carry = jax.lax.fori_loop(0, pl.cdiv(length, _BLOCK), of_prompt, carry)
+    out_QH, _, whole_Q = jax.lax.fori_loop(0, group * blocks, of_sample, carry)
+    out_QH = (out_QH / whole_Q[:, None]).astype(out_ref.dtype)
+    plgpu.store(out_ref.at[sample_Q, head_Q, column], out_QH)
