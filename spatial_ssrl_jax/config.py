@@ -234,6 +234,9 @@ class RolloutSettings:
       wave: prompts that are sampled at a time.
       tensor: devices that share one copy of the weights while sampling; no more of them than the
         model has key/value heads, or caches are held twice.
+      attention: what computes a decode step's: `xla` anywhere, `triton` one kernel on NVIDIA GPUs
+        in bfloat16; `auto` is `triton` on those it was run on, of compute capability 9.0, else
+        `xla`.
     """
 
     limit: int = 2048
@@ -241,6 +244,7 @@ class RolloutSettings:
     check_every: int = 8
     wave: int = 64
     tensor: int = 1
+    attention: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.qwen2_5_vl.kernels import KERNELS
+from spatial_ssrl_jax.qwen2_5_vl.kernels import KERNELS, STEP_KERNELS
 from spatial_ssrl_jax.qwen2_5_vl.layers import REMAT_POLICIES
 from spatial_ssrl_jax.qwen2_5_vl.lora import known_targets
 from spatial_ssrl_jax.qwen2_5_vl.tree import PARTS
@@ -51,6 +51,7 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMAT_POLICIES),
     "model.attention": ("auto", *KERNELS),
+    "rollout.attention": ("auto", *STEP_KERNELS),
     "sft.schedule": ("constant", "cosine"),
     "grpo.schedule": ("constant", "cosine"),
     "grpo.kl": ("k1", "k2", "k3"),

@@ -15,10 +15,11 @@ from spatial_ssrl_jax.data.images import open_image
 from spatial_ssrl_jax.data.prompts import Processor, Prompt
 from spatial_ssrl_jax.data.videos import FPS, MOST_FRAMES, open_video
 from spatial_ssrl_jax.errors import BadPicture, UserError, run_command
+from spatial_ssrl_jax.qwen2_5_vl.kernels import choose_step_kernel
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.options import add_options, check_options
-from spatial_ssrl_jax.run.mesh import Layout, make_mesh
+from spatial_ssrl_jax.run.mesh import BATCH, Layout, make_mesh
 from spatial_ssrl_jax.run.models import open_model
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
@@ -35,7 +36,9 @@ def main(argv: Sequence[str]) -> None:
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     params = model.load(layout, dtype)
     limit = _round_up(args.max_new_tokens, _CHECK_EVERY)
-    engine = Engine(model.config, Compute(dtype), processor.stop_ids, min(limit, 256), _CHECK_EVERY)
+    step_kernel = choose_step_kernel("auto", dtype, layout.mesh, BATCH)
+    compute = Compute(dtype, step_kernel=step_kernel)
+    engine = Engine(model.config, compute, processor.stop_ids, min(limit, 256), _CHECK_EVERY)
     batch = pad_prompts(
         [prompt],
         (_round_up(len(prompt.ids), _PROMPT_STEP),),

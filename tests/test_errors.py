@@ -99,6 +99,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (train.main, train_with("mesh.fsdp=7"), ["fsdp=7 x tensor=1 does not fit"]),
     (train.main, train_with("mesh.silence=0"), ["mesh.silence=0 must be at least 1"]),
     (train.main, train_with("model.attention=flash"), ["attention=flash", "xla, splash, cudnn"]),
+    (train.main, train_with("rollout.attention=cudnn"), ["attention=cudnn", "auto, xla, triton"]),
     (train.main, train_with("model.attention=splash"), ["attention=splash runs on TPUs alone"]),
     (train.main, train_with("model.attention=cudnn"), ["attention=cudnn runs on NVIDIA GPUs"]),
     (

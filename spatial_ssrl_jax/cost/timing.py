@@ -27,7 +27,12 @@ from spatial_ssrl_jax.learn.loss import GrpoLoss
 from spatial_ssrl_jax.learn.optimizer import make_optimizer
 from spatial_ssrl_jax.learn.update import TrainState, new_state, train_step
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
-from spatial_ssrl_jax.qwen2_5_vl.kernels import KERNELS, choose_kernel
+from spatial_ssrl_jax.qwen2_5_vl.kernels import (
+    KERNELS,
+    STEP_KERNELS,
+    choose_kernel,
+    choose_step_kernel,
+)
 from spatial_ssrl_jax.qwen2_5_vl.layers import cast
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
 from spatial_ssrl_jax.rollout.cache import Decoding
@@ -52,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="full")
     parser.add_argument("--micro-prompts", type=int, help="prompts at a time in an update; all")
     parser.add_argument("--attention", choices=("auto", *KERNELS), default="auto")
+    parser.add_argument("--step-attention", choices=("auto", *STEP_KERNELS), default="auto")
     parser.add_argument("--runs", type=int, default=3, help="timed runs after one to warm up")
     parser.add_argument(
         "--profile",
@@ -108,13 +114,14 @@ class Bench:
         layout = Layout(make_mesh(MeshSettings()))
         dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         kernel = choose_kernel(args.attention, dtype, layout.mesh, BATCH)
+        step_kernel = choose_step_kernel(args.step_attention, dtype, layout.mesh, BATCH)
         params = model.draw(layout, 0) if args.random_weights else model.load(layout, "float32")
         batch = pad_prompts([prompt] * args.prompts, (len(prompt.ids),), (len(prompt.frame),))
         return cls(
             args,
             model.config,
             layout,
-            Compute(dtype, remat=args.remat, kernel=kernel),
+            Compute(dtype, remat=args.remat, kernel=kernel, step_kernel=step_kernel),
             params,
             layout.put_batch(batch),
             Shape(len(prompt.ids), (grid,), args.group, args.new),

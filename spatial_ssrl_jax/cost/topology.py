@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from spatial_ssrl_jax.cost.devices import Peak, device_peak
 from spatial_ssrl_jax.cost.gpus import GPUS, NO_TRIAL, gpu_devices
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.run.mesh import tell_tpu_compiler
+from spatial_ssrl_jax.run.mesh import tell_compilers
 
 # Name of a TPU -> axes of its torus, and what gcloud calls a slice of n chips.
 _TPUS = {
@@ -52,7 +52,7 @@ def open_topology(name: str) -> Topology:
     Raises:
       UserError: there is no such topology, or the TPU compiler is missing.
     """
-    tell_tpu_compiler()
+    tell_compilers()
     if name == "cpu":
         return Topology(name, jax.devices("cpu"), None)
     if name in GPUS:

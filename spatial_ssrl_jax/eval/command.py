@@ -16,10 +16,11 @@ from spatial_ssrl_jax.eval.pretext import open_pretext
 from spatial_ssrl_jax.eval.results_page import RESULTS, Result, write_results_page
 from spatial_ssrl_jax.eval.runs import journals, open_set, run, tell_left_out
 from spatial_ssrl_jax.eval.scores import Scores
+from spatial_ssrl_jax.qwen2_5_vl.kernels import choose_step_kernel
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import distributed
-from spatial_ssrl_jax.run.mesh import Layout, is_writer, make_mesh
+from spatial_ssrl_jax.run.mesh import BATCH, Layout, is_writer, make_mesh
 from spatial_ssrl_jax.run.models import ModelFolder, open_model
 from spatial_ssrl_jax.run.progress import Progress
 
@@ -98,8 +99,10 @@ def _respondent(model: ModelFolder, args: argparse.Namespace, progress: Progress
             f"{jax.device_count()} devices: change them."
         )
     layout = Layout(make_mesh(MeshSettings(data=-1, fsdp=args.fsdp, tensor=args.tensor)))
-    params = model.load(layout, _dtype(args))
+    dtype = _dtype(args)
+    params = model.load(layout, dtype)
     stops = Processor(model.files, model.config).stop_ids
-    compute = Compute(_dtype(args))
+    step_kernel = choose_step_kernel("auto", dtype, layout.mesh, BATCH)
+    compute = Compute(dtype, step_kernel=step_kernel)
     engine = Engine(model.config, compute, stops, shards=layout.batch_shards)
     return Respondent(model.files, engine, layout, params, engine.fill(params))

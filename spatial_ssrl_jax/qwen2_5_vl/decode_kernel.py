@@ -1,12 +1,12 @@
 """Attention of one decode step as one GPU kernel (Pallas, by way of Triton).
 
-A program holds the queries of a whole group for one key/value head, so that the prompt's keys and
-values are read once a group and no score leaves the chip. It begins with each sample's newest
-token, goes on with the prompt, then with the samples' own slots as far as they are written.
+A program holds the queries of a whole group for one key/value head (of a part of it where the group
+is large), so that the prompt's keys and values are read once a group and no score leaves the chip.
+It begins with each sample's newest token, goes on with the prompt, then with the samples' own slots
+as far as they are written.
 
 Shape letters: B groups, G samples, K key/value heads, M query heads of each, P = M + 2 with key and
-value, H head size, T prompt tokens, R slots, Q = G·M query rows of a program, rounded up to a power
-of two.
+value, H head size, T prompt tokens, R slots, Q query rows of a program, a power of two.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ from spatial_ssrl_jax.qwen2_5_vl.attention import NEVER
 
 _BLOCK = 64  # keys at a time
 _WARPS, _STAGES = 4, 3
-_LEAST = 16  # rows of Triton's smallest product
+_LEAST, _MOST = 16, 64  # query rows: of Triton's smallest product, and what registers hold
 
 
 def attend_step(
@@ -54,18 +54,19 @@ def attend_step(
     """
     batch, group, heads, parts, size = qkv_BGKPH.shape
     prompt, slots, each = prefix_k_BKTH.shape[2], own_k_BGKRH.shape[3], parts - 2
+    samples = min(group, max(1, _MOST // each))
 
     def of_group(count: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, group, None, count, size), lambda b, k: (b, 0, k, 0, 0))
+        return pl.BlockSpec((None, group, None, count, size), lambda b, k, _: (b, 0, k, 0, 0))
 
-    angles = pl.BlockSpec((None, size // 2), lambda b, k: (b, 0))
-    shared = pl.BlockSpec((None, None, prompt, size), lambda b, k: (b, k, 0, 0))
-    length, place = pl.BlockSpec((None,), lambda b, k: (b,)), pl.BlockSpec((), lambda b, k: ())
+    angles = pl.BlockSpec((None, size // 2), lambda b, *_: (b, 0))
+    shared = pl.BlockSpec((None, None, prompt, size), lambda b, k, _: (b, k, 0, 0))
+    length, place = pl.BlockSpec((None,), lambda b, *_: (b,)), pl.BlockSpec((), lambda *_: ())
     own = of_group(slots)
     out_shape = (batch, group, heads, each, size)
     out, own_k_BGKRH, own_v_BGKRH = pl.pallas_call(
-        partial(_kernel, each=each, group=group),
-        grid=(batch, heads),
+        partial(_kernel, each=each, group=group, samples=samples),
+        grid=(batch, heads, pl.cdiv(group, samples)),
         in_specs=[of_group(parts), angles, angles, shared, shared, length, own, own, place],
         out_specs=[of_group(each), own, own],
         out_shape=[
@@ -100,13 +101,16 @@ def _kernel(
     *,
     each: int,
     group: int,
+    samples: int,
 ) -> None:
-    """One group and one key/value head; row i of the queries is of sample i // `each`."""
+    """One key/value head and `samples` of a group: row i is of the i // `each`-th of them."""
     size, scale = qkv_ref.shape[-1], qkv_ref.shape[-1] ** -0.5
-    rows = max(_LEAST, pl.next_power_of_2(group * each))
+    first = pl.program_id(2) * samples
+    count = jnp.minimum(group - first, samples)
     # Rows that are too many do again what the last one does, and write the same.
-    row = jnp.minimum(jnp.arange(rows), group * each - 1)[:, None]
-    sample_Q, head_Q = row // each, row % each
+    row = jnp.arange(max(_LEAST, pl.next_power_of_2(samples * each)))
+    row = jnp.minimum(row, count * each - 1)[:, None]
+    sample_Q, head_Q = first + row // each, row % each
     column = jnp.arange(size)[None]
     turn = column % (size // 2)
     cos, sin = plgpu.load(cos_ref.at[turn]), plgpu.load(sin_ref.at[turn])
@@ -149,14 +153,14 @@ def _kernel(
         return visit(prefix_k_ref.at[at], prefix_v_ref.at[at], here, None, carry)
 
     def of_sample(i, carry):
-        sample, begin = i // blocks, i % blocks * _BLOCK
+        sample, begin = first + i // blocks, i % blocks * _BLOCK
         at = (sample, pl.ds(begin, _BLOCK), slice(None))
         here = begin + place < cursor
         return visit(own_k_ref.at[at], own_v_ref.at[at], here, sample, carry)
 
     own_Q = jnp.sum(q_QH.astype(jnp.float32) * k_QH.astype(jnp.float32), axis=1) * scale
-    carry = (v_QH.astype(jnp.float32), own_Q, jnp.ones(rows, jnp.float32))
+    carry = (v_QH.astype(jnp.float32), own_Q, jnp.ones_like(own_Q))
     carry = jax.lax.fori_loop(0, pl.cdiv(length, _BLOCK), of_prompt, carry)
-    out_QH, _, whole_Q = jax.lax.fori_loop(0, group * blocks, of_sample, carry)
+    out_QH, _, whole_Q = jax.lax.fori_loop(0, count * blocks, of_sample, carry)
     out_QH = (out_QH / whole_Q[:, None]).astype(out_ref.dtype)
     plgpu.store(out_ref.at[sample_Q, head_Q, column], out_QH)

@@ -6,6 +6,7 @@ whose gradient these libraries drop.
 Shape letters: B rows, T tokens, N query heads, K key/value heads, H head size.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,6 +27,9 @@ from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
 
 KERNELS = ("xla", "splash", "cudnn")
 FUSED = ("splash", "cudnn")  # take a whole group in one call
+STEP_KERNELS = ("xla", "triton")
+_ON_GPUS = ("cudnn", "triton")
+_MEASURED = 9.0  # compute capability of the GPUs that `triton` was run on
 _LANES = 128  # a block is a multiple of these
 _BLOCKS = (512, 256, _LANES)  # tokens of a block, the fastest first
 _PADDED = 1 / 8  # most of a row that may be padding for the sake of a larger block
@@ -37,10 +41,10 @@ class Kernel:
     """What computes self-attention over many tokens.
 
     Attributes:
-      name: one of `KERNELS`.
+      name: one of `KERNELS`, or of `STEP_KERNELS` for a decode step.
       mesh: the devices; None where arrays lie on one. The compiler cannot cut splash over several.
       rows, heads: mesh axes that rows and heads are cut over.
-      interpret: run splash's kernel step by step, to check it where there is no TPU.
+      interpret: run a Pallas kernel step by step, to check it where its device is not.
     """
 
     name: str = "xla"
@@ -54,7 +58,7 @@ XLA = Kernel()
 
 
 def choose_kernel(name: str, dtype: str, mesh: Mesh, rows: tuple[str, ...]) -> Kernel:
-    """The kernel that a name stands for on the devices of a mesh.
+    """The kernel of long attention that a name stands for on the devices of a mesh.
 
     Args:
       name: `auto` or one of `KERNELS`, the setting `model.attention`.
@@ -68,37 +72,55 @@ def choose_kernel(name: str, dtype: str, mesh: Mesh, rows: tuple[str, ...]) -> K
     device = mesh.devices.flat[0]
     if name == "auto":
         name = "splash" if device.platform == "tpu" and dtype == "bfloat16" else "xla"
-    check_kernel(name, dtype, device)
+    _check_kernel("model.attention", name, dtype, device)
     return Kernel(name, mesh, rows)
 
 
-def check_kernel(name: str, dtype: str, device: jax.Device) -> None:
-    """Refuses a kernel that cannot run.
+def choose_step_kernel(name: str, dtype: str, mesh: Mesh, rows: tuple[str, ...]) -> Kernel:
+    """The kernel of a decode step's attention; as `choose_kernel`.
 
     Args:
-      name: one of `KERNELS`, the setting `model.attention`.
-      dtype: compute dtype.
-      device: one of those that it would run on.
+      name: `auto` or one of `STEP_KERNELS`, the setting `rollout.attention`.
+      dtype, mesh, rows: likewise.
+
+    Raises:
+      UserError: it cannot run on these devices.
+    """
+    device = mesh.devices.flat[0]
+    if name == "auto":
+        hopper = device.platform == "gpu" and _capability(device) == _MEASURED
+        name = "triton" if hopper and dtype == "bfloat16" else "xla"
+    _check_kernel("rollout.attention", name, dtype, device)
+    return Kernel(name, mesh, rows)
+
+
+def _check_kernel(setting: str, name: str, dtype: str, device: jax.Device) -> None:
+    """Refuses a kernel that cannot run.
 
     Raises:
       UserError: the device is of another kind or too old, or the dtype is not the kernel's.
     """
-    why, instead = "", "set model.attention=xla"
-    capability = str(getattr(device, "compute_capability", ""))
+    why, instead = "", f"set {setting}=xla"
     if name == "splash" and device.platform != "tpu":
         why = f"runs on TPUs alone, and here is {device.platform}"
-    elif name == "cudnn" and device.platform != "gpu":
+    elif name in _ON_GPUS and device.platform != "gpu":
         why = f"runs on NVIDIA GPUs alone, and here is {device.platform}"
-    elif name == "cudnn" and dtype != "bfloat16":
+    elif name in _ON_GPUS and dtype != "bfloat16":
         why = "computes in bfloat16 alone"
-        instead = f"set model.dtype=bfloat16 in place of {dtype}, or model.attention=xla"
-    elif name == "cudnn" and not (capability[:1].isdigit() and float(capability) >= 8):
+        instead = f"set model.dtype=bfloat16 in place of {dtype}, or {setting}=xla"
+    elif name in _ON_GPUS and _capability(device) < 8:
         why = (
             "needs an NVIDIA GPU of compute capability 8.0 or more, and this "
-            f"{device.device_kind} has {capability}"
+            f"{device.device_kind} has {getattr(device, 'compute_capability', None)}"
         )
     if why:
-        raise UserError(f"model.attention={name} {why}: {instead}.")
+        raise UserError(f"{setting}={name} {why}: {instead}.")
+
+
+def _capability(device: jax.Device) -> float:
+    """An NVIDIA GPU's compute capability; 0 where it is not known."""
+    said = str(getattr(device, "compute_capability", ""))
+    return float(said) if re.fullmatch(r"\d+\.\d+", said) else 0.0
 
 
 def self_attention(
@@ -145,7 +167,7 @@ def group_attention(
     response: int,
     kernel: Kernel,
 ) -> Array:
-    """Attention over `[prompt | response 1 | … | response G]` in one call of a fused kernel.
+    """Attention over `[prompt | response 1 | … | response G]` by a fused kernel.
 
     The prompt attends to itself causally, each response to the prompt and causally to itself.
 
@@ -161,10 +183,9 @@ def group_attention(
     """
     group = (q_BTNH.shape[1] - prompt) // response
     if kernel.name == "cudnn":
-        # Padding behind a response is hidden from it by order, and sees the prompt itself.
         part = np.repeat(np.arange(group + 1), [prompt] + [response] * group)
-        of_prompt = valid_BT & (part == 0)
-        seen = of_prompt[:, None] | (part[:, None] == part)
+        # Padding behind a response is hidden from it by order, and sees the prompt itself.
+        seen = (valid_BT & (part == 0))[:, None] | (part[:, None] == part)
         return _cudnn(q_BTNH, k_BKTH, v_BKTH, seen, causal=True)
     mask = partial(GroupMask, prompt=prompt, response=response, group=group)
     return _splash(q_BTNH, k_BKTH, v_BKTH, jnp.where(valid_BT, 0, -1), mask, kernel)
@@ -189,12 +210,12 @@ def step_attention(
       prefix_valid_BT: bool, which prompt tokens exist; padding is behind.
       own: keys and values [B, G, K, R, H] in each sample's R slots.
       cursor: int32, the slot that every sample writes; later ones are not seen.
-      kernel: what computes it: with `cudnn` a kernel of our own, for cuDNN has none that shares.
+      kernel: what computes it: one of `STEP_KERNELS`.
 
     Returns:
       [B, G, N, H] in the dtype of the values, and the new `own`.
     """
-    if kernel.name != "cudnn":
+    if kernel.name == "xla":
         return _step_by_xla(qkv_BGKPH, rotary, prefix, prefix_valid_BT, own, cursor)
     run = partial(attend_step, interpret=kernel.interpret)
     if kernel.mesh is not None and kernel.mesh.size > 1:
@@ -326,13 +347,13 @@ def _cudnn(
 ) -> Array:
     """cuDNN's fused attention; the mask, if there is one, is one for all heads."""
     length = q_BTNH.shape[1]
-    more = [(0, 0), (0, length % 2)]  # with a mask cuDNN takes even lengths alone
+    more = ((0, 0), (0, length % 2))  # JAX lets it train on even lengths alone
     q, k, v = (
         jnp.pad(x, (*more, (0, 0), (0, 0)))
         for x in (q_BTNH, k_BKTH.swapaxes(1, 2), v_BKTH.swapaxes(1, 2))
     )
     if seen_BTT is not None:
-        # What is added sees all else and is seen by nothing.
+        # What is added is seen by nothing, and sees all else.
         seen_BTT = jnp.pad(seen_BTT, (*more, (0, 0)), constant_values=True)
         seen_BTT = jnp.pad(seen_BTT, ((0, 0), *more))[:, None]
     out = jax.nn.dot_product_attention(

@@ -100,9 +100,8 @@ class Linear(nnx.Module):
             a = (self.lora_a[...] * self.lora_scale[...]).astype(x.dtype).reshape(flat.shape[1], -1)
             b = self.lora_b[...].astype(x.dtype).reshape(-1, wide)
             y = y + jnp.matmul(jnp.matmul(flat, a), b)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype).reshape(wide)
-        return y.reshape(*rows, *columns)
+        y = y.reshape(*rows, *columns)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

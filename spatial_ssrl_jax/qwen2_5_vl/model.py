@@ -39,6 +39,7 @@ class Compute:
       head_block: entries of the vocabulary whose logits exist at a time, for all tokens.
       remat: what the backward pass keeps of each layer: `none`, `dots` or `full`.
       kernel: what computes self-attention over many tokens.
+      step_kernel: what computes a decode step's.
       rows: where the rows of activations lie; None leaves it to the compiler, which on a mesh would
         rather cut their widths, as those of the weights are, and add up whole batches.
     """
@@ -48,6 +49,7 @@ class Compute:
     head_block: int = 4096
     remat: str = "full"
     kernel: Kernel = XLA
+    step_kernel: Kernel = XLA
     rows: NamedSharding | None = None
 
     def hold(self, x: Array) -> Array:
@@ -136,9 +138,8 @@ def abstract_params(config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA) -> P
 def param_axes(config: Qwen2_5_VLConfig, lora: LoraSettings = NO_LORA) -> Params:
     """The parameter tree with each weight's logical axes as its leaf."""
     _, state = _abstract(config, lora)
-    return jax.tree.map(
-        lambda p: p.axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    ).to_pure_dict()
+    axes = jax.tree.map(lambda p: p.axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.to_pure_dict(axes)
 
 
 def init_params(config: Qwen2_5_VLConfig, key: Array) -> Params:

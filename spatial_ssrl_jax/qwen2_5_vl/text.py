@@ -56,6 +56,13 @@ class TextLayer(nnx.Module):
         x = self.norm1(x)
         return rotate(self.q(x), *rotary), rotate(self.k(x), *rotary), self.v(x)
 
+    def grouped(self, x: Array) -> Array:
+        """[..., K, N/K + 2, H]: of each key/value head its queries, its key, its value; not
+        rotated."""
+        x = self.norm1(x)
+        k = self.k(x)
+        return _group_heads(self.q(x), k, self.v(x), k.shape[-2])
+
     def finish(self, x: Array, mixed: Array) -> Array:
         """Adds what attention mixed ([..., T, N, H]), then the MLP."""
         x = x + self.o(mixed)
@@ -216,11 +223,11 @@ class TextModel(nnx.Module):
         return x[:, :prompt], x[:, prompt:].reshape(response_BGRD.shape)
 
 
-class DecodeLayer(nnx.Module):
-    """A `TextLayer` as a decode step has it: what multiplies the same activations is one weight.
+class JoinedLayer(nnx.Module):
+    """A `TextLayer` for decode steps on a GPU: what multiplies the same activations is one weight.
 
-    A step's products are so thin that reading the weights bounds them, and fewer of them take less
-    time between.
+    A step's products are so thin that one alone leaves a part of a GPU idle. A TPU gains nothing,
+    and would keep a second copy of the wide weight in another order.
     """
 
     def __init__(self, init: Init, config: TextConfig):
@@ -231,35 +238,44 @@ class DecodeLayer(nnx.Module):
         # Of each key/value head: the query heads that it serves, its key, its value.
         shape, axes = (width, groups, heads // groups + 2, size), ("kv_heads", None, "head_dim")
         self.qkv = Linear(init, shape, ("embed", *axes), bias=True)
-        self.o = Linear(
-            init, (heads, size, width), ("heads", "head_dim", "embed"), contract=2, ends_branch=True
-        )
+        out_axes = ("heads", "head_dim", "embed")
+        self.o = Linear(init, (heads, size, width), out_axes, contract=2, ends_branch=True)
         self.gate_up = init.normal((width, 2, inner), ("embed", None, "ffn"), width**-0.5)
         self.down = Linear(init, (inner, width), ("ffn", "embed"), ends_branch=True)
 
+    def grouped(self, x_BGD: Array) -> Array:
+        """As `TextLayer.grouped`."""
+        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]
+        flat = self.norm1(x_BGD).reshape(-1, kernel.shape[0])
+        # As a vector the bias is added inside of the product.
+        flat = jnp.matmul(flat, kernel.reshape(kernel.shape[0], -1)) + bias.reshape(-1)
+        return flat.reshape(*x_BGD.shape[:-1], *bias.shape)
+
     def finish(self, x_BGD: Array, mixed_BGNH: Array) -> Array:
-        """Adds what attention mixed, then the MLP."""
+        """As `TextLayer.finish`."""
         x = x_BGD + self.o(mixed_BGNH)
         both = jnp.einsum("bgd,dcf->bgcf", self.norm2(x), self.gate_up[...])
         return x + self.down(jax.nn.silu(both[:, :, 0]) * both[:, :, 1])
 
 
-def decode_layers(model: TextModel, dtype) -> list[dict]:
-    """The weights of a `DecodeLayer` for each stacked layer, adapters merged, in `dtype`."""
+def unstack(model: TextModel, dtype, joined: bool) -> list[dict]:
+    """The stacked layers, adapters merged, as one pure dict of arrays a layer, in `dtype`.
+
+    They are a `TextLayer`'s, or, `joined`, a `JoinedLayer`'s.
+    """
     weights = nnx.to_pure_dict(nnx.state(model.layers))
     count = jax.tree.leaves(weights)[0].shape[0]
     layers = (jax.tree.map(lambda x, i=i: x[i], weights) for i in range(count))
     # A layer at a time: merging whole stacks would need a float32 copy of each.
-    return [_joined(merge_adapters(layer, dtype)) for layer in layers]
+    merged = (merge_adapters(layer, dtype) for layer in layers)
+    return [_join(layer) if joined else layer for layer in merged]
 
 
-def _joined(layer: dict) -> dict:
+def _join(layer: dict) -> dict:
     mlp, groups = layer["mlp"], layer["k"]["bias"].shape[0]
 
     def grouped(name: str) -> Array:
-        q, *kv = (layer[part][name] for part in ("q", "k", "v"))
-        q = q.reshape(*q.shape[:-2], groups, -1, q.shape[-1])
-        return jnp.concatenate((q, *(x[..., None, :] for x in kv)), axis=-2)
+        return _group_heads(*(layer[part][name] for part in ("q", "k", "v")), groups)
 
     return {
         "norm1": layer["norm1"],
@@ -271,8 +287,14 @@ def _joined(layer: dict) -> dict:
     }
 
 
+def _group_heads(q: Array, k: Array, v: Array, groups: int) -> Array:
+    """[..., N, H] and twice [..., K, H] -> [..., K, N/K + 2, H]."""
+    q = q.reshape(*q.shape[:-2], groups, -1, q.shape[-1])
+    return jnp.concatenate((q, k[..., None, :], v[..., None, :]), axis=-2)
+
+
 def decode_layer(
-    layer: DecodeLayer,
+    layer: TextLayer | JoinedLayer,
     x_BGD: Array,
     rotary: Rotary,
     prefix: tuple[Array, Array],
@@ -296,6 +318,6 @@ def decode_layer(
     Returns:
       The new hidden state [B, G, D] and the new `own`.
     """
-    qkv = layer.qkv(layer.norm1(x_BGD))
-    mixed, own = step_attention(qkv, rotary, prefix, prefix_valid_BT, own, cursor, kernel=kernel)
+    heads = layer.grouped(x_BGD)
+    mixed, own = step_attention(heads, rotary, prefix, prefix_valid_BT, own, cursor, kernel=kernel)
     return layer.finish(x_BGD, mixed), own

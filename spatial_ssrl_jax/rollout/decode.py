@@ -20,7 +20,7 @@ from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel
 from spatial_ssrl_jax.qwen2_5_vl.layers import Init, cast
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
 from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
-from spatial_ssrl_jax.qwen2_5_vl.text import DecodeLayer, decode_layer, decode_layers
+from spatial_ssrl_jax.qwen2_5_vl.text import JoinedLayer, TextLayer, decode_layer, unstack
 from spatial_ssrl_jax.rollout.cache import (
     Decoding,
     LayerCache,
@@ -44,7 +44,7 @@ class DecodeSettings:
       suppressed: tokens that are never drawn.
       check_every: steps between looks at whether all have finished.
       layout: where caches lie; None leaves it to the compiler.
-      kernel: what computes attention; where, `layout` says.
+      kernel: what computes attention; where, `layout` says, if there is one.
     """
 
     sampling: Sampling
@@ -55,12 +55,21 @@ class DecodeSettings:
     kernel: Kernel = XLA
 
 
-@partial(jax.jit, static_argnums=(0, 2))
-def fill_weights(config: Qwen2_5_VLConfig, params: Params, dtype: str) -> dict[str, Any]:
-    """The decode step's own copy of the language model: one dict a layer, in `dtype`."""
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def fill_weights(
+    config: Qwen2_5_VLConfig, params: Params, dtype: str, joined: bool = False
+) -> dict[str, Any]:
+    """The decode step's own copy of the language model: one dict a layer, in `dtype`.
+
+    Args:
+      config: the model's shape.
+      params: the model.
+      dtype: of the copy.
+      joined: as a `JoinedLayer` has its weights.
+    """
     text = qwen.bind(config, params).text
     return {
-        "layers": decode_layers(text, dtype),
+        "layers": unstack(text, dtype, joined),
         "embed": text.embed[...].astype(dtype),
         "head": None if text.head is None else text.head[...].astype(dtype),
         "norm": cast(nnx.to_pure_dict(nnx.state(text.norm)), dtype),
@@ -68,11 +77,19 @@ def fill_weights(config: Qwen2_5_VLConfig, params: Params, dtype: str) -> dict[s
 
 
 @cache
-def _layer(config: TextConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: DecodeLayer(Init(jax.random.key(0)), config)))
+def _layer(config: TextConfig, joined: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    kind = JoinedLayer if joined else TextLayer
+    return nnx.split(nnx.eval_shape(lambda: kind(Init(jax.random.key(0)), config)))
 
 
-def sampling_places(config: Qwen2_5_VLConfig, layout: Layout) -> dict[str, Any]:
+def is_joined(layer: dict[str, Any]) -> bool:
+    """Whether a layer's weights are those of a `JoinedLayer`."""
+    return "qkv" in layer
+
+
+def sampling_places(
+    config: Qwen2_5_VLConfig, layout: Layout, joined: bool = False
+) -> dict[str, Any]:
     """Where `fill_weights`' arrays lie for sampling; `layers` is one layer's, for all are alike.
 
     Raises:
@@ -85,19 +102,21 @@ def sampling_places(config: Qwen2_5_VLConfig, layout: Layout) -> dict[str, Any]:
         return layout.sharding(f"layers/{name}", weight.axes, weight.shape)
 
     layer = jax.tree.map_with_path(
-        place, _layer(config.text)[1], is_leaf=lambda x: isinstance(x, nnx.Variable)
+        place, _layer(config.text, joined)[1], is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
     around = {"embed": whole["embed"], "head": whole.get("head"), "norm": whole["norm"]}
-    return around | {"layers": layer.to_pure_dict()}
+    return around | {"layers": nnx.to_pure_dict(layer)}
 
 
 @cache
-def reshard_program(config: Qwen2_5_VLConfig, layout: Layout, of_layer: bool) -> jax.stages.Wrapped:
+def reshard_program(
+    config: Qwen2_5_VLConfig, layout: Layout, of_layer: bool, joined: bool = False
+) -> jax.stages.Wrapped:
     """Jitted: one layer, or what is around the layers, to where sampling needs it.
 
     Donated where nothing moves; a part of another size could not take its buffer.
     """
-    places = sampling_places(config, layout)
+    places = sampling_places(config, layout, joined)
     layer = places.pop("layers")
 
     def reshard(part: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +142,7 @@ def reshard_weights(
     """
     layers = weights.pop("layers")
     moved = reshard_program(config, layout, of_layer=False)(weights)
-    move_layer = reshard_program(config, layout, of_layer=True)
+    move_layer = reshard_program(config, layout, True, is_joined(layers[0]))
     weights.clear()
     for i in range(len(layers)):
         layers[i] = move_layer(layers[i])  # nothing else holds it: its memory is free after that
@@ -216,12 +235,13 @@ def _decode_step(
     position = (prefix.next_position + state.cursor)[:, None, None]
     rotary = text_rotary(config.text, jnp.broadcast_to(position, (len(token), 3, 1)))
     rotary = tuple(angle[:, 0] for angle in rotary)
-    kernel = replace(settings.kernel, mesh=settings.layout and settings.layout.mesh)
+    kernel, layout = settings.kernel, settings.layout
+    kernel = kernel if layout is None else replace(kernel, mesh=layout.mesh)
     caches = []
     for layer_weights, shared, own in zip(
         weights["layers"], prefix.layers, state.layers, strict=True
     ):
-        layer = nnx.merge(_layer(config.text)[0], layer_weights)
+        layer = nnx.merge(_layer(config.text, is_joined(layer_weights))[0], layer_weights)
         x, own = decode_layer(layer, x, rotary, shared, prefix.valid, own, state.cursor, kernel)
         caches.append(own)
     x32 = x.astype(jnp.float32)

@@ -88,16 +88,21 @@ class Engine:
                 f"rollout.check_every={self.check_every}."
             )
 
+    @property
+    def joined(self) -> bool:
+        """Whether the decode weights are a `JoinedLayer`'s: on GPUs, and there beside `triton`."""
+        return self.compute.step_kernel.name == "triton"
+
     def fill(self, params: Params) -> dict[str, Any]:
         """The decode weights of `params`, to be made once a step and freed before the update."""
-        weights = fill_weights(self.config, params, self.compute.dtype)
+        weights = fill_weights(self.config, params, self.compute.dtype, self.joined)
         if self.layout is None:
             return weights
         return reshard_weights(self.config, self.layout, weights)
 
     def settings(self, sampling: Sampling) -> DecodeSettings:
         """What its decode programs are compiled with."""
-        suppressed, kernel = self.config.vision_tokens, self.compute.kernel
+        suppressed, kernel = self.config.vision_tokens, self.compute.step_kernel
         return DecodeSettings(
             sampling, self.stop_ids, suppressed, self.check_every, self.layout, kernel
         )

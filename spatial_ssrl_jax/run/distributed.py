@@ -10,7 +10,7 @@ import jax
 from jax._src import distributed  # the only way to the service's shared notes
 
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.run.mesh import tell_tpu_compiler
+from spatial_ssrl_jax.run.mesh import tell_compilers
 
 _PARTED = "parted/"
 _PATIENCE = 10  # seconds that process 0 waits for the others' ends
@@ -41,7 +41,7 @@ def connect(args: argparse.Namespace, silence: int) -> None:
       UserError: the options do not belong together, the environment speaks of several processes
         and no option does, or the others cannot be reached.
     """
-    tell_tpu_compiler()
+    tell_compilers()
     explicit = (args.coordinator, args.processes, args.process)
     if all(option is None for option in explicit) and not args.distributed:
         _check_alone()

@@ -28,7 +28,7 @@ from spatial_ssrl_jax.folders import (
     write_whole,
 )
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
-from spatial_ssrl_jax.qwen2_5_vl.kernels import choose_kernel
+from spatial_ssrl_jax.qwen2_5_vl.kernels import choose_kernel, choose_step_kernel
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import models
@@ -53,7 +53,14 @@ from spatial_ssrl_jax.run.tracker import Tracker, check_tracker
 # Changing these between two starts of one run changes neither what was trained before nor, but for
 # rounding, what is trained from there.
 _SAFE_TO_CHANGE = ("checkpoint", "log", "mesh")
-_SAFE_KEYS = ("grpo.steps", "data.threads", "data.workers", "model.attention", "model.remat")
+_SAFE_KEYS = (
+    "grpo.steps",
+    "data.threads",
+    "data.workers",
+    "model.attention",
+    "model.remat",
+    "rollout.attention",
+)
 
 
 @dataclass
@@ -128,11 +135,13 @@ def compute_of(config: Config, layout: Layout) -> Compute:
     """How the run's programs compute, and where the rows of training's activations lie.
 
     Raises:
-      UserError: the devices do not have what `model.attention` asks for.
+      UserError: the devices do not have what `model.attention` or `rollout.attention` asks for.
     """
-    model = config.model
-    kernel = choose_kernel(model.attention, model.dtype, layout.mesh, BATCH)
-    return Compute(model.dtype, model.chunk, model.head_block, model.remat, kernel, layout.rows())
+    model, there = config.model, (config.model.dtype, layout.mesh, BATCH)
+    kernel = choose_kernel(model.attention, *there)
+    step_kernel = choose_step_kernel(config.rollout.attention, *there)
+    chunks = (model.chunk, model.head_block)
+    return Compute(model.dtype, *chunks, model.remat, kernel, step_kernel, layout.rows())
 
 
 def open_run(

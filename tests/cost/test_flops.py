@@ -8,6 +8,7 @@ import pytest
 from spatial_ssrl_jax.cost.flops import (
     Shape,
     attention_flops,
+    decode_flops,
     dense_flops,
     group_flops,
     program_flops,
@@ -46,6 +47,14 @@ def test_a_group_needs_what_its_program_does(toy):
     per_pair = attention_flops(text, 1, 0)
     masked = length * (length - 1) / 2 + group * response * (response - 1) / 2
     assert done == pytest.approx(group_flops(toy.config, shape) + masked * per_pair, rel=1e-6)
+
+
+def test_a_groups_forward_pass_is_its_prompt_and_its_decode_steps(toy):
+    shape, text = Shape(30, (GRID,), 3, 6), toy.config.text
+    prompt = 30 * dense_flops(text) + attention_flops(text, 30, 0)
+    prompt += vision_flops(toy.config.vision, [GRID])
+    decoded = decode_flops(toy.config, shape)
+    assert prompt + decoded == pytest.approx(group_flops(toy.config, shape), rel=1e-12)
 
 
 def test_dense_flops_are_twice_the_weights(toy):

@@ -21,6 +21,7 @@ SIZES = ["--random-weights", "--prompts=2", "--group=2", "--new=16", "--grid=4",
                 "decode_tok_s",
                 "decode_step_seconds",
                 "decode_bytes_per_step",
+                "decode_flops_per_step",
                 "matmul_seconds",
                 "share_of_matmul_bound",
             },
@@ -54,6 +55,24 @@ def test_each_part_reports_its_figures(
         phases = sum(found[f"{name}_seconds"] for name in ("rollout", "reference", "update"))
         assert phases == pytest.approx(found["step_seconds"], rel=0.2)
         assert found["mismatch_mean"] <= found["mismatch_max"] < 1e-4
+
+
+def test_a_profile_names_the_kernels(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Of decoding alone, whose trace is written; as lines, each kernel has one."""
+    argv = ["rollout", f"--model={toy_folder}", *SIZES, "--prompt-tokens=12"]
+    bench.main([*argv, f"--profile={tmp_path}", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    kernels = found["kernels"]
+    assert [k["seconds"] for k in kernels] == sorted((k["seconds"] for k in kernels), reverse=True)
+    assert 0.5 < sum(k["share"] for k in kernels) <= 1 + 1e-6
+    assert sum(k["seconds"] for k in kernels) <= found["busy_seconds"] * (1 + 1e-6)
+    assert all(k["calls"] > 0 and not k["name"][-1].isdigit() for k in kernels)
+    assert list(tmp_path.rglob("*.xplane.pb"))
+    bench.main([*argv, f"--profile={tmp_path}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("kernels ") for line in lines) == len(kernels)
 
 
 def test_a_prompt_too_short_for_its_picture_is_refused(toy_folder: Path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from spatial_ssrl_jax.config import Config, MeshSettings, ModelSettings
+from spatial_ssrl_jax.config import Config, MeshSettings, ModelSettings, RolloutSettings
 from spatial_ssrl_jax.cost.flops import program_flops
 from spatial_ssrl_jax.cost.topology import open_topology
 from spatial_ssrl_jax.data.batching import pad_prompts
@@ -32,6 +33,7 @@ from spatial_ssrl_jax.run.setup import compute_of
 from tests.run.processes import start_all
 
 SPLASH = Kernel("splash", interpret=True)  # the kernel itself, without a TPU
+TRITON = Kernel("triton", interpret=True)  # likewise, without a GPU
 PROMPT, GROUP, RESPONSE = 100, 3, 35
 LENGTH = PROMPT + GROUP * RESPONSE
 # The programs run for milliseconds and compile for seconds.
@@ -153,11 +155,13 @@ def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
     assert set(called) == {"cudnn"}
 
 
-@pytest.mark.parametrize("cursor", [0, 1, 64, 71])
-def test_one_steps_kernel_is_xlas(cursor: int):
-    """Prompts and slots that end inside of blocks; seven query heads of a key/value head."""
+def one_step(group: int) -> Callable[[Kernel, int], list[Array]]:
+    """A decode step's attention by a kernel at a cursor, as its leaves.
+
+    Prompts and slots end inside of blocks; a key/value head serves seven query heads.
+    """
     rng = np.random.default_rng(0)
-    batch, group, keys, size, prompt, slots = 2, 3, 2, 16, 100, 72
+    batch, keys, size, prompt, slots = 2, 2, 16, 100, 72
 
     def drawn(*shape: int) -> Array:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -171,8 +175,14 @@ def test_one_steps_kernel_is_xlas(cursor: int):
         parts = (qkv, tuple(rotary), tuple(prefix), valid, tuple(own), cursor)
         return step_attention(*parts, kernel=kernel)
 
-    found = (run(k, jnp.int32(cursor)) for k in (Kernel("cudnn", interpret=True), XLA))
-    for ours, reference in zip(*map(jax.tree.leaves, found), strict=True):
+    return lambda kernel, cursor: jax.tree.leaves(run(kernel, jnp.int32(cursor)))
+
+
+@pytest.mark.parametrize(("cursor", "group"), [(0, 3), (1, 3), (64, 3), (71, 3), (70, 11)])
+def test_one_steps_kernel_is_xlas(cursor: int, group: int):
+    """Nine samples are as many as a program takes."""
+    run = one_step(group)
+    for ours, reference in zip(run(TRITON, cursor), run(XLA, cursor), strict=True):
         assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
 
 
@@ -216,7 +226,7 @@ def test_blocks_that_nobody_sees_cost_nothing():
 
 
 def cut_over_devices() -> None:
-    """Prints how far splash on a mesh of eight devices is from XLA on one, gradients too."""
+    """Prints how far kernels on a mesh of eight devices are from XLA on one, gradients too."""
     mesh = make_mesh(MeshSettings(fsdp=2, tensor=4))
     arrays, segment = drawn(90, 8, 2, 16), jnp.zeros((2, 90), int)
 
@@ -227,14 +237,17 @@ def cut_over_devices() -> None:
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
 
-    pairs = zip(
-        *map(jax.tree.leaves, (run(Kernel("splash", mesh, interpret=True)), run(XLA))), strict=True
-    )
+    ours, reference = (jax.tree.leaves(run(k)) for k in (replace(SPLASH, mesh=mesh), XLA))
+    step, wide = one_step(3), make_mesh(MeshSettings(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    for there in (mesh, wide):
+        ours += step(replace(TRITON, mesh=there), 70)
+        reference += step(XLA, 70)
+    pairs = zip(ours, reference, strict=True)
     print(max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs))
 
 
-def test_splash_is_cut_over_rows_and_heads():
-    """Two rows and eight heads on eight devices; two key heads serve four parts."""
+def test_kernels_are_cut_over_rows_and_heads():
+    """Two rows and eight heads on eight devices: two key heads serve four parts, or are two."""
     command = "from tests.qwen2_5_vl.test_kernels import cut_over_devices as c; c()"
     (process,) = start_all(["-c", command], 1, devices=8)
     out, errors = process.communicate()
@@ -266,42 +279,61 @@ def test_splash_compiles_for_a_tpu(part: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "device", "said"),
+    ("setting", "name", "dtype", "device", "said"),
     [
-        ("splash", "bfloat16", ("gpu", "9.0"), "runs on TPUs alone, and here is gpu"),
-        ("cudnn", "bfloat16", ("tpu", None), "runs on NVIDIA GPUs alone, and here is tpu"),
-        ("cudnn", "float32", ("gpu", "9.0"), "computes in bfloat16 alone"),
-        ("cudnn", "bfloat16", ("gpu", "7.5"), "needs an NVIDIA GPU of compute capability 8.0"),
-        ("cudnn", "bfloat16", ("gpu", "8.0"), None),
-        ("splash", "float32", ("tpu", None), None),
-        ("xla", "float32", ("cpu", None), None),
+        ("model", "splash", "bfloat16", ("gpu", "9.0"), "runs on TPUs alone, and here is gpu"),
+        ("model", "cudnn", "bfloat16", ("tpu", None), "runs on NVIDIA GPUs alone, and here is tpu"),
+        ("model", "cudnn", "float32", ("gpu", "9.0"), "computes in bfloat16 alone"),
+        ("model", "cudnn", "bfloat16", ("gpu", "7.5"), "needs an NVIDIA GPU of compute capability"),
+        ("model", "cudnn", "bfloat16", ("gpu", "8.0"), None),
+        ("model", "splash", "float32", ("tpu", None), None),
+        ("model", "xla", "float32", ("cpu", None), None),
+        (
+            "rollout",
+            "triton",
+            "bfloat16",
+            ("cpu", None),
+            "runs on NVIDIA GPUs alone, and here is c",
+        ),
+        ("rollout", "triton", "bfloat16", ("gpu", None), "needs an NVIDIA GPU of compute"),
+        ("rollout", "triton", "bfloat16", ("gpu", "8.9"), None),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused(
-    name: str, dtype: str, device: tuple, said: str | None
+    setting: str, name: str, dtype: str, device: tuple, said: str | None
 ):
     platform, capability = device
     there = SimpleNamespace(platform=platform, device_kind="Some", compute_capability=capability)
-    mesh = SimpleNamespace(devices=np.array([there]))
-    layout = SimpleNamespace(mesh=mesh, rows=lambda: None)
-    config = Config("x", model=ModelSettings(attention=name, dtype=dtype))
     if said is None:
-        assert compute_of(config, layout).kernel.name == name
+        assert name in kernels_on(there, dtype, {setting: name})
     else:
-        with pytest.raises(UserError, match=f"model.attention={name} {said}.*set model"):
-            compute_of(config, layout)
+        with pytest.raises(UserError, match=f"{setting}.attention={name} {said}.*set "):
+            kernels_on(there, dtype, {setting: name})
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "name"),
+    ("platform", "capability", "dtype", "names"),
     [
-        ("tpu", "bfloat16", "splash"),
-        ("tpu", "float32", "xla"),
-        ("gpu", "bfloat16", "xla"),
-        ("cpu", "bfloat16", "xla"),
+        ("tpu", None, "bfloat16", ("splash", "xla")),
+        ("tpu", None, "float32", ("xla", "xla")),
+        ("gpu", "9.0", "bfloat16", ("xla", "triton")),
+        ("gpu", "9.0", "float32", ("xla", "xla")),
+        ("gpu", "8.0", "bfloat16", ("xla", "xla")),
+        ("cpu", None, "bfloat16", ("xla", "xla")),
     ],
 )
-def test_by_default_tpus_have_the_fused_kernel(platform: str, dtype: str, name: str):
-    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+def test_by_default_devices_have_the_kernels_that_were_tried(
+    platform: str, capability: str | None, dtype: str, names: tuple[str, str]
+):
+    there = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert kernels_on(there, dtype, {}) == names
+
+
+def kernels_on(device: SimpleNamespace, dtype: str, asked: dict[str, str]) -> tuple[str, str]:
+    """Names of the kernels of long attention and of a decode step that a config has on a device."""
+    mesh = SimpleNamespace(devices=np.array([device]))
     layout = SimpleNamespace(mesh=mesh, rows=lambda: None)
-    assert compute_of(Config("x", model=ModelSettings(dtype=dtype)), layout).kernel.name == name
+    model = ModelSettings(attention=asked.get("model", "auto"), dtype=dtype)
+    rollout = RolloutSettings(attention=asked.get("rollout", "auto"))
+    compute = compute_of(Config("x", model=model, rollout=rollout), layout)
+    return compute.kernel.name, compute.step_kernel.name

@@ -10,6 +10,7 @@ import pytest
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
+from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout import engine
 from spatial_ssrl_jax.rollout.decode import prefill
@@ -37,7 +38,8 @@ def generate(toy, prompts):
     ):
         params = settings.pop("params", toy.params)
         stops = settings.pop("stops", STOPS)
-        made = Engine(toy.config, Compute(chunk=16), stops, chunk, check_every, shards)
+        compute = Compute(chunk=16, step_kernel=settings.pop("step_kernel", XLA))
+        made = Engine(toy.config, compute, stops, chunk, check_every, shards)
         places = list(places)
         return made.generate(
             params,
@@ -68,6 +70,13 @@ def test_responses_end_where_they_should(rollout):
         assert rollout.finished[b, g] or length == LIMIT
         assert (tokens[length:] == 0).all() and (logprobs[length:] == 0).all()
         assert (logprobs[:length] < 0).all()
+
+
+def test_the_gpus_kernel_draws_the_same(generate, rollout):
+    """Step by step, without a GPU; its caches are written in place and grow by chunks."""
+    found = generate(step_kernel=Kernel("triton", interpret=True))
+    assert np.array_equal(found.tokens, rollout.tokens)
+    assert np.abs(found.logprobs - rollout.logprobs).max() < 1e-5
 
 
 def test_samples_of_a_group_differ(rollout):

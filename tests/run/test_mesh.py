@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from spatial_ssrl_jax.config import MeshSettings
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
-from spatial_ssrl_jax.run.mesh import Layout, make_mesh, own_rows, tell_tpu_compiler
+from spatial_ssrl_jax.run.mesh import Layout, make_mesh, own_rows, tell_compilers
 
 
 @pytest.fixture
@@ -138,12 +138,26 @@ def test_a_batch_comes_back_as_it_was_put():
     assert np.array_equal(back["ids"], tree["ids"]) and back["scale"] == tree["scale"]
 
 
-def test_the_tpu_compiler_is_told_once_and_a_users_own_option_stays(monkeypatch):
-    name = "--xla_jf_spmd_threshold_for_windowed_einsum_mib"
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--a=1")
-    tell_tpu_compiler()
-    tell_tpu_compiler()
-    assert os.environ["LIBTPU_INIT_ARGS"] == f"--a=1 {name}=1000000"
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"{name}=5")
-    tell_tpu_compiler()
-    assert os.environ["LIBTPU_INIT_ARGS"] == f"{name}=5"
+@pytest.mark.parametrize(
+    ("variable", "option", "value"),
+    [
+        ("LIBTPU_INIT_ARGS", "--xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),
+        ("XLA_FLAGS", "--xla_gpu_enable_triton_gemm", "false"),
+    ],
+)
+def test_a_compiler_is_told_once_and_a_users_own_option_stays(
+    monkeypatch: pytest.MonkeyPatch, variable: str, option: str, value: str
+):
+    found = [SimpleNamespace(name="xla_cuda12")]
+    monkeypatch.setattr("spatial_ssrl_jax.run.mesh.entry_points", lambda group: found)
+    monkeypatch.setenv(variable, "--a=1")
+    tell_compilers()
+    tell_compilers()
+    assert os.environ[variable] == f"--a=1 {option}={value}"
+    monkeypatch.setenv(variable, f"{option}=5")
+    tell_compilers()
+    assert os.environ[variable] == f"{option}=5"
+    found.clear()
+    monkeypatch.setenv("XLA_FLAGS", "")
+    tell_compilers()
+    assert not os.environ["XLA_FLAGS"]  # only where JAX has a GPU's plugin
