@@ -9,7 +9,7 @@ the least time that the chip's peaks allow. All is at the largest buckets, with 
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from spatial_ssrl_jax.config import Config
 from spatial_ssrl_jax.cost import hlo
 from spatial_ssrl_jax.cost.devices import Peak
 from spatial_ssrl_jax.cost.flops import jaxpr_flops
+from spatial_ssrl_jax.cost.gpus import GPUS
 from spatial_ssrl_jax.cost.programs import Program, Stage, own_bytes, stages
 from spatial_ssrl_jax.cost.topology import Topology, open_topology
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -89,7 +90,7 @@ def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict
     """Compiles the programs of the config's stages.
 
     Args:
-      config: the run.
+      config: the run; `rollout.attention=auto` is `xla` on a GPU that is not there.
       topology_name: as `open_topology` takes it.
       say: told what is being compiled, for that takes minutes.
 
@@ -100,6 +101,9 @@ def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict
       UserError: no such topology, no model there, or sizes that do not go with one another.
     """
     topology = open_topology(topology_name)
+    if topology.name in GPUS and config.rollout.attention == "auto":
+        # How often the kernel's loops turn is in no text, and JAX 0.11 wants a GPU to lower it.
+        config = replace(config, rollout=replace(config.rollout, attention="xla"))
     model = read_shape(config.model.path)
     layout = Layout(make_mesh(config.mesh, topology.devices))
     planned = stages(config, model, layout, check_shards(config, model, layout))

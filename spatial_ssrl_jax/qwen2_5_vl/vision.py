@@ -69,7 +69,7 @@ class VisionBlock(nnx.Module):
             return run
 
         full = over(batch, segment_full, kernel)
-        # So short rows are better off without blocks of 128; cuDNN's cost a fifth of XLA's.
+        # Splash's blocks are twice as long as a window.
         short = kernel if kernel.name == "cudnn" else XLA
         window = over(batch * windows, segment_window, short)
         mixed = jax.lax.cond(is_full, full, window, q, k, v)
