@@ -235,7 +235,7 @@ class RolloutSettings:
       tensor: devices that share one copy of the weights while sampling; no more of them than the
         model has key/value heads, or caches are held twice.
       attention: what computes a decode step's: `xla` anywhere, `triton` one kernel on NVIDIA GPUs
-        in bfloat16; `auto` is `triton` on those it was run on, of compute capability 9.0, else
+        in bfloat16; `auto` is `triton` on one GPU of compute capability 9.0, where it was run, else
         `xla`.
     """
 

@@ -19,7 +19,7 @@ from spatial_ssrl_jax.qwen2_5_vl.kernels import choose_step_kernel
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.options import add_options, check_options
-from spatial_ssrl_jax.run.mesh import BATCH, Layout, make_mesh
+from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.models import open_model
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     params = model.load(layout, dtype)
     limit = _round_up(args.max_new_tokens, _CHECK_EVERY)
-    step_kernel = choose_step_kernel("auto", dtype, layout.mesh, BATCH)
+    step_kernel = choose_step_kernel("auto", dtype, layout.mesh)
     compute = Compute(dtype, step_kernel=step_kernel)
     engine = Engine(model.config, compute, processor.stop_ids, min(limit, 256), _CHECK_EVERY)
     batch = pad_prompts(

@@ -21,6 +21,7 @@ from spatial_ssrl_jax.cost.flops import jaxpr_flops
 from spatial_ssrl_jax.cost.gpus import GPUS
 from spatial_ssrl_jax.cost.programs import Program, Stage, own_bytes, stages
 from spatial_ssrl_jax.cost.topology import Topology, open_topology
+from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.models import read_shape
@@ -90,7 +91,7 @@ def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict
     """Compiles the programs of the config's stages.
 
     Args:
-      config: the run; `rollout.attention=auto` is `xla` on a GPU that is not there.
+      config: the run; on a GPU that is not there, decode steps attend by `xla`.
       topology_name: as `open_topology` takes it.
       say: told what is being compiled, for that takes minutes.
 
@@ -101,8 +102,13 @@ def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict
       UserError: no such topology, no model there, or sizes that do not go with one another.
     """
     topology = open_topology(topology_name)
-    if topology.name in GPUS and config.rollout.attention == "auto":
+    if topology.name in GPUS:
         # How often the kernel's loops turn is in no text, and JAX 0.11 wants a GPU to lower it.
+        if config.rollout.attention == "triton":
+            raise UserError(
+                "rollout.attention=triton cannot be planned without the GPU: leave it out, and the "
+                "plan is of xla."
+            )
         config = replace(config, rollout=replace(config.rollout, attention="xla"))
     model = read_shape(config.model.path)
     layout = Layout(make_mesh(config.mesh, topology.devices))

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData, ProfileEvent
 
+from spatial_ssrl_jax.errors import UserError
+
 _SHOWN = 20
 _NUMBERS = re.compile(r"([._]\d+|\.clone)+$")
 
@@ -25,6 +27,9 @@ def profiled(run: Callable[[], Any], folder: str) -> dict[str, Any]:
       `profiled_seconds`, of the run; `busy_seconds`, sums over kernels on the busiest device (on
       CPU over all threads); and of the costliest `kernels` each one's name without its number, its
       calls, seconds, and share of the busy seconds.
+
+    Raises:
+      UserError: the trace names no kernel.
     """
     with jax.profiler.trace(folder):
         start = time.perf_counter()
@@ -32,6 +37,8 @@ def profiled(run: Callable[[], Any], folder: str) -> dict[str, Any]:
         seconds = time.perf_counter() - start
     newest = max(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     busy, kernels = _busiest(ProfileData.from_file(str(newest)))
+    if not kernels:
+        raise UserError(f"{newest} names no kernel: open it in TensorBoard or Perfetto.")
     return {"profiled_seconds": seconds, "busy_seconds": busy, "kernels": kernels}
 
 

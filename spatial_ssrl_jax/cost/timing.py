@@ -40,7 +40,7 @@ from spatial_ssrl_jax.rollout.decode import decode_chunk, prefill, start_samples
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
 from spatial_ssrl_jax.run.memory import explained_memory, keep_freed_memory
-from spatial_ssrl_jax.run.mesh import BATCH, Layout, make_mesh
+from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.models import open_model
 
 
@@ -113,8 +113,10 @@ class Bench:
         prompt = made_up_prompt(model.config, args.prompt_tokens, grid)
         layout = Layout(make_mesh(MeshSettings()))
         dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        kernel = choose_kernel(args.attention, dtype, layout.mesh, BATCH)
-        step_kernel = choose_step_kernel(args.step_attention, dtype, layout.mesh, BATCH)
+        kernel = choose_kernel(args.attention, dtype, layout.mesh, "--attention")
+        step_kernel = choose_step_kernel(
+            args.step_attention, dtype, layout.mesh, "--step-attention"
+        )
         params = model.draw(layout, 0) if args.random_weights else model.load(layout, "float32")
         batch = pad_prompts([prompt] * args.prompts, (len(prompt.ids),), (len(prompt.frame),))
         return cls(
@@ -215,16 +217,18 @@ def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
     and `share_of_matmul_bound` how much of that rate the rollout reaches.
     """
     bench = Bench.open(args)
+    if args.matmuls and bench.compute.step_kernel.name != "xla":
+        raise UserError("--matmuls counts XLA's products alone: set --step-attention=xla with it.")
     params = cast(bench.params, bench.compute.dtype)
     bench.params = None
     whole = _median(partial(bench.sample, params), args.runs)
     account = (bench.config, bench.compute.dtype, bench.shape, args.prompts)
     found = {"rollout_tok_s": args.prompts * args.group * args.new / whole}
-    decode = bench.decoder(params)
-    found |= _decode_figures(bench, decode)
     if args.matmuls:
         bound = _matmul_seconds(bench, params)
         found |= {"matmul_seconds": bound, "share_of_matmul_bound": bound / whole}
+    decode = bench.decoder(params)
+    found |= _decode_figures(bench, decode)
     flops = args.prompts * group_flops(bench.config, bench.shape)
     return _report(args, flops, rollout_bytes(*account), whole, found, decode)
 

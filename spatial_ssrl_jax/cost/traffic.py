@@ -25,20 +25,19 @@ def weight_bytes(config: Qwen2_5_VLConfig, dtype: str, vision: bool = True) -> f
     return float(_count(read) * np.dtype(dtype).itemsize)
 
 
-def decode_bytes(
-    config: Qwen2_5_VLConfig, dtype: str, shape: Shape, prompts: int, first: int = 0
-) -> float:
-    """Decode steps `first` to the last: weights, prompts' caches once a group, samples' own.
+def decode_bytes(config: Qwen2_5_VLConfig, dtype: str, shape: Shape, prompts: int) -> float:
+    """All decode steps: weights, prompts' caches once a group, samples' own.
+
+    Step i reads i + 1 tokens of every sample.
 
     Args:
       config: the model's shape.
       dtype: of weights and caches.
       shape: of each prompt and its group.
       prompts: groups that are sampled at a time.
-      first: the first step that counts; step i reads i + 1 tokens of every sample.
     """
-    steps = shape.response - first
-    own = shape.group * (first + 1 + shape.response) / 2  # on average over the steps
+    steps = shape.response
+    own = shape.group * (1 + steps) / 2  # on average over the steps
     cached = prompts * (shape.prompt + own)
     return steps * (
         weight_bytes(config, dtype, vision=False) + cached * token_bytes(config.text, dtype)

@@ -20,7 +20,7 @@ from spatial_ssrl_jax.qwen2_5_vl.kernels import choose_step_kernel
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.run import distributed
-from spatial_ssrl_jax.run.mesh import BATCH, Layout, is_writer, make_mesh
+from spatial_ssrl_jax.run.mesh import Layout, is_writer, make_mesh
 from spatial_ssrl_jax.run.models import ModelFolder, open_model
 from spatial_ssrl_jax.run.progress import Progress
 
@@ -102,7 +102,7 @@ def _respondent(model: ModelFolder, args: argparse.Namespace, progress: Progress
     dtype = _dtype(args)
     params = model.load(layout, dtype)
     stops = Processor(model.files, model.config).stop_ids
-    step_kernel = choose_step_kernel("auto", dtype, layout.mesh, BATCH)
+    step_kernel = choose_step_kernel("auto", dtype, layout.mesh)
     compute = Compute(dtype, step_kernel=step_kernel)
     engine = Engine(model.config, compute, stops, shards=layout.batch_shards)
     return Respondent(model.files, engine, layout, params, engine.fill(params))

@@ -18,10 +18,12 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.attention import NEVER
 
 _BLOCK = 64  # keys at a time
 _WARPS, _STAGES = 4, 3
+_SIZES = (16, 32, 64, 128)
 _LEAST, _MOST = 16, 64  # query rows: of Triton's smallest product, and what registers hold
 
 
@@ -51,8 +53,16 @@ def attend_step(
 
     Returns:
       [B, G, K·M, H] in the dtype of the values, and the own keys and values with the token's.
+
+    Raises:
+      UserError: Triton has no product of this head size.
     """
     batch, group, heads, parts, size = qkv_BGKPH.shape
+    if not interpret and size not in _SIZES:
+        raise UserError(
+            f"the kernel of decode steps takes heads of {', '.join(map(str, _SIZES))}, and these "
+            f"are of {size}: set rollout.attention=xla."
+        )
     prompt, slots, each = prefix_k_BKTH.shape[2], own_k_BGKRH.shape[3], parts - 2
     samples = min(group, max(1, _MOST // each))
 

@@ -1,9 +1,10 @@
-"""Long self-attention: in plain XLA, or by the fused kernels of JAX's libraries.
+"""What computes attention: XLA, the fused kernels of JAX's libraries, or our own for a decode step.
 
 Every choice is one softmax over all the keys that a query sees: nothing is merged by log-sum-exp,
 whose gradient these libraries drop.
 
-Shape letters: B rows, T tokens, N query heads, K key/value heads, H head size.
+Shape letters: B rows, T tokens, N query heads, K key/value heads, H head size; of a decode step
+B groups, G samples, P = N/K + 2 heads of a key/value head, R slots.
 """
 
 import re
@@ -38,11 +39,12 @@ BLOCKS_RUN = "splash_blocks_"  # a call's scope, with the blocks of a row and he
 
 @dataclass(frozen=True)
 class Kernel:
-    """What computes self-attention over many tokens.
+    """What computes attention over many tokens, or in a decode step.
 
     Attributes:
       name: one of `KERNELS`, or of `STEP_KERNELS` for a decode step.
-      mesh: the devices; None where arrays lie on one. The compiler cannot cut splash over several.
+      mesh: the devices; None where arrays lie on one. The compiler cannot cut Pallas kernels over
+        several.
       rows, heads: mesh axes that rows and heads are cut over.
       interpret: run a Pallas kernel step by step, to check it where its device is not.
     """
@@ -57,14 +59,14 @@ class Kernel:
 XLA = Kernel()
 
 
-def choose_kernel(name: str, dtype: str, mesh: Mesh, rows: tuple[str, ...]) -> Kernel:
+def choose_kernel(name: str, dtype: str, mesh: Mesh, setting: str = "model.attention") -> Kernel:
     """The kernel of long attention that a name stands for on the devices of a mesh.
 
     Args:
-      name: `auto` or one of `KERNELS`, the setting `model.attention`.
+      name: `auto` or one of `KERNELS`.
       dtype: compute dtype.
       mesh: the devices.
-      rows: mesh axes that rows are cut over.
+      setting: where the user has the name from.
 
     Raises:
       UserError: it cannot run on these devices.
@@ -72,16 +74,21 @@ def choose_kernel(name: str, dtype: str, mesh: Mesh, rows: tuple[str, ...]) -> K
     device = mesh.devices.flat[0]
     if name == "auto":
         name = "splash" if device.platform == "tpu" and dtype == "bfloat16" else "xla"
-    _check_kernel("model.attention", name, dtype, device)
-    return Kernel(name, mesh, rows)
+    _check_kernel(setting, name, dtype, device)
+    if name == "cudnn" and mesh.shape["tensor"] > 1:
+        raise UserError(
+            f"{setting}=cudnn was not tried with heads cut over devices: set the mesh's tensor to "
+            f"1, or {setting}=xla."
+        )
+    return Kernel(name, mesh)
 
 
-def choose_step_kernel(name: str, dtype: str, mesh: Mesh, rows: tuple[str, ...]) -> Kernel:
-    """The kernel of a decode step's attention; as `choose_kernel`.
+def choose_step_kernel(
+    name: str, dtype: str, mesh: Mesh, setting: str = "rollout.attention"
+) -> Kernel:
+    """The kernel of a decode step's attention, as `choose_kernel`; a name of `STEP_KERNELS`.
 
-    Args:
-      name: `auto` or one of `STEP_KERNELS`, the setting `rollout.attention`.
-      dtype, mesh, rows: likewise.
+    `auto` is `triton` where it was run: on one GPU of the measured kind.
 
     Raises:
       UserError: it cannot run on these devices.
@@ -89,9 +96,9 @@ def choose_step_kernel(name: str, dtype: str, mesh: Mesh, rows: tuple[str, ...])
     device = mesh.devices.flat[0]
     if name == "auto":
         hopper = device.platform == "gpu" and _capability(device) == _MEASURED
-        name = "triton" if hopper and dtype == "bfloat16" else "xla"
-    _check_kernel("rollout.attention", name, dtype, device)
-    return Kernel(name, mesh, rows)
+        name = "triton" if hopper and dtype == "bfloat16" and mesh.size == 1 else "xla"
+    _check_kernel(setting, name, dtype, device)
+    return Kernel(name, mesh)
 
 
 def _check_kernel(setting: str, name: str, dtype: str, device: jax.Device) -> None:
@@ -107,7 +114,7 @@ def _check_kernel(setting: str, name: str, dtype: str, device: jax.Device) -> No
         why = f"runs on NVIDIA GPUs alone, and here is {device.platform}"
     elif name in _ON_GPUS and dtype != "bfloat16":
         why = "computes in bfloat16 alone"
-        instead = f"set model.dtype=bfloat16 in place of {dtype}, or {setting}=xla"
+        instead = f"set the dtype to bfloat16 in place of {dtype}, or {setting}=xla"
     elif name in _ON_GPUS and _capability(device) < 8:
         why = (
             "needs an NVIDIA GPU of compute capability 8.0 or more, and this "

@@ -36,7 +36,6 @@ from spatial_ssrl_jax.run.benchmark import BenchmarkEval, how_to_ask, open_quest
 from spatial_ssrl_jax.run.best import Best
 from spatial_ssrl_jax.run.checkpoint import MODEL, Checkpoints, pass_over_damaged
 from spatial_ssrl_jax.run.mesh import (
-    BATCH,
     Layout,
     gather_rows,
     is_writer,
@@ -137,7 +136,7 @@ def compute_of(config: Config, layout: Layout) -> Compute:
     Raises:
       UserError: the devices do not have what `model.attention` or `rollout.attention` asks for.
     """
-    model, there = config.model, (config.model.dtype, layout.mesh, BATCH)
+    model, there = config.model, (config.model.dtype, layout.mesh)
     kernel = choose_kernel(model.attention, *there)
     step_kernel = choose_step_kernel(config.rollout.attention, *there)
     chunks = (model.chunk, model.head_block)

@@ -78,3 +78,11 @@ def test_a_profile_names_the_kernels(
 def test_a_prompt_too_short_for_its_picture_is_refused(toy_folder: Path):
     with pytest.raises(UserError, match="--prompt-tokens=6 and --grid=4 do not fit"):
         bench.main(["rollout", f"--model={toy_folder}", *SIZES, "--prompt-tokens=6"])
+
+
+def test_what_bench_refuses_is_named_as_its_options(toy_folder: Path):
+    argv = ["rollout", f"--model={toy_folder}", *SIZES, "--prompt-tokens=12"]
+    with pytest.raises(UserError, match="--step-attention=triton runs .*set --step-attention=xla"):
+        bench.main([*argv, "--step-attention=triton"])
+    with pytest.raises(UserError, match="--attention=splash runs .*set --attention=xla"):
+        bench.main([*argv, "--attention=splash"])

@@ -19,6 +19,7 @@ from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
 from spatial_ssrl_jax.qwen2_5_vl.attention import attend, attend_shared
+from spatial_ssrl_jax.qwen2_5_vl.decode_kernel import attend_step
 from spatial_ssrl_jax.qwen2_5_vl.kernels import (
     XLA,
     GroupMask,
@@ -329,9 +330,27 @@ def test_by_default_devices_have_the_kernels_that_were_tried(
     assert kernels_on(there, dtype, {}) == names
 
 
-def kernels_on(device: SimpleNamespace, dtype: str, asked: dict[str, str]) -> tuple[str, str]:
+def test_several_gpus_have_only_what_was_tried():
+    there = SimpleNamespace(platform="gpu", device_kind="Some", compute_capability="9.0")
+    assert kernels_on(there, "bfloat16", {}, devices=2) == ("xla", "xla")
+    with pytest.raises(UserError, match="cudnn was not tried with heads cut .*attention=xla"):
+        kernels_on(there, "bfloat16", {"model": "cudnn"}, devices=2)
+
+
+def test_heads_that_triton_has_no_product_for_are_refused(toy):
+    odd = [jnp.zeros(shape) for shape in ((1, 1, 1, 3, 8), (1, 4), (1, 4), *[(1, 1, 5, 8)] * 2)]
+    own = [jnp.zeros((1, 1, 1, 8, 8))] * 2
+    with pytest.raises(UserError, match="takes heads of 16, .*these are of 8: set rollout"):
+        attend_step(*odd, jnp.array([5]), *own, jnp.int32(0))
+
+
+def kernels_on(
+    device: SimpleNamespace, dtype: str, asked: dict[str, str], devices: int = 1
+) -> tuple[str, str]:
     """Names of the kernels of long attention and of a decode step that a config has on a device."""
-    mesh = SimpleNamespace(devices=np.array([device]))
+    mesh = SimpleNamespace(
+        devices=np.array([device] * devices), size=devices, shape={"tensor": devices}
+    )
     layout = SimpleNamespace(mesh=mesh, rows=lambda: None)
     model = ModelSettings(attention=asked.get("model", "auto"), dtype=dtype)
     rollout = RolloutSettings(attention=asked.get("rollout", "auto"))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax.config import MeshSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl import model as qwen
@@ -16,6 +17,7 @@ from spatial_ssrl_jax.rollout import engine
 from spatial_ssrl_jax.rollout.decode import prefill
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
+from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 
 LIMIT, GROUP = 24, 3
 STOPS = tuple(range(0, 680, 17))  # some 6% of what is drawn ends a response
@@ -39,7 +41,8 @@ def generate(toy, prompts):
         params = settings.pop("params", toy.params)
         stops = settings.pop("stops", STOPS)
         compute = Compute(chunk=16, step_kernel=settings.pop("step_kernel", XLA))
-        made = Engine(toy.config, compute, stops, chunk, check_every, shards)
+        layout = settings.pop("layout", None)
+        made = Engine(toy.config, compute, stops, chunk, check_every, shards, layout)
         places = list(places)
         return made.generate(
             params,
@@ -73,8 +76,10 @@ def test_responses_end_where_they_should(rollout):
 
 
 def test_the_gpus_kernel_draws_the_same(generate, rollout):
-    """Step by step, without a GPU; its caches are written in place and grow by chunks."""
-    found = generate(step_kernel=Kernel("triton", interpret=True))
+    """Step by step, without a GPU, its joined weights laid out as in training; caches are written
+    in place and grow by chunks."""
+    layout = Layout(make_mesh(MeshSettings())).rollout(1)
+    found = generate(step_kernel=Kernel("triton", interpret=True), layout=layout)
     assert np.array_equal(found.tokens, rollout.tokens)
     assert np.abs(found.logprobs - rollout.logprobs).max() < 1e-5
 
