@@ -34,7 +34,8 @@ def _lines(found: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _lines(value, f"{prefix}{name}.")
         elif isinstance(value, list):
             for row in value:
-                yield f"{prefix}{name:<24} " + ", ".join(map(_shown, row.values()))
+                shown = ", ".join(f"{key} {_shown(item)}" for key, item in row.items())
+                yield f"{prefix}{name:<24} {shown}"
         else:
             yield f"{prefix}{name:<24} {_shown(value)}"
 

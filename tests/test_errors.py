@@ -100,6 +100,11 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (train.main, train_with("mesh.silence=0"), ["mesh.silence=0 must be at least 1"]),
     (train.main, train_with("model.attention=flash"), ["attention=flash", "xla, splash, cudnn"]),
     (train.main, train_with("rollout.attention=cudnn"), ["attention=cudnn", "auto, xla, triton"]),
+    (
+        plan.main,
+        [TINY, "--topology=h100", "--config.rollout.attention=triton"],
+        ["triton cannot be planned without the GPU"],
+    ),
     (train.main, train_with("model.attention=splash"), ["attention=splash runs on TPUs alone"]),
     (train.main, train_with("model.attention=cudnn"), ["attention=cudnn runs on NVIDIA GPUs"]),
     (

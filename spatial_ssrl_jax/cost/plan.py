@@ -99,10 +99,10 @@ def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict
       Plain JSON types; `step` is that of GRPO, or of the cold start where there is no GRPO.
 
     Raises:
-      UserError: no such topology, no model there, or sizes that do not go with one another.
+      UserError: no such topology, no model there, sizes that do not go with one another, or
+        `rollout.attention=triton`.
     """
-    topology = open_topology(topology_name)
-    if topology.name in GPUS:
+    if topology_name in GPUS:
         # How often the kernel's loops turn is in no text, and JAX 0.11 wants a GPU to lower it.
         if config.rollout.attention == "triton":
             raise UserError(
@@ -110,6 +110,7 @@ def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict
                 "plan is of xla."
             )
         config = replace(config, rollout=replace(config.rollout, attention="xla"))
+    topology = open_topology(topology_name)
     model = read_shape(config.model.path)
     layout = Layout(make_mesh(config.mesh, topology.devices))
     planned = stages(config, model, layout, check_shards(config, model, layout))

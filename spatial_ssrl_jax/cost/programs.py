@@ -37,7 +37,6 @@ from spatial_ssrl_jax.rollout.decode import (
     decode_chunk,
     fill_weights,
     grow_layer,
-    is_joined,
     prefill_program,
     reshard_program,
     sampling_places,
@@ -182,8 +181,7 @@ class _Planned:
         group, limit, setting = config.grpo.group, rollout.limit, "rollout.wave"
         waves = config.grpo.prompts / rollout.wave
         params = state.params
-        joined = self.compute.step_kernel.name == "triton"
-        args = (model, params, self.compute.dtype, joined)
+        args = (model, params, self.compute.dtype)
         weights = yield Program("rollout_weights", fill_weights, args, 1, beside, "mesh.fsdp")
         if weights is None:
             return
@@ -211,10 +209,7 @@ class _Planned:
             return
         sampling = Sampling(config.grpo.temperature)
         stop = (model.eos_token_id,)
-        settings = DecodeSettings(
-            *(sampling, stop, model.vision_tokens, rollout.check_every),
-            *(layout, self.compute.step_kernel),
-        )
+        settings = DecodeSettings(sampling, stop, model.vision_tokens, rollout.check_every, layout)
         beside = {name: size for name, size in beside.items() if name != "rollout copy"}
         keys = self._keys(rollout.wave, group)
         args = (model, settings, slots, weights, prefix, samples, keys)
@@ -227,7 +222,6 @@ class _Planned:
         """Moving the weights for sampling: what is around the layers, then each layer."""
         model, layout = self.model, self.rollout_layout
         *_, layer = layers = weights["layers"]
-        joined = is_joined(layer)
         around = {name: part for name, part in weights.items() if name != "layers"}
         before = beside | {"layers": own_bytes(layers)}
         program = reshard_program(model, layout, of_layer=False)
@@ -237,12 +231,12 @@ class _Planned:
         copy = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             layer,
-            sampling_places(model, layout, joined)["layers"],
+            sampling_places(model, layout)["layers"],
         )
         others = own_bytes(moved) + (len(layers) - 1) * own_bytes(copy)
         before = beside | {"rollout copy": others}
         name, runs = "rollout_reshard_layer", len(layers)
-        program = reshard_program(model, layout, True, joined)
+        program = reshard_program(model, layout, of_layer=True)
         layer = yield Program(name, program, (layer,), runs, before, "mesh.fsdp")
         return None if layer is None else moved | {"layers": [layer] * len(layers)}
 

@@ -114,7 +114,7 @@ def _kernel(
     samples: int,
 ) -> None:
     """One key/value head and `samples` of a group: row i is of the i // `each`-th of them."""
-    size, scale = qkv_ref.shape[-1], qkv_ref.shape[-1] ** -0.5
+    size = qkv_ref.shape[-1]
     first = pl.program_id(2) * samples
     count = jnp.minimum(group - first, samples)
     # Rows that are too many do again what the last one does, and write the same.
@@ -137,22 +137,6 @@ def _kernel(
     plgpu.store(new_k_ref.at[sample_Q, cursor, column], k_QH)
     plgpu.store(new_v_ref.at[sample_Q, cursor, column], v_QH)
 
-    def visit(k_ref, v_ref, here, whose, carry):
-        """Goes on with the softmax over a block of keys, of which those count that are `here`.
-
-        With `whose`, only that sample sees them.
-        """
-        out_QH, top_Q, whole_Q = carry
-        k = plgpu.load(k_ref, mask=here[:, None], other=0.0)
-        scores = plgpu.dot(q_QH, k.T) * scale
-        seen = here[None] if whose is None else here[None] & (sample_Q == whose)
-        scores = jnp.where(seen, scores, NEVER)
-        higher_Q = jnp.maximum(top_Q, scores.max(axis=1))
-        weights, shrink_Q = jnp.exp(scores - higher_Q[:, None]), jnp.exp(top_Q - higher_Q)
-        v = plgpu.load(v_ref, mask=here[:, None], other=0.0)
-        out_QH = out_QH * shrink_Q[:, None] + plgpu.dot(weights.astype(v.dtype), v)
-        return out_QH, higher_Q, whole_Q * shrink_Q + weights.sum(axis=1)
-
     place = jnp.arange(_BLOCK)
     length = length_ref[...]
     blocks = pl.cdiv(cursor, _BLOCK)
@@ -160,17 +144,46 @@ def _kernel(
     def of_prompt(i, carry):
         at = (pl.ds(i * _BLOCK, _BLOCK), slice(None))
         here = i * _BLOCK + place < length
-        return visit(prefix_k_ref.at[at], prefix_v_ref.at[at], here, None, carry)
+        return _visit(q_QH, prefix_k_ref.at[at], prefix_v_ref.at[at], here, None, carry)
 
     def of_sample(i, carry):
         sample, begin = first + i // blocks, i % blocks * _BLOCK
         at = (sample, pl.ds(begin, _BLOCK), slice(None))
         here = begin + place < cursor
-        return visit(own_k_ref.at[at], own_v_ref.at[at], here, sample, carry)
+        own = sample_Q == sample
+        return _visit(q_QH, own_k_ref.at[at], own_v_ref.at[at], here, own, carry)
 
-    own_Q = jnp.sum(q_QH.astype(jnp.float32) * k_QH.astype(jnp.float32), axis=1) * scale
-    carry = (v_QH.astype(jnp.float32), own_Q, jnp.ones_like(own_Q))
+    newest_Q = jnp.sum(q_QH.astype(jnp.float32) * k_QH.astype(jnp.float32), axis=1) * size**-0.5
+    carry = (v_QH.astype(jnp.float32), newest_Q, jnp.ones_like(newest_Q))
     carry = jax.lax.fori_loop(0, pl.cdiv(length, _BLOCK), of_prompt, carry)
     out_QH, _, whole_Q = jax.lax.fori_loop(0, count * blocks, of_sample, carry)
     out_QH = (out_QH / whole_Q[:, None]).astype(out_ref.dtype)
     plgpu.store(out_ref.at[sample_Q, head_Q, column], out_QH)
+
+
+def _visit(
+    q_QH: Array,
+    k_ref: Any,
+    v_ref: Any,
+    here: Array,
+    own: Array | None,
+    carry: tuple[Array, Array, Array],
+) -> tuple[Array, Array, Array]:
+    """Goes on with the softmax over a block of keys.
+
+    Args:
+      q_QH: queries.
+      k_ref, v_ref: the block's keys and values.
+      here: [block] bool, which of them count.
+      own: [Q, 1] bool, the queries that see them; None for all.
+      carry: weighted sum of the values, largest score, and sum of the weights so far.
+    """
+    out_QH, top_Q, whole_Q = carry
+    k = plgpu.load(k_ref, mask=here[:, None], other=0.0)
+    scores = plgpu.dot(q_QH, k.T) * q_QH.shape[-1] ** -0.5
+    scores = jnp.where(here[None] if own is None else here[None] & own, scores, NEVER)
+    higher_Q = jnp.maximum(top_Q, scores.max(axis=1))
+    weights, shrink_Q = jnp.exp(scores - higher_Q[:, None]), jnp.exp(top_Q - higher_Q)
+    v = plgpu.load(v_ref, mask=here[:, None], other=0.0)
+    out_QH = out_QH * shrink_Q[:, None] + plgpu.dot(weights.astype(v.dtype), v)
+    return out_QH, higher_Q, whole_Q * shrink_Q + weights.sum(axis=1)

@@ -151,7 +151,7 @@ class TextModel(nnx.Module):
         hold: Hold,
         keep: bool,
     ) -> tuple[Array, tuple[Array, Array] | None]:
-        """Causal layers inside segments; with `keep`, every layer's keys and values too."""
+        """Causal layers inside segments; with `keep`, of single prompts, keys and values too."""
 
         def step(layer: TextLayer, x: Array, _):
             x = hold(x)

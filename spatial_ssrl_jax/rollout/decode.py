@@ -82,8 +82,7 @@ def _layer(config: TextConfig, joined: bool) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: kind(Init(jax.random.key(0)), config)))
 
 
-def is_joined(layer: dict[str, Any]) -> bool:
-    """Whether a layer's weights are those of a `JoinedLayer`."""
+def _is_joined(layer: dict[str, Any]) -> bool:
     return "qkv" in layer
 
 
@@ -142,7 +141,7 @@ def reshard_weights(
     """
     layers = weights.pop("layers")
     moved = reshard_program(config, layout, of_layer=False)(weights)
-    move_layer = reshard_program(config, layout, True, is_joined(layers[0]))
+    move_layer = reshard_program(config, layout, True, _is_joined(layers[0]))
     weights.clear()
     for i in range(len(layers)):
         layers[i] = move_layer(layers[i])  # nothing else holds it: its memory is free after that
@@ -241,7 +240,7 @@ def _decode_step(
     for layer_weights, shared, own in zip(
         weights["layers"], prefix.layers, state.layers, strict=True
     ):
-        layer = nnx.merge(_layer(config.text, is_joined(layer_weights))[0], layer_weights)
+        layer = nnx.merge(_layer(config.text, _is_joined(layer_weights))[0], layer_weights)
         x, own = decode_layer(layer, x, rotary, shared, prefix.valid, own, state.cursor, kernel)
         caches.append(own)
     x32 = x.astype(jnp.float32)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from spatial_ssrl_jax import bench
+from spatial_ssrl_jax.cost import timing
 from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.qwen2_5_vl.kernels import Kernel
 
 SIZES = ["--random-weights", "--prompts=2", "--group=2", "--new=16", "--grid=4", "--runs=1"]
 
@@ -86,3 +88,12 @@ def test_what_bench_refuses_is_named_as_its_options(toy_folder: Path):
         bench.main([*argv, "--step-attention=triton"])
     with pytest.raises(UserError, match="--attention=splash runs .*set --attention=xla"):
         bench.main([*argv, "--attention=splash"])
+
+
+def test_products_are_not_counted_beside_the_gpus_kernel(
+    toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(timing, "choose_step_kernel", lambda *_: Kernel("triton"))
+    argv = ["rollout", f"--model={toy_folder}", *SIZES, "--prompt-tokens=12", "--matmuls"]
+    with pytest.raises(UserError, match="--matmuls counts XLA's .*set --step-attention=xla"):
+        bench.main(argv)

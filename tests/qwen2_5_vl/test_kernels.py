@@ -126,8 +126,10 @@ def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
     """The library's call with its own XLA in cuDNN's place, which needs a GPU."""
     called = []
 
-    def stand_in(*args, implementation: str, **more):
-        called.append(implementation)
+    def stand_in(*args, implementation: str, mask: Array | None, **more):
+        called.append((implementation, mask is None))
+        assert args[0].shape[1] % 2 == 0  # others are refused in training
+        more["mask"] = mask
         return library(*args, implementation="xla", **more)
 
     library = jax.nn.dot_product_attention
@@ -153,7 +155,9 @@ def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
         assert_alike(*forms, drawn(51, 4, 2, 16), segment >= 0)
     by_xla, by_kernel, valid = group_by_xla()
     assert_alike(partial(by_kernel, kernel=by_cudnn), by_xla, drawn(LENGTH, 4, 2, 32), valid)
-    assert set(called) == {"cudnn"}
+    # Only of single causal rows the mask is left out.
+    assert [no_mask for _, no_mask in called] == [False, False, True, False]
+    assert {name for name, _ in called} == {"cudnn"}
 
 
 def one_step(group: int) -> Callable[[Kernel, int], list[Array]]:
