@@ -84,11 +84,6 @@ GPUS = {
 }
 
 
-# Products by cuBLAS alone. On a GPU the compiler tries its own Triton kernels beside it; where it
-# cannot try them it may choose one that does not exist.
-NO_TRIAL = {"xla_gpu_enable_triton_gemm": False}
-
-
 def gpu_devices(name: str) -> list[jax.Device]:
     """One GPU of the kind `name` of `GPUS`, for the compiler alone.
 

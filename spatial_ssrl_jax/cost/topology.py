@@ -11,9 +11,9 @@ import jax
 from jax.experimental import topologies
 
 from spatial_ssrl_jax.cost.devices import Peak, device_peak
-from spatial_ssrl_jax.cost.gpus import GPUS, NO_TRIAL, gpu_devices
+from spatial_ssrl_jax.cost.gpus import GPUS, gpu_devices
 from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.run.mesh import tell_compilers
+from spatial_ssrl_jax.run.mesh import GPU_OPTIONS, tell_compilers
 
 # Name of a TPU -> axes of its torus, and what gcloud calls a slice of n chips.
 _TPUS = {
@@ -57,7 +57,7 @@ def open_topology(name: str) -> Topology:
         return Topology(name, jax.devices("cpu"), None)
     if name in GPUS:
         peak = device_peak(GPUS[name].name)
-        return Topology(name, gpu_devices(name), peak, compiler_options=NO_TRIAL)
+        return Topology(name, gpu_devices(name), peak, compiler_options=GPU_OPTIONS)
     found = re.fullmatch(r"(v\d\w):(\d+(?:x\d+)*)(?:,slices=([1-9]\d*))?", name)
     if found is None or found[1] not in _TPUS:
         raise UserError(

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.qwen2_5_vl.attention import attend, attend_shared
 from spatial_ssrl_jax.qwen2_5_vl.decode_kernel import attend_step
+from spatial_ssrl_jax.qwen2_5_vl.layers import ATTENDED
 from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
 
 KERNELS = ("xla", "splash", "cudnn")
@@ -190,10 +191,7 @@ def group_attention(
     """
     group = (q_BTNH.shape[1] - prompt) // response
     if kernel.name == "cudnn":
-        part = np.repeat(np.arange(group + 1), [prompt] + [response] * group)
-        # Padding behind a response is hidden from it by order, and sees the prompt itself.
-        seen = (valid_BT & (part == 0))[:, None] | (part[:, None] == part)
-        return _cudnn(q_BTNH, k_BKTH, v_BKTH, seen, causal=True)
+        return _group_by_cudnn(q_BTNH, k_BKTH, v_BKTH, valid_BT, prompt, group)
     mask = partial(GroupMask, prompt=prompt, response=response, group=group)
     return _splash(q_BTNH, k_BKTH, v_BKTH, jnp.where(valid_BT, 0, -1), mask, kernel)
 
@@ -340,6 +338,7 @@ def _program(
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
+            residual_checkpoint_name=ATTENDED,
             interpret=interpret,
         )
     # NumPy arrays belong to no device, so that any program can hold them.
@@ -349,20 +348,61 @@ def _program(
     return made, every if blocks is None else int((blocks[0] > 0).sum())
 
 
+def _group_by_cudnn(
+    q_BTNH: Array, k_BKTH: Array, v_BKTH: Array, valid_BT: Array, prompt: int, group: int
+) -> Array:
+    """The prompts, which need no mask, then each response as a row behind a copy of its prompt.
+
+    The mask is what costs cuDNN most; a whole group in one call would have one for all.
+    """
+    batch, length = q_BTNH.shape[:2]
+    response = (length - prompt) // group
+    keys_and_values = k_BKTH, v_BKTH
+    first = _cudnn(
+        q_BTNH[:, :prompt], *(x[:, :, :prompt] for x in keys_and_values), None, causal=True
+    )
+
+    def behind_prompts(x_BKTH: Array) -> Array:
+        shared, own = x_BKTH[:, :, :prompt], x_BKTH[:, :, prompt:]
+        heads, size = x_BKTH.shape[1], x_BKTH.shape[3]
+        own = own.reshape(batch, heads, group, response, size).swapaxes(1, 2)
+        shared = jnp.broadcast_to(shared[:, None], (batch, group, *shared.shape[1:]))
+        return jnp.concatenate((shared, own), axis=3).reshape(batch * group, heads, -1, size)
+
+    order = jnp.arange(response)
+    # Padding behind a response is hidden from it by order, and sees the prompt itself.
+    seen = jnp.concatenate(
+        (
+            jnp.broadcast_to(valid_BT[:, None, None, :prompt], (batch, group, response, prompt)),
+            jnp.broadcast_to(order[:, None] >= order, (batch, group, response, response)),
+        ),
+        axis=-1,
+    )
+    rows = (batch * group, response)
+    own = _cudnn(
+        q_BTNH[:, prompt:].reshape(*rows, *q_BTNH.shape[2:]),
+        *map(behind_prompts, keys_and_values),
+        seen.reshape(*rows, -1),
+        causal=False,
+    )
+    return jnp.concatenate((first, own.reshape(batch, -1, *own.shape[2:])), axis=1)
+
+
 def _cudnn(
     q_BTNH: Array, k_BKTH: Array, v_BKTH: Array, seen_BTT: Array | None, causal: bool
 ) -> Array:
     """cuDNN's fused attention; the mask, if there is one, is one for all heads."""
-    length = q_BTNH.shape[1]
-    more = ((0, 0), (0, length % 2))  # JAX lets it train on even lengths alone
-    q, k, v = (
-        jnp.pad(x, (*more, (0, 0), (0, 0)))
-        for x in (q_BTNH, k_BKTH.swapaxes(1, 2), v_BKTH.swapaxes(1, 2))
+    length, keys = q_BTNH.shape[1], k_BKTH.shape[2]
+    # Under a mask JAX lets it train on even lengths alone.
+    more, more_keys = ((0, 0), (0, 0)) if seen_BTT is None else ((0, length % 2), (0, keys % 2))
+    q = jnp.pad(q_BTNH, ((0, 0), more, (0, 0), (0, 0)))
+    k, v = (
+        jnp.pad(x.swapaxes(1, 2), ((0, 0), more_keys, (0, 0), (0, 0))) for x in (k_BKTH, v_BKTH)
     )
     if seen_BTT is not None:
         # What is added is seen by nothing, and sees all else.
-        seen_BTT = jnp.pad(seen_BTT, (*more, (0, 0)), constant_values=True)
-        seen_BTT = jnp.pad(seen_BTT, ((0, 0), *more))[:, None]
+        seen_BTT = jnp.pad(seen_BTT, ((0, 0), more, (0, 0)), constant_values=True)
+        seen_BTT = jnp.pad(seen_BTT, ((0, 0), (0, 0), more_keys))[:, None]
     out = jax.nn.dot_product_attention(
         q, k, v, mask=seen_BTT, is_causal=causal, implementation="cudnn"
     )

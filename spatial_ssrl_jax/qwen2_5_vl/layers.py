@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.extend.core import Primitive
 
 Axes = tuple[str | None, ...]
 
@@ -136,10 +137,26 @@ def cast(tree, dtype):
     )
 
 
+ATTENDED = "attended"  # what a fused attention names its results, where it lets them be named
+_CUDNN = "dot_product_attention_fwd"  # how the name of cuDNN's operation begins, which does not
+
+
+def _is_dear(primitive: Primitive, *avals, **params) -> bool:
+    """Whether an operation is dear beside the memory of its results.
+
+    Products with weights are, and fused attention, whose results are a tenth of theirs.
+    """
+    kept = jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    )
+    return primitive.name.startswith(_CUDNN) or kept(primitive, *avals, **params)
+
+
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _is_dear,
 }
 
 

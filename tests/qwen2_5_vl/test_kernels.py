@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from jax._src.cudnn import fused_attention_stablehlo
 
 from spatial_ssrl_jax.config import Config, MeshSettings, ModelSettings, RolloutSettings
 from spatial_ssrl_jax.cost.flops import program_flops
@@ -28,6 +29,7 @@ from spatial_ssrl_jax.qwen2_5_vl.kernels import (
     self_attention,
     step_attention,
 )
+from spatial_ssrl_jax.qwen2_5_vl.layers import REMAT_POLICIES
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute
 from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 from spatial_ssrl_jax.run.setup import compute_of
@@ -128,7 +130,8 @@ def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
 
     def stand_in(*args, implementation: str, mask: Array | None, **more):
         called.append((implementation, mask is None))
-        assert args[0].shape[1] % 2 == 0  # others are refused in training
+        if mask is not None:  # then other lengths are refused in training
+            assert [x.shape[1] % 2 for x in args] == [0, 0, 0]
         more["mask"] = mask
         return library(*args, implementation="xla", **more)
 
@@ -155,9 +158,37 @@ def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
         assert_alike(*forms, drawn(51, 4, 2, 16), segment >= 0)
     by_xla, by_kernel, valid = group_by_xla()
     assert_alike(partial(by_kernel, kernel=by_cudnn), by_xla, drawn(LENGTH, 4, 2, 32), valid)
-    # Only of single causal rows the mask is left out.
-    assert [no_mask for _, no_mask in called] == [False, False, True, False]
+    # Only of single causal rows the mask is left out; a group's prompts are such.
+    assert [no_mask for _, no_mask in called] == [False, False, True, True, False]
     assert {name for name, _ in called} == {"cudnn"}
+
+
+@pytest.mark.parametrize("kernel", [Kernel("cudnn"), SPLASH], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(("remat", "kept"), [("dots", True), ("full", False)])
+def test_dots_keep_what_fused_attention_gives(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kernel: Kernel,
+    remat: str,
+    kept: bool,
+):
+    """Its results, and the sums of its softmax in float32: else it would all be worked out again.
+
+    cuDNN's operation is looked at without being compiled, which needs a GPU.
+    """
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    q, keys = jnp.ones((1, 128, 4, 64), jnp.bfloat16), jnp.ones((1, 2, 128, 64), jnp.bfloat16)
+    segment = jnp.zeros((1, 128), jnp.int32)
+
+    @partial(jax.checkpoint, policy=REMAT_POLICIES[remat])
+    def layer(q: Array) -> Array:
+        form = dict(causal=True, chunk=999, kernel=kernel, single=True)
+        return jnp.sin(self_attention(2 * q, keys, keys, segment, **form))
+
+    jax.ad_checkpoint.print_saved_residuals(lambda q: layer(q).sum(), q)
+    said = capsys.readouterr().out
+    assert ("f32[1,4,128] output" in said) is kept
+    assert ("bf16[1,128,4,64] output" in said or "bf16[1,4,128,64] output" in said) is kept
 
 
 def one_step(group: int) -> Callable[[Kernel, int], list[Array]]:
