@@ -25,7 +25,8 @@ class ModelSettings:
         `tiny` (shipped).
       from_scratch: draw fresh weights of the folder's shape instead of reading them.
       dtype: compute dtype, `float32` or `bfloat16`; master weights are always float32.
-      remat: what the backward pass keeps of each layer: `none`, `dots` or `full`.
+      remat: what the backward pass works out again of each layer: nothing (`none`), all but
+        products with weights and fused attention (`dots`), or all (`full`).
       attention: what computes attention of prompts, rows and whole pictures to themselves: `xla`
         anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16; `auto` is `splash` on TPUs
         in bfloat16, else `xla`.

@@ -105,6 +105,11 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
         [TINY, "--topology=h100", "--config.rollout.attention=triton"],
         ["triton cannot be planned without the GPU"],
     ),
+    (
+        plan.main,
+        [TINY, "--topology=h100", "--config.model.attention=cudnn"],
+        ["model.attention=cudnn cannot be planned without the GPU"],
+    ),
     (train.main, train_with("model.attention=splash"), ["attention=splash runs on TPUs alone"]),
     (train.main, train_with("model.attention=cudnn"), ["attention=cudnn runs on NVIDIA GPUs"]),
     (

@@ -87,11 +87,29 @@ class Cost:
         return own + sum(self.beside.values())
 
 
+def _without_gpu(config: Config) -> Config:
+    """The run with `xla` for what must ask the GPU.
+
+    cuDNN makes its programs there; how often the Triton kernel's loops turn is in no text, and JAX
+    0.11 wants a GPU to lower it.
+    """
+    for name, refused in (("model", "cudnn"), ("rollout", "triton")):
+        settings = getattr(config, name)
+        if settings.attention == refused:
+            raise UserError(
+                f"{name}.attention={refused} cannot be planned without the GPU: leave it out, and "
+                "the plan is of xla."
+            )
+        if settings.attention == "auto":
+            config = replace(config, **{name: replace(settings, attention="xla")})
+    return config
+
+
 def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Compiles the programs of the config's stages.
 
     Args:
-      config: the run; on a GPU that is not there, decode steps attend by `xla`.
+      config: the run; on a GPU that is not there, all attention is by `xla`.
       topology_name: as `open_topology` takes it.
       say: told what is being compiled, for that takes minutes.
 
@@ -100,16 +118,10 @@ def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict
 
     Raises:
       UserError: no such topology, no model there, sizes that do not go with one another, or
-        `rollout.attention=triton`.
+        attention that needs the GPU.
     """
     if topology_name in GPUS:
-        # How often the kernel's loops turn is in no text, and JAX 0.11 wants a GPU to lower it.
-        if config.rollout.attention == "triton":
-            raise UserError(
-                "rollout.attention=triton cannot be planned without the GPU: leave it out, and the "
-                "plan is of xla."
-            )
-        config = replace(config, rollout=replace(config.rollout, attention="xla"))
+        config = _without_gpu(config)
     topology = open_topology(topology_name)
     model = read_shape(config.model.path)
     layout = Layout(make_mesh(config.mesh, topology.devices))
