@@ -88,21 +88,18 @@ class Cost:
 
 
 def _without_gpu(config: Config) -> Config:
-    """The run with `xla` for what must ask the GPU.
+    """The run without what must ask the GPU.
 
     cuDNN makes its programs there; how often the Triton kernel's loops turn is in no text, and JAX
     0.11 wants a GPU to lower it.
     """
     for name, refused in (("model", "cudnn"), ("rollout", "triton")):
-        settings = getattr(config, name)
-        if settings.attention == refused:
+        if getattr(config, name).attention == refused:
             raise UserError(
                 f"{name}.attention={refused} cannot be planned without the GPU: leave it out, and "
                 "the plan is of xla."
             )
-        if settings.attention == "auto":
-            config = replace(config, **{name: replace(settings, attention="xla")})
-    return config
+    return replace(config, rollout=replace(config.rollout, attention="xla"))
 
 
 def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from spatial_ssrl_jax.qwen2_5_vl.layers import ATTENDED
 from spatial_ssrl_jax.qwen2_5_vl.rope import rotate
 
 KERNELS = ("xla", "splash", "cudnn")
-FUSED = ("splash", "cudnn")  # take a whole group in one call
+FUSED = ("splash", "cudnn")  # have a form of their own for a whole group
 STEP_KERNELS = ("xla", "triton")
 _ON_GPUS = ("cudnn", "triton")
 _MEASURED = 9.0  # compute capability of the GPUs that `triton` was run on
@@ -191,7 +191,7 @@ def group_attention(
     """
     group = (q_BTNH.shape[1] - prompt) // response
     if kernel.name == "cudnn":
-        return _group_by_cudnn(q_BTNH, k_BKTH, v_BKTH, valid_BT, prompt, group)
+        return _group_by_cudnn(q_BTNH, k_BKTH, v_BKTH, valid_BT, prompt, response)
     mask = partial(GroupMask, prompt=prompt, response=response, group=group)
     return _splash(q_BTNH, k_BKTH, v_BKTH, jnp.where(valid_BT, 0, -1), mask, kernel)
 
@@ -349,43 +349,34 @@ def _program(
 
 
 def _group_by_cudnn(
-    q_BTNH: Array, k_BKTH: Array, v_BKTH: Array, valid_BT: Array, prompt: int, group: int
+    q_BTNH: Array, k_BKTH: Array, v_BKTH: Array, valid_BT: Array, prompt: int, response: int
 ) -> Array:
     """The prompts, which need no mask, then each response as a row behind a copy of its prompt.
 
-    The mask is what costs cuDNN most; a whole group in one call would have one for all.
+    A mask doubles cuDNN's time; with a whole group in one call all its tokens would need one.
     """
-    batch, length = q_BTNH.shape[:2]
-    response = (length - prompt) // group
-    keys_and_values = k_BKTH, v_BKTH
-    first = _cudnn(
-        q_BTNH[:, :prompt], *(x[:, :, :prompt] for x in keys_and_values), None, causal=True
-    )
+    batch, length, heads, size = q_BTNH.shape
+    group = (length - prompt) // response
+    keys, values = k_BKTH[:, :, :prompt], v_BKTH[:, :, :prompt]
+    first = _cudnn(q_BTNH[:, :prompt], keys, values, None, causal=True)
 
-    def behind_prompts(x_BKTH: Array) -> Array:
-        shared, own = x_BKTH[:, :, :prompt], x_BKTH[:, :, prompt:]
-        heads, size = x_BKTH.shape[1], x_BKTH.shape[3]
-        own = own.reshape(batch, heads, group, response, size).swapaxes(1, 2)
-        shared = jnp.broadcast_to(shared[:, None], (batch, group, *shared.shape[1:]))
-        return jnp.concatenate((shared, own), axis=3).reshape(batch * group, heads, -1, size)
+    def behind_prompts(shared_BKTH: Array, x_BKTH: Array) -> Array:
+        own = x_BKTH[:, :, prompt:].reshape(batch, -1, group, response, size).swapaxes(1, 2)
+        own = own.reshape(batch * group, -1, response, size)
+        return jnp.concatenate((jnp.repeat(shared_BKTH, group, axis=0), own), axis=2)
 
-    order = jnp.arange(response)
     # Padding behind a response is hidden from it by order, and sees the prompt itself.
+    order = jnp.tril(jnp.ones((response, response), bool))
+    rows = (batch * group, response)
+    of_prompt = jnp.repeat(valid_BT[:, None, :prompt], group, axis=0)
     seen = jnp.concatenate(
-        (
-            jnp.broadcast_to(valid_BT[:, None, None, :prompt], (batch, group, response, prompt)),
-            jnp.broadcast_to(order[:, None] >= order, (batch, group, response, response)),
-        ),
+        (jnp.broadcast_to(of_prompt, (*rows, prompt)), jnp.broadcast_to(order, (*rows, response))),
         axis=-1,
     )
-    rows = (batch * group, response)
-    own = _cudnn(
-        q_BTNH[:, prompt:].reshape(*rows, *q_BTNH.shape[2:]),
-        *map(behind_prompts, keys_and_values),
-        seen.reshape(*rows, -1),
-        causal=False,
-    )
-    return jnp.concatenate((first, own.reshape(batch, -1, *own.shape[2:])), axis=1)
+    own_q = q_BTNH[:, prompt:].reshape(*rows, heads, size)
+    own_keys, own_values = behind_prompts(keys, k_BKTH), behind_prompts(values, v_BKTH)
+    own = _cudnn(own_q, own_keys, own_values, seen, causal=False)
+    return jnp.concatenate((first, own.reshape(batch, -1, heads, size)), axis=1)
 
 
 def _cudnn(
@@ -393,8 +384,7 @@ def _cudnn(
 ) -> Array:
     """cuDNN's fused attention; the mask, if there is one, is one for all heads."""
     length, keys = q_BTNH.shape[1], k_BKTH.shape[2]
-    # Under a mask JAX lets it train on even lengths alone.
-    more, more_keys = ((0, 0), (0, 0)) if seen_BTT is None else ((0, length % 2), (0, keys % 2))
+    more, more_keys = (0, length % 2), (0, keys % 2)  # JAX lets it train on even lengths alone
     q = jnp.pad(q_BTNH, ((0, 0), more, (0, 0), (0, 0)))
     k, v = (
         jnp.pad(x.swapaxes(1, 2), ((0, 0), more_keys, (0, 0), (0, 0))) for x in (k_BKTH, v_BKTH)

@@ -139,18 +139,19 @@ def cast(tree, dtype):
 
 ATTENDED = "attended"  # what a fused attention names its results, where it lets them be named
 _CUDNN = "dot_product_attention_fwd"  # how the name of cuDNN's operation begins, which does not
+_is_kept = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(ATTENDED),
+)
 
 
 def _is_dear(primitive: Primitive, *avals, **params) -> bool:
     """Whether an operation is dear beside the memory of its results.
 
-    Products with weights are, and fused attention, whose results are a tenth of theirs.
+    Products with weights are, and fused attention, whose results take a tenth of their memory (by
+    cuDNN in the vision tower a fifth, for each block keeps room for windows and whole pictures).
     """
-    kept = jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    )
-    return primitive.name.startswith(_CUDNN) or kept(primitive, *avals, **params)
+    return primitive.name.startswith(_CUDNN) or _is_kept(primitive, *avals, **params)
 
 
 REMAT_POLICIES = {
@@ -168,7 +169,7 @@ def scan_layers(stack: nnx.Module, step, carry, xs=None, *, remat: str = "none")
       step: what one layer does; `layer` is the module with that layer's arrays.
       carry: what goes from layer to layer.
       xs: pytree with a leading layer axis, or None.
-      remat: a name of `REMAT_POLICIES`: what the backward pass keeps of each layer.
+      remat: a name of `REMAT_POLICIES`: what the backward pass works out again of each layer.
 
     Returns:
       The last carry and the stacked `y`.

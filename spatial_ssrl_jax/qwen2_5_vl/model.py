@@ -37,7 +37,8 @@ class Compute:
       dtype: compute dtype, `float32` or `bfloat16`.
       chunk: queries that attend at a time.
       head_block: entries of the vocabulary whose logits exist at a time, for all tokens.
-      remat: what the backward pass keeps of each layer: `none`, `dots` or `full`.
+      remat: what the backward pass works out again of each layer: nothing (`none`), all but
+        products with weights and fused attention (`dots`), or all (`full`).
       kernel: what computes self-attention over many tokens.
       step_kernel: what computes a decode step's.
       rows: where the rows of activations lie; None leaves it to the compiler, which on a mesh would

@@ -131,7 +131,7 @@ class TextModel(nnx.Module):
           rotary: angles of each token's position in its own example, [B, T, H/2].
           segment_BT: int32, which example a token belongs to; -1 is padding.
           chunk: queries that attend at a time.
-          remat: what the backward pass keeps of each layer.
+          remat: what the backward pass works out again of each layer.
           kernel: what computes attention.
           hold: keeps activations where their rows lie.
 

@@ -115,7 +115,7 @@ class VisionTower(nnx.Module):
           vision: the windows.
           dtype: compute dtype.
           chunk: patches that attend at a time in full attention.
-          remat: what the backward pass keeps of each block.
+          remat: what the backward pass works out again of each block.
           kernel: what computes full attention.
           hold: keeps activations where their rows lie.
 

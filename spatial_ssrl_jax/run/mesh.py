@@ -42,10 +42,11 @@ _TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 _TPU_OPTION = "--xla_jf_spmd_threshold_for_windowed_einsum_mib"
 
 
-# What the GPU's compiler is told, where a plan compiles without a GPU as well.
+# What the GPU's compiler is told, in a plan as well.
 # - Products are cuBLAS's, with bias and residual added inside. It would try its own Triton kernels
 #   beside them and leave those sums outside: on an H200 two kernels of 3 us in each layer of a
-#   decode step, whose 36 layers then took 5.43 ms in place of 5.16.
+#   decode step, whose 36 layers then took 5.43 ms in place of 5.16. Where there is no GPU to try
+#   them on, it may choose one that does not exist.
 # - A product is worked out once. Where a scan over layers keeps one, it would let cuBLAS write to
 #   the stack, and work the same product out again for the layer itself: a fifth of what the 3B's
 #   update multiplies, with `remat=dots`.
@@ -67,9 +68,10 @@ def tell_compilers() -> None:
 
 
 def _tell(variable: str, option: str, value: str) -> None:
-    given = os.environ.get(variable, "")
-    if option not in given:
-        os.environ[variable] = f"{given} {option}={value}".strip()
+    given = os.environ.get(variable, "").split()
+    in_a_file = given and not given[0].startswith("-")
+    if not in_a_file and all(word.split("=")[0] != option for word in given):
+        os.environ[variable] = " ".join([*given, f"{option}={value}"])
 
 
 def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
-from jax._src.cudnn import fused_attention_stablehlo
 
 from spatial_ssrl_jax.config import Config, MeshSettings, ModelSettings, RolloutSettings
 from spatial_ssrl_jax.cost.flops import program_flops
@@ -124,14 +123,33 @@ def test_what_a_group_sees():
     assert ["".join(map(str, row.astype(int))) for row in seen] == rows
 
 
+def pretend_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets programs with cuDNN's operations be traced, which a GPU alone can compile."""
+    library = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{library}.check_cudnn_version", lambda: 91_000)
+
+
+@pytest.mark.parametrize(("prompt", "response"), [(100, 36), (101, 36), (100, 35), (101, 35)])
+def test_cudnn_trains_on_any_lengths(monkeypatch: pytest.MonkeyPatch, prompt: int, response: int):
+    pretend_cudnn(monkeypatch)
+    length = prompt + 3 * response
+    arrays = [x.astype(jnp.bfloat16) for x in drawn(length, 4, 2, 32)]
+    sizes = dict(prompt=prompt, response=response, kernel=Kernel("cudnn"))
+
+    def loss(*arrays: Array) -> Array:
+        return group_attention(*arrays, jnp.ones((2, length), bool), **sizes).sum()
+
+    found = jax.eval_shape(jax.grad(loss, (0, 1, 2)), *arrays)
+    assert [x.shape for x in found] == [x.shape for x in arrays]
+
+
 def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
     """The library's call with its own XLA in cuDNN's place, which needs a GPU."""
     called = []
 
     def stand_in(*args, implementation: str, mask: Array | None, **more):
         called.append((implementation, mask is None))
-        if mask is not None:  # then other lengths are refused in training
-            assert [x.shape[1] % 2 for x in args] == [0, 0, 0]
+        assert [x.shape[1] % 2 for x in args] == [0, 0, 0]  # others are refused in training
         more["mask"] = mask
         return library(*args, implementation="xla", **more)
 
@@ -176,7 +194,7 @@ def test_dots_keep_what_fused_attention_gives(
 
     cuDNN's operation is looked at without being compiled, which needs a GPU.
     """
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    pretend_cudnn(monkeypatch)
     q, keys = jnp.ones((1, 128, 4, 64), jnp.bfloat16), jnp.ones((1, 2, 128, 64), jnp.bfloat16)
     segment = jnp.zeros((1, 128), jnp.int32)
 

@@ -150,16 +150,21 @@ def test_a_compiler_is_told_once_and_a_users_own_option_stays(
 ):
     found = [SimpleNamespace(name="xla_cuda12")]
     monkeypatch.setattr("spatial_ssrl_jax.run.mesh.entry_points", lambda group: found)
-    monkeypatch.setenv(variable, "--a=1")
-    tell_compilers()
-    tell_compilers()
-    assert os.environ[variable] == f"--a=1 {TOLD[variable]}"
-    own, *others = TOLD[variable].split()
-    own = own.split("=")[0] + "=5"
-    monkeypatch.setenv(variable, own)
-    tell_compilers()
-    assert os.environ[variable] == " ".join([own, *others])
+
+    def told(given: str) -> str:
+        for name in TOLD:
+            monkeypatch.setenv(name, given)
+        tell_compilers()
+        tell_compilers()
+        return os.environ[variable]
+
+    assert told("") == TOLD[variable]
+    assert told("--a=1") == f"--a=1 {TOLD[variable]}"
+    for option in TOLD[variable].split():
+        name = option.split("=")[0]
+        others = [other for other in TOLD[variable].split() if other != option]
+        assert told(f"{name}=5") == " ".join([f"{name}=5", *others])
+        assert told(f"{name}_more=5") == f"{name}_more=5 {TOLD[variable]}"  # another option
+    assert told("options.txt") == "options.txt"
     found.clear()
-    monkeypatch.setenv("XLA_FLAGS", "")
-    tell_compilers()
-    assert not os.environ["XLA_FLAGS"]  # only where JAX has a GPU's plugin
+    assert told("") == ("" if variable == "XLA_FLAGS" else TOLD[variable])
