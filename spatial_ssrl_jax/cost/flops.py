@@ -165,6 +165,8 @@ def jaxpr_flops(
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
+        if not equation.outvars and not equation.effects:
+            continue  # rematerialisation leaves such calls behind, and the compiler drops them
         if name == "dot_general":
             total += _dot(equation)
             continue

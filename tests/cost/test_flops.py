@@ -16,6 +16,8 @@ from spatial_ssrl_jax.cost.flops import (
 )
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.learn.logprobs import response_logprobs
+from spatial_ssrl_jax.qwen2_5_vl.kernels import Kernel, self_attention
+from spatial_ssrl_jax.qwen2_5_vl.layers import REMAT_POLICIES
 from spatial_ssrl_jax.qwen2_5_vl.model import Compute, abstract_params
 
 GRID = (1, 8, 8)  # one full window, so that nothing is padding
@@ -28,6 +30,21 @@ def test_products_are_counted_with_their_loops():
     assert program_flops(jax.jit(looped), a, b) == 7 * 2 * 3 * 4 * 5
     batched = lambda x, y: jnp.einsum("bij,bjk->bik", x, y)  # noqa: E731
     assert program_flops(batched, jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))) == 2 * 2 * 3 * 4 * 5
+
+
+def test_a_call_that_rematerialisation_leaves_behind_is_not_counted():
+    """With `dots` the backward pass takes what splash gave; the call of it stays in the text."""
+    q, k = jnp.ones((1, 128, 4, 64), jnp.bfloat16), jnp.ones((1, 2, 128, 64), jnp.bfloat16)
+    segment, splash = jnp.zeros((1, 128), jnp.int32), Kernel("splash", interpret=True)
+
+    def attend(q):
+        return self_attention(q, k, k, segment, causal=True, chunk=128, kernel=splash)
+
+    def of_gradient(remat: str) -> float:
+        layer = jax.checkpoint(lambda q: jnp.sin(attend(2 * q)), policy=REMAT_POLICIES[remat])
+        return program_flops(jax.grad(lambda q: layer(q).sum()), q)
+
+    assert of_gradient("full") - of_gradient("dots") == program_flops(attend, q) > 0
 
 
 def test_a_group_needs_what_its_program_does(toy):
