@@ -13,6 +13,7 @@ import pytest
 
 from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.learn.update import TrainState, new_state
+from spatial_ssrl_jax.run import offload
 from spatial_ssrl_jax.run.checkpoint import (
     Checkpoints,
     load_params,
@@ -72,6 +73,26 @@ def test_a_state_comes_back_bit_for_bit_in_another_manager(tmp_path: Path):
     assert found == meta and again.read_meta(7) == meta
     assert weight_folders(tmp_path / "c" / "7") == [tmp_path / "c" / "7" / "params"]
     again.close()
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["from the device", "from the host"])
+@pytest.mark.parametrize("wanted", [False, True], ids=["to the device", "to the host"])
+def test_moments_come_back_to_where_they_are_to_rest(tmp_path: Path, saved: bool, wanted: bool):
+    """`optim.offload` may be switched on or off between the runs."""
+
+    def resting(state: TrainState, on_host: bool) -> TrainState:
+        if not on_host:
+            return state
+        return dataclasses.replace(state, opt_state=offload.to_host(state.opt_state))
+
+    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    checkpoints.save(7, "grpo", resting(state(1), saved), {})
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(7, resting(state(2), wanted))
+    checkpoints.close()
+    assert_same(restored, state(1))
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(restored.opt_state)}
+    assert kinds == {"pinned_host" if wanted else "device"}
 
 
 def test_frozen_weights_are_written_once_a_stage(tmp_path: Path):
