@@ -32,7 +32,7 @@ class Topology:
       devices: they only have to exist for the compiler.
       peak: what one of them does at most; None where that is not known.
       slice_size: devices of each of several slices; None where there is one.
-      compiler_options: to be given to the compiler, which without the device is told nothing else.
+      compiler_options: what a run there would set for the compiler by its environment.
     """
 
     name: str

@@ -189,9 +189,9 @@ def group_attention(
     Returns:
       [B, T, N, H] in the dtype of `v`.
     """
-    group = (q_BTNH.shape[1] - prompt) // response
     if kernel.name == "cudnn":
         return _group_by_cudnn(q_BTNH, k_BKTH, v_BKTH, valid_BT, prompt, response)
+    group = (q_BTNH.shape[1] - prompt) // response
     mask = partial(GroupMask, prompt=prompt, response=response, group=group)
     return _splash(q_BTNH, k_BKTH, v_BKTH, jnp.where(valid_BT, 0, -1), mask, kernel)
 
