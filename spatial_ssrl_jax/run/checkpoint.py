@@ -64,8 +64,9 @@ class Checkpoints:
                     [policies.LatestN(keep), policies.CustomSteps(list(always)), self._best]
                 ),
                 create=True,
-                # In a bucket Orbax takes `model/` for an unfinished step.
-                cleanup_tmp_directories=not in_bucket(self.folder),
+                # `pass_over_damaged` does: Orbax would beside us, and take away frozen weights
+                # that are just being written, or in a bucket `model/` for an unfinished step.
+                cleanup_tmp_directories=False,
                 enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._sum),
             ),
@@ -184,14 +185,18 @@ class Checkpoints:
 def pass_over_damaged(folder: epath.PathLike, say: Callable[[str], None]) -> None:
     """Renames the newest checkpoints that are not as they were written, until a whole one comes.
 
-    One that was never complete goes; only in a bucket has it a name like the others.
+    What was never complete goes; only in a bucket has a step then a name like the others.
 
     Args:
       folder: a run's `checkpoints/`.
       say: is told of each.
     """
     folder = epath.Path(folder)
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    if not folder.exists():
+        return
+    for unfinished in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        unfinished.rmtree()
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
     for step in sorted(steps, reverse=True):
         if not _is_whole(folder / str(step)):
             (folder / str(step)).rmtree()

@@ -143,6 +143,9 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path):
     # What a kill leaves: Orbax writes under a temporary name and renames when all is there.
     shutil.copytree(tmp_path / "3", tmp_path / "6.orbax-checkpoint-tmp")
     shutil.rmtree(tmp_path / "6.orbax-checkpoint-tmp" / "training")
+    said = []
+    pass_over_damaged(tmp_path, said.append)
+    assert not said and kept(tmp_path) == [3] and not list(tmp_path.glob("*tmp*"))
     again = Checkpoints(str(tmp_path), keep=2)
     assert again.latest() == 3
     assert_same(again.restore(3, state(0))[0], state(3))
@@ -150,6 +153,15 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path):
     again.wait()
     assert again.latest() == 6
     again.close()
+
+
+def test_what_is_being_written_stays_when_checkpoints_are_opened(tmp_path: Path):
+    """Frozen weights are written beside Orbax's manager, which would take them for a leftover."""
+    (writing := tmp_path / "frozen_sft.orbax-checkpoint-tmp").mkdir()
+    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    checkpoints.save(1, "sft", state(1), {})
+    checkpoints.close()
+    assert writing.is_dir()
 
 
 DAMAGES = {
