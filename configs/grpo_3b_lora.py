@@ -11,7 +11,7 @@ most, 21.1 of 22.3 GiB. It has not been run on the real weights.
 import dataclasses
 
 from spatial_ssrl_jax import config as c
-from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
+from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 
 
 def get_config() -> c.Config:

@@ -12,7 +12,7 @@ not been run on the real weights.
 import dataclasses
 
 from spatial_ssrl_jax import config as c
-from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
+from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 
 
 def get_config() -> c.Config:

@@ -10,7 +10,7 @@ cold-start JSON. Meant for a TPU v5e-32; it has not been run on the real weights
 import dataclasses
 
 from spatial_ssrl_jax import config as c
-from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
+from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 
 
 def get_config() -> c.Config:

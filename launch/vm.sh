@@ -39,11 +39,11 @@ setup() {
 # Asks for every permission that training needs, and writes and removes a file.
 try_bucket() {
   "$VENV/bin/python" - "$1" 2>&1 <<'PYTHON'
-from spatial_ssrl_jax.errors import run_command
-from spatial_ssrl_jax.folders import check_bucket, folder_at
+from spatial_ssrl_jax.common.errors import run_command
+from spatial_ssrl_jax.common.paths import check_bucket, user_path
 def main(argv):
-    check_bucket(folder_at(argv[0]))
-    probe = folder_at(argv[0]) / "probe"
+    check_bucket(user_path(argv[0]))
+    probe = user_path(argv[0]) / "probe"
     probe.write_text("may this machine write here")
     probe.unlink()
 run_command(main)

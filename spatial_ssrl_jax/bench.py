@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from spatial_ssrl_jax.errors import UserError, run_command
+from spatial_ssrl_jax.common.errors import UserError, run_command
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ def _add_tasks(commands: Any) -> None:
 
 
 def _tasks(args: argparse.Namespace) -> dict[str, Any]:
-    from spatial_ssrl_jax.data.timing import time_pipeline, time_tasks
+    from spatial_ssrl_jax.benchmarking.pipeline import time_pipeline, time_tasks
 
     report: dict[str, Any] = {"tasks": time_tasks(args.source, args.repeats)}
     if args.batches:
@@ -96,9 +96,9 @@ def _add_padding(commands: Any) -> None:
 
 
 def _padding(args: argparse.Namespace) -> dict[str, Any]:
-    from spatial_ssrl_jax.config import load_config, split_overrides
+    from spatial_ssrl_jax.benchmarking.padding import measure_padding
+    from spatial_ssrl_jax.config.load import load_config, split_overrides
     from spatial_ssrl_jax.data.lengths import Lengths
-    from spatial_ssrl_jax.learn.padding import measure_padding
 
     rest, overrides = split_overrides(args.rest)
     if rest:
@@ -123,10 +123,10 @@ def _add_flops(commands: Any) -> None:
 
 
 def _flops(args: argparse.Namespace) -> dict[str, Any]:
-    from spatial_ssrl_jax.config import DataSettings
-    from spatial_ssrl_jax.cost.sharing import sharing_report
-    from spatial_ssrl_jax.data.prompts import Processor
-    from spatial_ssrl_jax.run.models import open_model
+    from spatial_ssrl_jax.benchmarking.prompt_sharing import sharing_report
+    from spatial_ssrl_jax.checkpoint.models import open_model
+    from spatial_ssrl_jax.config.schema import DataSettings
+    from spatial_ssrl_jax.data.processor import Processor
 
     model, limits = open_model(args.model), DataSettings()
     files = Path(args.processor) if args.processor else model.files
@@ -135,14 +135,14 @@ def _flops(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _flops_lines(found: dict[str, Any]) -> Sequence[str]:
-    from spatial_ssrl_jax.cost.sharing import sharing_lines
+    from spatial_ssrl_jax.benchmarking.prompt_sharing import sharing_lines
 
     return sharing_lines(found)
 
 
 def _add_device_parts(commands: Any) -> None:
     """The parts that run on devices; they import neither Grain nor TFDS."""
-    from spatial_ssrl_jax.cost import timing
+    from spatial_ssrl_jax.benchmarking import step as timing
 
     for name, run, text in (
         ("rollout", timing.bench_rollout, "sampling alone; every sample runs to --new tokens"),

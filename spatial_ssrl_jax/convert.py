@@ -9,37 +9,45 @@ import jax.numpy as jnp
 from etils import epath
 from flax import traverse_util
 
-from spatial_ssrl_jax.config import MeshSettings
-from spatial_ssrl_jax.errors import run_command
-from spatial_ssrl_jax.folders import check_folder, fetched, folder_at, in_bucket, whole_folder
-from spatial_ssrl_jax.qwen2_5_vl.lora import merge_adapters
-from spatial_ssrl_jax.qwen2_5_vl.peft import read_adapter
-from spatial_ssrl_jax.qwen2_5_vl.tree import Params, join
-from spatial_ssrl_jax.run import models
-from spatial_ssrl_jax.run.checkpoint import PARAMS, save_params
-from spatial_ssrl_jax.run.mesh import Layout, make_mesh
+from spatial_ssrl_jax.checkpoint.export import copy_files, export, write_config
+from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
+from spatial_ssrl_jax.checkpoint.params import PARAMS, save_params
+from spatial_ssrl_jax.common.errors import run_command
+from spatial_ssrl_jax.common.paths import (
+    atomic_folder,
+    check_output_folder,
+    in_bucket,
+    local_copy,
+    user_path,
+)
+from spatial_ssrl_jax.config.schema import MeshSettings
+from spatial_ssrl_jax.parallel.mesh import make_mesh
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.lora import merge_adapters
+from spatial_ssrl_jax.qwen_vl.peft import read_adapter
+from spatial_ssrl_jax.qwen_vl.tree import Params, merge_params
 
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    source = models.open_model(args.source)
+    source = open_model(args.source)
     inputs, adapters = [source.weights, source.files], {}
     if in_bucket(args.source):
-        inputs.append(folder_at(args.source))
+        inputs.append(user_path(args.source))
     if args.direction == "merge-lora":
-        inputs.append(folder_at(args.adapter))
-        adapters = read_adapter(fetched(inputs[-1]), source.config)
-    target = folder_at(args.target)
-    check_folder(target, args.overwrite, *inputs)
+        inputs.append(user_path(args.adapter))
+        adapters = read_adapter(local_copy(inputs[-1]), source.config)
+    target = user_path(args.target)
+    check_output_folder(target, args.overwrite, *inputs)
     layout = Layout(make_mesh(MeshSettings()))
     params = source.load(layout, None if args.dtype == "keep" else args.dtype)
     dtype = args.dtype if args.dtype != "keep" else str(jax.tree.leaves(params)[0].dtype)
     if adapters:
-        params = merge_adapters(join(params, jax.tree.map(jnp.asarray, adapters)), dtype)
+        params = merge_adapters(merge_params(params, jax.tree.map(jnp.asarray, adapters)), dtype)
     if args.direction == "to-orbax":
         _write_orbax(source, params, target, dtype)
     else:
-        models.export(source, params, target, dtype)
+        export(source, params, target, dtype)
     count = sum(x.size for x in jax.tree.leaves(params))
     if args.json:
         report = {"target": str(target), "parameters": count, "dtype": dtype}
@@ -77,13 +85,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _write_orbax(
-    source: models.ModelFolder, params: Params, target: epath.Path, dtype: str
-) -> None:
+def _write_orbax(source: ModelFolder, params: Params, target: epath.Path, dtype: str) -> None:
     """Writes weights and the model's files; the folder appears when it is complete."""
-    with whole_folder(target) as partial:
-        models.copy_files(source, partial)
-        models.write_config(source.config, partial, dtype)
+    with atomic_folder(target) as partial:
+        copy_files(source, partial)
+        write_config(source.config, partial, dtype)
         save_params(partial / PARAMS, params)
 
 

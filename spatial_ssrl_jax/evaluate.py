@@ -5,17 +5,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from spatial_ssrl_jax.errors import UserError, run_command
-from spatial_ssrl_jax.eval.answered import compare_files, score_files
-from spatial_ssrl_jax.eval.benchmarks import SCORED, SETS
-from spatial_ssrl_jax.eval.compare_report import COMPARED
-from spatial_ssrl_jax.eval.paper import comparable, table_json
+from spatial_ssrl_jax.common.errors import UserError, run_command
+from spatial_ssrl_jax.common.paths import write_atomic
+from spatial_ssrl_jax.eval.benchmarks.pretext import PRETEXT
+from spatial_ssrl_jax.eval.benchmarks.registry import SCORED, SETS
+from spatial_ssrl_jax.eval.offline import compare_files, score_files
 from spatial_ssrl_jax.eval.predictions import TABLE
-from spatial_ssrl_jax.eval.pretext_tasks import PRETEXT
-from spatial_ssrl_jax.eval.printing import print_scores
-from spatial_ssrl_jax.folders import write_whole
-from spatial_ssrl_jax.rollout import options
-from spatial_ssrl_jax.run import distributed
+from spatial_ssrl_jax.eval.reports.comparison_page import COMPARED
+from spatial_ssrl_jax.eval.reports.text import print_scores
+from spatial_ssrl_jax.eval.scoring.published import comparable, table_json
+from spatial_ssrl_jax.inference import options
+from spatial_ssrl_jax.parallel import distributed
 
 _DATA = "its question file, or a folder that holds it; with answers that are there, for pictures"
 
@@ -142,15 +142,15 @@ def _check(args: argparse.Namespace) -> None:
 def _ask(args: argparse.Namespace) -> None:
     """Asks one benchmark or a set; each answer is kept as soon as it is there."""
     # Scoring alone needs none of what this takes seconds to import.
-    from spatial_ssrl_jax.eval.command import ask_and_score
+    from spatial_ssrl_jax.eval.command import evaluate_model
 
-    found = ask_and_score(args)
+    found = evaluate_model(args)
     if found is None:
         return
     several = args.benchmark in SETS
     if several:
         figures = {scores.benchmark: comparable(scores) for scores in found}
-        write_whole(args.out / TABLE, json.dumps(table_json(figures), indent=1) + "\n")
+        write_atomic(args.out / TABLE, json.dumps(table_json(figures), indent=1) + "\n")
     print_scores(found, several, args.json)
 
 

@@ -9,18 +9,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from spatial_ssrl_jax.config import MeshSettings
+from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.errors import BadImage, UserError, run_command
+from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.images import open_image
-from spatial_ssrl_jax.data.prompts import Processor, Prompt
+from spatial_ssrl_jax.data.processor import Processor, Prompt
 from spatial_ssrl_jax.data.videos import FPS, MOST_FRAMES, open_video
-from spatial_ssrl_jax.errors import BadPicture, UserError, run_command
-from spatial_ssrl_jax.qwen2_5_vl.kernels import choose_step_kernel
-from spatial_ssrl_jax.qwen2_5_vl.model import Compute
+from spatial_ssrl_jax.inference.options import add_options, check_options
+from spatial_ssrl_jax.parallel.mesh import make_mesh
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.compute import Compute
+from spatial_ssrl_jax.qwen_vl.kernels import choose_decode_kernel
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
-from spatial_ssrl_jax.rollout.options import add_options, check_options
-from spatial_ssrl_jax.run.mesh import Layout, make_mesh
-from spatial_ssrl_jax.run.models import open_model
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 _CHECK_EVERY = 8
@@ -36,8 +37,8 @@ def main(argv: Sequence[str]) -> None:
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     params = model.load(layout, dtype)
     limit = _round_up(args.max_new_tokens, _CHECK_EVERY)
-    step_kernel = choose_step_kernel("auto", dtype, layout.mesh)
-    compute = Compute(dtype, step_kernel=step_kernel)
+    step_kernel = choose_decode_kernel("auto", dtype, layout.mesh)
+    compute = Compute(dtype, decode_attention=step_kernel)
     engine = Engine(model.config, compute, processor.stop_ids, min(limit, 256), _CHECK_EVERY)
     batch = pad_prompts(
         [prompt],
@@ -75,7 +76,7 @@ def _prompt(processor: Processor, args: argparse.Namespace) -> Prompt:
     try:
         images = [open_image(path) for path in args.image]
         videos = [open_video(path, args.fps, args.max_frames) for path in args.video]
-    except BadPicture as error:
+    except BadImage as error:
         raise UserError(f"{str(error).rstrip('.')}: give another --image or --video.") from error
     question = f"{args.question} {FORMAT_PROMPT}" if args.reasoning else args.question
     most = processor.config.text.max_position_embeddings - args.max_new_tokens

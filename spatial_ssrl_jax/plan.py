@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from spatial_ssrl_jax.config import load_config, split_overrides
-from spatial_ssrl_jax.errors import run_command
+from spatial_ssrl_jax.common.errors import run_command
+from spatial_ssrl_jax.config.load import load_config, split_overrides
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(rest)
     config = load_config(args.config, overrides)
 
-    from spatial_ssrl_jax.cost.plan import lines, plan
+    from spatial_ssrl_jax.planning.planner import plan
+    from spatial_ssrl_jax.planning.report import lines
 
     report = plan(config, args.topology, say=partial(print, file=sys.stderr, flush=True))
     print(json.dumps(report) if args.json else "\n".join(lines(report)))

@@ -7,8 +7,8 @@ import json
 import tempfile
 from collections.abc import Sequence
 
-from spatial_ssrl_jax.errors import UserError, run_command
-from spatial_ssrl_jax.folders import folder_at
+from spatial_ssrl_jax.common.errors import UserError, run_command
+from spatial_ssrl_jax.common.paths import user_path
 
 _NAMED = 10  # skipped pictures that are named
 
@@ -68,7 +68,7 @@ def _write(
         source=source, config=args.kind, data_dir=local, file_format="array_record"
     )
     path = builder.data_path
-    target = folder_at(remote) / path.relative_to(local) if remote else path
+    target = user_path(remote) / path.relative_to(local) if remote else path
     if target.exists():
         if not args.overwrite:
             raise UserError(

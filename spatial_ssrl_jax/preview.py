@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from spatial_ssrl_jax.data.items import Supply, supplies, unusable
+from spatial_ssrl_jax.common.errors import BadImage, UserError, run_command
+from spatial_ssrl_jax.common.html import filters, page, table
+from spatial_ssrl_jax.common.paths import claim_output_folder
+from spatial_ssrl_jax.data.items import TaskSource, task_sources, unusable
 from spatial_ssrl_jax.data.sources import AnySource, open_source
-from spatial_ssrl_jax.data.sources.mixture import parts_of
+from spatial_ssrl_jax.data.sources.mixture import mixture_parts
 from spatial_ssrl_jax.data.sources.parquet import write_questions
-from spatial_ssrl_jax.errors import BadPicture, UserError, run_command
-from spatial_ssrl_jax.folders import claim_folder
-from spatial_ssrl_jax.page import filters, page, table
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.example import Example, Reject
 
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> None:
 
     source = open_source(args.source)
     tasks = _choose_tasks(args.tasks, source)
-    inputs = [Path(p.source.root) for p in parts_of(source) if hasattr(p.source, "root")]
-    claim_folder(args.out, args.overwrite, *inputs)
+    inputs = [Path(p.source.root) for p in mixture_parts(source) if hasattr(p.source, "root")]
+    claim_output_folder(args.out, args.overwrite, *inputs)
     (args.out / "images").mkdir(parents=True)
     examples, tries, rejected = _make(tasks, args.count, args.seed)
     if not examples:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{args.out / 'index.html'}: {made}; {sum(rejected.values())} tries rejected")
 
 
-def _choose_tasks(names: str | None, source: AnySource) -> dict[str, list[Supply]]:
+def _choose_tasks(names: str | None, source: AnySource) -> dict[str, list[TaskSource]]:
     """What the source gives for each task that is asked for, or for each that it can serve."""
     wanted = list(TASKS_BY_NAME) if names is None else names.split(",")
     chosen = {}
@@ -79,7 +79,7 @@ def _choose_tasks(names: str | None, source: AnySource) -> dict[str, list[Supply
         if name not in TASKS_BY_NAME:
             raise UserError(f"unknown task {name}: choose among {', '.join(TASKS_BY_NAME)}.")
         task = TASKS_BY_NAME[name]
-        found = supplies(source, range(len(source)), task, task.settings())
+        found = task_sources(source, range(len(source)), task, task.settings())
         if found:
             chosen[name] = found
         elif names is not None:
@@ -88,7 +88,7 @@ def _choose_tasks(names: str | None, source: AnySource) -> dict[str, list[Supply
 
 
 def _make(
-    tasks: dict[str, list[Supply]], count: int, seed: int
+    tasks: dict[str, list[TaskSource]], count: int, seed: int
 ) -> tuple[list[Example], Counter, Counter]:
     """Examples of the tasks in turn over records drawn at random.
 
@@ -109,12 +109,12 @@ def _make(
             examples.append(supply.maker(index, rng))
         except Reject as reason:
             rejected[f"{name}: {reason}"] += 1
-        except BadPicture as reason:
+        except BadImage as reason:
             rejected[str(reason)] += 1
     return examples, tries, rejected
 
 
-def _choose(found: list[Supply], rng: np.random.Generator) -> Supply:
+def _choose(found: list[TaskSource], rng: np.random.Generator) -> TaskSource:
     if len(found) == 1:
         return found[0]
     weights = np.array([supply.weight for supply in found])

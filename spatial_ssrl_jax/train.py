@@ -5,16 +5,16 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from spatial_ssrl_jax.errors import UserError, run_command
+from spatial_ssrl_jax.common.errors import UserError, run_command
 
 
 def main(argv: Sequence[str]) -> None:
     # Not above, where Ctrl-C during the seconds that they take would show a traceback.
-    from spatial_ssrl_jax.config import load_config, split_overrides
-    from spatial_ssrl_jax.folders import folder_at
-    from spatial_ssrl_jax.run.distributed import add_options, connect
-    from spatial_ssrl_jax.run.memory import keep_freed_memory
-    from spatial_ssrl_jax.run.preemption import nothing_to_save
+    from spatial_ssrl_jax.common.paths import user_path
+    from spatial_ssrl_jax.config.load import load_config, split_overrides
+    from spatial_ssrl_jax.parallel.distributed import add_options, connect
+    from spatial_ssrl_jax.trainer.memory import keep_freed_memory
+    from spatial_ssrl_jax.trainer.preemption import exit_on_sigterm
 
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.train",
@@ -36,17 +36,17 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(args.config, overrides)
     if args.json and not args.check:
         raise UserError("--json belongs to --check: a run leaves its figures in metrics.jsonl.")
-    workdir = folder_at(args.workdir or f"runs/{config.name}")
-    with nothing_to_save():
+    workdir = user_path(args.workdir or f"runs/{config.name}")
+    with exit_on_sigterm():
         keep_freed_memory()
         connect(args, config.mesh.silence)
         if args.check:
-            from spatial_ssrl_jax.run.check import check
+            from spatial_ssrl_jax.trainer.preflight import preflight
 
-            _show(check(config, workdir, args.overwrite), args.json)
+            _show(preflight(config, workdir, args.overwrite), args.json)
             return
 
-        from spatial_ssrl_jax.run.training import train
+        from spatial_ssrl_jax.trainer.training import train
 
         train(config, workdir, args.overwrite)
 
@@ -54,12 +54,12 @@ def main(argv: Sequence[str]) -> None:
 def _show(report: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
 
-    from spatial_ssrl_jax.run.check import show
+    from spatial_ssrl_jax.trainer.preflight import print_report
 
     if as_json:
         print(json.dumps(report))
     else:
-        show(report, Console())
+        print_report(report, Console())
     if report["problems"]:
         raise UserError(report["problems"][0])
 

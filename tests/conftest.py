@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 from etils.epath import backend
 
-from spatial_ssrl_jax.data.prompts import Prompt
-from spatial_ssrl_jax.data.windows import Grid, lay_out_windows, merged_tokens, mrope_positions
-from spatial_ssrl_jax.errors import run_command
-from spatial_ssrl_jax.qwen2_5_vl.config import (
-    Qwen2_5_VLConfig,
-    TextConfig,
-    VisionConfig,
-    config_to_dict,
-)
-from spatial_ssrl_jax.qwen2_5_vl.model import Params, abstract_params
-from spatial_ssrl_jax.run import models
-from tests.standin_storage import Storage
+from spatial_ssrl_jax.checkpoint.export import copy_files
+from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.errors import run_command
+from spatial_ssrl_jax.data.processor import Prompt
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
+from spatial_ssrl_jax.qwen_vl.family import config_to_dict
+from spatial_ssrl_jax.qwen_vl.inputs import Grid, merged_tokens
+from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params
+from spatial_ssrl_jax.qwen_vl.qwen2_5 import Qwen2_5VisionConfig, lay_out_windows, mrope_positions
+from tests.helpers.fake_storage import Storage
+
+pytest_plugins = ["tests.helpers.toy_runs"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,7 +117,7 @@ class Toy:
       params: float32 weights, large enough that every part shows in the output.
     """
 
-    config: Qwen2_5_VLConfig
+    config: QwenVLConfig
     params: Params
 
     def prompt(self, seed: int, text: int, grids: Sequence[Grid] = ()) -> Prompt:
@@ -149,12 +149,12 @@ class Toy:
 
 @pytest.fixture(scope="session")
 def toy() -> Toy:
-    config = Qwen2_5_VLConfig(
+    config = QwenVLConfig(
         text=TextConfig(
             **SMALL_TEXT
             | dict(vocab_size=700, hidden_size=48, intermediate_size=64, mrope_section=(2, 2, 2))
         ),
-        vision=VisionConfig(**SMALL_VISION | dict(out_hidden_size=48)),
+        vision=Qwen2_5VisionConfig(**SMALL_VISION | dict(out_hidden_size=48)),
         tie_word_embeddings=False,
         image_token_id=690,
         video_token_id=691,
@@ -166,7 +166,7 @@ def toy() -> Toy:
     return Toy(config, random_params(config, seed=4))
 
 
-def random_params(config: Qwen2_5_VLConfig, seed: int) -> Params:
+def random_params(config: QwenVLConfig, seed: int) -> Params:
     """Five times the usual matrices, random biases and norm scales: else wrong code goes unseen."""
     rng = np.random.default_rng(seed)
 
@@ -196,8 +196,8 @@ def measure() -> Callable[..., float]:
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's folder with a smaller config."""
     folder = tmp_path_factory.mktemp("toy")
-    tiny = models.open_model("tiny")
-    models.copy_files(tiny, folder)
+    tiny = open_model("tiny")
+    copy_files(tiny, folder)
     config = dataclasses.replace(
         tiny.config,
         text=dataclasses.replace(tiny.config.text, **SMALL_TEXT),

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from spatial_ssrl_jax import bench
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.tasks import TASKS
 from tests.conftest import ROOT
 

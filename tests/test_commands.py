@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from spatial_ssrl_jax import convert, generate, preview, train
-from spatial_ssrl_jax.data.prompts import Processor
-from spatial_ssrl_jax.qwen2_5_vl.lora import LoraSettings
-from spatial_ssrl_jax.qwen2_5_vl.model import init_adapters
-from spatial_ssrl_jax.qwen2_5_vl.peft import write_adapter
-from spatial_ssrl_jax.run import models
+from spatial_ssrl_jax.checkpoint.export import export
+from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.data.processor import Processor
+from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
+from spatial_ssrl_jax.qwen_vl.model import init_adapters
+from spatial_ssrl_jax.qwen_vl.peft import write_adapter
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
-from tests.conftest import random_params
+from tests.conftest import ROOT, random_params
 
-ROOT = Path(__file__).parents[1]
 TRUTH = {
     "shuffle": {"rows", "cols", "permutation", "masked"},
     "flip": {"patch", "direction"},
@@ -36,8 +36,8 @@ TRUTH = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with weights drawn at random, as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("model") / "hf"
-    tiny = models.open_model("tiny")
-    models.export(tiny, random_params(tiny.config, seed=1), folder, "bfloat16")
+    tiny = open_model("tiny")
+    export(tiny, random_params(tiny.config, seed=1), folder, "bfloat16")
     return folder
 
 
@@ -198,7 +198,7 @@ def test_convert_of_a_broken_model_leaves_nothing(run, model: Path, tmp_path: Pa
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """Adapters of the tiny model whose `lora_b` is not zero."""
-    config = models.open_model("tiny").config
+    config = open_model("tiny").config
     adapters = init_adapters(config, LoraSettings(2), jax.random.key(0))
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", config, jax.tree.map(lambda x: x + 0.1, adapters), "base")
@@ -264,7 +264,7 @@ def test_generate_is_greedy_and_the_same_twice(ask, model: Path):
     assert set(sample) == {"ids", "logprobs", "text", "finished"}
     assert 1 <= len(sample["ids"]) == len(sample["logprobs"]) <= 16
     assert all(p <= 0 for p in sample["logprobs"]) and isinstance(sample["finished"], bool)
-    image_token = models.open_model(str(model)).config.image_token_id
+    image_token = open_model(str(model)).config.image_token_id
     assert answer["prompt_ids"].count(image_token) == 12  # 112 x 84 pixels: 4 x 3 merged patches
     assert ask() == answer
     assert ask("--seed=9") == answer
@@ -309,7 +309,7 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_generate_takes_pictures_and_a_video(ask, film: Path, model: Path):
     """Four frames of eight are two times of 2 x 3 tokens; all eight are four."""
-    token = models.open_model(str(model)).config.video_token_id
+    token = open_model(str(model)).config.video_token_id
     answer = ask(f"--video={film}")
     assert answer["prompt_ids"].count(token) == 2 * 6
     every = ask(f"--video={film}", "--fps=4")
@@ -332,7 +332,7 @@ def test_generate_prints_the_text_as_it_comes(run, ask, model: Path, pictures: P
 
 def test_stream_holds_back_half_a_character(capsys: pytest.CaptureFixture):
     """Token by token, the byte-level tokens of a sign among them, the text comes out whole."""
-    tiny = models.open_model("tiny")
+    tiny = open_model("tiny")
     processor = Processor(tiny.files, tiny.config)
     ids = processor.encode_response("naïve 🙂 \\boxed{↑}")[:-1]
     stream, parts = generate.Stream(processor, most=len(ids)), []
@@ -345,7 +345,7 @@ def test_stream_holds_back_half_a_character(capsys: pytest.CaptureFixture):
 
 def test_generate_refuses_a_prompt_that_is_too_long(run, model: Path, pictures: Path):
     argv = [f"--model={model}", f"--image={pictures / 'a.png'}", "--question=Where?"]
-    most = models.open_model(str(model)).config.text.max_position_embeddings
+    most = open_model(str(model)).config.text.max_position_embeddings
     for limit in ("--max-prompt-tokens=20", f"--max-new-tokens={most - 20}"):
         assert_refused(run(generate.main, *argv, limit), "tokens", "12 of them", "at most 20 fit")
 

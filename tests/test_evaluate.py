@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from spatial_ssrl_jax import evaluate
-from spatial_ssrl_jax.eval.benchmarks import open_benchmark
-from spatial_ssrl_jax.eval.paper import SPATIAL, table
+from spatial_ssrl_jax.eval.benchmarks.registry import open_benchmark
 from spatial_ssrl_jax.eval.predictions import as_line, read_predictions
-from spatial_ssrl_jax.eval.question import record_of
-from tests.eval import files
+from spatial_ssrl_jax.eval.questions import unscored_prediction
+from spatial_ssrl_jax.eval.scoring.published import SPATIAL, table
+from tests.helpers import benchmark_files as files
 
 LINES = [
     {
@@ -114,7 +114,7 @@ def test_vsi_bench_names_the_papers_variant(run, tmp_path: Path):
 def test_records_survive_the_file(name: str, tmp_path: Path):
     benchmark = open_benchmark(name, files.WRITERS[name](tmp_path))
     records = [
-        record_of(question, benchmark.prompt(question), "A\n\u2028\tü")
+        unscored_prediction(question, benchmark.prompt(question), "A\n\u2028\tü")
         for question in benchmark.questions
     ]
     path = tmp_path / "predictions.jsonl"
@@ -127,7 +127,9 @@ def test_mmbench_without_answers_becomes_a_submission(run, tmp_path: Path):
     benchmark = open_benchmark("mmbench", path)
     given, out = tmp_path / "predictions.jsonl", tmp_path / "out"
     given.write_text(
-        "".join(as_line(record_of(q, benchmark.prompt(q), "B")) for q in benchmark.questions)
+        "".join(
+            as_line(unscored_prediction(q, benchmark.prompt(q), "B")) for q in benchmark.questions
+        )
     )
     code, printed, err = run(f"--score={given}", f"--out={out}")
     assert (code, printed) == (0, "") and "4 answers without a public target, not scored" in err

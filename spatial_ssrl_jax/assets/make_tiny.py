@@ -14,12 +14,9 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from spatial_ssrl_jax.data.sources import open_source
-from spatial_ssrl_jax.qwen2_5_vl.config import (
-    Qwen2_5_VLConfig,
-    TextConfig,
-    VisionConfig,
-    config_to_dict,
-)
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
+from spatial_ssrl_jax.qwen_vl.family import config_to_dict
+from spatial_ssrl_jax.qwen_vl.qwen2_5 import Qwen2_5VisionConfig
 from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Reject
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
@@ -67,10 +64,10 @@ def corpus(examples: int = 300) -> Iterator[str]:
     yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
 
 
-def tiny_config(tokens: int) -> Qwen2_5_VLConfig:
+def tiny_config(tokens: int) -> QwenVLConfig:
     """A Qwen2.5-VL of 4.5 million parameters whose special tokens end a vocabulary of `tokens`."""
     ids = {name: tokens - len(SPECIAL) + i for i, name in enumerate(SPECIAL)}
-    return Qwen2_5_VLConfig(
+    return QwenVLConfig(
         text=TextConfig(
             vocab_size=tokens,
             hidden_size=128,
@@ -81,7 +78,7 @@ def tiny_config(tokens: int) -> Qwen2_5_VLConfig:
             mrope_section=(4, 6, 6),
             max_position_embeddings=4096,
         ),
-        vision=VisionConfig(
+        vision=Qwen2_5VisionConfig(
             depth=4,
             hidden_size=192,
             intermediate_size=512,

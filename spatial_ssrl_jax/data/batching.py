@@ -6,13 +6,12 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 
-from spatial_ssrl_jax.data.prompts import Prompt
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.qwen2_5_vl.model import PromptBatch
-from spatial_ssrl_jax.qwen2_5_vl.vision import VisionInput
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.data.processor import Prompt
+from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch, VisionInput
 
 
-def bucket(size: int, buckets: Sequence[int], name: str) -> int:
+def smallest_bucket(size: int, buckets: Sequence[int], name: str) -> int:
     """The smallest bucket that holds `size`.
 
     Raises:
@@ -38,8 +37,12 @@ def pad_prompts(
       dtype: of the patches: the compute dtype, to which the model rounds them first in any case.
         They are the larger part of a batch.
     """
-    tokens = bucket(max(len(p.ids) for p in prompts), prompt_buckets, "data.prompt_buckets")
-    windows = bucket(max(len(p.frame) for p in prompts), window_buckets, "data.window_buckets")
+    tokens = smallest_bucket(
+        max(len(p.ids) for p in prompts), prompt_buckets, "data.prompt_buckets"
+    )
+    windows = smallest_bucket(
+        max(len(p.frame) for p in prompts), window_buckets, "data.window_buckets"
+    )
 
     def stack(name: str, length: int, axis: int = 0, fill: int = 0, dtype=None) -> np.ndarray:
         padded = []

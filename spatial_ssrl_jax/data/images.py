@@ -1,4 +1,4 @@
-"""Reading pictures: whatever a file holds, upright 8-bit RGB comes out, or a `BadPicture`."""
+"""Reading pictures: whatever a file holds, upright 8-bit RGB comes out, or a `BadImage`."""
 
 import io
 import os
@@ -8,8 +8,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from spatial_ssrl_jax.data.patience import patiently
-from spatial_ssrl_jax.errors import BadPicture, UserError
+from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.common.retry import with_retries
 
 Value = TypeVar("Value")
 
@@ -46,7 +46,7 @@ def open_picture(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> np
     name = name or _name(path_or_bytes)
     width, height = image_size(path_or_bytes, name, listed=True)
     if width * height > SOURCE_PIXELS:
-        raise BadPicture(
+        raise BadImage(
             f"{name}: {width}x{height} is more than {SOURCE_PIXELS:,} pixels; shrink it first."
         )
     return open_image(path_or_bytes, name, listed=True)
@@ -78,13 +78,13 @@ def _use(
     try:
         if isinstance(path_or_bytes, bytes):
             return read()
-        return patiently(read, os.fspath(path_or_bytes), listed)
+        return with_retries(read, os.fspath(path_or_bytes), listed)
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise BadPicture(f"{name}: there is no such file.") from error
+        raise BadImage(f"{name}: there is no such file.") from error
     except Exception as error:  # decoders raise nearly anything on a damaged file
-        raise BadPicture(_damaged(name, error)) from error
+        raise BadImage(_damaged(name, error)) from error
 
 
 def _name(path_or_bytes: str | os.PathLike | bytes) -> str:
@@ -98,16 +98,16 @@ def _open(path_or_bytes: str | os.PathLike | bytes, name: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(path_or_bytes) if is_bytes else path_or_bytes)
     except UnidentifiedImageError as error:
-        raise BadPicture(f"{name}: not a picture in a format that Pillow reads.") from error
+        raise BadImage(f"{name}: not a picture in a format that Pillow reads.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadPicture(f"{name}: larger than {MAX_PIXELS:,} pixels; shrink it first.") from error
+        raise BadImage(f"{name}: larger than {MAX_PIXELS:,} pixels; shrink it first.") from error
     width, height = picture.size
     if width * height > MAX_PIXELS or width * height == 0:
         picture.close()
         what = (
             "empty" if width * height == 0 else f"more than {MAX_PIXELS:,} pixels; shrink it first"
         )
-        raise BadPicture(f"{name}: {width}x{height} pixels is {what}.")
+        raise BadImage(f"{name}: {width}x{height} pixels is {what}.")
     return picture
 
 
@@ -122,7 +122,7 @@ def _upright_size(picture: Image.Image, name: str) -> tuple[int, int]:
 def _upright_rgb(picture: Image.Image, name: str) -> np.ndarray:
     """Decodes an open picture to [H, W, 3] uint8."""
     if picture.mode == "F":
-        raise BadPicture(f"{name}: holds floating-point values, not a picture to look at.")
+        raise BadImage(f"{name}: holds floating-point values, not a picture to look at.")
     picture.load()  # before the EXIF is asked for, which in a PNG may stand behind the pixels
     picture = ImageOps.exif_transpose(picture)
     if picture.mode in _SIXTEEN_BIT:

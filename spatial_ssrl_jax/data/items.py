@@ -14,10 +14,10 @@ import grain
 import jax
 import numpy as np
 
-from spatial_ssrl_jax.data.prompts import Extent, Processor, Prompt
+from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.data.processor import Processor, Prompt, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, QuestionSource, Source
-from spatial_ssrl_jax.data.sources.mixture import parts_of
-from spatial_ssrl_jax.errors import BadPicture, UserError
+from spatial_ssrl_jax.data.sources.mixture import mixture_parts
 from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
@@ -27,7 +27,7 @@ _TRIES = 50
 
 
 @dataclass(frozen=True)
-class Skip:
+class SkippedRecord:
     """A record that gave no example: its name, why, and whether its file was bad."""
 
     name: str
@@ -47,7 +47,7 @@ class Item:
 
     example: Example
     prompt: Prompt | None
-    skipped: tuple[Skip, ...]
+    skipped: tuple[SkippedRecord, ...]
 
 
 # Grain hands the arrays of a worker's items over in shared memory when it finds them as leaves.
@@ -61,23 +61,23 @@ for _kind, _arrays in (
     jax.tree_util.register_dataclass(_kind, _arrays, _others)
 
 
-class Maker(Protocol):
+class ExampleMaker(Protocol):
     """Makes examples of one task from the records of one source; can be pickled."""
 
     source: Source | QuestionSource
     task: str
 
     def sizes(self, index: int) -> list[Size]:
-        """Sizes of an example's pictures before any pixel is read; raises `BadPicture`."""
+        """Sizes of an example's pictures before any pixel is read; raises `BadImage`."""
         ...
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
-        """One example; raises `Reject` or `BadPicture`."""
+        """One example; raises `Reject` or `BadImage`."""
         ...
 
 
 @dataclass(frozen=True)
-class FromPictures:
+class ImageExampleMaker:
     """Examples that a task makes of pictures."""
 
     source: Source
@@ -96,7 +96,7 @@ class FromPictures:
 
 
 @dataclass(frozen=True)
-class FromQuestions:
+class QuestionExampleMaker:
     """Ready-made questions of one task."""
 
     source: QuestionSource
@@ -110,7 +110,7 @@ class FromQuestions:
 
 
 @dataclass(frozen=True)
-class Supply:
+class TaskSource:
     """What one part of a source gives for one task.
 
     Attributes:
@@ -119,25 +119,27 @@ class Supply:
       weight: the part's share.
     """
 
-    maker: Maker
+    maker: ExampleMaker
     indices: list[int]
     weight: float
 
 
-def supplies(source: AnySource, pool: Sequence[int], task: Task, settings: Any) -> list[Supply]:
+def task_sources(
+    source: AnySource, pool: Sequence[int], task: Task, settings: Any
+) -> list[TaskSource]:
     """The parts of a source, and their records within `pool`, that a task can draw from."""
     found, wanted = [], set(pool)
-    for part in parts_of(source):
+    for part in mixture_parts(source):
         indices = [i - part.start for i in part.indices if i in wanted]
         if isinstance(part.source, QuestionSource):
             indices = [i for i in indices if part.source.task(i) == task.name]
-            maker = FromQuestions(part.source, task.name)
+            maker = QuestionExampleMaker(part.source, task.name)
         elif task.needs_depth and not part.source.has_depth:
             continue
         else:
-            maker = FromPictures(part.source, task, settings)
+            maker = ImageExampleMaker(part.source, task, settings)
         if indices:
-            found.append(Supply(maker, indices, part.weight))
+            found.append(TaskSource(maker, indices, part.weight))
     return found
 
 
@@ -152,7 +154,11 @@ class MakeItem(grain.transforms.RandomMap):
     """
 
     def __init__(
-        self, maker: Maker, pool: Sequence[int], processor: Processor, limit: Extent | None = None
+        self,
+        maker: ExampleMaker,
+        pool: Sequence[int],
+        processor: Processor,
+        limit: PromptSize | None = None,
     ):
         self.maker, self.pool, self.processor, self.limit = maker, pool, processor, limit
         self._words = processor.measure((), FORMAT_PROMPT).tokens  # in every prompt
@@ -162,9 +168,9 @@ class MakeItem(grain.transforms.RandomMap):
         for _ in range(_TRIES):
             try:
                 return self._item(index, rng, tuple(skipped))
-            except (Reject, BadPicture) as error:
-                bad = isinstance(error, BadPicture)
-                skipped.append(Skip(self.maker.source.name(index), str(error), bad))
+            except (Reject, BadImage) as error:
+                bad = isinstance(error, BadImage)
+                skipped.append(SkippedRecord(self.maker.source.name(index), str(error), bad))
             index = int(self.pool[rng.integers(len(self.pool))])
         reasons = "; ".join(sorted({skip.reason for skip in skipped})[:3])
         task = self.maker.task
@@ -173,17 +179,19 @@ class MakeItem(grain.transforms.RandomMap):
             f"({reasons}): set tasks.{task}.weight=0 or use other pictures."
         )
 
-    def _item(self, index: int, rng: np.random.Generator, skipped: tuple[Skip, ...]) -> Item:
+    def _item(
+        self, index: int, rng: np.random.Generator, skipped: tuple[SkippedRecord, ...]
+    ) -> Item:
         """The item of one record; a prompt that is too long is found before pixels are read."""
         pictures = self.processor.measure(self.maker.sizes(index))
-        self._check(Extent(pictures.tokens + self._words, pictures.windows))
+        self._check(PromptSize(pictures.tokens + self._words, pictures.windows))
         example = self.maker(index, rng)
         question = f"{example.question} {FORMAT_PROMPT}"
         sizes = [image.shape[:2] for image in example.images]
         self._check(self.processor.measure(sizes, question))
         return Item(example, self.processor.prompt(question, example.images), skipped)
 
-    def _check(self, extent: Extent) -> None:
+    def _check(self, extent: PromptSize) -> None:
         if self.limit is None:
             return
         if not _fits(extent, self.limit):
@@ -196,7 +204,7 @@ def item_dataset(
     tasks: dict[str, Any],
     processor: Processor,
     seed: int,
-    limit: Extent | None = None,
+    limit: PromptSize | None = None,
 ) -> grain.MapDataset:
     """An endless stream of items, mixed by the tasks' weights and the weights of a mixture's parts.
 
@@ -217,7 +225,7 @@ def item_dataset(
         if settings.weight <= 0:
             continue
         parts, shares = [], []
-        for place, supply in enumerate(supplies(source, pool, task, settings)):
+        for place, supply in enumerate(task_sources(source, pool, task, settings)):
             part = grain.MapDataset.source(supply.indices).seed(_seed(seed, number, place))
             transform = MakeItem(supply.maker, supply.indices, processor, limit)
             parts.append(part.shuffle().repeat().random_map(transform))
@@ -237,7 +245,7 @@ def check_fits(
     pool: Sequence[int],
     tasks: dict[str, Any],
     processor: Processor,
-    limit: Extent,
+    limit: PromptSize,
 ) -> None:
     """Looks whether any of a task's first pictures fits the buckets, from sizes alone.
 
@@ -251,7 +259,7 @@ def check_fits(
         if tasks[task.name].weight <= 0:
             continue
         extents = []
-        for supply in supplies(source, pool, task, tasks[task.name]):
+        for supply in task_sources(source, pool, task, tasks[task.name]):
             extents += _extents(supply, processor)
         if extents and not any(_fits(extent, limit) for extent in extents):
             least = min(extents, key=lambda extent: (extent.tokens, extent.windows))
@@ -263,18 +271,18 @@ def check_fits(
             )
 
 
-def _extents(supply: Supply, processor: Processor) -> list[Extent]:
+def _extents(supply: TaskSource, processor: Processor) -> list[PromptSize]:
     """What the first prompts of a supply take at least: pictures and the words of every prompt."""
     found = []
     for index in supply.indices[:_TRIES]:
         try:
             found.append(processor.measure(supply.maker.sizes(index), FORMAT_PROMPT))
-        except BadPicture:
+        except BadImage:
             continue
     return found
 
 
-def _fits(extent: Extent, limit: Extent) -> bool:
+def _fits(extent: PromptSize, limit: PromptSize) -> bool:
     return extent.tokens <= limit.tokens and extent.windows <= limit.windows
 
 
@@ -289,7 +297,7 @@ def _seed(seed: int, task: int, part: int) -> int:
 
 def unusable(source: AnySource, task: Task) -> str:
     """What a source lacks for a task, as the beginning of a sentence."""
-    ready = any(isinstance(part.source, QuestionSource) for part in parts_of(source))
+    ready = any(isinstance(part.source, QuestionSource) for part in mixture_parts(source))
     if task.needs_depth and not ready:
         return f"the task {task.name} needs depth and {source.spec} has none"
     return f"the task {task.name} finds nothing in {source.spec}"

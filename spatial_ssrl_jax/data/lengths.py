@@ -5,12 +5,12 @@ from functools import cache
 
 import numpy as np
 
-from spatial_ssrl_jax.config import Config
-from spatial_ssrl_jax.data.items import FromPictures, Supply, supplies
-from spatial_ssrl_jax.data.prompts import Extent, Processor
+from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data.items import ImageExampleMaker, TaskSource, task_sources
+from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import open_source
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.run.models import open_model
 from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Reject, Task
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
@@ -87,14 +87,14 @@ def _measure(task: Task, settings, spec: str, processor: Processor) -> TaskLengt
     source = open_source(spec)
     found = [
         supply
-        for supply in supplies(source, range(len(source)), task, settings)
-        if isinstance(supply.maker, FromPictures)
+        for supply in task_sources(source, range(len(source)), task, settings)
+        if isinstance(supply.maker, ImageExampleMaker)
     ]
     if not found:
         raise UserError(f"{spec} has no pictures for {task.name}: give another --source.")
 
     @cache
-    def pictures(sizes: tuple[tuple[int, int], ...]) -> Extent:
+    def pictures(sizes: tuple[tuple[int, int], ...]) -> PromptSize:
         return processor.measure(sizes)
 
     extents = [
@@ -108,7 +108,9 @@ def _measure(task: Task, settings, spec: str, processor: Processor) -> TaskLengt
     )
 
 
-def _made(found: list[Supply], spec: str, processor: Processor) -> tuple[np.ndarray, np.ndarray]:
+def _made(
+    found: list[TaskSource], spec: str, processor: Processor
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of the words of a few examples' prompts, and of their cold-start responses."""
     rng, words, responses = np.random.default_rng(0), [], []
     for number in range(_TRIES):

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spatial_ssrl_jax.data.prompts import Prompt
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.qwen2_5_vl.model import PackedRows, PromptBatch
-from spatial_ssrl_jax.qwen2_5_vl.vision import VisionInput
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.data.processor import Prompt
+from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch, VisionInput
 
 
 @dataclass(frozen=True)
-class Room:
+class RowCapacity:
     """What a row holds at most.
 
     Attributes:
@@ -27,7 +26,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Packable:
+class PackedExample:
     """A prompt with the response to learn.
 
     Attributes:
@@ -39,13 +38,13 @@ class Packable:
     response: np.ndarray
 
     @property
-    def size(self) -> Room:
+    def size(self) -> RowCapacity:
         """What it takes of a row."""
         response = len(self.response)
-        return Room(len(self.prompt.ids) + response, len(self.prompt.frame), response)
+        return RowCapacity(len(self.prompt.ids) + response, len(self.prompt.frame), response)
 
 
-def cut_prompt(prompts: PromptBatch, row: int) -> Prompt:
+def unpad_prompt(prompts: PromptBatch, row: int) -> Prompt:
     """One prompt of a padded batch, NumPy arrays, as it was before padding; views, not copies."""
     tokens, vision = int(prompts.length[row]), prompts.vision
     windows = int((vision.frame[row] >= 0).any(axis=1).sum())  # no window is without a patch
@@ -60,7 +59,7 @@ def cut_prompt(prompts: PromptBatch, row: int) -> Prompt:
     )
 
 
-def assign_rows(sizes: Sequence[Room], room: Room) -> list[list[int]]:
+def assign_rows(sizes: Sequence[RowCapacity], room: RowCapacity) -> list[list[int]]:
     """Which examples share a row: first fit, in the order of falling token counts.
 
     Args:
@@ -92,14 +91,14 @@ def assign_rows(sizes: Sequence[Room], room: Room) -> list[list[int]]:
     return rows
 
 
-def _numbers(room: Room) -> np.ndarray:
+def _numbers(room: RowCapacity) -> np.ndarray:
     return np.array([room.tokens, room.windows, room.responses])
 
 
 def fill_rows(
-    examples: Sequence[Packable],
+    examples: Sequence[PackedExample],
     rows: Sequence[Sequence[int]],
-    room: Room,
+    room: RowCapacity,
     patch_dim: int,
     window_patches: int,
     merge_unit: int,
@@ -130,7 +129,7 @@ def fill_rows(
         ),
     )
     for row, members in enumerate(rows):
-        start, frames = Room(0, 0, 0), 0
+        start, frames = RowCapacity(0, 0, 0), 0
         for segment, example in enumerate(members):
             _put(out, row, segment, start, frames, examples[example], window_patches // merge_unit)
             start = _behind(start, examples[example].size)
@@ -142,9 +141,9 @@ def _put(
     out: PackedRows,
     row: int,
     segment: int,
-    start: Room,
+    start: RowCapacity,
     frames: int,
-    example: Packable,
+    example: PackedExample,
     merged: int,
 ) -> None:
     """Writes one example behind those that fill `start` of its row and have `frames` frames."""
@@ -165,8 +164,8 @@ def _put(
     vision.coords[row, windows] = prompt.coords
 
 
-def _behind(start: Room, size: Room) -> Room:
-    return Room(
+def _behind(start: RowCapacity, size: RowCapacity) -> RowCapacity:
+    return RowCapacity(
         start.tokens + size.tokens,
         start.windows + size.windows,
         start.responses + size.responses,

@@ -5,7 +5,6 @@ workers and threads, so that the pipeline's whole state is one integer.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,12 +12,10 @@ import grain
 import numpy as np
 from absl import flags
 
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.items import Item
-from spatial_ssrl_jax.data.sources import AnySource, QuestionSource
-from spatial_ssrl_jax.data.sources.mixture import Part, parts_of
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.qwen2_5_vl.model import PromptBatch
+from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
 
 _WORKER_BUFFER = 4  # items each worker process makes ahead
 
@@ -36,47 +33,6 @@ class Batch:
     items: tuple[Item, ...]
     prompts: PromptBatch
     index: np.ndarray
-
-
-@dataclass(frozen=True)
-class Split:
-    """Records of one source, held-out ones apart; the same in every run.
-
-    Attributes:
-      train, heldout: record indices.
-    """
-
-    train: tuple[int, ...]
-    heldout: tuple[int, ...]
-
-
-def split_records(source: AnySource, share: float) -> Split:
-    """Splits by a hash of each picture's name, so that a picture never changes sides.
-
-    Ready-made questions of one picture are held out together. Each part of a mixture is split for
-    itself, so that its tasks have held-out records too. At least one picture is held out where a
-    part has two, and at least one is left for training.
-    """
-    train, heldout = [], []
-    for part in parts_of(source):
-        pictures = _pictures(part)
-        count = round(share * len(pictures))
-        if share > 0 and len(pictures) > 1:
-            count = max(count, 1)
-        count = min(count, len(pictures) - 1)
-        train += [index for picture in pictures[count:] for index in picture]
-        heldout += [index for picture in pictures[:count] for index in picture]
-    return Split(tuple(sorted(train)), tuple(sorted(heldout)))
-
-
-def _pictures(part: Part) -> list[list[int]]:
-    """The records of each picture of a part, in the order of a hash of the picture's name."""
-    source = part.source
-    called = source.origin if isinstance(source, QuestionSource) else source.name
-    records: dict[str, list[int]] = {}
-    for index in range(len(source)):
-        records.setdefault(called(index), []).append(part.start + index)
-    return [records[n] for n in sorted(records, key=lambda n: hashlib.sha1(n.encode()).digest())]
 
 
 class _ProcessRows(grain.sources.RandomAccessDataSource):

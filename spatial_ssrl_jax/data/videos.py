@@ -8,7 +8,7 @@ from types import ModuleType
 
 import numpy as np
 
-from spatial_ssrl_jax.errors import BadPicture, UserError
+from spatial_ssrl_jax.common.errors import BadImage, UserError
 
 FPS, MOST_FRAMES = 2.0, 768  # Qwen2.5-VL's own: frames a second, and frames at most
 _FEWEST_FRAMES, _TOGETHER = 4, 2  # at least so many, in multiples of what one patch holds
@@ -62,7 +62,7 @@ def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAME
         with av.open(os.fspath(path)) as container:
             frames = _take(container, places)
     if len(frames) < len(places):
-        raise BadPicture(f"{path}: only {len(frames)} of {len(places)} frames can be decoded.")
+        raise BadImage(f"{path}: only {len(frames)} of {len(places)} frames can be decoded.")
     return Video(np.stack(frames), len(places) / total * native)
 
 
@@ -79,7 +79,7 @@ def measure_video(
         with av.open(os.fspath(path)) as container:
             frames = _take(container, np.zeros(1, np.int64))
     if not frames:
-        raise BadPicture(f"{path}: no frame can be decoded.")
+        raise BadImage(f"{path}: no frame can be decoded.")
     return len(places), *frames[0].shape[:2]
 
 
@@ -95,21 +95,21 @@ def _reading(path: str | os.PathLike) -> Iterator[ModuleType]:
     try:
         yield av
     except FileNotFoundError:
-        raise BadPicture(f"{path}: there is no such file.") from None
+        raise BadImage(f"{path}: there is no such file.") from None
     except (av.FFmpegError, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise BadPicture(f"{path}: cannot be read as a video ({reason}).") from error
+        raise BadImage(f"{path}: cannot be read as a video ({reason}).") from error
 
 
 def _count(av, path: str | os.PathLike) -> tuple[int, float]:
     """Frames and frames a second; counted packet by packet, for a header may not say."""
     with av.open(os.fspath(path)) as container:
         if not container.streams.video:
-            raise BadPicture(f"{path}: holds no video.")
+            raise BadImage(f"{path}: holds no video.")
         stream = container.streams.video[0]
         total = sum(packet.size > 0 for packet in container.demux(stream))
         if total == 0 or stream.frames > total:
-            raise BadPicture(f"{path}: is cut short ({total} of {stream.frames} frames).")
+            raise BadImage(f"{path}: is cut short ({total} of {stream.frames} frames).")
         return total, float(stream.average_rate or stream.guessed_rate or _UNKNOWN_RATE)
 
 
@@ -132,7 +132,7 @@ def stills(path: str | os.PathLike, count: int) -> list[np.ndarray]:
     """
     with _reading(path) as av, av.open(os.fspath(path)) as container:
         if not container.streams.video:
-            raise BadPicture(f"{path}: holds no video.")
+            raise BadImage(f"{path}: holds no video.")
         stream, frames = container.streams.video[0], {}
         for i in range(count):
             if i and container.duration:

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spatial_ssrl_jax.data.prompts import Extent
-from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
+from spatial_ssrl_jax.data.processor import PromptSize
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 
 _TOKENS = 32768  # most prompt tokens at a time on each part of the mesh, padding included
 _GROWTH = 1.5  # from one size to the next; what lies between is padded
 _SCORES, _FEWEST = 2**28, 32  # most attention scores at a time, and fewest queries
-_LEAST = Extent(tokens=128, windows=8)
+_LEAST = PromptSize(tokens=128, windows=8)
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class QuestionBatch:
 
     places: tuple[int, ...]
     size: int
-    shape: Extent
+    shape: PromptSize
 
 
 def plan_batches(
-    extents: Sequence[Extent], shards: int, most: int, near: Sequence[str] | None = None
+    extents: Sequence[PromptSize], shards: int, most: int, near: Sequence[str] | None = None
 ) -> list[QuestionBatch]:
     """Sorts questions by the size of their prompts and cuts them into batches.
 
@@ -46,7 +46,7 @@ def plan_batches(
     def order(i: int) -> tuple:
         return -shapes[i].windows, -shapes[i].tokens, near[i] if near else "", i
 
-    groups: list[tuple[list[int], Extent]] = []
+    groups: list[tuple[list[int], PromptSize]] = []
     for i in sorted(range(len(extents)), key=order):
         if groups and (shapes[i] == groups[-1][1] or _room(groups[-1], shards, most)):
             places, shape = groups[-1]
@@ -56,7 +56,7 @@ def plan_batches(
     return [batch for group in groups for batch in _cut(*group, shards, most)]
 
 
-def queries_at_a_time(config: Qwen2_5_VLConfig, shape: Extent, rows: int, most: int) -> int:
+def queries_at_a_time(config: QwenVLConfig, shape: PromptSize, rows: int, most: int) -> int:
     """How many queries attend at a time, so that their scores against all keys fit.
 
     A video's frames are keys by the hundred thousand.
@@ -73,8 +73,8 @@ def queries_at_a_time(config: Qwen2_5_VLConfig, shape: Extent, rows: int, most: 
     return min(1 << few.bit_length() - 1, most)
 
 
-def _rounded(extent: Extent) -> Extent:
-    return Extent(
+def _rounded(extent: PromptSize) -> PromptSize:
+    return PromptSize(
         _step(extent.tokens, _LEAST.tokens),
         _step(extent.windows, _LEAST.windows) if extent.windows else 0,
     )
@@ -88,20 +88,20 @@ def _step(size: int, least: int) -> int:
     return step
 
 
-def _larger(a: Extent, b: Extent) -> Extent:
-    return Extent(max(a.tokens, b.tokens), max(a.windows, b.windows))
+def _larger(a: PromptSize, b: PromptSize) -> PromptSize:
+    return PromptSize(max(a.tokens, b.tokens), max(a.windows, b.windows))
 
 
-def _size(shape: Extent, shards: int, most: int) -> int:
+def _size(shape: PromptSize, shards: int, most: int) -> int:
     return shards * max(1, min(most, _TOKENS // shape.tokens))
 
 
-def _room(group: tuple[list[int], Extent], shards: int, most: int) -> bool:
+def _room(group: tuple[list[int], PromptSize], shards: int, most: int) -> bool:
     places, shape = group
     return len(places) < _size(shape, shards, most)
 
 
-def _cut(places: list[int], shape: Extent, shards: int, most: int) -> list[QuestionBatch]:
+def _cut(places: list[int], shape: PromptSize, shards: int, most: int) -> list[QuestionBatch]:
     needed = shards
     while needed < len(places):
         needed *= 2

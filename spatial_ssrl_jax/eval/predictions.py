@@ -9,18 +9,18 @@ from typing import Any
 
 from etils import epath
 
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.eval.question import SAMPLE, Record
-from spatial_ssrl_jax.eval.scores import Scores
-from spatial_ssrl_jax.folders import write_whole
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.paths import write_atomic
+from spatial_ssrl_jax.eval.questions import SAMPLE, Prediction
+from spatial_ssrl_jax.eval.scoring.scores import Scores
 
 PREDICTIONS, SCORES, SUBMISSION = "predictions.jsonl", "scores.json", "submission.tsv"
 TABLE = "table.json"
 _NEEDED = ("id", "benchmark", "category", "question", "target", "response")
-_FIELDS = tuple(field.name for field in dataclasses.fields(Record))
+_FIELDS = tuple(field.name for field in dataclasses.fields(Prediction))
 
 
-def read_predictions(path: Path) -> list[Record]:
+def read_predictions(path: Path) -> list[Prediction]:
     """Records of a file, scored or not; whatever scoring writes is read anew from the response.
 
     Raises:
@@ -47,7 +47,7 @@ def predictions_in(path: Path) -> Path:
     raise UserError(f"{path} has no {PREDICTIONS}{here}: give the folder that has it.")
 
 
-def _record(name: str, line: str) -> Record:
+def _record(name: str, line: str) -> Prediction:
     try:
         values: Any = json.loads(line)
     except json.JSONDecodeError as error:
@@ -65,29 +65,29 @@ def _record(name: str, line: str) -> Record:
     target = values["target"]
     if not isinstance(target, list | None):
         target = str(target)
-    return Record(**texts, target=target, response=values["response"], meta=meta)
+    return Prediction(**texts, target=target, response=values["response"], meta=meta)
 
 
-def as_line(record: Record) -> str:
+def as_line(record: Prediction) -> str:
     """A record as one line, with its end."""
     values = {field: getattr(record, field) for field in _FIELDS}
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def write_results(folder: epath.Path | Path, records: Iterable[Record], scores: Scores) -> None:
+def write_results(folder: epath.Path | Path, records: Iterable[Prediction], scores: Scores) -> None:
     """Writes `predictions.jsonl` and `scores.json` into a folder, each whole or not at all."""
-    write_whole(folder / PREDICTIONS, "".join(map(as_line, records)))
-    write_whole(folder / SCORES, json.dumps(scores.as_json(), indent=1) + "\n")
+    write_atomic(folder / PREDICTIONS, "".join(map(as_line, records)))
+    write_atomic(folder / SCORES, json.dumps(scores.as_json(), indent=1) + "\n")
 
 
-def submit(records: Sequence[Record], folder: Path, say: Callable[[str], None]) -> None:
+def submit(records: Sequence[Prediction], folder: Path, say: Callable[[str], None]) -> None:
     """Writes the file that a benchmark's server scores; of several samples the first counts."""
     first = [record for record in records if record.meta.get(SAMPLE, 1) == 1]
     write_submission(folder / SUBMISSION, first)
     say(f"{folder / SUBMISSION}: {len(first)} answers without a public target, not scored")
 
 
-def write_submission(path: Path, records: Iterable[Record]) -> None:
+def write_submission(path: Path, records: Iterable[Prediction]) -> None:
     """Writes answers as MMBench's server reads them, one row a rotation (save as xlsx there)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:

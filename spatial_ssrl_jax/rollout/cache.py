@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from spatial_ssrl_jax.qwen2_5_vl.config import TextConfig
-from spatial_ssrl_jax.run.mesh import Layout
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.config import TextConfig
 
 LayerCache = tuple[Array, Array]
 
@@ -34,7 +34,7 @@ class Prefix:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Decoding:
+class DecodeState:
     """B groups of G samples in the middle of being written.
 
     Attributes:
@@ -56,18 +56,20 @@ class Decoding:
     cursor: Array
 
 
-def token_bytes(config: TextConfig, dtype: str) -> int:
+def kv_token_bytes(config: TextConfig, dtype: str) -> int:
     """Bytes that one token's keys and values take in all layers."""
     values = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return 2 * values * jnp.dtype(dtype).itemsize
 
 
-def start(config: TextConfig, hidden_BD: Array, group: int, slots: int, limit: int) -> Decoding:
+def initial_state(
+    config: TextConfig, hidden_BD: Array, group: int, slots: int, limit: int
+) -> DecodeState:
     """Every sample of every group before its first token, with `slots` cache slots."""
     batch = hidden_BD.shape[0]
     shape = (batch, group, config.num_key_value_heads, slots, config.head_dim)
     rows = (batch, group)
-    return Decoding(
+    return DecodeState(
         layers=tuple(
             (jnp.zeros(shape, hidden_BD.dtype), jnp.zeros(shape, hidden_BD.dtype))
             for _ in range(config.num_hidden_layers)
@@ -81,7 +83,7 @@ def start(config: TextConfig, hidden_BD: Array, group: int, slots: int, limit: i
     )
 
 
-def longer(cache: LayerCache, slots: int) -> LayerCache:
+def extended(cache: LayerCache, slots: int) -> LayerCache:
     """One layer's keys and values with `slots` more slots behind."""
     return tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, slots), (0, 0)]) for x in cache)
 
@@ -91,7 +93,7 @@ _PREFIX = ("batch", "kv_heads", None, None)
 _OWN = ("batch", None, "kv_heads", None, None)
 
 
-def placed(tree: Kept, layout: Layout | None) -> Kept:
+def constrained(tree: Kept, layout: Layout | None) -> Kept:
     """What decoding keeps, held in a layout inside a jitted program; None leaves it as it is.
 
     Caches, the only arrays of four and five axes, are cut by rows and by key/value heads, all else
@@ -107,7 +109,7 @@ def placed(tree: Kept, layout: Layout | None) -> Kept:
     return jax.tree.map(hold, tree)
 
 
-def prefix_places(config: TextConfig, layout: Layout) -> Prefix:
+def prefix_shardings(config: TextConfig, layout: Layout) -> Prefix:
     """Where a `Prefix` lies in a layout; `layers` stands for every cache."""
     shape = (layout.batch_shards, config.num_key_value_heads, 1, 1)
     return Prefix(layout.sharding("a cache", _PREFIX, shape), layout.rows(), layout.rows())

@@ -14,24 +14,25 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
-from spatial_ssrl_jax.qwen2_5_vl import model as qwen
-from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig
-from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel
-from spatial_ssrl_jax.qwen2_5_vl.layers import Init, cast
-from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
-from spatial_ssrl_jax.qwen2_5_vl.rope import text_rotary
-from spatial_ssrl_jax.qwen2_5_vl.text import JoinedLayer, TextLayer, decode_layer, unstack
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl import model as qwen
+from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
+from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
+from spatial_ssrl_jax.qwen_vl.layers import Init, cast
+from spatial_ssrl_jax.qwen_vl.model import Params
+from spatial_ssrl_jax.qwen_vl.rope import text_rotary
+from spatial_ssrl_jax.qwen_vl.text import FusedProjectionLayer, TextLayer, decode_layer, unstack
 from spatial_ssrl_jax.rollout.cache import (
-    Decoding,
+    DecodeState,
     LayerCache,
     Prefix,
-    longer,
-    placed,
-    prefix_places,
-    start,
+    constrained,
+    extended,
+    initial_state,
+    prefix_shardings,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling, sample, uniforms
-from spatial_ssrl_jax.run.mesh import Layout
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class DecodeSettings:
     suppressed: tuple[int, ...]
     check_every: int
     layout: Layout | None = None
-    kernel: Kernel = XLA
+    kernel: AttentionKernel = XLA
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))
-def fill_weights(
-    config: Qwen2_5_VLConfig, params: Params, dtype: str, joined: bool = False
+def decode_weights(
+    config: QwenVLConfig, params: Params, dtype: str, joined: bool = False
 ) -> dict[str, Any]:
     """The decode step's own copy of the language model: one dict a layer, in `dtype`.
 
@@ -65,7 +66,7 @@ def fill_weights(
       config: the model's shape.
       params: the model.
       dtype: of the copy.
-      joined: as a `JoinedLayer` has its weights.
+      joined: as a `FusedProjectionLayer` has its weights.
     """
     text = qwen.bind(config, params).text
     return {
@@ -78,7 +79,7 @@ def fill_weights(
 
 @cache
 def _layer(config: TextConfig, joined: bool) -> tuple[nnx.GraphDef, nnx.State]:
-    kind = JoinedLayer if joined else TextLayer
+    kind = FusedProjectionLayer if joined else TextLayer
     return nnx.split(nnx.eval_shape(lambda: kind(Init(jax.random.key(0)), config)))
 
 
@@ -86,10 +87,10 @@ def _is_joined(layer: dict[str, Any]) -> bool:
     return "qkv" in layer
 
 
-def sampling_places(
-    config: Qwen2_5_VLConfig, layout: Layout, joined: bool = False
+def decode_weight_shardings(
+    config: QwenVLConfig, layout: Layout, joined: bool = False
 ) -> dict[str, Any]:
-    """Where `fill_weights`' arrays lie for sampling; `layers` is one layer's, for all are alike.
+    """Where `decode_weights`' arrays lie for sampling; `layers` is one layer's, for all are alike.
 
     Raises:
       UserError: an axis of a weight does not divide by its mesh axis.
@@ -109,13 +110,13 @@ def sampling_places(
 
 @cache
 def reshard_program(
-    config: Qwen2_5_VLConfig, layout: Layout, of_layer: bool, joined: bool = False
+    config: QwenVLConfig, layout: Layout, of_layer: bool, joined: bool = False
 ) -> jax.stages.Wrapped:
     """Jitted: one layer, or what is around the layers, to where sampling needs it.
 
     Donated where nothing moves; a part of another size could not take its buffer.
     """
-    places = sampling_places(config, layout, joined)
+    places = decode_weight_shardings(config, layout, joined)
     layer = places.pop("layers")
 
     def reshard(part: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def reshard_program(
 
 
 def reshard_weights(
-    config: Qwen2_5_VLConfig, layout: Layout, weights: dict[str, Any]
+    config: QwenVLConfig, layout: Layout, weights: dict[str, Any]
 ) -> dict[str, Any]:
     """The decode step's weights from where training has them to where sampling needs them.
 
@@ -137,7 +138,7 @@ def reshard_weights(
     Args:
       config: the model's shape.
       layout: for sampling.
-      weights: from `fill_weights`.
+      weights: from `decode_weights`.
     """
     layers = weights.pop("layers")
     moved = reshard_program(config, layout, of_layer=False)(weights)
@@ -150,7 +151,7 @@ def reshard_weights(
 
 @cache
 def prefill_program(
-    config: Qwen2_5_VLConfig, compute: Compute, layout: Layout | None = None
+    config: QwenVLConfig, compute: Compute, layout: Layout | None = None
 ) -> jax.stages.Wrapped:
     """`prefill`, jitted, as a function of parameters and prompts."""
 
@@ -162,11 +163,11 @@ def prefill_program(
 
     if layout is None:
         return jax.jit(prefill)
-    return jax.jit(prefill, out_shardings=(layout.rows(), prefix_places(config.text, layout)))
+    return jax.jit(prefill, out_shardings=(layout.rows(), prefix_shardings(config.text, layout)))
 
 
 def prefill(
-    config: Qwen2_5_VLConfig,
+    config: QwenVLConfig,
     compute: Compute,
     params: Params,
     prompts: PromptBatch,
@@ -189,46 +190,46 @@ def prefill(
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def decode_chunk(
-    config: Qwen2_5_VLConfig,
+    config: QwenVLConfig,
     settings: DecodeSettings,
     steps: int,
     weights: dict[str, Any],
     prefix: Prefix,
-    state: Decoding,
+    state: DecodeState,
     keys_BG: Array,
-) -> Decoding:
+) -> DecodeState:
     """Writes up to `steps` more tokens of every sample; stops when all have finished.
 
     Args:
       config: the model's shape.
       settings: sampling and stopping.
       steps: a multiple of `settings.check_every`.
-      weights: from `fill_weights`.
+      weights: from `decode_weights`.
       prefix: the prompts.
       state: the samples so far; donated. Its caches must hold `steps` more slots.
       keys_BG: one key a sample.
     """
     end = state.cursor + steps
-    keys_BG = placed(keys_BG, settings.layout)
+    keys_BG = constrained(keys_BG, settings.layout)
 
-    def unfinished(state: Decoding) -> Array:
+    def unfinished(state: DecodeState) -> Array:
         return (state.cursor < end) & ~state.finished.all()
 
-    def some_steps(state: Decoding) -> Decoding:
+    def some_steps(state: DecodeState) -> DecodeState:
         body = partial(_decode_step, config, settings, weights, prefix, keys_BG)
         return jax.lax.fori_loop(0, settings.check_every, lambda _, s: body(s), state)
 
-    return placed(jax.lax.while_loop(unfinished, some_steps, state), settings.layout)
+    return constrained(jax.lax.while_loop(unfinished, some_steps, state), settings.layout)
 
 
 def _decode_step(
-    config: Qwen2_5_VLConfig,
+    config: QwenVLConfig,
     settings: DecodeSettings,
     weights: dict[str, Any],
     prefix: Prefix,
     keys_BG: Array,
-    state: Decoding,
-) -> Decoding:
+    state: DecodeState,
+) -> DecodeState:
     state, token = _draw(settings, weights, keys_BG, state)
     x = weights["embed"][token]
     position = (prefix.next_position + state.cursor)[:, None, None]
@@ -250,8 +251,8 @@ def _decode_step(
 
 
 def _draw(
-    settings: DecodeSettings, weights: dict[str, Any], keys_BG: Array, state: Decoding
-) -> tuple[Decoding, Array]:
+    settings: DecodeSettings, weights: dict[str, Any], keys_BG: Array, state: DecodeState
+) -> tuple[DecodeState, Array]:
     """Draws and writes down the next token of every sample that goes on."""
     head = weights["embed"] if weights["head"] is None else weights["head"]
     logits = jnp.einsum("bgd,vd->bgv", state.hidden, head, preferred_element_type=jnp.float32)
@@ -275,25 +276,25 @@ def _draw(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 5))
-def start_samples(
+def initial_samples(
     config: TextConfig,
     group: int,
     slots: int,
     limit: int,
     hidden: Array,
     layout: Layout | None = None,
-) -> Decoding:
+) -> DecodeState:
     """Every sample before its first token (see `cache.start`)."""
-    return placed(start(config, hidden, group, slots, limit), layout)
+    return constrained(initial_state(config, hidden, group, slots, limit), layout)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def grow_layer(cache: LayerCache, slots: int, layout: Layout | None = None) -> LayerCache:
     """One layer's cache with `slots` more slots behind."""
-    return placed(longer(cache, slots), layout)
+    return constrained(extended(cache, slots), layout)
 
 
-def grow(state: Decoding, slots: int, layout: Layout | None = None) -> Decoding:
+def grow(state: DecodeState, slots: int, layout: Layout | None = None) -> DecodeState:
     """The same samples with `slots` more cache slots behind; `state` is used up.
 
     A layer at a time, so that old and new caches are not there together.

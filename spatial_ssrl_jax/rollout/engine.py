@@ -14,21 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.qwen2_5_vl.config import Qwen2_5_VLConfig
-from spatial_ssrl_jax.qwen2_5_vl.model import Compute, Params, PromptBatch
-from spatial_ssrl_jax.rollout.cache import Decoding, Prefix, placed
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.parallel.collectives import gather_to_host, local_shards
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.compute import Compute
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
+from spatial_ssrl_jax.qwen_vl.model import Params
+from spatial_ssrl_jax.rollout.cache import DecodeState, Prefix, constrained
 from spatial_ssrl_jax.rollout.decode import (
     DecodeSettings,
     decode_chunk,
-    fill_weights,
+    decode_weights,
     grow,
+    initial_samples,
     prefill,
     reshard_weights,
-    start_samples,
 )
-from spatial_ssrl_jax.rollout.sampling import Sampling, row_keys
-from spatial_ssrl_jax.run.mesh import Layout, gather_whole, own_rows
+from spatial_ssrl_jax.rollout.sampling import Sampling, sample_keys
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Rollout:
     finished: np.ndarray
 
 
-def join(rollouts: Sequence[Rollout], places: np.ndarray) -> Rollout:
+def concatenate_rollouts(rollouts: Sequence[Rollout], places: np.ndarray) -> Rollout:
     """Rollouts of parts of a batch as one.
 
     Args:
@@ -73,7 +76,7 @@ class Engine:
       layout: for sampling, where its weights and caches lie; None leaves it to the compiler.
     """
 
-    config: Qwen2_5_VLConfig
+    config: QwenVLConfig
     compute: Compute
     stop_ids: tuple[int, ...]
     chunk: int = 256
@@ -91,18 +94,18 @@ class Engine:
     @property
     def joined(self) -> bool:
         """Whether the decode weights are a `JoinedLayer`'s: on GPUs, and there beside `triton`."""
-        return self.compute.step_kernel.name == "triton"
+        return self.compute.decode_attention.name == "triton"
 
     def fill(self, params: Params) -> dict[str, Any]:
         """The decode weights of `params`, to be made once a step and freed before the update."""
-        weights = fill_weights(self.config, params, self.compute.dtype, self.joined)
+        weights = decode_weights(self.config, params, self.compute.dtype, self.joined)
         if self.layout is None:
             return weights
         return reshard_weights(self.config, self.layout, weights)
 
     def settings(self, sampling: Sampling) -> DecodeSettings:
         """What its decode programs are compiled with."""
-        suppressed, kernel = self.config.vision_tokens, self.compute.step_kernel
+        suppressed, kernel = self.config.vision_tokens, self.compute.decode_attention
         return DecodeSettings(
             sampling, self.stop_ids, suppressed, self.check_every, self.layout, kernel
         )
@@ -143,9 +146,9 @@ class Engine:
             )
         settings = self.settings(sampling)
         hidden, prefix = prefill(self.config, self.compute, params, prompts, self.layout)
-        keys = row_keys(key, jnp.asarray(prompt_index, jnp.int32), group)
+        keys = sample_keys(key, jnp.asarray(prompt_index, jnp.int32), group)
         slots = min(self.chunk, limit)
-        state = start_samples(self.config.text, group, slots, limit, hidden, self.layout)
+        state = initial_samples(self.config.text, group, slots, limit, hidden, self.layout)
         rows, written, done = np.arange(len(hidden)), None, 0
         while True:
             steps = slots - done if on_tokens is None else self.check_every
@@ -153,7 +156,7 @@ class Engine:
             done += steps
             if on_tokens is not None:
                 on_tokens(*jax.device_get((state.tokens, state.length)))
-            going = ~gather_whole(_closed(state))
+            going = ~gather_to_host(_closed(state))
             if done >= limit or not going.any():
                 break
             if done < slots:
@@ -167,7 +170,7 @@ class Engine:
             slots = min(done + self.chunk, limit)
             state = grow(state, slots - done, self.layout)
         written = _write(written, state, rows)
-        return Rollout(*own_rows(written, getattr(prompts.length, "sharding", None)))
+        return Rollout(*local_shards(written, getattr(prompts.length, "sharding", None)))
 
     def _size(self, whole: int, going: int) -> int:
         """Groups to go on with: the whole batch or a part of it that holds all that are going.
@@ -182,21 +185,21 @@ _PARTS = (1, 2, 4)
 
 
 @jax.jit
-def _closed(state: Decoding) -> Array:
+def _closed(state: DecodeState) -> Array:
     """[B] bool: all samples of the group have finished."""
     return state.finished.all(axis=1)
 
 
 @partial(jax.jit, static_argnums=2)
 def _take(
-    tree: tuple[Decoding, Prefix, Array], rows: Array, layout: Layout | None
-) -> tuple[Decoding, Prefix, Array]:
+    tree: tuple[DecodeState, Prefix, Array], rows: Array, layout: Layout | None
+) -> tuple[DecodeState, Prefix, Array]:
     """The given groups alone."""
-    return placed(jax.tree.map(lambda x: x[rows] if x.ndim else x, tree), layout)
+    return constrained(jax.tree.map(lambda x: x[rows] if x.ndim else x, tree), layout)
 
 
 @jax.jit
-def _write(written: tuple[Array, ...] | None, state: Decoding, rows: Array) -> tuple[Array, ...]:
+def _write(written: tuple[Array, ...] | None, state: DecodeState, rows: Array) -> tuple[Array, ...]:
     """What the groups have so far, at their places among all groups of the batch."""
     new = (state.tokens, state.logprobs, state.length, state.finished)
     if written is None:

@@ -36,7 +36,7 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
-def row_keys(key: Array, prompt_index: Array, group: int) -> Array:
+def sample_keys(key: Array, prompt_index: Array, group: int) -> Array:
     """One key for each sample, from the run's key, the prompt's index and the sample's place.
 
     Args:

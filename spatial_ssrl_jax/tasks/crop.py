@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from spatial_ssrl_jax.data.record import Record
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
 from spatial_ssrl_jax.tasks.frame import inner_box
 from spatial_ssrl_jax.tasks.patches import difference, thumbnail
-from spatial_ssrl_jax.tasks.shares import shuffled
+from spatial_ssrl_jax.tasks.record import Record
+from spatial_ssrl_jax.tasks.weights import weighted_shuffle
 
 QUESTION = (
     "Which image is the missing part in the first image <image1>? Based on visual clues such as "
@@ -114,7 +114,7 @@ def _distractors(
 
     They are drawn by share without putting back, those that look like an earlier one passed over.
     """
-    drawn = shuffled(rng, settings.distractors)
+    drawn = weighted_shuffle(rng, settings.distractors)
     if len(drawn) < 3:
         raise UserError("tasks.crop.distractors must give at least three kinds a share above 0.")
     taken = {"answer": thumbnail(scene.picture, _source_box(scene.inside, box, "answer"))}

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.tasks.drawing import draw_markers
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
+from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.regions import (
     Regions,
     WindowLimits,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from spatial_ssrl_jax.data.record import Record
+from spatial_ssrl_jax.tasks.record import Record
 
 
 class Reject(Exception):
@@ -45,7 +45,7 @@ class Example:
 Size = tuple[int, int]  # height and width of a picture in pixels
 
 
-def one_picture(size: Size) -> list[Size]:
+def single_image(size: Size) -> list[Size]:
     """Sizes of the pictures of most tasks' examples: one as large as the record's."""
     return [size]
 
@@ -65,7 +65,7 @@ class Task:
     needs_depth: bool
     settings: type
     make: Callable[[Record, np.random.Generator, Any], Example]
-    sizes: Callable[[Size], list[Size]] = one_picture
+    sizes: Callable[[Size], list[Size]] = single_image
     chance: Callable[[str], float] | None = None
 
 

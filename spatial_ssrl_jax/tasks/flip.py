@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.tasks.drawing import draw_labels
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
 from spatial_ssrl_jax.tasks.frame import trim
-from spatial_ssrl_jax.tasks.patches import cut, distinct, join, thumbnails
-from spatial_ssrl_jax.tasks.shares import choose
+from spatial_ssrl_jax.tasks.patches import distinct, join_patches, split_patches, thumbnails
+from spatial_ssrl_jax.tasks.record import Record
+from spatial_ssrl_jax.tasks.weights import weighted_choice
 
 QUESTION = (
     "The image has been divided into 4 labeled 0, 1, 2, and 3. One of the four patches is flipped "
@@ -43,10 +43,10 @@ class FlipSettings:
 
 def make(record: Record, rng: np.random.Generator, settings: FlipSettings) -> Example:
     """Flips one of the four patches, uniform over those whose flip can be told."""
-    kind = choose(rng, settings.kinds)
+    kind = weighted_choice(rng, settings.kinds)
     axis = DIRECTIONS.index(kind)
     picture, trimmed = trim(record.image) if settings.trim_frame else (record.image, {})
-    patches = cut(picture, 2, 2)
+    patches = split_patches(picture, 2, 2)
     if min(patches[0].shape[:2]) < settings.least_side:
         raise Reject("picture too small for the patches")
     able = [i for i, t in enumerate(thumbnails(patches)) if _can_tell(t, settings.least_difference)]
@@ -57,7 +57,7 @@ def make(record: Record, rng: np.random.Generator, settings: FlipSettings) -> Ex
     return Example(
         task="flip",
         kind=kind,
-        images=(draw_labels(join(patches, 2, 2), 2, 2),),
+        images=(draw_labels(join_patches(patches, 2, 2), 2, 2),),
         question=QUESTION,
         answer=f"{label}-{axis}",
         reason=f"Patch {label} is flipped {'vertically' if axis == 0 else 'horizontally'}.",

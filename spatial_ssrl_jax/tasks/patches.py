@@ -6,7 +6,7 @@ from PIL import Image
 _SIDE = 16
 
 
-def cut(image: np.ndarray, rows: int, cols: int) -> list[np.ndarray]:
+def split_patches(image: np.ndarray, rows: int, cols: int) -> list[np.ndarray]:
     """Patches in reading order, [floor(H/rows), floor(W/cols), 3] each; a remainder is left off."""
     height, width = image.shape[0] // rows, image.shape[1] // cols
     return [
@@ -16,8 +16,8 @@ def cut(image: np.ndarray, rows: int, cols: int) -> list[np.ndarray]:
     ]
 
 
-def join(patches: list[np.ndarray], rows: int, cols: int) -> np.ndarray:
-    """The picture that `cut` would cut into `patches`."""
+def join_patches(patches: list[np.ndarray], rows: int, cols: int) -> np.ndarray:
+    """The picture that `split_patches` would cut into `patches`."""
     grid = [np.concatenate(patches[r * cols : (r + 1) * cols], axis=1) for r in range(rows)]
     return np.concatenate(grid, axis=0)
 

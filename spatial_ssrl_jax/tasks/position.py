@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.tasks.drawing import draw_markers
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
+from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.regions import (
     Regions,
     WindowLimits,
@@ -14,7 +14,7 @@ from spatial_ssrl_jax.tasks.regions import (
     normalised_depth,
     scaled,
 )
-from spatial_ssrl_jax.tasks.shares import choose, shuffled
+from spatial_ssrl_jax.tasks.weights import weighted_choice, weighted_shuffle
 
 _QUESTION = (
     "I've taken an image and there are two regions marked as 1, and 2 on the image. Assume that "
@@ -125,7 +125,7 @@ def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -
         margin=radius + 1,
     )
     found = find_regions(depth, limits, rng)
-    for kind in shuffled(rng, settings.kinds):
+    for kind in weighted_shuffle(rng, settings.kinds):
         pair = _draw(found, rng, kind, settings, 2 * radius + 2)
         if pair is not None:
             i, j = pair
@@ -133,7 +133,7 @@ def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -
                 points=(found.point(i), found.point(j)),
                 depths=(found.mean(i), found.mean(j)),
                 camera=int(rng.integers(1, 3)),
-                heading=choose(rng, settings.headings),
+                heading=weighted_choice(rng, settings.headings),
             )
             right = view.direction(scaled(settings.plane, 0, depth.shape), settings.depth)
             return _example(record, view, kind, right, radius, rng)

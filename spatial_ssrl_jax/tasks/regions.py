@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.tasks.example import Reject
+from spatial_ssrl_jax.tasks.record import Record
 
 _REFERENCE = 768  # shorter side in pixels for which the method's pixel constants hold
 _CENTRES = 32_768  # about as many candidates a map, on the grid

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from spatial_ssrl_jax.data.record import Record
 from spatial_ssrl_jax.tasks.drawing import draw_labels
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
 from spatial_ssrl_jax.tasks.frame import trim
-from spatial_ssrl_jax.tasks.patches import cut, distinct, join, thumbnails
-from spatial_ssrl_jax.tasks.shares import choose
+from spatial_ssrl_jax.tasks.patches import distinct, join_patches, split_patches, thumbnails
+from spatial_ssrl_jax.tasks.record import Record
+from spatial_ssrl_jax.tasks.weights import weighted_choice
 
 _GRID = (
     "The image has been divided into 4 shuffled patches labeled 0, 1, 2, and 3.{masked} Based on "
@@ -62,17 +62,17 @@ class ShuffleSettings:
 
 def make(record: Record, rng: np.random.Generator, settings: ShuffleSettings) -> Example:
     """Cuts the picture, draws its patches in another order, asks for the original one."""
-    kind = choose(rng, settings.kinds)
+    kind = weighted_choice(rng, settings.kinds)
     rows, cols = (int(n) for n in kind.removesuffix("_masked").split("x"))
     picture, trimmed = trim(record.image) if settings.trim_frame else (record.image, {})
-    patches = cut(picture, rows, cols)
+    patches = split_patches(picture, rows, cols)
     if min(patches[0].shape[:2]) < settings.least_side:
         raise Reject("picture too small for the patches")
     masked = _mask(patches, kind.endswith("_masked"), settings.least_difference, rng)
     if masked is not None:
         patches[masked] = np.full_like(patches[masked], 255)
     permutation = _permutation(len(patches), rng)
-    drawn = join([patches[i] for i in permutation], rows, cols)
+    drawn = join_patches([patches[i] for i in permutation], rows, cols)
     labels = np.argsort(permutation)
     return Example(
         task="shuffle",

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatial_ssrl_jax.config import Config
-from spatial_ssrl_jax.data.items import Item, Skip, item_dataset
-from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data.items import Item, SkippedRecord, item_dataset
+from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import open_source
-from spatial_ssrl_jax.errors import BadPicture, UserError
-from spatial_ssrl_jax.run import training
-from spatial_ssrl_jax.run.models import open_model
+from spatial_ssrl_jax.trainer import training
 from tests.data.test_images import png_of_size
 from tests.data.test_pipeline import weights
 from tests.data.test_sources import save_depth
-from tests.tasks.synthetic import photo, room
+from tests.helpers.images import photo, room
 
 SIZE = (112, 140)
 Save = Callable[[Path], None]
@@ -81,7 +81,7 @@ def test_each_bad_picture_says_why(tmp_path: Path, processor: Processor, name: s
     save, said = BAD_PICTURES[name]
     save(tmp_path / name)
     source = open_source(f"folder:{tmp_path}")
-    with pytest.raises(BadPicture, match=said) as error:
+    with pytest.raises(BadImage, match=said) as error:
         processor.grid(*source[0].image.shape[:2])
     assert str(error.value).count(".\n") == 0 and str(error.value).endswith(".")
 
@@ -149,7 +149,9 @@ def test_a_run_stops_above_its_share_of_bad_pictures():
         bad=0,
         tried=0,
     )
-    good, bad = (Item(None, None, skipped) for skipped in ((), (Skip("a.png", "cut.", True),)))
+    good, bad = (
+        Item(None, None, skipped) for skipped in ((), (SkippedRecord("a.png", "cut.", True),))
+    )
     training._count_bad(run, SimpleNamespace(items=[good] * 30 + [bad] * 5))
     assert (run.bad, run.tried) == (5, 40) and said == ["skipped a.png: cut."] * 5
     with pytest.raises(UserError, match=r"data\.max_bad_share") as error:

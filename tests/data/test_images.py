@@ -1,19 +1,19 @@
-"""Every kind of picture comes out as upright [H, W, 3] uint8; every bad one as `BadPicture`."""
+"""Every kind of picture comes out as upright [H, W, 3] uint8; every bad one as `BadImage`."""
 
 import io
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from spatial_ssrl_jax.common.errors import BadImage
 from spatial_ssrl_jax.data import images
 from spatial_ssrl_jax.data.images import image_size, open_image
-from spatial_ssrl_jax.errors import BadPicture
+from tests.conftest import ROOT
 
-PHOTOS = Path(__file__).parents[3] / "shared" / "photos"
+PHOTOS = ROOT.parent / "shared" / "photos"
 HEIGHT, WIDTH = 6, 9
 
 
@@ -166,7 +166,7 @@ def test_bad_pictures_are_named(tmp_path, name):
         lambda: open_image(tmp_path / name),
         lambda: open_image(content, name=name),
     ):
-        with pytest.raises(BadPicture, match=name) as caught:
+        with pytest.raises(BadImage, match=name) as caught:
             call()
         assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
@@ -174,21 +174,21 @@ def test_bad_pictures_are_named(tmp_path, name):
 @pytest.mark.parametrize("name", ["empty.jpg", "text.jpg", "zero.png", "huge.png"])
 def test_size_of_bad_pictures(tmp_path, name):
     (tmp_path / name).write_bytes(bad_files()[name])
-    with pytest.raises(BadPicture, match=name):
+    with pytest.raises(BadImage, match=name):
         image_size(tmp_path / name)
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(BadPicture, match=r"gone\.jpg: there is no such file"):
+    with pytest.raises(BadImage, match=r"gone\.jpg: there is no such file"):
         open_image(tmp_path / "gone.jpg")
-    with pytest.raises(BadPicture, match=str(tmp_path)):
+    with pytest.raises(BadImage, match=str(tmp_path)):
         open_image(tmp_path)
 
 
 def test_the_limit_is_on_pixels(tmp_path, rgb, monkeypatch):
     Image.fromarray(rgb).save(tmp_path / "a.png")
     monkeypatch.setattr(images, "MAX_PIXELS", WIDTH * HEIGHT - 1)
-    with pytest.raises(BadPicture, match=f"{WIDTH}x{HEIGHT}"):
+    with pytest.raises(BadImage, match=f"{WIDTH}x{HEIGHT}"):
         open_image(tmp_path / "a.png")
     monkeypatch.setattr(images, "MAX_PIXELS", WIDTH * HEIGHT)
     check(open_image(tmp_path / "a.png"), rgb)

@@ -4,11 +4,11 @@ import pickle
 
 import pytest
 
-from spatial_ssrl_jax.data.items import supplies
-from spatial_ssrl_jax.data.pipeline import split_records
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.data.items import task_sources
 from spatial_ssrl_jax.data.sources import OPENERS, open_source
 from spatial_ssrl_jax.data.sources.mixture import split_spec
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.data.split import split_records
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from tests.data.test_sources import save_picture
 
@@ -57,12 +57,14 @@ def test_records_stand_one_after_another(mixture):
 def test_depth_tasks_draw_from_parts_with_depth(mixture):
     pool = range(14)
     found = {
-        name: [(s.weight, len(s.indices)) for s in supplies(mixture, pool, task, task.settings())]
+        name: [
+            (s.weight, len(s.indices)) for s in task_sources(mixture, pool, task, task.settings())
+        ]
         for name, task in TASKS_BY_NAME.items()
     }
     assert found["shuffle"] == found["crop"] == [(2, 4), (1, 10)]
     assert found["depth"] == found["position"] == [(1, 10)]
-    kept = supplies(mixture, [0, 2, 5], TASKS_BY_NAME["flip"], None)
+    kept = task_sources(mixture, [0, 2, 5], TASKS_BY_NAME["flip"], None)
     assert [s.indices for s in kept] == [[0, 2], [1]]
 
 

@@ -5,32 +5,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.batching import pad_prompts
-from spatial_ssrl_jax.data.packing import Packable, Room, assign_rows, cut_prompt, fill_rows
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.data.packing import (
+    PackedExample,
+    RowCapacity,
+    assign_rows,
+    fill_rows,
+    unpad_prompt,
+)
 
-ROOM = Room(tokens=64, windows=9, responses=20)
+ROOM = RowCapacity(tokens=64, windows=9, responses=20)
 
 
 @st.composite
-def sizes(draw) -> list[Room]:
+def sizes(draw) -> list[RowCapacity]:
     """Up to forty examples, each within `ROOM`."""
     found = []
     for _ in range(draw(st.integers(0, 40))):
         response = draw(st.integers(1, ROOM.responses))
         prompt = draw(st.integers(1, ROOM.tokens - response))
-        found.append(Room(prompt + response, draw(st.integers(0, ROOM.windows)), response))
+        found.append(RowCapacity(prompt + response, draw(st.integers(0, ROOM.windows)), response))
     return found
 
 
-def taken(sizes: list[Room], row: list[int]) -> tuple[int, ...]:
+def taken(sizes: list[RowCapacity], row: list[int]) -> tuple[int, ...]:
     parts = [(sizes[i].tokens, sizes[i].windows, sizes[i].responses) for i in row]
     return tuple(np.sum(parts, axis=0))
 
 
 @settings(deadline=None, max_examples=200)
 @given(sizes())
-def test_each_example_is_in_one_row_that_holds_it(sizes: list[Room]):
+def test_each_example_is_in_one_row_that_holds_it(sizes: list[RowCapacity]):
     rows = assign_rows(sizes, ROOM)
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     limit = ROOM.tokens, ROOM.windows, ROOM.responses
@@ -41,7 +47,7 @@ def test_each_example_is_in_one_row_that_holds_it(sizes: list[Room]):
 
 @settings(deadline=None, max_examples=100)
 @given(sizes())
-def test_no_row_opens_while_another_has_room(sizes: list[Room]):
+def test_no_row_opens_while_another_has_room(sizes: list[RowCapacity]):
     """First fit: the example that opens a row fits none of the rows before it."""
     rows = assign_rows(sizes, ROOM)
     limit = ROOM.tokens, ROOM.windows, ROOM.responses
@@ -54,33 +60,33 @@ def test_no_row_opens_while_another_has_room(sizes: list[Room]):
 def test_rows_by_hand():
     """In the order 40, 30, 20, 20, 10 tokens: 40+20, 30+20+10; responses of 15 share no row."""
     tokens = [20, 40, 10, 30, 20]
-    assert assign_rows([Room(n, 1, 2) for n in tokens], ROOM) == [[1, 0], [3, 4, 2]]
-    assert assign_rows([Room(20, 1, 15)] * 2, ROOM) == [[0], [1]]
-    assert assign_rows([Room(20, 5, 2)] * 2, ROOM) == [[0], [1]]
+    assert assign_rows([RowCapacity(n, 1, 2) for n in tokens], ROOM) == [[1, 0], [3, 4, 2]]
+    assert assign_rows([RowCapacity(20, 1, 15)] * 2, ROOM) == [[0], [1]]
+    assert assign_rows([RowCapacity(20, 5, 2)] * 2, ROOM) == [[0], [1]]
 
 
 def test_an_example_larger_than_a_row_names_the_settings():
     with pytest.raises(UserError, match="65 tokens, 1 windows .* raise sft.row_tokens"):
-        assign_rows([Room(65, 1, 2)], ROOM)
+        assign_rows([RowCapacity(65, 1, 2)], ROOM)
 
 
 @pytest.fixture(scope="module")
-def examples(toy) -> list[Packable]:
+def examples(toy) -> list[PackedExample]:
     """Two pictures, none, and one; the first windows of each are not full."""
     grids = ([(1, 4, 6), (1, 10, 4)], [], [(1, 8, 12)])
     prompts = [toy.prompt(seed, 6 + seed, grid) for seed, grid in enumerate(grids)]
-    return [Packable(p, np.arange(3 + i, dtype=np.int32)) for i, p in enumerate(prompts)]
+    return [PackedExample(p, np.arange(3 + i, dtype=np.int32)) for i, p in enumerate(prompts)]
 
 
 def test_cutting_takes_the_padding_off(examples):
     batch = pad_prompts([e.prompt for e in examples], (80,), (7,))
     for row, example in enumerate(examples):
         for name, value in vars(example.prompt).items():
-            np.testing.assert_array_equal(getattr(cut_prompt(batch, row), name), value)
+            np.testing.assert_array_equal(getattr(unpad_prompt(batch, row), name), value)
 
 
 def test_each_example_lies_as_if_alone(toy, examples):
-    room, vision = Room(100, 8, 14), toy.config.vision
+    room, vision = RowCapacity(100, 8, 14), toy.config.vision
     sizes = vision.patch_dim, vision.window_patches, vision.merge_unit
     merged = vision.window_patches // vision.merge_unit
     rows = fill_rows(examples, [[2, 1, 0], []], room, *sizes)

@@ -12,20 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from spatial_ssrl_jax.config import Config
+from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.items import TOO_LONG, check_fits, item_dataset
-from spatial_ssrl_jax.data.pipeline import Batch, Collate, batches, split_records
-from spatial_ssrl_jax.data.prompts import Extent, Processor
-from spatial_ssrl_jax.data.record import Record
+from spatial_ssrl_jax.data.pipeline import Batch, Collate, batches
+from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.scenes import SceneSource
-from spatial_ssrl_jax.errors import BadPicture, UserError
-from spatial_ssrl_jax.learn.sft import encode_responses
-from spatial_ssrl_jax.run.models import open_model
+from spatial_ssrl_jax.data.split import split_records
+from spatial_ssrl_jax.rl.sft import encode_responses
 from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.flip import QUESTION
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
-from tests.tasks.synthetic import record
+from spatial_ssrl_jax.tasks.record import Record
+from tests.helpers.images import record
 
 SCENES = open_source("scenes:40")
 COLLATE = Collate((256,), (8,))
@@ -187,7 +188,7 @@ class Damaged:
 
     def __getitem__(self, index: int) -> Record:
         if index in self.bad:
-            raise BadPicture(f"{self.name(index)} is cut short.")
+            raise BadImage(f"{self.name(index)} is cut short.")
         return self.scenes[index]
 
 
@@ -257,7 +258,7 @@ def test_a_prompt_too_long_is_dropped_before_its_pixels_are_read():
     model = open_model("tiny")
     processor = Processor(model.files, model.config, min_pixels=28 * 28, max_pixels=2000 * 2000)
     items = item_dataset(
-        OneLarge(large=(2, 3)), range(6), weights(flip=1.0), processor, 0, Extent(256, 8)
+        OneLarge(large=(2, 3)), range(6), weights(flip=1.0), processor, 0, PromptSize(256, 8)
     )
     dropped = [skip for i in range(12) for skip in items[i].skipped]
     assert {skip.name for skip in dropped} == {"record-2", "record-3"} and len(dropped) >= 4
@@ -267,7 +268,9 @@ def test_a_prompt_too_long_is_dropped_before_its_pixels_are_read():
 def test_the_question_counts_too(processor: Processor):
     length = processor.measure([(112, 112)], f"{QUESTION} {FORMAT_PROMPT}").tokens
     for limit, fits in ((length, True), (length - 1, False)):
-        items = item_dataset(SCENES, range(4), weights(flip=1.0), processor, 0, Extent(limit, 8))
+        items = item_dataset(
+            SCENES, range(4), weights(flip=1.0), processor, 0, PromptSize(limit, 8)
+        )
         if fits:
             assert items[0].skipped == () and len(items[0].prompt.ids) == limit
         else:
@@ -279,9 +282,9 @@ def test_buckets_that_hold_no_prompt_are_refused_beforehand(processor: Processor
     """From sizes alone, of pictures and of the words that every prompt has."""
     least = processor.measure([(112, 112)], FORMAT_PROMPT)
     fits = partial(check_fits, SCENES, range(4), weights(flip=1.0), processor)
-    fits(Extent(least.tokens, least.windows))
+    fits(PromptSize(least.tokens, least.windows))
     said = f"no flip prompt .* takes {least.tokens} and {least.windows}.*data.prompt_buckets"
-    for limit in (Extent(least.tokens - 1, 8), Extent(9999, least.windows - 1)):
+    for limit in (PromptSize(least.tokens - 1, 8), PromptSize(9999, least.windows - 1)):
         with pytest.raises(UserError, match=said):
             fits(limit)
 

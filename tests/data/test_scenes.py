@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.sources import open_source
-from spatial_ssrl_jax.data.sources.scene_layout import Camera, Scene, Solid, draw_scene
-from spatial_ssrl_jax.data.sources.scene_render import FACES, render
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.data.synthetic.layout import Camera, Scene, Solid, draw_scene
+from spatial_ssrl_jax.data.synthetic.render import FACES, render
 
 SIZE = 112
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.videos import Video
-from spatial_ssrl_jax.qwen2_5_vl.config import read_config
+from spatial_ssrl_jax.qwen_vl.family import read_config
+from tests.conftest import ROOT
 
 LEAST, MOST = 6 * 28 * 28, 60 * 28 * 28
 
@@ -92,8 +93,8 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = sys.modules["torchvision"] = None
 from pathlib import Path
-from spatial_ssrl_jax.data.prompts import Processor
-from spatial_ssrl_jax.qwen2_5_vl.config import read_config
+from spatial_ssrl_jax.data.processor import Processor
+from spatial_ssrl_jax.qwen_vl.family import read_config
 from tests.data.test_sizes import picture_and_video
 folder = Path(sys.argv[1])
 print(picture_and_video(Processor(folder, read_config(folder / "3b"))))
@@ -110,7 +111,7 @@ def picture_and_video(processor: Processor) -> str:
 
 def test_torch_is_not_needed(folder):
     command = [sys.executable, "-c", WITHOUT_TORCH, str(folder)]
-    root = Path(__file__).parents[2]
+    root = ROOT
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     expected = picture_and_video(Processor(folder, read_config(folder / "3b")))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.sources import OPENERS, open_source
 from spatial_ssrl_jax.data.sources.depthmap import read_depth
-from spatial_ssrl_jax.errors import BadPicture, UserError
+from tests.conftest import ROOT
 
-SHARED = Path(__file__).parents[3] / "shared"
+SHARED = ROOT.parent / "shared"
 HEIGHT, WIDTH = 12, 16
 
 
@@ -77,7 +78,7 @@ def test_missing_and_empty_folders(tmp_path, kind):
             open_source(spec)
         message = str(caught.value)
         assert spec in message and "expected" in message and "\n" not in message
-        assert not isinstance(caught.value, BadPicture)
+        assert not isinstance(caught.value, BadImage)
 
 
 # ---------------------------------------------------------------------------- folder
@@ -116,7 +117,7 @@ def test_folder_reads_no_pixels_until_asked(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     source = open_source(f"folder:{tmp_path}")
     assert source.name(0) == "broken.jpg"
-    with pytest.raises(BadPicture, match=str(tmp_path / "broken.jpg")):
+    with pytest.raises(BadImage, match=str(tmp_path / "broken.jpg")):
         source[0]
 
 
@@ -152,7 +153,7 @@ def test_rgbd_mask(tmp_path):
     depth = open_source(f"rgbd:{tmp_path}")[0].depth
     np.testing.assert_array_equal(np.isnan(depth), ~mask[..., 0])
     np.save(tmp_path / "a_depth_mask.npy", mask[1:])
-    with pytest.raises(BadPicture, match="a_depth_mask.npy"):
+    with pytest.raises(BadImage, match="a_depth_mask.npy"):
         open_source(f"rgbd:{tmp_path}")[0]
 
 
@@ -165,7 +166,7 @@ def test_rgbd_a_picture_without_depth_is_named(tmp_path):
     source = open_source(f"rgbd:{tmp_path}")
     assert [source.name(i) for i in range(2)] == ["a.png", "b.jpg"]
     check_ramp(source[0].depth, 6e-4)
-    with pytest.raises(BadPicture, match=r"b\.jpg: has no depth.*b_depth\.png or"):
+    with pytest.raises(BadImage, match=r"b\.jpg: has no depth.*b_depth\.png or"):
         source[1]
 
 
@@ -200,7 +201,7 @@ def test_the_aspect_may_differ_by_two_percent(tmp_path):
     np.save(tmp_path / "d.npy", np.ones((100, 202), np.float32))
     assert read_depth(str(tmp_path / "d.npy"), (50, 100)).shape == (50, 100)
     np.save(tmp_path / "d.npy", np.ones((100, 206), np.float32))
-    with pytest.raises(BadPicture, match=r"d\.npy.*206x100.*100x50"):
+    with pytest.raises(BadImage, match=r"d\.npy.*206x100.*100x50"):
         read_depth(str(tmp_path / "d.npy"), (50, 100))
 
 
@@ -236,7 +237,7 @@ def bad_depths(folder: Path) -> dict[str, str]:
 
 def test_bad_depth_files_are_named(tmp_path):
     for name, reason in bad_depths(tmp_path).items():
-        with pytest.raises(BadPicture, match=f"{name}.*{reason}") as caught:
+        with pytest.raises(BadImage, match=f"{name}.*{reason}") as caught:
             read_depth(str(tmp_path / name), (HEIGHT, WIDTH))
         assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
@@ -248,7 +249,7 @@ def test_diode_needs_its_mask(tmp_path):
     save_picture(tmp_path / "s" / "a.png")
     save_depth(tmp_path / "s" / "a_depth.npy", ramp()[..., None])
     source = open_source(f"diode:{tmp_path}")
-    with pytest.raises(BadPicture, match="a_depth_mask.npy: there is no such file"):
+    with pytest.raises(BadImage, match="a_depth_mask.npy: there is no such file"):
         source[0]
     mask = np.ones((HEIGHT, WIDTH), np.float32)
     mask[5] = 0
@@ -270,9 +271,9 @@ def test_megadepth_layout_and_ordinal_maps(tmp_path):
     names = [source.name(i) for i in range(len(source))]
     assert names == [f"0001/dense0/imgs/{n}.jpg" for n in "abc"]
     check_ramp(source[0].depth)
-    with pytest.raises(BadPicture, match=r"b\.h5: has negative values"):
+    with pytest.raises(BadImage, match=r"b\.h5: has negative values"):
         source[1]
-    with pytest.raises(BadPicture, match=r"c\.jpg: has no depth; expected c\.h5 in .*depths"):
+    with pytest.raises(BadImage, match=r"c\.jpg: has no depth; expected c\.h5 in .*depths"):
         source[2]
     check_ramp(open_source(f"megadepth:{scene / 'imgs'}")[0].depth)
 
@@ -286,9 +287,7 @@ def test_nyu_pairs_by_number(tmp_path):
     assert len(source) == 2
     check_ramp(source[1].depth, 6e-4)
     os.remove(tmp_path / "room" / "sync_depth_00002.png")
-    with pytest.raises(
-        BadPicture, match=r"rgb_00002\.jpg: has no depth; expected sync_depth_00002"
-    ):
+    with pytest.raises(BadImage, match=r"rgb_00002\.jpg: has no depth; expected sync_depth_00002"):
         source[1]
 
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from spatial_ssrl_jax import preview
-from spatial_ssrl_jax.data.pipeline import split_records
+from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.sources import open_source
-from spatial_ssrl_jax.errors import BadPicture, UserError
+from spatial_ssrl_jax.data.split import split_records
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 from tests.tasks.test_protocol import CROP, DEPTH, FLIP, POSITION, SHUFFLE
 
@@ -103,13 +103,13 @@ def test_cold_start_json(tmp_path: Path):
 
 def test_a_bad_picture_is_named(tmp_path: Path):
     file = write_json(tmp_path, images=["gone.png"])
-    with pytest.raises(BadPicture, match=r"gone\.png"):
+    with pytest.raises(BadImage, match=r"gone\.png"):
         open_source(f"ssrl81k:{file}")[0]
     file = write_parquet(tmp_path, "bytes")
     table = pq.read_table(file).to_pylist()
     table[0]["images"] = [b"no picture"]
     pq.write_table(pa.Table.from_pylist(table), file)
-    with pytest.raises(BadPicture, match=r"train\.parquet#0"):
+    with pytest.raises(BadImage, match=r"train\.parquet#0"):
         open_source(f"ssrl81k:{file}")[0]
 
 

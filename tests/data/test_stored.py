@@ -15,12 +15,12 @@ from etils.epath import backend
 from PIL import Image, ImageFile
 
 from spatial_ssrl_jax import prepare
+from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.stored import StoredSource
-from spatial_ssrl_jax.errors import BadPicture, UserError
 from tests.conftest import ROOT
 from tests.data.test_sources import HEIGHT, WIDTH, ramp, save_depth, save_picture
-from tests.standin_storage import Storage
+from tests.helpers.fake_storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_what_cannot_be_opened_is_named(prepared: Path, tmp_path: Path, spec: st
         out = tmp_path
     with pytest.raises(UserError, match=said) as error:
         open_source(spec.replace("OUT", str(out)))
-    assert spec.split(":")[0] in str(error.value) and not isinstance(error.value, BadPicture)
+    assert spec.split(":")[0] in str(error.value) and not isinstance(error.value, BadImage)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.videos import open_video, sample_places
-from spatial_ssrl_jax.errors import BadPicture, UserError
 
 HEIGHT, WIDTH = 84, 112
 
@@ -87,7 +87,7 @@ def test_places(total, native, fps, most, expected):
 def test_a_video_cut_short_is_named(film):
     path = film("cut.avi", frames=40)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(BadPicture, match=r"cut\.avi: is cut short \(\d+ of 40 frames\)"):
+    with pytest.raises(BadImage, match=r"cut\.avi: is cut short \(\d+ of 40 frames\)"):
         open_video(path)
 
 
@@ -95,12 +95,12 @@ def test_a_video_cut_short_is_named(film):
 def test_what_is_no_video_is_named(av, tmp_path, content):
     path = tmp_path / "x.mp4"
     path.write_bytes(content)
-    with pytest.raises(BadPicture, match=r"x\.mp4: cannot be read as a video \(.*\)\.$"):
+    with pytest.raises(BadImage, match=r"x\.mp4: cannot be read as a video \(.*\)\.$"):
         open_video(path)
 
 
 def test_other_files_are_named(av, tmp_path):
-    with pytest.raises(BadPicture, match=r"gone\.mp4: there is no such file"):
+    with pytest.raises(BadImage, match=r"gone\.mp4: there is no such file"):
         open_video(tmp_path / "gone.mp4")
     with av.open(tmp_path / "sound.wav", "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
@@ -108,7 +108,7 @@ def test_other_files_are_named(av, tmp_path):
         sound.sample_rate = 8000
         for packet in [*stream.encode(sound), *stream.encode()]:
             container.mux(packet)
-    with pytest.raises(BadPicture, match=r"sound\.wav: holds no video"):
+    with pytest.raises(BadImage, match=r"sound\.wav: holds no video"):
         open_video(tmp_path / "sound.wav")
 
 

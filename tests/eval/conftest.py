@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.run import models
+from spatial_ssrl_jax.checkpoint.export import export
+from spatial_ssrl_jax.checkpoint.models import open_model
 from tests.conftest import SMALL_TEXT, SMALL_VISION, random_params
-from tests.eval import files
+from tests.helpers import benchmark_files as files
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +19,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Weights as they are usually drawn would look at the last token alone, the same in all prompts.
     """
-    tiny = models.open_model("tiny")
+    tiny = open_model("tiny")
     config = dataclasses.replace(
         tiny.config,
         text=dataclasses.replace(tiny.config.text, **SMALL_TEXT),
@@ -30,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: 3 * x if path[-1].key == "kernel" else x, random_params(config, seed=3)
     )
-    models.export(toy, params, folder, "float32")
+    export(toy, params, folder, "float32")
     return folder
 
 

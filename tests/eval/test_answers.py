@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from spatial_ssrl_jax.eval import answers
+from spatial_ssrl_jax.eval.scoring import answers
 
 OPTIONS = {"A": "chair", "B": "table", "C": "left of the sofa"}
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import numpy as np
 
-from spatial_ssrl_jax.data.prompts import Extent
+from spatial_ssrl_jax.data.processor import PromptSize
 from spatial_ssrl_jax.eval.batches import plan_batches, queries_at_a_time
-from spatial_ssrl_jax.qwen2_5_vl.config import read_config
+from spatial_ssrl_jax.qwen_vl.family import read_config
 
 
 def test_every_question_is_asked_once_in_few_shapes_and_fits():
     rng = np.random.default_rng(0)
     windows = np.exp(rng.uniform(np.log(80), np.log(1024), 3000)).astype(int)
-    extents = [Extent(int(16 * w + rng.integers(40, 400)), int(w)) for w in windows]
+    extents = [PromptSize(int(16 * w + rng.integers(40, 400)), int(w)) for w in windows]
     batches = plan_batches(extents, shards=4, most=16)
     assert sorted(i for batch in batches for i in batch.places) == list(range(3000))
     for batch in batches:
@@ -29,27 +29,32 @@ def test_every_question_is_asked_once_in_few_shapes_and_fits():
 
 
 def test_what_would_not_fill_a_batch_joins_the_next_larger():
-    extents = [Extent(5000, 300), Extent(1000, 60), Extent(100, 0), *[Extent(90, 0)] * 5]
+    extents = [
+        PromptSize(5000, 300),
+        PromptSize(1000, 60),
+        PromptSize(100, 0),
+        *[PromptSize(90, 0)] * 5,
+    ]
     first, rest = plan_batches(extents, shards=1, most=16)
     assert first.size * first.shape.tokens <= 32768 < (first.size + 1) * first.shape.tokens
     assert first.places == tuple(range(first.size)) and first.shape.windows >= 300
-    assert rest.places == tuple(range(first.size, 8)) and rest.shape == Extent(128, 0)
+    assert rest.places == tuple(range(first.size, 8)) and rest.shape == PromptSize(128, 0)
 
 
 def test_scores_against_a_long_video_fit(shared: Path):
     """In GiB of float32 scores: of a video of 128 frames, and of sixteen pictures."""
     config = read_config(shared / "qwen2_5_vl" / "3b")
     heads = config.vision.num_heads
-    for shape, rows in ((Extent(50_000, 3072), 1), (Extent(1536, 128), 16)):
+    for shape, rows in ((PromptSize(50_000, 3072), 1), (PromptSize(1536, 128), 16)):
         queries = queries_at_a_time(config, shape, rows, most=1024)
         patches = shape.windows * config.vision.window_patches
         assert 2**29 < 4 * queries * rows * heads * patches <= 2**30
-    assert queries_at_a_time(config, Extent(128, 8), 1, most=1024) == 1024
+    assert queries_at_a_time(config, PromptSize(128, 8), 1, most=1024) == 1024
 
 
 def test_questions_about_one_video_stand_together():
     names = [f"{i % 3}.mp4" for i in range(12)]
-    batches = plan_batches([Extent(900, 50)] * 12, shards=1, most=4, near=names)
+    batches = plan_batches([PromptSize(900, 50)] * 12, shards=1, most=4, near=names)
     assert [{names[i] for i in batch.places} for batch in batches] == [
         {"0.mp4"},
         {"1.mp4"},

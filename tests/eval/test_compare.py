@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.eval.compare import change, compare, in_pairs, mcnemar
-from spatial_ssrl_jax.eval.question import Record
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.eval.questions import Prediction
+from spatial_ssrl_jax.eval.scoring.compare import change, compare, in_pairs, mcnemar
 
 
-def answers(benchmark: str, responses: str | list[str], target="A", **more) -> list[Record]:
+def answers(benchmark: str, responses: str | list[str], target="A", **more) -> list[Prediction]:
     """One record a response, numbered from 0."""
     return [
-        Record(str(i), benchmark, more.get("category", "all"), "?", target, response, meta)
+        Prediction(str(i), benchmark, more.get("category", "all"), "?", target, response, meta)
         for i, response in enumerate(responses)
         for meta in [more["meta"][i] if "meta" in more else {}]
     ]

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.errors import BadPicture
-from spatial_ssrl_jax.eval import gallery
-from spatial_ssrl_jax.eval.benchmarks import open_benchmark, score_records
-from spatial_ssrl_jax.eval.compare import compare
-from spatial_ssrl_jax.eval.compare_report import as_text, write_comparison_page
-from spatial_ssrl_jax.eval.question import Question, Record, record_of
-from spatial_ssrl_jax.eval.results_page import Result, write_results_page
-from tests.eval import files
+from spatial_ssrl_jax.common.errors import BadImage
+from spatial_ssrl_jax.eval.benchmarks.registry import open_benchmark, score_predictions
+from spatial_ssrl_jax.eval.questions import Prediction, Question, unscored_prediction
+from spatial_ssrl_jax.eval.reports import gallery
+from spatial_ssrl_jax.eval.reports.comparison_page import as_text, write_comparison_page
+from spatial_ssrl_jax.eval.reports.results_page import Result, write_results_page
+from spatial_ssrl_jax.eval.scoring.compare import compare
+from tests.helpers import benchmark_files as files
 
 EVIL = '<script>alert("x")</script>'
 
@@ -24,10 +24,10 @@ def answered(name: str, folder: Path, responses: list[str]) -> tuple[Result, gal
     folder.mkdir(exist_ok=True)
     benchmark = open_benchmark(name, files.WRITERS[name](folder))
     records = [
-        record_of(question, benchmark.prompt(question), responses[i % len(responses)])
+        unscored_prediction(question, benchmark.prompt(question), responses[i % len(responses)])
         for i, question in enumerate(benchmark.questions)
     ]
-    return score_records(records), {(name, q.id): q for q in benchmark.questions}
+    return score_predictions(records), {(name, q.id): q for q in benchmark.questions}
 
 
 def written(path: Path, *given, **more) -> str:
@@ -77,10 +77,10 @@ def test_thousands_of_questions_stay_small_and_every_kind_is_there(tmp_path: Pat
     """Thousands of long answers, of which one is right: the page is bounded and shows that one."""
     text = "long " * 1000
     records = [
-        Record(str(i), "blink", f"c{i % 7}", text, "A", "A" if i == 2321 else text)
+        Prediction(str(i), "blink", f"c{i % 7}", text, "A", "A" if i == 2321 else text)
         for i in range(2500)
     ]
-    page = written(tmp_path / "results.html", [score_records(records)])
+    page = written(tmp_path / "results.html", [score_predictions(records)])
     assert len(page) < 3_500_000 and "800 of 2,500 questions" in page
     found = articles(page)
     assert len(found) == 800 and [kind for *_, kind in found].count("right") == 1
@@ -97,7 +97,7 @@ class Noise:
 
     def open(self) -> np.ndarray:
         if self.seed < 0:
-            raise BadPicture("noise: cannot be read.")
+            raise BadImage("noise: cannot be read.")
         return np.random.default_rng(self.seed).integers(0, 256, (400, 300, 3), np.uint8)
 
 
@@ -108,7 +108,7 @@ def test_pictures_keep_to_their_budget():
 
     questions = {("blink", str(seed)): ask(seed, 6) for seed in range(-1, 5)}
     pictures = gallery.Pictures(questions, left=150_000)
-    found = [pictures.of(Record(str(i), "blink", "all", "?", "A", "A")) for i in range(-1, 6)]
+    found = [pictures.of(Prediction(str(i), "blink", "all", "?", "A", "A")) for i in range(-1, 6)]
     assert found[0] == "" and found[1].count("<img") == 4 and "and 2 more" in found[1]
     shown = sum("<img" in part for part in found)
     assert 1 <= shown < 5 and sum(map(len, found)) < 150_000 + len(found[1])
@@ -158,9 +158,9 @@ def test_a_videos_frames_are_shown(tmp_path: Path):
             container.mux(packet)
     question = Question("0", "vsi_bench", "c", "?", "A", video=tmp_path / "clip.mp4")
     pictures = gallery.Pictures({("vsi_bench", "0"): question})
-    assert pictures.of(Record("0", "vsi_bench", "c", "?", "A", "A")).count("<img") == 4
+    assert pictures.of(Prediction("0", "vsi_bench", "c", "?", "A", "A")).count("<img") == 4
     brightness = [int(f[20, 30, 0]) for f in gallery.stills(question.video, 4)]
     assert np.allclose(brightness, [0, 64, 128, 192], atol=33)  # within one key frame
     (tmp_path / "clip.mp4").write_bytes(b"clip")
-    assert pictures.of(Record("0", "vsi_bench", "c", "?", "A", "A")) == ""
+    assert pictures.of(Prediction("0", "vsi_bench", "c", "?", "A", "A")) == ""
     assert "clip.mp4: cannot be read as a video" in pictures.note()

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.eval import scores
-from spatial_ssrl_jax.eval.benchmarks import SPECS, open_benchmark, score_records
-from spatial_ssrl_jax.eval.charts_and_text import relaxed
-from spatial_ssrl_jax.eval.paper import GENERAL, ROWS, SPATIAL, published
-from spatial_ssrl_jax.eval.question import Record, record_of
-from spatial_ssrl_jax.eval.vsi_bench import relative_accuracy
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.eval.benchmarks.charts_and_text import relaxed
+from spatial_ssrl_jax.eval.benchmarks.registry import SPECS, open_benchmark, score_predictions
+from spatial_ssrl_jax.eval.benchmarks.vsi_bench import relative_accuracy
+from spatial_ssrl_jax.eval.questions import Prediction, unscored_prediction
+from spatial_ssrl_jax.eval.scoring import scores
+from spatial_ssrl_jax.eval.scoring.published import GENERAL, ROWS, SPATIAL, published
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
-from tests.eval import files
+from tests.helpers import benchmark_files as files
 
 OPTIONS = {"A": "chair", "B": "table"}
 KIT = ("blink", "realworldqa", "seedbench2_plus", "spatialeval", "3dsrbench", "viewspatial")
@@ -23,17 +23,17 @@ FORMULA = "Handwritten Mathematical Expression Recognition"
 
 def record(
     benchmark: str, target, response: str, category: str = "all", name="0", **meta
-) -> Record:
-    return Record(name, benchmark, category, "?", target, response, meta)
+) -> Prediction:
+    return Prediction(name, benchmark, category, "?", target, response, meta)
 
 
 def verdict(*given, **more) -> tuple[str | None, bool, float]:
     """What one response is found to say, whether it can be read, and its score."""
-    (found,), _ = score_records([record(*given, **more)])
+    (found,), _ = score_predictions([record(*given, **more)])
     return found.extracted, found.parsed, found.score
 
 
-def numbered(records: list[Record]) -> list[Record]:
+def numbered(records: list[Prediction]) -> list[Prediction]:
     return [dataclasses.replace(r, id=str(i)) for i, r in enumerate(records)]
 
 
@@ -60,13 +60,13 @@ def test_choices(benchmark: str):
 def test_lines_of_a_question_are_not_taken_for_options():
     asked = "Question: Who was it?\nI. Newton or another?"
     given = dataclasses.replace(record("blink", "B", "B"), question=asked)
-    assert score_records([given])[1].score == 100
+    assert score_predictions([given])[1].score == 100
 
 
 def test_options_are_taken_from_the_prompt_where_meta_has_none():
     asked = "Question: What?\nOptions:\nA. chair\nB. table\nPlease select"
     given = dataclasses.replace(record("blink", "B", r"\boxed{table}"), question=asked)
-    (found,), _ = score_records([given])
+    (found,), _ = score_predictions([given])
     assert (found.extracted, found.score) == ("B", 1)
 
 
@@ -77,7 +77,7 @@ def test_3dsrbench_is_plain_and_also_gives_the_stricter_figures():
         record("3dsrbench", "A", "B" if qid == "ABCDEF01-flip-1" else "A", name=qid, qid=qid)
         for qid in qids
     ]
-    _, found = score_records(records)
+    _, found = score_predictions(records)
     assert found.score == found.extra["vanilla"] == 100 * 7 / 8
     assert found.extra["flip"] == 75  # (00, 00-1, 01, 01-1): the last is wrong
     assert found.extra["circular"] == 75  # (00, 00-flip, 01, 01-flip)
@@ -89,13 +89,13 @@ def test_mmbench_needs_every_rotation():
         return [record("mmbench", "A", said, name=name) for name, said in responses]
 
     records = ask(("241", "A"), ("1000241", "A"), ("252", "A"), ("1000252", "B"), ("7", "A"))
-    _, found = score_records(records)
+    _, found = score_predictions(records)
     assert found.score == pytest.approx(100 * 2 / 3)
     assert found.extra == {"vanilla": 80} and found.count == 5
     by_meta = [dataclasses.replace(r, meta={"group": 1}) for r in numbered(records)]
-    assert score_records(by_meta)[1].score == 0
+    assert score_predictions(by_meta)[1].score == 0
     with pytest.raises(UserError, match="its meta has no group"):
-        score_records([record("mmbench", "A", "A", name="x1")])
+        score_predictions([record("mmbench", "A", "A", name="x1")])
 
 
 # short answers
@@ -142,7 +142,7 @@ def test_spatial457(target: str, response: str, extracted: str | None, score: fl
 )
 def test_qspatial_plus(length: str, unit: str, score: float, stricter: float):
     said = rf"\scalar{{{length}}} \distance_unit{{{unit}}}"
-    (one,), found = score_records([record("qspatial_plus", "50 cm", said)])
+    (one,), found = score_predictions([record("qspatial_plus", "50 cm", said)])
     assert (one.score, found.score, one.parsed) == (score, 100 * score, True)
     assert found.extra == {"within_1.5": stricter}
 
@@ -188,7 +188,7 @@ def test_vsi_bench_is_the_mean_of_eight_tasks_and_the_papers_of_all_questions():
             record("vsi_bench", "A", r"\boxed{A. left}", "route_planning", options=OPTIONS),
         ]
     )
-    scored, found = score_records(records)
+    scored, found = score_predictions(records)
     assert [r.score for r in scored] == [1, 1, 0, 0, 0.1, 1]
     assert found.score == pytest.approx(100 * (1 / 3 + 0.1 + 1) / 3)
     assert found.extra["paper"] == pytest.approx(100 * 3 / 6)
@@ -230,15 +230,15 @@ def test_hallusionbench_by_hand():
         )
         for (figure, question), response in said.items()
     ]
-    _, found = score_records(records)
+    _, found = score_predictions(records)
     assert found.extra == {"aAcc": 75, "fAcc": 50, "qAcc": 50}
     assert found.score == pytest.approx((75 + 50 + 50) / 3) and found.unparsed == 1
     # The same numbers in another category are another set.
     meta = {**records[3].meta, "subcategory": "map"}
     apart = [*records[:3], dataclasses.replace(records[3], meta=meta)]
-    assert score_records(apart)[1].extra["fAcc"] == pytest.approx(100 * 2 / 3)
+    assert score_predictions(apart)[1].extra["fAcc"] == pytest.approx(100 * 2 / 3)
     with pytest.raises(UserError, match="its meta has no set_id, figure_id, question_id"):
-        score_records([dataclasses.replace(records[0], meta={})])
+        score_predictions([dataclasses.replace(records[0], meta={})])
 
 
 @pytest.mark.parametrize(
@@ -285,10 +285,10 @@ def test_chartqa_is_the_mean_of_both_halves():
             record("chartqa", "14", "<think>14", "augmented"),
         ]
     )
-    _, found = score_records(records)
+    _, found = score_predictions(records)
     assert found.score == pytest.approx(100 * (2 / 3 + 0) / 2) and found.unparsed == 1
     with pytest.raises(UserError, match="neither human nor augmented"):
-        score_records([record("chartqa", "14", "14", "test")])
+        score_predictions([record("chartqa", "14", "14", "test")])
 
 
 # figures
@@ -304,7 +304,7 @@ def test_all_right_and_all_wrong(name: str, tmp_path: Path):
         said = rf"\boxed{{{target}}}"
         if name == "qspatial_plus":
             said = r"\scalar{{{}}} \distance_unit{{{}}}".format(*target.split())
-        records.append(record_of(question, benchmark.prompt(question, "reasoning"), said))
+        records.append(unscored_prediction(question, benchmark.prompt(question, "reasoning"), said))
     scored, found = benchmark.score(records)
     assert found.score == pytest.approx(100) and found.ci95 == pytest.approx((100, 100))
     assert (found.count, found.unparsed) == (len(records), 0)
@@ -324,7 +324,7 @@ def test_several_samples_give_their_mean():
         for name, letters in said.items()
         for number, letter in enumerate(letters, 1)
     ]
-    _, found = score_records(records)
+    _, found = score_predictions(records)
     assert found.score == pytest.approx(50) and (found.count, found.unparsed) == (3, 0)
     assert found.categories == {"all": {"score": pytest.approx(50), "count": 3}}
     # Right in both rotations: in the first sample, and not in the second.
@@ -333,10 +333,10 @@ def test_several_samples_give_their_mean():
         for number, letters in ((1, "AA"), (2, "AB"))
         for name, letter in zip(("1", "1000001"), letters, strict=True)
     ]
-    _, found = score_records(turned)
+    _, found = score_predictions(turned)
     assert found.score == 50 and found.extra == {"vanilla": 75}
     with pytest.raises(UserError, match="the id '4, sample 2' occurs 2 times"):
-        score_records([*records, records[1]])
+        score_predictions([*records, records[1]])
 
 
 def test_the_pretext_tasks_count_alike_and_stand_beside_chance():
@@ -355,23 +355,23 @@ def test_the_pretext_tasks_count_alike_and_stand_beside_chance():
             for t, k, target, said, chance in rows
         ]
     )
-    _, found = score_records(records)
+    _, found = score_predictions(records)
     assert found.score == 75 and found.extra["shuffle"] == 50 and found.extra["flip"] == 100
     assert found.extra["chance/shuffle/1x3"] == pytest.approx(20)
     assert found.extra["chance/shuffle"] == pytest.approx(100 * (0.2 + 1 / 23) / 2)
     short = record(
         "pretext", "A", "A", "crop", task="crop", kind="crop", source=source, chance=0.25
     )
-    assert score_records([short])[1].score == 100, "asked directly, a short answer will do"
+    assert score_predictions([short])[1].score == 100, "asked directly, a short answer will do"
     thought = dataclasses.replace(short, question=f"? {FORMAT_PROMPT}")
-    assert score_records([thought])[1].score == 0, "asked for a box, it will not"
+    assert score_predictions([thought])[1].score == 0, "asked for a box, it will not"
 
 
 def test_unparsed_is_wrong_and_counted():
     records = numbered(
         [record("blink", "A", said, options=OPTIONS) for said in ("A", "B", "?", "")]
     )
-    _, found = score_records(records)
+    _, found = score_predictions(records)
     assert (found.score, found.count, found.unparsed) == (25, 4, 2)
 
 
@@ -410,7 +410,7 @@ def test_records_of_several_benchmarks_or_none_are_refused():
         ([record("hallusionbench", "Maybe", "Yes")], "neither Yes nor No"),
     ):
         with pytest.raises(UserError, match=said):
-            score_records(records)
+            score_predictions(records)
 
 
 def test_the_papers_rows_are_whole():

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.config import MeshSettings
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.qwen2_5_vl import model as qwen
-from spatial_ssrl_jax.qwen2_5_vl.kernels import XLA, Kernel
-from spatial_ssrl_jax.qwen2_5_vl.model import Compute
+from spatial_ssrl_jax.parallel.mesh import make_mesh
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl import model as qwen
+from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute
 from spatial_ssrl_jax.rollout import engine
 from spatial_ssrl_jax.rollout.decode import prefill
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
-from spatial_ssrl_jax.run.mesh import Layout, make_mesh
 
 LIMIT, GROUP = 24, 3
 STOPS = tuple(range(0, 680, 17))  # some 6% of what is drawn ends a response
@@ -40,7 +40,7 @@ def generate(toy, prompts):
     ):
         params = settings.pop("params", toy.params)
         stops = settings.pop("stops", STOPS)
-        compute = Compute(chunk=16, step_kernel=settings.pop("step_kernel", XLA))
+        compute = Compute(attention_chunk=16, decode_attention=settings.pop("step_kernel", XLA))
         layout = settings.pop("layout", None)
         made = Engine(toy.config, compute, stops, chunk, check_every, shards, layout)
         places = list(places)
@@ -79,7 +79,7 @@ def test_the_gpus_kernel_draws_the_same(generate, rollout):
     """Step by step, without a GPU, its joined weights laid out as in training; caches are written
     in place and grow by chunks."""
     layout = Layout(make_mesh(MeshSettings())).rollout(1)
-    found = generate(step_kernel=Kernel("triton", interpret=True), layout=layout)
+    found = generate(step_kernel=AttentionKernel("triton", interpret=True), layout=layout)
     assert np.array_equal(found.tokens, rollout.tokens)
     assert np.abs(found.logprobs - rollout.logprobs).max() < 1e-5
 
@@ -182,7 +182,7 @@ def test_greedy_samples_are_equal_and_likeliest(toy, prompts, generate):
         np.testing.assert_array_equal(found.tokens[:, g], found.tokens[:, 0])
     assert len(np.unique(found.tokens)) > LIMIT // 2
     hidden, _ = prefill(
-        toy.config, Compute(chunk=16), toy.params, pad_prompts(prompts, (32,), (5,))
+        toy.config, Compute(attention_chunk=16), toy.params, pad_prompts(prompts, (32,), (5,))
     )
     first = np.asarray(hidden) @ np.asarray(toy.params["text"]["head"]).T
     np.testing.assert_array_equal(found.tokens[:, 0, 0], first.argmax(-1))

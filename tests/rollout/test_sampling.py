@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling, row_keys, sample, uniforms
+from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling, sample, sample_keys, uniforms
 
 DRAWS = 3000
 LARGEST = np.nextafter(np.float32(1), np.float32(0))
@@ -122,11 +122,11 @@ def test_truncation(draw, top_k, top_p):
 
 def test_uniforms_depend_on_prompt_sample_and_step_alone():
     key = jax.random.key(7)
-    keys = row_keys(key, jnp.array([4, 9, 2]), 5)
+    keys = sample_keys(key, jnp.array([4, 9, 2]), 5)
     drawn = np.stack([uniforms(keys, step) for step in range(40)])
     assert len(np.unique(drawn)) > 0.99 * drawn.size
     assert drawn.min() >= 0 and drawn.max() < 1
     assert abs(drawn.mean() - 0.5) < 0.05 and abs(drawn.var() - 1 / 12) < 0.02
-    other = row_keys(key, jnp.array([2, 4]), 3)
+    other = sample_keys(key, jnp.array([2, 4]), 3)
     np.testing.assert_array_equal(uniforms(other, 11), drawn[11][[2, 0], :3])
-    assert not np.isin(uniforms(row_keys(jax.random.key(8), jnp.array([4]), 5), 0), drawn).any()
+    assert not np.isin(uniforms(sample_keys(jax.random.key(8), jnp.array([4]), 5), 0), drawn).any()

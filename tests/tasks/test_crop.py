@@ -8,10 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.tasks import crop
 from spatial_ssrl_jax.tasks.example import Reject
-from tests.tasks.synthetic import assert_even, photo, record
+from tests.helpers.images import assert_even, photo, record
 
 ALL = {"interior", "exterior_25", "exterior_50", "rotate_cw", "rotate_ccw"}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from spatial_ssrl_jax.tasks import depth
 from spatial_ssrl_jax.tasks.example import Reject
 from spatial_ssrl_jax.tasks.regions import Regions
-from tests.tasks.synthetic import ROUNDING, assert_even, depth_ends, record
+from tests.helpers.images import ROUNDING, assert_even, depth_ends, record
 
 
 def make(rec, seed, **changes):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spatial_ssrl_jax.tasks import flip
 from spatial_ssrl_jax.tasks.example import Reject
-from tests.tasks.synthetic import assert_even, photo, record
+from tests.helpers.images import assert_even, photo, record
 
 
 def make(rec, seed, **changes):

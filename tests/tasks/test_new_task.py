@@ -20,12 +20,12 @@ from spatial_ssrl_jax import preview
 preview.main(["--source=scenes:3:96x96", "--tasks=turn", "--out=look", "--count=6"])
 """
 ITEM = """
-from spatial_ssrl_jax.config import load_config
+from spatial_ssrl_jax.config.load import load_config
 from spatial_ssrl_jax.data.items import item_dataset
-from spatial_ssrl_jax.data.prompts import Processor
+from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import open_source
-from spatial_ssrl_jax.learn.reward import score
-from spatial_ssrl_jax.run.models import open_model
+from spatial_ssrl_jax.rl.rewards import score_response
+from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.tasks.protocol import response_text
 
 weights = [(f"tasks.{name}.weight", str(float(name == "turn"))) for name in tasks.TASKS_BY_NAME]
@@ -36,7 +36,7 @@ processor = Processor(model.files, model.config)
 example = item_dataset(source, range(3), config.tasks, processor, 0)[0].example
 assert example.task == "turn"
 text = response_text(example.reason, example.answer)
-assert score(text, 9, example, config.reward).overall == 1.0
+assert score_response(text, 9, example, config.reward).overall == 1.0
 """
 
 

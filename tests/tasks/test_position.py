@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spatial_ssrl_jax.tasks import position
 from spatial_ssrl_jax.tasks.example import Reject
 from spatial_ssrl_jax.tasks.regions import Regions
-from tests.tasks.synthetic import ROUNDING, assert_even, depth_ends, record
+from tests.helpers.images import ROUNDING, assert_even, depth_ends, record
 
 # What a person standing in the picture has before and at the right hand: (x, z) in the image.
 AHEAD = {"away": (0, 1), "towards": (0, -1), "left": (-1, 0), "right": (1, 0)}

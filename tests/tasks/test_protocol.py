@@ -7,7 +7,7 @@ import pytest
 
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
-from tests.tasks.synthetic import record
+from tests.helpers.images import record
 
 CLUES = "Based on visual clues such as continuity, alignment, and context, answer the correct "
 SHUFFLE = {

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from spatial_ssrl_jax.tasks import regions
 from spatial_ssrl_jax.tasks.example import Reject
-from tests.tasks.synthetic import record, room
+from tests.helpers.images import record, room
 
 LIMITS = {"most_range": 0.15, "least_valid": 0.9, "centre": 7}
 

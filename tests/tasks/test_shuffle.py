@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spatial_ssrl_jax.tasks import shuffle
 from spatial_ssrl_jax.tasks.example import Reject
-from tests.tasks.synthetic import assert_even, photo, record
+from tests.helpers.images import assert_even, photo, record
 
 KINDS = ("2x2", "2x2_masked", "1x3", "1x4", "3x1", "4x1")
 

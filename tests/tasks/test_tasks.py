@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME, drawing, frame, shares
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME, drawing, frame
+from spatial_ssrl_jax.tasks import weights as shares
 from spatial_ssrl_jax.tasks.example import Reject
 from tests.conftest import ROOT
+from tests.helpers.images import photo, record
 from tests.tasks import test_depth, test_position
-from tests.tasks.synthetic import photo, record
 
 RGBD = ROOT.parent / "shared" / "rgbd"
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
@@ -155,13 +156,15 @@ def test_digits_of_markers_and_labels_are_readable_on_small_pictures():
 
 def test_shares():
     rng = np.random.default_rng(0)
-    drawn = Counter(shares.choose(rng, {"a": 3.0, "b": 1.0, "c": 0.0}) for _ in range(2000))
+    drawn = Counter(
+        shares.weighted_choice(rng, {"a": 3.0, "b": 1.0, "c": 0.0}) for _ in range(2000)
+    )
     assert set(drawn) == {"a", "b"} and abs(drawn["a"] / 2000 - 0.75) < 0.04
-    orders = Counter(tuple(shares.shuffled(rng, {"a": 3.0, "b": 1.0})) for _ in range(2000))
+    orders = Counter(tuple(shares.weighted_shuffle(rng, {"a": 3.0, "b": 1.0})) for _ in range(2000))
     assert abs(orders["a", "b"] / 2000 - 0.75) < 0.04
     for bad in ({"a": 0.0}, {"a": 1.0, "b": -1.0}):
         with pytest.raises(UserError, match="above 0"):
-            shares.choose(rng, bad)
+            shares.weighted_choice(rng, bad)
 
 
 def real_records():

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from spatial_ssrl_jax.common.errors import BadImage
 from spatial_ssrl_jax.data.sources.base import Source
 from spatial_ssrl_jax.data.sources.diode import open_diode
 from spatial_ssrl_jax.data.sources.folder import open_folder
 from spatial_ssrl_jax.data.sources.megadepth import open_megadepth
 from spatial_ssrl_jax.data.sources.nyu import open_nyu
 from spatial_ssrl_jax.data.sources.rgbd import open_rgbd
-from spatial_ssrl_jax.errors import BadPicture
 
 KINDS = {
     "rgbd": open_rgbd,
@@ -66,7 +66,7 @@ class SsrlPictures(tfds.core.GeneratorBasedBuilder):
         for index in range(len(self._source)):
             try:
                 record = self._source[index]
-            except BadPicture as reason:
+            except BadImage as reason:
                 self.skipped.append(str(reason))
                 continue
             # Encoded bytes as they are: TFDS would need TensorFlow to encode an array.

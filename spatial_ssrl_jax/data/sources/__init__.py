@@ -3,6 +3,7 @@
 import difflib
 import os
 
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.sources.arrayrecord import open_arrayrecord
 from spatial_ssrl_jax.data.sources.base import Source
 from spatial_ssrl_jax.data.sources.diode import open_diode
@@ -14,7 +15,6 @@ from spatial_ssrl_jax.data.sources.rgbd import open_rgbd
 from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource, open_ssrl81k
 from spatial_ssrl_jax.data.sources.tfds import open_tfds
-from spatial_ssrl_jax.errors import UserError
 
 # Each takes the whole SPEC and what stands behind its first colon.
 OPENERS = {

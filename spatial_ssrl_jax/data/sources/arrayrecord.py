@@ -5,9 +5,9 @@ Beside the first file lies its `features.json`, as TFDS leaves it.
 
 import os
 
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.paths import NEEDS_GCS
 from spatial_ssrl_jax.data.sources.base import Source
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.folders import NEEDS_GCS
 
 
 def open_arrayrecord(spec: str, pattern: str) -> Source:

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from spatial_ssrl_jax.data.record import Record
+from spatial_ssrl_jax.tasks.record import Record
 
 
 class Source(Protocol):

@@ -7,8 +7,8 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from spatial_ssrl_jax.data.patience import patiently
-from spatial_ssrl_jax.errors import BadPicture, UserError
+from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.common.retry import with_retries
 
 MAX_ASPECT_ERROR = 0.02  # of width/height, between a picture and its depth
 _MILLIMETRES = 1e-3
@@ -37,22 +37,22 @@ def read_depth(
     """
     depth = _plane(_read(path), path)
     if no_negatives and (depth < 0).any():
-        raise BadPicture(f"{path}: has negative values, so it holds an ordinal map and no depth.")
+        raise BadImage(f"{path}: has negative values, so it holds an ordinal map and no depth.")
     valid = np.isfinite(depth) & (depth > 0)
     if mask_path is not None:
         valid &= _read_mask(mask_path, depth.shape)
     if not valid.any():
-        raise BadPicture(f"{path}: has no pixel with a valid depth.")
+        raise BadImage(f"{path}: has no pixel with a valid depth.")
     return _resample(np.where(valid, depth, np.float32(np.nan)), size, path)
 
 
 def first_existing(paths: Sequence[str], picture: str) -> str:
-    """The first path that exists; raises `BadPicture` naming the picture and what it lacks."""
+    """The first path that exists; raises `BadImage` naming the picture and what it lacks."""
     for path in paths:
         if os.path.isfile(path):
             return path
     wanted = " or ".join(os.path.basename(path) for path in paths)
-    raise BadPicture(f"{picture}: has no depth; expected {wanted} in {os.path.dirname(paths[0])}.")
+    raise BadImage(f"{picture}: has no depth; expected {wanted} in {os.path.dirname(paths[0])}.")
 
 
 def _read(path: str) -> np.ndarray:
@@ -60,14 +60,14 @@ def _read(path: str) -> np.ndarray:
     ending = os.path.splitext(path)[1]
     read = {".png": _read_png, ".h5": _read_h5}.get(ending, _read_npy)
     try:
-        return patiently(lambda: read(path), path)
+        return with_retries(lambda: read(path), path)
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise BadPicture(f"{path}: there is no such file.") from error
+        raise BadImage(f"{path}: there is no such file.") from error
     except Exception as error:  # readers raise nearly anything on a damaged file
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise BadPicture(f"{path}: cannot be read as depth ({reason}).") from error
+        raise BadImage(f"{path}: cannot be read as depth ({reason}).") from error
 
 
 def _read_npy(path: str) -> np.ndarray:
@@ -77,7 +77,7 @@ def _read_npy(path: str) -> np.ndarray:
 def _read_png(path: str) -> np.ndarray:
     with Image.open(path) as picture:
         if not picture.mode.startswith("I"):
-            raise BadPicture(f"{path}: is {picture.mode}, not 16-bit grey in millimetres.")
+            raise BadImage(f"{path}: is {picture.mode}, not 16-bit grey in millimetres.")
         return np.asarray(picture).astype(np.float32) * np.float32(_MILLIMETRES)
 
 
@@ -85,7 +85,7 @@ def _read_h5(path: str) -> np.ndarray:
     with h5py.File(path, "r") as file:
         names = [name for name in file if isinstance(file[name], h5py.Dataset)]
         if not names:
-            raise BadPicture(f"{path}: holds no data set; expected one named 'depth'.")
+            raise BadImage(f"{path}: holds no data set; expected one named 'depth'.")
         return file["depth" if "depth" in names else names[0]][()]
 
 
@@ -96,14 +96,14 @@ def _plane(values: np.ndarray, path: str) -> np.ndarray:
         plane = plane[..., 0] if plane.shape[2] == 1 else plane[0]
     if plane.ndim != 2 or plane.size == 0 or plane.dtype.kind not in "fiub":
         shape = f"{values.dtype} {list(values.shape)}"
-        raise BadPicture(f"{path}: holds {shape}; expected numbers [H, W] or [H, W, 1].")
+        raise BadImage(f"{path}: holds {shape}; expected numbers [H, W] or [H, W, 1].")
     return plane.astype(np.float32)
 
 
 def _read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
     mask = _plane(_read(path), path)
     if mask.shape != shape:
-        raise BadPicture(f"{path}: is {mask.shape}, but the depth it masks is {shape}.")
+        raise BadImage(f"{path}: is {mask.shape}, but the depth it masks is {shape}.")
     return np.isfinite(mask) & (mask != 0)
 
 
@@ -113,12 +113,12 @@ def _resample(depth: np.ndarray, size: tuple[int, int], path: str) -> np.ndarray
         return depth
     (height, width), (rows, cols) = size, depth.shape
     if abs(cols * height / (rows * width) - 1) > MAX_ASPECT_ERROR:
-        raise BadPicture(
+        raise BadImage(
             f"{path}: its shape, {cols}x{rows}, is not that of its picture, {width}x{height}."
         )
     row = (2 * np.arange(height) + 1) * rows // (2 * height)
     col = (2 * np.arange(width) + 1) * cols // (2 * width)
     resampled = depth[row[:, None], col[None, :]]
     if np.isnan(resampled).all():
-        raise BadPicture(f"{path}: has no valid depth left at {width}x{height}.")
+        raise BadImage(f"{path}: has no valid depth left at {width}x{height}.")
     return resampled

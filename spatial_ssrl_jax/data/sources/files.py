@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.retry import with_retries
 from spatial_ssrl_jax.data.images import image_size, open_picture
-from spatial_ssrl_jax.data.patience import patiently
-from spatial_ssrl_jax.data.record import Record
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.tasks.record import Record
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -75,7 +75,7 @@ def list_files(spec: str, path: str, layout: str) -> tuple[str, list[str]]:
         what = what if path else "the folder's path is missing"
         raise UserError(f"source '{spec}': {what}; expected {layout}.")
     try:
-        return root, patiently(lambda: sorted(_walk(root)), root, listed=False)
+        return root, with_retries(lambda: sorted(_walk(root)), root, listed=False)
     except OSError as error:
         where, why = error.filename or root, error.strerror or str(error)
         raise UserError(f"source '{spec}': cannot read the folder {where} ({why}).") from error
@@ -96,7 +96,7 @@ def is_picture(file: str) -> bool:
 def _wait_for(root: str) -> None:
     """Returns when a folder can be asked about; that it does not exist is an answer."""
     with suppress(OSError):
-        patiently(lambda: os.stat(root), root, listed=False)
+        with_retries(lambda: os.stat(root), root, listed=False)
 
 
 def _walk(root: str) -> Iterator[str]:

@@ -8,17 +8,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from spatial_ssrl_jax.data.record import Record
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.sources.base import Source
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource
-from spatial_ssrl_jax.errors import UserError
 from spatial_ssrl_jax.tasks.example import Example
+from spatial_ssrl_jax.tasks.record import Record
 
 _WEIGHT = r"(?:\d+(?:\.\d*)?\*)?"
 
 
 @dataclass(frozen=True)
-class Part:
+class MixturePart:
     """One source of a mixture, as records `start` to `start + len(source)` of the whole.
 
     Attributes:
@@ -47,7 +47,7 @@ class Mixture:
     """
 
     spec: str
-    parts: tuple[Part, ...]
+    parts: tuple[MixturePart, ...]
 
     @property
     def has_depth(self) -> bool:
@@ -64,23 +64,23 @@ class Mixture:
         part = self._part(index)
         return part.source[index - part.start]
 
-    def _part(self, index: int) -> Part:
+    def _part(self, index: int) -> MixturePart:
         for part in self.parts:
             if index in part.indices:
                 return part
         raise IndexError(index)
 
 
-def parts_of(source: Source | QuestionSource | Mixture) -> tuple[Part, ...]:
+def mixture_parts(source: Source | QuestionSource | Mixture) -> tuple[MixturePart, ...]:
     """A mixture's parts; any other source is one part with weight 1."""
-    return source.parts if isinstance(source, Mixture) else (Part(source, 1.0, 0),)
+    return source.parts if isinstance(source, Mixture) else (MixturePart(source, 1.0, 0),)
 
 
 def mix(spec: str, sources: Sequence[tuple[Source | QuestionSource, float]]) -> Mixture:
     """Puts opened sources with their weights one after another."""
     parts, start = [], 0
     for source, weight in sources:
-        parts.append(Part(source, weight, start))
+        parts.append(MixturePart(source, weight, start))
         start += len(source)
     return Mixture(spec, tuple(parts))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from spatial_ssrl_jax.data.patience import patiently
+from spatial_ssrl_jax.common.retry import with_retries
 
 _KEPT = 4  # row groups a thread keeps: they are decoded whole, for a single row too
 _GROUP = 16  # questions in a row group that is written, a few megabytes
@@ -40,7 +40,7 @@ class RowGroups:
                 self._local.__dict__.setdefault("files", {}).pop(file, None)  # opened anew
                 raise
 
-        return patiently(read, file)
+        return with_retries(read, file)
 
     def _value(self, file: str, row: int) -> Any:
         files = self._local.__dict__.setdefault("files", {})

@@ -7,10 +7,10 @@
 import re
 from dataclasses import dataclass
 
-from spatial_ssrl_jax.data.record import Record
-from spatial_ssrl_jax.data.sources.scene_layout import draw_scene
-from spatial_ssrl_jax.data.sources.scene_render import render
-from spatial_ssrl_jax.errors import UserError
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.data.synthetic.layout import draw_scene
+from spatial_ssrl_jax.data.synthetic.render import render
+from spatial_ssrl_jax.tasks.record import Record
 
 DEFAULT_COUNT = 100_000
 DEFAULT_SIZE = (112, 112)  # width, height

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.images import image_size, open_picture
 from spatial_ssrl_jax.data.sources.parquet import RowGroups, read_paths, read_texts
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.learn.reward import last_box
+from spatial_ssrl_jax.tasks.answers import last_box
 from spatial_ssrl_jax.tasks.example import Example
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
@@ -35,7 +35,7 @@ _SAID = {
 
 
 @dataclass(frozen=True)
-class Question:
+class ReleasedQuestion:
     """One ready-made question.
 
     Attributes:
@@ -70,7 +70,7 @@ class QuestionSource:
 
     has_depth = False
 
-    def __init__(self, spec: str, root: str, questions: tuple[Question, ...]):
+    def __init__(self, spec: str, root: str, questions: tuple[ReleasedQuestion, ...]):
         self.spec, self.root, self.questions = spec, root, questions
         self._groups = RowGroups("images")
 
@@ -138,7 +138,7 @@ def _of_one_form(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.parquet")) or sorted(folder.rglob("*.json"))
 
 
-def _read(spec: str, file: Path) -> list[Question]:
+def _read(spec: str, file: Path) -> list[ReleasedQuestion]:
     try:
         rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
         return [_question(spec, os.fspath(file), i, *row) for i, row in enumerate(rows)]
@@ -177,7 +177,7 @@ def _question(
     response: str,
     images: tuple[str, ...] | None,
     path: str,
-) -> Question:
+) -> ReleasedQuestion:
     task = next((name for name, said in _SAID.items() if said in text), None)
     if task is None:
         raise UserError(
@@ -186,7 +186,7 @@ def _question(
         )
     # The pipeline appends the format prompt to every question.
     text = text.replace(FORMAT_PROMPT, "").strip()
-    return Question(task, text, str(answer), response, file, row, images, path)
+    return ReleasedQuestion(task, text, str(answer), response, file, row, images, path)
 
 
 def _cell(cell: Any) -> str | bytes:

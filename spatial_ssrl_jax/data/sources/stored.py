@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.images import image_size, open_picture
-from spatial_ssrl_jax.data.record import Record
-from spatial_ssrl_jax.errors import BadPicture, UserError
+from spatial_ssrl_jax.tasks.record import Record
 
 DEPTH = "depth"
 _NAMES = ("name", "image/filename")  # ours, and COCO's in the catalogue
@@ -98,8 +98,8 @@ def _clean(depth: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
     depth = np.asarray(depth, np.float32)
     depth = depth[..., 0] if depth.ndim == 3 else depth
     if depth.shape != size:
-        raise BadPicture(f"{name}: its depth is {depth.shape}, but its picture is {size}.")
+        raise BadImage(f"{name}: its depth is {depth.shape}, but its picture is {size}.")
     depth = np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(np.nan))
     if np.isnan(depth).all():
-        raise BadPicture(f"{name}: has no pixel with a valid depth.")
+        raise BadImage(f"{name}: has no pixel with a valid depth.")
     return depth

@@ -8,9 +8,9 @@ such as train[:10%]. DATA_DIR may begin with gs://.
 
 import re
 
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.paths import NEEDS_GCS
 from spatial_ssrl_jax.data.sources.base import Source
-from spatial_ssrl_jax.errors import UserError
-from spatial_ssrl_jax.folders import NEEDS_GCS
 
 _FORM = re.compile(
     r"(?P<name>[^:@]+(:(\d+|\*)\.(\d+|\*)\.(\d+|\*))?)(:(?P<split>[^@]+))?(@(?P<folder>.+))?"

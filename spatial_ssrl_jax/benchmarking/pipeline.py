@@ -1,0 +1,162 @@
+"""How long the tasks take a picture, and whether training would wait for the pipeline."""
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+
+from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data import pipeline
+from spatial_ssrl_jax.data.items import ImageExampleMaker, item_dataset, task_sources
+from spatial_ssrl_jax.data.pipeline import Collate
+from spatial_ssrl_jax.data.processor import Processor
+from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.tasks.example import Reject, Task
+from spatial_ssrl_jax.tasks.record import Record
+
+_PICTURES = 3  # decoded before the timing, used in turn
+_WARM_UP = 2  # fonts and stamps are drawn once and kept
+_PIXELS = (262_144, 1_048_576)  # area that a timed prompt's pictures are brought between
+
+
+def time_tasks(spec: str | None, repeats: int) -> dict[str, dict[str, Any]]:
+    """Times each task on one core, without reading or decoding pictures.
+
+    Args:
+      spec: where pictures come from; None takes built-in scenes, 1024x768 for the tasks that need
+        depth and 640x480 for the others.
+      repeats: examples a task.
+
+    Returns:
+      By task: `size` of the first picture, `ms` (median) and `ms_p90` of processor time a try that
+      gave an example, and the share of tries that did, `accepted`.
+
+    Raises:
+      UserError: `repeats` is below 1, or a task that the source can serve gave no example.
+    """
+    if repeats < 1:
+        raise UserError("--repeats must be at least 1.")
+    report = {}
+    for task in TASKS:
+        records = _records(
+            spec or f"scenes:9:{'1024x768' if task.needs_depth else '640x480'}", task
+        )
+        if records:
+            report[task.name] = _time_task(task, records, repeats)
+    return report
+
+
+def _records(spec: str, task: Task) -> list[Record]:
+    """A few decoded pictures that a task can use; none where the source has no pictures for it."""
+    source = open_source(spec)
+    found = task_sources(source, range(len(source)), task, task.settings())
+    pictures = [supply for supply in found if isinstance(supply.maker, ImageExampleMaker)]
+    each = -(-_PICTURES // max(len(pictures), 1))
+    return [s.maker.source[i] for s in pictures for i in s.indices[:each]]
+
+
+def _time_task(task: Task, records: list[Record], repeats: int) -> dict[str, Any]:
+    settings, spent, tries = task.settings(), [], 0
+    while len(spent) < repeats + _WARM_UP and tries < 20 * (repeats + _WARM_UP):
+        record, rng = records[tries % len(records)], np.random.default_rng(tries)
+        tries += 1
+        start = time.thread_time()  # other programs on the core do not count
+        try:
+            task.make(record, rng, settings)
+        except Reject:
+            continue
+        spent.append(1e3 * (time.thread_time() - start))
+    timed = spent[_WARM_UP:]
+    if not timed:
+        raise UserError(f"{records[0].spec} gave no {task.name} example: use other pictures.")
+    height, width = records[0].image.shape[:2]
+    return {
+        "size": f"{width}x{height}",
+        "ms": round(float(np.median(timed)), 2),
+        "ms_p90": round(float(np.percentile(timed, 90)), 2),
+        "accepted": round(len(spent) / tries, 3),
+    }
+
+
+def time_pipeline(
+    spec: str,
+    model: str,
+    *,
+    batch: int,
+    batches: int,
+    threads: int,
+    workers: int,
+    step_seconds: float,
+) -> dict[str, Any]:
+    """Takes batches as a run does, with a step of a given length in between.
+
+    All tasks that the source serves are mixed by the paper's shares. The first batch, for which
+    workers start, is reported apart.
+
+    Args:
+      spec: where pictures come from, read and decoded as in a run.
+      model: a model folder whose processor makes the prompts.
+      batch: prompts a batch.
+      batches: batches that are timed.
+      threads, workers: as in the config's section `data`.
+      step_seconds: what a training step takes; 0 measures the pipeline alone.
+
+    Returns:
+      `pictures_per_s` and `prompts_per_s` of ready batches, and `wait_share`, the part of a step's
+      whole time that it waited for its batch.
+    """
+    if batches < 0 or step_seconds < 0:
+        raise UserError("--batches and --step-seconds must be at least 0.")
+    stream = _stream(spec, model, batch, threads, workers)
+    start = time.perf_counter()
+    next(stream)
+    first, waits, pictures = time.perf_counter() - start, [], 0
+    start = time.perf_counter()
+    for _ in range(batches):
+        begun = time.perf_counter()
+        ready = next(stream)
+        waits.append(time.perf_counter() - begun)
+        pictures += sum(len(item.example.images) for item in ready.items)
+        time.sleep(step_seconds)
+    seconds = time.perf_counter() - start
+    stream.close()
+    return {
+        "source": spec,
+        "batch": batch,
+        "threads": threads,
+        "workers": workers,
+        "first_batch_seconds": round(first, 2),
+        "prompts_per_s": round(batch * batches / seconds, 2),
+        "pictures_per_s": round(pictures / seconds, 2),
+        "step_seconds": step_seconds,
+        "wait_share": round(sum(waits) / seconds, 3),
+    }
+
+
+def _stream(spec: str, model: str, batch: int, threads: int, workers: int):
+    """Batches over all tasks that the source serves."""
+    if min(batch, threads) < 1 or workers < 0:
+        raise UserError("--batch and --threads must be at least 1, and --workers at least 0.")
+    source, folder = open_source(spec), open_model(model)
+    processor = Processor(folder.files, folder.config, *_PIXELS)
+    pool, settings = range(len(source)), dict(Config("bench").tasks)
+    for task in TASKS:
+        if not task_sources(source, pool, task, settings[task.name]):
+            settings[task.name] = dataclasses.replace(settings[task.name], weight=0.0)
+    items = item_dataset(source, pool, settings, processor, seed=0)
+    collate = Collate(tuple(2**n for n in range(8, 15)), tuple(2**n for n in range(3, 11)))
+    return pipeline.batches(
+        items,
+        batch,
+        batch,
+        collate,
+        start=0,
+        threads=threads,
+        workers=workers,
+        process=0,
+        processes=1,
+    )

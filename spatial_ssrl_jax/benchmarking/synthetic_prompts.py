@@ -1,0 +1,33 @@
+"""Prompts of given sizes for timings: random pixels and words."""
+
+import numpy as np
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.data.processor import Prompt
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.family import member_of
+from spatial_ssrl_jax.qwen_vl.inputs import Grid, merged_tokens
+
+
+def synthetic_prompt(config: QwenVLConfig, tokens: int, grid: Grid) -> Prompt:
+    """One picture of random pixels, then words; `tokens` in all."""
+    picture = merged_tokens(config.vision, grid)
+    if tokens <= picture + 2 or grid[1] % 2:
+        raise UserError(
+            f"--prompt-tokens={tokens} and --grid={grid[1]} do not fit: the grid must be even and "
+            f"its picture alone takes {picture + 2} tokens."
+        )
+    member, rng = member_of(config), np.random.default_rng(0)
+    ids = [config.vision_start_token_id, *[config.image_token_id] * picture]
+    ids += [config.vision_end_token_id]
+    words = rng.integers(0, min(config.text.vocab_size // 2, 10_000), tokens - len(ids))
+    ids = np.array([*ids, *words], np.int32)
+    is_vision = ids == config.image_token_id
+    position = member.mrope_positions(config.vision, is_vision, [grid], [None])
+    layout = member.lay_out_windows(config.vision, [grid])
+    index = np.full(len(ids), -1, np.int32)
+    index[is_vision] = layout.merged
+    pixels = rng.normal(size=(*layout.source.shape, config.vision.patch_dim)).astype(np.float32)
+    return Prompt(
+        ids, position, int(position.max()) + 1, index, pixels, layout.frame, layout.coords
+    )

@@ -1,0 +1,73 @@
+"""TODO: checkpoint.export."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from spatial_ssrl_jax.checkpoint.models import ModelFolder, load_split
+from spatial_ssrl_jax.checkpoint.params import weight_folders
+from spatial_ssrl_jax.common.paths import atomic_folder
+from spatial_ssrl_jax.data.processor import PROCESSOR_FILES
+from spatial_ssrl_jax.parallel.collectives import gather_to_host, is_primary
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.family import config_to_dict
+from spatial_ssrl_jax.qwen_vl.lora import select_adapters
+from spatial_ssrl_jax.qwen_vl.model import Params
+from spatial_ssrl_jax.qwen_vl.peft import write_adapter
+from spatial_ssrl_jax.qwen_vl.weights import write_params
+
+
+def copy_files(source: ModelFolder, folder: Path) -> None:
+    """Copies tokenizer, template, processor and generation settings."""
+    for name in PROCESSOR_FILES:
+        if (source.files / name).is_file():
+            shutil.copyfile(source.files / name, folder / name)
+
+
+def write_config(config: QwenVLConfig, folder: Path, dtype: str) -> None:
+    """Writes the hub's `config.json`."""
+    (folder / "config.json").write_text(json.dumps(config_to_dict(config, dtype), indent=2) + "\n")
+
+
+def export(source: ModelFolder, params: Params, folder: epath.PathLike, dtype: str) -> None:
+    """Writes a Hugging Face folder that Transformers and vLLM load; whole or not at all.
+
+    Args:
+      source: gives the config and the processor's files.
+      params: the weights.
+      folder: it appears, or is replaced, when it is complete.
+      dtype: `float32` or `bfloat16`.
+
+    Every process calls it, and one writes: it holds the whole model in host memory then.
+    """
+    if jax.process_count() > 1:
+        params = jax.tree.map(lambda x: gather_to_host(x.astype(dtype)), params)
+    if not is_primary():
+        return
+    with atomic_folder(folder) as partial:
+        copy_files(source, partial)
+        write_config(source.config, partial, dtype)
+        write_params(partial, source.config, params, dtype)
+
+
+def export_adapter(
+    step: ModelFolder, layout: Layout, folder: epath.PathLike, base: str | None
+) -> None:
+    """Writes the adapters of a LoRA stage's checkpoint as PEFT has them; whole or not at all.
+
+    Args:
+      step: the checkpoint.
+      layout: where its weights are read to.
+      folder: it appears, or is replaced, when it is complete.
+      base: the model they belong to; None when it was drawn and lies nowhere.
+    """
+    params = load_split(*weight_folders(step.weights), step.config, layout)
+    adapters = jax.tree.map(gather_to_host, select_adapters(params))
+    if not is_primary():
+        return
+    with atomic_folder(folder) as partial:
+        write_adapter(partial, step.config, adapters, base)

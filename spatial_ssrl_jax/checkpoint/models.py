@@ -1,0 +1,198 @@
+"""Opening a model, wherever it lies, and writing it out as a Hugging Face folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from spatial_ssrl_jax.checkpoint.checksums import fingerprint
+from spatial_ssrl_jax.checkpoint.manager import MODEL
+from spatial_ssrl_jax.checkpoint.params import PARAMS, load_params, stored_params, weight_folders
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.paths import in_bucket, local_copy, user_path
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.family import read_config
+from spatial_ssrl_jax.qwen_vl.lora import (
+    LoraSettings,
+    adapter_settings,
+    merge_adapters,
+    select_adapters,
+)
+from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params, init_adapters, init_params
+from spatial_ssrl_jax.qwen_vl.tree import merge_params, select_params
+from spatial_ssrl_jax.qwen_vl.weights import find_tensors, read_params
+
+TINY = Path(__file__).parent.parent / "assets" / "tiny"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model that can be loaded.
+
+    Attributes:
+      config: its shape.
+      files: folder with its config, tokenizer and processor files.
+      weights: folder with its weights, safetensors or Orbax; an Orbax one may lie in a bucket.
+      name: what it was asked for by.
+    """
+
+    config: QwenVLConfig
+    files: Path
+    weights: epath.Path
+    name: str
+
+    def load(self, layout: Layout, dtype: str | None = None) -> Params:
+        """Reads the weights straight into the training layout.
+
+        Args:
+          layout: where each weight goes.
+          dtype: what to keep them in; None keeps what the files hold.
+        """
+        if (self.weights / PARAMS).is_dir():
+            return self._load_orbax(layout, dtype)
+        shardings = layout.params(self.config)
+        flat = traverse_util.flatten_dict(shardings, sep="/")
+
+        def place(path: str, array: np.ndarray) -> jax.Array:
+            if dtype is not None and array.dtype != dtype:
+                array = array.astype(dtype)
+            return jax.make_array_from_callback(array.shape, flat[path], lambda index: array[index])
+
+        return read_params(self.weights, self.config, place)
+
+    def _load_orbax(self, layout: Layout, dtype: str | None) -> Params:
+        """A step's trained and frozen weights come together, adapters merged, in `dtype`."""
+        trained, *frozen = weight_folders(self.weights)
+        if not frozen:
+            like = layout.abstract(self.config)
+            if dtype is not None:
+                like = jax.tree.map(lambda x: x.update(dtype=dtype), like)
+            return load_params(trained, like, keep_dtype=dtype is None)
+        params = load_split(trained, frozen[0], self.config, layout)
+        return merge_adapters(params, dtype or "float32")
+
+    def check_weights(self) -> None:
+        """Refuses weights that are not a model of this shape, by their files' headers alone.
+
+        Raises:
+          UserError: they are missing, broken or of another shape.
+        """
+        if not (self.weights / PARAMS).is_dir():
+            find_tensors(self.weights, self.config)
+            return
+        stored: Params = {}
+        for folder in weight_folders(self.weights):
+            stored = merge_params(stored, stored_params(folder))
+        whole = abstract_params(self.config, adapter_settings(stored))
+        shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (stored, whole)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"the weights in {self.weights} are not of the shape that "
+                f"{self.files / 'config.json'} asks for: copy both again."
+            )
+
+    def fingerprint(self) -> str:
+        """Tells these weights from others, wherever they lie."""
+        if not (self.weights / PARAMS).is_dir():
+            return fingerprint({p.name: p for p in self.weights.glob("*.safetensors")})
+        folders = [Path(folder) for folder in weight_folders(self.weights)]
+        files = [(folder, p) for folder in folders for p in folder.rglob("*") if p.is_file()]
+        return fingerprint({f"{d.name}/{p.relative_to(d)}": p for d, p in files})
+
+    def draw(self, layout: Layout, seed: int) -> Params:
+        """Fresh weights of this shape, float32, in the training layout."""
+        shardings = layout.params(self.config)
+        program = jax.jit(init_params, static_argnums=0, out_shardings=shardings)
+        return program(self.config, jax.random.key(seed))
+
+    def draw_adapters(self, layout: Layout, lora: LoraSettings, seed: int) -> Params:
+        """Fresh adapters alone, float32, in the training layout."""
+        shardings = select_adapters(layout.params(self.config, lora))
+        program = jax.jit(init_adapters, static_argnums=(0, 1), out_shardings=shardings)
+        return program(self.config, lora, jax.random.key(seed))
+
+
+def load_split(
+    trained: epath.Path, frozen: epath.Path, config: QwenVLConfig, layout: Layout
+) -> Params:
+    """Reads the weights that trained and those that did not, in their own dtypes, as one tree.
+
+    Raises:
+      UserError: together they are not a model of this shape.
+    """
+    stored = [stored_params(folder) for folder in (trained, frozen)]
+    whole = layout.abstract(config, adapter_settings(merge_params(*stored)))
+    loaded = {}
+    for folder, tree in zip((trained, frozen), stored, strict=True):
+        paths = traverse_util.flatten_dict(tree, sep="/")
+        loaded = merge_params(
+            loaded, load_params(folder, select_params(whole, paths.__contains__), True)
+        )
+    if jax.tree.structure(loaded) != jax.tree.structure(whole):
+        raise UserError(f"{trained} and {frozen} are together no whole model: copy both again.")
+    return loaded
+
+
+def open_model(path: epath.PathLike) -> ModelFolder:
+    """Opens a model's description without reading its weights.
+
+    Args:
+      path: a Hugging Face folder, a folder that `convert to-orbax` wrote, a step of a run's
+        `checkpoints/`, `tiny`, or a hub id (fetched where there is a network). All but the last two
+        may lie in a bucket: a Hugging Face folder is copied from there, Orbax reads in place.
+
+    Raises:
+      UserError: nothing usable lies there.
+    """
+    if path == "tiny":
+        return ModelFolder(read_config(TINY), TINY, epath.Path(TINY), path)
+    folder, files = _find(str(path))
+    files = local_copy(files)
+    weights = folder if (folder / PARAMS).is_dir() else epath.Path(files)
+    return ModelFolder(read_config(files), files, weights, str(path))
+
+
+def read_shape(path: str) -> QwenVLConfig:
+    """A model's shape from its `config.json` alone; of a hub id nothing else is fetched.
+
+    Raises:
+      UserError: nothing usable lies there.
+    """
+    if path == "tiny":
+        return read_config(TINY)
+    _, files = _find(path, ["config.json"])
+    return read_config(local_copy(files, "config.json"))
+
+
+def _find(path: str, allow_patterns: list[str] | None = None) -> tuple[epath.Path, epath.Path]:
+    """The folder of a model's weights and the one of its other files."""
+    folder = user_path(path)
+    if in_bucket(folder):
+        if not folder.exists():
+            raise UserError(f"the model folder {path} does not exist: check bucket and name.")
+    elif not folder.is_dir():
+        folder = epath.Path(_from_hub(path, allow_patterns))
+    beside = folder.parent / MODEL
+    is_step = (folder / PARAMS).is_dir() and (beside / "config.json").is_file()
+    return folder, beside if is_step else folder
+
+
+def _from_hub(path: str, allow_patterns: list[str] | None = None) -> Path:
+    missing = f"the model folder {path} does not exist"
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"{missing}: give a Hugging Face folder, a checkpoint of ours, or a hub id."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=allow_patterns))
+    except Exception as error:
+        raise UserError(
+            f"{missing}, and fetching it from the hub failed ({type(error).__name__}): "
+            "check the name and the network."
+        ) from error

@@ -1,0 +1,135 @@
+"""TODO: config.load."""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.config.validate import check_settings
+
+
+def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Runs a config file's `get_config()` and applies overrides.
+
+    Args:
+      path: a Python file.
+      overrides: pairs of a dotted key below the config and its value as text.
+
+    Raises:
+      UserError: the file is missing or broken, a key is unknown, or a value does not fit.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"the config file {path} does not exist: give one such as configs/tiny.py.")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None:
+        raise UserError(f"{path} is no Python file: give one such as configs/tiny.py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be run ({type(error).__name__}: {error}): mend it; --debug shows where."
+        ) from error
+    if not isinstance(config, Config):
+        raise UserError(
+            f"{path}: get_config() gives {type(config).__name__}; it must give a Config, as that "
+            "of configs/tiny.py does."
+        )
+    for key, text in overrides:
+        config = _override(config, key.split("."), text, key)
+    check_settings(config)
+    return config
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--config.a.b=v` and `--config.a.b v` out of a command line."""
+    rest, overrides = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals and (value := next(words, None)) is None:
+            raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE.")
+        overrides.append((key, value))
+    return rest, overrides
+
+
+def _override(node: Any, keys: list[str], text: str, whole: str) -> Any:
+    """`node` with the value below `keys` replaced by what `text` says."""
+    is_dict = isinstance(node, dict)
+    known = list(node) if is_dict else [f.name for f in dataclasses.fields(node)]
+    key, *rest = keys
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}."
+        raise UserError(f"unknown config key config.{whole}: {hint}")
+    value = node[key] if is_dict else getattr(node, key)
+    nested = isinstance(value, dict) or dataclasses.is_dataclass(value)
+    if rest and not nested:
+        raise UserError(
+            f"config.{whole} goes too deep: config.{whole.rsplit('.', 1)[0]} is a value; set that."
+        )
+    if not rest and nested:
+        raise UserError(
+            f"config.{whole} is a section: set one of {', '.join(_names(value))} in it."
+        )
+    if rest:
+        new = _override(value, rest, text, whole)
+    elif not is_dict and typing.get_type_hints(type(node))[key] == tuple[str, ...]:
+        new = _parse_words(text)
+    else:
+        new = _parse(text, type(value), whole)
+    return {**node, key: new} if is_dict else dataclasses.replace(node, **{key: new})
+
+
+def _names(value: Any) -> list[str]:
+    return list(value) if isinstance(value, dict) else [f.name for f in dataclasses.fields(value)]
+
+
+def _parse_words(text: str) -> tuple[str, ...]:
+    """`vision,merger`, or the same with brackets and quotes; nothing is the empty tuple."""
+    return tuple(word.strip(" '\"") for word in text.strip("()").split(",") if word.strip())
+
+
+def _parse(text: str, kind: type, key: str) -> Any:
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if kind is tuple and isinstance(value, (int, float)):
+        value = (value,)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and (not value or any(type(item) is not int for item in value)):
+        raise UserError(
+            f"config.{key}={text} does not fit: expected whole numbers, such as (1, 2)."
+        )
+    if type(value) is not kind:
+        raise UserError(f"config.{key}={text} does not fit: expected {kind.__name__}.")
+    return value
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain JSON types."""
+    return typing.cast(dict[str, Any], _plain(config))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value

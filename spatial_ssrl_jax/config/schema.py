@@ -1,0 +1,350 @@
+"""Every setting of a run, as nested frozen dataclasses; loading a config file and overriding it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
+from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Where the model comes from and how it computes.
+
+    Attributes:
+      path: a Hugging Face folder or an Orbax checkpoint of ours, here or `gs://…`, a hub id, or
+        `tiny` (shipped).
+      from_scratch: draw fresh weights of the folder's shape instead of reading them.
+      dtype: compute dtype, `float32` or `bfloat16`; master weights are always float32.
+      remat: what the backward pass works out again of each layer: nothing (`none`), all but
+        products with weights and fused attention (`dots`), or all (`full`).
+      attention: what computes attention of prompts, rows and whole pictures to themselves: `xla`
+        anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16; `auto` is `splash` on TPUs
+        in bfloat16, else `xla`.
+      chunk: queries that attend at a time, by `xla`.
+      head_block: entries of the vocabulary whose logits exist at a time, for all tokens.
+    """
+
+    path: str = ""
+    from_scratch: bool = False
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    attention: str = "auto"
+    chunk: int = 1024
+    head_block: int = 4096
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where pictures come from and what they are turned into.
+
+    Attributes:
+      source: a SPEC, for example `scenes`, `folder:PATH`, or several with weights, for example
+        `2*nyu:PATH+folder:PATH`.
+      heldout_share: share of the records kept apart for held-out figures, never trained on.
+      min_pixels, max_pixels: a picture's area is brought between these, in pixels.
+      prompt_buckets: prompt lengths in tokens that programs are compiled for.
+      window_buckets: counts of 8x8-patch vision windows a prompt that programs are compiled for.
+      threads: threads that make prompts ahead of the devices, in each worker.
+      workers: processes that make prompts; 0 makes them in the training process, by threads alone.
+      max_bad_share: share of unusable pictures above which the run stops.
+    """
+
+    source: str = "scenes"
+    heldout_share: float = 0.05
+    min_pixels: int = 262_144
+    max_pixels: int = 4_194_304
+    prompt_buckets: tuple[int, ...] = (1024, 2048, 4096)
+    window_buckets: tuple[int, ...] = (64, 128)
+    threads: int = 8
+    workers: int = 0
+    max_bad_share: float = 0.2
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """Devices along each axis while training, and how long their processes wait for one another.
+
+    TPU slices that are joined by the data-centre network lie along `data`, which must then be a
+    multiple of their number.
+
+    Attributes:
+      data, fsdp, tensor: devices along the axis; one may be -1 and takes what is left.
+      silence: seconds after which a process that was not heard of counts as lost, and the others
+        end.
+      patience: seconds that a step, or whatever else is said to be done, may take before the run
+        counts as hanging and ends; 0 waits for ever.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    silence: int = 60
+    patience: int = 3600
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """Cold start: supervised responses in the required form.
+
+    Attributes:
+      steps: optimizer steps; 0 skips the stage.
+      responses: `made` of true reasons for the examples of `data.source`, or the path of released
+        cold-start data (see the source `ssrl81k`), whose questions are then asked in this stage.
+      prompts: samples an optimizer step.
+      row_tokens: tokens of a row, in which samples of a step are packed one behind another;
+        at least the largest of `data.prompt_buckets` plus `rollout.limit`.
+      row_windows: counts of vision windows a row that programs are compiled for; the largest is at
+        least that of `data.window_buckets`.
+      row_responses: response tokens of a row, at least `rollout.limit`.
+      micro_rows: rows whose activations exist at a time.
+      learning_rate: peak learning rate.
+      warmup: share of the steps over which it rises.
+      schedule: `constant` or `cosine` (to zero).
+      weight_decay: decoupled decay on all trained weights.
+      freeze: parts that stay as they are: `vision`, `merger`, `language`.
+      vision_learning_rate_scale: the vision tower's learning rate over that of the rest.
+      lora: with a rank, adapters are trained and nothing else; they are merged at the end.
+    """
+
+    steps: int = 0
+    responses: str = "made"
+    prompts: int = 256
+    row_tokens: int = 6144
+    row_windows: tuple[int, ...] = (256, 384)
+    row_responses: int = 2048
+    micro_rows: int = 8
+    learning_rate: float = 1e-5
+    warmup: float = 0.1
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    freeze: tuple[str, ...] = ()
+    vision_learning_rate_scale: float = 1.0
+    lora: LoraSettings = field(default_factory=LoraSettings)
+
+
+@dataclass(frozen=True)
+class GrpoSettings:
+    """Group-relative policy optimisation; the defaults are the paper's.
+
+    Attributes:
+      steps: rollouts; 0 skips the stage.
+      prompts: prompts a rollout.
+      updates: optimizer steps a rollout, each over `prompts / updates` prompts.
+      group: samples a prompt.
+      micro_prompts: prompts whose activations exist at a time in an update; they are alike in
+        length.
+      response_buckets: widths in tokens that responses are padded to in an update, beside
+        `rollout.limit`; none named means multiples of `rollout.chunk`.
+      init_from: a folder or a checkpoint of ours, here or `gs://…`, or a hub id whose weights the
+        stage starts from, in place of the model's; needs `sft.steps=0`.
+      learning_rate, warmup, schedule, weight_decay: as under `sft`.
+      freeze, vision_learning_rate_scale, lora: as under `sft`; with LoRA the KL's reference is the
+        base itself.
+      temperature: of sampling, and of the log-probabilities.
+      scale_std: divide the advantage by the group's standard deviation.
+      clip_low, clip_high: how far the ratio may fall below and rise above 1.
+      dual_clip: for negative advantages the loss is at most this times -A; 0 turns it off.
+      kl_coefficient: weight of the KL to the reference in the loss; 0 needs no reference.
+      kl: how the KL is estimated: `k1`, `k2` or `k3` (never negative, and of low variance).
+      aggregation: how tokens are averaged: `token`, `sequence` or `dr_grpo`.
+      old_logprobs: what the ratio is taken to: `recomputed` by the trainer before the updates, or
+        the `sampler`'s own.
+      correction: weight by the ratio of trainer to sampler: `none`, `truncate` it at
+        `correction_limit`, or `mask` tokens outside [1/limit, limit].
+      correction_limit: the ratio's bound, at least 1.
+      mask_truncated: leave samples that were cut off at the limit out of the loss.
+      drop_flat: leave out groups whose accuracy does not vary, and sample others in their place.
+      refills: most times a step that groups are sampled again for that.
+    """
+
+    steps: int = 360
+    prompts: int = 256
+    updates: int = 2
+    group: int = 5
+    micro_prompts: int = 16
+    response_buckets: tuple[int, ...] = ()
+    init_from: str = ""
+    learning_rate: float = 1e-6
+    warmup: float = 0.0
+    schedule: str = "constant"
+    weight_decay: float = 0.01
+    freeze: tuple[str, ...] = ()
+    vision_learning_rate_scale: float = 1.0
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    temperature: float = 1.0
+    scale_std: bool = True
+    clip_low: float = 0.2
+    clip_high: float = 0.3
+    dual_clip: float = 3.0
+    kl_coefficient: float = 0.01
+    kl: str = "k3"
+    aggregation: str = "token"
+    old_logprobs: str = "recomputed"
+    correction: str = "none"
+    correction_limit: float = 2.0
+    mask_truncated: bool = False
+    drop_flat: bool = False
+    refills: int = 2
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether anything but a figure depends on the trainer's log-probabilities of before."""
+        return self.old_logprobs == "recomputed" or self.correction != "none"
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What a response earns; the defaults are the paper's.
+
+    Attributes:
+      rule: `paper`; `strict` (a thought and behind it a box, neither empty); or `tolerant` (spaces,
+        `\\text{…}` and parentheses around the answer are let pass).
+      accuracy: weight of accuracy; the form has the rest.
+      tasks: factor on the reward of each task.
+      length_penalty: taken off at `length_free + length_span` tokens and more.
+      length_free: tokens up to which nothing is taken off; from there on it rises evenly.
+      length_span: tokens over which it rises.
+    """
+
+    rule: str = "paper"
+    accuracy: float = 0.9
+    tasks: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS_BY_NAME, 1.0))
+    length_penalty: float = 0.0
+    length_free: int = 1024
+    length_span: int = 1024
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How responses are sampled.
+
+    Attributes:
+      limit: most tokens of a response.
+      chunk: response places that the cache grows by.
+      check_every: decode steps between looks at whether all have finished.
+      wave: prompts that are sampled at a time.
+      tensor: devices that share one copy of the weights while sampling; no more of them than the
+        model has key/value heads, or caches are held twice.
+      attention: what computes a decode step's: `xla` anywhere, `triton` one kernel on NVIDIA GPUs
+        in bfloat16; `auto` is `triton` on one GPU of compute capability 9.0, where it was run, else
+        `xla`.
+    """
+
+    limit: int = 2048
+    chunk: int = 256
+    check_every: int = 8
+    wave: int = 64
+    tensor: int = 1
+    attention: str = "auto"
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW, shared by both stages.
+
+    Attributes:
+      beta1, beta2, eps: AdamW's constants.
+      max_gradient_norm: gradients are scaled down to this norm.
+      max_skipped: non-finite steps in a row after which the run stops.
+      offload: AdamW's moments and the KL's reference rest in host memory while no program needs
+        them; for a single GPU.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_gradient_norm: float = 1.0
+    max_skipped: int = 5
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Saving.
+
+    Attributes:
+      every: steps between checkpoints; the last step of a stage is always saved.
+      keep: newest checkpoints kept.
+      best: what the best one is chosen by, which is kept besides: the score of `eval.benchmark`
+        (`benchmark`), the mean greedy accuracy on held-out pictures (`heldout`), the first of
+        these that there is (`auto`), or `none`. A step that is better than all before is saved.
+    """
+
+    every: int = 5
+    keep: int = 3
+    best: str = "auto"
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What is written while the run goes on.
+
+    Attributes:
+      rollouts_every: GRPO steps between samples of rollouts; 0 writes none.
+      rollouts_count: prompts in a sample.
+      report_every: steps between refreshes of `report.html`.
+      wandb: W&B project that the figures go to as well; needs the extra `[wandb]`. Empty: none.
+    """
+
+    rollouts_every: int = 10
+    rollouts_count: int = 4
+    report_every: int = 10
+    wandb: str = ""
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Held-out figures.
+
+    Attributes:
+      examples: held-out examples a task.
+      samples: sampled responses a held-out prompt, at the training temperature.
+      every: GRPO steps between held-out measurements; 0 measures between stages only.
+      prompts: prompts evaluated at a time.
+      benchmark: one of `evaluate`'s benchmarks that is asked while training goes on, greedily, with
+        the limits of `rollout` and `data`; empty: none.
+      benchmark_data: its files, as `evaluate --data` takes them.
+      benchmark_style: in whose words: `direct`, `reasoning` or `own`, see `evaluate`.
+      benchmark_count: questions that are asked, evenly over the file; 0 asks all.
+      benchmark_every: GRPO steps between; 0 asks between stages only.
+    """
+
+    examples: int = 64
+    samples: int = 4
+    every: int = 0
+    prompts: int = 64
+    benchmark: str = ""
+    benchmark_data: str = ""
+    benchmark_style: str = "reasoning"
+    benchmark_count: int = 200
+    benchmark_every: int = 0
+
+
+def _task_settings() -> dict[str, Any]:
+    return {task.name: task.settings() for task in TASKS}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    name: str
+    seed: int = 0
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    tasks: dict[str, Any] = field(default_factory=_task_settings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    sft: SftSettings = field(default_factory=SftSettings)
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+
+    @property
+    def trained_tasks(self) -> tuple[str, ...]:
+        """Tasks with a share in the training mixture."""
+        return tuple(name for name, settings in self.tasks.items() if settings.weight > 0)

@@ -1,0 +1,222 @@
+"""Which settings go together: what contradicts itself is refused before anything is built."""
+
+from typing import TYPE_CHECKING
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.qwen_vl.kernels import DECODE_KERNELS, KERNELS
+from spatial_ssrl_jax.qwen_vl.layers import REMAT_POLICIES
+from spatial_ssrl_jax.qwen_vl.lora import known_targets
+from spatial_ssrl_jax.qwen_vl.tree import PARTS
+
+if TYPE_CHECKING:
+    from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
+
+_AT_LEAST_ONE = (
+    "model.chunk",
+    "model.head_block",
+    "data.min_pixels",
+    "data.threads",
+    "mesh.silence",
+    "sft.prompts",
+    "sft.micro_rows",
+    "grpo.prompts",
+    "grpo.updates",
+    "grpo.micro_prompts",
+    "rollout.limit",
+    "rollout.chunk",
+    "rollout.check_every",
+    "rollout.wave",
+    "rollout.tensor",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "optim.max_skipped",
+    "log.report_every",
+    "eval.examples",
+    "eval.samples",
+    "eval.prompts",
+)
+_AT_LEAST_ZERO = (
+    "sft.steps",
+    "grpo.steps",
+    "data.workers",
+    "mesh.patience",
+    "grpo.refills",
+    "eval.every",
+    "eval.benchmark_count",
+    "eval.benchmark_every",
+    "log.rollouts_every",
+    "log.rollouts_count",
+)
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": tuple(REMAT_POLICIES),
+    "model.attention": ("auto", *KERNELS),
+    "rollout.attention": ("auto", *DECODE_KERNELS),
+    "sft.schedule": ("constant", "cosine"),
+    "grpo.schedule": ("constant", "cosine"),
+    "grpo.kl": ("k1", "k2", "k3"),
+    "grpo.aggregation": ("token", "sequence", "dr_grpo"),
+    "grpo.old_logprobs": ("recomputed", "sampler"),
+    "grpo.correction": ("none", "truncate", "mask"),
+    "eval.benchmark_style": ("direct", "reasoning", "own"),
+    "checkpoint.best": ("auto", "benchmark", "heldout", "none"),
+    "reward.rule": ("paper", "strict", "tolerant"),
+}
+
+
+def check_settings(config: "Config") -> None:
+    """Refuses settings that are out of range or contradict one another.
+
+    Raises:
+      UserError: names the setting and what it must be.
+    """
+    for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
+        for name in names:
+            if (value := _value(config, name)) < least:
+                raise UserError(f"{name}={value} must be at least {least}.")
+    for name, known in _CHOICES.items():
+        _choice(name, _value(config, name), known)
+    _check_ranges(config)
+    _check_batches(config)
+    if config.sft.steps:
+        _check_rows(config)
+    for name, stage in (("sft", config.sft), ("grpo", config.grpo)):
+        _check_trained(name, stage)
+    _check_stages(config)
+    _check_benchmark(config)
+
+
+def _value(config: "Config", name: str):
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _check_ranges(config: "Config") -> None:
+    """Refuses numbers whose range is not just a least whole number."""
+    grpo = config.grpo
+    if grpo.temperature <= 0:
+        raise UserError(f"grpo.temperature={grpo.temperature} must be above 0.")
+    if grpo.kl_coefficient < 0:
+        raise UserError(
+            f"grpo.kl_coefficient={grpo.kl_coefficient} must be at least 0; 0 turns the KL off."
+        )
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"seed={config.seed} must be at least 0 and below {2**31}.")
+    if not 0 <= config.data.heldout_share < 1:
+        raise UserError(
+            f"data.heldout_share={config.data.heldout_share} must be from 0 to below 1."
+        )
+    if min(grpo.response_buckets, default=1) < 1:
+        raise UserError(
+            f"grpo.response_buckets={grpo.response_buckets} must hold widths of at least 1."
+        )
+    if grpo.correction_limit < 1:
+        raise UserError(f"grpo.correction_limit={grpo.correction_limit} must be at least 1.")
+    if config.reward.length_span < 1:
+        raise UserError(f"reward.length_span={config.reward.length_span} must be at least 1.")
+
+
+def _check_benchmark(config: "Config") -> None:
+    """Refuses a benchmark without files, and settings of one that is not asked."""
+    found, best = config.eval, config.checkpoint.best
+    if found.benchmark and not found.benchmark_data:
+        raise UserError(
+            f"eval.benchmark={found.benchmark} needs its files: set eval.benchmark_data."
+        )
+    if not found.benchmark and (found.benchmark_data or found.benchmark_every):
+        raise UserError(
+            "eval.benchmark_data and eval.benchmark_every do nothing without a benchmark: set "
+            "eval.benchmark."
+        )
+    if not found.benchmark and best == "benchmark":
+        raise UserError(
+            "checkpoint.best=benchmark needs one that is asked: set eval.benchmark, or choose "
+            "heldout."
+        )
+
+
+def _check_batches(config: "Config") -> None:
+    """Refuses sizes that do not divide one another."""
+    grpo, rollout = config.grpo, config.rollout
+    _divides("grpo.updates", grpo.updates, "grpo.prompts", grpo.prompts)
+    an_update = grpo.prompts // grpo.updates
+    _divides("grpo.micro_prompts", grpo.micro_prompts, "grpo.prompts/updates", an_update)
+    _divides("rollout.wave", rollout.wave, "grpo.prompts", grpo.prompts)
+    for name in ("chunk", "limit"):
+        whole = getattr(rollout, name)
+        _divides("rollout.check_every", rollout.check_every, f"rollout.{name}", whole)
+
+
+def _check_stages(config: "Config") -> None:
+    """Refuses runs in which nothing would be learned, or whose stages contradict each other."""
+    grpo, sft = config.grpo, config.sft
+    if grpo.steps and grpo.group < 2:
+        raise UserError(
+            f"grpo.group={grpo.group} must be at least 2: a group of one has no advantage, and "
+            "with grpo.scale_std no standard deviation."
+        )
+    if not config.trained_tasks:
+        raise UserError("every task has weight 0: give at least one tasks.NAME.weight above 0.")
+    if sft.steps == 0 and grpo.steps == 0:
+        raise UserError(
+            "sft.steps and grpo.steps are both 0: set one above 0, or there is nothing to train."
+        )
+    if grpo.init_from and sft.steps:
+        raise UserError(
+            "grpo.init_from takes the place of the cold start's result: set sft.steps=0, or leave "
+            "grpo.init_from empty."
+        )
+
+
+def _check_rows(config: "Config") -> None:
+    """Refuses rows of the cold start in which the largest example has no room."""
+    data, sft, limit = config.data, config.sft, config.rollout.limit
+    prompt, windows = max(data.prompt_buckets), max(data.window_buckets)
+    for name, value, least, why in (
+        ("row_tokens", sft.row_tokens, prompt + limit, "data.prompt_buckets with rollout.limit"),
+        ("row_windows", max(sft.row_windows), windows, "data.window_buckets"),
+        ("row_responses", sft.row_responses, limit, "rollout.limit"),
+    ):
+        if value < least:
+            raise UserError(
+                f"sft.{name}={value} has no room for the largest example: raise it to {least} or "
+                f"more, or lower {why}."
+            )
+
+
+def _check_trained(name: str, stage: "SftSettings | GrpoSettings") -> None:
+    """Refuses choices of weights that leave nothing to train, or that say nothing."""
+    lora = stage.lora
+    for part in stage.freeze:
+        _choice(f"{name}.freeze", part, PARTS)
+    for target in lora.targets:
+        _choice(f"{name}.lora.targets", target, known_targets())
+    if set(stage.freeze) == set(PARTS):
+        raise UserError(f"{name}.freeze holds every part: leave one that trains.")
+    if lora.rank < 0 or lora.alpha < 0:
+        raise UserError(f"{name}.lora.rank and {name}.lora.alpha must be at least 0.")
+    if lora.rank and not lora.targets:
+        raise UserError(f"{name}.lora.targets is empty: name a part such as language.")
+    if lora.rank and stage.freeze:
+        raise UserError(
+            f"{name}.freeze does nothing with {name}.lora.rank={lora.rank}, which trains adapters "
+            f"alone: choose {name}.lora.targets instead."
+        )
+    scale = stage.vision_learning_rate_scale
+    vision = any(t.split(".")[0] == "vision" for t in lora.targets)
+    trains = vision if lora.rank else "vision" not in stage.freeze
+    if scale <= 0 or (scale != 1 and not trains):
+        raise UserError(
+            f"{name}.vision_learning_rate_scale={scale} must be above 0, and 1 where the vision "
+            f"tower does not train; {name}.freeze=vision keeps it as it is."
+        )
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{name}={value} is unknown: choose one of {', '.join(known)}.")
+
+
+def _divides(small: str, divisor: int, large: str, total: int) -> None:
+    if divisor < 1 or total % divisor:
+        raise UserError(f"{small}={divisor} must divide {large}={total}.")

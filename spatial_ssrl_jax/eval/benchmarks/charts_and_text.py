@@ -1,0 +1,160 @@
+"""OCRBench and ChartQA: text that is read from pictures."""
+
+import ast
+from collections.abc import Sequence
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks.prompts import Style
+from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow
+from spatial_ssrl_jax.eval.benchmarks.spec import KIT_PIXELS, BenchmarkSpec, area
+from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Judgement, Prediction, Question
+from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric
+from spatial_ssrl_jax.tasks.answers import last_box
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
+
+_FORMULA = "Handwritten Mathematical Expression Recognition"
+_OCR_TYPES = {
+    *(f"{kind} Text Recognition" for kind in ("Regular", "Irregular", "Artistic", "Non-Semantic")),
+    "Handwriting Recognition",
+    "Digit String Recognition",
+    "Scene Text-centric VQA",
+    "Doc-oriented VQA",
+    "Key Information Extraction",
+    _FORMULA,
+}
+_TOLERANCE, _ROUNDING = 0.05, 1e-9
+_HALVES = ("human", "augmented")
+
+
+def judge_ocr(record: Prediction) -> Judgement:
+    """Right when any of the answers occurs in what was read."""
+    formula = record.category == _FORMULA
+    box = last_box(record.response)
+    raw = (record.response if box is None else box).strip()
+    answer = answers.final_answer(record.response)
+    # A formula has LaTeX of its own, which is not unwrapped, and may be too long for a box.
+    found = raw or None if formula else answer and answer.text
+    if found is None:
+        return Judgement(None, 0.0)
+    targets = record.target if isinstance(record.target, list) else [str(record.target)]
+    plain = _without_space if formula else _on_one_line
+    # What was read may itself have marks around it, so it counts as it stands too.
+    read = (plain(found), plain(raw))
+    return Judgement(found, float(any(plain(t) in text for t in targets for text in read)))
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
+
+
+def _on_one_line(text: str) -> str:
+    return text.casefold().strip().replace("\n", " ")
+
+
+def _parse_ocr(row: QuestionRow) -> Question:
+    """A row of the original JSON, or of the TSV, which writes its answers as a Python list."""
+    if row.get("dataset_name"):
+        name, kind = f"{row.text('dataset_name')}-{row.text('id')}", row.text("type")
+        target = row.get("answers") or row.text("answers")
+    else:
+        name, kind, target = row.text("index"), row.text("category"), row.text("answer")
+        if target.startswith("["):
+            target = [str(answer) for answer in ast.literal_eval(target)]
+    if kind not in _OCR_TYPES:
+        raise UserError(f"{row.name} is of the type {kind!r}, which OCRBench does not have.")
+    return Question(
+        id=name,
+        benchmark="ocrbench",
+        category=kind,
+        text=row.words("question"),
+        target=target if isinstance(target, str) else [str(t) for t in target if str(t).strip()],
+        pictures=row.pictures(),
+    )
+
+
+def ask_ocr(question: Question, style: Style) -> BenchmarkPrompt:
+    """Formulas are asked for directly in a reasoning run too, as in the paper's."""
+    tail = protocol.DIRECTLY if question.category == _FORMULA else FORMAT_PROMPT
+    return BenchmarkPrompt(protocol.in_style(question.text, style, tail), question.pictures)
+
+
+def judge_chart(record: Prediction) -> Judgement:
+    """Right within 5 % of the true number, else when the texts are the same."""
+    answer = answers.final_answer(record.response)
+    found = answer.text.removesuffix(".") if answer else None
+    return Judgement(found, float(found is not None and relaxed(found, str(record.target))))
+
+
+def relaxed(found: str, target: str) -> bool:
+    """ChartQA's match; percentages are hundredths, as in the benchmark's own."""
+    said, true = _number(found), _number(target)
+    if said is None or true is None:
+        return found.strip().casefold() == target.strip().casefold()
+    return abs(said - true) <= (_TOLERANCE + _ROUNDING) * abs(true)
+
+
+def _number(text: str) -> float | None:
+    text = text.strip()
+    try:
+        return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+
+
+def _cells_chart(records: Sequence[Prediction]) -> list[Cell]:
+    return [(record.id, _half(record), record.score) for record in records]
+
+
+def _half(record: Prediction) -> str:
+    split = str(record.meta.get("split") or record.category)
+    half = next((half for half in _HALVES if half in split.lower()), None)
+    if half is None:
+        raise UserError(
+            f"{record.id}: its split {split!r} is neither human nor augmented, so it belongs to "
+            "neither half of ChartQA."
+        )
+    return half
+
+
+def _parse_chart(row: QuestionRow) -> Question:
+    split = row.text("split")
+    return Question(
+        id=row.text("index"),
+        benchmark="chartqa",
+        category=next((half for half in _HALVES if half in split.lower()), split),
+        text=row.words("question"),
+        target=row.text("answer"),
+        pictures=row.pictures(),
+        meta={"split": split},
+    )
+
+
+def ask_chart(question: Question, style: Style) -> BenchmarkPrompt:
+    text = protocol.in_style(question.text + protocol.CHARTQA, style)
+    return BenchmarkPrompt(text, question.pictures)
+
+
+OCRBENCH = BenchmarkSpec(
+    name="ocrbench",
+    title="OCRBench",
+    files=(("OCRBench.tsv", "OCRBench.json"),),
+    columns=(
+        ("dataset_name", "id", "image_path", "question", "answers", "type"),
+        ("index", "question", "answer", "category"),
+    ),
+    parse=_parse_ocr,
+    ask=ask_ocr,
+    metric=Metric(judge_ocr),
+    pixels=(area(100), KIT_PIXELS[1]),
+)
+CHARTQA = BenchmarkSpec(
+    name="chartqa",
+    title="ChartQA",
+    files=(("ChartQA_TEST.tsv",),),
+    columns=(("index", "question", "answer", "split"),),
+    parse=_parse_chart,
+    ask=ask_chart,
+    metric=Metric(judge_chart, _cells_chart),
+)

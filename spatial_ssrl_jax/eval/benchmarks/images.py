@@ -1,0 +1,130 @@
+"""Pictures of benchmark files, where they lie; each is read and decoded when it is opened."""
+
+import ast
+import base64
+import binascii
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from spatial_ssrl_jax.common.errors import BadImage
+from spatial_ssrl_jax.data.images import image_size, open_image
+from spatial_ssrl_jax.data.sources.parquet import RowGroups
+
+# Where the files of a row may lie, from the folder of the question file.
+_PLACES = (".", "..", "images", "videos")
+# One cell may hold several megabytes of base64; the library's own limit is 131,072 characters.
+_LARGEST_CELL = 2**31 - 1
+
+
+class BenchmarkImage(Protocol):
+    """One picture of a question; can be pickled, and holds no pixels."""
+
+    name: str
+
+    def open(self) -> np.ndarray:
+        """[H, W, 3] uint8, RGB; raises `BadImage`."""
+        ...
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what `open` gives, from the header alone; raises `BadImage`."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """A picture in a file of its own."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def open(self) -> np.ndarray:
+        return open_image(self.path)
+
+    def size(self) -> tuple[int, int]:
+        return image_size(self.path)[::-1]
+
+
+@dataclass(frozen=True)
+class TsvImage:
+    """A picture as base64 in a cell of a TSV file.
+
+    Attributes:
+      file: the TSV file.
+      start, length: bytes of the row in it.
+      column: of the cell.
+      place: which picture of the cell.
+      name: what errors call it.
+    """
+
+    file: Path
+    start: int
+    length: int
+    column: int
+    place: int
+    name: str
+
+    def open(self) -> np.ndarray:
+        return open_image(self._encoded(), self.name)
+
+    def size(self) -> tuple[int, int]:
+        return image_size(self._encoded(), self.name)[::-1]
+
+    def _encoded(self) -> bytes:
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            text = stream.read(self.length).decode()
+        cell = next(tsv_cells(iter([text])))[self.column]
+        try:
+            return base64.b64decode(cell_items(cell)[self.place], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise BadImage(f"{self.name}: is not base64 ({error}).") from None
+
+
+@dataclass(frozen=True)
+class ParquetImage:
+    """A picture inside a parquet file."""
+
+    groups: RowGroups
+    file: Path
+    row: int
+    name: str
+
+    def open(self) -> np.ndarray:
+        return open_image(self._encoded(), self.name)
+
+    def size(self) -> tuple[int, int]:
+        return image_size(self._encoded(), self.name)[::-1]
+
+    def _encoded(self) -> bytes:
+        cell = self.groups.value(str(self.file), self.row)
+        return cell["bytes"] if isinstance(cell, dict) else cell
+
+
+def tsv_cells(lines: Iterator[str]) -> Iterator[list[str]]:
+    """Rows of a TSV file as pandas writes it: quotes around cells with a tab, quote or newline."""
+    csv.field_size_limit(_LARGEST_CELL)
+    return csv.reader(lines, delimiter="\t")
+
+
+def cell_items(cell: str) -> list[str]:
+    """What a picture cell holds: one item, or a written-out Python list of several."""
+    if not cell.startswith("["):
+        return [cell] if cell else []
+    try:
+        return [str(item) for item in ast.literal_eval(cell)]
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"no list of pictures ({error})") from None
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """A row's file by its relative path: beside the question file, above it, or below `images`
+    or `videos`; None where it is not."""
+    return next((folder / p / name for p in _PLACES if (folder / p / name).is_file()), None)

@@ -1,0 +1,165 @@
+"""VLMEvalKit's multiple choice: 3DSRBench, SpatialEval, BLINK, RealWorldQA, SEEDBench2-Plus and
+MMBench v1.1, which asks each question in every rotation of its options."""
+
+import string
+from collections.abc import Sequence
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks.prompts import Style
+from spatial_ssrl_jax.eval.benchmarks.question_files import FIX_HINT, BadQuestionRow, QuestionRow
+from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec
+from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Judgement, Prediction, Question
+from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric, all_right, each, mean
+
+_ROTATION = 1_000_000  # MMBench numbers rotations of question i as i + n · 1,000,000
+_FLIP = "-flip"  # 3DSRBench: "ABCDEFGH", mirrored "ABCDEFGH-flip", then "-1" for another order
+
+
+def judge_choice(record: Prediction) -> Judgement:
+    """Right when the chosen letter is the target's; the options come from meta or the prompt."""
+    options = record.meta.get("options") or answers.options_in(record.question)
+    target = answers.choice(str(record.target), options)  # files write "A", "(A)" or "A. chair"
+    if target is None:  # what the prompt seemed to list were not the options
+        options = {}
+        target = answers.choice(str(record.target), options)
+    if target is None:
+        raise UserError(f"{record.id}: its target {record.target!r} is no letter of an option.")
+    letter = answers.choice(record.response, options)
+    return Judgement(letter, float(letter == target))
+
+
+def ask_choice(question: Question, style: Style) -> BenchmarkPrompt:
+    """VLMEvalKit's prompt; the format prompt follows its last line, as in the paper's runs."""
+    text = protocol.HINT.format(hint=question.hint) if question.hint else ""
+    text += protocol.QUESTION.format(question=question.text)
+    if question.options:
+        text += protocol.OPTIONS
+        text += "".join(
+            protocol.OPTION.format(letter=letter, text=option)
+            for letter, option in question.options.items()
+        )
+        text += protocol.SELECT
+    return BenchmarkPrompt(protocol.in_style(text, style), question.pictures)
+
+
+def row_options(row: QuestionRow) -> dict[str, str]:
+    """Columns A, B, … of a row, those without a value left out."""
+    found = {letter: str(row.get(letter)) for letter in string.ascii_uppercase}
+    return {letter: text for letter, text in found.items() if text.strip()}
+
+
+def check_target(row: QuestionRow, letter: str, options: dict[str, str]) -> str:
+    """The letter; raises `BadQuestionRow` where it is none of the options."""
+    if letter not in options and options or len(letter) != 1:
+        raise BadQuestionRow(
+            f"{row.name}: its answer {letter!r} is none of its options "
+            f"({', '.join(options) or 'letters'}): {FIX_HINT}."
+        )
+    return letter
+
+
+def _question(name: str, row: QuestionRow, target: str | None, **meta) -> Question:
+    options = row_options(row)
+    return Question(
+        id=row.text("index"),
+        benchmark=name,
+        category=str(row.get("category") or "all"),
+        text=row.words("question"),
+        target=None if target is None else check_target(row, target, options),
+        options=options,
+        pictures=row.pictures(),
+        hint=str(row.get("hint")),
+        meta=meta,
+    )
+
+
+def _spec(name: str, title: str, *files: str) -> BenchmarkSpec:
+    return BenchmarkSpec(
+        name=name,
+        title=title,
+        files=(files,),
+        columns=(("index", "question", "A", "B", "answer"),),
+        parse=lambda row: _question(name, row, row.text("answer")),
+        ask=ask_choice,
+        metric=Metric(judge_choice),
+    )
+
+
+def _parse_3dsrbench(row: QuestionRow) -> Question:
+    return _question("3dsrbench", row, row.text("answer"), qid=row.text("qid"))
+
+
+def _base(qid: str) -> str:
+    return qid.partition("-")[0]
+
+
+def _cells_3dsrbench(records: Sequence[Prediction]) -> list[Cell]:
+    """Plain accuracy; flips and orders of one question are drawn together."""
+    units = (_base(record.meta.get("qid", record.id)) for record in records)
+    return [(unit, "vanilla", record.score) for unit, record in zip(units, records, strict=True)]
+
+
+def _extra_3dsrbench(records: Sequence[Prediction]) -> dict[str, float]:
+    """The stricter figures: right with the mirrored picture, in each order of options, in both."""
+    found = {"vanilla": mean(each(records))}
+    if all("qid" in record.meta for record in records):
+        groups = {
+            "flip": lambda qid: qid.replace(_FLIP, ""),
+            "circular": lambda qid: (_base(qid), _FLIP in qid),
+            "flip_circular": _base,
+        }
+        for name, key in groups.items():
+            right = all_right(records, lambda record, key=key: key(record.meta["qid"]))
+            found[name] = 100 * sum(right.values()) / len(right)
+    return found
+
+
+def _parse_mmbench(row: QuestionRow) -> Question:
+    """Rows of the test split have no answer; they are asked for the benchmark's server."""
+    target = str(row.get("answer")).strip() or None
+    index = row.text("index")
+    if not index.isdigit():
+        raise UserError(f"{row.name}: its index {index!r} is no number, as MMBench's is.")
+    words = {} if target else {"text": row.words("question")}  # its server wants them back
+    return _question("mmbench", row, target, group=int(index) % _ROTATION, **words)
+
+
+def _group(record: Prediction) -> int:
+    """Rotations of one question have one group, by meta or by their index."""
+    group = record.meta.get("group")
+    if group is None and not record.id.isdigit():
+        raise UserError(f"{record.id}: its meta has no group, and its id is no MMBench index.")
+    return int(record.id) % _ROTATION if group is None else group
+
+
+def _cells_mmbench(records: Sequence[Prediction]) -> list[Cell]:
+    return [(group, "circular", right) for group, right in all_right(records, _group).items()]
+
+
+BLINK = _spec("blink", "BLINK", "BLINK.tsv")
+REALWORLDQA = _spec("realworldqa", "RealWorldQA", "RealWorldQA.tsv")
+SEEDBENCH2_PLUS = _spec("seedbench2_plus", "SEEDBench2-Plus", "SEEDBench2_Plus.tsv")
+SPATIALEVAL = _spec("spatialeval", "SpatialEval", "SpatialEval.tsv")
+SRBENCH_3D = BenchmarkSpec(
+    name="3dsrbench",
+    title="3DSRBench",
+    files=(("3DSRBench.tsv",),),
+    columns=(("index", "question", "A", "B", "answer", "qid"),),
+    parse=_parse_3dsrbench,
+    ask=ask_choice,
+    metric=Metric(judge_choice, _cells_3dsrbench, extra=_extra_3dsrbench),
+)
+MMBENCH = BenchmarkSpec(
+    name="mmbench",
+    title="MMBench-1.1-EN",
+    files=(("MMBench_DEV_EN_V11.tsv", "MMBench_TEST_EN_V11.tsv", "MMBench_V11.tsv"),),
+    columns=(("index", "question", "A", "B"),),
+    parse=_parse_mmbench,
+    ask=ask_choice,
+    metric=Metric(
+        judge_choice, _cells_mmbench, extra=lambda records: {"vanilla": mean(each(records))}
+    ),
+    public=False,
+)

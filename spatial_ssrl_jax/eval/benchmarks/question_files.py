@@ -1,0 +1,219 @@
+"""Rows of a benchmark's question file: TSV, JSON, JSONL or parquet, without the pictures' bytes.
+
+A row is read once; what its pictures hold stays in the file until a picture is opened.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.data.sources.parquet import RowGroups
+from spatial_ssrl_jax.eval.benchmarks.images import (
+    BenchmarkImage,
+    FileImage,
+    ParquetImage,
+    TsvImage,
+    cell_items,
+    find_file,
+    tsv_cells,
+)
+
+# What to do about a row that cannot be asked or scored.
+FIX_HINT = "mend it, or leave it out (--allow-missing)"
+_IMAGE, _INDEX = "image", "index"
+# VLMEvalKit writes another row's index, never longer than this, where the picture is that row's.
+_LONGEST_INDEX = 64
+_ROWS_AT_A_TIME = 16
+
+
+class BadQuestionRow(UserError):
+    """One row that cannot be asked; it is named, and left out where that is allowed."""
+
+
+@dataclass(frozen=True)
+class QuestionRow:
+    """One row of a question file.
+
+    Attributes:
+      values: by column, the pictures' bytes left out; "" and None are the same as no value.
+      name: what errors call it.
+      file: where it stands.
+      number: its place there, from 0.
+      encoded: its pictures, where the file itself holds them.
+    """
+
+    values: Mapping[str, Any]
+    name: str
+    file: Path
+    number: int
+    encoded: tuple[BenchmarkImage, ...] = ()
+
+    def get(self, column: str) -> Any:
+        """A value as it stands, "" where there is none."""
+        value = self.values.get(column)
+        return "" if value is None else value
+
+    def words(self, column: str) -> str:
+        """A value as text, to the letter; raises `BadQuestionRow` where there is none."""
+        value = str(self.get(column))
+        if not value.strip():
+            raise BadQuestionRow(f"{self.name} has no {column}: {FIX_HINT}.")
+        return value
+
+    def text(self, column: str) -> str:
+        """A value as text without white space around it; raises `BadQuestionRow` where there is none."""
+        return self.words(column).strip()
+
+    def find(self, column: str) -> tuple[Path, ...]:
+        """The files that a column names; raises `BadQuestionRow` where one is missing."""
+        value = self.get(column) or self.text(column)
+        try:
+            names = value if isinstance(value, list) else cell_items(value)
+        except ValueError as error:
+            raise BadQuestionRow(f"{self.name}: its {column} is {error}: {FIX_HINT}.") from None
+        found = [find_file(self.file.parent, name) for name in names]
+        for name, path in zip(names, found, strict=True):
+            if path is None:
+                raise BadQuestionRow(
+                    f"{self.name}: there is no {name} beside the file: put it there, or leave the "
+                    "row out (--allow-missing)."
+                )
+        return tuple(found)
+
+    def pictures(self, column: str = "image_path") -> tuple[BenchmarkImage, ...]:
+        """The row's pictures, from the file itself or else by their paths; raises `BadQuestionRow`."""
+        if not self.encoded and not self.get(column):
+            raise BadQuestionRow(f"{self.name} has no picture: {FIX_HINT}.")
+        return self.encoded or tuple(FileImage(path) for path in self.find(column))
+
+
+def read_rows(file: Path) -> list[QuestionRow]:
+    """All rows of a file in the format of its ending; raises `UserError` where it is damaged."""
+    readers = {
+        ".tsv": _read_tsv,
+        ".json": _read_json,
+        ".jsonl": _read_jsonl,
+        ".parquet": _read_parquet,
+    }
+    if file.suffix not in readers:
+        raise UserError(f"{file}: expected a file that ends in {', '.join(readers)}.")
+    try:
+        rows = readers[file.suffix](file)
+    except UserError:
+        raise
+    except Exception as error:  # readers raise nearly anything on a damaged file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+        raise UserError(f"{file} cannot be read ({reason}): download it again.") from error
+    if not rows:
+        raise UserError(f"{file} holds no row: download it again.")
+    return rows
+
+
+def _name(file: Path, number: int) -> str:
+    return f"row {number + 1} of {file.name}"
+
+
+class _Lines(Iterator[str]):
+    """Lines of an open file, and how far it has been read."""
+
+    def __init__(self, file):
+        self.file, self.end = file, 0
+
+    def __next__(self) -> str:
+        line = self.file.readline()
+        if not line:
+            raise StopIteration
+        text = line.decode("utf-8-sig" if self.end == 0 else "utf-8")
+        self.end += len(line)
+        return text
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A picture cell seen in passing: where it is, and what it holds."""
+
+    start: int
+    length: int
+    column: int
+    name: str
+    count: int
+    other: str | None
+
+    def pictures(self, file: Path, cells: Mapping[str, "_Cell"]) -> tuple[BenchmarkImage, ...]:
+        cell = self
+        if self.other is not None:
+            cell = cells.get(self.other, self)
+            if cell.other is not None:
+                raise UserError(
+                    f"{self.name} takes its picture from row {self.other!r}, which has none: "
+                    "download the file again."
+                )
+        place = (file, cell.start, cell.length, cell.column)
+        return tuple(TsvImage(*place, i, self.name) for i in range(cell.count))
+
+
+def _read_tsv(file: Path) -> list[QuestionRow]:
+    with file.open("rb") as stream:
+        lines = _Lines(stream)
+        reader = tsv_cells(lines)
+        header = next(reader, [])
+        found, cells, start = [], {}, lines.end
+        for number, line in enumerate(reader):
+            name = _name(file, number)
+            if len(line) != len(header):
+                raise UserError(
+                    f"{name} has {len(line)} columns and the first line {len(header)}: download "
+                    "the file again."
+                )
+            values = dict(zip(header, line, strict=True))
+            image = values.pop(_IMAGE, "")
+            if image:
+                other = image if len(image) <= _LONGEST_INDEX and image[0] != "[" else None
+                span = (start, lines.end - start)
+                column, count = header.index(_IMAGE), len(cell_items(image))
+                cells[number] = _Cell(*span, column, name, count, other)
+            found.append((values, name))
+            start = lines.end
+    by_index = {found[i][0].get(_INDEX, ""): cell for i, cell in cells.items()}
+    return [
+        QuestionRow(*row, file, i, cells[i].pictures(file, by_index) if i in cells else ())
+        for i, row in enumerate(found)
+    ]
+
+
+def _read_json(file: Path) -> list[QuestionRow]:
+    found = json.loads(file.read_text("utf-8"))
+    return _rows(file, found if isinstance(found, list) else [found])
+
+
+def _read_jsonl(file: Path) -> list[QuestionRow]:
+    return _rows(file, [json.loads(x) for x in file.read_text("utf-8").split("\n") if x.strip()])
+
+
+def _rows(file: Path, values: list) -> list[QuestionRow]:
+    for number, row in enumerate(values):
+        if not isinstance(row, dict):
+            raise UserError(f"{_name(file, number)} is no object with named fields.")
+    return [QuestionRow(row, _name(file, i), file, i) for i, row in enumerate(values)]
+
+
+def _read_parquet(file: Path) -> list[QuestionRow]:
+    import pyarrow.parquet as pq
+
+    reader = pq.ParquetFile(file)
+    columns = [name for name in reader.schema_arrow.names if name != _IMAGE]
+    values = reader.read(columns=columns).to_pylist()
+    if _IMAGE not in reader.schema_arrow.names:
+        return _rows(file, values)
+    groups = RowGroups(_IMAGE)
+    rows = []
+    for batch in reader.iter_batches(_ROWS_AT_A_TIME, columns=[_IMAGE]):
+        for cell in batch.column(0):
+            number, name, value = len(rows), _name(file, len(rows)), cell.as_py()
+            holds = value["bytes"] if isinstance(value, dict) else value
+            picture = (ParquetImage(groups, file, number, name),) if holds else ()
+            rows.append(QuestionRow(values[number], name, file, number, picture))
+    return rows

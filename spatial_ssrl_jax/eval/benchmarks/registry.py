@@ -1,0 +1,231 @@
+"""The fourteen benchmarks by name: opening their files, asking in their words, scoring answers."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.eval.benchmarks import charts_and_text, mcq
+from spatial_ssrl_jax.eval.benchmarks.hallusionbench import HALLUSIONBENCH
+from spatial_ssrl_jax.eval.benchmarks.pretext import PRETEXT
+from spatial_ssrl_jax.eval.benchmarks.prompts import Style
+from spatial_ssrl_jax.eval.benchmarks.qspatial import QSPATIAL_PLUS
+from spatial_ssrl_jax.eval.benchmarks.question_files import (
+    FIX_HINT,
+    BadQuestionRow,
+    QuestionRow,
+    read_rows,
+)
+from spatial_ssrl_jax.eval.benchmarks.spatial457 import SPATIAL457
+from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec
+from spatial_ssrl_jax.eval.benchmarks.viewspatial import VIEWSPATIAL
+from spatial_ssrl_jax.eval.benchmarks.vsi_bench import VSI_BENCH
+from spatial_ssrl_jax.eval.benchmarks.whatsup import WHATSUP
+from spatial_ssrl_jax.eval.questions import SAMPLE, BenchmarkPrompt, Prediction, Question
+from spatial_ssrl_jax.eval.scoring.published import GENERAL, SPATIAL
+from spatial_ssrl_jax.eval.scoring.scores import Scores, summarise
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        SPATIAL457,
+        mcq.SRBENCH_3D,
+        mcq.SPATIALEVAL,
+        QSPATIAL_PLUS,
+        WHATSUP,
+        VIEWSPATIAL,
+        VSI_BENCH,
+        mcq.MMBENCH,
+        mcq.BLINK,
+        HALLUSIONBENCH,
+        mcq.REALWORLDQA,
+        charts_and_text.OCRBENCH,
+        charts_and_text.CHARTQA,
+        mcq.SEEDBENCH2_PLUS,
+    )
+}
+# What records may be of: the fourteen, and the pretext tasks, which have no file.
+SCORED = SPECS | {PRETEXT.name: PRETEXT}
+SETS = {"spatial": SPATIAL, "general": GENERAL, "all": SPATIAL + GENERAL}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An opened benchmark.
+
+    Attributes:
+      spec: its files, words, metric and published settings.
+      questions: in the order of the file; their pictures are not read yet.
+      left_out: why each row that is missing from them is.
+    """
+
+    spec: BenchmarkSpec
+    questions: tuple[Question, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def prompt(self, question: Question, style: Style = "direct") -> BenchmarkPrompt:
+        """The question in the words of a style."""
+        return self.spec.ask(question, style)
+
+    def score(self, records: Sequence[Prediction]) -> tuple[list[Prediction], Scores]:
+        """See `score_predictions`."""
+        return score_predictions(records)
+
+
+def names_of(benchmark: str) -> tuple[str, ...]:
+    """The benchmarks that a name or the name of a set stands for; raises `UserError`."""
+    if benchmark in SETS:
+        return SETS[benchmark]
+    if benchmark not in SPECS:
+        known = ", ".join([*SETS, *SPECS])
+        raise UserError(f"unknown benchmark {benchmark!r}: choose among {known}.")
+    return (benchmark,)
+
+
+def open_benchmark(name: str, path: Path, allow_missing: bool = False) -> Benchmark:
+    """Reads a benchmark's questions.
+
+    Args:
+      name: one of `SPECS`.
+      path: its question file, or a folder in which its files lie under their published names, or
+        in a folder of its own each.
+      allow_missing: leave out rows whose picture, video or answer is missing.
+
+    Raises:
+      UserError: no such file, a file of another benchmark, a damaged one, an id that occurs twice,
+        or, unless `allow_missing`, a row that cannot be asked or scored.
+    """
+    (name,) = names_of(name)
+    spec, found, left_out = SPECS[name], [], []
+    files = _files(spec, Path(path), allow_missing)
+    for row in _rows(spec, files):
+        try:
+            question = spec.parse(row)
+        except BadQuestionRow as reason:
+            if not allow_missing:
+                raise
+            left_out.append(str(reason))
+            continue
+        if question is not None:
+            found.append((row, question))
+    questions, unanswered = _check_answers(found, allow_missing)
+    left_out += unanswered
+    _check_ids([question.id for _, question in questions], [row.name for row, _ in questions])
+    if not questions:
+        reason = f" (the first: {left_out[0].rstrip('.')})" if left_out else ""
+        raise UserError(f"{path} holds no question that can be asked{reason}.")
+    return Benchmark(spec, tuple(question for _, question in questions), tuple(left_out))
+
+
+def _files(spec: BenchmarkSpec, path: Path, allow_missing: bool) -> list[Path]:
+    if path.is_file():
+        other = [s for s in SPECS.values() if s is not spec and path.name.lower() in s.file_names()]
+        if other:
+            raise UserError(
+                f"{path} is a file of {other[0].title}, not of {spec.title}: give --benchmark="
+                f"{other[0].name} or another file."
+            )
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such file or folder.")
+    found = spec.of_folder(path)
+    for file, names in zip(found, spec.files, strict=True):
+        if file is None and (not allow_missing or not any(found)):
+            raise UserError(
+                f"{path} has no file of {spec.title}: put {' or '.join(names)} there, or give the "
+                "file itself."
+            )
+    return [file for file in found if file is not None]
+
+
+def _rows(spec: BenchmarkSpec, files: list[Path]) -> Iterator[QuestionRow]:
+    for file in files:
+        rows = read_rows(file)
+        columns = set(rows[0].values)
+        lacking = [sorted(set(form) - columns) for form in spec.columns]
+        if all(lacking):
+            few = min(lacking, key=len)
+            raise UserError(
+                f"{file} is no file of {spec.title}: its rows have no {', '.join(few)}."
+            )
+        yield from rows
+
+
+def _check_answers(
+    questions: list[tuple[QuestionRow, Question]], allow_missing: bool
+) -> tuple[list[tuple[QuestionRow, Question]], list[str]]:
+    """Those with an answer and why others are left out; all where none has one, as in a split
+    whose answers only a server knows."""
+    reasons = [
+        f"{row.name} has no answer: {FIX_HINT}."
+        for row, question in questions
+        if question.target is None
+    ]
+    if len(reasons) == len(questions):
+        return questions, []
+    if reasons and not allow_missing:
+        raise BadQuestionRow(reasons[0])
+    return [pair for pair in questions if pair[1].target is not None], reasons
+
+
+def _check_ids(ids: Sequence[str], names: Sequence[str]) -> None:
+    twice = next((id for id, times in Counter(ids).items() if times > 1), None)
+    if twice is not None:
+        places = [name for id, name in zip(ids, names, strict=True) if id == twice]
+        raise UserError(
+            f"the id {twice!r} occurs {len(places)} times ({places[0]}, {places[1]}, …): keep one."
+        )
+
+
+def score_predictions(records: Sequence[Prediction]) -> tuple[list[Prediction], Scores]:
+    """Scores answers of one benchmark; nothing but the records is needed.
+
+    Returns:
+      The records with `extracted`, `parsed` and `score`, and the benchmark's figures.
+
+    Raises:
+      UserError: there is none, they are of several benchmarks or of one that is not known, an id
+        occurs twice, or a target is missing or not of the benchmark's kind.
+    """
+    benchmarks = sorted({record.benchmark for record in records})
+    if len(benchmarks) != 1:
+        found = ", ".join(benchmarks) or "none"
+        raise UserError(f"expected records of one benchmark and found {found}: score them apart.")
+    if benchmarks[0] not in SCORED:
+        known = ", ".join(SCORED)
+        raise UserError(f"unknown benchmark {benchmarks[0]!r}: choose among {known}.")
+    ids = [
+        f"{record.id}, sample {record.meta[SAMPLE]}" if SAMPLE in record.meta else record.id
+        for record in records
+    ]
+    _check_ids(ids, [f"line {number}" for number in range(1, len(ids) + 1)])
+    for record in records:
+        if not record.target:
+            raise BadQuestionRow(f"{record.id} has no target: {FIX_HINT}.")
+    scored = [judge_prediction(record) for record in records]
+    return scored, summarise(benchmarks[0], SCORED[benchmarks[0]].metric, scored)
+
+
+def for_server(records: Sequence[Prediction]) -> bool:
+    """Whether the answers are for a benchmark's server, which alone knows what is right."""
+    private = {name for name, spec in SPECS.items() if not spec.public}
+    return all(r.target is None and r.benchmark in private for r in records)
+
+
+def judge_prediction(record: Prediction) -> Prediction:
+    """A record with `extracted`, `parsed` and `score`; as it is where no target is known."""
+    if not record.target:
+        return record
+    verdict = SCORED[record.benchmark].metric.judge(record)
+    return dataclasses.replace(
+        record,
+        extracted=verdict.extracted,
+        parsed=verdict.extracted is not None,
+        score=verdict.score,
+    )

@@ -1,0 +1,103 @@
+"""Spatial457: short answers about rendered vehicles, in seven levels."""
+
+import re
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks.prompts import Style
+from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow
+from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec
+from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Judgement, Prediction, Question
+from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.scoring.scores import Metric
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
+
+# A shape is named by its first word: "road bike", "double bus".
+_KINDS = {
+    "car": "suv wagon minivan sedan truck addi car",
+    "bus": "articulated regular double school bus",
+    "motorbike": "chopper dirtbike scooter cruiser motorbike",
+    "aeroplane": "jet fighter biplane airliner aeroplane",
+    "bicycle": "road utility mountain tandem bicycle",
+}
+_KIND_OF = {shape: kind for kind, shapes in _KINDS.items() for shape in shapes.split()}
+_FIELD = re.compile(r"""Answer['"]?\s*:\s*(?:'([^']*)'|"([^"]*)"|([^'",}\n]+))""")
+_MOST_WORDS = 4  # of a direct answer; none of the right ones has more than two
+
+
+def judge(record: Prediction) -> Judgement:
+    """Right when the answer is the target's word, number, yes or no, or a shape of its kind."""
+    found = _extract(record.response)
+    return Judgement(found, float(found is not None and _same(found, str(record.target))))
+
+
+def _extract(response: str) -> str | None:
+    """The box, the field `Answer` of the JSON that is asked for, or a short direct answer."""
+    answer = answers.final_answer(response)
+    if answer is None:
+        return None
+    fields = _FIELD.findall(answer.text)
+    if fields:
+        return "".join(fields[-1]).strip() or None
+    short = answer.boxed or len(answer.text.split()) <= _MOST_WORDS
+    return answer.text.rstrip(".").strip() or None if short else None
+
+
+def _same(found: str, target: str) -> bool:
+    said, right = _plain(found), _plain(target)
+    if said == right:
+        return True
+    if right == "no":
+        return said == "0"
+    if right == "yes":  # a count answers whether there is any
+        return said.isdigit() and int(said) > 0
+    kind = _KIND_OF.get(said.split(" ")[0])
+    return kind is not None and kind == _KIND_OF.get(right.split(" ")[0])
+
+
+def _plain(text: str) -> str:
+    text = " ".join(text.casefold().split())
+    return "no" if text == "none" else answers.NUMBER_WORDS.get(text, text)
+
+
+def _parse(row: QuestionRow) -> Question:
+    level = row.text("category")
+    if level not in protocol.SPATIAL457_LEVELS:
+        raise UserError(
+            f"{row.name} is of level {level!r}, not of Spatial457's "
+            f"{', '.join(protocol.SPATIAL457_LEVELS)}: is this another benchmark's file?"
+        )
+    return Question(
+        id=row.text("index"),
+        benchmark="spatial457",
+        category=level,
+        text=row.words("question"),
+        target=row.text("answer"),
+        pictures=row.pictures(),
+    )
+
+
+def ask(question: Question, style: Style) -> BenchmarkPrompt:
+    """The benchmark's steps, with its JSON in its own style and a box in ours; else the question.
+
+    The released script repeats the format prompt after each piece of the text; here it comes once.
+    """
+    if style == "direct":
+        text = protocol.followed_by(question.text, protocol.DIRECTLY)
+        return BenchmarkPrompt(text, question.pictures)
+    what = protocol.SPATIAL457_LEVELS[question.category]
+    text = f"{protocol.SPATIAL457.format(what=what)}<image>{question.text}"
+    text += protocol.SPATIAL457_STEPS
+    text += protocol.SPATIAL457_JSON if style == "own" else FORMAT_PROMPT
+    return BenchmarkPrompt(text, question.pictures)
+
+
+SPATIAL457 = BenchmarkSpec(
+    name="spatial457",
+    title="Spatial457",
+    files=(("Spatial457.tsv",),),
+    columns=(("index", "question", "answer", "category"),),
+    parse=_parse,
+    ask=ask,
+    metric=Metric(judge),
+)

@@ -1,0 +1,55 @@
+"""ViewSpatial-Bench: directions from the camera's and from a person's view, 1 to 32 pictures."""
+
+from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks.mcq import check_target, judge_choice
+from spatial_ssrl_jax.eval.benchmarks.prompts import Style
+from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow
+from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec, area
+from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Question
+from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.scoring.scores import Metric
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
+
+# The file's names for the categories, and the paper's.
+_CATEGORIES = {
+    "Camera perspective - Relative Direction": "Camera-RelativeDirection",
+    "Camera perspective - Object View Orientation": "Camera-ObjectView",
+    "Person perspective - Object View Orientation": "Person-ObjectView",
+    "Person perspective - Relative Direction": "Person-RelativeDirection",
+    "Person perspective - Scene Simulation Relative Direction": "Person-SceneSimulation",
+}
+
+
+def _parse(row: QuestionRow) -> Question:
+    choices, kind = row.words("choices"), row.text("question_type")
+    options = answers.options_in(choices)
+    return Question(
+        id=str(row.number),
+        benchmark="viewspatial",
+        category=_CATEGORIES.get(kind, kind),
+        text=row.words("question"),
+        target=check_target(row, row.text("answer")[0], options),
+        options=options,
+        pictures=row.pictures(),
+        meta={"choices": choices},
+    )
+
+
+def ask(question: Question, style: Style) -> BenchmarkPrompt:
+    text = f"{question.text}\n{question.meta['choices']}"
+    if style == "direct":
+        return BenchmarkPrompt(text + protocol.VIEWSPATIAL_DIRECT, question.pictures)
+    return BenchmarkPrompt(text + protocol.LETTER_LAST + FORMAT_PROMPT, question.pictures)
+
+
+VIEWSPATIAL = BenchmarkSpec(
+    name="viewspatial",
+    title="ViewSpatial",
+    files=(("ViewSpatial-Bench.json",),),
+    columns=(("question_type", "image_path", "question", "choices", "answer"),),
+    parse=_parse,
+    ask=ask,
+    metric=Metric(judge_choice),
+    pixels=(area(256), area(1280)),  # not the 280×420 that the released script forces
+    new_tokens=4096,
+)

@@ -1,0 +1,63 @@
+"""What'sUp: which of four captions is right, parts A (photos) and B pooled."""
+
+import string
+import zlib
+
+import numpy as np
+
+from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks.mcq import judge_choice
+from spatial_ssrl_jax.eval.benchmarks.prompts import Style
+from spatial_ssrl_jax.eval.benchmarks.question_files import FIX_HINT, BadQuestionRow, QuestionRow
+from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec, area
+from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Question
+from spatial_ssrl_jax.eval.scoring.scores import Metric
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
+
+_PART_B = "controlled_clevr"
+_SEED, _CAPTIONS = 0, 4
+
+
+def _parse(row: QuestionRow) -> Question:
+    """The first caption is the right one: they are shuffled, each question by its own id alone."""
+    captions = row.get("caption_options")
+    if not isinstance(captions, list) or len(captions) != _CAPTIONS or not all(captions):
+        raise BadQuestionRow(f"{row.name} has no {_CAPTIONS} caption_options: {FIX_HINT}.")
+    part = "B" if row.file.name.lower().startswith(_PART_B) else "A"
+    name = f"{part}-{row.number}"
+    order = np.random.default_rng((_SEED, zlib.crc32(name.encode()))).permutation(_CAPTIONS)
+    options = {string.ascii_uppercase[i]: captions[j] for i, j in enumerate(order)}
+    return Question(
+        id=name,
+        benchmark="whatsup",
+        category=part,
+        text="",
+        target=string.ascii_uppercase[order.tolist().index(0)],
+        options=options,
+        pictures=row.pictures(),
+    )
+
+
+def ask(question: Question, style: Style) -> BenchmarkPrompt:
+    """Captions below the instruction; when reasoning the format prompt comes behind them, not
+    between them and the instruction as in the released script."""
+    captions = "\n".join(
+        protocol.WHATSUP_OPTION.format(letter=letter, text=caption)
+        for letter, caption in question.options.items()
+    )
+    if style == "direct":
+        return BenchmarkPrompt(protocol.WHATSUP_DIRECT + captions, question.pictures)
+    return BenchmarkPrompt(f"{protocol.WHATSUP}\n\n{captions}\n{FORMAT_PROMPT}", question.pictures)
+
+
+WHATSUP = BenchmarkSpec(
+    name="whatsup",
+    title="What'sUp",
+    files=(("controlled_images_dataset.json",), ("controlled_clevr_dataset.json",)),
+    columns=(("image_path", "caption_options"),),
+    parse=_parse,
+    ask=ask,
+    metric=Metric(judge_choice),
+    pixels=(area(4), area(512)),
+    new_tokens=4096,
+)

@@ -1,0 +1,189 @@
+"""Held-out figures of the pretext tasks: greedy and sampled accuracy, form and reward."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import Config, EvalSettings, RewardSettings, RolloutSettings
+from spatial_ssrl_jax.data.items import Item, item_dataset
+from spatial_ssrl_jax.data.pipeline import Collate
+from spatial_ssrl_jax.data.processor import Processor, PromptSize
+from spatial_ssrl_jax.data.sources import AnySource
+from spatial_ssrl_jax.data.split import split_records
+from spatial_ssrl_jax.eval.benchmarks.pretext import PRETEXT, question_of
+from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark
+from spatial_ssrl_jax.parallel.collectives import all_gather
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.model import Params
+from spatial_ssrl_jax.rl.batch import take_rows
+from spatial_ssrl_jax.rl.rewards import score_response
+from spatial_ssrl_jax.rollout.engine import Engine
+from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
+from spatial_ssrl_jax.tasks import TASKS
+
+HeldoutTable = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class HeldoutEval:
+    """Fixed held-out examples of every task, and what it takes to ask them.
+
+    Attributes:
+      items: held-out items by task.
+      engine, processor, layout: ask and decode.
+      collate: pads prompts.
+      settings: the config's `eval` section.
+      rollout: the config's `rollout` section.
+      reward: the config's `reward` section.
+      temperature: the training temperature.
+    """
+
+    items: dict[str, list[Item]]
+    engine: Engine
+    processor: Processor
+    layout: Layout
+    collate: Collate
+    settings: EvalSettings
+    rollout: RolloutSettings
+    reward: RewardSettings
+    temperature: float
+
+    def measure(self, params: Params, trained: Sequence[str], seed: int) -> HeldoutTable:
+        """Asks every held-out question greedily and sampled at the training temperature.
+
+        Returns:
+          `{task: {"accuracy_greedy", "accuracy_sampled", "format", "reward", "count"}, "mean":
+          {…}}`; format and reward are of the sampled responses, `mean` is over trained tasks.
+        """
+        weights = self.engine.fill(params)
+        table: HeldoutTable = {}
+        for task, items in self.items.items():
+            greedy = self._ask(params, weights, items, 1, GREEDY, seed)
+            drawn = Sampling(self.temperature)
+            sampled = self._ask(params, weights, items, self.settings.samples, drawn, seed)
+            overall, accuracy, form = sampled.mean(axis=(0, 1))
+            table[task] = {
+                "accuracy_greedy": float(greedy[..., 1].mean()),
+                "accuracy_sampled": float(accuracy),
+                "format": float(form),
+                "reward": float(overall),
+                "count": len(items),
+            }
+        rows = [table[t] for t in trained if t in table]
+        if rows:
+            table["mean"] = {
+                k: float(np.mean([r[k] for r in rows])) for k in rows[0] if k != "count"
+            }
+            table["mean"]["count"] = sum(r["count"] for r in rows)
+        return table
+
+    def _ask(
+        self, params, weights, items: list[Item], group: int, sampling: Sampling, seed: int
+    ) -> np.ndarray:
+        """Rewards [items, group, 3] of the responses: overall, accuracy, form."""
+        size, share = self.settings.prompts, self.settings.prompts // jax.process_count()
+        first = share * jax.process_index()
+        rewards = []
+        for start in range(0, len(items), size):
+            part = items[start : start + size]
+            padded = part + [part[-1]] * (size - len(part))
+            batch = self.collate(list(enumerate(padded, start)))
+            mine = padded[first : first + share]
+            rollout = self.engine.generate(
+                params,
+                weights,
+                self.layout.put_batch(take_rows(batch.prompts, first, share)),
+                group=group,
+                limit=self.rollout.limit,
+                key=jax.random.fold_in(jax.random.key(seed), 2**31 - 1),
+                prompt_index=self.layout.put_batch(batch.index[first : first + share]),
+                sampling=sampling,
+            )
+            found = [
+                [self._score(item, ids[:n]) for ids, n in zip(tokens, lengths, strict=True)]
+                for item, tokens, lengths in zip(mine, rollout.tokens, rollout.length, strict=True)
+            ]
+            rewards.append(all_gather(np.array(found))[: len(part)])
+        return np.concatenate(rewards)
+
+    def _score(self, item: Item, ids: np.ndarray) -> tuple[float, float, float]:
+        text = self.processor.decode(ids)
+        reward = score_response(text, len(ids), item.example, self.reward)
+        return reward.overall, reward.accuracy, reward.format
+
+
+def task_datasets(
+    source: AnySource,
+    pool: Sequence[int],
+    tasks: dict[str, Any],
+    processor: Processor,
+    seed: int,
+    limit: PromptSize | None = None,
+) -> dict[str, grain.MapDataset]:
+    """Each task alone over the records `pool` of a source; see `item_dataset`.
+
+    A task that needs depth is left out where the source has none, and all without a record.
+    """
+    datasets = {}
+    for task in TASKS if pool else ():
+        if task.needs_depth and not source.has_depth:
+            continue
+        alone = {name: replace(s, weight=float(name == task.name)) for name, s in tasks.items()}
+        datasets[task.name] = item_dataset(source, pool, alone, processor, seed, limit)
+    return datasets
+
+
+def open_pretext(
+    source: AnySource, processor: Processor, count: int, share: float, seed: int
+) -> Benchmark:
+    """The tasks as a benchmark: the questions that a run of these settings measures itself by,
+    where its buckets hold them all.
+
+    Args:
+      source: of pictures or of questions.
+      processor: measures prompts.
+      count: questions a task.
+      share: of the pictures that is held out; the same as in a run.
+      seed: of the run.
+
+    Raises:
+      UserError: its held-out pictures give no question.
+    """
+    pool = split_records(source, share).heldout
+    datasets = task_datasets(source, pool, Config("pretext").tasks, processor, seed + 1)
+    questions, left_out = [], []
+    for task, items in datasets.items():
+        try:
+            examples = [items[i].example for i in range(count)]
+        except UserError as error:
+            left_out.append(f"{task}: {error}")
+            continue
+        questions += [question_of(example, number) for number, example in enumerate(examples)]
+    if not questions:
+        reason = left_out[0] if left_out else "none is held out"
+        raise UserError(
+            f"the held-out pictures of {source.spec} give no question ({reason.rstrip('.')}): use "
+            "another --source, or raise --heldout-share."
+        )
+    return Benchmark(PRETEXT, tuple(questions), tuple(left_out))
+
+
+def heldout_items(
+    datasets: dict[str, grain.MapDataset], count: int, say: Callable[[str], None]
+) -> dict[str, list[Item]]:
+    """The first `count` items of each task's held-out stream.
+
+    A task for which the held-out pictures give no example is left out, and `say` is told.
+    """
+    found = {}
+    for task, items in datasets.items():
+        try:
+            found[task] = [items[i] for i in range(count)]
+        except UserError as error:
+            say(f"no held-out figures of {task}: {error}")
+    return found

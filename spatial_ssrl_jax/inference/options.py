@@ -1,0 +1,44 @@
+"""Options of the commands that let a model answer, and what they may be."""
+
+import argparse
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.rollout.sampling import Sampling
+
+
+def add_options(
+    parser: argparse.ArgumentParser, new_tokens: int | None, by: str = "the model"
+) -> None:
+    """Adds how pictures are shown and tokens drawn.
+
+    Args:
+      parser: of the command.
+      new_tokens: default length of a response; None leaves it to the command.
+      by: what decides where an option is not given.
+    """
+    for name in ("--min-pixels", "--max-pixels"):
+        parser.add_argument(name, type=int, help=f"area of a picture or frame: by {by}")
+    length = f"by {by}" if new_tokens is None else "of a response"
+    parser.add_argument("--max-new-tokens", type=int, default=new_tokens, help=length)
+    parser.add_argument("--samples", type=int, default=1, help="of each question")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on CPU")
+
+
+def check_options(args: argparse.Namespace) -> Sampling:
+    """How tokens are drawn.
+
+    Raises:
+      UserError: an option's value makes no sense.
+    """
+    if args.samples < 1 or (args.max_new_tokens is not None and args.max_new_tokens < 1):
+        raise UserError("--samples and --max-new-tokens must be at least 1.")
+    if min((n for n in (args.min_pixels, args.max_pixels) if n is not None), default=1) < 1:
+        raise UserError("--min-pixels and --max-pixels must be at least 1.")
+    if not 0 <= args.seed < 2**31:
+        raise UserError("--seed must be at least 0 and below 2147483648.")
+    if not args.temperature >= 0 or not 0 < args.top_p <= 1:
+        raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1.")
+    return Sampling(args.temperature, args.top_p)

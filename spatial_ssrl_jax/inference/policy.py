@@ -1,0 +1,28 @@
+"""TODO: inference.policy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.model import Params
+from spatial_ssrl_jax.rollout.engine import Engine
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model that is ready to be asked.
+
+    Attributes:
+      files: folder with its tokenizer and processor files.
+      engine: decodes; its `shards` are the layout's.
+      layout: where batches go.
+      params: the model.
+      weights: `engine.fill(params)`.
+    """
+
+    files: Path
+    engine: Engine
+    layout: Layout
+    params: Params
+    weights: dict[str, Any]

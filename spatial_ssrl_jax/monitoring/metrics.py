@@ -1,0 +1,223 @@
+"""A run's figures: every name there is, and where they go: `metrics.jsonl`, TensorBoard, W&B.
+
+In a bucket, where nothing can be appended to, the lines lie in `metrics/part_000001.jsonl` and so
+on, of a hundred steps each; the newest part is written anew, whole, with every line.
+"""
+
+import difflib
+import json
+import math
+import re
+import time
+from contextlib import suppress
+from typing import Any
+
+from etils import epath
+
+from spatial_ssrl_jax.common.errors import UserError, write_failure
+from spatial_ssrl_jax.common.paths import in_bucket, read_files, write_atomic
+from spatial_ssrl_jax.monitoring.tensorboard import TensorBoardWriter
+from spatial_ssrl_jax.monitoring.wandb_run import WandbRun
+
+FILE = "metrics.jsonl"
+PARTS = "metrics"
+_STEPS = 100  # of a part
+
+# `<task>` and `<benchmark>` stand for the name of one. What depends on the clock or the machine is
+# under perf/ or memory/; all the rest is equal in two equal runs.
+NAMES = (
+    "reward/overall_mean",
+    "reward/overall_std",
+    "reward/accuracy_mean",
+    "reward/accuracy_std",
+    "reward/format_mean",
+    "reward/format_std",
+    "task/<task>/reward",
+    "task/<task>/accuracy",
+    "task/<task>/format",
+    "task/<task>/reward_std",
+    "task/<task>/accuracy_std",
+    "task/<task>/format_std",
+    "task/<task>/count",
+    "advantage/mean",
+    "advantage/std",
+    "advantage/zero_variance_share",
+    "loss/total",
+    "loss/policy",
+    "loss/kl",
+    "loss/sft",
+    "kl/mean",
+    "policy/entropy",
+    "policy/ratio_mean",
+    "policy/clip_low",
+    "policy/clip_high",
+    "policy/clip_dual",
+    "response/length_mean",
+    "response/length_min",
+    "response/length_max",
+    "response/clipped_share",
+    "prompt/length_mean",
+    "prompt/dropped",
+    "prompt/dropped_share",
+    "optim/learning_rate",
+    "optim/gradient_norm",
+    "optim/skipped",
+    "mismatch/logprob_mean",
+    "mismatch/logprob_max",
+    "mismatch/correction_mean",
+    "prompt/refilled",
+    "heldout/<task>/accuracy_greedy",
+    "heldout/<task>/accuracy_sampled",
+    "heldout/<task>/format",
+    "heldout/<task>/reward",
+    "benchmark/<benchmark>/score",
+    "benchmark/<benchmark>/unparsed_share",
+    "perf/step_seconds",
+    "perf/rollout_seconds",
+    "perf/reward_seconds",
+    "perf/refill_seconds",
+    "perf/reference_seconds",
+    "perf/update_seconds",
+    "perf/update_padding_share",
+    "perf/input_wait_seconds",
+    "perf/tokens_per_second",
+    "perf/rollout_tokens_per_second",
+    "perf/useful_flops",
+    "perf/flops_per_second",
+    "perf/mfu",
+    "perf/compilations",
+    "perf/compile_seconds",
+    "memory/host_bytes",
+    "memory/device_bytes",
+)
+_KNOWN = re.compile("|".join(re.sub("<[a-z]+>", r"\\w+", re.escape(n)) for n in NAMES))
+
+
+class MetricsWriter:
+    """Writes one line a step to the run's folder, and the same to TensorBoard and W&B.
+
+    Args:
+      workdir: the run's folder; may be `gs://…`.
+      resume_step: the restored step; later lines are removed, each file at once.
+      in_parts: write parts; by default where nothing can be appended to.
+      tracker: W&B, when asked for.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        resume_step: int = 0,
+        in_parts: bool | None = None,
+        tracker: WandbRun | None = None,
+    ):
+        self._folder = epath.Path(workdir)
+        self._in_parts = in_bucket(workdir) if in_parts is None else in_parts
+        self._part = _truncate(self._folder, resume_step)
+        self._tracker = tracker
+        self._file = None if self._in_parts else (self._folder / FILE).open("a")
+        self._events = TensorBoardWriter(self._folder, resume_step + 1)
+
+    def write(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Writes one step.
+
+        Raises:
+          ValueError: a name is not in `NAMES`.
+          UserError: the files cannot be written.
+        """
+        for name in values:
+            if not _KNOWN.fullmatch(name):
+                near = difflib.get_close_matches(name, NAMES, n=1)
+                raise ValueError(f"unknown metric {name}; nearest: {near}")
+        row = {"step": step, "stage": stage, "time": round(time.time(), 3)}
+        row |= {k: _number(values[k]) for k in sorted(values)}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        try:
+            self._append(step, json.dumps(row) + "\n")
+            self._events.write(step, row["time"], finite)
+        except Exception as error:
+            why, mend = write_failure(error)
+            if why is None:
+                raise
+            with suppress(Exception):  # the cause is said already
+                self.close()
+            place = self._folder / (PARTS if self._in_parts else FILE)
+            raise UserError(
+                f"step {step} could not be written to {place} ({why}): {mend}; the same command "
+                "then goes on after the newest checkpoint."
+            ) from error
+        if self._tracker is not None:
+            self._tracker.log(step, finite)
+
+    def _append(self, step: int, line: str) -> None:
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        number = step // _STEPS
+        self._part = (self._part if _last_step(self._part) // _STEPS == number else "") + line
+        write_atomic(_part_path(self._folder, number), self._part)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._events.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def _number(value: float) -> float | None:
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _part_path(folder: epath.Path, number: int) -> epath.Path:
+    return folder / PARTS / f"part_{number + 1:06d}.jsonl"
+
+
+def _last_step(text: str) -> int:
+    return json.loads(text.splitlines()[-1])["step"] if text else -1
+
+
+def _truncate(folder: epath.Path, step: int) -> str:
+    """Removes the lines behind `step`; with 0 all of them, since step 0 is measured again.
+
+    Returns:
+      The text of the newest file that is left.
+    """
+    text, files = "", _files(folder)
+    for path, rows in zip(files, _rows(files), strict=True):
+        kept = [row for row in rows if 0 < step >= row["step"]]
+        if not kept and path.name != FILE:
+            path.unlink()
+            continue
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomic(path, text)
+    return text
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    """The files that hold a run's lines, in the order of the steps."""
+    whole, parts = folder / FILE, folder / PARTS
+    found = [whole] if whole.exists() else []
+    return found + (sorted(parts.glob("part_*.jsonl")) if parts.exists() else [])
+
+
+def _rows(files: list[epath.Path]) -> list[list[dict[str, Any]]]:
+    """The whole lines of each file."""
+    return [
+        [row for line in data.decode().splitlines() if (row := _row(line)) is not None]
+        for data in read_files(files)
+    ]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """Every whole line of a run's figures, whole or in parts; one cut off by a kill is left out."""
+    rows = [row for part in _rows(_files(epath.Path(workdir))) for row in part]
+    return sorted(rows, key=lambda row: row["step"])

@@ -1,0 +1,46 @@
+"""Samples of rollouts that one can look at: JSONL with pictures beside it."""
+
+import io
+import json
+from typing import Any
+
+from etils import epath
+from PIL import Image
+
+from spatial_ssrl_jax.common.paths import read_files, write_atomic
+
+FOLDER = "rollouts"
+
+
+def write_rollouts(workdir: epath.PathLike, step: int, rows: list[dict[str, Any]]) -> epath.Path:
+    """Writes `rollouts/step_000010.jsonl`; pictures go to `rollouts/images/` as PNG.
+
+    Args:
+      workdir: the run's folder.
+      step: the run's step.
+      rows: one a prompt, JSON types but for `images`: [H, W, 3] uint8 arrays, which are written
+        as files and replaced by their paths relative to the JSONL.
+    """
+    folder = epath.Path(workdir) / FOLDER
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, row in enumerate(rows):
+        paths = []
+        for i, image in enumerate(row["images"]):
+            paths.append(f"images/step_{step:06d}_{number}_{i}.png")
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "PNG")
+            (folder / paths[-1]).write_bytes(buffer.getvalue())
+        lines.append(json.dumps({"step": step} | row | {"images": paths}) + "\n")
+    path = folder / f"step_{step:06d}.jsonl"
+    write_atomic(path, "".join(lines))
+    return path
+
+
+def read_rollouts(workdir: epath.PathLike, files: int) -> list[dict[str, Any]]:
+    """The rows of at most `files` files, spread evenly from the first to the newest."""
+    paths = sorted((epath.Path(workdir) / FOLDER).glob("step_*.jsonl"))
+    if len(paths) > files:
+        last = len(paths) - 1
+        paths = [paths[round(i * last / (files - 1))] for i in range(files)]
+    return [json.loads(line) for data in read_files(paths) for line in data.decode().splitlines()]

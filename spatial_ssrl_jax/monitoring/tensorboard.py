@@ -1,0 +1,57 @@
+"""TensorBoard's event file; for a run in a bucket a local one that is copied there."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from etils import epath
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from spatial_ssrl_jax.common.paths import in_bucket
+
+_COPY_SECONDS = 60
+
+
+class TensorBoardWriter:
+    """The figures of one start of a run, in a file of its own.
+
+    In a bucket the file appears anew, whole, at most once a minute and at the end: of a run that is
+    killed TensorBoard misses the last minute, which `metrics/` has.
+
+    Args:
+      folder: where it is left.
+      first: the first step that will come; TensorBoard drops this and later ones seen before.
+    """
+
+    def __init__(self, folder: epath.Path, first: int):
+        self._folder = folder if in_bucket(folder) else None
+        self._local = tempfile.TemporaryDirectory() if self._folder else None
+        place = self._local.name if self._local else os.fspath(folder)
+        # Not SummaryWriter: its thread dies of a full disk, and the next calls wait for it forever.
+        self._writer = EventsWriter(os.path.join(place, "events"))
+        self._writer.write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        self._copied = time.monotonic()
+
+    def write(self, step: int, when: float, values: dict[str, float]) -> None:
+        """Writes one step's figures; `when` is in seconds since 1970."""
+        for name, value in values.items():
+            self._writer.write_event(Event(wall_time=when, step=step, summary=scalar(name, value)))
+        self._writer.flush()
+        if time.monotonic() - self._copied > _COPY_SECONDS:
+            self._copy()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._copy()
+        if self._local is not None:
+            self._local.cleanup()
+
+    def _copy(self) -> None:
+        if self._folder is None:
+            return
+        (path,) = Path(self._local.name).iterdir()
+        epath.Path(path).copy(self._folder / path.name, overwrite=True)
+        self._copied = time.monotonic()

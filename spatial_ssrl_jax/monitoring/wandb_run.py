@@ -1,0 +1,70 @@
+"""Weights & Biases, when `log.wandb` names a project: the same figures, under the same names."""
+
+import tempfile
+from typing import Any
+
+from etils import epath
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.paths import in_bucket
+
+_FILE = "wandb_run.txt"  # the run's id, so that a restart goes on in the same curves
+
+
+def check_wandb(project: str) -> None:
+    """Refuses a project without the package, before anything is computed.
+
+    Raises:
+      UserError: `wandb` cannot be imported.
+    """
+    if project:
+        try:
+            import wandb  # noqa: F401 - only asked whether it is there
+        except ImportError as error:
+            raise UserError(
+                f"log.wandb={project} needs W&B: pip install 'spatial_ssrl_jax[wandb]', or leave "
+                "log.wandb empty."
+            ) from error
+
+
+class WandbRun:
+    """One run at W&B.
+
+    Args:
+      project: the project's name.
+      name: the run's name.
+      workdir: the run's folder, where the id is kept, and W&B's own files unless in a bucket.
+      config: the config as plain types.
+
+    Raises:
+      UserError: it cannot begin.
+    """
+
+    def __init__(self, project: str, name: str, workdir: epath.PathLike, config: dict[str, Any]):
+        import wandb
+
+        path = epath.Path(workdir) / _FILE
+        known = path.read_text().strip() if path.is_file() else None
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                config=config,
+                dir=tempfile.mkdtemp() if in_bucket(workdir) else str(workdir),
+                id=known,
+                resume="allow" if known else None,
+            )
+        except Exception as error:  # W&B hands on whatever its service meets
+            raise UserError(
+                f"W&B cannot begin ({error}): log in with `wandb login`, set WANDB_MODE=offline, "
+                "or leave log.wandb empty."
+            ) from error
+        path.write_text(self._run.id + "\n")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One step's figures. After a restart W&B itself passes over steps that it has."""
+        self._run.log(values, step=step)
+
+    def finish(self) -> None:
+        """Sends what is left."""
+        self._run.finish()

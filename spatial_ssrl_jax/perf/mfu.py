@@ -1,0 +1,63 @@
+"""What a step needed to compute, over what its devices could have: FLOPs a second, and MFU.
+
+Needed are the tokens of prompts, pictures and responses, each prompt once a group: padding, what is
+computed again in the backward pass, and groups that were sampled and thrown away are left out.
+"""
+
+import jax
+import numpy as np
+
+from spatial_ssrl_jax.config.schema import GrpoSettings, SftSettings
+from spatial_ssrl_jax.parallel.collectives import all_sum
+from spatial_ssrl_jax.perf.device_specs import device_spec
+from spatial_ssrl_jax.perf.flops import batch_flops
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
+
+
+def useful_flops(
+    config: QwenVLConfig,
+    stage: SftSettings | GrpoSettings,
+    prompts: PromptBatch,
+    length_BG: np.ndarray,
+) -> float:
+    """FLOPs that a step of a stage needs, over all processes.
+
+    Args:
+      config: the model's shape.
+      stage: its section.
+      prompts: this process's prompts, NumPy arrays.
+      length_BG: [B, G] tokens of each response.
+    """
+    vision, text = batch_flops(config, prompts, length_BG)
+    vision_passes, text_passes = forward_passes(stage)
+    return all_sum(vision_passes * vision + text_passes * text)
+
+
+def forward_passes(stage: SftSettings | GrpoSettings) -> tuple[int, int]:
+    """How many forward passes' worth a step takes in the vision tower and in the language model.
+
+    Sampling, the reference's and the old log-probabilities are one each. In an update the forward
+    pass is one, the gradient of what flows one more, and that of the weights one more; neither is
+    needed where nothing trains at or before a layer, and adapters' own products are left out.
+    """
+    forward = 0
+    if isinstance(stage, GrpoSettings):
+        needs_old = stage.old_logprobs == "recomputed" or stage.correction != "none"
+        forward = 1 + (stage.kl_coefficient > 0) + (stage.updates > 1 and needs_old)
+    if stage.lora.rank:
+        vision = 2 if any(t.split(".")[0] == "vision" for t in stage.lora.targets) else 1
+        text = 2
+    else:
+        vision = 1 if "vision" in stage.freeze else 3
+        text = 2 if "language" in stage.freeze else 3
+    return forward + vision, forward + text
+
+
+def mfu_metrics(flops: float, seconds: float) -> dict[str, float]:
+    """FLOPs a second of all devices, and the share of their peak (MFU) where that is known."""
+    rate, peak = flops / seconds, device_spec()
+    found = {"perf/flops_per_second": rate}
+    if peak is None:
+        return found
+    return found | {"perf/mfu": rate / (peak.flops * jax.device_count())}

@@ -1,0 +1,374 @@
+"""The jitted programs of a run's stages at their largest buckets, as shapes on a mesh.
+
+They are the very functions that training calls. A program that takes another's result is given its
+shapes where the compiler put them, as in training, where nothing moves them in between.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.compute import Compute
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch, VisionInput
+from spatial_ssrl_jax.qwen_vl.lora import drop_adapters
+from spatial_ssrl_jax.qwen_vl.tree import Params, merge_params
+from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
+from spatial_ssrl_jax.rl.logprobs import logprobs_of
+from spatial_ssrl_jax.rl.losses import GrpoLoss, SftLoss
+from spatial_ssrl_jax.rl.optimizer import make_optimizer
+from spatial_ssrl_jax.rl.placement import abstract_stage_state, compute_settings
+from spatial_ssrl_jax.rl.train_step import (
+    LossFunction,
+    TrainState,
+    add_gradients,
+    apply_gradients,
+    gradient_shardings,
+    micro_gradients,
+    param_shardings,
+)
+from spatial_ssrl_jax.rollout.cache import DecodeState
+from spatial_ssrl_jax.rollout.decode import (
+    DecodeSettings,
+    decode_chunk,
+    decode_weight_shardings,
+    decode_weights,
+    grow_layer,
+    initial_samples,
+    prefill_program,
+    reshard_program,
+)
+from spatial_ssrl_jax.rollout.sampling import Sampling, sample_keys
+
+Held = dict[str, int]
+
+
+@dataclass(frozen=True)
+class PlannedProgram:
+    """One program of a step.
+
+    Attributes:
+      name: of the part that it does.
+      function: jitted.
+      args: what it is called with, arrays as `jax.ShapeDtypeStruct`s.
+      runs: how often a step calls it.
+      beside: bytes of each device that are taken while it runs, by what takes them; its own
+        arguments are not among them.
+      setting: what to lower where it does not fit.
+      turns: of the loop whose length depends on data.
+    """
+
+    name: str
+    function: Callable
+    args: tuple
+    runs: float
+    beside: Held
+    setting: str
+    turns: float = 1.0
+
+
+# Yields programs and is sent the shapes of their results, None where a program did not compile.
+PlannedPrograms = Generator[PlannedProgram, Any, None]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage's programs.
+
+    Attributes:
+      name: `sft` or `grpo`.
+      programs: in the order in which a step runs them.
+      tokens: that a step works on at the largest buckets, prompts and responses.
+    """
+
+    name: str
+    programs: PlannedPrograms
+    tokens: int
+
+
+def planned_stages(
+    config: Config, model: QwenVLConfig, layout: Layout, rollout_layout: Layout
+) -> list[PlannedStage]:
+    """The programs of the stages that a config has."""
+    planned = _Planned(config, model, layout, rollout_layout, compute_settings(config, layout))
+    found = []
+    if config.sft.steps:
+        rows = _sft_rows(config)
+        found.append(PlannedStage("sft", planned.sft(rows), rows * config.sft.row_tokens))
+    if config.grpo.steps:
+        grpo, limit = config.grpo, config.rollout.limit
+        tokens = grpo.prompts * (max(config.data.prompt_buckets) + grpo.group * limit)
+        found.append(PlannedStage("grpo", planned.grpo(), tokens))
+    return found
+
+
+def _sft_rows(config: Config) -> int:
+    """Rows of a cold-start step, were every prompt and response the longest; whole micro-batches.
+
+    Rows are as full as the real ones are, so this is what a step costs at most.
+    """
+    sft = config.sft
+    longest = max(config.data.prompt_buckets) + config.rollout.limit
+    rows = -(-sft.prompts // (sft.row_tokens // longest))
+    return -(-rows // sft.micro_rows) * sft.micro_rows
+
+
+@dataclass(frozen=True)
+class _Planned:
+    config: Config
+    model: QwenVLConfig
+    layout: Layout
+    rollout_layout: Layout
+    compute: Compute
+
+    def sft(self, rows: int) -> PlannedPrograms:
+        """Gradients, their sum and the optimizer's step of the cold start."""
+        settings, micro = self.config.sft, rows // self.config.sft.micro_rows
+        optimizer = make_optimizer(self.config.optim, settings, settings.steps)
+        state = self._state(settings, optimizer)
+        batch = PackedBatch(self._packed_rows(settings), self._scalar())
+        loss = SftLoss(self.model, self.compute)
+        yield from self._update(
+            "sft_", loss, optimizer, state, batch, micro, 1, {}, "sft.micro_rows"
+        )
+
+    def grpo(self) -> PlannedPrograms:
+        """Rollout, log-probabilities and update of a GRPO step."""
+        config, settings = self.config, self.config.grpo
+        optimizer = make_optimizer(config.optim, settings, settings.steps * settings.updates)
+        state = self._state(settings, optimizer)
+        reference = self._reference(settings, state)
+        own_reference = {}
+        if reference is not None and not settings.lora.rank:
+            own_reference = {"reference": shard_bytes(reference) - shard_bytes(state.frozen)}
+        resting = {} if config.optim.offload else own_reference
+        optimizing = self._moments(state)
+        yield from self._rollout(state, optimizing | resting)
+        batch = self._groups(settings)
+        micro = settings.prompts // settings.micro_prompts
+        waiting = {"other micro-batches": (micro - 1) * shard_bytes(batch)}
+        weights = {"weights": shard_bytes(state.params)}
+        temperature, setting = settings.temperature, "grpo.micro_prompts"
+
+        def logprobs(name: str, params: Params, beside: Held) -> PlannedProgram:
+            args = (self.model, self.compute, temperature, params, batch)
+            return PlannedProgram(name, logprobs_of, args, micro, beside | waiting, setting)
+
+        old = found = None
+        like = self._rows(*batch.tokens.shape, dtype=np.float32)
+        if settings.updates > 1 and settings.needs_old:
+            beside = optimizing | own_reference
+            old = (yield logprobs("old_logprobs", state.params, beside)) or like
+        if reference is not None:
+            beside = optimizing | weights
+            found = (yield logprobs("reference_logprobs", reference, beside)) or like
+        batch = replace(batch, old_logprobs=old, reference_logprobs=found)
+        loss = GrpoLoss(self.model, self.compute, settings)
+        yield from self._update(
+            "", loss, optimizer, state, batch, micro, settings.updates, resting, setting
+        )
+
+    def _rollout(self, state: TrainState, beside: Held) -> PlannedPrograms:
+        """Copying the weights, prefill, and decoding in chunks, the last and widest one."""
+        config, model, rollout = self.config, self.model, self.config.rollout
+        group, limit, setting = config.grpo.group, rollout.limit, "rollout.wave"
+        waves = config.grpo.prompts / rollout.wave
+        params = state.params
+        args = (model, params, self.compute.dtype)
+        weights = yield PlannedProgram(
+            "rollout_weights", decode_weights, args, 1, beside, "mesh.fsdp"
+        )
+        if weights is None:
+            return
+        layout, before = self.rollout_layout, beside | {"weights": shard_bytes(params)}
+        weights = yield from self._resharded(weights, before)
+        if weights is None:
+            return
+        beside = beside | {"rollout copy": shard_bytes(weights)}
+        prompts = self._prompts(rollout.wave)
+        program = prefill_program(model, self.compute, layout)
+        filled = yield PlannedProgram("prefill", program, (params, prompts), waves, beside, setting)
+        if filled is None:
+            return
+        hidden, prefix = filled
+        beside = beside | {"weights": shard_bytes(params), "prompts": shard_bytes(prompts)}
+        chunks = -(-limit // rollout.chunk)
+        slots = min(rollout.chunk, limit)
+        before = beside | {"prompts' caches": shard_bytes(prefix)}
+        width = max(limit - slots, slots)
+        args = (model.text, group, width, limit, hidden, layout)
+        samples = yield PlannedProgram("start", initial_samples, args, waves, before, setting)
+        if samples is not None and chunks > 1:
+            samples = yield from self._grown(samples, width, slots, waves * (chunks - 1), before)
+        if samples is None:
+            return
+        sampling = Sampling(config.grpo.temperature)
+        stop = (model.eos_token_id,)
+        settings = DecodeSettings(sampling, stop, model.vision_tokens, rollout.check_every, layout)
+        beside = {name: size for name, size in beside.items() if name != "rollout copy"}
+        keys = self._keys(rollout.wave, group)
+        args = (model, settings, slots, weights, prefix, samples, keys)
+        turns = slots / rollout.check_every
+        yield PlannedProgram(
+            "decode", decode_chunk, args, waves * limit / slots, beside, setting, turns
+        )
+
+    def _resharded(
+        self, weights: dict[str, Any], beside: Held
+    ) -> Generator[PlannedProgram, Any, dict[str, Any] | None]:
+        """Moving the weights for sampling: what is around the layers, then each layer."""
+        model, layout = self.model, self.rollout_layout
+        *_, layer = layers = weights["layers"]
+        around = {name: part for name, part in weights.items() if name != "layers"}
+        before = beside | {"layers": shard_bytes(layers)}
+        program = reshard_program(model, layout, of_layer=False)
+        moved = yield PlannedProgram("rollout_reshard", program, (around,), 1, before, "mesh.fsdp")
+        if moved is None:
+            return None
+        copy = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            layer,
+            decode_weight_shardings(model, layout)["layers"],
+        )
+        others = shard_bytes(moved) + (len(layers) - 1) * shard_bytes(copy)
+        before = beside | {"rollout copy": others}
+        name, runs = "rollout_reshard_layer", len(layers)
+        program = reshard_program(model, layout, of_layer=True)
+        layer = yield PlannedProgram(name, program, (layer,), runs, before, "mesh.fsdp")
+        return None if layer is None else moved | {"layers": [layer] * len(layers)}
+
+    def _grown(
+        self, samples: DecodeState, width: int, slots: int, times: float, beside: Held
+    ) -> Generator[PlannedProgram, Any, DecodeState | None]:
+        """Growing the caches from `width` by `slots`, the last layer's, beside all the others."""
+        layers = len(samples.layers)
+        others = shard_bytes(samples.layers[1:]) * (width + slots) // width
+        beside = beside | {"samples' caches": others}
+        args, runs = (samples.layers[0], slots, self.rollout_layout), times * layers
+        grown = yield PlannedProgram("grow", grow_layer, args, runs, beside, "rollout.wave")
+        return None if grown is None else replace(samples, layers=(grown,) * layers)
+
+    def _moments(self, state: TrainState) -> Held:
+        """What the optimizer takes while it does nothing."""
+        return {} if self.config.optim.offload else {"optimizer": shard_bytes(state.opt_state)}
+
+    def _update(
+        self,
+        prefix: str,
+        loss: LossFunction,
+        optimizer: Any,
+        state: TrainState,
+        batch: GroupBatch | PackedBatch,
+        micro: int,
+        updates: int,
+        beside: Held,
+        setting: str,
+    ) -> PlannedPrograms:
+        """One or several optimizer steps over `micro` micro-batches in all."""
+        trained = state.trained
+        several = micro > updates
+        if isinstance(batch, GroupBatch):  # those of a cold start are made one after another
+            beside = beside | {"other micro-batches": (micro - 1) * shard_bytes(batch)}
+        optimizing = beside | self._moments(state)
+        places = gradient_shardings(trained)
+        shapes = jax.tree.leaves(trained)
+        if places:
+            shapes = [x.update(sharding=p) for x, p in zip(shapes, places, strict=True)]
+        summed = {"gradients so far": shard_bytes(shapes)} if several else {}
+        args = (loss, trained, state.frozen, batch, places)
+        found = yield PlannedProgram(
+            f"{prefix}gradients", micro_gradients, args, micro, optimizing | summed, setting
+        )
+        if found is None:
+            return
+        gradients, _ = found
+        weights = {"weights": shard_bytes(trained) + shard_bytes(state.frozen)}
+        batches = {"micro-batch": shard_bytes(batch)}
+        if several:
+            args = (gradients, gradients)
+            beside_sum = optimizing | weights | batches
+            runs = micro - updates
+            yield PlannedProgram(f"{prefix}add", add_gradients, args, runs, beside_sum, "mesh.fsdp")
+        held = beside | batches | {"frozen weights": shard_bytes(state.frozen)}
+        args = (optimizer, replace(state, frozen={}), gradients, param_shardings(trained))
+        yield PlannedProgram(f"{prefix}apply", apply_gradients, args, updates, held, "mesh.fsdp")
+
+    def _state(self, settings: SftSettings | GrpoSettings, optimizer: Any) -> TrainState:
+        return abstract_stage_state(self.config, self.model, self.layout, settings, optimizer)
+
+    def _reference(self, settings: GrpoSettings, state: TrainState) -> Params | None:
+        if not settings.kl_coefficient:
+            return None
+        if settings.lora.rank:
+            return drop_adapters(state.frozen)
+        dtype = jnp.dtype(self.config.model.dtype)
+        return merge_params(
+            jax.tree.map(lambda x: x.update(dtype=dtype), state.trained), state.frozen
+        )
+
+    def _rows(self, *shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.rows())
+
+    def _scalar(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), np.float32, sharding=self.layout.replicated())
+
+    def _vision(self, rows: int, windows: int) -> VisionInput:
+        shape = (rows, windows, self.model.vision.window_patches)
+        dtype = jnp.dtype(self.compute.dtype)
+        patches = self._rows(*shape, self.model.vision.patch_dim, dtype=dtype)
+        return VisionInput(patches, self._rows(*shape), self._rows(*shape, 2))
+
+    def _prompts(self, rows: int) -> PromptBatch:
+        tokens = max(self.config.data.prompt_buckets)
+        return PromptBatch(
+            ids=self._rows(rows, tokens),
+            length=self._rows(rows),
+            position=self._rows(rows, 3, tokens),
+            next_position=self._rows(rows),
+            image_index=self._rows(rows, tokens),
+            vision=self._vision(rows, max(self.config.data.window_buckets)),
+        )
+
+    def _packed_rows(self, settings: SftSettings) -> PackedRows:
+        rows, tokens = settings.micro_rows, settings.row_tokens
+        return PackedRows(
+            ids=self._rows(rows, tokens),
+            segment=self._rows(rows, tokens),
+            position=self._rows(rows, 3, tokens),
+            image_index=self._rows(rows, tokens),
+            place=self._rows(rows, settings.row_responses),
+            vision=self._vision(rows, max(settings.row_windows)),
+        )
+
+    def _groups(self, settings: GrpoSettings) -> GroupBatch:
+        rows, group, limit = settings.micro_prompts, settings.group, self.config.rollout.limit
+        return GroupBatch(
+            prompts=self._prompts(rows),
+            tokens=self._rows(rows, group, limit),
+            length=self._rows(rows, group),
+            weight=self._rows(rows, group, dtype=np.float32),
+            normaliser=self._scalar(),
+            advantage=self._rows(rows, group, dtype=np.float32),
+            sampled_logprobs=self._rows(rows, group, limit, dtype=np.float32),
+            old_logprobs=None,
+            reference_logprobs=None,
+        )
+
+    def _keys(self, rows: int, group: int) -> jax.ShapeDtypeStruct:
+        index = jax.ShapeDtypeStruct((rows,), np.int32)
+        keys = jax.eval_shape(lambda i: sample_keys(jax.random.key(0), i, group), index)
+        return self._rows(*keys.shape, dtype=keys.dtype)
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device's part of sharded shapes."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,75 @@
+"""TODO: planning.report."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from spatial_ssrl_jax.planning.planner import _GIB
+
+
+def problems(report: dict[str, Any]) -> list[str]:
+    """A sentence for every program that does not fit: by how much, what takes it, what helps."""
+    found = []
+    for cost in report["programs"]:
+        if cost["fits"]:
+            continue
+        parts = {
+            "its arguments": cost["argument_bytes"],
+            "its temporaries": cost["temp_bytes"],
+            "its results": cost["output_bytes"],
+            **cost["beside"],
+        }
+        named = ", ".join(
+            f"{n} {gib(b)}" for n, b in sorted(parts.items(), key=lambda i: -i[1])[:4]
+        )
+        largest = max(cost["largest_buffers"], key=lambda b: b["bytes"], default=None)
+        buffer = f"; the largest buffer is {largest['name']}, {gib(largest['bytes'])}"
+        found.append(
+            f"{cost['name']} needs {gib(cost['peak_bytes'])} of {gib(report['hbm_bytes'])} "
+            f"({named}{buffer if largest else ''}): {_help(cost['setting'])}."
+        )
+    return found
+
+
+def _help(setting: str) -> str:
+    if setting == "mesh.fsdp":
+        return (
+            "raise mesh.fsdp, use more devices, let moments rest in host memory "
+            "(optim.offload=True), or train adapters alone (lora.rank=64)"
+        )
+    other = "raise rollout.tensor, lower" if setting == "rollout.wave" else "model.chunk,"
+    return f"lower {setting}, {other} the largest bucket or rollout.limit, or use more devices"
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, as chips' memory is given."""
+    return f"{size / _GIB:.2f} GiB"
+
+
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    """The report as a table with a line a program; GiB are of one device."""
+    has = f"{gib(report['hbm_bytes'])} each" if report["hbm_bytes"] else "memory unknown"
+    yield f"{report['topology']}: {report['devices']} devices, {has}; all figures are a device's"
+    yield (
+        f"{'program':<20}{'runs':>6}{'peak GiB':>10}{'args':>8}{'temps':>8}{'beside':>8}"
+        f"{'TFLOPs':>9}{'GB moved':>10}{'GB sent':>9}{'far':>7}{'seconds':>10}  {'bound':<8}"
+        f"{'compiled':>9}"
+    )
+    for cost in report["programs"]:
+        sizes = (cost["argument_bytes"], cost["temp_bytes"], sum(cost["beside"].values()))
+        seconds = cost["estimated_seconds"]
+        yield (
+            f"{cost['name']:<20}{cost['runs']:>6g}{cost['peak_bytes'] / _GIB:>10.2f}"
+            + "".join(f"{size / _GIB:>8.2f}" for size in sizes)
+            + f"{cost['flops'] / 1e12:>9.3f}{cost['bytes_accessed'] / 1e9:>10.2f}"
+            f"{cost['collective_bytes'] / 1e9:>9.2f}{cost['far_bytes'] / 1e9:>7.2f}"
+            + (f"{'unknown':>10}" if seconds is None else f"{seconds:>10.4f}")
+            + f"  {cost['bound'] or 'unknown':<8}{cost['compile_seconds']:>7.0f} s"
+            + ("" if cost["fits"] else "  does not fit")
+        )
+    yield from problems(report)
+    step = report["step"]
+    if step["estimated_seconds"] is not None:
+        yield (
+            f"a step: {step['estimated_seconds']:.1f} s at least, "
+            f"{step['tokens_per_second_per_chip']:.0f} tokens/s a chip at most"
+        )

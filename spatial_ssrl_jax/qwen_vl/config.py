@@ -1,0 +1,104 @@
+"""The shape of a Qwen-VL model: what the members of the family share."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model. Head size is `hidden_size // num_attention_heads`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    mrope_section: tuple[int, int, int]
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 128_000
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A vision tower. Sizes in pixels are those of images after the processor's resizing.
+
+    Patches reach every tower in windows of `window_size` pixels a side, whether it attends inside
+    of them or not.
+    """
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    in_channels: int = 3
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch: channels x frames x height x width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches merged into one token of the language model."""
+        return self.spatial_merge_size**2
+
+    @property
+    def window_side(self) -> int:
+        """Merged tokens along one side of a window."""
+        return self.window_size // self.patch_size // self.spatial_merge_size
+
+    @property
+    def window_patches(self) -> int:
+        return self.window_side**2 * self.merge_unit
+
+    @property
+    def full_attention_blocks(self) -> int:
+        """Blocks in which a patch sees its whole image; in the others it sees its window."""
+        return self.depth
+
+
+@dataclass(frozen=True)
+class QwenVLConfig:
+    """A whole model. Token ids are the Hub's.
+
+    Attributes:
+      model_type: which member of the family it is, as `config.json` names it.
+      suppressed: further token ids that are never sampled.
+    """
+
+    text: TextConfig
+    vision: VisionConfig
+    tie_word_embeddings: bool
+    model_type: str = "qwen2_5_vl"
+    image_token_id: int = 151_655
+    video_token_id: int = 151_656
+    vision_start_token_id: int = 151_652
+    vision_end_token_id: int = 151_653
+    bos_token_id: int = 151_643
+    eos_token_id: int = 151_645
+    suppressed: tuple[int, ...] = field(default=(), compare=True)
+
+    @property
+    def vision_tokens(self) -> tuple[int, ...]:
+        """Ids that stand for vision input and are never sampled."""
+        known = (
+            self.vision_start_token_id,
+            self.vision_end_token_id,
+            self.image_token_id,
+            self.video_token_id,
+        )
+        return tuple(sorted({*known, *self.suppressed}))

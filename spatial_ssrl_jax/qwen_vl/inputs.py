@@ -1,0 +1,110 @@
+"""What programs take: batches of prompts and rows of packed examples, with their images.
+
+Shape letters: B prompts or rows, T tokens, R response tokens, W windows, S patches of a window.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from spatial_ssrl_jax.qwen_vl.config import VisionConfig
+
+# Temporal frames, patch rows and patch columns of an image or a video.
+Grid = tuple[int, int, int]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VisionInput:
+    """All pictures and frames of each prompt, laid out by the host as padded windows.
+
+    A window holds up to 8x8 patches; the four patches of a merged token are neighbours in it.
+
+    Attributes:
+      patches: [B, W, S, C·2·14·14] float, normalised pixels.
+      frame: [B, W, S] int32, which picture or temporal frame of the prompt; -1 is padding.
+      coords: [B, W, S, 2] int32, row and column of the patch in its picture.
+    """
+
+    patches: Array
+    frame: Array
+    coords: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PromptBatch:
+    """B prompts padded to one bucket, pictures included.
+
+    Attributes:
+      ids: [B, T] int32 token ids, padded behind.
+      length: [B] int32 tokens of each prompt.
+      position: [B, 3, T] int32 M-RoPE positions.
+      next_position: [B] int32 position of the first response token.
+      image_index: [B, T] int32 merged vision token that stands at each place, -1 for text.
+      vision: the pictures' windows.
+    """
+
+    ids: Array
+    length: Array
+    position: Array
+    next_position: Array
+    image_index: Array
+    vision: VisionInput
+
+    @property
+    def valid(self) -> Array:
+        """[B, T] bool, which tokens exist."""
+        return jnp.arange(self.ids.shape[1]) < self.length[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedRows:
+    """B rows of several examples each: prompt and response, one example behind another.
+
+    Attributes:
+      ids: [B, T] int32 token ids, padded behind.
+      segment: [B, T] int32, which example of the row; -1 is padding.
+      position: [B, 3, T] int32 M-RoPE positions, each example's as if it were alone.
+      image_index: [B, T] int32 merged vision token of the row at each place, -1 for text.
+      place: [B, R] int32, the place before each response token, which predicts it; -1 is padding.
+      vision: the windows of all the row's pictures.
+    """
+
+    ids: Array
+    segment: Array
+    position: Array
+    image_index: Array
+    place: Array
+    vision: VisionInput
+
+    @property
+    def labels(self) -> Array:
+        """[B, R] int32, the response token that each place predicts."""
+        return jnp.take_along_axis(self.ids, jnp.maximum(self.place, 0) + 1, axis=1)
+
+
+@dataclass(frozen=True)
+class WindowLayout:
+    """The windows of one prompt's pictures.
+
+    Attributes:
+      source: [W, S] int32, which of the processor's patches stands in each slot; -1 is padding.
+      frame: [W, S] int32, which picture or temporal frame; -1 is padding.
+      coords: [W, S, 2] int32, row and column of the patch in its picture.
+      merged: [n] int32, slot among the W·S/4 merged ones for each merged token in reading order.
+    """
+
+    source: np.ndarray
+    frame: np.ndarray
+    coords: np.ndarray
+    merged: np.ndarray
+
+
+def merged_tokens(config: VisionConfig, grid: Grid) -> int:
+    """Tokens that a picture takes in the prompt."""
+    return grid[0] * grid[1] * grid[2] // config.merge_unit

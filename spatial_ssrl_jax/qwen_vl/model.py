@@ -1,0 +1,162 @@
+"""Qwen2.5-VL: both towers, and the functions that run them on a batch of prompts.
+
+Parameters travel as a pure nested dict of arrays; `bind` puts them into the modules. Vision and
+layers are stacked along a leading layer axis.
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from spatial_ssrl_jax.qwen_vl.compute import Compute
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.family import member_of
+from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch
+from spatial_ssrl_jax.qwen_vl.layers import Init
+from spatial_ssrl_jax.qwen_vl.lora import (
+    NO_LORA,
+    LoraSettings,
+    adapt,
+    adapter_settings,
+    select_adapters,
+)
+from spatial_ssrl_jax.qwen_vl.rope import text_rotary
+from spatial_ssrl_jax.qwen_vl.text import TextModel
+from spatial_ssrl_jax.qwen_vl.tree import Params
+
+
+class QwenVL(nnx.Module):  # noqa: N801 - the model's own name
+    """The whole model's weights."""
+
+    def __init__(self, config: QwenVLConfig, key: Array):
+        tower = member_of(config).vision_tower
+        self.vision = tower(Init(jax.random.fold_in(key, 0)), config.vision)
+        tied = config.tie_word_embeddings
+        self.text = TextModel(Init(jax.random.fold_in(key, 1)), config.text, tied)
+
+
+@cache
+def _abstract(config: QwenVLConfig, lora: LoraSettings) -> tuple[nnx.GraphDef, nnx.State]:
+    def build() -> QwenVL:
+        model = QwenVL(config, jax.random.key(0))
+        adapt(model, lora, jax.random.key(0))
+        return model
+
+    return nnx.split(nnx.eval_shape(build))
+
+
+def abstract_params(config: QwenVLConfig, lora: LoraSettings = NO_LORA) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`, float32; with `lora`, adapters too."""
+    return nnx.to_pure_dict(_abstract(config, lora)[1])
+
+
+def param_axes(config: QwenVLConfig, lora: LoraSettings = NO_LORA) -> Params:
+    """The parameter tree with each weight's logical axes as its leaf."""
+    _, state = _abstract(config, lora)
+    axes = jax.tree.map(lambda p: p.axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.to_pure_dict(axes)
+
+
+def init_params(config: QwenVLConfig, key: Array) -> Params:
+    """Fresh weights, float32, drawn from `key`."""
+    return nnx.to_pure_dict(nnx.state(QwenVL(config, key)))
+
+
+def init_adapters(config: QwenVLConfig, lora: LoraSettings, key: Array) -> Params:
+    """Fresh adapters alone, float32, drawn from `key`; the model with them computes as without."""
+    model = nnx.merge(*_abstract(config, NO_LORA))  # shapes are enough: no base weight is drawn
+    adapt(model, lora, jax.random.fold_in(key, 2))
+    return select_adapters(nnx.to_pure_dict(nnx.state(model)))
+
+
+def bind(config: QwenVLConfig, params: Params) -> QwenVL:
+    """The modules with `params` in them, and with adapters where `params` has them."""
+    return nnx.merge(_abstract(config, adapter_settings(params))[0], params)
+
+
+def embed_prompt(model: QwenVL, prompts: PromptBatch | PackedRows, compute: Compute) -> Array:
+    """[B, T, D] token embeddings with the pictures' vectors in their places."""
+    x = compute.constrain(model.text.embed[...][prompts.ids].astype(compute.dtype))
+    if prompts.vision.frame.shape[1] == 0:
+        return x
+    merged = model.vision(prompts.vision, compute)
+    index = jnp.maximum(prompts.image_index, 0)[..., None]
+    picture = jnp.take_along_axis(merged, index, axis=1)
+    return jnp.where(prompts.image_index[..., None] >= 0, picture, x)
+
+
+def prefill(
+    config: QwenVLConfig, model: QwenVL, prompts: PromptBatch, compute: Compute
+) -> tuple[Array, Array, Array]:
+    """Encodes pictures and runs prompts once.
+
+    Returns:
+      Hidden state [B, D] of each prompt's last token, keys and values [L, B, K, T, H].
+    """
+    x = embed_prompt(model, prompts, compute)
+    rotary = text_rotary(config.text, prompts.position)
+    hidden, keys, values = model.text.prefill(
+        x,
+        rotary,
+        prompts.valid,
+        compute,
+    )
+    return _last(hidden, prompts), keys, values
+
+
+def response_hidden(
+    config: QwenVLConfig,
+    model: QwenVL,
+    prompts: PromptBatch,
+    tokens_BGR: Array,
+    length_BG: Array,
+    compute: Compute,
+) -> Array:
+    """Hidden states from which each response token is predicted.
+
+    Args:
+      config: the model's shape.
+      model: the weights.
+      prompts: B prompts, each run once for its whole group.
+      tokens_BGR: int32 response tokens.
+      length_BG: int32 tokens of each response.
+      compute: dtype, chunks and rematerialisation.
+
+    Returns:
+      [B, G, R, D]: the first from the prompt's last token, the others from the token before.
+    """
+    response = tokens_BGR.shape[2]
+    order = jnp.arange(response)
+    position = prompts.next_position[:, None, None] + order
+    position = jnp.broadcast_to(position[:, :, None], (*tokens_BGR.shape[:2], 3, response))
+    prompt, own = model.text.group(
+        embed_prompt(model, prompts, compute),
+        compute.constrain(model.text.embed[...][tokens_BGR].astype(compute.dtype)),
+        text_rotary(config.text, prompts.position),
+        text_rotary(config.text, position),
+        prompts.valid,
+        order < length_BG[..., None],
+        compute,
+    )
+    first = jnp.broadcast_to(
+        _last(prompt, prompts)[:, None, None], (*own.shape[:2], 1, own.shape[3])
+    )
+    return jnp.concatenate((first, own[:, :, :-1]), axis=2)
+
+
+def packed_hidden(config: QwenVLConfig, model: QwenVL, rows: PackedRows, compute: Compute) -> Array:
+    """Hidden states [B, R, D] from which the response tokens of packed rows are predicted."""
+    hidden = model.text.packed(
+        embed_prompt(model, rows, compute),
+        text_rotary(config.text, rows.position),
+        rows.segment,
+        compute,
+    )
+    return jnp.take_along_axis(hidden, jnp.maximum(rows.place, 0)[..., None], axis=1)
+
+
+def _last(hidden_BTD: Array, prompts: PromptBatch) -> Array:
+    return jnp.take_along_axis(hidden_BTD, (prompts.length - 1)[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,381 @@
+"""What is Qwen2.5-VL's own: its `config.json`, its vision tower, where its patches go, and its names.
+
+Shape letters: B prompts, W windows of a prompt, S patches of a window (64), D width, M merged
+tokens of a window (S/4).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.qwen_vl.compute import XLA, Compute
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig, VisionConfig
+from spatial_ssrl_jax.qwen_vl.inputs import Grid, VisionInput, WindowLayout
+from spatial_ssrl_jax.qwen_vl.kernels import self_attention
+from spatial_ssrl_jax.qwen_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
+from spatial_ssrl_jax.qwen_vl.rope import rotate, vision_rotary
+
+MODEL_TYPE = "qwen2_5_vl"
+
+
+@dataclass(frozen=True)
+class Qwen2_5VisionConfig(VisionConfig):
+    """Qwen2.5-VL's vision tower.
+
+    Attributes:
+      fullatt_block_indexes: blocks in which patches see their whole image.
+      tokens_per_second: positions that a second of a video takes.
+    """
+
+    fullatt_block_indexes: tuple[int, ...] = ()
+    tokens_per_second: float = 2
+
+    @property
+    def full_attention_blocks(self) -> int:
+        return len(self.fullatt_block_indexes)
+
+
+_TEXT_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+_VISION_KEYS = (
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "out_hidden_size",
+    "patch_size",
+    "temporal_patch_size",
+    "spatial_merge_size",
+    "window_size",
+    "tokens_per_second",
+)
+_TOKEN_KEYS = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+def config_from_dict(raw: dict[str, Any], name: str) -> QwenVLConfig:
+    """Builds the config from the parsed `config.json`; `name` is used in errors."""
+    try:
+        text = {**raw, **raw.get("text_config", {})}
+        vision = raw.get("vision_config", {})
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        _refuse_variants(text, vision, rope, name)
+        return QwenVLConfig(
+            model_type=MODEL_TYPE,
+            text=TextConfig(
+                **{k: text[k] for k in _TEXT_KEYS},
+                mrope_section=tuple(rope["mrope_section"]),
+                rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
+            ),
+            vision=Qwen2_5VisionConfig(
+                **{k: vision[k] for k in _VISION_KEYS},
+                fullatt_block_indexes=tuple(vision["fullatt_block_indexes"]),
+                in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
+            ),
+            tie_word_embeddings=bool(
+                raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+            ),
+            **{
+                k: _token(text.get(k, raw.get(k)))
+                for k in _TOKEN_KEYS
+                if text.get(k, raw.get(k)) is not None
+            },
+        )
+    except KeyError as error:
+        raise UserError(
+            f"{name} lacks the key {error}; expected Qwen2.5-VL's config.json: fetch it again."
+        ) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{name} holds a wrong value ({error}): fetch it again.") from None
+
+
+def _refuse_variants(text: dict, vision: dict, rope: dict, name: str) -> None:
+    """Stops where the reference would compute something else than we do."""
+    settings = {
+        "rope type": (rope.get("rope_type", rope.get("type", "mrope")), ("default", "mrope")),
+        "hidden_act": (text.get("hidden_act", "silu"), ("silu",)),
+        "vision_config.hidden_act": (vision.get("hidden_act", "silu"), ("silu",)),
+        "use_sliding_window": (text.get("use_sliding_window", False), (False,)),
+    }
+    for key, (value, known) in settings.items():
+        if value not in known:
+            raise UserError(
+                f"{name} sets {key} to {value!r}, which is not supported; expected "
+                f"{' or '.join(map(repr, known))}."
+            )
+
+
+def _token(value: int | list[int]) -> int:
+    return value if isinstance(value, int) else value[0]
+
+
+def config_to_dict(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
+    """The hub's flat `config.json`, as Transformers and vLLM read it; `dtype` like `bfloat16`."""
+    text = dataclasses.asdict(config.text)
+    section, theta = list(text.pop("mrope_section")), text.pop("rope_theta")
+    vision = dataclasses.asdict(config.vision)
+    vision["in_chans"] = vision.pop("in_channels")
+    vision["spatial_patch_size"] = config.vision.patch_size
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "model_type": "qwen2_5_vl",
+        **text,
+        "rope_theta": theta,
+        "rope_scaling": {"type": "mrope", "mrope_section": section},
+        "max_window_layers": config.text.num_hidden_layers,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "use_cache": True,
+        **{k: getattr(config, k) for k in _TOKEN_KEYS},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": dtype,
+        "vision_config": {
+            **vision,
+            "fullatt_block_indexes": list(config.vision.fullatt_block_indexes),
+            "hidden_act": "silu",
+            "model_type": "qwen2_5_vl",
+        },
+    }
+
+
+class VisionBlock(nnx.Module):
+    """Attention and gated MLP, each behind an RMSNorm."""
+
+    def __init__(self, init: Init, config: Qwen2_5VisionConfig):
+        width, heads, size = config.hidden_size, config.num_heads, config.head_dim
+        self.norm1 = RMSNorm(init, width, 1e-6)
+        self.norm2 = RMSNorm(init, width, 1e-6)
+        qkv_axes = ("embed", None, "heads", "head_dim")
+        self.qkv = Linear(init, (width, 3, heads, size), qkv_axes, bias=True)
+        out_axes = ("heads", "head_dim", "embed")
+        self.proj = Linear(
+            init, (heads, size, width), out_axes, contract=2, bias=True, ends_branch=True
+        )
+        inner = config.intermediate_size
+        self.mlp = GatedMLP(init, width, inner, bias=True, axes=("embed", "vision_ffn"))
+
+    def __call__(
+        self,
+        x_BWSD: Array,
+        rotary: tuple[Array, Array],
+        segment_window: Array,
+        segment_full: Array,
+        is_full: Array,
+        compute: Compute,
+    ) -> Array:
+        batch, windows, size, _ = x_BWSD.shape
+        qkv = self.qkv(self.norm1(x_BWSD))
+        q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+
+        def over(rows: int, segment: Array, compute: Compute):
+            def run(q, k, v):
+                q, k, v = (t.reshape(rows, -1, *t.shape[3:]) for t in (q, k, v))
+                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+                segments = segment.reshape(rows, -1)
+                out = self_attention(q, k, v, segments, compute, causal=False)
+                return out.reshape(batch, windows, size, *out.shape[2:])
+
+            return run
+
+        full = over(batch, segment_full, compute)
+        if compute.attention.name == "splash":  # whose blocks are twice as long as a window
+            compute = dataclasses.replace(compute, attention=XLA)
+        window = over(batch * windows, segment_window, compute)
+        mixed = jax.lax.cond(is_full, full, window, q, k, v)
+        x_BWSD = x_BWSD + self.proj(mixed)
+        return x_BWSD + self.mlp(self.norm2(x_BWSD))
+
+
+class Merger(nnx.Module):
+    """Joins the four patches of a merged token and maps them to the language model's width."""
+
+    def __init__(self, init: Init, config: Qwen2_5VisionConfig):
+        wide = config.hidden_size * config.merge_unit
+        self.norm = RMSNorm(init, config.hidden_size, 1e-6)
+        self.up = Linear(init, (wide, wide), ("embed", "vision_ffn"), bias=True)
+        self.down = Linear(init, (wide, config.out_hidden_size), ("vision_ffn", "embed"), bias=True)
+
+    def __call__(self, x_BMC: Array) -> Array:
+        return self.down(jax.nn.gelu(self.up(x_BMC), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    """Patch embedding, blocks with windowed or full attention, and the merger."""
+
+    def __init__(self, init: Init, config: Qwen2_5VisionConfig):
+        self.config = config
+        self.patch_embed = Linear(init, (config.patch_dim, config.hidden_size), (None, "embed"))
+        self.blocks = VisionBlock(init.stacked(config.depth), config)
+        self.merger = Merger(init, config)
+
+    def __call__(self, vision: VisionInput, compute: Compute) -> Array:
+        """Encodes the pictures of B prompts.
+
+        Args:
+          vision: the windows.
+          compute: how to compute.
+
+        Returns:
+          [B, W·M, D_text]: one vector a merged token, in window order.
+        """
+        config = self.config
+        batch, windows, size = vision.frame.shape
+        x = self.patch_embed(vision.patches.astype(compute.dtype))
+        rotary = vision_rotary(config, vision.coords)
+        segment_window = jnp.where(vision.frame >= 0, 0, -1)
+        full = [i in config.fullatt_block_indexes for i in range(config.depth)]
+
+        def step(block: VisionBlock, x: Array, is_full: Array):
+            segments = (segment_window, vision.frame)
+            x = compute.constrain(x)
+            return block(x, rotary, *segments, is_full, compute), None
+
+        x, _ = scan_layers(self.blocks, step, x, jnp.array(full), remat=compute.remat)
+        x = self.merger.norm(compute.constrain(x))
+        x = x.reshape(batch, windows * size // config.merge_unit, -1)
+        return compute.constrain(self.merger(x))
+
+
+# Where patches go ---------------------------------------------------------------------------------
+
+
+def window_count(config: Qwen2_5VisionConfig, grids: Sequence[Grid]) -> int:
+    """Windows that the pictures fill, known from their sizes alone."""
+    side = config.window_side * config.spatial_merge_size
+    return sum(t * -(-h // side) * -(-w // side) for t, h, w in grids)
+
+
+def lay_out_windows(config: Qwen2_5VisionConfig, grids: Sequence[Grid]) -> WindowLayout:
+    """Lays the patches of a prompt's pictures out in windows of `config.window_patches` slots."""
+    total = window_count(config, grids)
+    size, unit, side = config.window_patches, config.merge_unit, config.window_side
+    source = np.full((total, size // unit, unit), -1, np.int32)
+    frame = np.full((total, size // unit, unit), -1, np.int32)
+    coords = np.zeros((total, size // unit, unit, 2), np.int32)
+    merged, first_window, first_patch, first_frame = [], 0, 0, 0
+    merge = config.spatial_merge_size
+    inside = np.stack(np.divmod(np.arange(unit), merge), axis=-1)
+    for t, h, w in grids:
+        time, row, column = (
+            a.ravel()
+            for a in np.meshgrid(*map(np.arange, (t, h // merge, w // merge)), indexing="ij")
+        )
+        across, down = -(-(w // merge) // side), -(-(h // merge) // side)
+        window = first_window + (time * down + row // side) * across + column // side
+        slot = row % side * side + column % side
+        token = np.arange(len(time))
+        source[window, slot] = first_patch + token[:, None] * unit + np.arange(unit)
+        frame[window, slot] = (first_frame + time)[:, None]
+        coords[window, slot] = np.stack((row, column), axis=-1)[:, None] * merge + inside
+        merged.append(window * (size // unit) + slot)
+        first_window += t * down * across
+        first_patch += t * h * w
+        first_frame += t
+    return WindowLayout(
+        source.reshape(total, size),
+        frame.reshape(total, size),
+        coords.reshape(total, size, 2),
+        np.concatenate(merged).astype(np.int32) if merged else np.zeros(0, np.int32),
+    )
+
+
+def mrope_positions(
+    config: Qwen2_5VisionConfig,
+    is_vision: np.ndarray,
+    grids: Sequence[Grid],
+    seconds_per_grid: Sequence[float | None],
+) -> np.ndarray:
+    """M-RoPE positions of a prompt.
+
+    Args:
+      config: the vision tower's shape.
+      is_vision: [T] bool, the tokens that pictures and videos fill.
+      grids: their grids in prompt order.
+      seconds_per_grid: seconds between temporal frames of each video, None for a picture.
+
+    Returns:
+      [3, T] int32: temporal, height and width position of each token.
+    """
+    position = np.zeros((3, len(is_vision)), np.int32)
+    place, current = 0, 0
+    remaining = iter(zip(grids, seconds_per_grid, strict=True))
+    while place < len(is_vision):
+        if not is_vision[place]:
+            end = place + int(np.argmax(np.append(is_vision[place:], True)))
+            position[:, place:end] = current + np.arange(end - place)
+            current += end - place
+        else:
+            grid, seconds = next(remaining)
+            t, h, w = (
+                grid[0],
+                grid[1] // config.spatial_merge_size,
+                grid[2] // config.spatial_merge_size,
+            )
+            end = place + t * h * w
+            # In float32 like the reference, for a product may round to the next whole position.
+            step = np.float32(1 if seconds is None else config.tokens_per_second)
+            step *= np.float32(1 if seconds is None else seconds)
+            time = (np.arange(t, dtype=np.float32) * step).astype(np.int64)
+            time, row, column = np.meshgrid(time, np.arange(h), np.arange(w), indexing="ij")
+            position[:, place:end] = current + np.stack((time, row, column)).reshape(3, -1)
+            # As in Transformers 5; its first Qwen2.5-VL went on behind the last time where that is
+            # later, which differs for a video that is longer than it is large.
+            current += max(h, w)
+        place = end
+    return position
+
+
+# Names on the Hub ---------------------------------------------------------------------------------
+
+# Our path -> the hub's name; `{}` stands for the layer.
+HUB_NAMES = {
+    "vision/patch_embed/kernel": "visual.patch_embed.proj.weight",
+    "vision/blocks/norm1/scale": "visual.blocks.{}.norm1.weight",
+    "vision/blocks/norm2/scale": "visual.blocks.{}.norm2.weight",
+    "vision/blocks/qkv": "visual.blocks.{}.attn.qkv",
+    "vision/blocks/proj": "visual.blocks.{}.attn.proj",
+    "vision/blocks/mlp/gate": "visual.blocks.{}.mlp.gate_proj",
+    "vision/blocks/mlp/up": "visual.blocks.{}.mlp.up_proj",
+    "vision/blocks/mlp/down": "visual.blocks.{}.mlp.down_proj",
+    "vision/merger/norm/scale": "visual.merger.ln_q.weight",
+    "vision/merger/up": "visual.merger.mlp.0",
+    "vision/merger/down": "visual.merger.mlp.2",
+    "text/embed": "model.embed_tokens.weight",
+    "text/layers/norm1/scale": "model.layers.{}.input_layernorm.weight",
+    "text/layers/norm2/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "text/layers/q": "model.layers.{}.self_attn.q_proj",
+    "text/layers/k": "model.layers.{}.self_attn.k_proj",
+    "text/layers/v": "model.layers.{}.self_attn.v_proj",
+    "text/layers/o": "model.layers.{}.self_attn.o_proj",
+    "text/layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
+    "text/layers/mlp/up": "model.layers.{}.mlp.up_proj",
+    "text/layers/mlp/down": "model.layers.{}.mlp.down_proj",
+    "text/norm/scale": "model.norm.weight",
+    "text/head": "lm_head.weight",
+}

@@ -1,0 +1,302 @@
+"""The language model's layers, in the four forms that training and sampling need.
+
+- `prefill`: prompts alone, keeping their keys and values;
+- `packed`: rows of several examples, one behind another, for gradients;
+- `decode`: one token of each sample, over the shared prompt and the sample's own cache;
+- `group`: prompts and all their responses at once, for log-probabilities and gradients.
+
+Shape letters: B prompts, G samples of a group, T prompt tokens, R response tokens, D width,
+N query heads, K key/value heads, H head size, L layers.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from spatial_ssrl_jax.qwen_vl.attention import attend_shared
+from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute
+from spatial_ssrl_jax.qwen_vl.config import TextConfig
+from spatial_ssrl_jax.qwen_vl.kernels import (
+    FUSED,
+    decode_attention,
+    group_attention,
+    self_attention,
+)
+from spatial_ssrl_jax.qwen_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
+from spatial_ssrl_jax.qwen_vl.lora import merge_adapters
+from spatial_ssrl_jax.qwen_vl.rope import rotate
+
+Rotary = tuple[Array, Array]
+
+
+class TextLayer(nnx.Module):
+    """Grouped-query attention and gated MLP, each behind an RMSNorm."""
+
+    def __init__(self, init: Init, config: TextConfig):
+        width, size = config.hidden_size, config.head_dim
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        self.norm1 = RMSNorm(init, width, config.rms_norm_eps)
+        self.norm2 = RMSNorm(init, width, config.rms_norm_eps)
+        self.q = Linear(init, (width, heads, size), ("embed", "heads", "head_dim"), bias=True)
+        self.k = Linear(init, (width, groups, size), ("embed", "kv_heads", "head_dim"), bias=True)
+        self.v = Linear(init, (width, groups, size), ("embed", "kv_heads", "head_dim"), bias=True)
+        out_axes = ("heads", "head_dim", "embed")
+        self.o = Linear(init, (heads, size, width), out_axes, contract=2, ends_branch=True)
+        self.mlp = GatedMLP(
+            init, width, config.intermediate_size, bias=False, axes=("embed", "ffn")
+        )
+
+    def project(self, x: Array, rotary: Rotary) -> tuple[Array, Array, Array]:
+        """Queries [..., T, N, H], keys and values [..., T, K, H], rotated."""
+        x = self.norm1(x)
+        return rotate(self.q(x), *rotary), rotate(self.k(x), *rotary), self.v(x)
+
+    def grouped(self, x: Array) -> Array:
+        """[..., K, N/K + 2, H]: of each key/value head its queries, its key, its value; not
+        rotated."""
+        x = self.norm1(x)
+        k = self.k(x)
+        return _group_heads(self.q(x), k, self.v(x), k.shape[-2])
+
+    def finish(self, x: Array, mixed: Array) -> Array:
+        """Adds what attention mixed ([..., T, N, H]), then the MLP."""
+        x = x + self.o(mixed)
+        return x + self.mlp(self.norm2(x))
+
+
+class TextModel(nnx.Module):
+    """Embedding, stacked layers, last norm and head."""
+
+    def __init__(self, init: Init, config: TextConfig, tied: bool):
+        shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
+        scale = config.hidden_size**-0.5
+        self.embed = init.normal(shape, axes, scale)
+        self.layers = TextLayer(init.stacked(config.num_hidden_layers), config)
+        self.norm = RMSNorm(init, config.hidden_size, config.rms_norm_eps)
+        self.head = None if tied else init.normal(shape, axes, scale)
+
+    def head_weight(self, dtype) -> Array:
+        """[V, D] in `dtype`; the embedding itself when they are tied."""
+        return (self.embed if self.head is None else self.head)[...].astype(dtype)
+
+    def prefill(
+        self,
+        x_BTD: Array,
+        rotary: Rotary,
+        valid_BT: Array,
+        compute: Compute,
+    ) -> tuple[Array, Array, Array]:
+        """Runs prompts.
+
+        Args:
+          x_BTD: embedded prompts, pictures in place.
+          rotary: angles of the prompt's positions, [B, T, H/2].
+          valid_BT: bool, which tokens exist.
+          compute: how to compute; nothing is recomputed, for there is no backward pass.
+
+        Returns:
+          Hidden states [B, T, D] behind the last norm, keys and values [L, B, K, T, H].
+        """
+        segment = jnp.where(valid_BT, 0, -1)
+        compute = replace(compute, remat="none")
+        x, (keys, values) = self._causal(x_BTD, rotary, segment, compute, keep=True)
+        return x, keys, values
+
+    def packed(
+        self,
+        x_BTD: Array,
+        rotary: Rotary,
+        segment_BT: Array,
+        compute: Compute,
+    ) -> Array:
+        """Runs rows of several examples; a token sees its own example's tokens up to itself.
+
+        Args:
+          x_BTD: embedded rows, pictures in place.
+          rotary: angles of each token's position in its own example, [B, T, H/2].
+          segment_BT: int32, which example a token belongs to; -1 is padding.
+          compute: how to compute.
+
+        Returns:
+          Hidden states [B, T, D] behind the last norm.
+        """
+        return self._causal(x_BTD, rotary, segment_BT, compute, keep=False)[0]
+
+    def _causal(
+        self,
+        x: Array,
+        rotary: Rotary,
+        segment: Array,
+        compute: Compute,
+        keep: bool,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Causal layers inside segments; with `keep`, of single prompts, keys and values too."""
+
+        def step(layer: TextLayer, x: Array, _):
+            x = compute.constrain(x)
+            q, k, v = layer.project(x, rotary)
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            mixed = self_attention(q, k, v, segment, compute, causal=True, single=keep)
+            return layer.finish(x, mixed), (k, v) if keep else None
+
+        x, kept = scan_layers(self.layers, step, x, remat=compute.remat)
+        return self.norm(x), kept
+
+    def group(
+        self,
+        prompt_BTD: Array,
+        response_BGRD: Array,
+        prompt_rotary: Rotary,
+        response_rotary: Rotary,
+        prompt_valid_BT: Array,
+        response_valid_BGR: Array,
+        compute: Compute,
+    ) -> tuple[Array, Array]:
+        """Runs every prompt once, with all its responses behind it.
+
+        Dense layers see [prompt | response 1 | … | response G]. The prompt attends to itself, a
+        response to the whole prompt and to itself, never to another response.
+
+        Returns:
+          Hidden states behind the last norm: [B, T, D] and [B, G, R, D].
+        """
+        batch, prompt, width = prompt_BTD.shape
+        _, group, response, _ = response_BGRD.shape
+        segment = jnp.where(prompt_valid_BT, 0, -1)
+        valid = jnp.concatenate((prompt_valid_BT, response_valid_BGR.reshape(batch, -1)), axis=1)
+        order = jnp.arange(response)
+        seen = (order[:, None] >= order) & response_valid_BGR[:, :, None]
+        rotary = tuple(
+            jnp.concatenate((p, r.reshape(batch, group * response, -1)), axis=1)
+            for p, r in zip(prompt_rotary, response_rotary, strict=True)
+        )
+
+        def step(layer: TextLayer, x: Array, _):
+            x = compute.constrain(x)
+            q, k, v = layer.project(x, rotary)
+            if compute.attention.name in FUSED:
+                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+                mixed = group_attention(
+                    q, k, v, valid, compute.attention, prompt=prompt, response=response
+                )
+                return layer.finish(x, mixed), None
+            own_q, own_k, own_v = (
+                t[:, prompt:].reshape(batch, group, response, *t.shape[2:]) for t in (q, k, v)
+            )
+            k, v = k[:, :prompt].swapaxes(1, 2), v[:, :prompt].swapaxes(1, 2)
+            mixed = self_attention(q[:, :prompt], k, v, segment, compute, causal=True)
+            own_k, own_v = own_k.swapaxes(2, 3), own_v.swapaxes(2, 3)
+            chunk = compute.attention_chunk
+            own = attend_shared(own_q, k, v, prompt_valid_BT, own_k, own_v, seen, chunk=chunk)
+            own = own.reshape(batch, group * response, *own.shape[3:])
+            return layer.finish(x, jnp.concatenate((mixed, own), axis=1)), None
+
+        x = jnp.concatenate((prompt_BTD, response_BGRD.reshape(batch, -1, width)), axis=1)
+        x, _ = scan_layers(self.layers, step, x, remat=compute.remat)
+        x = self.norm(x)
+        return x[:, :prompt], x[:, prompt:].reshape(response_BGRD.shape)
+
+
+class FusedProjectionLayer(nnx.Module):
+    """A `TextLayer` for decode steps on a GPU: what multiplies the same activations is one weight.
+
+    A step's products are so thin that one alone leaves a part of a GPU idle. A TPU gains nothing,
+    and would keep a second copy of the wide weight in another order.
+    """
+
+    def __init__(self, init: Init, config: TextConfig):
+        width, size, inner = config.hidden_size, config.head_dim, config.intermediate_size
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        self.norm1 = RMSNorm(init, width, config.rms_norm_eps)
+        self.norm2 = RMSNorm(init, width, config.rms_norm_eps)
+        # Of each key/value head: the query heads that it serves, its key, its value.
+        shape, axes = (width, groups, heads // groups + 2, size), ("kv_heads", None, "head_dim")
+        self.qkv = Linear(init, shape, ("embed", *axes), bias=True)
+        out_axes = ("heads", "head_dim", "embed")
+        self.o = Linear(init, (heads, size, width), out_axes, contract=2, ends_branch=True)
+        self.gate_up = init.normal((width, 2, inner), ("embed", None, "ffn"), width**-0.5)
+        self.down = Linear(init, (inner, width), ("ffn", "embed"), ends_branch=True)
+
+    def grouped(self, x_BGD: Array) -> Array:
+        """As `TextLayer.grouped`."""
+        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]
+        flat = self.norm1(x_BGD).reshape(-1, kernel.shape[0])
+        # As a vector the bias is added inside of the product.
+        flat = jnp.matmul(flat, kernel.reshape(kernel.shape[0], -1)) + bias.reshape(-1)
+        return flat.reshape(*x_BGD.shape[:-1], *bias.shape)
+
+    def finish(self, x_BGD: Array, mixed_BGNH: Array) -> Array:
+        """As `TextLayer.finish`."""
+        x = x_BGD + self.o(mixed_BGNH)
+        both = jnp.einsum("bgd,dcf->bgcf", self.norm2(x), self.gate_up[...])
+        return x + self.down(jax.nn.silu(both[:, :, 0]) * both[:, :, 1])
+
+
+def unstack(model: TextModel, dtype, joined: bool) -> list[dict]:
+    """The stacked layers, adapters merged, as one pure dict of arrays a layer, in `dtype`.
+
+    They are a `TextLayer`'s, or, `joined`, a `FusedProjectionLayer`'s.
+    """
+    weights = nnx.to_pure_dict(nnx.state(model.layers))
+    count = jax.tree.leaves(weights)[0].shape[0]
+    layers = (jax.tree.map(lambda x, i=i: x[i], weights) for i in range(count))
+    # A layer at a time: merging whole stacks would need a float32 copy of each.
+    merged = (merge_adapters(layer, dtype) for layer in layers)
+    return [_join(layer) if joined else layer for layer in merged]
+
+
+def _join(layer: dict) -> dict:
+    mlp, groups = layer["mlp"], layer["k"]["bias"].shape[0]
+
+    def grouped(name: str) -> Array:
+        return _group_heads(*(layer[part][name] for part in ("q", "k", "v")), groups)
+
+    return {
+        "norm1": layer["norm1"],
+        "norm2": layer["norm2"],
+        "qkv": {name: grouped(name) for name in ("kernel", "bias")},
+        "o": layer["o"],
+        "gate_up": jnp.stack([mlp[name]["kernel"] for name in ("gate", "up")], axis=1),
+        "down": mlp["down"],
+    }
+
+
+def _group_heads(q: Array, k: Array, v: Array, groups: int) -> Array:
+    """[..., N, H] and twice [..., K, H] -> [..., K, N/K + 2, H]."""
+    q = q.reshape(*q.shape[:-2], groups, -1, q.shape[-1])
+    return jnp.concatenate((q, k[..., None, :], v[..., None, :]), axis=-2)
+
+
+def decode_layer(
+    layer: TextLayer | FusedProjectionLayer,
+    x_BGD: Array,
+    rotary: Rotary,
+    prefix: tuple[Array, Array],
+    prefix_valid_BT: Array,
+    own: tuple[Array, Array],
+    cursor: Array,
+    kernel: AttentionKernel = XLA,
+) -> tuple[Array, tuple[Array, Array]]:
+    """One layer of one decode step: writes this token's key and value at `cursor`, then attends.
+
+    Args:
+      layer: the module with one layer's arrays.
+      x_BGD: hidden state of each sample's newest token.
+      rotary: angles of its position, [B, H/2].
+      prefix: the prompt's keys and values, each [B, K, T, H].
+      prefix_valid_BT: bool, which prompt tokens exist.
+      own: the samples' keys and values, each [B, G, K, R, H].
+      cursor: int32 slot that every sample writes; the token sees it and those before.
+      kernel: what computes attention.
+
+    Returns:
+      The new hidden state [B, G, D] and the new `own`.
+    """
+    heads = layer.grouped(x_BGD)
+    mixed, own = decode_attention(
+        heads, rotary, prefix, prefix_valid_BT, own, cursor, kernel=kernel
+    )
+    return layer.finish(x_BGD, mixed), own

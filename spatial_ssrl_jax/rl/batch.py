@@ -1,0 +1,78 @@
+"""What an update trains on."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ResponseBatch:
+    """Prompts with the responses to learn from.
+
+    Attributes:
+      prompts: B prompts.
+      tokens: [B, G, R] int32 response tokens.
+      length: [B, G] int32 tokens of each response, the end token included.
+      weight: [B, G] float32 weight of each token of a sample in the optimizer step's loss.
+      normaliser: [] float32, response tokens of the whole optimizer step, for its figures.
+    """
+
+    prompts: PromptBatch
+    tokens: Array
+    length: Array
+    weight: Array
+    normaliser: Array
+
+    @property
+    def mask(self) -> Array:
+        """[B, G, R] float32, 1 where a response token is."""
+        return (jnp.arange(self.tokens.shape[2]) < self.length[..., None]).astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupBatch(ResponseBatch):
+    """Sampled groups with what the policy gradient needs.
+
+    Attributes:
+      advantage: [B, G] float32.
+      sampled_logprobs: [B, G, R] float32, from the sampler.
+      old_logprobs: [B, G, R] float32, the trainer's before the first update of this rollout; None
+        when this is the first update, where they are the current ones.
+      reference_logprobs: [B, G, R] float32, or None without KL.
+    """
+
+    advantage: Array
+    sampled_logprobs: Array
+    old_logprobs: Array | None
+    reference_logprobs: Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedBatch:
+    """Examples of supervised training, several in a row.
+
+    Attributes:
+      rows: B rows.
+      normaliser: [] float32, response tokens of the whole optimizer step.
+    """
+
+    rows: PackedRows
+    normaliser: Array
+
+    @property
+    def weight(self) -> Array:
+        """[B, R] float32 weight of each response token in the optimizer step's loss."""
+        return (self.rows.place >= 0) / self.normaliser
+
+
+def take_rows(batch, start: int, rows: int):
+    """Rows `start` to `start + rows` of every array of a batch; scalars stay."""
+    return jax.tree.map(lambda x: x[start : start + rows] if np.ndim(x) else x, batch)

@@ -1,0 +1,270 @@
+"""One GRPO step: sample groups, score them, compare within groups, update."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+from jax import Array
+
+from spatial_ssrl_jax.config.schema import GrpoSettings, RewardSettings, RolloutSettings
+from spatial_ssrl_jax.data.batching import trim, windows_of
+from spatial_ssrl_jax.data.items import Item
+from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.data.processor import Processor
+from spatial_ssrl_jax.parallel import offload
+from spatial_ssrl_jax.parallel.collectives import all_sum
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.model import Params
+from spatial_ssrl_jax.rl.advantages import group_advantage
+from spatial_ssrl_jax.rl.aggregation import sample_weights
+from spatial_ssrl_jax.rl.batch import GroupBatch
+from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length
+from spatial_ssrl_jax.rl.logprobs import logprobs_of
+from spatial_ssrl_jax.rl.losses import GrpoLoss
+from spatial_ssrl_jax.rl.resampling import resample_groups, zero_variance_groups
+from spatial_ssrl_jax.rl.rewards import score_response
+from spatial_ssrl_jax.rl.step_metrics import (
+    Metrics,
+    ScoredRollout,
+    gather_ordered,
+    prompt_metrics,
+    prompt_rows,
+    rollout_metrics,
+    rollout_rows,
+)
+from spatial_ssrl_jax.rl.train_step import TrainState, train_step
+from spatial_ssrl_jax.rollout.engine import Engine, Rollout, concatenate_rollouts
+from spatial_ssrl_jax.rollout.sampling import Sampling
+
+
+def score_rollout(
+    items: Sequence[Item],
+    rollout: Rollout,
+    processor: Processor,
+    settings: RewardSettings,
+    scale_std: bool,
+) -> ScoredRollout:
+    """Decodes every response, rewards it and takes the groups' advantages."""
+    texts = [
+        [processor.decode(t[:n]) for t, n in zip(tokens, lengths, strict=True)]
+        for tokens, lengths in zip(rollout.tokens, rollout.length, strict=True)
+    ]
+    rewards = [
+        [
+            score_response(t, int(n), item.example, settings)
+            for t, n in zip(group, lengths, strict=True)
+        ]
+        for item, group, lengths in zip(items, texts, rollout.length, strict=True)
+    ]
+    overall = np.array([[r.overall for r in group] for group in rewards])
+    return ScoredRollout(rollout, texts, rewards, group_advantage(overall, scale_std))
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """The stage's fixed parts; `step` does one rollout with its updates.
+
+    Attributes:
+      settings, sampling_settings, reward_settings: the config's `grpo`, `rollout` and `reward`
+        sections.
+      engine: samples.
+      loss: the policy loss.
+      optimizer: the gradient transformation.
+      layout: where batches lie.
+      buckets: sizes that programs are compiled for.
+      processor: decodes responses.
+      reference: the weights that GRPO started from, or None without KL.
+    """
+
+    settings: GrpoSettings
+    sampling_settings: RolloutSettings
+    reward_settings: RewardSettings
+    engine: Engine
+    loss: GrpoLoss
+    optimizer: optax.GradientTransformation
+    layout: Layout
+    buckets: Buckets
+    processor: Processor
+    reference: Params | None
+
+    def step(
+        self,
+        state: TrainState,
+        batch: Batch,
+        key: Array,
+        more: Callable[[int], Batch] | None = None,
+    ) -> tuple[TrainState, Metrics, Batch, ScoredRollout]:
+        """Samples groups for the batch's prompts and makes the updates over them.
+
+        Args:
+          state: where training stands; donated.
+          batch: this process's prompts.
+          key: the step's key.
+          more: the prompts of refill 1, 2, …, with `drop_flat`.
+
+        Returns:
+          The new state, the step's metrics, and the prompts trained on with their scored rollout.
+        """
+        clock, refilled = _Clock(), 0
+        rollout = self.sample(state.params, batch, key)
+        clock.lap("perf/rollout_seconds")
+        scored = self._score(batch, rollout)
+        clock.lap("perf/reward_seconds")
+        if self.settings.drop_flat:
+
+            def draw(number: int) -> tuple[Batch, ScoredRollout]:
+                drawn = more(number)
+                again = self.sample(state.params, drawn, jax.random.fold_in(key, number))
+                return drawn, self._score(drawn, again)
+
+            batch, scored, refilled = resample_groups(batch, scored, draw, self.settings.refills)
+            rollout = scored.rollout
+            clock.lap("perf/refill_seconds")
+        groups, computed = self.micro_batches(state.params, batch, scored)
+        clock.lap("perf/reference_seconds")
+        updates = []
+        for batches in groups:
+            state, metrics = train_step(self.loss, self.optimizer, state, batches)
+            updates.append(metrics)
+        metrics = _mean_updates(jax.device_get(updates))
+        clock.lap("perf/update_seconds")
+        rows = gather_ordered(prompt_rows(batch) | rollout_rows(batch.items, scored))
+        tokens = int(rows["prompt_length"].sum() + rows["length"].sum())
+        metrics |= rollout_metrics(rows) | prompt_metrics(rows) | clock.laps
+        metrics["perf/update_padding_share"] = 1 - tokens / all_sum(computed)
+        metrics["perf/tokens_per_second"] = tokens / clock.total()
+        metrics["perf/rollout_tokens_per_second"] = float(
+            rows["length"].sum() / clock.laps["perf/rollout_seconds"]
+        )
+        metrics["prompt/refilled"] = all_sum(refilled)
+        return state, metrics, batch, scored
+
+    def _score(self, batch: Batch, rollout: Rollout) -> ScoredRollout:
+        return score_rollout(
+            batch.items, rollout, self.processor, self.reward_settings, self.settings.scale_std
+        )
+
+    def sample(self, params: Params, batch: Batch, key: Array) -> Rollout:
+        """Samples the batch's groups, `rollout.wave` prompts of like length at a time."""
+        weights = self.engine.fill(params)
+        prompts = batch.prompts
+        sizes = np.stack((prompts.length, windows_of(prompts), 0 * prompts.length), axis=1)
+        rows = self.sampling_settings.wave // jax.process_count()
+        pieces, waves = bucket_by_length(sizes, rows, self.buckets), []
+        for piece in pieces:
+            shape = piece.shape
+            wave = trim(prompts, piece.rows, shape.tokens, shape.windows)
+            waves.append(
+                self.engine.generate(
+                    params,
+                    weights,
+                    self.layout.put_batch(wave),
+                    group=self.settings.group,
+                    limit=self.sampling_settings.limit,
+                    key=key,
+                    prompt_index=self.layout.put_batch(batch.index[piece.rows]),
+                    sampling=Sampling(self.settings.temperature),
+                )
+            )
+        return concatenate_rollouts(waves, np.concatenate([piece.rows for piece in pieces]))
+
+    def micro_batches(
+        self, params: Params, batch: Batch, scored: ScoredRollout
+    ) -> tuple[list[list[GroupBatch]], int]:
+        """Each update's micro-batches, with old and reference log-probabilities filled in.
+
+        Which prompts belong to which update is the batch's order; within an update they are cut by
+        length. Each token's weight is its share of the whole update, so that changes nothing.
+
+        Returns:
+          The micro-batches, and the token places that they hold on this process.
+        """
+        rollout, settings = scored.rollout, self.settings
+        sizes = np.stack(
+            (batch.prompts.length, windows_of(batch.prompts), rollout.length.max(axis=1)), axis=1
+        )
+        rows = settings.micro_prompts // jax.process_count()
+        per_update = len(batch.items) // settings.updates
+        recompute_old = settings.updates > 1 and settings.needs_old
+        counted = rollout.finished | (not settings.mask_truncated)
+        if settings.drop_flat:
+            counted &= ~zero_variance_groups(scored)[:, None]
+        reference = None if self.reference is None else offload.to_device(self.reference)
+        updates, computed = [], 0
+        for first in range(0, len(batch.items), per_update):
+            mine = slice(first, first + per_update)
+            lengths = rollout.length[mine]
+            weight = np.zeros(rollout.length.shape, np.float32)
+            weight[mine] = sample_weights(
+                lengths, counted[mine], settings.aggregation, self.sampling_settings.limit
+            )
+            count, micro = np.float32(all_sum(lengths.sum())), []
+            for piece in bucket_by_length(sizes[mine], rows, self.buckets):
+                piece = replace(piece, rows=piece.rows + first)
+                groups = self.layout.put_batch(_micro_batch(batch, scored, weight, count, piece))
+                micro.append(self._with_logprobs(params, reference, groups, recompute_old))
+                computed += piece.places(settings.group)
+            updates.append(micro)
+        return updates, computed
+
+    def _with_logprobs(
+        self, params: Params, reference: Params | None, batch: GroupBatch, old: bool
+    ) -> GroupBatch:
+        loss = self.loss
+        program = partial(logprobs_of, loss.config, loss.compute, self.settings.temperature)
+        return replace(
+            batch,
+            old_logprobs=program(params, batch) if old else None,
+            reference_logprobs=None if reference is None else program(reference, batch),
+        )
+
+
+def _micro_batch(
+    batch: Batch, scored: ScoredRollout, weight: np.ndarray, count: np.float32, piece: BatchSlice
+) -> GroupBatch:
+    """A piece of the step as NumPy arrays; `weight` is [b, G], `count` the update's tokens."""
+    rows, shape, rollout = piece.rows, piece.shape, scored.rollout
+    return GroupBatch(
+        prompts=trim(batch.prompts, rows, shape.tokens, shape.windows),
+        tokens=rollout.tokens[rows, :, : shape.response],
+        length=rollout.length[rows],
+        weight=weight[rows],
+        normaliser=count,
+        advantage=scored.advantage[rows],
+        sampled_logprobs=rollout.logprobs[rows, :, : shape.response],
+        old_logprobs=None,
+        reference_logprobs=None,
+    )
+
+
+class _Clock:
+    """Seconds of consecutive phases."""
+
+    def __init__(self):
+        self.laps: Metrics = {}
+        self._start = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+    def all_sum(self) -> float:
+        return self._last - self._start
+
+
+def _mean_updates(updates: list[Metrics]) -> Metrics:
+    """Means over a rollout's updates; maxima for `_max`, sums for what was skipped."""
+    joined = {}
+    for name in updates[0]:
+        values = [float(u[name]) for u in updates]
+        if name.endswith("_max"):
+            joined[name] = max(values)
+        elif name == "optim/skipped":
+            joined[name] = sum(values)
+        else:
+            joined[name] = sum(values) / len(values)
+    return joined

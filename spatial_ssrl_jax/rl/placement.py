@@ -1,0 +1,91 @@
+"""TODO: rl.placement."""
+
+import jax
+import optax
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.compute import Compute
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.kernels import choose_decode_kernel, choose_kernel
+from spatial_ssrl_jax.rl.train_step import TrainState, abstract_train_state
+from spatial_ssrl_jax.rl.trainable import Trainable
+
+
+def abstract_stage_state(
+    config: Config,
+    model: QwenVLConfig,
+    layout: Layout,
+    stage: SftSettings | GrpoSettings,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """Shapes and places of what a stage carries from step to step.
+
+    Args:
+      config: the run.
+      model: the model's shape.
+      layout: where weights lie.
+      stage: its section.
+      optimizer: as the stage makes it.
+    """
+    whole = layout.abstract(model, stage.lora)
+    split = Trainable.of(stage).split(whole, config.model.dtype)
+    return abstract_train_state(optimizer, *split)
+
+
+def compute_settings(config: Config, layout: Layout) -> Compute:
+    """How the run's programs compute, and where the rows of training's activations lie.
+
+    Raises:
+      UserError: the devices do not have what `model.attention` or `rollout.attention` asks for.
+    """
+    model, there = config.model, (config.model.dtype, layout.mesh)
+    kernel = choose_kernel(model.attention, *there)
+    step_kernel = choose_decode_kernel(config.rollout.attention, *there)
+    chunks = (model.chunk, model.head_block)
+    return Compute(model.dtype, *chunks, model.remat, kernel, step_kernel, layout.rows())
+
+
+def check_sharding(config: Config, model: QwenVLConfig, layout: Layout) -> Layout:
+    """Refuses weights and batches that cannot be cut over the devices.
+
+    Args:
+      config: the run.
+      model: the model's shape.
+      layout: for training.
+
+    Returns:
+      The layout for sampling.
+
+    Raises:
+      UserError: names the setting, and the axis of a weight or what it must be a multiple of.
+    """
+    layout.params(model)
+    rollout = layout.rollout(config.rollout.tensor)
+    rollout.params(model, part="text/")
+    sampled, trained = {"eval.prompts": config.eval.prompts}, {}
+    if config.sft.steps:
+        trained["sft.micro_rows"] = config.sft.micro_rows
+    if config.grpo.steps:
+        trained["grpo.micro_prompts"] = config.grpo.micro_prompts
+        sampled["rollout.wave"] = config.rollout.wave
+    processes = jax.process_count()
+    if config.sft.steps and config.sft.prompts % processes:
+        raise UserError(
+            f"sft.prompts={config.sft.prompts} must be a multiple of the {processes} processes."
+        )
+    # What is sampled is prefilled where training lies, and decoded in the other layout.
+    over = "the devices over rollout.tensor"
+    _check_parts(sampled, rollout.batch_shards, over)
+    _check_parts(sampled | trained, layout.batch_shards, "mesh.data x mesh.fsdp")
+    return rollout
+
+
+def _check_parts(sizes: dict[str, int], parts: int, by: str) -> None:
+    for name, value in sizes.items():
+        if value % parts:
+            raise UserError(
+                f"{name}={value} must be a multiple of the {parts} parts that {by} cuts a batch "
+                "into."
+            )

@@ -1,0 +1,98 @@
+"""Groups whose accuracy does not vary teach nothing: other prompts are sampled in their place."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import jax
+import numpy as np
+
+from spatial_ssrl_jax.data.batching import widen
+from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.parallel.collectives import all_sum
+from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
+from spatial_ssrl_jax.rollout.engine import Rollout
+
+
+def zero_variance_groups(scored: ScoredRollout) -> np.ndarray:
+    """[b] bool: all samples of the group are right, or all are wrong."""
+    accuracy = np.array([[r.accuracy for r in group] for group in scored.rewards])
+    return accuracy.max(axis=1) == accuracy.min(axis=1)
+
+
+def resample_groups(
+    batch: Batch,
+    scored: ScoredRollout,
+    draw: Callable[[int], tuple[Batch, ScoredRollout]],
+    rounds: int,
+) -> tuple[Batch, ScoredRollout, int]:
+    """Puts groups that vary in the places of those that do not, as far as they are found.
+
+    Each process fills its own places, and all draw until none is left anywhere or the rounds are
+    used up.
+
+    Args:
+      batch, scored: this process's groups.
+      draw: the sampled and scored groups of round 1, 2, …; as many as `batch` has.
+      rounds: draws at most.
+
+    Returns:
+      The groups to train on, and how many more prompts this process sampled.
+    """
+    sampled = 0
+    for number in range(1, rounds + 1):
+        places = np.flatnonzero(zero_variance_groups(scored))
+        if all_sum(len(places)) == 0:
+            break
+        more, more_scored = draw(number)
+        sampled += len(more.items)
+        rows = np.flatnonzero(~zero_variance_groups(more_scored))
+        count = min(len(places), len(rows))
+        batch, scored = replace_groups(
+            batch, scored, places[:count], more, more_scored, rows[:count]
+        )
+    return batch, scored, sampled
+
+
+def replace_groups(
+    batch: Batch,
+    scored: ScoredRollout,
+    places: np.ndarray,
+    more: Batch,
+    more_scored: ScoredRollout,
+    rows: np.ndarray,
+) -> tuple[Batch, ScoredRollout]:
+    """The groups with those at `places` replaced by the `rows` of others, in order."""
+    tokens = max(x.prompts.ids.shape[1] for x in (batch, more))
+    windows = max(x.prompts.vision.frame.shape[1] for x in (batch, more))
+    prompts, others = (widen(x.prompts, tokens, windows) for x in (batch, more))
+
+    def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        joined = np.array(old)
+        joined[places] = np.asarray(new)[rows]
+        return joined
+
+    def put_list(old, new) -> list:
+        joined = list(old)
+        for place, row in zip(places, rows, strict=True):
+            joined[place] = new[row]
+        return joined
+
+    rollout = Rollout(
+        *(
+            put(getattr(scored.rollout, f.name), getattr(more_scored.rollout, f.name))
+            for f in fields(Rollout)
+        )
+    )
+    return (
+        replace(
+            batch,
+            items=tuple(put_list(batch.items, more.items)),
+            prompts=jax.tree.map(put, prompts, others),
+        ),
+        ScoredRollout(
+            rollout,
+            put_list(scored.texts, more_scored.texts),
+            put_list(scored.rewards, more_scored.rewards),
+            put(scored.advantage, more_scored.advantage),
+        ),
+    )

@@ -1,0 +1,68 @@
+"""The verifiable reward: is the answer right, and does the response have the required form."""
+
+import re
+from dataclasses import dataclass
+
+from spatial_ssrl_jax.config.schema import RewardSettings
+from spatial_ssrl_jax.tasks.answers import last_box, plain_answer
+from spatial_ssrl_jax.tasks.example import Example
+
+_AROUND_TAGS = re.compile(r"\s*([<>/])\s*")
+
+_FORM = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
+
+_STRICT_FORM = re.compile(r"<think>(?P<thought>.*)</think>(?P<rest>.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Reward of one response; `accuracy` and `format` are 0 or 1."""
+
+    overall: float
+    accuracy: float
+    format: float
+
+
+def score_response(
+    response: str, tokens: int, example: Example, settings: RewardSettings
+) -> Reward:
+    """Scores one response.
+
+    Args:
+      response: the sampled text without special tokens.
+      tokens: its length, the end token included.
+      example: the question with its task, answer and truth.
+      settings: the config's `reward` section.
+    """
+    accuracy, form = REWARD_RULES[settings.rule](_AROUND_TAGS.sub(r"\1", response), example.answer)
+    overall = settings.accuracy * accuracy + (1 - settings.accuracy) * form
+    overall *= settings.tasks.get(example.task, 1.0)
+    if settings.length_penalty:
+        over = (tokens - settings.length_free) / settings.length_span
+        overall -= settings.length_penalty * min(max(over, 0.0), 1.0)
+    return Reward(overall, float(accuracy), float(form))
+
+
+def _paper(response: str, answer: str) -> tuple[bool, bool]:
+    """The published rule with its looseness: an empty thought and box pass the form, and a box
+    inside the thought can earn the accuracy."""
+    return last_box(response) == answer, _FORM.fullmatch(response) is not None
+
+
+def _strict(response: str, answer: str) -> tuple[bool, bool]:
+    """One thought that is not empty, and behind it a box that is not empty; no other box counts."""
+    match = _STRICT_FORM.fullmatch(response)
+    if match is None or not match["thought"].strip() or "<think>" in match["thought"]:
+        return False, False
+    box = last_box(match["rest"])
+    return box == answer, bool(box)
+
+
+def _tolerant(response: str, answer: str) -> tuple[bool, bool]:
+    """The published form; the answer may have spaces, `\\text{…}` or parentheses around it."""
+    box = last_box(response)
+    right = box is not None and plain_answer(box) == plain_answer(answer)
+    return right, _FORM.fullmatch(response) is not None
+
+
+REWARD_RULES = {"paper": _paper, "strict": _strict, "tolerant": _tolerant}

@@ -1,0 +1,100 @@
+"""A step's figures, over the rows of all processes: prompts, rewards, advantages, lengths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spatial_ssrl_jax.data.items import Item
+from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.parallel.collectives import all_gather
+from spatial_ssrl_jax.rl.rewards import Reward
+from spatial_ssrl_jax.rollout.engine import Rollout
+from spatial_ssrl_jax.tasks import TASKS
+
+Metrics = dict[str, float]
+Rows = dict[str, np.ndarray]
+_REWARDS = ("overall", "accuracy", "format")
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with its texts, rewards and advantages.
+
+    Attributes:
+      rollout: what was sampled.
+      texts: B lists of G responses.
+      rewards: B lists of G rewards.
+      advantage: [B, G] float32.
+    """
+
+    rollout: Rollout
+    texts: list[list[str]]
+    rewards: list[list[Reward]]
+    advantage: np.ndarray
+
+
+def prompt_rows(batch: Batch) -> Rows:
+    """What the figures need of each prompt; arrays with [b] rows."""
+    return {
+        "index": batch.index,
+        "prompt_length": np.asarray(batch.prompts.length),
+        "dropped": np.array([len(item.skipped) for item in batch.items]),
+    }
+
+
+def rollout_rows(items: Sequence[Item], scored: ScoredRollout) -> Rows:
+    """What the figures need of each group; arrays [b] and [b, G]."""
+    numbers = {task.name: i for i, task in enumerate(TASKS)}
+    rewards = {
+        name: np.array([[getattr(r, name) for r in group] for group in scored.rewards])
+        for name in _REWARDS
+    }
+    return rewards | {
+        "task": np.array([numbers[item.example.task] for item in items]),
+        "advantage": scored.advantage,
+        "length": scored.rollout.length,
+        "finished": scored.rollout.finished,
+    }
+
+
+def gather_ordered(rows: Rows) -> Rows:
+    """The rows of every process in the order of the step, whatever the number of processes."""
+    rows = all_gather(rows)
+    order = np.argsort(rows["index"])
+    return {name: value[order] for name, value in rows.items()}
+
+
+def prompt_metrics(rows: Rows) -> Metrics:
+    """How long the prompts are, and how many records gave none."""
+    length, dropped = rows["prompt_length"], float(rows["dropped"].sum())
+    return {
+        "prompt/length_mean": float(length.mean()),
+        "prompt/dropped": dropped,
+        "prompt/dropped_share": dropped / (dropped + len(length)),
+    }
+
+
+def rollout_metrics(rows: Rows) -> Metrics:
+    """Rewards, advantages and lengths of a step, over all and per task."""
+    metrics: Metrics = {}
+    for name in _REWARDS:
+        metrics[f"reward/{name}_mean"] = float(rows[name].mean())
+        metrics[f"reward/{name}_std"] = float(rows[name].std())
+    for number, task in enumerate(TASKS):
+        mine = rows["task"] == number
+        if mine.any():
+            for key, name in (("overall", "reward"), ("accuracy",) * 2, ("format",) * 2):
+                metrics[f"task/{task.name}/{name}"] = float(rows[key][mine].mean())
+                metrics[f"task/{task.name}/{name}_std"] = float(rows[key][mine].std())
+            metrics[f"task/{task.name}/count"] = float(mine.sum())
+    overall, length = rows["overall"], rows["length"]
+    return metrics | {
+        "advantage/mean": float(rows["advantage"].mean()),
+        "advantage/std": float(rows["advantage"].std()),
+        "advantage/zero_variance_share": float(np.mean(overall.max(1) == overall.min(1))),
+        "response/length_mean": float(length.mean()),
+        "response/length_min": float(length.min()),
+        "response/length_max": float(length.max()),
+        "response/clipped_share": float(np.mean(~rows["finished"])),
+    }

@@ -1,0 +1,28 @@
+"""TODO: tasks.answers."""
+
+import re
+
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
+
+_BOX = "\\boxed{"
+
+
+def plain_answer(text: str) -> str:
+    """An answer without white space, `\\text{…}`, outer parentheses and a last full stop."""
+    text = "".join(_TEXT.sub(r"\1", text).split()).removesuffix(".")
+    while text.startswith("(") and text.endswith(")"):
+        text = text[1:-1]
+    return text
+
+
+def last_box(text: str) -> str | None:
+    """What the last `\\boxed{…}` with balanced braces holds, stripped; None when there is none."""
+    start = text.rfind(_BOX)
+    while start >= 0:
+        depth, begin = 1, start + len(_BOX)
+        for i in range(begin, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[begin:i].strip()
+        start = text.rfind(_BOX, 0, start)
+    return None

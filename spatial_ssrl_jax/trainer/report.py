@@ -1,0 +1,284 @@
+"""`report.html`: one file, readable without a server, refreshed while the run goes on."""
+
+import html
+import io
+import json
+import re
+import time
+from typing import Any
+
+from etils import epath
+from PIL import Image
+
+from spatial_ssrl_jax.common.html import filters, image_uri, page, table
+from spatial_ssrl_jax.common.paths import read_files, write_atomic
+from spatial_ssrl_jax.eval.benchmarks.registry import SPECS
+from spatial_ssrl_jax.monitoring.metrics import read_metrics
+from spatial_ssrl_jax.monitoring.rollout_samples import FOLDER, read_rollouts
+from spatial_ssrl_jax.tasks import TASKS_BY_NAME
+from spatial_ssrl_jax.trainer.curves import COLOURS, figure, legend
+
+Rows = list[dict[str, Any]]
+
+_FILES = 12  # samples of rollouts that the page shows, spread over the run
+_CURVES = (  # title and the metrics drawn together; a * takes every task
+    ("Reward", {"": "reward/overall_mean"}),
+    ("Accuracy per task", {"*": "task/*/accuracy"}),
+    ("Held-out accuracy, greedy", {"*": "heldout/*/accuracy_greedy"}),
+    ("Benchmark score", {"*": "benchmark/*/score"}),
+    (
+        "Response length (tokens)",
+        {
+            "longest": "response/length_max",
+            "mean": "response/length_mean",
+            "shortest": "response/length_min",
+        },
+    ),
+    ("KL to the reference (nats a token)", {"": "kl/mean"}),
+    ("Entropy (nats a token)", {"": "policy/entropy"}),
+    ("Groups without variance in reward", {"": "advantage/zero_variance_share"}),
+    ("Supervised loss", {"": "loss/sft"}),
+    ("Gradient norm", {"": "optim/gradient_norm"}),
+    ("Sampler against trainer (nats a token)", {"mean": "mismatch/logprob_mean"}),
+)
+_PHASES = ("rollout", "reward", "refill", "reference", "update", "input_wait")
+_TILES = (  # metric of the newest step, what it is called here, and its format
+    ("reward/overall_mean", "reward", "{:.3f}"),
+    ("reward/accuracy_mean", "accuracy", "{:.3f}"),
+    ("loss/sft", "loss", "{:.4f}"),
+    ("response/length_mean", "response tokens", "{:.0f}"),
+    ("kl/mean", "KL", "{:.4f}"),
+    ("policy/entropy", "entropy", "{:.3f}"),
+    ("perf/step_seconds", "seconds a step", "{:.2f}"),
+    ("perf/tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("memory/host_bytes", "host memory", "{:,.2f} GB"),
+    ("memory/device_bytes", "device memory", "{:,.2f} GB"),
+)
+_LABELS = {"untrained": "untrained", "sft": "cold start", "grpo": "GRPO"}
+
+
+def write_report(workdir: epath.PathLike, config: dict[str, Any], title: str) -> None:
+    """Writes the report from what the run's folder holds.
+
+    Args:
+      workdir: the run's folder, with `metrics.jsonl` and `rollouts/`.
+      config: the config as plain types.
+      title: the run's name.
+    """
+    rows = read_metrics(workdir)
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        _summary(config, rows),
+        _tiles(rows),
+        *(f'<p class="warning">{html.escape(w)}</p>' for w in warnings(rows)),
+        f'<div class="curves">{"".join(_curves(rows))}</div>',
+        _timing(rows),
+        _heldout(rows),
+        _benchmark(rows),
+        _rollouts(epath.Path(workdir), read_rollouts(workdir, _FILES)),
+        f"<details><summary>Config</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre>"
+        "</details>",
+    ]
+    whole = page(title, "".join(parts), ("curves.js", "filter.js"))
+    write_atomic(epath.Path(workdir) / "report.html", whole)
+
+
+def warnings(rows: list[dict[str, Any]]) -> list[str]:
+    """What in the figures should worry a reader, in words."""
+    grpo = [r for r in rows if r["stage"] == "grpo" and "reward/overall_mean" in r]
+    if len(grpo) < 10:
+        return []
+    found, late = [], grpo[-5:]
+
+    def mean(name: str, part: list[dict]) -> float:
+        values = [r[name] for r in part if r.get(name) is not None]
+        return sum(values) / len(values) if values else 0.0
+
+    def check(broken: bool, text: str) -> None:
+        if broken:
+            found.append(text)
+
+    early = grpo[:5]
+    flat = mean("advantage/zero_variance_share", late)
+    check(
+        flat > 0.8, f"{flat:.0%} of the groups have no variance in reward: little is learned now."
+    )
+    entropy = mean("policy/entropy", late), mean("policy/entropy", early)
+    check(entropy[0] < 0.1 * entropy[1], "The entropy fell below a tenth of what it was.")
+    length = mean("response/length_mean", late), mean("response/length_mean", early)
+    check(length[0] < 0.3 * length[1], "Responses are shorter than a third of what they were.")
+    gap, before = mean("mismatch/logprob_mean", late), mean("mismatch/logprob_mean", early)
+    grown = f", {gap / before:.0f} times as much as at first" if gap > 3 * before > 0 else ""
+    check(
+        gap > 0.05 or bool(grown and gap > 0.005),
+        f"Sampler and trainer differ by {gap:.3f} nats a token{grown}.",
+    )
+    cut = mean("response/clipped_share", late)
+    check(cut > 0.2, f"{cut:.0%} of the responses are cut off at the limit.")
+    dropped = mean("prompt/dropped", late)
+    kept = sum(mean(f"task/{task}/count", late) for task in TASKS_BY_NAME)
+    check(
+        dropped > kept > 0,
+        f"Of {dropped + kept:.0f} prompts a step {dropped:.0f} are dropped, as too long or as "
+        "pictures that give no example.",
+    )
+    skipped = sum(r.get("optim/skipped") or 0 for r in grpo)
+    check(skipped > 0, f"{skipped:.0f} updates were skipped, for their gradient was not finite.")
+    return found
+
+
+def _summary(config: dict[str, Any], rows: Rows) -> str:
+    """What is being trained on what, how far it is, and when this was written."""
+    trained = [name for name, task in config["tasks"].items() if task["weight"] > 0]
+    model = config["model"]["path"] + (" from scratch" if config["model"]["from_scratch"] else "")
+    total = config["sft"]["steps"] + config["grpo"]["steps"]
+    text = f"{model} on {config['data']['source']}: {', '.join(trained)}."
+    where = "Not begun."
+    if rows:
+        stage, step = rows[-1]["stage"], rows[-1]["step"]
+        where = f"{_LABELS.get(stage, stage)}, step {step} of {total}. "
+        where += time.strftime("Newest step at %Y-%m-%d %H:%M UTC.", time.gmtime(rows[-1]["time"]))
+    return f'<p>{html.escape(text)}</p><p class="soft">{where}</p>'
+
+
+def _tiles(rows: Rows) -> str:
+    if not rows:
+        return ""
+    cells = []
+    for key, name, form in _TILES:
+        value = rows[-1].get(key)
+        if value is not None:
+            value = value / 1e9 if key.startswith("memory/") else value
+            cells.append(f"<div><dt>{name}</dt><dd>{form.format(value)}</dd></div>")
+    return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+def _curves(rows: Rows) -> list[str]:
+    starts: dict[str, int] = {}
+    for row in rows:
+        starts.setdefault(_LABELS.get(row["stage"], row["stage"]), row["step"])
+    figures = []
+    for title, names in _CURVES:
+        series = {}
+        for label, key in _expanded(names, rows).items():
+            points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+            if len(points) > 1:
+                series[label] = points
+        if series:
+            figures.append(figure(title, series, starts))
+    return figures
+
+
+def _expanded(names: dict[str, str], rows: Rows) -> dict[str, str]:
+    """Metrics by label, with a * replaced by each task or benchmark that the rows have."""
+    found = {}
+    for label, key in names.items():
+        for each in (*TASKS_BY_NAME, *SPECS) if label == "*" else ("",):
+            name = key.replace("*", each)
+            if any(name in row for row in rows):
+                found[each or label] = name
+    return found
+
+
+def _timing(rows: Rows) -> str:
+    """Where a step's seconds go, as the mean of the last ten GRPO steps."""
+    late = [r for r in rows if r.get("perf/rollout_seconds") is not None][-10:]
+    if not late:
+        return ""
+    seconds = {p: sum(r.get(f"perf/{p}_seconds") or 0 for r in late) / len(late) for p in _PHASES}
+    seconds = {p.replace("_", " "): s for p, s in seconds.items() if s}
+    whole = sum(r.get("perf/step_seconds") or 0 for r in late) / len(late)
+    seconds["other"] = max(whole - sum(seconds.values()), 0.0)
+    total = sum(seconds.values()) or 1.0
+    bars = "".join(
+        f'<span style="width:{100 * s / total:.1f}%;background:var(--s{i % COLOURS})" '
+        f'title="{p}"></span>'
+        for i, (p, s) in enumerate(seconds.items())
+    )
+    words = legend([f"{p} {s:.2f} s" for p, s in seconds.items()])
+    return (
+        f'<h2>A GRPO step: {total:.2f} s <span class="soft">mean of {len(late)}</span></h2>'
+        f'<div class="bar">{bars}</div><p>{words}</p>'
+    )
+
+
+def _heldout(rows: Rows) -> str:
+    """The newest held-out figures of each stage, a line a task."""
+    measured = [row for row in rows if any(k.startswith("heldout/") for k in row)]
+    newest = {row["stage"] if row["step"] else "untrained": row for row in measured}
+    if not newest:
+        return ""
+    head = ["task"]
+    for stage, row in newest.items():
+        name = f"{_LABELS.get(stage, stage)}, step {row['step']}"
+        head += [f"{name}: greedy", "sampled", "form"]
+    lines = []
+    for task in TASKS_BY_NAME:
+        values = [
+            row.get(f"heldout/{task}/{name}")
+            for row in newest.values()
+            for name in ("accuracy_greedy", "accuracy_sampled", "format")
+        ]
+        if any(value is not None for value in values):
+            lines.append([task, *("–" if v is None else f"{v:.3f}" for v in values)])
+    return f"<h2>Held-out pictures</h2>{table(head, lines)}"
+
+
+def _benchmark(rows: Rows) -> str:
+    """The newest score of each stage and the best one, a line each."""
+    name = next((k for row in rows for k in row if re.fullmatch(r"benchmark/\w+/score", k)), None)
+    measured = [row for row in rows if row.get(name) is not None]
+    if not measured:
+        return ""
+    newest = {row["stage"] if row["step"] else "untrained": row for row in measured}
+    lines = [
+        (f"{_LABELS.get(stage, stage)}, step {row['step']}", f"{row[name]:.2f}")
+        for stage, row in newest.items()
+    ]
+    trained = [row for row in measured if row["step"]]
+    if trained:
+        best = max(trained, key=lambda row: row[name])
+        lines.append((f"best, step {best['step']}", f"{best[name]:.2f}"))
+    return f"<h2>{html.escape(SPECS[name.split('/')[1]].title)}</h2>{table(('', 'score'), lines)}"
+
+
+def _rollouts(workdir: epath.Path, rows: Rows) -> str:
+    if not rows:
+        return ""
+    choices = {
+        "task": dict.fromkeys(row["task"] for row in rows),
+        "step": dict.fromkeys(row["step"] for row in rows),
+        "answers": dict.fromkeys(_answers(row) for row in rows),
+    }
+    pictures = iter(read_files(workdir / FOLDER / path for row in rows for path in row["images"]))
+    articles = "".join(_article(row, [next(pictures) for _ in row["images"]]) for row in rows)
+    return f"<h2>Rollouts</h2>{filters(choices)}{articles}"
+
+
+def _answers(row: dict) -> str:
+    """By accuracy, which of the reward's parts the group agrees on."""
+    right = sum(response["accuracy"] > 0 for response in row["responses"])
+    return "all wrong" if not right else "mixed" if right < len(row["responses"]) else "all right"
+
+
+def _article(row: dict, files: list[bytes]) -> str:
+    pictures = "".join(_picture(file) for file in files)
+    responses = "".join(
+        f'<div class="response {"right" if r["accuracy"] > 0 else "wrong"}">'
+        f"<div><b>{r['reward']:.2f}</b><small>{r['advantage']:+.2f} advantage</small>"
+        f"<small>{r['length']} tokens</small></div><pre>{html.escape(r['text'])}</pre></div>"
+        for r in row["responses"]
+    )
+    task = html.escape(row["task"])
+    return (
+        f'<article data-task="{task}" data-step="{row["step"]}" data-answers="{_answers(row)}">'
+        f"<h3>step {row['step']} · {task} · {html.escape(row['kind'])} · answer "
+        f'{html.escape(row["answer"])}</h3><div class="pictures">{pictures}</div>'
+        f"<details><summary>question</summary><pre>{html.escape(row['question'])}</pre></details>"
+        f"{responses}</article>"
+    )
+
+
+def _picture(file: bytes) -> str:
+    with Image.open(io.BytesIO(file)) as image:
+        return f'<img src="{image_uri(image)}" alt="">'

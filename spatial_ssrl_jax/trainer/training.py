@@ -1,0 +1,384 @@
+"""A whole run: the config's stages, from the start or from where the folder stopped."""
+
+import json
+import time
+from contextlib import closing, suppress
+from dataclasses import asdict, replace
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+
+from spatial_ssrl_jax.checkpoint.export import export, export_adapter
+from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.errors import UserError, disk_explained
+from spatial_ssrl_jax.common.paths import user_path, write_atomic
+from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.data.batching import widen
+from spatial_ssrl_jax.data.pipeline import Batch, batch_at
+from spatial_ssrl_jax.monitoring.process_stats import memory_metrics
+from spatial_ssrl_jax.monitoring.progress import Progress
+from spatial_ssrl_jax.parallel.collectives import all_gather, all_sum, barrier, is_primary
+from spatial_ssrl_jax.parallel.watchdog import Watchdog
+from spatial_ssrl_jax.perf.mfu import mfu_metrics, useful_flops
+from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.grpo import Grpo
+from spatial_ssrl_jax.rl.losses import GrpoLoss, SftLoss
+from spatial_ssrl_jax.rl.optimizer import learning_rate, make_optimizer
+from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
+from spatial_ssrl_jax.rl.step_metrics import gather_ordered, prompt_metrics, prompt_rows
+from spatial_ssrl_jax.rl.train_step import TrainState, train_step
+from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
+from spatial_ssrl_jax.trainer.context import (
+    Run,
+    check_bad_fraction,
+    items_of,
+    newest_step,
+    open_run,
+    pipeline,
+)
+from spatial_ssrl_jax.trainer.initial_state import StageInitializer
+from spatial_ssrl_jax.trainer.memory import explain_out_of_memory, memory_advice
+from spatial_ssrl_jax.trainer.preemption import Preemption
+from spatial_ssrl_jax.trainer.run_log import Sampled, log_step, refresh_report
+from spatial_ssrl_jax.trainer.validation import validate
+
+UNTRAINED, SFT, GRPO = "untrained", "sft", "grpo"
+_REFILL_SEED = 1_000_001  # apart from the seeds of both stages
+_NAMED = 10  # unusable pictures that are named; the rest is only counted
+
+
+def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> bool:
+    """Trains to the end, or until a signal asks to stop.
+
+    Args:
+      config: the run.
+      workdir: where everything is left, here or in a bucket; a run that stopped there goes on.
+      overwrite: empty the folder first.
+
+    Returns:
+      True when the run is complete, False when it stopped early with its state saved.
+
+    Raises:
+      UserError: something the user can mend.
+    """
+    workdir = user_path(workdir)
+    with (
+        Preemption() as preemption,
+        Watchdog(config.mesh) as watch,
+        Progress(quiet=not is_primary()) as progress,
+        disk_explained(workdir),
+    ):
+        preemption.say, progress.went_on = progress.say, watch.beat
+        progress.doing("opening the model and the pictures")
+        run = open_run(config, workdir, overwrite, preemption, progress)
+        start = StageInitializer(config, run.model, run.layout, run.checkpoints, progress.say)
+        try:
+            with explain_out_of_memory(memory_advice(config)):
+                finished = _run_stages(run, start, newest_step(run))
+        except Exception:
+            run.checkpoints.settle()
+            _close(run)
+            raise
+        run.checkpoints.wait()
+        if finished:
+            _finish(run, start)
+        elif run.metrics is not None:
+            refresh_report(run)
+        _close(run)
+        barrier("the end")  # none goes before what one of them writes is whole
+        return finished
+
+
+def _close(run: Run) -> None:
+    """Hands on the last figures; how the run ended is said already."""
+    if run.metrics is not None:
+        with suppress(Exception):
+            run.metrics.close()
+
+
+def _run_stages(run: Run, start: StageInitializer, done: int) -> bool:
+    """Runs what is left of both stages; False when a signal stopped it."""
+    config = run.config
+    if done:
+        meta = run.checkpoints.read_meta(done)
+        run.heldout, run.seconds = meta["heldout"], meta["seconds"]
+        run.best = BestCheckpoint(**meta["best"]) if meta.get("best") else None
+        run.progress.say(f"going on after step {done}")
+    if config.sft.steps and done < config.sft.steps:
+        if _stopped(run, done) or not _sft_stage(run, start, done):
+            return False
+        done = config.sft.steps
+    if config.grpo.steps and done < run.total:
+        return not _stopped(run, done) and _grpo_stage(run, start, done)
+    return True
+
+
+def _begin(
+    run: Run,
+    start: StageInitializer,
+    settings: SftSettings | GrpoSettings,
+    optimizer: optax.GradientTransformation,
+    done: int,
+) -> TrainState:
+    """A stage's state, new or as step `done` left it; measures the model before the first step."""
+    run.progress.went_on()
+    if done > (0 if settings is start.first() else run.config.sft.steps):
+        return start.restored(settings, optimizer, done)
+    params = start.params(settings)
+    if done == 0:
+        metrics, _ = validate(run, UNTRAINED, 0, params)
+        if run.metrics is not None and metrics:
+            run.metrics.write(SFT if settings is run.config.sft else GRPO, 0, metrics)
+    return start.state(settings, optimizer, params)
+
+
+def _sft_stage(run: Run, start: StageInitializer, done: int) -> bool:
+    settings = run.config.sft
+    optimizer = make_optimizer(run.config.optim, settings, settings.steps)
+    loss = SftLoss(run.model.config, run.compute)
+    state = _begin(run, start, settings, optimizer, done)
+    rates = learning_rate(settings, settings.steps)
+
+    def step(number: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict, None]:
+        begun = time.perf_counter()
+        responses = encode_responses(batch.items, run.processor, run.config.rollout.limit)
+        packed = pack_step(batch, responses, settings, run.model.config.vision)
+        rate = float(rates(number))
+        micro = map(run.layout.put_batch, packed)
+        state, metrics = train_step(loss, optimizer, state, micro)
+        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        seconds = time.perf_counter() - begun
+        length = np.array([len(response) for response in responses])
+        rows = gather_ordered(prompt_rows(batch) | {"length": length})
+        tokens = int(rows["prompt_length"].sum() + rows["length"].sum())
+        more = {
+            "optim/learning_rate": rate,
+            "response/length_mean": float(rows["length"].mean()),
+            "perf/update_padding_share": 1 - tokens / all_sum(packed.places),
+            "perf/update_seconds": seconds,
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/useful_flops": useful_flops(
+                run.model.config, settings, batch.prompts, length[:, None]
+            ),
+        }
+        return state, metrics | prompt_metrics(rows) | more, None
+
+    return _loop(run, SFT, settings, state, done, 0, step) is not None
+
+
+def _grpo_stage(run: Run, start: StageInitializer, done: int) -> bool:
+    config, settings = run.config, run.config.grpo
+    first = config.sft.steps
+    updates = settings.steps * settings.updates
+    optimizer = make_optimizer(config.optim, settings, updates)
+    state = _begin(run, start, settings, optimizer, done)
+    reference = None
+    if settings.kl_coefficient:
+        reference = start.reference(settings, state, fresh=done == first)
+    grpo = Grpo(
+        settings,
+        config.rollout,
+        config.reward,
+        run.engine,
+        GrpoLoss(run.model.config, run.compute, settings),
+        optimizer,
+        run.layout,
+        Buckets.of(config),
+        run.processor,
+        reference,
+    )
+    rates = learning_rate(settings, updates)
+    key = jax.random.key(config.seed)
+
+    def step(number: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict, Sampled]:
+        rate = float(rates(number * settings.updates))
+        refill = partial(_refill, run, settings, number) if settings.drop_flat else None
+        state, metrics, *sampled = grpo.step(state, batch, jax.random.fold_in(key, number), refill)
+        trained_on, scored = sampled
+        needed = useful_flops(run.model.config, settings, trained_on.prompts, scored.rollout.length)
+        more = {"optim/learning_rate": rate, "perf/useful_flops": needed}
+        return state, metrics | more, (trained_on, scored)
+
+    return _loop(run, GRPO, settings, state, done, first, step) is not None
+
+
+def _loop(
+    run: Run,
+    stage: str,
+    settings: SftSettings | GrpoSettings,
+    state: TrainState,
+    done: int,
+    first: int,
+    step,
+) -> TrainState | None:
+    """Steps of one stage: data, step, metrics, rollouts, checkpoint, report.
+
+    Args:
+      run: the run.
+      stage: its name in the metrics.
+      settings: the stage's section.
+      state: where training stands.
+      done: steps done in the whole run.
+      first: steps before this stage.
+      step: `(number in the stage, state, batch) -> (state, metrics, what was sampled or None)`.
+
+    Returns:
+      The last state, or None when a signal stopped the run.
+    """
+    last = first + settings.steps
+    if _stopped(run, done):
+        return None
+    with closing(pipeline(run, settings, start=done - first)) as stream:
+        run.progress.start(stage, settings.steps, done - first)
+        begun = time.perf_counter()
+        for number in range(done + 1, last + 1):
+            waited = time.perf_counter()
+            batch = _agreed(next(stream))
+            waited = time.perf_counter() - waited
+            if number == done + 1:
+                run.progress.doing(f"compiling the programs of {stage} (first step)")
+            started, compiled = time.perf_counter(), run.compilations.count
+            state, metrics, sampled = step(number - first - 1, state, batch)
+            compiled = run.compilations.count - compiled
+            seconds = time.perf_counter() - started + waited
+            metrics |= memory_metrics() | mfu_metrics(metrics["perf/useful_flops"], seconds)
+            metrics |= {
+                "perf/step_seconds": seconds,
+                "perf/input_wait_seconds": waited,
+                "perf/compilations": float(run.compilations.count),
+                "perf/compile_seconds": run.compilations.seconds,
+            }
+            _count_bad(run, batch)
+            is_best = False
+            if number == last or stage == GRPO:
+                place = None if number == last else number - first
+                measured, is_best = validate(run, stage, number, state.params, place)
+                metrics |= measured
+            if run.metrics is not None:
+                run.metrics.write(stage, number, metrics)
+                run.progress.step(number - first, metrics)
+                log_step(run, number, first, sampled)
+            run.progress.went_on()
+            if compiled and number > done + 1:
+                run.progress.say(f"step {number} had sizes not met before: {compiled} compilations")
+            _check_skipped(run, stage, number, state)
+            stop = _asked_to_stop(run)
+            due = (number - first) % run.config.checkpoint.every == 0
+            if number == last or due or is_best or stop:
+                elapsed = time.perf_counter() - begun + run.seconds.get(stage, 0.0)
+                _save(run, stage, number, state, run.seconds | {stage: round(elapsed, 2)})
+                if number == last:
+                    run.seconds[stage] = round(elapsed, 2)
+            if stop and number < run.total:
+                run.checkpoints.wait()
+                _say_stopped(run, number)
+                return None
+    return state
+
+
+def _asked_to_stop(run: Run) -> bool:
+    """Whether a signal reached any of the processes."""
+    return all_sum(run.preemption.requested) > 0
+
+
+def _stopped(run: Run, done: int) -> bool:
+    """Whether a signal asks to stop where nothing is left to save."""
+    stop = _asked_to_stop(run)
+    if stop:
+        _say_stopped(run, done)
+    return stop
+
+
+def _say_stopped(run: Run, done: int) -> None:
+    run.progress.say(f"stopped after step {done}; the same command goes on from here")
+
+
+def _refill(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
+    """The prompts of refill `number`, from 1, of a GRPO step: a stream of their own."""
+    batch = batch_at(
+        items_of(
+            run.config,
+            run.source,
+            run.split.train,
+            run.processor,
+            run.config.seed * 2 + _REFILL_SEED,
+        ),
+        settings.prompts,
+        settings.micro_prompts,
+        run.collate,
+        step * settings.refills + number - 1,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    return _agreed(batch)
+
+
+def _agreed(batch: Batch) -> Batch:
+    """The batch in the largest bucket that any process needs for its part of the step."""
+    tokens, windows = batch.prompts.ids.shape[1], batch.prompts.vision.frame.shape[1]
+    tokens, windows = all_gather(np.array([[tokens, windows]])).max(axis=0)
+    return replace(batch, prompts=widen(batch.prompts, int(tokens), int(windows)))
+
+
+def _count_bad(run: Run, batch: Batch) -> None:
+    """Names the first unusable pictures, and stops when there are too many."""
+    skips = [skip for item in batch.items for skip in item.skipped if skip.bad]
+    for skip in skips[: max(0, _NAMED - run.bad)]:
+        run.progress.say(f"skipped {skip.name}: {skip.reason}")
+    run.bad += round(all_sum(len(skips)))
+    run.tried += round(all_sum(len(skips) + len(batch.items)))
+    check_bad_fraction(run, run.bad, run.tried)
+
+
+def _check_skipped(run: Run, stage: str, number: int, state: TrainState) -> None:
+    skipped = int(state.skipped)
+    if skipped >= run.config.optim.max_skipped:
+        _save(run, stage, number, state, run.seconds)
+        run.checkpoints.wait()
+        raise UserError(
+            f"{skipped} optimizer steps in a row had a non-finite gradient (step {number} is "
+            "saved): lower the learning rate or look at the data."
+        )
+
+
+def _save(run: Run, stage: str, number: int, state: TrainState, seconds: dict[str, float]) -> None:
+    best = asdict(run.best) if run.best else None
+    meta = {"heldout": run.heldout, "seconds": seconds, "best": best}
+    run.checkpoints.save(number, stage, state, meta, run.best.step if run.best else None)
+
+
+def _finish(run: Run, start: StageInitializer) -> None:
+    """Leaves the summary, the report and the exported model, and prints the table."""
+    run.progress.stop()
+    config = run.config
+    summary = {
+        "heldout": run.heldout,
+        "trained": list(config.trained_tasks),
+        "seconds": run.seconds,
+        "seed": config.seed,
+        "best": asdict(run.best) if run.best else None,
+    }
+    target, adapter = run.workdir / "export", run.workdir / "adapter"
+    last = open_model(run.checkpoints.folder / str(run.checkpoints.latest()))
+    export(run.model, last.load(run.layout), target, config.model.dtype)
+    stage = config.grpo if config.grpo.steps else config.sft
+    if stage.lora.rank:
+        base = start.base(stage)
+        export_adapter(last, run.layout, adapter, base.name if base else None)
+    if run.metrics is not None:
+        write_atomic(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        refresh_report(run)
+    if run.heldout:
+        run.progress.table(run.heldout, config.trained_tasks)
+    run.progress.say(
+        f"done: {target} is the trained model, {run.workdir / 'report.html'} the report"
+    )
+    if run.best and run.best.step < run.total:
+        run.progress.say(
+            f"the best by {run.best.metric} was step {run.best.step}, kept as "
+            f"{run.checkpoints.folder / str(run.best.step)}: convert to-hf makes a folder of it"
+        )
+    run.checkpoints.close()

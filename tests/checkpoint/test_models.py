@@ -1,0 +1,139 @@
+"""Opening a model wherever it lies, exporting it whole or not at all, and claiming a folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.checkpoint import export as export_module
+from spatial_ssrl_jax.checkpoint.export import copy_files, export, write_config
+from spatial_ssrl_jax.checkpoint.models import TINY, ModelFolder, open_model
+from spatial_ssrl_jax.checkpoint.params import PARAMS, save_params
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import MeshSettings
+from spatial_ssrl_jax.parallel.mesh import make_mesh
+from spatial_ssrl_jax.parallel.sharding import Layout
+from tests.conftest import random_params
+
+
+@pytest.fixture(scope="module")
+def layout() -> Layout:
+    return Layout(make_mesh(MeshSettings()))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(open_model("tiny").config, seed=3)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, params) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "hf"
+    export(open_model("tiny"), params, folder, "float32")
+    return folder
+
+
+def assert_same(ours, theirs) -> None:
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_draw_follows_the_seed(toy, layout: Layout):
+    model = ModelFolder(toy.config, TINY, TINY, "toy")
+    first, again, other = (model.draw(layout, seed=seed) for seed in (3, 3, 4))
+    assert_same(first, again)
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
+    assert any(not np.array_equal(a, b) for a, b in pairs)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(first))
+
+
+def test_an_export_opens_with_the_same_weights_and_files(exported: Path, layout: Layout, params):
+    model = open_model(str(exported))
+    assert model.config == open_model("tiny").config
+    assert_same(model.load(layout), params)
+    assert {"config.json", "vocab.json", "merges.txt", "tokenizer_config.json"} <= {
+        path.name for path in exported.iterdir()
+    }
+    assert exported.stat().st_mode & 0o777 == 0o755
+    assert [path.name for path in exported.parent.iterdir()] == ["hf"]
+
+
+def test_an_export_that_fails_leaves_nothing(
+    tmp_path: Path, params, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(folder: Path, *_) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(export_module, "write_params", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export(open_model("tiny"), params, tmp_path / "out", "float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_orbax_folder_keeps_its_dtype_unless_told(
+    tmp_path: Path, layout: Layout, params, dtype: str
+):
+    tiny = open_model("tiny")
+    held = jax.tree.map(lambda x: x.astype(dtype), params)
+    copy_files(tiny, tmp_path)
+    write_config(tiny.config, tmp_path, dtype)
+    save_params(tmp_path / PARAMS, held)
+    model = open_model(str(tmp_path))
+    assert_same(model.load(layout), held)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), held)
+    assert_same(model.load(layout, "float32"), wide)
+
+
+def test_a_step_of_a_run_finds_the_files_beside_it(tmp_path: Path):
+    (tmp_path / "12" / PARAMS).mkdir(parents=True)
+    shutil.copytree(TINY, tmp_path / "model")
+    model = open_model(str(tmp_path / "12"))
+    assert (model.files, model.weights) == (tmp_path / "model", tmp_path / "12")
+
+
+@pytest.mark.parametrize("path", ["/nowhere/m", "./m", "~/m", "m", "a/b/c"])
+def test_a_missing_folder_is_named_and_the_hub_is_not_asked(
+    path: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_: pytest.fail("asked the hub")
+    )
+    with pytest.raises(UserError, match=f"the model folder {path} does not exist"):
+        open_model(path)
+
+
+def test_a_hub_id_without_a_network_is_named(monkeypatch: pytest.MonkeyPatch):
+    def offline(name: str, **_) -> str:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(
+        UserError, match=r"Qwen/Some-VL does not exist.*hub failed \(ConnectionError\)"
+    ):
+        open_model("Qwen/Some-VL")
+
+
+def test_a_folder_without_a_config_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="config.json is missing"):
+        open_model(str(tmp_path))
+
+
+def test_a_folder_without_weights_is_named(layout: Layout):
+    with pytest.raises(UserError, match="holds no .*safetensors"):
+        open_model("tiny").load(layout)
+
+
+def test_weights_of_another_shape_are_named(exported: Path, tmp_path: Path, layout: Layout):
+    folder = tmp_path / "hf"
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] += 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has shape .* but config.json asks for"):
+        open_model(str(folder)).load(layout)

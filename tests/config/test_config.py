@@ -1,0 +1,237 @@
+"""Settings: overrides of every type, and errors that name the key and what was expected."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.load import load_config, split_overrides, to_dict
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.config.validate import check_settings
+from tests.conftest import ROOT
+
+FILE = """
+from spatial_ssrl_jax.config.schema import Config
+def get_config():
+    return Config("test")
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    (tmp_path / "c.py").write_text(FILE)
+    return str(tmp_path / "c.py")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("name", "12", "12"),
+        ("seed", "7", 7),
+        ("mesh.fsdp", "-1", -1),
+        ("grpo.kl_coefficient", "1e-3", 1e-3),
+        ("grpo.temperature", "2", 2.0),
+        ("grpo.scale_std", "False", False),
+        ("model.from_scratch", "true", True),
+        ("model.path", "a/b=c", "a/b=c"),
+        ("data.prompt_buckets", "(64, 128)", (64, 128)),
+        ("data.prompt_buckets", "64,128", (64, 128)),
+        ("data.prompt_buckets", "64", (64,)),
+        ("grpo.response_buckets", "32,64", (32, 64)),
+        ("sft.freeze", "vision,merger", ("vision", "merger")),
+        ("sft.freeze", "('vision',)", ("vision",)),
+        ("grpo.freeze", "", ()),
+        ("grpo.lora.rank", "8", 8),
+        ("grpo.lora.targets", "language.q", ("language.q",)),
+        ("tasks.crop.weight", "0.5", 0.5),
+        ("tasks.shuffle.kinds.2x2", "3", 3.0),
+    ],
+)
+def test_an_override_of_each_type(path: str, key: str, text: str, value):
+    config = load_config(path, [(key, text)])
+    plain, before = to_dict(config), to_dict(load_config(path))
+    *sections, last = key.split(".")
+    node, old = plain, before
+    for section in sections:
+        node, old = node[section], old[section]
+    expected = list(value) if isinstance(value, tuple) else value
+    assert node[last] == expected and type(node[last]) is type(expected)
+    old[last] = node[last]
+    assert plain == before  # and nothing else changed
+
+
+def test_later_overrides_win_and_defaults_are_not_touched(path: str):
+    config = load_config(
+        path, [("grpo.steps", "3"), ("tasks.flip.weight", "0"), ("grpo.steps", "4")]
+    )
+    assert config.grpo.steps == 4 and "flip" not in config.trained_tasks
+    assert Config("other").tasks["flip"].weight > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "said"),
+    [
+        ("grpo.stepps", "1", r"unknown config key config\.grpo\.stepps: did you mean steps\?"),
+        ("rolout.limit", "1", r"unknown config key config\.rolout\.limit: did you mean rollout\?"),
+        ("tasks.flipp.weight", "1", r"did you mean flip\?"),
+        ("zzz", "1", r"unknown config key config\.zzz: known here: name, seed, model"),
+        ("grpo", "1", r"config\.grpo is a section: set one of steps, prompts"),
+        ("tasks", "1", r"config\.tasks is a section: set one of shuffle, flip"),
+        ("tasks.flip", "1", r"config\.tasks\.flip is a section: set one of weight"),
+        ("seed.x", "1", r"config\.seed\.x goes too deep: config\.seed is a value"),
+        ("grpo.steps", "many", r"config\.grpo\.steps=many does not fit: expected int"),
+        ("grpo.steps", "1.5", r"expected int"),
+        ("grpo.steps", "True", r"expected int"),
+        ("grpo.scale_std", "1", r"config\.grpo\.scale_std=1 does not fit: expected bool"),
+        ("grpo.learning_rate", "fast", r"expected float"),
+        (
+            "data.prompt_buckets",
+            "big",
+            r"config\.data\.prompt_buckets=big does not fit: expected whole numbers, such as",
+        ),
+        ("data.prompt_buckets", "1.5", r"expected whole numbers"),
+        ("data.prompt_buckets", "()", r"expected whole numbers"),
+    ],
+)
+def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: str, said: str):
+    with pytest.raises(UserError, match=said):
+        load_config(path, [(key, text)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"model.dtype": "float16"},
+            r"model\.dtype=float16 is unknown: choose one of float32, bfloat16",
+        ),
+        ({"model.remat": "some"}, r"model\.remat=some is unknown: choose one of none"),
+        ({"sft.schedule": "linear"}, r"sft\.schedule=linear is unknown"),
+        ({"grpo.schedule": "linear"}, r"grpo\.schedule=linear is unknown"),
+        ({"grpo.updates": "3"}, r"grpo\.updates=3 must divide grpo\.prompts=256"),
+        ({"grpo.updates": "0"}, r"grpo\.updates=0 must be at least 1"),
+        (
+            {"grpo.micro_prompts": "48"},
+            r"grpo\.micro_prompts=48 must divide grpo\.prompts/updates=128",
+        ),
+        ({"rollout.wave": "100"}, r"rollout\.wave=100 must divide grpo\.prompts=256"),
+        ({"sft.micro_rows": "0"}, r"sft\.micro_rows=0 must be at least 1"),
+        (
+            {"sft.steps": "2", "sft.row_tokens": "6143"},
+            r"sft\.row_tokens=6143 has no room for the largest example: raise it to 6144",
+        ),
+        (
+            {"sft.steps": "2", "sft.row_windows": "64,127"},
+            r"sft\.row_windows=127 has no room .* 128 or more, or lower data\.window_buckets",
+        ),
+        (
+            {"sft.steps": "2", "sft.row_responses": "2047"},
+            r"sft\.row_responses=2047 has no room .* 2048 or more, or lower rollout\.limit",
+        ),
+        ({"rollout.check_every": "3"}, r"rollout\.check_every=3 must divide rollout\.chunk=256"),
+        ({"rollout.limit": "2050"}, r"rollout\.check_every=8 must divide rollout\.limit=2050"),
+        ({"grpo.response_buckets": "0,64"}, r"grpo\.response_buckets=\(0, 64\) must hold widths"),
+        ({"grpo.group": "1"}, r"grpo\.group=1 must be at least 2"),
+        ({"grpo.kl_coefficient": "-0.1"}, r"grpo\.kl_coefficient=-0\.1 must be at least 0"),
+        ({"grpo.steps": "0"}, r"sft\.steps and grpo\.steps are both 0"),
+        ({"grpo.steps": "-1"}, r"grpo\.steps=-1 must be at least 0"),
+        ({"data.workers": "-1"}, r"data\.workers=-1 must be at least 0"),
+        ({"sft.freeze": "visoin"}, r"sft\.freeze=visoin is unknown: choose one of vision, merger"),
+        ({"grpo.freeze": "vision,merger,language"}, r"grpo\.freeze holds every part"),
+        ({"grpo.lora.rank": "-1"}, r"grpo\.lora\.rank and grpo\.lora\.alpha must be at least 0"),
+        ({"grpo.lora.targets": "q_proj"}, r"grpo\.lora\.targets=q_proj is unknown: choose one of"),
+        ({"grpo.lora.rank": "8", "grpo.lora.targets": ""}, r"grpo\.lora\.targets is empty"),
+        (
+            {"sft.lora.rank": "8", "sft.freeze": "vision"},
+            r"sft\.freeze does nothing with sft\.lora\.rank=8",
+        ),
+        (
+            {"grpo.freeze": "vision", "grpo.vision_learning_rate_scale": "0.1"},
+            r"vision_learning_rate_scale=0\.1 must be above 0, and 1 where the vision",
+        ),
+        (
+            {"grpo.lora.rank": "8", "grpo.vision_learning_rate_scale": "0.1"},
+            r"vision_learning_rate_scale=0\.1 must be above 0, and 1 where the vision",
+        ),
+        ({"grpo.vision_learning_rate_scale": "0"}, r"grpo\.freeze=vision keeps it as it is"),
+        (
+            {"sft.steps": "2", "grpo.init_from": "a/b"},
+            r"grpo\.init_from takes the place .* set sft\.steps=0",
+        ),
+        ({"log.report_every": "0"}, r"log\.report_every=0 must be at least 1"),
+        ({"checkpoint.every": "0"}, r"checkpoint\.every=0 must be at least 1"),
+        ({f"tasks.{t}.weight": "0" for t in Config("").tasks}, r"every task has weight 0"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(path: str, changes: dict, said: str):
+    with pytest.raises(UserError, match=said):
+        load_config(path, list(changes.items()))
+
+
+def test_the_defaults_are_valid():
+    check_settings(Config("test"))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match="config file /nowhere/c.py does not exist"):
+        load_config("/nowhere/c.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1", r"c\.py cannot be run \(AttributeError.*get_config"),
+        ("def get_config(:", r"c\.py cannot be run \(SyntaxError"),
+        (
+            "from spatial_ssrl_jax.config import Config\ndef get_config(): return Config()",
+            "TypeError",
+        ),
+        ("def get_config(): return {}", r"gives dict; it must give a Config"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, said: str):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_config(str(tmp_path / "c.py"))
+
+
+def test_a_file_that_is_not_python_is_named(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("steps: 1")
+    with pytest.raises(UserError, match="c.yaml is no Python file"):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+def test_overrides_are_taken_out_of_a_command_line():
+    rest, overrides = split_overrides(
+        [
+            "--config=c.py",
+            "--config.grpo.steps=3",
+            "--workdir",
+            "w",
+            "--config.seed",
+            "4",
+            "--config.name=a=b",
+        ]
+    )
+    assert rest == ["--config=c.py", "--workdir", "w"]
+    assert overrides == [("grpo.steps", "3"), ("seed", "4"), ("name", "a=b")]
+
+
+def test_an_override_without_a_value_is_refused():
+    with pytest.raises(UserError, match=r"--config\.seed has no value"):
+        split_overrides(["--config.seed"])
+
+
+def test_the_config_is_plain_json(path: str):
+    config = load_config(path, [("data.prompt_buckets", "1,2")])
+    plain = to_dict(config)
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["data"]["prompt_buckets"] == [1, 2]
+    assert set(plain) == {f.name for f in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_shipped_config_loads(file: Path):
+    assert load_config(str(file)).name == file.stem

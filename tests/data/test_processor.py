@@ -1,0 +1,318 @@
+"""Prompts: the chat text, picture tokens, patches and padding, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.data.batching import pad_prompts, pad_responses, smallest_bucket
+from spatial_ssrl_jax.data.processor import Processor
+from spatial_ssrl_jax.data.videos import Video
+from spatial_ssrl_jax.qwen_vl.family import read_config
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+@pytest.fixture(scope="module")
+def config(shared):
+    return read_config(shared / "qwen2_5_vl" / "3b")
+
+
+@pytest.fixture(scope="module")
+def processor(shared, config):
+    return Processor(shared / "qwen2_5_vl", config)
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "question, images, content",
+    [
+        ("Where?", 0, "Where?"),
+        ("Where?", 2, PICTURE + PICTURE + "Where?"),
+        ("<image>Where?", 1, PICTURE + "Where?"),
+        ("From <image> to <image>.", 2, f"From {PICTURE} to {PICTURE}."),
+        ("A: <image1>\nB: <image2>", 2, f"A: {PICTURE}\nB: {PICTURE}"),
+    ],
+)
+def test_chat_text(processor, question, images, content):
+    expected = f"{SYSTEM}<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.chat(question, images)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "question, images", [("<image> and <image>", 1), ("<image>", 2), ("<image>", 0)]
+)
+def test_places_must_match_pictures(processor, question, images):
+    with pytest.raises(UserError, match=rf"has places for \d pictures .* but {images} were given"):
+        processor.chat(question, images)
+
+
+def test_pictures_and_videos_stand_where_the_question_says(processor):
+    """By number where marks have one; a kind without marks in front, pictures first."""
+    asked = {
+        "Where?": (PICTURE * 2 + VIDEO + "Where?", [("image", 0), ("image", 1), ("video", 0)]),
+        "<image2> or <image1>?": (
+            f"{VIDEO}{PICTURE} or {PICTURE}?",
+            [("video", 0), ("image", 1), ("image", 0)],
+        ),
+        "In <video>?": (
+            f"{PICTURE * 2}In {VIDEO}?",
+            [("image", 0), ("image", 1), ("video", 0)],
+        ),
+    }
+    for question, (content, order) in asked.items():
+        text, found = processor.chat(question, 2, 1)
+        assert text == f"{SYSTEM}<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+        assert found == order
+    for question in ("<image1> and <image1>", "<image1> and <image3>", "<image0><image1>"):
+        with pytest.raises(UserError, match=r"places for 2 pictures \(number .*\), but 2 were"):
+            processor.chat(question, 2)
+    with pytest.raises(UserError, match="places for 1 videos"):
+        processor.chat("<video>", 0)
+
+
+def test_numbered_pictures_keep_their_pixels(processor):
+    first, second = picture(56, 84, 1), picture(112, 56, 2)
+    turned = processor.prompt("<image2> or <image1>?", (first, second))
+    straight = processor.prompt("<image> or <image>?", (second, first))
+    np.testing.assert_array_equal(turned.ids, straight.ids)
+    np.testing.assert_array_equal(turned.patches, straight.patches)
+
+
+def test_picture_token_in_the_question_is_refused(processor):
+    with pytest.raises(UserError, match="itself holds a picture token"):
+        processor.prompt("What is <|image_pad|>?", (picture(56, 56),))
+
+
+def test_each_picture_takes_its_tokens(processor, config):
+    """56x84 and 112x56 pixels are 2x3 and 4x2 tokens, between their marks."""
+    prompt = processor.prompt("From <image> to <image>!", (picture(56, 84), picture(112, 56)))
+    pad = "<|image_pad|>"
+    text, _ = processor.chat("From <image> to <image>!", 2)
+    text = text.replace(pad, "#" * 6, 1).replace(pad, "#" * 8, 1).replace("#", pad)
+    np.testing.assert_array_equal(prompt.ids, processor.tokenizer(text)["input_ids"])
+    is_picture = prompt.ids == config.image_token_id
+    assert is_picture.sum() == 14
+    np.testing.assert_array_equal(prompt.image_index >= 0, is_picture)
+    assert len(set(prompt.image_index[is_picture])) == 14
+    assert prompt.position.shape == (3, len(prompt.ids))
+    assert prompt.next_position == prompt.position[:, -1].max() + 1 < len(prompt.ids)
+
+
+def test_prompt_without_pictures(processor):
+    prompt = processor.prompt("Why?", ())
+    assert prompt.patches.shape == (0, 64, 1176) and prompt.frame.shape == (0, 64)
+    assert (prompt.image_index == -1).all()
+    assert prompt.next_position == len(prompt.ids)
+
+
+def test_patches_by_hand(processor):
+    """A patch is channel, frame (twice the same), row, column; four make a merged token."""
+    image = picture(84, 140)
+    patches, grid = processor.patches(image)
+    assert grid == (1, 6, 10) and patches.shape == (60, 1176)
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    pixels = (image / 255 - mean) / std
+    for token, row, column in ((0, 0, 0), (1, 0, 1), (5, 1, 0), (14, 2, 4)):
+        for part, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+            y, x = 28 * row + 14 * i, 28 * column + 14 * j
+            expected = pixels[y : y + 14, x : x + 14].transpose(2, 0, 1)[:, None].repeat(2, axis=1)
+            found = patches[4 * token + part].reshape(3, 2, 14, 14)
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 4, 7])
+def test_video_patches_by_hand(processor, frames):
+    """A patch holds two frames in turn, of an odd video the last one twice; time by time."""
+    rng = np.random.default_rng(frames)
+    video = Video(rng.integers(0, 256, (frames, 56, 84, 3), np.uint8), fps=2.0)
+    patches, grid = processor.video_patches(video)
+    times = (frames + 1) // 2
+    assert grid == (times, 4, 6) and patches.shape == (times * 24, 1176)
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    pixels = (video.frames / 255 - mean) / std
+    for time in range(times):
+        for token, row, column in ((0, 0, 0), (2, 0, 2), (4, 1, 1)):
+            for part, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+                y, x = 28 * row + 14 * i, 28 * column + 14 * j
+                found = patches[24 * time + 4 * token + part].reshape(3, 2, 14, 14)
+                for slot in (0, 1):
+                    frame = pixels[min(2 * time + slot, frames - 1), y : y + 14, x : x + 14]
+                    np.testing.assert_allclose(found[:, slot], frame.transpose(2, 0, 1), atol=1e-5)
+
+
+def test_a_still_video_is_its_picture_again_and_again(processor):
+    """Resized alike: a size that is not a multiple of two patches."""
+    still = picture(75, 130)
+    patches, grid = processor.video_patches(Video(np.stack([still] * 4), fps=1.0))
+    expected, one = processor.patches(still)
+    assert grid == (2, *one[1:])
+    np.testing.assert_array_equal(patches, np.concatenate([expected] * 2))
+
+
+def test_video_prompt(processor, config):
+    """Frames at 1 a second: two seconds between times, two positions a second."""
+    video = Video(np.zeros((5, 56, 84, 3), np.uint8), fps=1.0)
+    prompt = processor.prompt("From <image> to <video>!", (picture(56, 56),), (video,))
+    places = np.flatnonzero(prompt.ids == config.video_token_id)
+    assert len(places) == 3 * 6 and (prompt.ids == config.image_token_id).sum() == 4
+    assert (prompt.image_index[places] >= 0).all()
+    time, row, column = prompt.position[:, places] - prompt.position[0, places[0]]
+    assert time.tolist() == [0] * 6 + [4] * 6 + [8] * 6
+    assert row.tolist() == [0, 0, 0, 1, 1, 1] * 3 and column.tolist() == [0, 1, 2] * 6
+    behind = prompt.position[:, places[-1] + 1] - prompt.position[0, places[0]]
+    assert behind.tolist() == [3, 3, 3]  # the longer side, as in a picture
+    assert prompt.next_position == prompt.position[0, -1] + 1
+    assert set(prompt.frame[prompt.frame >= 0]) == {0, 1, 2, 3}
+
+
+def test_video_settings_of_their_own(copied, config):
+    """Frames go by `video_preprocessor_config.json` where the folder has one."""
+    assert Processor(copied, config).video_grid(4, 28, 28) == (2, 4, 4)
+    settings = json.loads((copied / "preprocessor_config.json").read_text())
+    del settings["min_pixels"], settings["max_pixels"]
+    settings["size"] = {"shortest_edge": 112 * 112, "longest_edge": 224 * 224}
+    (copied / "video_preprocessor_config.json").write_text(json.dumps(settings))
+    processor = Processor(copied, config)
+    assert processor.video_grid(5, 28, 28) == (3, 8, 8) and processor.grid(28, 28) == (1, 4, 4)
+    assert processor.video_grid(4, 2000, 2000) == (2, 16, 16)
+    both = Processor(copied, config, 28 * 28, 56 * 56)
+    assert both.video_grid(4, 28, 28) == (2, 2, 2) and both.grid(999, 999) == (1, 4, 4)
+
+
+def test_limits_that_cross_are_refused(shared, config):
+    with pytest.raises(UserError, match=r"area, 999 pixels, is above the largest, 998"):
+        Processor(shared / "qwen2_5_vl", config, 999, 998)
+
+
+def test_a_prompt_too_long_is_refused_before_anything_is_cut(processor, monkeypatch):
+    length = len(processor.prompt("Where?", (picture(112, 112),)).ids)
+    assert len(processor.prompt("Where?", (picture(112, 112),), most=length).ids) == length
+
+    def refuse(*_):
+        raise AssertionError("cut")
+
+    monkeypatch.setattr(processor, "_cut", refuse)
+    with pytest.raises(UserError, match=rf"{length} tokens, 16 of them .* most {length - 1} fit"):
+        processor.prompt("Where?", (picture(112, 112),), most=length - 1)
+
+
+def test_prompt_patches_stand_in_their_windows(processor):
+    """The patch at each slot is the one that its frame and coordinates name."""
+    images = (picture(140, 84, 1), picture(56, 252, 2))
+    prompt = processor.prompt("?", images)
+    held = np.argwhere(prompt.frame >= 0)
+    assert len(held) == 10 * 6 + 4 * 18
+    for window, slot in held[::7]:
+        row, column = 14 * prompt.coords[window, slot]
+        pixel = images[prompt.frame[window, slot]][row + 3, column + 5, 1]
+        value = prompt.patches[window, slot].reshape(3, 2, 14, 14)[1, 0, 3, 5]
+        assert value == pytest.approx((pixel / 255 - 0.4578275) / 0.26130258, abs=1e-5)
+
+
+def test_sizes_stay_within_limits(shared, config):
+    """Sides are multiples of two patches, the area lies in the limits, the shape is kept."""
+    small, large = 8 * 28 * 28, 60 * 28 * 28
+    processor = Processor(shared / "qwen2_5_vl", config, small, large)
+    rng = np.random.default_rng(0)
+    for height, width in np.exp(rng.uniform(np.log(40), np.log(3000), (200, 2))).astype(int):
+        _, h, w = processor.grid(int(height), int(width))
+        assert h % 2 == w % 2 == 0
+        assert small <= h * w * 14 * 14 <= large or max(height, width) / min(height, width) > 8
+        assert abs(h * 14 / 28 - w * 14 / 28 * height / width) <= 1 + height / width
+    assert processor.grid(112, 140) == (1, 8, 10)  # fits as it is
+
+
+def test_settings_come_from_the_folder(processor):
+    assert processor.stop_ids == (151_645, 151_643)
+    assert processor.grid(28, 28) == (1, 4, 4)  # raised to 3136 pixels
+    high, wide = processor.grid(4000, 5000)[1:]  # brought below 12,845,056
+    assert 0.98 < high * wide * 14 * 14 / 12_845_056 <= 1
+
+
+@pytest.mark.parametrize("height, width", [(10, 3000), (3000, 14)])
+def test_extreme_shapes_are_bad_pictures(processor, height, width):
+    with pytest.raises(BadImage, match=f"a picture of {width}x{height} pixels cannot be used"):
+        processor.grid(height, width)
+
+
+@pytest.fixture
+def copied(shared, tmp_path):
+    for path in (shared / "qwen2_5_vl").glob("*.*"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json"])
+def test_missing_file_is_named(copied, config, name):
+    (copied / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        Processor(copied, config)
+
+
+def test_chat_template_in_either_place(copied, config, processor):
+    """In its own file, or in the tokenizer's settings; in neither, it is missed."""
+    (copied / "chat_template.json").unlink()
+    assert Processor(copied, config).chat("<image>?", 1) == processor.chat("<image>?", 1)
+    path = copied / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["chat_template"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"chat_template\.json is missing"):
+        Processor(copied, config)
+
+
+def test_stop_ids_without_generation_config(copied, config):
+    path = copied / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": 7}))
+    assert Processor(copied, config).stop_ids == (7,)
+    path.unlink()
+    assert Processor(copied, config).stop_ids == (config.eos_token_id,)
+
+
+def test_responses_end_with_the_end_token(processor, config):
+    ids = processor.encode_response("<think>left</think> \\boxed{2}")
+    assert ids.dtype == np.int32 and ids[-1] == config.eos_token_id
+    assert processor.decode(ids) == "<think>left</think> \\boxed{2}"
+
+
+def test_buckets():
+    assert [smallest_bucket(n, (64, 32), "data.x") for n in (1, 32, 33, 64)] == [32, 32, 64, 64]
+    with pytest.raises(UserError, match=r"data\.x=\(64, 32\) has no bucket for 65"):
+        smallest_bucket(65, (64, 32), "data.x")
+
+
+def test_padding(toy):
+    prompts = [toy.prompt(0, 5, [(1, 2, 10)]), toy.prompt(1, 9)]
+    batch = pad_prompts(prompts, (8, 16), (4,))
+    assert batch.ids.shape == (2, 16) and batch.vision.patches.shape == (2, 4, 64, 1176)
+    assert batch.length.tolist() == [len(p.ids) for p in prompts] == [12, 9]
+    for i, prompt in enumerate(prompts):
+        length, windows = len(prompt.ids), len(prompt.frame)
+        np.testing.assert_array_equal(batch.ids[i, :length], prompt.ids)
+        np.testing.assert_array_equal(batch.position[i, :, :length], prompt.position)
+        np.testing.assert_array_equal(batch.vision.patches[i, :windows], prompt.patches)
+        assert (batch.image_index[i, length:] == -1).all()
+        assert (batch.vision.frame[i, windows:] == -1).all()
+        assert np.asarray(batch.valid[i]).tolist() == [j < length for j in range(16)]
+    with pytest.raises(UserError, match=r"data\.prompt_buckets.* no bucket for 12"):
+        pad_prompts(prompts, (8,), (4,))
+    with pytest.raises(UserError, match=r"data\.window_buckets.* no bucket for 2"):
+        pad_prompts(prompts, (16,), (1,))
+
+
+def test_padding_of_responses():
+    tokens, length = pad_responses(
+        [[np.array([4, 5]), np.array([6])], [np.array([7, 8, 9])] * 2], 3
+    )
+    assert tokens.tolist() == [[[4, 5, 0], [6, 0, 0]], [[7, 8, 9], [7, 8, 9]]]
+    assert length.tolist() == [[2, 1], [3, 3]]

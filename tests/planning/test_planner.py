@@ -1,0 +1,151 @@
+"""`plan`: the programs that training runs, their memory beside what stays, what does not fit."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax import plan as command
+from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.perf.device_specs import DeviceSpec
+from spatial_ssrl_jax.planning.planner import ProgramCost, plan
+from spatial_ssrl_jax.planning.report import lines, problems
+from spatial_ssrl_jax.planning.topology import Topology
+from spatial_ssrl_jax.qwen_vl.model import abstract_params
+from tests.conftest import ROOT, SMALL_TEXT
+from tests.helpers.toy_runs import make_config
+
+FIELDS = {
+    "name", "peak_bytes", "argument_bytes", "temp_bytes", "flops", "bytes_accessed",
+    "collective_bytes", "estimated_seconds", "bound", "compile_seconds", "largest_buffers", "fits",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def toy_plan(toy_folder: Path) -> c.Config:
+    """A run of both stages of which nothing but the header of its model exists."""
+    return make_config(c.ModelSettings(str(toy_folder), False, "float32", "none"))
+
+
+@pytest.fixture(scope="module")
+def report(toy_plan: c.Config) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        peak = DeviceSpec(1e12, 1e9, memory=2**34, network=1e9)
+        patch.setattr(
+            "spatial_ssrl_jax.planning.planner.open_topology",
+            lambda name: Topology(name, jax.devices("cpu")[:1], peak),
+        )
+        return json.loads(json.dumps(plan(toy_plan, "one", lambda _: None)))
+
+
+def program(report: dict, name: str) -> dict:
+    return next(p for p in report["programs"] if p["name"] == name)
+
+
+def test_every_program_of_both_stages_is_there(report: dict):
+    names = [p["name"] for p in report["programs"]]
+    assert names == [
+        "sft_gradients", "sft_add", "sft_apply",
+        "rollout_weights", "rollout_reshard", "rollout_reshard_layer", "prefill",
+        "start", "grow", "decode", "old_logprobs", "reference_logprobs", "gradients", "apply",
+    ]  # fmt: skip
+    assert all(p.keys() >= FIELDS for p in report["programs"])
+    assert report["fits"] and report["devices"] == 1 and report["hbm_bytes"] == 2**34
+
+
+def test_a_step_is_what_its_programs_come_to(report: dict):
+    """16 prompts are two waves of 8 and two micro-batches, 32 tokens are two chunks of 16."""
+    runs = {p["name"]: p["runs"] for p in report["programs"]}
+    assert runs["prefill"] == runs["gradients"] == runs["apply"] == 2
+    assert runs["grow"] == 2 * SMALL_TEXT["num_hidden_layers"]
+    assert runs["decode"] == 4 and runs["rollout_weights"] == 1
+    grpo = [p for p in report["programs"] if not p["name"].startswith("sft")]
+    seconds = sum(p["runs"] * p["estimated_seconds"] for p in grpo)
+    assert report["step"]["estimated_seconds"] == pytest.approx(seconds)
+    tokens = 16 * (192 + 3 * 32)
+    assert report["step"]["tokens_per_second_per_chip"] == pytest.approx(tokens / seconds)
+
+
+def test_memory_is_the_weights_and_what_stays_beside_them(report: dict, toy_folder: Path):
+    weights = sum(
+        x.size for x in jax.tree.leaves(abstract_params(open_model(str(toy_folder)).config))
+    )
+    apply, decode = program(report, "apply"), program(report, "decode")
+    assert apply["argument_bytes"] == pytest.approx(4 * 4 * weights, rel=0.01)
+    assert apply["beside"]["reference"] == 4 * weights
+    assert decode["beside"]["weights"] == 4 * weights
+    assert decode["beside"]["optimizer"] == pytest.approx(8 * weights, rel=0.01)
+    for p in report["programs"]:
+        assert p["peak_bytes"] >= p["argument_bytes"] + sum(p["beside"].values())
+
+
+def test_decoding_counts_all_its_steps(report: dict):
+    """16 steps of 24 samples, each of which passes head and layers once, read the weights once."""
+    decode, gradients = program(report, "decode"), program(report, "gradients")
+    config = open_model("tiny").config.text
+    head = 2 * 32 * config.vocab_size
+    assert decode["flops"] > 16 * 24 * head
+    assert decode["bytes_accessed"] > 16 * 4 * 32 * config.vocab_size
+    assert gradients["flops"] > 3 * 24 * 32 * head
+
+
+def test_what_does_not_fit_is_named(report: dict):
+    cost = ProgramCost("decode", 1, {"weights": 3 * 2**30}, "rollout.wave", 2**31, 2**32)
+    cost.fits = False
+    row = dataclasses.asdict(cost) | {"peak_bytes": cost.peak_bytes}
+    row["largest_buffers"] = [{"name": "[*].layers", "bytes": 2**30}]
+    (sentence,) = problems(report | {"programs": [row]})
+    assert sentence.startswith("decode needs 9.00 GiB of 16.00 GiB (its temporaries 4.00 GiB")
+    assert "[*].layers, 1.00 GiB" in sentence and "lower rollout.wave" in sentence
+    table = list(lines(report))
+    assert len(table) == len(report["programs"]) + 3 and table[-1].startswith("a step: ")
+
+
+def test_sizes_that_do_not_go_together_are_refused(toy_plan: c.Config):
+    mesh = dataclasses.replace(toy_plan, mesh=c.MeshSettings(data=7))
+    with pytest.raises(UserError, match="mesh data=7"):
+        plan(mesh, "cpu", lambda _: None)
+    missing = dataclasses.replace(toy_plan, model=c.ModelSettings("/nowhere"))
+    with pytest.raises(UserError, match="/nowhere does not exist"):
+        plan(missing, "cpu", lambda _: None)
+
+
+def test_a_run_that_does_not_fit_exits_with_1(
+    toy_plan: c.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """The cold start alone, on a device of 1 MiB; with 16 GiB the same command exits with 0."""
+    sft = dataclasses.replace(toy_plan, grpo=c.GrpoSettings(steps=0))
+    monkeypatch.setattr("spatial_ssrl_jax.plan.load_config", lambda *_: sft)
+    for size, code in ((2**20, 1), (2**34, 0)):
+        peak = DeviceSpec(1e12, 1e9, memory=size, network=1e9)
+        monkeypatch.setattr(
+            "spatial_ssrl_jax.planning.planner.open_topology",
+            lambda name, peak=peak: Topology(name, jax.devices("cpu")[:1], peak),
+        )
+        assert command.main(["--config=toy", "--topology=one"]) == code
+    said = capsys.readouterr().out
+    assert "sft_gradients needs" in said and "lower sft.micro_rows, model.chunk" in said
+    assert "sft_apply needs" in said and "optim.offload=True" in said
+    assert "the largest buffer is [" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_the_tiny_run_is_planned_for_a_tpu():
+    command = [sys.executable, "-m", "spatial_ssrl_jax.plan", "--config=configs/tiny.py"]
+    command += ["--topology=v5e:2x2", "--config.sft.steps=0", "--json"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"] and found["devices"] == 4 and found["step"]["estimated_seconds"] > 0
+    assert program(found, "gradients")["collective_bytes"] > 0

@@ -1,0 +1,413 @@
+"""Fused attention equals plain XLA's, gradients too, and compiles for a TPU that is not there."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import Config, MeshSettings, ModelSettings, RolloutSettings
+from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.parallel.mesh import make_mesh
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.perf.flops import program_flops
+from spatial_ssrl_jax.planning.topology import open_topology
+from spatial_ssrl_jax.qwen_vl import model as qwen
+from spatial_ssrl_jax.qwen_vl.attention import attend, attend_shared
+from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute
+from spatial_ssrl_jax.qwen_vl.decode_kernel import attend_decode
+from spatial_ssrl_jax.qwen_vl.kernels import (
+    GroupMask,
+    decode_attention,
+    group_attention,
+    self_attention,
+)
+from spatial_ssrl_jax.qwen_vl.layers import REMAT_POLICIES
+from spatial_ssrl_jax.rl.placement import compute_settings
+from tests.helpers.processes import start_all
+
+SPLASH = AttentionKernel("splash", interpret=True)  # the kernel itself, without a TPU
+TRITON = AttentionKernel("triton", interpret=True)  # likewise, without a GPU
+PROMPT, GROUP, RESPONSE = 100, 3, 35
+LENGTH = PROMPT + GROUP * RESPONSE
+# The programs run for milliseconds and compile for seconds.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def drawn(length: int, heads: int, keys: int, size: int) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of two rows."""
+    rng = np.random.default_rng(0)
+    shapes = ((2, length, heads, size), (2, keys, length, size), (2, keys, length, size))
+    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+
+def packed_rows(length: int) -> Array:
+    """Segments of three examples and padding in one row, of one example in the other."""
+    row = np.repeat([0, 1, 2, -1], [length // 2, length // 5, length // 5, length])[:length]
+    return jnp.array([row, np.zeros(length, int)])
+
+
+def assert_alike(ours, reference, arrays: tuple[Array, ...], counts_BT: Array) -> None:
+    """Equal results and gradients where tokens count."""
+    weight = np.random.default_rng(1).normal(size=arrays[0].shape) * counts_BT[:, :, None, None]
+
+    def value(function):
+        def loss(*arrays):
+            out = function(*arrays)
+            return jnp.sum(out * weight), out
+
+        run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), compiler_options=QUICK)
+        (_, out), gradient = run(*arrays)
+        return out * counts_BT[:, :, None, None], *gradient
+
+    for name, a, b in zip(("out", "q", "k", "v"), value(ours), value(reference), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max(), name
+
+
+@pytest.mark.parametrize(
+    ("causal", "heads", "keys", "size"),
+    [(True, 4, 2, 128), (False, 2, 2, 80)],
+    ids=["the language model's", "the vision tower's"],
+)
+def test_splash_is_xlas_attention(causal: bool, heads: int, keys: int, size: int):
+    """200 tokens are padded to two blocks, and segments end inside of blocks."""
+    arrays, segment = drawn(200, heads, keys, size), packed_rows(200)
+    forms = [
+        partial(self_attention, segment_BT=segment, compute=Compute(attention=k), causal=causal)
+        for k in (SPLASH, XLA)
+    ]
+    assert_alike(*forms, arrays, segment >= 0)
+
+
+def group_by_xla() -> tuple[Callable, Callable, Array]:
+    """A group's attention by the two calls that XLA makes: the prompt's own, and the responses'
+    over both. With the arguments of `group_attention`, and which tokens count."""
+    place = np.arange(RESPONSE)
+    prompt_valid = jnp.arange(PROMPT) < jnp.array([[PROMPT], [60]])
+    own_valid = place < jnp.array([[[35], [1], [20]], [[7], [35], [0]]])
+    valid = jnp.concatenate((prompt_valid, own_valid.reshape(2, -1)), axis=1)
+    causal = (place[:, None] >= place) & own_valid[:, :, None]
+
+    def by_xla(q: Array, k: Array, v: Array) -> Array:
+        segment = jnp.where(prompt_valid, 0, -1)
+        keys, values = k[:, :, :PROMPT], v[:, :, :PROMPT]
+        first = attend(q[:, :PROMPT], keys, values, segment, segment, causal=True, chunk=999)
+        own_k, own_v = (
+            x[:, :, PROMPT:].reshape(2, 2, GROUP, RESPONSE, -1).swapaxes(1, 2) for x in (k, v)
+        )
+        own_q = q[:, PROMPT:].reshape(2, GROUP, RESPONSE, *q.shape[2:])
+        own = attend_shared(own_q, keys, values, prompt_valid, own_k, own_v, causal, chunk=999)
+        return jnp.concatenate((first, own.reshape(2, -1, *own.shape[3:])), axis=1)
+
+    return by_xla, partial(group_attention, valid_BT=valid, prompt=PROMPT, response=RESPONSE), valid
+
+
+def test_splash_is_a_groups_attention():
+    by_xla, by_kernel, valid = group_by_xla()
+    assert_alike(partial(by_kernel, kernel=SPLASH), by_xla, drawn(LENGTH, 4, 2, 32), valid)
+
+
+def test_what_a_group_sees():
+    """Prompt of two, two responses of two, and one place of padding."""
+    mask = GroupMask((7, 7), prompt=2, response=2, group=2)
+    rows = ["1000000", "1100000", "1110000", "1111000", "1100100", "1100110", "1100111"]
+    seen = mask[0:7, 0:7]
+    assert ["".join(map(str, row.astype(int))) for row in seen] == rows
+
+
+def pretend_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets programs with cuDNN's operations be traced, which a GPU alone can compile."""
+    library = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{library}.check_cudnn_version", lambda: 91_000)
+
+
+@pytest.mark.parametrize(("prompt", "response"), [(100, 36), (101, 36), (100, 35), (101, 35)])
+def test_cudnn_trains_on_any_lengths(monkeypatch: pytest.MonkeyPatch, prompt: int, response: int):
+    pretend_cudnn(monkeypatch)
+    length = prompt + 3 * response
+    arrays = [x.astype(jnp.bfloat16) for x in drawn(length, 4, 2, 32)]
+    sizes = dict(prompt=prompt, response=response)
+
+    def loss(*arrays: Array) -> Array:
+        return group_attention(
+            *arrays, jnp.ones((2, length), bool), AttentionKernel("cudnn"), **sizes
+        ).sum()
+
+    found = jax.eval_shape(jax.grad(loss, (0, 1, 2)), *arrays)
+    assert [x.shape for x in found] == [x.shape for x in arrays]
+
+
+def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
+    """The library's call with its own XLA in cuDNN's place, which needs a GPU."""
+    called = []
+
+    def stand_in(*args, implementation: str, mask: Array | None, **more):
+        called.append((implementation, mask is None))
+        assert [x.shape[1] % 2 for x in args] == [0, 0, 0]  # others are refused in training
+        more["mask"] = mask
+        return library(*args, implementation="xla", **more)
+
+    library = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    by_cudnn = AttentionKernel("cudnn")
+    packed, padded = packed_rows(51), jnp.where(jnp.arange(51) < jnp.array([[51], [20]]), 0, -1)
+    for segment, causal, single in (
+        (packed, True, False),
+        (packed, False, False),
+        (padded, True, True),
+    ):
+        forms = [
+            partial(
+                self_attention,
+                segment_BT=segment,
+                compute=Compute(attention=kernel),
+                causal=causal,
+                single=single,
+            )
+            for kernel in (by_cudnn, XLA)
+        ]
+        assert_alike(*forms, drawn(51, 4, 2, 16), segment >= 0)
+    by_xla, by_kernel, valid = group_by_xla()
+    assert_alike(partial(by_kernel, kernel=by_cudnn), by_xla, drawn(LENGTH, 4, 2, 32), valid)
+    # Only of single causal rows the mask is left out; a group's prompts are such.
+    assert [no_mask for _, no_mask in called] == [False, False, True, True, False]
+    assert {name for name, _ in called} == {"cudnn"}
+
+
+@pytest.mark.parametrize(
+    "kernel", [AttentionKernel("cudnn"), SPLASH], ids=lambda kernel: kernel.name
+)
+@pytest.mark.parametrize(("remat", "kept"), [("dots", True), ("full", False)])
+def test_dots_keep_what_fused_attention_gives(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kernel: AttentionKernel,
+    remat: str,
+    kept: bool,
+):
+    """Its results, and the sums of its softmax in float32: else it would all be worked out again.
+
+    cuDNN's operation is looked at without being compiled, which needs a GPU.
+    """
+    pretend_cudnn(monkeypatch)
+    q, keys = jnp.ones((1, 128, 4, 64), jnp.bfloat16), jnp.ones((1, 2, 128, 64), jnp.bfloat16)
+    segment = jnp.zeros((1, 128), jnp.int32)
+
+    @partial(jax.checkpoint, policy=REMAT_POLICIES[remat])
+    def layer(q: Array) -> Array:
+        form = dict(causal=True, chunk=999, kernel=kernel, single=True)
+        return jnp.sin(self_attention(2 * q, keys, keys, segment, **form))
+
+    jax.ad_checkpoint.print_saved_residuals(lambda q: layer(q).sum(), q)
+    said = capsys.readouterr().out
+    assert ("f32[1,4,128] output" in said) is kept
+    assert ("bf16[1,128,4,64] output" in said or "bf16[1,4,128,64] output" in said) is kept
+
+
+def one_step(group: int) -> Callable[[AttentionKernel, int], list[Array]]:
+    """A decode step's attention by a kernel at a cursor, as its leaves.
+
+    Prompts and slots end inside of blocks; a key/value head serves seven query heads.
+    """
+    rng = np.random.default_rng(0)
+    batch, keys, size, prompt, slots = 2, 2, 16, 100, 72
+
+    def drawn(*shape: int) -> Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    qkv, rotary = drawn(batch, group, keys, 7 + 2, size), drawn(2, batch, size // 2)
+    prefix, own = drawn(2, batch, keys, prompt, size), drawn(2, batch, group, keys, slots, size)
+    valid = jnp.arange(prompt) < jnp.array([[100], [37]])
+
+    @partial(jax.jit, static_argnums=0)
+    def run(kernel: AttentionKernel, cursor: Array) -> tuple[Array, tuple[Array, Array]]:
+        parts = (qkv, tuple(rotary), tuple(prefix), valid, tuple(own), cursor)
+        return decode_attention(*parts, kernel=kernel)
+
+    return lambda kernel, cursor: jax.tree.leaves(run(kernel, jnp.int32(cursor)))
+
+
+@pytest.mark.parametrize(("cursor", "group"), [(0, 3), (1, 3), (64, 3), (71, 3), (70, 11)])
+def test_one_steps_kernel_is_xlas(cursor: int, group: int):
+    """Nine samples are as many as a program takes."""
+    run = one_step(group)
+    for ours, reference in zip(run(TRITON, cursor), run(XLA, cursor), strict=True):
+        assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
+
+
+def test_the_whole_model_may_run_on_splash(toy):
+    prompts = [toy.prompt(0, 20, [(1, 4, 6), (1, 2, 10)]), toy.prompt(1, 40)]
+    batch = pad_prompts(prompts, (64,), (5,))
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(0, 600, (2, 2, 8)).astype(np.int32)
+    length = np.array([[8, 3], [5, 8]])
+    weight = jnp.asarray(
+        rng.normal(size=(2, 2, 8, 1)) * (np.arange(8) < length[..., None])[..., None]
+    )
+
+    @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def run(compute: Compute, params):
+        def loss(params):
+            model = qwen.bind(toy.config, params)
+            hidden = qwen.response_hidden(toy.config, model, batch, tokens, length, compute)
+            return jnp.sum(hidden * weight), hidden * (weight != 0)
+
+        (_, hidden), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        model = qwen.bind(toy.config, params)
+        return hidden, gradient, qwen.prefill(toy.config, model, batch, compute)[0]
+
+    ours, reference = (run(Compute(attention=k), toy.params) for k in (SPLASH, XLA))
+    paths = jax.tree_util.tree_leaves_with_path(reference)
+    for (path, b), a in zip(paths, jax.tree.leaves(ours), strict=True):
+        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max(), jax.tree_util.keystr(path)
+
+
+def test_blocks_that_nobody_sees_cost_nothing():
+    """Prompt and two responses of a block of 256 each: 1 + 2 + 2 of 9 blocks are run."""
+    q, k, v = drawn(768, 1, 1, 128)
+    valid = jnp.ones((2, 768), bool)
+    form = partial(group_attention, prompt=256, response=256, kernel=SPLASH)
+    done = program_flops(jax.jit(form), q, k, v, valid)
+    assert done == 2 * 5 * 2 * (2 * 256 * 256 * 128)  # two rows, two products
+    both = lambda q: jnp.sum(form(q, k, v, valid))  # noqa: E731
+    # Seven more for gradients: scores and what they are given in each of two passes, dv, dk, dq.
+    assert program_flops(jax.grad(both), q) == pytest.approx(done * 9 / 2, rel=1e-3)
+
+
+def cut_over_devices() -> None:
+    """Prints how far kernels on a mesh of eight devices are from XLA on one, gradients too."""
+    mesh = make_mesh(MeshSettings(fsdp=2, tensor=4))
+    arrays, segment = drawn(90, 8, 2, 16), jnp.zeros((2, 90), int)
+
+    def run(kernel: AttentionKernel):
+        def loss(q: Array, k: Array, v: Array):
+            out = self_attention(q, k, v, segment, Compute(attention=kernel), causal=True)
+            return jnp.sum(out**2), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+
+    ours, reference = (jax.tree.leaves(run(k)) for k in (replace(SPLASH, mesh=mesh), XLA))
+    step, wide = one_step(3), make_mesh(MeshSettings(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    for there in (mesh, wide):
+        ours += step(replace(TRITON, mesh=there), 70)
+        reference += step(XLA, 70)
+    pairs = zip(ours, reference, strict=True)
+    print(max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs))
+
+
+def test_kernels_are_cut_over_rows_and_heads():
+    """Two rows and eight heads on eight devices: two key heads serve four parts, or are two."""
+    command = "from tests.qwen_vl.test_kernels import cut_over_devices as c; c()"
+    (process,) = start_all(["-c", command], 1, devices=8)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert float(out) < 1e-5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("part", ["group", "vision"])
+def test_splash_compiles_for_a_tpu(part: str):
+    """At the 3B's heads, gradients too, cut over four chips."""
+    layout = Layout(make_mesh(MeshSettings(fsdp=2, tensor=2), open_topology("v5e:2x2").devices))
+    kernel = AttentionKernel("splash", layout.mesh)
+    length, heads, keys, size = (1536, 16, 2, 128) if part == "group" else (2048, 16, 16, 80)
+
+    def loss(q, k, v, kept):
+        if part == "group":
+            out = group_attention(q, k, v, kept >= 0, kernel, prompt=1024, response=256)
+        else:
+            out = self_attention(q, k, v, kept, Compute(attention=kernel), causal=False)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    shapes = [(2, length, heads, size), (2, keys, length, size), (2, keys, length, size)]
+    place = layout.replicated()
+    args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=place) for s in shapes]
+    args.append(jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=place))
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "dtype", "device", "said"),
+    [
+        ("model", "splash", "bfloat16", ("gpu", "9.0"), "runs on TPUs alone, and here is gpu"),
+        ("model", "cudnn", "bfloat16", ("tpu", None), "runs on NVIDIA GPUs alone, and here is tpu"),
+        ("model", "cudnn", "float32", ("gpu", "9.0"), "computes in bfloat16 alone"),
+        ("model", "cudnn", "bfloat16", ("gpu", "7.5"), "needs an NVIDIA GPU of compute capability"),
+        ("model", "cudnn", "bfloat16", ("gpu", "8.0"), None),
+        ("model", "splash", "float32", ("tpu", None), None),
+        ("model", "xla", "float32", ("cpu", None), None),
+        (
+            "rollout",
+            "triton",
+            "bfloat16",
+            ("cpu", None),
+            "runs on NVIDIA GPUs alone, and here is c",
+        ),
+        ("rollout", "triton", "bfloat16", ("gpu", None), "needs an NVIDIA GPU of compute"),
+        ("rollout", "triton", "bfloat16", ("gpu", "8.9"), None),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(
+    setting: str, name: str, dtype: str, device: tuple, said: str | None
+):
+    platform, capability = device
+    there = SimpleNamespace(platform=platform, device_kind="Some", compute_capability=capability)
+    if said is None:
+        assert name in kernels_on(there, dtype, {setting: name})
+    else:
+        with pytest.raises(UserError, match=f"{setting}.attention={name} {said}.*set "):
+            kernels_on(there, dtype, {setting: name})
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "names"),
+    [
+        ("tpu", None, "bfloat16", ("splash", "xla")),
+        ("tpu", None, "float32", ("xla", "xla")),
+        ("gpu", "9.0", "bfloat16", ("xla", "triton")),
+        ("gpu", "9.0", "float32", ("xla", "xla")),
+        ("gpu", "8.0", "bfloat16", ("xla", "xla")),
+        ("cpu", None, "bfloat16", ("xla", "xla")),
+    ],
+)
+def test_by_default_devices_have_the_kernels_that_were_tried(
+    platform: str, capability: str | None, dtype: str, names: tuple[str, str]
+):
+    there = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert kernels_on(there, dtype, {}) == names
+
+
+def test_several_gpus_have_only_what_was_tried():
+    there = SimpleNamespace(platform="gpu", device_kind="Some", compute_capability="9.0")
+    assert kernels_on(there, "bfloat16", {}, devices=2) == ("xla", "xla")
+    with pytest.raises(UserError, match="cudnn was not tried with heads cut .*attention=xla"):
+        kernels_on(there, "bfloat16", {"model": "cudnn"}, devices=2)
+
+
+def test_heads_that_triton_has_no_product_for_are_refused(toy):
+    odd = [jnp.zeros(shape) for shape in ((1, 1, 1, 3, 8), (1, 4), (1, 4), *[(1, 1, 5, 8)] * 2)]
+    own = [jnp.zeros((1, 1, 1, 8, 8))] * 2
+    with pytest.raises(UserError, match="takes heads of 16, .*these are of 8: set rollout"):
+        attend_decode(*odd, jnp.array([5]), *own, jnp.int32(0))
+
+
+def kernels_on(
+    device: SimpleNamespace, dtype: str, asked: dict[str, str], devices: int = 1
+) -> tuple[str, str]:
+    """Names of the kernels of long attention and of a decode step that a config has on a device."""
+    mesh = SimpleNamespace(
+        devices=np.array([device] * devices), size=devices, shape={"tensor": devices}
+    )
+    layout = SimpleNamespace(mesh=mesh, rows=lambda: None)
+    model = ModelSettings(attention=asked.get("model", "auto"), dtype=dtype)
+    rollout = RolloutSettings(attention=asked.get("rollout", "auto"))
+    compute = compute_settings(Config("x", model=model, rollout=rollout), layout)
+    return compute.attention.name, compute.decode_attention.name

@@ -1,0 +1,162 @@
+"""The PEFT layout: bit-exact there and back, read by peft itself, refused when it misfits."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from spatial_ssrl_jax.checkpoint.export import export
+from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.qwen_vl.lora import LoraSettings, merge_adapters
+from spatial_ssrl_jax.qwen_vl.model import init_adapters
+from spatial_ssrl_jax.qwen_vl.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
+from spatial_ssrl_jax.qwen_vl.tree import merge_params
+
+LORA = LoraSettings(rank=3, alpha=12.0, targets=("language", "vision.qkv", "merger"))
+PREFIX = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+
+
+def draw(config, lora: LoraSettings = LORA):
+    """Adapters whose every weight is drawn at random."""
+    rng = np.random.default_rng(4)
+    fresh = init_adapters(config, lora, jax.random.key(0))
+    return jax.tree.map(
+        lambda x: x if x.ndim < 2 else 0.1 * rng.normal(size=x.shape).astype(np.float32), fresh
+    )
+
+
+@pytest.fixture
+def folder(toy, tmp_path: Path) -> Path:
+    write_adapter(tmp_path, toy.config, draw(toy.config), "some/base")
+    return tmp_path
+
+
+def edit(folder: Path, **changes) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rename(folder: Path, change) -> None:
+    tensors = {change(name): x for name, x in load_file(folder / WEIGHTS).items()}
+    save_file({name: x for name, x in tensors.items() if name}, folder / WEIGHTS)
+
+
+def assert_same(ours, theirs) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_there_and_back_is_bit_exact(toy, tmp_path: Path, dtype: str):
+    adapters = jax.tree.map(
+        lambda x: x if x.ndim < 2 else jax.numpy.asarray(x, dtype), draw(toy.config)
+    )
+    write_adapter(tmp_path, toy.config, adapters, "some/base")
+    assert_same(read_adapter(tmp_path, toy.config), adapters)
+
+
+def test_names_and_shapes_are_those_of_peft(toy, folder: Path):
+    tensors, adapters = load_file(folder / WEIGHTS), draw(toy.config)
+    width = toy.config.text.hidden_size
+    assert tensors[f"{PREFIX}.lora_A.weight"].shape == (3, width)
+    assert tensors[f"{PREFIX}.lora_B.weight"].shape == (width, 3)
+    o = tensors[f"{PREFIX.replace('q_proj', 'o_proj')}.lora_A.weight"]
+    np.testing.assert_array_equal(
+        o[2], adapters["text"]["layers"]["o"]["lora_a"][0, ..., 2].ravel()
+    )
+    settings = json.loads((folder / CONFIG).read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (3, 12.0, "LORA")
+    assert settings["base_model_name_or_path"] == "some/base"
+
+
+def test_the_hubs_older_names_are_read_too(toy, folder: Path):
+    before = read_adapter(folder, toy.config)
+    rename(
+        folder,
+        lambda n: n.replace("model.language_model.", "model.").replace(
+            "base_model.model.model.visual", "base_model.model.visual"
+        ),
+    )
+    assert_same(read_adapter(folder, toy.config), before)
+
+
+def test_rank_stabilised_scale(toy, folder: Path):
+    edit(folder, use_rslora=True)
+    scale = read_adapter(folder, toy.config)["text"]["layers"]["q"]["lora_scale"]
+    np.testing.assert_allclose(scale, 12.0 / 3**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"r": 4}, r"k_proj.lora_A.weight has shape \(3, 48\), but \(4, 48\) fits"),
+        ({"use_dora": True}, "sets use_dora: only plain LoRA"),
+        ({"bias": "all"}, "sets bias: only plain LoRA"),
+        ({"peft_type": "IA3"}, "is a IA3 adapter"),
+        ({"r": "many"}, "cannot be read"),
+    ],
+)
+def test_settings_that_cannot_be_merged_are_named(toy, folder: Path, changes: dict, said: str):
+    edit(folder, **changes)
+    with pytest.raises(UserError, match=said):
+        read_adapter(folder, toy.config)
+
+
+def test_a_tensor_that_is_missing_or_of_another_base_is_named(toy, folder: Path):
+    other = dataclasses.replace(toy.config.text, intermediate_size=72)
+    with pytest.raises(
+        UserError, match=r"down_proj.lora_A.weight has shape \(3, 64\), but \(3, 72\)"
+    ):
+        read_adapter(folder, dataclasses.replace(toy.config, text=other))
+    short = dataclasses.replace(toy.config.text, num_hidden_layers=1)
+    with pytest.raises(UserError, match=r"adapts model.layers.1.* which this base has not"):
+        read_adapter(folder, dataclasses.replace(toy.config, text=short))
+    rename(folder, lambda name: None if name == f"{PREFIX}.lora_B.weight" else name)
+    with pytest.raises(UserError, match="lacks the tensor model.layers.0.self_attn.q_proj.lora_B"):
+        read_adapter(folder, toy.config)
+
+
+def test_a_folder_without_an_adapter_and_a_broken_file_are_named(toy, folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="adapter_config.json is missing"):
+        read_adapter(tmp_path / "nowhere", toy.config)
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
+    with pytest.raises(UserError, match="adapter_model.safetensors cannot be read"):
+        read_adapter(folder, toy.config)
+
+
+def test_peft_computes_what_we_merge(tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    from transformers import Qwen2_5_VLForConditionalGeneration as Reference
+
+    from tests.conftest import random_params
+
+    tiny = open_model("tiny")
+    params, adapters = random_params(tiny.config, seed=1), draw(tiny.config)
+    export(tiny, params, tmp_path / "base", "float32")
+    merged = merge_adapters(merge_params(params, adapters), "float32")
+    export(tiny, merged, tmp_path / "merged", "float32")
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", tiny.config, adapters, str(tmp_path / "base"))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        base = Reference.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+        before = base(input_ids=ids).logits
+        found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(input_ids=ids).logits
+        whole = Reference.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+        wanted = whole(input_ids=ids).logits
+    scale = float(wanted.abs().max())
+    assert float((before - wanted).abs().max()) > 0.01 * scale
+    assert float((found - wanted).abs().max()) < 1e-5 * scale
+    unused = [
+        name
+        for name, weight in base.named_parameters()
+        if "lora_B" in name and not weight.abs().sum()
+    ]
+    assert not unused

@@ -1,0 +1,120 @@
+"""Windows, merged tokens and M-RoPE positions, by their properties, by hand and by Transformers."""
+
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.qwen_vl.inputs import merged_tokens
+from spatial_ssrl_jax.qwen_vl.qwen2_5 import lay_out_windows, mrope_positions, window_count
+
+CASES = {
+    "one token": [(1, 2, 2)],
+    "whole windows": [(1, 16, 24)],
+    "partial windows": [(1, 26, 18)],
+    "strips": [(1, 2, 50), (1, 36, 2)],
+    "video": [(3, 10, 12)],
+    "mixed": [(1, 10, 6), (2, 8, 8), (1, 2, 2), (4, 18, 4)],
+}
+
+
+@pytest.fixture(params=CASES)
+def grids(request):
+    return CASES[request.param]
+
+
+@pytest.fixture
+def config(toy):
+    return toy.config.vision
+
+
+def processor_order(grids):
+    """(picture or frame, row, column) of each patch as the processor lists them, by plain loops."""
+    listed, first = [], 0
+    for t, h, w in grids:
+        for frame in range(first, first + t):
+            for row in range(0, h, 2):
+                for column in range(0, w, 2):
+                    listed += [(frame, row + i, column + j) for i in (0, 1) for j in (0, 1)]
+        first += t
+    return np.array(listed)
+
+
+def test_every_patch_stands_once_with_its_place(config, grids):
+    layout, listed = lay_out_windows(config, grids), processor_order(grids)
+    held = layout.source >= 0
+    assert layout.source.shape[1] == 64
+    np.testing.assert_array_equal(np.sort(layout.source[held]), np.arange(len(listed)))
+    np.testing.assert_array_equal(layout.frame >= 0, held)
+    found = np.concatenate((layout.frame[held][:, None], layout.coords[held]), axis=1)
+    np.testing.assert_array_equal(found, listed[layout.source[held]])
+
+
+def test_a_window_is_8_by_8_patches_of_one_frame(config, grids):
+    layout = lay_out_windows(config, grids)
+    seen = set()
+    for source, frame, coords in zip(layout.source, layout.frame, layout.coords, strict=True):
+        held = source >= 0
+        places = {(f, *rc) for f, rc in zip(frame[held], (coords[held] // 8).tolist(), strict=True)}
+        assert len(places) == 1, "a window is empty or mixes"
+        seen |= places
+    assert len(seen) == len(layout.source) == window_count(config, grids)
+
+
+def test_merged_tokens_in_reading_order(config, grids):
+    """Merged slot `merged[i]` holds the processor's patches 4i to 4i+3, in order."""
+    layout = lay_out_windows(config, grids)
+    total = sum(merged_tokens(config, grid) for grid in grids)
+    assert total == sum(t * h * w for t, h, w in grids) // 4
+    quads = layout.source.reshape(-1, 4)[layout.merged]
+    np.testing.assert_array_equal(quads, np.arange(4 * total).reshape(-1, 4))
+
+
+def test_same_windows_as_transformers(config, grids):
+    torch = pytest.importorskip("torch", reason="compares with Transformers, which needs torch")
+    from transformers.vision_utils import get_vision_window_index
+
+    order, ends = get_vision_window_index(torch.tensor(grids), 2, 112, 14)
+    window = np.repeat(np.arange(len(ends) - 1), np.diff(ends.numpy()) // 4)
+    expected = np.empty(len(order), int)
+    expected[order.numpy()] = window
+    found = lay_out_windows(config, grids).merged // 16
+    same = lambda x: x[:, None] == x  # noqa: E731
+    np.testing.assert_array_equal(same(found), same(expected))
+
+
+def test_no_pictures(config):
+    layout = lay_out_windows(config, [])
+    assert layout.source.shape == layout.frame.shape == (0, 64)
+    assert layout.coords.shape == (0, 64, 2) and layout.merged.shape == (0,)
+    assert window_count(config, []) == 0
+
+
+def test_positions_of_a_picture_by_hand(config):
+    """Two words, a picture of 2x3 tokens, two words: text goes on behind the longer side."""
+    is_vision = np.array([0, 0, 1, 1, 1, 1, 1, 1, 0, 0], bool)
+    found = mrope_positions(config, is_vision, [(1, 4, 6)], [None])
+    assert found.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
+    ]
+
+
+def test_positions_of_a_video_by_hand(config):
+    """Frames 0.7 s apart at 2 positions a second: 0, 1.4, 2.8, cut to whole positions."""
+    is_vision = np.array([0] + [1] * 6 + [0], bool)
+    found = mrope_positions(config, is_vision, [(3, 2, 4)], [0.7])
+    assert found.tolist() == [
+        [0, 1, 1, 2, 2, 3, 3, 3],
+        [0, 1, 1, 1, 1, 1, 1, 3],
+        [0, 1, 2, 1, 2, 1, 2, 3],
+    ]
+
+
+def test_positions_of_text_count_up(config):
+    found = mrope_positions(config, np.zeros(5, bool), [], [])
+    assert found.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_fewer_grids_than_pictures_is_an_error(config):
+    with pytest.raises((StopIteration, ValueError)):
+        mrope_positions(config, np.array([1, 1, 0, 1], bool), [(1, 2, 4)], [None])

@@ -1,0 +1,116 @@
+"""A very small model and a mixed batch: prompts and responses of different lengths, pictures."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.config.schema import SftSettings
+from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.data.processor import Prompt
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
+from spatial_ssrl_jax.qwen_vl.qwen2_5 import Qwen2_5VisionConfig, lay_out_windows, mrope_positions
+from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
+from spatial_ssrl_jax.rl.sft import PackedStep, pack_step
+from tests.conftest import SMALL_TEXT, SMALL_VISION, random_params
+
+CONFIG = QwenVLConfig(
+    text=TextConfig(vocab_size=96, **SMALL_TEXT),
+    vision=Qwen2_5VisionConfig(**SMALL_VISION),
+    tie_word_embeddings=True,
+    image_token_id=90,
+    video_token_id=91,
+    vision_start_token_id=92,
+    vision_end_token_id=93,
+    bos_token_id=94,
+    eos_token_id=95,
+)
+
+
+# Words and pictures of each prompt of `mixed_batch`.
+TEXTS = (5, 11, 7)
+GRIDS = ([(1, 4, 6), (1, 10, 4)], [(1, 8, 8)], [])
+
+
+def make_prompt(rng: np.random.Generator, text: int, grids: list[tuple[int, int, int]]) -> Prompt:
+    """Random text and patches, pictures first."""
+    config = CONFIG.vision
+    ids = []
+    for _, h, w in grids:
+        ids += [92, *[90] * (h * w // 4), 93]
+    ids = np.array([*ids, *rng.integers(0, 90, text)], np.int32)
+    is_vision = ids == 90
+    layout = lay_out_windows(config, grids)
+    position = mrope_positions(config, is_vision, grids, [None] * len(grids))
+    index = np.full(len(ids), -1, np.int32)
+    index[is_vision] = layout.merged
+    patches = rng.normal(size=(*layout.source.shape, config.patch_dim)).astype(np.float32)
+    patches[layout.source < 0] = 0
+    return Prompt(
+        ids, position, int(position.max()) + 1, index, patches, layout.frame, layout.coords
+    )
+
+
+# Words and pictures of each example of `examples`, and tokens of its response.
+SUPERVISED = (
+    (5, [(1, 4, 6), (1, 10, 4)], 3),
+    (11, [], 8),
+    (7, [(1, 8, 8)], 1),
+    (4, [], 5),
+    (9, [(1, 2, 2)], 6),
+)
+# Two examples fit in a row; its pictures need one of two window counts.
+ROWS = SftSettings(row_tokens=56, row_windows=(2, 4), row_responses=14, micro_rows=2)
+
+
+@pytest.fixture(scope="session")
+def examples() -> tuple[Batch, list[np.ndarray]]:
+    """Prompts with two, one and no pictures, and a response to each."""
+    rng = np.random.default_rng(1)
+    prompts = [make_prompt(rng, text, grids) for text, grids, _ in SUPERVISED]
+    responses = [rng.integers(0, 90, n).astype(np.int32) for _, _, n in SUPERVISED]
+    batch = Batch((None,) * len(prompts), pad_prompts(prompts, (40,), (3,)), np.arange(5))
+    return batch, responses
+
+
+def packed(examples: tuple[Batch, list[np.ndarray]], **changed) -> PackedStep:
+    """The examples in rows of `ROWS`; keywords replace its settings."""
+    return pack_step(*examples, replace(ROWS, **changed), CONFIG.vision)
+
+
+@pytest.fixture(scope="session")
+def packed_batch(examples) -> PackedBatch:
+    """All examples in one micro-batch."""
+    (batch,) = packed(examples, micro_rows=3)
+    return batch
+
+
+@pytest.fixture(scope="session")
+def small_params():
+    """Weights with random biases and norms, so that a wrong mask or position shows."""
+    return random_params(CONFIG, seed=0)
+
+
+@pytest.fixture(scope="session")
+def mixed_batch() -> GroupBatch:
+    """Three groups of four: two pictures, one, none; one without variance; full-length ones."""
+    rng = np.random.default_rng(0)
+    prompts = [make_prompt(rng, text, grids) for text, grids in zip(TEXTS, GRIDS, strict=True)]
+    length = np.array([[3, 8, 8, 3], [8, 8, 8, 8], [3, 3, 3, 3]], np.int32)
+    tokens = rng.integers(0, 90, (3, 4, 8)).astype(np.int32)
+    tokens[np.arange(8) >= length[..., None]] = 0
+    advantage = rng.normal(size=(3, 4)).astype(np.float32)
+    advantage[1] = 0
+    logprobs = rng.normal(-4.5, 0.4, (3, 3, 4, 8)).astype(np.float32)
+    return GroupBatch(
+        prompts=pad_prompts(prompts, (40,), (3,)),
+        tokens=tokens,
+        length=length,
+        weight=rng.uniform(0.5, 1.5, length.shape).astype(np.float32) / length.sum(),
+        normaliser=np.float32(length.sum()),
+        advantage=advantage,
+        sampled_logprobs=logprobs[0],
+        old_logprobs=logprobs[1],
+        reference_logprobs=logprobs[2],
+    )

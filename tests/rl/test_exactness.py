@@ -1,0 +1,121 @@
+"""Loss and gradient of a mixed batch against a plain per-sample reference."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spatial_ssrl_jax.config.schema import GrpoSettings
+from spatial_ssrl_jax.qwen_vl import model as qwen
+from spatial_ssrl_jax.qwen_vl.compute import Compute
+from spatial_ssrl_jax.rl.batch import take_rows
+from spatial_ssrl_jax.rl.losses import GrpoLoss
+from spatial_ssrl_jax.rl.train_step import initial_train_state, train_step
+from tests.rl.conftest import CONFIG
+
+TEMPERATURE = 0.7
+LOSS = GrpoLoss(
+    CONFIG, Compute(attention_chunk=16, vocab_block=32), GrpoSettings(temperature=TEMPERATURE)
+)
+
+
+def alone(batch, b):
+    """Prompt `b` cut to its length."""
+    prompts = take_rows(batch.prompts, b, 1)
+    tokens = int(prompts.length[0])
+    return replace(
+        prompts,
+        ids=prompts.ids[:, :tokens],
+        position=prompts.position[..., :tokens],
+        image_index=prompts.image_index[:, :tokens],
+    )
+
+
+def sample_logprobs(params, prompts, response, temperature):
+    """Log-probabilities of one response [R] to one prompt: no group, no padding."""
+    model = qwen.bind(CONFIG, params)
+    length = np.array([[len(response)]], np.int32)
+    compute = Compute(remat="none")
+    hidden = qwen.response_hidden(CONFIG, model, prompts, response[None, None], length, compute)
+    logits = hidden[0, 0] @ model.text.embed[...].T / temperature
+    return jax.nn.log_softmax(logits)[jnp.arange(len(response)), response]
+
+
+@jax.jit
+@jax.value_and_grad
+def plain_loss(params, prompts, response, advantage, old, reference):
+    """METHOD.md §4 for one sample: the sum over its tokens."""
+    logprob = sample_logprobs(params, prompts, response, TEMPERATURE)
+    ratio = jnp.exp(jnp.clip(logprob - old, -20, 20))
+    policy = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 0.8, 1.3))
+    policy = jnp.where(advantage < 0, jnp.minimum(policy, -3.0 * advantage), policy)
+    d = jnp.clip(reference - logprob, -20, 20)
+    return jnp.sum(policy + 0.01 * jnp.clip(jnp.exp(d) - d - 1, -10, 10))
+
+
+@pytest.fixture(scope="module")
+def reference(small_params, mixed_batch):
+    """The whole batch's loss and gradient, one sample after another."""
+    total, gradients = 0.0, jax.tree.map(jnp.zeros_like, small_params)
+    batch = mixed_batch
+    for b, g in np.ndindex(batch.length.shape):
+        n = int(batch.length[b, g])
+        value, more = plain_loss(
+            small_params,
+            alone(batch, b),
+            batch.tokens[b, g, :n],
+            batch.advantage[b, g],
+            batch.old_logprobs[b, g, :n],
+            batch.reference_logprobs[b, g, :n],
+        )
+        weight = batch.weight[b, g]
+        total += float(value) * weight
+        gradients = jax.tree.map(lambda x, y, w=weight: x + w * y, gradients, more)
+    return total, gradients
+
+
+def assert_close(gradients, expected, limit):
+    for (path, got), want in zip(
+        jax.tree.leaves_with_path(gradients), jax.tree.leaves(expected), strict=True
+    ):
+        scale = np.abs(want).max()
+        assert scale > 0, path
+        assert np.abs(got - want).max() <= limit * scale, path
+
+
+def test_group_loss_is_the_per_sample_loss(small_params, mixed_batch, reference):
+    program = jax.jit(jax.value_and_grad(LOSS, has_aux=True))
+    (value, sums), gradients = program(small_params, mixed_batch)
+    assert float(value) == pytest.approx(float(reference[0]), rel=1e-5)
+    assert_close(gradients, reference[1], 1e-5)
+    assert 0 < float(sums["policy/clip_high"]) < 1
+    assert 0 < float(sums["policy/clip_low"]) < 1
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_micro_batches_do_not_change_it(small_params, mixed_batch, reference, rows):
+    optimizer = optax.sgd(1.0)  # the change of the weights is the gradient itself
+    state = initial_train_state(optimizer, jax.tree.map(jnp.array, small_params))
+    pieces = [take_rows(mixed_batch, start, rows) for start in range(0, 3, rows)]
+    state, metrics = train_step(LOSS, optimizer, state, pieces)
+    change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), small_params, state.params)
+    norm = optax.tree.norm(reference[1])
+    assert float(metrics["optim/gradient_norm"]) == pytest.approx(float(norm), rel=1e-5)
+    assert float(metrics["loss/total"]) == pytest.approx(float(reference[0]), rel=1e-5)
+    assert_close(change, reference[1], 2e-3)  # subtraction of near-equal weights costs digits
+
+
+def test_non_finite_gradient_is_skipped(small_params, mixed_batch):
+    optimizer = optax.adam(1e-3)
+    state = initial_train_state(optimizer, jax.tree.map(jnp.array, small_params))
+    broken = replace(mixed_batch, advantage=np.full_like(mixed_batch.advantage, np.nan))
+    state, metrics = train_step(LOSS, optimizer, state, [broken])
+    assert float(metrics["optim/skipped"]) == 1
+    assert (int(state.skipped), int(state.updates)) == (1, 0)
+    for got, want in zip(jax.tree.leaves(state.params), jax.tree.leaves(small_params), strict=True):
+        np.testing.assert_array_equal(got, want)
+    state, metrics = train_step(LOSS, optimizer, state, [mixed_batch])
+    assert (int(state.skipped), int(state.updates)) == (0, 1)

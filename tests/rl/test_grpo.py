@@ -1,0 +1,129 @@
+"""A step's waves and micro-batches: sorted and trimmed, they change neither tokens nor gradient."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from spatial_ssrl_jax.config.schema import (
+    GrpoSettings,
+    MeshSettings,
+    RewardSettings,
+    RolloutSettings,
+)
+from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.data.items import Item
+from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.parallel.mesh import make_mesh
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.compute import Compute
+from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.grpo import Grpo
+from spatial_ssrl_jax.rl.losses import GrpoLoss
+from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
+from spatial_ssrl_jax.rollout.engine import Engine, Rollout
+from spatial_ssrl_jax.rollout.sampling import Sampling
+from tests.rl.conftest import CONFIG
+from tests.rl.test_exactness import assert_close
+
+SETTINGS = GrpoSettings(prompts=3, updates=1, micro_prompts=1, group=4, kl_coefficient=0.0)
+ROLLOUT = RolloutSettings(limit=8, chunk=4, check_every=4, wave=2)
+STOPS = tuple(range(0, 680, 5))  # a fifth of what is drawn ends a response
+
+
+def make_grpo(settings, rollout, buckets, engine=None) -> Grpo:
+    loss = GrpoLoss(CONFIG, Compute(attention_chunk=16, vocab_block=32), settings)
+    layout = Layout(make_mesh(MeshSettings()))
+    return Grpo(
+        settings, rollout, RewardSettings(), engine, loss, optax.sgd(1.0), layout, buckets, None,
+        None,
+    )  # fmt: skip
+
+
+def items(count: int) -> tuple[Item, ...]:
+    return tuple(Item(f"example {n}", None, ()) for n in range(count))
+
+
+@pytest.fixture(scope="module")
+def step(mixed_batch) -> tuple[Batch, ScoredRollout]:
+    """The mixed batch as a step; the second prompt has the longest responses."""
+    rollout = Rollout(
+        mixed_batch.tokens,
+        mixed_batch.sampled_logprobs,
+        mixed_batch.length,
+        mixed_batch.length < 8,
+    )
+    index = np.arange(3, dtype=np.int32)
+    batch = Batch(items(3), mixed_batch.prompts, index)
+    return batch, ScoredRollout(rollout, [], [], mixed_batch.advantage)
+
+
+def test_sorted_and_trimmed_micro_batches_have_the_gradient_of_the_whole(
+    small_params, mixed_batch, step
+):
+    grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((8, 28, 30, 40), (0, 1, 2, 3), (3, 8)))
+    (micro,), places = grpo.micro_batches(small_params, *step)
+    shapes = [(m.prompts.ids.shape[1], m.prompts.vision.frame.shape[1]) for m in micro]
+    widths = [m.tokens.shape[2] for m in micro]
+    assert len(set(shapes)) == 3 and sorted(shapes) == shapes and sorted(widths) == [3, 8, 8]
+    assert places == sum(t + 4 * r for (t, _), r in zip(shapes, widths, strict=True)) < 3 * 72
+    gradient = jax.jit(jax.grad(lambda p, b: grpo.loss(p, b)[0]))
+    parts = [gradient(small_params, m) for m in micro]
+    whole = replace(
+        mixed_batch,
+        weight=np.full((3, 4), 1 / mixed_batch.length.sum(), np.float32),
+        old_logprobs=None,
+        reference_logprobs=None,
+    )
+    assert_close(jax.tree.map(lambda *x: sum(x), *parts), gradient(small_params, whole), 1e-5)
+
+
+def test_prompts_stay_in_their_update(small_params, mixed_batch, step):
+    """Whatever their lengths: an update's prompts follow from the step alone."""
+    settings = replace(SETTINGS, updates=3, old_logprobs="sampler")
+    grpo = make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (8,)))
+    updates, _ = grpo.micro_batches(small_params, *step)
+    for number, micro in enumerate(updates):
+        assert len(micro) == 1
+        np.testing.assert_array_equal(micro[0].prompts.ids[0], mixed_batch.prompts.ids[number])
+        np.testing.assert_array_equal(micro[0].tokens[0], mixed_batch.tokens[number])
+        assert float(micro[0].normaliser) == mixed_batch.length[number].sum()
+        np.testing.assert_allclose(micro[0].weight, 1 / mixed_batch.length[number].sum(), rtol=1e-6)
+
+
+def test_waves_of_like_length_draw_the_same_tokens(toy):
+    prompts = [
+        toy.prompt(0, 9, [(1, 10, 4)]), toy.prompt(1, 7), toy.prompt(2, 6, [(1, 6, 6)]),
+        toy.prompt(3, 8),
+    ]  # fmt: skip
+    batch = Batch(items(4), pad_prompts(prompts, (32,), (4,)), np.array([4, 2, 9, 7], np.int32))
+    engine = Engine(toy.config, Compute(attention_chunk=16), STOPS, 4, 4)
+    grpo = make_grpo(replace(SETTINGS, group=3), ROLLOUT, Buckets((8, 32), (0, 4), (8,)), engine)
+    key, seen = jax.random.key(3), []
+
+    class Watched:
+        fill = engine.fill
+
+        @staticmethod
+        def generate(params, weights, prompts, **settings):
+            seen.append((*prompts.ids.shape, prompts.vision.frame.shape[1]))
+            return engine.generate(params, weights, prompts, **settings)
+
+    found = replace(grpo, engine=Watched).sample(toy.params, batch, key)
+    assert seen == [(2, 8, 0), (2, 32, 4)]
+    whole = engine.generate(
+        toy.params,
+        engine.fill(toy.params),
+        batch.prompts,
+        group=3,
+        limit=8,
+        key=key,
+        prompt_index=batch.index,
+        sampling=Sampling(SETTINGS.temperature),
+    )
+    assert len(np.unique(whole.length)) > 2
+    for name in ("tokens", "length", "finished"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=1e-4)

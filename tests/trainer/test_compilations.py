@@ -1,0 +1,91 @@
+"""A long run stays as it is: no late compilation, no file left open, no memory that grows."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax.monitoring.metrics import read_metrics
+from tests.trainer.test_training import start, write_config
+
+_LOOK = 0.05  # seconds between two looks at a run's open files
+GROWTH = 1.05
+
+
+def steady(toy_config, steps: int, every: int) -> c.Config:
+    """GRPO alone, with all that a step may do: saves, rollouts, the report, held-out figures.
+
+    Caches have one width: a batch that shrinks once most responses have ended is a program of its
+    own, compiled whenever that first happens.
+    """
+    return toy_config(
+        sft=c.SftSettings(),
+        grpo=c.GrpoSettings(
+            steps=steps, prompts=8, updates=1, group=3, micro_prompts=8, learning_rate=1e-4
+        ),
+        rollout=c.RolloutSettings(limit=32, chunk=32, check_every=8, wave=8),
+        checkpoint=c.CheckpointSettings(every=every, keep=2),
+        log=c.LogSettings(rollouts_every=every, rollouts_count=2, report_every=every),
+        eval=c.EvalSettings(examples=2, samples=2, every=every, prompts=8),
+    )
+
+
+def watched(toy_config, folder: Path, steps: int, every: int) -> tuple[list[dict], dict[int, int]]:
+    """Runs in a process of its own.
+
+    Returns:
+      The metrics of its steps, and at each step the fewest files seen open: a save under way holds
+      some for a moment.
+    """
+    config = write_config(folder, steady(toy_config, steps, every))
+    process = start(config, folder / "run", 1)
+    opened: dict[int, int] = {}
+    while process.poll() is None:
+        rows = read_metrics(folder / "run")
+        try:
+            count = len(os.listdir(f"/proc/{process.pid}/fd"))
+        except FileNotFoundError:  # it has just ended
+            break
+        if count and rows and rows[-1]["step"]:  # one that has just ended has none
+            step = rows[-1]["step"]
+            opened[step] = min(count, opened.get(step, count))
+        time.sleep(_LOOK)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    return [row for row in read_metrics(folder / "run") if row["step"]], opened
+
+
+def fewest(opened: dict[int, int], steps: range) -> int:
+    """The fewest files seen open at any of some steps."""
+    return min(opened[step] for step in steps if step in opened)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+
+
+@needs_proc
+def test_nothing_compiles_late_and_no_file_stays_open(toy_config, tmp_path: Path):
+    rows, opened = watched(toy_config, tmp_path, 24, 4)
+    assert {row["perf/compilations"] for row in rows} == {rows[0]["perf/compilations"]}
+    assert fewest(opened, range(17, 25)) <= fewest(opened, range(5, 13))
+
+
+@needs_proc
+@pytest.mark.slow
+def test_three_hundred_steps_stay_flat(toy_config, tmp_path: Path):
+    rows, opened = watched(toy_config, tmp_path, 300, 10)
+    by_step = {row["step"]: row for row in rows}
+    host = {}
+    print("step  mean host memory (MB)  compilations  fewest open files, of the last ten steps")
+    for step in (50, 100, 200, 300):
+        ten = range(step - 9, step + 1)
+        # One step's memory swings by a tenth.
+        host[step] = np.mean([by_step[n]["memory/host_bytes"] for n in ten])
+        count, files = by_step[step]["perf/compilations"], fewest(opened, ten)
+        print(f"{step:4}  {host[step] / 1e6:21.1f}  {count:12.0f}  {files}")
+    assert host[300] <= GROWTH * host[50]
+    assert {row["perf/compilations"] for row in rows} == {rows[0]["perf/compilations"]}
+    assert fewest(opened, range(291, 301)) <= fewest(opened, range(41, 51))

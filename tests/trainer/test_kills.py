@@ -1,0 +1,183 @@
+"""Killed at any moment, saves included, a run ends as one that nothing interrupted, bit for bit."""
+
+import json
+import random
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax.checkpoint.checksums import find_damage
+from spatial_ssrl_jax.monitoring.metrics import read_metrics
+from spatial_ssrl_jax.trainer.training import train
+from tests.helpers.toy_runs import ROWS
+from tests.trainer.test_training import figures, start, write_config
+
+LONG_KILLS, LONG_CUTS = 20, (6, 13)  # behind these kills a checkpoint is cut off
+_LOOK = 0.002  # seconds between two looks at a run's folder
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a run is killed.
+
+    Attributes:
+      event: `start` of the process, a `step` done, or a save under way (`saving`).
+      steps: how many steps behind the newest checkpoint that is; not for `start`.
+      seconds: waited from then on.
+    """
+
+    event: str
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Killed:
+    """What a kill met: seconds from the start of the process, the newest step that it had done
+    (None: not one), what it was doing, and the step that the next process goes on after."""
+
+    seconds: float
+    step: int | None
+    doing: str
+    goes_on_after: int
+
+
+def killed_run(config: Path, workdir: Path, kills: Sequence[Kill], cuts: Sequence[int] = ()):
+    """Starts a run again and again, killed as told and in the end left alone.
+
+    Args:
+      config, workdir: the run's.
+      kills: one a start; what is left when the run has come to its end is not used.
+      cuts: kills, by number from 1, behind which the newest checkpoint is cut off.
+
+    Returns:
+      The kills' `Killed`.
+    """
+    met: list[Killed] = []
+    for kill in [*kills, None]:
+        whole, wall, begun = newest_whole(workdir), time.time(), time.monotonic()
+        process = start(config, workdir, 1)
+        while kill and process.poll() is None and not happened(kill, workdir, whole, wall):
+            time.sleep(_LOOK)
+        if kill:
+            time.sleep(kill.seconds)
+            process.kill()
+        seconds = time.monotonic() - begun
+        out, err = process.communicate(timeout=600)
+        said = re.search(r"going on after step (\d+)", out)
+        assert int(said[1] if said else 0) in ({whole} if process.returncode == 0 else {whole, 0})
+        if process.returncode == 0:
+            return met
+        assert process.returncode == -9, out + err
+        step, doing = state(workdir, wall)
+        if len(met) + 1 in cuts:
+            cut_off(workdir)
+        met.append(Killed(seconds, step, doing, newest_whole(workdir)))
+    raise AssertionError("the last start was left alone and did not end")
+
+
+def happened(kill: Kill, workdir: Path, whole: int, wall: float) -> bool:
+    """Whether what a kill waits for has come in the process that was started at `wall`."""
+    if kill.event == "start":
+        return True
+    step = fresh_step(workdir, wall)
+    if step is None or step < whole + kill.steps:
+        return False
+    return kill.event == "step" or bool(unfinished(workdir))
+
+
+def fresh_step(workdir: Path, wall: float) -> int | None:
+    """The newest step that the process of `wall` has written to its metrics."""
+    rows = [row for row in read_metrics(workdir) if row["time"] > wall and row["step"]]
+    return rows[-1]["step"] if rows else None
+
+
+def unfinished(workdir: Path) -> list[str]:
+    """Checkpoints that have no name yet."""
+    return sorted(path.name for path in (workdir / "checkpoints").glob("*tmp*"))
+
+
+def state(workdir: Path, wall: float) -> tuple[int | None, str]:
+    step, saves = fresh_step(workdir, wall), unfinished(workdir)
+    if step is None:
+        return None, "starting"
+    return step, f"saving {saves[0].partition('.')[0]}" if saves else "training"
+
+
+def newest_whole(workdir: Path) -> int:
+    """The newest checkpoint that is as it was written, 0 where there is none."""
+    found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    return max((int(path.name) for path in found if find_damage(path) is None), default=0)
+
+
+def cut_off(workdir: Path) -> None:
+    """Halves the largest file of the newest checkpoint."""
+    folder = workdir / "checkpoints" / str(newest_whole(workdir))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def assert_equal_runs(ours: Path, theirs: Path) -> None:
+    assert figures(ours) == figures(theirs)
+    exports = sorted((theirs / "export").glob("*.safetensors"))
+    assert exports
+    for file in exports:
+        assert (ours / "export" / file.name).read_bytes() == file.read_bytes()
+    heldout = [json.loads((run / "summary.json").read_text())["heldout"] for run in (ours, theirs)]
+    assert heldout[0] == heldout[1]
+    assert not unfinished(ours)
+
+
+def small(toy_config, sft: int, grpo: int, every: int) -> c.Config:
+    """A run of both stages in which nearly all time goes into starting."""
+    return toy_config(
+        sft=c.SftSettings(steps=sft, learning_rate=1e-3, **ROWS),
+        grpo=c.GrpoSettings(
+            steps=grpo, prompts=8, updates=1, group=3, micro_prompts=8, learning_rate=1e-3
+        ),
+        checkpoint=c.CheckpointSettings(every=every, keep=2),
+        eval=c.EvalSettings(examples=2, samples=2, prompts=8),
+    )
+
+
+def test_two_kills_and_a_cut_checkpoint_change_nothing(toy_config, tmp_path: Path):
+    config = small(toy_config, 2, 2, 1)
+    kills = [Kill("saving", 2, 0.0), Kill("step", 2, 0.05)]
+    met = killed_run(write_config(tmp_path, config), tmp_path / "run", kills, cuts=[2])
+    assert len(met) == 2 and met[0].doing == "saving 2" and met[0].goes_on_after == 1
+    assert list((tmp_path / "run" / "checkpoints").glob("damaged_*"))
+    assert train(config, tmp_path / "whole")
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def drawn(rng: random.Random) -> Kill:
+    """A kill at random: a third anywhere in the start, the others around steps and in saves."""
+    event = rng.choice(["start", "step", "saving"])
+    longest = {"start": 15.0, "step": 1.0, "saving": 0.4}[event]
+    return Kill(event, rng.randint(1, 4), rng.uniform(0, longest))
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(toy_config, tmp_path: Path):
+    config = small(toy_config, 6, 14, 2)
+    assert train(config, tmp_path / "whole")
+    rng = random.Random(0)
+    kills = [drawn(rng) for _ in range(LONG_KILLS)]
+    met: list[Killed] = []
+    while len(met) < LONG_KILLS:  # a run that is done before its kills are is followed by another
+        run, left = tmp_path / f"run_{len(met)}", [n - len(met) for n in LONG_CUTS]
+        met += killed_run(write_config(tmp_path, config), run, kills[len(met) :], left)
+        assert_equal_runs(run, tmp_path / "whole")
+    print("kill  seconds after start  step reached  doing      restarted after step")
+    for number, kill in enumerate(met, 1):
+        reached = "-" if kill.step is None else kill.step
+        print(
+            f"{number:4}  {kill.seconds:19.2f}  {reached:>12}  {kill.doing:9}  {kill.goes_on_after}"
+            + "  (the newest checkpoint cut off)" * (number in LONG_CUTS)
+        )

@@ -1,0 +1,144 @@
+"""`train --check`: its sizes are the run's own, what it refuses, and that nothing is written."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax import train as command
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.monitoring.metrics import read_metrics
+from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
+from spatial_ssrl_jax.trainer import preflight as check_module
+from spatial_ssrl_jax.trainer.preflight import preflight
+from tests.helpers.toy_runs import make_config
+
+
+@pytest.fixture
+def fresh(toy_folder: Path) -> Callable[..., c.Config]:
+    """Makes the config of a run of both stages from drawn weights."""
+    return partial(make_config, c.ModelSettings(str(toy_folder), True, "float32", "none"))
+
+
+def files(folder: Path) -> dict[str, float]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def test_the_sizes_are_those_of_the_run(taught_config: c.Config, taught: Path):
+    found = preflight(taught_config, taught.parent / "new")
+    row = next(row for row in read_metrics(taught) if row["step"] == 1)
+    sft = found["stages"]["sft"]
+    assert found["problems"] == [] and list(found["stages"]) == ["sft"]
+    assert sft["prompt_tokens"] == pytest.approx(8 * row["prompt/length_mean"])
+    assert sft["response_tokens"] == pytest.approx(8 * row["response/length_mean"])
+    assert sft["padding_share"] == pytest.approx(row["perf/update_padding_share"], abs=1e-3)
+    assert sft["checkpoint_bytes"] == checkpoint_bytes(taught / "checkpoints" / "110")
+    assert found["seconds_left"] is None and not (taught.parent / "new").exists()
+
+
+def checkpoint_bytes(step: Path) -> int:
+    """Bytes of a step's arrays, without the files around them."""
+    sizes = 0
+    for item in ("params", "training"):
+        tree = ocp.StandardCheckpointHandler().metadata(step / item).tree
+        sizes += sum(int(np.prod(m.shape)) * m.dtype.itemsize for m in jax.tree.leaves(tree))
+    return sizes
+
+
+def test_it_counts_on_from_a_stopped_run_and_leaves_it_alone(taught_config, taught: Path):
+    before = files(taught)
+    longer = dataclasses.replace(taught_config.grpo, steps=4)
+    found = preflight(dataclasses.replace(taught_config, grpo=longer), taught)
+    assert found["steps_done"] == 110 and list(found["stages"]) == ["grpo"]
+    assert found["stages"]["grpo"]["steps_left"] == 4 and found["seconds_left"] is None
+    assert found["disk"]["there_bytes"] > 0
+    assert files(taught) == before
+
+
+def test_time_left_is_that_of_the_steps_before(taught_config, taught: Path, monkeypatch):
+    monkeypatch.setattr(check_module, "_steps_done", lambda _: 107)
+    found = preflight(taught_config, taught)
+    seconds = [row["perf/step_seconds"] for row in read_metrics(taught)[-50:]]
+    assert found["stages"]["sft"]["steps_left"] == 3
+    assert found["seconds_left"] == pytest.approx(3 * np.median(seconds), abs=2e-3)
+
+
+def test_adapters_train_little_and_need_no_reference(fresh, tmp_path: Path):
+    whole = preflight(fresh(sft=c.SftSettings()), tmp_path / "w")["stages"]["grpo"]
+    settings = fresh().grpo
+    lora = dataclasses.replace(settings, lora=LoraSettings(2))
+    small = preflight(fresh(sft=c.SftSettings(), grpo=lora), tmp_path / "w")["stages"]["grpo"]
+    assert 0 < small["trained"] < whole["trained"] / 5 and whole["frozen"] == 0
+    memory = whole["memory_bytes_a_device"]
+    assert memory["weights"] == memory["reference"] == 4 * whole["trained"]
+    assert memory["optimizer"] == pytest.approx(8 * whole["trained"], rel=1e-3)
+    assert small["memory_bytes_a_device"]["reference"] == 0
+    text, rows = 2 * 2 * 2 * 8 * 4, 8 * (192 + 3 * 32)  # layers, heads of 8, float32; one wave
+    assert memory["caches"] == text * rows
+    stays = memory["weights"] + memory["optimizer"] + memory["reference"]
+    assert stays < memory["sum"] < sum(memory.values()) - memory["sum"]
+
+
+def test_what_does_not_fit_is_a_problem(fresh, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(check_module, "device_memory_bytes", lambda: 1000)
+    usage = type("Usage", (), {"free": 2000})
+    monkeypatch.setattr(check_module.shutil, "disk_usage", lambda _: usage)
+    *device, disk = preflight(fresh(), tmp_path / "w")["problems"]
+    assert [p.split()[0] for p in device] == ["sft", "grpo"] and "1 kB" in device[0]
+    assert "only 2 kB is free" in disk and "checkpoint.keep" in disk
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"source": "folder:/nowhere"}, ["folder:/nowhere", "no such folder"]),
+        ({"prompt_buckets": (60,)}, ["prompt of", "data.prompt_buckets"]),
+        ({"window_buckets": (0,)}, ["prompt of", "data.prompt_buckets"]),
+    ],
+)
+def test_a_broken_source_or_bucket_is_named(fresh, tmp_path: Path, sections, words):
+    config = fresh()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **sections))
+    with pytest.raises(UserError) as error:
+        preflight(config, tmp_path / "w")
+    assert all(word in str(error.value) for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_another_run_is_named(taught_config, taught: Path):
+    before = files(taught)
+    with pytest.raises(UserError, match="another config .*seed changed"):
+        preflight(dataclasses.replace(taught_config, seed=7), taught)
+    assert files(taught) == before
+
+
+def test_weights_that_are_not_there_are_missed_before_they_are_read(fresh, tmp_path: Path):
+    config = fresh()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path="tiny"))
+    drawn = dataclasses.replace(config.model, from_scratch=False)
+    with pytest.raises(UserError, match="holds no .*safetensors"):
+        preflight(dataclasses.replace(config, model=drawn), tmp_path / "w")
+
+
+def test_the_command_prints_a_list_or_one_object(tmp_path: Path, fresh, capsys, monkeypatch):
+    monkeypatch.setattr(c, "load_config", lambda *_: fresh())
+    argv = ["--config=x.py", f"--workdir={tmp_path / 'w'}", "--check"]
+    command.main(argv)
+    listed = capsys.readouterr().out
+    command.main([*argv, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert "it would run" in listed and "an estimate" in listed
+    assert f"{found['stages']['grpo']['trained']:,} trained" in listed
+    with pytest.raises(UserError, match="--json belongs to --check"):
+        command.main(["--config=x.py", "--json"])
+    monkeypatch.setattr(check_module, "device_memory_bytes", lambda: 1000)
+    with pytest.raises(UserError, match="sft needs"):
+        command.main(argv)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,174 @@
+"""Training with the group's prompt shared goes the way of training that repeats it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.monitoring.progress import Progress
+from spatial_ssrl_jax.rl.aggregation import sample_weights
+from spatial_ssrl_jax.rl.batch import GroupBatch
+from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.grpo import Grpo, score_rollout
+from spatial_ssrl_jax.rl.logprobs import logprobs_of
+from spatial_ssrl_jax.rl.losses import GrpoLoss
+from spatial_ssrl_jax.rl.optimizer import make_optimizer
+from spatial_ssrl_jax.rl.train_step import TrainState, train_step
+from spatial_ssrl_jax.rollout import engine
+from spatial_ssrl_jax.rollout.engine import Rollout
+from spatial_ssrl_jax.rollout.sampling import Sampling, sample_keys
+from spatial_ssrl_jax.trainer.context import Run, items_of, open_run
+from spatial_ssrl_jax.trainer.initial_state import StageInitializer
+from spatial_ssrl_jax.trainer.preemption import Preemption
+
+STEPS = 12
+
+
+@dataclass
+class Alone:
+    """A GRPO step in which every sample carries a prompt of its own, in groups of one."""
+
+    grpo: Grpo
+
+    def step(
+        self, state: TrainState, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, dict, Rollout]:
+        grpo, group = self.grpo, self.grpo.settings.group
+        prompts = jax.tree.map(lambda x: np.repeat(x, group, axis=0), batch.prompts)
+        flat = self.sample(state, prompts, np.repeat(batch.index, group), key)
+        rollout = Rollout(*(self.grouped(x) for x in vars(flat).values()))
+        scored = score_rollout(
+            batch.items, rollout, grpo.processor, grpo.reward_settings, grpo.settings.scale_std
+        )
+        count, updates = len(batch.items) // grpo.settings.updates, []
+        old = [self.batch(prompts, scored, i * count, count) for i in range(grpo.settings.updates)]
+        with_old = [self.compared(state, part) for part in old]
+        for part in with_old:
+            state, metrics = train_step(grpo.loss, grpo.optimizer, state, [part])
+            updates.append({k: float(v) for k, v in metrics.items()})
+        means = {k: float(np.mean([u[k] for u in updates])) for k in updates[0]}
+        rewards = np.array([[r.overall for r in row] for row in scored.rewards])
+        return state, means | {"reward/overall_mean": float(rewards.mean())}, rollout
+
+    def grouped(self, x: np.ndarray) -> np.ndarray:
+        return x.reshape(-1, self.grpo.settings.group, *x.shape[2:])
+
+    def sample(self, state: TrainState, prompts, index: np.ndarray, key: jax.Array) -> Rollout:
+        grpo = self.grpo
+        return grpo.engine.generate(
+            state.params,
+            grpo.engine.fill(state.params),
+            prompts,
+            group=1,
+            limit=grpo.sampling_settings.limit,
+            key=key,
+            prompt_index=index,
+            sampling=Sampling(grpo.settings.temperature),
+        )
+
+    def batch(self, prompts, scored, first: int, count: int) -> GroupBatch:
+        """The update over prompts `first` to `first + count`, a row a sample."""
+        settings, group = self.grpo.settings, self.grpo.settings.group
+        rows, cut = slice(first * group, (first + count) * group), slice(first, first + count)
+        length = scored.rollout.length[cut]
+        weight = sample_weights(
+            length,
+            np.ones(length.shape, bool),
+            settings.aggregation,
+            scored.rollout.tokens.shape[2],
+        )
+
+        def flat(x: np.ndarray) -> np.ndarray:
+            return x.reshape(-1, 1, *x.shape[2:])
+
+        return GroupBatch(
+            prompts=jax.tree.map(lambda x: x[rows], prompts),
+            tokens=flat(scored.rollout.tokens[cut]),
+            length=flat(length),
+            weight=flat(weight),
+            normaliser=np.float32(length.sum()),
+            advantage=flat(scored.advantage[cut]),
+            sampled_logprobs=flat(scored.rollout.logprobs[cut]),
+            old_logprobs=None,
+            reference_logprobs=None,
+        )
+
+    def compared(self, state: TrainState, batch: GroupBatch) -> GroupBatch:
+        loss = self.grpo.loss
+        found = [
+            logprobs_of(loss.config, loss.compute, loss.settings.temperature, params, batch)
+            for params in (state.params, self.grpo.reference)
+        ]
+        return replace(batch, old_logprobs=found[0], reference_logprobs=found[1])
+
+
+def keys_of_groups(key: jax.Array, index: np.ndarray, group: int) -> jax.Array:
+    """Rows are samples: row i has the key of its prompt's sample i modulo the group's size."""
+    assert group == 1
+    every = sample_keys(key, index, KEYS_GROUP)
+    place = np.arange(len(index)) % KEYS_GROUP
+    return every[np.arange(len(index)), place][:, None]
+
+
+KEYS_GROUP = 3
+
+
+def open_grpo(config, folder: Path, progress: Progress, preemption: Preemption):
+    """A run's parts, a fresh state and the stage."""
+    run: Run = open_run(config, folder, False, preemption, progress)
+    start = StageInitializer(config, run.model, run.layout, run.checkpoints, lambda _: None)
+    settings = config.grpo
+    optimizer = make_optimizer(config.optim, settings, settings.steps * settings.updates)
+    state = start.state(settings, optimizer, start.params(settings))
+    grpo = Grpo(
+        settings,
+        config.rollout,
+        config.reward,
+        run.engine,
+        GrpoLoss(run.model.config, run.compute, settings),
+        optimizer,
+        run.layout,
+        Buckets.of(config),
+        run.processor,
+        start.reference(settings, state, fresh=True),
+    )
+    return run, grpo, state
+
+
+@pytest.mark.slow
+def test_sharing_gives_the_same_curve(toy_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = toy_config()
+    config = replace(
+        config,
+        sft=replace(config.sft, steps=0),
+        grpo=replace(config.grpo, steps=STEPS, learning_rate=3e-3),
+        eval=replace(config.eval, examples=1),
+    )
+    assert config.grpo.group == KEYS_GROUP
+    with Preemption() as preemption, Progress(quiet=True) as progress:
+        run, grpo, state = open_grpo(config, tmp_path / "run", progress, preemption)
+        alone, other = Alone(grpo), jax.tree.map(lambda x: x + 0, state)
+        items = items_of(config, run.source, run.split.train, run.processor, 1)
+        key, size, curve = jax.random.key(0), config.grpo.prompts, []
+        for step in range(STEPS):
+            rows = [(i, items[step * size + i]) for i in range(size)]
+            batch, now = run.collate(rows), jax.random.fold_in(key, step)
+            state, shared, _, scored = grpo.step(state, batch, now)
+            with monkeypatch.context() as patch:
+                patch.setattr(engine, "sample_keys", keys_of_groups)
+                other, repeated, rollout = alone.step(other, batch, now)
+            np.testing.assert_array_equal(rollout.tokens, scored.rollout.tokens)
+            curve.append((shared, repeated))
+    names = ("reward/overall_mean", "loss/total", "loss/policy", "kl/mean", "optim/gradient_norm")
+    for step, rows in enumerate(curve, 1):
+        for kind, row in zip(("shared", "repeated"), rows, strict=True):
+            print(f"measured step {step} {kind}:", *(f"{row[name]:.8f}" for name in names))
+    for shared, repeated in curve:
+        for name in names:
+            # Losses and KLs near zero are sums that cancel: held to a millionth there.
+            assert shared[name] == pytest.approx(repeated[name], rel=1e-4, abs=1e-6), name
+    rewards = [shared["reward/overall_mean"] for shared, _ in curve]
+    assert np.ptp(rewards) > 0.02 and curve[-1][0]["kl/mean"] > 1e-4, "nothing was learned"
