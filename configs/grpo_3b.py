@@ -12,8 +12,8 @@ micro-batch, takes 12.4 of 15.75 GiB a chip; BUILD.md has the others. Gradients,
 and prefill are bound by products, decoding by the memory of weights and caches, the copy of the
 weights by the network. One GPU of 80 GB holds it with
 
-    --config.rollout.tensor=1 --config.rollout.wave=16 --config.grpo.micro_prompts=1
-    --config.eval.prompts=16 --config.optim.offload=True
+    --config.rollout.tensor=1 --config.rollout.batch_prompts=16 --config.grpo.micro_batch_prompts=1
+    --config.eval.batch_prompts=16 --config.optim.offload=True
 
 Compiled for `h100`, the optimizer's step takes most, 65 of 75 GiB. A step at these lengths takes 20
 minutes there at least: attention's scores go through memory, and cuDNN's kernel
@@ -30,7 +30,7 @@ def get_config() -> c.Config:
     base = c.Config(name="grpo_3b")
     return dataclasses.replace(
         base,
-        model=c.ModelSettings(path="runs/sft_3b/export", chunk=256),
+        model=c.ModelSettings(path="runs/sft_3b/export", attention_chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
             min_pixels=262_144,
@@ -39,6 +39,6 @@ def get_config() -> c.Config:
             window_buckets=(32, 48, 72, 120, 136, 160, 256),
         ),
         grpo=c.GrpoSettings(response_buckets=(32, 64, 128, 192, 256, 320, 384, 512, 1024)),
-        rollout=c.RolloutSettings(wave=64, tensor=2),
+        rollout=c.RolloutSettings(batch_prompts=64, tensor=2),
         eval=c.EvalSettings(examples=64, every=5),
     )

@@ -19,7 +19,7 @@ def get_config() -> c.Config:
     base = c.Config(name="grpo_3b_lora")
     return dataclasses.replace(
         base,
-        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", chunk=256),
+        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", attention_chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
             min_pixels=56 * 56,
@@ -29,12 +29,12 @@ def get_config() -> c.Config:
         ),
         grpo=c.GrpoSettings(
             prompts=64,
-            updates=1,
-            micro_prompts=1,
+            minibatches_per_rollout=1,
+            micro_batch_prompts=1,
             response_buckets=(32, 64, 128, 192, 256, 320, 384),
             learning_rate=1e-5,
             lora=LoraSettings(rank=64, alpha=128.0),
         ),
-        rollout=c.RolloutSettings(limit=512, chunk=128, wave=16),
-        eval=c.EvalSettings(examples=32, prompts=16, every=10),
+        rollout=c.RolloutSettings(max_new_tokens=512, kv_block=128, batch_prompts=16),
+        eval=c.EvalSettings(examples=32, batch_prompts=16, every=10),
     )

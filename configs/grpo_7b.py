@@ -22,7 +22,7 @@ def get_config() -> c.Config:
     base = c.Config(name="grpo_7b")
     return dataclasses.replace(
         base,
-        model=c.ModelSettings(path="runs/sft_7b/export", chunk=128),
+        model=c.ModelSettings(path="runs/sft_7b/export", attention_chunk=128),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
             min_pixels=262_144,
@@ -31,10 +31,10 @@ def get_config() -> c.Config:
             window_buckets=(32, 48, 72, 120, 136, 160, 256),
         ),
         grpo=c.GrpoSettings(
-            micro_prompts=32,  # one a chip
+            micro_batch_prompts=32,  # one a chip
             response_buckets=(32, 64, 128, 192, 256, 320, 384, 512, 1024),
         ),
-        rollout=c.RolloutSettings(wave=64, tensor=4),
+        rollout=c.RolloutSettings(batch_prompts=64, tensor=4),
         eval=c.EvalSettings(examples=64, every=5),
         optim=c.OptimSettings(offload=True),
     )

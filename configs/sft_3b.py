@@ -5,7 +5,7 @@
 
 Responses are made from the tasks themselves unless `--config.sft.responses=FILE` names the released
 cold-start JSON. Meant for a TPU v5e-16 (compiled: 5.1 of 15.75 GiB a chip), or one 80 GB GPU with
-`--config.sft.micro_rows=1 --config.rollout.tensor=1` (compiled for `a100-80gb`: 12.6 GiB). It has
+`--config.sft.micro_batch_rows=1 --config.rollout.tensor=1` (compiled for `a100-80gb`: 12.6 GiB). It has
 not been run on the real weights.
 """
 
@@ -24,7 +24,7 @@ def get_config() -> c.Config:
     base = c.Config(name="sft_3b")
     return dataclasses.replace(
         base,
-        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", chunk=256),
+        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", attention_chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
             min_pixels=56 * 56,
@@ -38,10 +38,10 @@ def get_config() -> c.Config:
             row_tokens=3328,
             row_windows=(240,),
             row_responses=1024,
-            micro_rows=16,
+            micro_batch_rows=16,
             lora=LoraSettings(rank=128, alpha=256.0),
         ),
         grpo=c.GrpoSettings(steps=0),
-        rollout=c.RolloutSettings(limit=1024),
+        rollout=c.RolloutSettings(max_new_tokens=1024),
         checkpoint=c.CheckpointSettings(every=25),
     )

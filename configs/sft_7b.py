@@ -23,7 +23,7 @@ def get_config() -> c.Config:
     base = c.Config(name="sft_7b")
     return dataclasses.replace(
         base,
-        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-7B-Instruct", chunk=256),
+        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-7B-Instruct", attention_chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
             min_pixels=56 * 56,
@@ -37,10 +37,10 @@ def get_config() -> c.Config:
             row_tokens=3328,
             row_windows=(240,),
             row_responses=1024,
-            micro_rows=32,  # one a chip
+            micro_batch_rows=32,  # one a chip
             lora=LoraSettings(rank=128, alpha=256.0),
         ),
         grpo=c.GrpoSettings(steps=0),
-        rollout=c.RolloutSettings(limit=1024, tensor=4),
+        rollout=c.RolloutSettings(max_new_tokens=1024, tensor=4),
         checkpoint=c.CheckpointSettings(every=25),
     )

@@ -32,7 +32,7 @@ def get_config() -> c.Config:
         model=c.ModelSettings(path="tiny", from_scratch=True, dtype="float32", remat="none"),
         data=c.DataSettings(
             source="scenes",
-            heldout_share=0.01,
+            heldout_fraction=0.01,
             min_pixels=28 * 28,
             max_pixels=112 * 112,
             prompt_buckets=(168, 200),
@@ -47,15 +47,20 @@ def get_config() -> c.Config:
             row_tokens=320,
             row_windows=(2, 5),
             row_responses=64,
-            micro_rows=16,
+            micro_batch_rows=16,
             learning_rate=1e-3,
             schedule="constant",
         ),
         grpo=c.GrpoSettings(
-            steps=100, prompts=16, updates=1, group=8, micro_prompts=16, learning_rate=1e-4
+            steps=100,
+            prompts=16,
+            minibatches_per_rollout=1,
+            group_size=8,
+            micro_batch_prompts=16,
+            learning_rate=1e-4,
         ),
-        rollout=c.RolloutSettings(limit=32, chunk=32, check_every=4, wave=16),
+        rollout=c.RolloutSettings(max_new_tokens=32, kv_block=32, check_every=4, batch_prompts=16),
         checkpoint=c.CheckpointSettings(every=50, keep=2),
         log=c.LogSettings(rollouts_every=10, rollouts_count=4, report_every=20),
-        eval=c.EvalSettings(examples=128, samples=4, prompts=64),
+        eval=c.EvalSettings(examples=128, samples=4, batch_prompts=64),
     )

@@ -68,7 +68,10 @@ def _add_asking(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--source", metavar="SPEC", help="pretext: where its pictures come from")
     group.add_argument("--examples", type=int, default=64, help="pretext: questions a task")
     group.add_argument(
-        "--heldout-share", type=float, default=0.05, help="pretext: of the pictures, as in the run"
+        "--heldout-fraction",
+        type=float,
+        default=0.05,
+        help="pretext: of the pictures, as in the run",
     )
     group.add_argument(
         "--reasoning", action="store_true", help="with the format prompt and a boxed answer"
@@ -135,8 +138,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--max-frames must be at least 2.")
     if min(args.prompts, args.fsdp, args.tensor, args.examples) < 1:
         raise UserError("--prompts, --fsdp, --tensor and --examples must be at least 1.")
-    if not 0 < args.heldout_share < 1:
-        raise UserError("--heldout-share must be above 0 and below 1.")
+    if not 0 < args.heldout_fraction < 1:
+        raise UserError("--heldout-fraction must be above 0 and below 1.")
 
 
 def _ask(args: argparse.Namespace) -> None:

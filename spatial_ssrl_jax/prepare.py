@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("src", help="the folder that is read")
     parser.add_argument("dst", help="the folder that is written; may begin with gs://")
     parser.add_argument(
-        "--max-bad-share", type=float, default=0.2, help="stop above this share of bad pictures"
+        "--max-bad-fraction", type=float, default=0.2, help="stop above this share of bad pictures"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what was written before")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -84,12 +84,12 @@ def _write(
                 raise
     skipped = builder.skipped
     written = len(source) - len(skipped)
-    if not written or len(skipped) > args.max_bad_share * len(source):
+    if not written or len(skipped) > args.max_bad_fraction * len(source):
         if path.exists():
             path.rmtree()
         raise UserError(
             f"{len(skipped)} of {len(source)} pictures below {args.src} could not be used (first: "
-            f"{skipped[0].rstrip('.')}): mend them, or raise --max-bad-share."
+            f"{skipped[0].rstrip('.')}): mend them, or raise --max-bad-fraction."
         )
     if remote:
         target.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = user_path(args.workdir or f"runs/{config.name}")
     with exit_on_sigterm():
         keep_freed_memory()
-        connect(args, config.mesh.silence)
+        connect(args, config.mesh.heartbeat_timeout)
         if args.check:
             from spatial_ssrl_jax.trainer.preflight import preflight
 

@@ -29,7 +29,7 @@ def measure_padding(
     Returns:
       By kind of response, `made` and `drawn`: `padding_share`, of token places; `in_order_share`,
       the same were each update cut in order and padded to one shape, responses to multiples of
-      `rollout.chunk`; `least_share`, had each prompt a micro-batch and a bucket of its own;
+      `rollout.kv_block`; `least_share`, had each prompt a micro-batch and a bucket of its own;
       `window_padding_share`, of vision windows; and `programs`, how many shapes were met.
 
     Raises:
@@ -41,15 +41,15 @@ def measure_padding(
     count = steps * grpo.prompts
     extents, made = lengths.draw(rng, count)
     centre = np.log(mean) - spread**2 / 2
-    drawn = np.rint(rng.lognormal(centre, spread, (count, grpo.group))).astype(np.int64)
-    drawn = np.clip(drawn, 1, config.rollout.limit)
+    drawn = np.rint(rng.lognormal(centre, spread, (count, grpo.group_size))).astype(np.int64)
+    drawn = np.clip(drawn, 1, config.rollout.max_new_tokens)
     report: dict[str, Any] = {
         "config": config.name,
         "steps": steps,
         "prompt_tokens_mean": float(extents[:, 0].mean()),
     }
     for name, responses in (
-        ("made", np.repeat(made[:, None], grpo.group, axis=1)),
+        ("made", np.repeat(made[:, None], grpo.group_size, axis=1)),
         ("drawn", drawn),
     ):
         report[name] = _shares(config, extents, responses)
@@ -59,18 +59,18 @@ def measure_padding(
 def _shares(config: Config, extents: np.ndarray, responses: np.ndarray) -> dict[str, float]:
     """The figures of one kind of response; see `measure_padding`."""
     grpo, buckets = config.grpo, Buckets.of(config)
-    size = grpo.prompts // grpo.updates
+    size = grpo.prompts // grpo.minibatches_per_rollout
     sizes = np.column_stack((extents, responses.max(axis=1)))
     pieces: list[BatchSlice] = []
     in_order = 0
     for first in range(0, len(sizes), size):
         update = sizes[first : first + size]
-        pieces += bucket_by_length(update, grpo.micro_prompts, buckets)
-        in_order += BatchSlice(np.arange(size), _whole(config, update)).places(grpo.group)
+        pieces += bucket_by_length(update, grpo.micro_batch_prompts, buckets)
+        in_order += BatchSlice(np.arange(size), _whole(config, update)).places(grpo.group_size)
     needed = extents[:, 0].sum() + responses.sum()
-    computed = sum(piece.places(grpo.group) for piece in pieces)
+    computed = sum(piece.places(grpo.group_size) for piece in pieces)
     windows = sum(len(piece.rows) * piece.shape.windows for piece in pieces)
-    rectangles = extents[:, 0].sum() + grpo.group * sizes[:, 2].sum()
+    rectangles = extents[:, 0].sum() + grpo.group_size * sizes[:, 2].sum()
     return {
         "response_tokens_mean": float(responses.mean()),
         "padding_share": round(float(1 - needed / computed), 4),
@@ -84,7 +84,7 @@ def _shares(config: Config, extents: np.ndarray, responses: np.ndarray) -> dict[
 def _whole(config: Config, update: np.ndarray) -> BatchShape:
     """The one shape of an update that is cut in order."""
     tokens, windows, longest = update.max(axis=0).tolist()
-    chunk, limit = config.rollout.chunk, config.rollout.limit
+    chunk, limit = config.rollout.kv_block, config.rollout.max_new_tokens
     return BatchShape(
         smallest_bucket(tokens, config.data.prompt_buckets, "data.prompt_buckets"),
         smallest_bucket(windows, config.data.window_buckets, "data.window_buckets"),

@@ -63,7 +63,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=227, help="text and picture together")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on CPU")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="full")
-    parser.add_argument("--micro-prompts", type=int, help="prompts at a time in an update; all")
+    parser.add_argument(
+        "--micro-batch-prompts", type=int, help="prompts at a time in an update; all"
+    )
     parser.add_argument("--attention", choices=("auto", *KERNELS), default="auto")
     parser.add_argument("--step-attention", choices=("auto", *DECODE_KERNELS), default="auto")
     parser.add_argument("--runs", type=int, default=3, help="timed runs after one to warm up")
@@ -84,7 +86,7 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
 
 
 _MEMORY_ADVICE = (
-    "lower --micro-prompts, --prompts or --new",
+    "lower --micro-batch-prompts, --prompts or --new",
     "set --remat=full",
     "set --dtype=bfloat16",
 )
@@ -153,8 +155,8 @@ class Bench:
             params,
             engine.fill(params),
             self.prompts,
-            group=self.args.group,
-            limit=self.args.new,
+            group_size=self.args.group,
+            max_new_tokens=self.args.new,
             key=jax.random.key(0),
             prompt_index=self._index,
             sampling=Sampling(),
@@ -184,7 +186,7 @@ class Bench:
 
     def groups(self, rollout: Rollout) -> list[GroupBatch]:
         """Micro-batches with advantages drawn at random."""
-        size = self.args.micro_prompts or self.args.prompts
+        size = self.args.micro_batch_prompts or self.args.prompts
         rng = np.random.default_rng(0)
         whole = {
             "tokens": rollout.tokens,
@@ -207,13 +209,13 @@ class Bench:
 
 
 def _check_sizes(args: argparse.Namespace) -> None:
-    for name in ("prompts", "group", "new", "grid", "runs", "micro_prompts"):
+    for name in ("prompts", "group", "new", "grid", "runs", "micro_batch_prompts"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}={value} must be at least 1.")
-    if args.prompts % (args.micro_prompts or args.prompts):
+    if args.prompts % (args.micro_batch_prompts or args.prompts):
         raise UserError(
-            f"--micro-prompts={args.micro_prompts} must divide --prompts={args.prompts}."
+            f"--micro-batch-prompts={args.micro_batch_prompts} must divide --prompts={args.prompts}."
         )
 
 
@@ -337,7 +339,7 @@ class _Trainer:
 
     @classmethod
     def make(cls, bench: Bench, kl: float) -> "_Trainer":
-        settings = GrpoSettings(kl_coefficient=kl, updates=1)
+        settings = GrpoSettings(kl_coef=kl, minibatches_per_rollout=1)
         optimizer = make_optimizer(OptimSettings(), settings, 1)
         reference = None
         if kl:

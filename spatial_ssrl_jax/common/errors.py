@@ -127,8 +127,8 @@ def explain(error: Exception) -> str | None:
         text = "the bucket cannot be used ({}): {}".format(*bucket_error(error))
     elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         text = (
-            f"memory ran out ({_line(error)[:200]}): make less at a time (micro_prompts, "
-            "rollout.wave, eval.prompts, --prompts), or use more devices"
+            f"memory ran out ({_line(error)[:200]}): make less at a time (micro_batch_prompts, "
+            "rollout.batch_prompts, eval.batch_prompts, --prompts), or use more devices"
         )
     else:
         return None

@@ -21,8 +21,8 @@ class ModelSettings:
       attention: what computes attention of prompts, rows and whole pictures to themselves: `xla`
         anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16; `auto` is `splash` on TPUs
         in bfloat16, else `xla`.
-      chunk: queries that attend at a time, by `xla`.
-      head_block: entries of the vocabulary whose logits exist at a time, for all tokens.
+      attention_chunk: queries that attend at a time, by `xla`.
+      vocab_block: entries of the vocabulary whose logits exist at a time, for all tokens.
     """
 
     path: str = ""
@@ -30,8 +30,8 @@ class ModelSettings:
     dtype: str = "bfloat16"
     remat: str = "full"
     attention: str = "auto"
-    chunk: int = 1024
-    head_block: int = 4096
+    attention_chunk: int = 1024
+    vocab_block: int = 4096
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,24 @@ class DataSettings:
     Attributes:
       source: a SPEC, for example `scenes`, `folder:PATH`, or several with weights, for example
         `2*nyu:PATH+folder:PATH`.
-      heldout_share: share of the records kept apart for held-out figures, never trained on.
+      heldout_fraction: share of the records kept apart for held-out figures, never trained on.
       min_pixels, max_pixels: a picture's area is brought between these, in pixels.
       prompt_buckets: prompt lengths in tokens that programs are compiled for.
       window_buckets: counts of 8x8-patch vision windows a prompt that programs are compiled for.
       threads: threads that make prompts ahead of the devices, in each worker.
       workers: processes that make prompts; 0 makes them in the training process, by threads alone.
-      max_bad_share: share of unusable pictures above which the run stops.
+      max_bad_fraction: share of unusable pictures above which the run stops.
     """
 
     source: str = "scenes"
-    heldout_share: float = 0.05
+    heldout_fraction: float = 0.05
     min_pixels: int = 262_144
     max_pixels: int = 4_194_304
     prompt_buckets: tuple[int, ...] = (1024, 2048, 4096)
     window_buckets: tuple[int, ...] = (64, 128)
     threads: int = 8
     workers: int = 0
-    max_bad_share: float = 0.2
+    max_bad_fraction: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,17 @@ class MeshSettings:
 
     Attributes:
       data, fsdp, tensor: devices along the axis; one may be -1 and takes what is left.
-      silence: seconds after which a process that was not heard of counts as lost, and the others
+      heartbeat_timeout: seconds after which a process that was not heard of counts as lost, and the others
         end.
-      patience: seconds that a step, or whatever else is said to be done, may take before the run
+      step_timeout: seconds that a step, or whatever else is said to be done, may take before the run
         counts as hanging and ends; 0 waits for ever.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
-    silence: int = 60
-    patience: int = 3600
+    heartbeat_timeout: int = 60
+    step_timeout: int = 3600
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class SftSettings:
         cold-start data (see the source `ssrl81k`), whose questions are then asked in this stage.
       prompts: samples an optimizer step.
       row_tokens: tokens of a row, in which samples of a step are packed one behind another;
-        at least the largest of `data.prompt_buckets` plus `rollout.limit`.
+        at least the largest of `data.prompt_buckets` plus `rollout.max_new_tokens`.
       row_windows: counts of vision windows a row that programs are compiled for; the largest is at
         least that of `data.window_buckets`.
-      row_responses: response tokens of a row, at least `rollout.limit`.
-      micro_rows: rows whose activations exist at a time.
+      row_responses: response tokens of a row, at least `rollout.max_new_tokens`.
+      micro_batch_rows: rows whose activations exist at a time.
       learning_rate: peak learning rate.
-      warmup: share of the steps over which it rises.
+      warmup_ratio: share of the steps over which it rises.
       schedule: `constant` or `cosine` (to zero).
       weight_decay: decoupled decay on all trained weights.
       freeze: parts that stay as they are: `vision`, `merger`, `language`.
@@ -113,9 +113,9 @@ class SftSettings:
     row_tokens: int = 6144
     row_windows: tuple[int, ...] = (256, 384)
     row_responses: int = 2048
-    micro_rows: int = 8
+    micro_batch_rows: int = 8
     learning_rate: float = 1e-5
-    warmup: float = 0.1
+    warmup_ratio: float = 0.1
     schedule: str = "cosine"
     weight_decay: float = 0.0
     freeze: tuple[str, ...] = ()
@@ -130,67 +130,67 @@ class GrpoSettings:
     Attributes:
       steps: rollouts; 0 skips the stage.
       prompts: prompts a rollout.
-      updates: optimizer steps a rollout, each over `prompts / updates` prompts.
-      group: samples a prompt.
-      micro_prompts: prompts whose activations exist at a time in an update; they are alike in
+      minibatches_per_rollout: optimizer steps a rollout, each over `prompts / updates` prompts.
+      group_size: samples a prompt.
+      micro_batch_prompts: prompts whose activations exist at a time in an update; they are alike in
         length.
       response_buckets: widths in tokens that responses are padded to in an update, beside
-        `rollout.limit`; none named means multiples of `rollout.chunk`.
+        `rollout.max_new_tokens`; none named means multiples of `rollout.kv_block`.
       init_from: a folder or a checkpoint of ours, here or `gs://…`, or a hub id whose weights the
         stage starts from, in place of the model's; needs `sft.steps=0`.
-      learning_rate, warmup, schedule, weight_decay: as under `sft`.
+      learning_rate, warmup_ratio, schedule, weight_decay: as under `sft`.
       freeze, vision_learning_rate_scale, lora: as under `sft`; with LoRA the KL's reference is the
         base itself.
       temperature: of sampling, and of the log-probabilities.
-      scale_std: divide the advantage by the group's standard deviation.
+      scale_rewards: divide the advantage by the group's standard deviation.
       clip_low, clip_high: how far the ratio may fall below and rise above 1.
       dual_clip: for negative advantages the loss is at most this times -A; 0 turns it off.
-      kl_coefficient: weight of the KL to the reference in the loss; 0 needs no reference.
-      kl: how the KL is estimated: `k1`, `k2` or `k3` (never negative, and of low variance).
+      kl_coef: weight of the KL to the reference in the loss; 0 needs no reference.
+      kl_estimator: how the KL is estimated: `k1`, `k2` or `k3` (never negative, and of low variance).
       aggregation: how tokens are averaged: `token`, `sequence` or `dr_grpo`.
       old_logprobs: what the ratio is taken to: `recomputed` by the trainer before the updates, or
         the `sampler`'s own.
-      correction: weight by the ratio of trainer to sampler: `none`, `truncate` it at
-        `correction_limit`, or `mask` tokens outside [1/limit, limit].
-      correction_limit: the ratio's bound, at least 1.
-      mask_truncated: leave samples that were cut off at the limit out of the loss.
-      drop_flat: leave out groups whose accuracy does not vary, and sample others in their place.
-      refills: most times a step that groups are sampled again for that.
+      importance_correction: weight by the ratio of trainer to sampler: `none`, `truncate` it at
+        `importance_max`, or `mask` tokens outside [1/limit, limit].
+      importance_max: the ratio's bound, at least 1.
+      mask_truncated_completions: leave samples that were cut off at the limit out of the loss.
+      filter_zero_variance_groups: leave out groups whose accuracy does not vary, and sample others in their place.
+      max_resamples: most times a step that groups are sampled again for that.
     """
 
     steps: int = 360
     prompts: int = 256
-    updates: int = 2
-    group: int = 5
-    micro_prompts: int = 16
+    minibatches_per_rollout: int = 2
+    group_size: int = 5
+    micro_batch_prompts: int = 16
     response_buckets: tuple[int, ...] = ()
     init_from: str = ""
     learning_rate: float = 1e-6
-    warmup: float = 0.0
+    warmup_ratio: float = 0.0
     schedule: str = "constant"
     weight_decay: float = 0.01
     freeze: tuple[str, ...] = ()
     vision_learning_rate_scale: float = 1.0
     lora: LoraSettings = field(default_factory=LoraSettings)
     temperature: float = 1.0
-    scale_std: bool = True
+    scale_rewards: bool = True
     clip_low: float = 0.2
     clip_high: float = 0.3
     dual_clip: float = 3.0
-    kl_coefficient: float = 0.01
-    kl: str = "k3"
+    kl_coef: float = 0.01
+    kl_estimator: str = "k3"
     aggregation: str = "token"
     old_logprobs: str = "recomputed"
-    correction: str = "none"
-    correction_limit: float = 2.0
-    mask_truncated: bool = False
-    drop_flat: bool = False
-    refills: int = 2
+    importance_correction: str = "none"
+    importance_max: float = 2.0
+    mask_truncated_completions: bool = False
+    filter_zero_variance_groups: bool = False
+    max_resamples: int = 2
 
     @property
     def needs_old(self) -> bool:
         """Whether anything but a figure depends on the trainer's log-probabilities of before."""
-        return self.old_logprobs == "recomputed" or self.correction != "none"
+        return self.old_logprobs == "recomputed" or self.importance_correction != "none"
 
 
 @dataclass(frozen=True)
@@ -200,19 +200,21 @@ class RewardSettings:
     Attributes:
       rule: `paper`; `strict` (a thought and behind it a box, neither empty); or `tolerant` (spaces,
         `\\text{…}` and parentheses around the answer are let pass).
-      accuracy: weight of accuracy; the form has the rest.
-      tasks: factor on the reward of each task.
-      length_penalty: taken off at `length_free + length_span` tokens and more.
-      length_free: tokens up to which nothing is taken off; from there on it rises evenly.
-      length_span: tokens over which it rises.
+      accuracy_weight: weight of accuracy; the form has the rest.
+      task_weights: factor on the reward of each task.
+      length_penalty: taken off at `length_penalty_start + length_penalty_span` tokens and more.
+      length_penalty_start: tokens up to which nothing is taken off; from there on it rises evenly.
+      length_penalty_span: tokens over which it rises.
     """
 
     rule: str = "paper"
-    accuracy: float = 0.9
-    tasks: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS_BY_NAME, 1.0))
+    accuracy_weight: float = 0.9
+    task_weights: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(TASKS_BY_NAME, 1.0)
+    )
     length_penalty: float = 0.0
-    length_free: int = 1024
-    length_span: int = 1024
+    length_penalty_start: int = 1024
+    length_penalty_span: int = 1024
 
 
 @dataclass(frozen=True)
@@ -220,10 +222,10 @@ class RolloutSettings:
     """How responses are sampled.
 
     Attributes:
-      limit: most tokens of a response.
-      chunk: response places that the cache grows by.
+      max_new_tokens: most tokens of a response.
+      kv_block: response places that the cache grows by.
       check_every: decode steps between looks at whether all have finished.
-      wave: prompts that are sampled at a time.
+      batch_prompts: prompts that are sampled at a time.
       tensor: devices that share one copy of the weights while sampling; no more of them than the
         model has key/value heads, or caches are held twice.
       attention: what computes a decode step's: `xla` anywhere, `triton` one kernel on NVIDIA GPUs
@@ -231,10 +233,10 @@ class RolloutSettings:
         `xla`.
     """
 
-    limit: int = 2048
-    chunk: int = 256
+    max_new_tokens: int = 2048
+    kv_block: int = 256
     check_every: int = 8
-    wave: int = 64
+    batch_prompts: int = 64
     tensor: int = 1
     attention: str = "auto"
 
@@ -245,8 +247,8 @@ class OptimSettings:
 
     Attributes:
       beta1, beta2, eps: AdamW's constants.
-      max_gradient_norm: gradients are scaled down to this norm.
-      max_skipped: non-finite steps in a row after which the run stops.
+      max_grad_norm: gradients are scaled down to this norm.
+      max_skipped_steps: non-finite steps in a row after which the run stops.
       offload: AdamW's moments and the KL's reference rest in host memory while no program needs
         them; for a single GPU.
     """
@@ -254,8 +256,8 @@ class OptimSettings:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    max_gradient_norm: float = 1.0
-    max_skipped: int = 5
+    max_grad_norm: float = 1.0
+    max_skipped_steps: int = 5
     offload: bool = False
 
 
@@ -301,7 +303,7 @@ class EvalSettings:
       examples: held-out examples a task.
       samples: sampled responses a held-out prompt, at the training temperature.
       every: GRPO steps between held-out measurements; 0 measures between stages only.
-      prompts: prompts evaluated at a time.
+      batch_prompts: prompts evaluated at a time.
       benchmark: one of `evaluate`'s benchmarks that is asked while training goes on, greedily, with
         the limits of `rollout` and `data`; empty: none.
       benchmark_data: its files, as `evaluate --data` takes them.
@@ -313,7 +315,7 @@ class EvalSettings:
     examples: int = 64
     samples: int = 4
     every: int = 0
-    prompts: int = 64
+    batch_prompts: int = 64
     benchmark: str = ""
     benchmark_data: str = ""
     benchmark_style: str = "reasoning"

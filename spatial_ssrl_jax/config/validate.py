@@ -12,35 +12,35 @@ if TYPE_CHECKING:
     from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
 
 _AT_LEAST_ONE = (
-    "model.chunk",
-    "model.head_block",
+    "model.attention_chunk",
+    "model.vocab_block",
     "data.min_pixels",
     "data.threads",
-    "mesh.silence",
+    "mesh.heartbeat_timeout",
     "sft.prompts",
-    "sft.micro_rows",
+    "sft.micro_batch_rows",
     "grpo.prompts",
-    "grpo.updates",
-    "grpo.micro_prompts",
-    "rollout.limit",
-    "rollout.chunk",
+    "grpo.minibatches_per_rollout",
+    "grpo.micro_batch_prompts",
+    "rollout.max_new_tokens",
+    "rollout.kv_block",
     "rollout.check_every",
-    "rollout.wave",
+    "rollout.batch_prompts",
     "rollout.tensor",
     "checkpoint.every",
     "checkpoint.keep",
-    "optim.max_skipped",
+    "optim.max_skipped_steps",
     "log.report_every",
     "eval.examples",
     "eval.samples",
-    "eval.prompts",
+    "eval.batch_prompts",
 )
 _AT_LEAST_ZERO = (
     "sft.steps",
     "grpo.steps",
     "data.workers",
-    "mesh.patience",
-    "grpo.refills",
+    "mesh.step_timeout",
+    "grpo.max_resamples",
     "eval.every",
     "eval.benchmark_count",
     "eval.benchmark_every",
@@ -54,10 +54,10 @@ _CHOICES = {
     "rollout.attention": ("auto", *DECODE_KERNELS),
     "sft.schedule": ("constant", "cosine"),
     "grpo.schedule": ("constant", "cosine"),
-    "grpo.kl": ("k1", "k2", "k3"),
+    "grpo.kl_estimator": ("k1", "k2", "k3"),
     "grpo.aggregation": ("token", "sequence", "dr_grpo"),
     "grpo.old_logprobs": ("recomputed", "sampler"),
-    "grpo.correction": ("none", "truncate", "mask"),
+    "grpo.importance_correction": ("none", "truncate", "mask"),
     "eval.benchmark_style": ("direct", "reasoning", "own"),
     "checkpoint.best": ("auto", "benchmark", "heldout", "none"),
     "reward.rule": ("paper", "strict", "tolerant"),
@@ -96,24 +96,24 @@ def _check_ranges(config: "Config") -> None:
     grpo = config.grpo
     if grpo.temperature <= 0:
         raise UserError(f"grpo.temperature={grpo.temperature} must be above 0.")
-    if grpo.kl_coefficient < 0:
-        raise UserError(
-            f"grpo.kl_coefficient={grpo.kl_coefficient} must be at least 0; 0 turns the KL off."
-        )
+    if grpo.kl_coef < 0:
+        raise UserError(f"grpo.kl_coef={grpo.kl_coef} must be at least 0; 0 turns the KL off.")
     if not 0 <= config.seed < 2**31:
         raise UserError(f"seed={config.seed} must be at least 0 and below {2**31}.")
-    if not 0 <= config.data.heldout_share < 1:
+    if not 0 <= config.data.heldout_fraction < 1:
         raise UserError(
-            f"data.heldout_share={config.data.heldout_share} must be from 0 to below 1."
+            f"data.heldout_fraction={config.data.heldout_fraction} must be from 0 to below 1."
         )
     if min(grpo.response_buckets, default=1) < 1:
         raise UserError(
             f"grpo.response_buckets={grpo.response_buckets} must hold widths of at least 1."
         )
-    if grpo.correction_limit < 1:
-        raise UserError(f"grpo.correction_limit={grpo.correction_limit} must be at least 1.")
-    if config.reward.length_span < 1:
-        raise UserError(f"reward.length_span={config.reward.length_span} must be at least 1.")
+    if grpo.importance_max < 1:
+        raise UserError(f"grpo.importance_max={grpo.importance_max} must be at least 1.")
+    if config.reward.length_penalty_span < 1:
+        raise UserError(
+            f"reward.length_penalty_span={config.reward.length_penalty_span} must be at least 1."
+        )
 
 
 def _check_benchmark(config: "Config") -> None:
@@ -138,11 +138,15 @@ def _check_benchmark(config: "Config") -> None:
 def _check_batches(config: "Config") -> None:
     """Refuses sizes that do not divide one another."""
     grpo, rollout = config.grpo, config.rollout
-    _divides("grpo.updates", grpo.updates, "grpo.prompts", grpo.prompts)
-    an_update = grpo.prompts // grpo.updates
-    _divides("grpo.micro_prompts", grpo.micro_prompts, "grpo.prompts/updates", an_update)
-    _divides("rollout.wave", rollout.wave, "grpo.prompts", grpo.prompts)
-    for name in ("chunk", "limit"):
+    _divides(
+        "grpo.minibatches_per_rollout", grpo.minibatches_per_rollout, "grpo.prompts", grpo.prompts
+    )
+    an_update = grpo.prompts // grpo.minibatches_per_rollout
+    _divides(
+        "grpo.micro_batch_prompts", grpo.micro_batch_prompts, "grpo.prompts/updates", an_update
+    )
+    _divides("rollout.batch_prompts", rollout.batch_prompts, "grpo.prompts", grpo.prompts)
+    for name in ("kv_block", "max_new_tokens"):
         whole = getattr(rollout, name)
         _divides("rollout.check_every", rollout.check_every, f"rollout.{name}", whole)
 
@@ -150,10 +154,10 @@ def _check_batches(config: "Config") -> None:
 def _check_stages(config: "Config") -> None:
     """Refuses runs in which nothing would be learned, or whose stages contradict each other."""
     grpo, sft = config.grpo, config.sft
-    if grpo.steps and grpo.group < 2:
+    if grpo.steps and grpo.group_size < 2:
         raise UserError(
-            f"grpo.group={grpo.group} must be at least 2: a group of one has no advantage, and "
-            "with grpo.scale_std no standard deviation."
+            f"grpo.group_size={grpo.group_size} must be at least 2: a group of one has no advantage, and "
+            "with grpo.scale_rewards no standard deviation."
         )
     if not config.trained_tasks:
         raise UserError("every task has weight 0: give at least one tasks.NAME.weight above 0.")
@@ -170,12 +174,17 @@ def _check_stages(config: "Config") -> None:
 
 def _check_rows(config: "Config") -> None:
     """Refuses rows of the cold start in which the largest example has no room."""
-    data, sft, limit = config.data, config.sft, config.rollout.limit
+    data, sft, limit = config.data, config.sft, config.rollout.max_new_tokens
     prompt, windows = max(data.prompt_buckets), max(data.window_buckets)
     for name, value, least, why in (
-        ("row_tokens", sft.row_tokens, prompt + limit, "data.prompt_buckets with rollout.limit"),
+        (
+            "row_tokens",
+            sft.row_tokens,
+            prompt + limit,
+            "data.prompt_buckets with rollout.max_new_tokens",
+        ),
         ("row_windows", max(sft.row_windows), windows, "data.window_buckets"),
-        ("row_responses", sft.row_responses, limit, "rollout.limit"),
+        ("row_responses", sft.row_responses, limit, "rollout.max_new_tokens"),
     ):
         if value < least:
             raise UserError(

@@ -45,13 +45,13 @@ def evaluate_model(args: argparse.Namespace) -> list[Scores] | None:
     Raises:
       UserError: something is missing, or does not belong together.
     """
-    distributed.connect(args, MeshSettings().silence)
+    distributed.connect(args, MeshSettings().heartbeat_timeout)
     with Progress(Console(stderr=True, quiet=not is_primary())) as progress:
         model, how = open_model(args.model), _how(args)
         benchmarks = _open(args, model, progress)
         about = {"model": args.model, "weights": model.fingerprint(), "dtype": _dtype(args)}
         if args.source is not None:
-            about |= {"source": args.source, "heldout_share": args.heldout_share}
+            about |= {"source": args.source, "heldout_fraction": args.heldout_fraction}
         kept = prediction_logs(
             benchmarks, args.out, about, how, args.overwrite, apart=args.benchmark in SETS
         )
@@ -76,7 +76,7 @@ def _open(args: argparse.Namespace, model: ModelFolder, progress: Progress) -> l
     source = open_source(args.source)
     progress.doing(f"making questions of {args.source}")
     processor = Processor(model.files, model.config, args.min_pixels, args.max_pixels)
-    share, seed = args.heldout_share, args.seed
+    share, seed = args.heldout_fraction, args.seed
     opened = open_pretext(source, processor, args.examples, share, seed)
     report_left_out(opened.left_out, opened.spec.title, progress.say)
     return [opened]

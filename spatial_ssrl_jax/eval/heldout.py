@@ -86,7 +86,10 @@ class HeldoutEval:
         self, params, weights, items: list[Item], group: int, sampling: Sampling, seed: int
     ) -> np.ndarray:
         """Rewards [items, group, 3] of the responses: overall, accuracy, form."""
-        size, share = self.settings.prompts, self.settings.prompts // jax.process_count()
+        size, share = (
+            self.settings.batch_prompts,
+            self.settings.batch_prompts // jax.process_count(),
+        )
         first = share * jax.process_index()
         rewards = []
         for start in range(0, len(items), size):
@@ -98,8 +101,8 @@ class HeldoutEval:
                 params,
                 weights,
                 self.layout.put_batch(take_rows(batch.prompts, first, share)),
-                group=group,
-                limit=self.rollout.limit,
+                group_size=group,
+                max_new_tokens=self.rollout.max_new_tokens,
                 key=jax.random.fold_in(jax.random.key(seed), 2**31 - 1),
                 prompt_index=self.layout.put_batch(batch.index[first : first + share]),
                 sampling=sampling,
@@ -114,7 +117,7 @@ class HeldoutEval:
     def _score(self, item: Item, ids: np.ndarray) -> tuple[float, float, float]:
         text = self.processor.decode(ids)
         reward = score_response(text, len(ids), item.example, self.reward)
-        return reward.overall, reward.accuracy, reward.format
+        return reward.overall, reward.accuracy_weight, reward.format
 
 
 def task_datasets(
@@ -168,7 +171,7 @@ def open_pretext(
         reason = left_out[0] if left_out else "none is held out"
         raise UserError(
             f"the held-out pictures of {source.spec} give no question ({reason.rstrip('.')}): use "
-            "another --source, or raise --heldout-share."
+            "another --source, or raise --heldout-fraction."
         )
     return Benchmark(PRETEXT, tuple(questions), tuple(left_out))
 

@@ -34,13 +34,13 @@ _BROKEN_OFF = re.compile(
 class Watchdog:
     """Inside `with`, ends this process with a sentence and the code `EXIT_PEER_LOST` when it waits in vain.
 
-    That is: another process was not heard of for `mesh.silence` seconds, or ended on an error, or
-    nothing went on here for `mesh.patience` seconds.
+    That is: another process was not heard of for `mesh.heartbeat_timeout` seconds, or ended on an error, or
+    nothing went on here for `mesh.step_timeout` seconds.
     """
 
     def __init__(self, settings: MeshSettings):
-        self._silence, self._patience = settings.silence, settings.patience
-        self._pause = min(2.0, settings.silence / 10)
+        self._silence, self._patience = settings.heartbeat_timeout, settings.step_timeout
+        self._pause = min(2.0, settings.heartbeat_timeout / 10)
         self._over = threading.Event()
         self._wrong = ""  # what the other processes say of themselves
         state = distributed.global_state
@@ -121,7 +121,7 @@ class Watchdog:
             if self._patience and now - self._beaten > self._patience:
                 self._leave(
                     f"nothing went on for {self._patience} s: see what the other processes say, or "
-                    f"raise mesh.patience; {_GOES_ON}"
+                    f"raise mesh.step_timeout; {_GOES_ON}"
                 )
 
     def _leave(self, sentence: str) -> None:

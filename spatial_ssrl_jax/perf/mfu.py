@@ -43,8 +43,8 @@ def forward_passes(stage: SftSettings | GrpoSettings) -> tuple[int, int]:
     """
     forward = 0
     if isinstance(stage, GrpoSettings):
-        needs_old = stage.old_logprobs == "recomputed" or stage.correction != "none"
-        forward = 1 + (stage.kl_coefficient > 0) + (stage.updates > 1 and needs_old)
+        needs_old = stage.old_logprobs == "recomputed" or stage.importance_correction != "none"
+        forward = 1 + (stage.kl_coef > 0) + (stage.minibatches_per_rollout > 1 and needs_old)
     if stage.lora.rank:
         vision = 2 if any(t.split(".")[0] == "vision" for t in stage.lora.targets) else 1
         text = 2

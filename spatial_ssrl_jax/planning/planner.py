@@ -3,7 +3,7 @@
 Memory is the compiler's own account of each program, with what else lies on the device then. FLOPs
 are counted in the traced program, bytes in the compiled one, loops multiplied in; from them follows
 the least time that the chip's peaks allow. All is at the largest buckets, with every response at
-`rollout.limit`: real steps are shorter.
+`rollout.max_new_tokens`: real steps are shorter.
 """
 
 import re

@@ -102,8 +102,8 @@ def planned_stages(
         rows = _sft_rows(config)
         found.append(PlannedStage("sft", planned.sft(rows), rows * config.sft.row_tokens))
     if config.grpo.steps:
-        grpo, limit = config.grpo, config.rollout.limit
-        tokens = grpo.prompts * (max(config.data.prompt_buckets) + grpo.group * limit)
+        grpo, limit = config.grpo, config.rollout.max_new_tokens
+        tokens = grpo.prompts * (max(config.data.prompt_buckets) + grpo.group_size * limit)
         found.append(PlannedStage("grpo", planned.grpo(), tokens))
     return found
 
@@ -114,9 +114,9 @@ def _sft_rows(config: Config) -> int:
     Rows are as full as the real ones are, so this is what a step costs at most.
     """
     sft = config.sft
-    longest = max(config.data.prompt_buckets) + config.rollout.limit
+    longest = max(config.data.prompt_buckets) + config.rollout.max_new_tokens
     rows = -(-sft.prompts // (sft.row_tokens // longest))
-    return -(-rows // sft.micro_rows) * sft.micro_rows
+    return -(-rows // sft.micro_batch_rows) * sft.micro_batch_rows
 
 
 @dataclass(frozen=True)
@@ -129,19 +129,21 @@ class _Planned:
 
     def sft(self, rows: int) -> PlannedPrograms:
         """Gradients, their sum and the optimizer's step of the cold start."""
-        settings, micro = self.config.sft, rows // self.config.sft.micro_rows
+        settings, micro = self.config.sft, rows // self.config.sft.micro_batch_rows
         optimizer = make_optimizer(self.config.optim, settings, settings.steps)
         state = self._state(settings, optimizer)
         batch = PackedBatch(self._packed_rows(settings), self._scalar())
         loss = SftLoss(self.model, self.compute)
         yield from self._update(
-            "sft_", loss, optimizer, state, batch, micro, 1, {}, "sft.micro_rows"
+            "sft_", loss, optimizer, state, batch, micro, 1, {}, "sft.micro_batch_rows"
         )
 
     def grpo(self) -> PlannedPrograms:
         """Rollout, log-probabilities and update of a GRPO step."""
         config, settings = self.config, self.config.grpo
-        optimizer = make_optimizer(config.optim, settings, settings.steps * settings.updates)
+        optimizer = make_optimizer(
+            config.optim, settings, settings.steps * settings.minibatches_per_rollout
+        )
         state = self._state(settings, optimizer)
         reference = self._reference(settings, state)
         own_reference = {}
@@ -151,10 +153,10 @@ class _Planned:
         optimizing = self._moments(state)
         yield from self._rollout(state, optimizing | resting)
         batch = self._groups(settings)
-        micro = settings.prompts // settings.micro_prompts
+        micro = settings.prompts // settings.micro_batch_prompts
         waiting = {"other micro-batches": (micro - 1) * shard_bytes(batch)}
         weights = {"weights": shard_bytes(state.params)}
-        temperature, setting = settings.temperature, "grpo.micro_prompts"
+        temperature, setting = settings.temperature, "grpo.micro_batch_prompts"
 
         def logprobs(name: str, params: Params, beside: Held) -> PlannedProgram:
             args = (self.model, self.compute, temperature, params, batch)
@@ -162,7 +164,7 @@ class _Planned:
 
         old = found = None
         like = self._rows(*batch.tokens.shape, dtype=np.float32)
-        if settings.updates > 1 and settings.needs_old:
+        if settings.minibatches_per_rollout > 1 and settings.needs_old:
             beside = optimizing | own_reference
             old = (yield logprobs("old_logprobs", state.params, beside)) or like
         if reference is not None:
@@ -171,14 +173,26 @@ class _Planned:
         batch = replace(batch, old_logprobs=old, reference_logprobs=found)
         loss = GrpoLoss(self.model, self.compute, settings)
         yield from self._update(
-            "", loss, optimizer, state, batch, micro, settings.updates, resting, setting
+            "",
+            loss,
+            optimizer,
+            state,
+            batch,
+            micro,
+            settings.minibatches_per_rollout,
+            resting,
+            setting,
         )
 
     def _rollout(self, state: TrainState, beside: Held) -> PlannedPrograms:
         """Copying the weights, prefill, and decoding in chunks, the last and widest one."""
         config, model, rollout = self.config, self.model, self.config.rollout
-        group, limit, setting = config.grpo.group, rollout.limit, "rollout.wave"
-        waves = config.grpo.prompts / rollout.wave
+        group, limit, setting = (
+            config.grpo.group_size,
+            rollout.max_new_tokens,
+            "rollout.batch_prompts",
+        )
+        waves = config.grpo.prompts / rollout.batch_prompts
         params = state.params
         args = (model, params, self.compute.dtype)
         weights = yield PlannedProgram(
@@ -191,15 +205,15 @@ class _Planned:
         if weights is None:
             return
         beside = beside | {"rollout copy": shard_bytes(weights)}
-        prompts = self._prompts(rollout.wave)
+        prompts = self._prompts(rollout.batch_prompts)
         program = prefill_program(model, self.compute, layout)
         filled = yield PlannedProgram("prefill", program, (params, prompts), waves, beside, setting)
         if filled is None:
             return
         hidden, prefix = filled
         beside = beside | {"weights": shard_bytes(params), "prompts": shard_bytes(prompts)}
-        chunks = -(-limit // rollout.chunk)
-        slots = min(rollout.chunk, limit)
+        chunks = -(-limit // rollout.kv_block)
+        slots = min(rollout.kv_block, limit)
         before = beside | {"prompts' caches": shard_bytes(prefix)}
         width = max(limit - slots, slots)
         args = (model.text, group, width, limit, hidden, layout)
@@ -212,7 +226,7 @@ class _Planned:
         stop = (model.eos_token_id,)
         settings = DecodeSettings(sampling, stop, model.vision_tokens, rollout.check_every, layout)
         beside = {name: size for name, size in beside.items() if name != "rollout copy"}
-        keys = self._keys(rollout.wave, group)
+        keys = self._keys(rollout.batch_prompts, group)
         args = (model, settings, slots, weights, prefix, samples, keys)
         turns = slots / rollout.check_every
         yield PlannedProgram(
@@ -251,7 +265,9 @@ class _Planned:
         others = shard_bytes(samples.layers[1:]) * (width + slots) // width
         beside = beside | {"samples' caches": others}
         args, runs = (samples.layers[0], slots, self.rollout_layout), times * layers
-        grown = yield PlannedProgram("grow", grow_layer, args, runs, beside, "rollout.wave")
+        grown = yield PlannedProgram(
+            "grow", grow_layer, args, runs, beside, "rollout.batch_prompts"
+        )
         return None if grown is None else replace(samples, layers=(grown,) * layers)
 
     def _moments(self, state: TrainState) -> Held:
@@ -303,7 +319,7 @@ class _Planned:
         return abstract_stage_state(self.config, self.model, self.layout, settings, optimizer)
 
     def _reference(self, settings: GrpoSettings, state: TrainState) -> Params | None:
-        if not settings.kl_coefficient:
+        if not settings.kl_coef:
             return None
         if settings.lora.rank:
             return drop_adapters(state.frozen)
@@ -336,7 +352,7 @@ class _Planned:
         )
 
     def _packed_rows(self, settings: SftSettings) -> PackedRows:
-        rows, tokens = settings.micro_rows, settings.row_tokens
+        rows, tokens = settings.micro_batch_rows, settings.row_tokens
         return PackedRows(
             ids=self._rows(rows, tokens),
             segment=self._rows(rows, tokens),
@@ -347,7 +363,11 @@ class _Planned:
         )
 
     def _groups(self, settings: GrpoSettings) -> GroupBatch:
-        rows, group, limit = settings.micro_prompts, settings.group, self.config.rollout.limit
+        rows, group, limit = (
+            settings.micro_batch_prompts,
+            settings.group_size,
+            self.config.rollout.max_new_tokens,
+        )
         return GroupBatch(
             prompts=self._prompts(rows),
             tokens=self._rows(rows, group, limit),

@@ -36,8 +36,12 @@ def _help(setting: str) -> str:
             "raise mesh.fsdp, use more devices, let moments rest in host memory "
             "(optim.offload=True), or train adapters alone (lora.rank=64)"
         )
-    other = "raise rollout.tensor, lower" if setting == "rollout.wave" else "model.chunk,"
-    return f"lower {setting}, {other} the largest bucket or rollout.limit, or use more devices"
+    other = (
+        "raise rollout.tensor, lower"
+        if setting == "rollout.batch_prompts"
+        else "model.attention_chunk,"
+    )
+    return f"lower {setting}, {other} the largest bucket or rollout.max_new_tokens, or use more devices"
 
 
 def gib(size: float) -> str:

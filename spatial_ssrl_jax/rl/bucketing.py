@@ -39,11 +39,11 @@ class Buckets:
 
     @classmethod
     def of(cls, config: Config) -> "Buckets":
-        """The config's; widths of responses are multiples of `rollout.chunk` where none are named.
+        """The config's; widths of responses are multiples of `rollout.kv_block` where none are named.
 
-        Widths above `rollout.limit` are left out, and the limit itself is always one.
+        Widths above `rollout.max_new_tokens` are left out, and the limit itself is always one.
         """
-        limit, chunk = config.rollout.limit, config.rollout.chunk
+        limit, chunk = config.rollout.max_new_tokens, config.rollout.kv_block
         named = config.grpo.response_buckets or range(chunk, limit, chunk)
         response = (*sorted(width for width in named if width < limit), limit)
         return cls(config.data.prompt_buckets, config.data.window_buckets, response)
@@ -53,7 +53,7 @@ class Buckets:
         return BatchShape(
             smallest_bucket(tokens, self.prompt, "data.prompt_buckets"),
             smallest_bucket(windows, self.window, "data.window_buckets"),
-            smallest_bucket(response, self.response, "rollout.limit") if response else 0,
+            smallest_bucket(response, self.response, "rollout.max_new_tokens") if response else 0,
         )
 
 

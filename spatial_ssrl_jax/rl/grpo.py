@@ -46,7 +46,7 @@ def score_rollout(
     rollout: Rollout,
     processor: Processor,
     settings: RewardSettings,
-    scale_std: bool,
+    scale_rewards: bool,
 ) -> ScoredRollout:
     """Decodes every response, rewards it and takes the groups' advantages."""
     texts = [
@@ -61,7 +61,7 @@ def score_rollout(
         for item, group, lengths in zip(items, texts, rollout.length, strict=True)
     ]
     overall = np.array([[r.overall for r in group] for group in rewards])
-    return ScoredRollout(rollout, texts, rewards, group_advantage(overall, scale_std))
+    return ScoredRollout(rollout, texts, rewards, group_advantage(overall, scale_rewards))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Grpo:
           state: where training stands; donated.
           batch: this process's prompts.
           key: the step's key.
-          more: the prompts of refill 1, 2, …, with `drop_flat`.
+          more: the prompts of refill 1, 2, …, with `filter_zero_variance_groups`.
 
         Returns:
           The new state, the step's metrics, and the prompts trained on with their scored rollout.
@@ -114,14 +114,16 @@ class Grpo:
         clock.lap("perf/rollout_seconds")
         scored = self._score(batch, rollout)
         clock.lap("perf/reward_seconds")
-        if self.settings.drop_flat:
+        if self.settings.filter_zero_variance_groups:
 
             def draw(number: int) -> tuple[Batch, ScoredRollout]:
                 drawn = more(number)
                 again = self.sample(state.params, drawn, jax.random.fold_in(key, number))
                 return drawn, self._score(drawn, again)
 
-            batch, scored, refilled = resample_groups(batch, scored, draw, self.settings.refills)
+            batch, scored, refilled = resample_groups(
+                batch, scored, draw, self.settings.max_resamples
+            )
             rollout = scored.rollout
             clock.lap("perf/refill_seconds")
         groups, computed = self.micro_batches(state.params, batch, scored)
@@ -145,26 +147,26 @@ class Grpo:
 
     def _score(self, batch: Batch, rollout: Rollout) -> ScoredRollout:
         return score_rollout(
-            batch.items, rollout, self.processor, self.reward_settings, self.settings.scale_std
+            batch.items, rollout, self.processor, self.reward_settings, self.settings.scale_rewards
         )
 
     def sample(self, params: Params, batch: Batch, key: Array) -> Rollout:
-        """Samples the batch's groups, `rollout.wave` prompts of like length at a time."""
+        """Samples the batch's groups, `rollout.batch_prompts` prompts of like length at a time."""
         weights = self.engine.fill(params)
         prompts = batch.prompts
         sizes = np.stack((prompts.length, windows_of(prompts), 0 * prompts.length), axis=1)
-        rows = self.sampling_settings.wave // jax.process_count()
+        rows = self.sampling_settings.batch_prompts // jax.process_count()
         pieces, waves = bucket_by_length(sizes, rows, self.buckets), []
         for piece in pieces:
             shape = piece.shape
-            wave = trim(prompts, piece.rows, shape.tokens, shape.windows)
+            batch_prompts = trim(prompts, piece.rows, shape.tokens, shape.windows)
             waves.append(
                 self.engine.generate(
                     params,
                     weights,
-                    self.layout.put_batch(wave),
-                    group=self.settings.group,
-                    limit=self.sampling_settings.limit,
+                    self.layout.put_batch(batch_prompts),
+                    group_size=self.settings.group_size,
+                    max_new_tokens=self.sampling_settings.max_new_tokens,
                     key=key,
                     prompt_index=self.layout.put_batch(batch.index[piece.rows]),
                     sampling=Sampling(self.settings.temperature),
@@ -187,11 +189,11 @@ class Grpo:
         sizes = np.stack(
             (batch.prompts.length, windows_of(batch.prompts), rollout.length.max(axis=1)), axis=1
         )
-        rows = settings.micro_prompts // jax.process_count()
-        per_update = len(batch.items) // settings.updates
-        recompute_old = settings.updates > 1 and settings.needs_old
-        counted = rollout.finished | (not settings.mask_truncated)
-        if settings.drop_flat:
+        rows = settings.micro_batch_prompts // jax.process_count()
+        per_update = len(batch.items) // settings.minibatches_per_rollout
+        recompute_old = settings.minibatches_per_rollout > 1 and settings.needs_old
+        counted = rollout.finished | (not settings.mask_truncated_completions)
+        if settings.filter_zero_variance_groups:
             counted &= ~zero_variance_groups(scored)[:, None]
         reference = None if self.reference is None else offload.to_device(self.reference)
         updates, computed = [], 0
@@ -200,14 +202,14 @@ class Grpo:
             lengths = rollout.length[mine]
             weight = np.zeros(rollout.length.shape, np.float32)
             weight[mine] = sample_weights(
-                lengths, counted[mine], settings.aggregation, self.sampling_settings.limit
+                lengths, counted[mine], settings.aggregation, self.sampling_settings.max_new_tokens
             )
             count, micro = np.float32(all_sum(lengths.sum())), []
             for piece in bucket_by_length(sizes[mine], rows, self.buckets):
                 piece = replace(piece, rows=piece.rows + first)
                 groups = self.layout.put_batch(_micro_batch(batch, scored, weight, count, piece))
                 micro.append(self._with_logprobs(params, reference, groups, recompute_old))
-                computed += piece.places(settings.group)
+                computed += piece.places(settings.group_size)
             updates.append(micro)
         return updates, computed
 

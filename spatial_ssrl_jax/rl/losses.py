@@ -40,7 +40,7 @@ class SftLoss:
 
 @dataclass(frozen=True)
 class GrpoLoss:
-    """The clipped policy loss plus `kl_coefficient` times the KL to the reference.
+    """The clipped policy loss plus `kl_coef` times the KL to the reference.
 
     Attributes:
       config: the model's shape.
@@ -54,11 +54,11 @@ class GrpoLoss:
 
     def __call__(self, params: Params, batch: GroupBatch) -> tuple[Array, Sums]:
         settings = self.settings
-        if settings.kl_coefficient and batch.reference_logprobs is None:
+        if settings.kl_coef and batch.reference_logprobs is None:
             raise UserError(
-                f"grpo.kl_coefficient={settings.kl_coefficient} needs the reference's "
+                f"grpo.kl_coef={settings.kl_coef} needs the reference's "
                 "log-probabilities and the batch has none: give a reference model, or set "
-                "grpo.kl_coefficient=0."
+                "grpo.kl_coef=0."
             )
         logprob, entropy = response_logprobs(
             self.config,
@@ -79,15 +79,15 @@ class GrpoLoss:
             return jnp.sum(x * mask) / batch.normaliser
 
         policy, stats = self.policy_terms(logprob, old, batch.advantage[..., None])
-        if settings.correction != "none":
+        if settings.importance_correction != "none":
             correction = self.correction(trainer - batch.sampled_logprobs)
             policy = policy * correction
             stats["mismatch/correction_mean"] = correction
         loss = policy_loss = jnp.sum(policy * share)
         sums = {name: mean(value) for name, value in stats.items()}
         if batch.reference_logprobs is not None:
-            kl = KL_ESTIMATORS[settings.kl](logprob, batch.reference_logprobs)
-            kl_loss = settings.kl_coefficient * jnp.sum(kl * share)
+            kl = KL_ESTIMATORS[settings.kl_estimator](logprob, batch.reference_logprobs)
+            kl_loss = settings.kl_coef * jnp.sum(kl * share)
             loss = loss + kl_loss
             sums |= {"kl/mean": mean(kl), "loss/kl": kl_loss}
         gap = jnp.abs(trainer - batch.sampled_logprobs) * mask
@@ -122,9 +122,9 @@ class GrpoLoss:
 
     def correction(self, gap: Array) -> Array:
         """Each token's weight from log p_trainer - log p_sampler: truncated, or 0 where masked."""
-        limit = self.settings.correction_limit
+        limit = self.settings.importance_max
         ratio = jnp.exp(jnp.clip(gap, -20.0, 20.0))
-        if self.settings.correction == "truncate":
+        if self.settings.importance_correction == "truncate":
             return jnp.minimum(ratio, limit)
         return jnp.where((ratio >= 1.0 / limit) & (ratio <= limit), ratio, 0.0)
 

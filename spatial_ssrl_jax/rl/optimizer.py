@@ -9,7 +9,7 @@ from spatial_ssrl_jax.qwen_vl.tree import Params, part_of
 
 def learning_rate(stage: SftSettings | GrpoSettings, updates: int) -> optax.Schedule:
     """The learning rate at each of a stage's `updates` optimizer steps."""
-    rise = round(stage.warmup * updates)
+    rise = round(stage.warmup_ratio * updates)
     peak = stage.learning_rate
     if stage.schedule == "cosine":
         rest = optax.cosine_decay_schedule(peak, max(updates - rise, 1))
@@ -25,7 +25,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW as METHOD gives it: decay on all trained weights, gradient norm clipped first."""
     steps = [
-        optax.clip_by_global_norm(optim.max_gradient_norm),
+        optax.clip_by_global_norm(optim.max_grad_norm),
         optax.adamw(
             learning_rate(stage, updates),
             b1=optim.beta1,

@@ -43,7 +43,7 @@ def compute_settings(config: Config, layout: Layout) -> Compute:
     model, there = config.model, (config.model.dtype, layout.mesh)
     kernel = choose_kernel(model.attention, *there)
     step_kernel = choose_decode_kernel(config.rollout.attention, *there)
-    chunks = (model.chunk, model.head_block)
+    chunks = (model.attention_chunk, model.vocab_block)
     return Compute(model.dtype, *chunks, model.remat, kernel, step_kernel, layout.rows())
 
 
@@ -64,12 +64,12 @@ def check_sharding(config: Config, model: QwenVLConfig, layout: Layout) -> Layou
     layout.params(model)
     rollout = layout.rollout(config.rollout.tensor)
     rollout.params(model, part="text/")
-    sampled, trained = {"eval.prompts": config.eval.prompts}, {}
+    sampled, trained = {"eval.batch_prompts": config.eval.batch_prompts}, {}
     if config.sft.steps:
-        trained["sft.micro_rows"] = config.sft.micro_rows
+        trained["sft.micro_batch_rows"] = config.sft.micro_batch_rows
     if config.grpo.steps:
-        trained["grpo.micro_prompts"] = config.grpo.micro_prompts
-        sampled["rollout.wave"] = config.rollout.wave
+        trained["grpo.micro_batch_prompts"] = config.grpo.micro_batch_prompts
+        sampled["rollout.batch_prompts"] = config.rollout.batch_prompts
     processes = jax.process_count()
     if config.sft.steps and config.sft.prompts % processes:
         raise UserError(

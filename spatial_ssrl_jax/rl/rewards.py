@@ -35,10 +35,10 @@ def score_response(
       settings: the config's `reward` section.
     """
     accuracy, form = REWARD_RULES[settings.rule](_AROUND_TAGS.sub(r"\1", response), example.answer)
-    overall = settings.accuracy * accuracy + (1 - settings.accuracy) * form
-    overall *= settings.tasks.get(example.task, 1.0)
+    overall = settings.accuracy_weight * accuracy + (1 - settings.accuracy_weight) * form
+    overall *= settings.task_weights.get(example.task, 1.0)
     if settings.length_penalty:
-        over = (tokens - settings.length_free) / settings.length_span
+        over = (tokens - settings.length_penalty_start) / settings.length_penalty_span
         overall -= settings.length_penalty * min(max(over, 0.0), 1.0)
     return Reward(overall, float(accuracy), float(form))
 

@@ -35,7 +35,7 @@ def encode_responses(items: Sequence[Item], processor: Processor, limit: int) ->
     """
     texts = (i.example.response or response_text(i.example.reason, i.example.answer) for i in items)
     responses = [processor.encode_response(text) for text in texts]
-    smallest_bucket(max(map(len, responses)), (limit,), "rollout.limit")
+    smallest_bucket(max(map(len, responses)), (limit,), "rollout.max_new_tokens")
     return responses
 
 
@@ -92,7 +92,7 @@ def pack_step(
     examples = [PackedExample(*pair) for pair in zip(prompts, responses, strict=True)]
     room = RowCapacity(settings.row_tokens, max(settings.row_windows), settings.row_responses)
     rows = assign_rows([example.size for example in examples], room)
-    height = settings.micro_rows // jax.process_count()
+    height = settings.micro_batch_rows // jax.process_count()
     count = int(all_gather(np.array([-(-len(rows) // height)])).max())
     rows += [[] for _ in range(count * height - len(rows))]
     parts = [rows[first : first + height] for first in range(0, len(rows), height)]

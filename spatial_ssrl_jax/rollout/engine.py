@@ -42,7 +42,7 @@ class Rollout:
       tokens: [B, G, R] int32, zero behind each response's length.
       logprobs: [B, G, R] float32 log-probabilities under the sampler.
       length: [B, G] int32 tokens, the end token included.
-      finished: [B, G] bool; False was cut off at the limit.
+      finished: [B, G] bool; False was cut off at the max_new_tokens.
     """
 
     tokens: np.ndarray
@@ -70,8 +70,8 @@ class Engine:
       config: the model's shape.
       compute: dtype and chunks.
       stop_ids: tokens that end a response.
-      chunk: response places that the cache grows by.
-      check_every: decode steps between looks at whether all have finished; divides `chunk`.
+      kv_block: response places that the cache grows by.
+      check_every: decode steps between looks at whether all have finished; divides `kv_block`.
       shards: parts that the batch axis is cut into; a batch never shrinks below one group a part.
       layout: for sampling, where its weights and caches lie; None leaves it to the compiler.
     """
@@ -79,15 +79,15 @@ class Engine:
     config: QwenVLConfig
     compute: Compute
     stop_ids: tuple[int, ...]
-    chunk: int = 256
+    kv_block: int = 256
     check_every: int = 8
     shards: int = 1
     layout: Layout | None = None
 
     def __post_init__(self):
-        if self.chunk % self.check_every:
+        if self.kv_block % self.check_every:
             raise UserError(
-                f"rollout.chunk={self.chunk} must be a multiple of "
+                f"rollout.kv_block={self.kv_block} must be a multiple of "
                 f"rollout.check_every={self.check_every}."
             )
 
@@ -116,21 +116,21 @@ class Engine:
         weights: dict[str, Any],
         prompts: PromptBatch,
         *,
-        group: int,
-        limit: int,
+        group_size: int,
+        max_new_tokens: int,
         key: Array,
         prompt_index: np.ndarray,
         sampling: Sampling,
         on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> Rollout:
-        """Samples `group` responses of at most `limit` tokens to each prompt.
+        """Samples `group_size` responses of at most `max_new_tokens` tokens to each prompt.
 
         Args:
           params: the model.
           weights: `fill(params)`.
           prompts: B prompts.
-          group: G.
-          limit: R, a multiple of `check_every`.
+          group_size: G.
+          max_new_tokens: R, a multiple of `check_every`.
           key: the step's key; draws depend on it, the prompt's index and the sample's place alone.
           prompt_index: [B] int32, each prompt's place in the step.
           sampling: how to draw.
@@ -138,17 +138,19 @@ class Engine:
             so far, on the host. It makes the device wait, so leave it out where speed counts.
 
         Raises:
-          UserError: `limit` is not a multiple of `check_every`.
+          UserError: `max_new_tokens` is not a multiple of `check_every`.
         """
-        if limit % self.check_every:
+        if max_new_tokens % self.check_every:
             raise UserError(
-                f"limit={limit} must be a multiple of rollout.check_every={self.check_every}."
+                f"max_new_tokens={max_new_tokens} must be a multiple of rollout.check_every={self.check_every}."
             )
         settings = self.settings(sampling)
         hidden, prefix = prefill(self.config, self.compute, params, prompts, self.layout)
-        keys = sample_keys(key, jnp.asarray(prompt_index, jnp.int32), group)
-        slots = min(self.chunk, limit)
-        state = initial_samples(self.config.text, group, slots, limit, hidden, self.layout)
+        keys = sample_keys(key, jnp.asarray(prompt_index, jnp.int32), group_size)
+        slots = min(self.kv_block, max_new_tokens)
+        state = initial_samples(
+            self.config.text, group_size, slots, max_new_tokens, hidden, self.layout
+        )
         rows, written, done = np.arange(len(hidden)), None, 0
         while True:
             steps = slots - done if on_tokens is None else self.check_every
@@ -157,7 +159,7 @@ class Engine:
             if on_tokens is not None:
                 on_tokens(*jax.device_get((state.tokens, state.length)))
             going = ~gather_to_host(_closed(state))
-            if done >= limit or not going.any():
+            if done >= max_new_tokens or not going.any():
                 break
             if done < slots:
                 continue
@@ -167,7 +169,7 @@ class Engine:
                 kept = np.sort(np.argsort(~going, kind="stable")[:size])
                 state, prefix, keys = _take((state, prefix, keys), kept, self.layout)
                 rows = rows[kept]
-            slots = min(done + self.chunk, limit)
+            slots = min(done + self.kv_block, max_new_tokens)
             state = grow(state, slots - done, self.layout)
         written = _write(written, state, rows)
         return Rollout(*local_shards(written, getattr(prompts.length, "sharding", None)))

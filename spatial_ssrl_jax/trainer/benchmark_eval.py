@@ -69,8 +69,8 @@ def eval_options(config: Config, layout: Layout) -> EvalOptions:
     """In the run's own limits: its curve is compared with itself, not with the paper."""
     return EvalOptions(
         style=config.eval.benchmark_style,
-        prompts=max(1, config.eval.prompts // layout.batch_shards),
-        new_tokens=config.rollout.limit,
+        prompts=max(1, config.eval.batch_prompts // layout.batch_shards),
+        new_tokens=config.rollout.max_new_tokens,
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
     )

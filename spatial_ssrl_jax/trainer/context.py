@@ -93,7 +93,7 @@ def open_components(config: Config) -> RunComponents:
     compute = compute_settings(config, layout)
     data = config.data
     processor = Processor(model.files, model.config, data.min_pixels, data.max_pixels)
-    split = split_records(source, data.heldout_share)
+    split = split_records(source, data.heldout_fraction)
     items_of(config, source, split.train, processor, config.seed)  # refuses tasks without depth
     check_fits(source, split.train, config.tasks, processor, _limit(config))
     if config.sft.steps and config.sft.responses != "made":
@@ -123,7 +123,7 @@ def open_run(
         model.config,
         parts.compute,
         processor.stop_ids,
-        rollout.chunk,
+        rollout.kv_block,
         rollout.check_every,
         parts.rollout_layout.batch_shards,
         parts.rollout_layout,
@@ -207,7 +207,7 @@ def pipeline(
     return batches(
         items,
         settings.prompts,
-        settings.micro_prompts if isinstance(settings, GrpoSettings) else settings.prompts,
+        settings.micro_batch_prompts if isinstance(settings, GrpoSettings) else settings.prompts,
         parts.collate,
         start=start,
         threads=config.data.threads,
@@ -221,12 +221,12 @@ def check_bad_fraction(parts: RunComponents, bad: int, tried: int) -> None:
     """Refuses a source of which too many pictures could not be used.
 
     Raises:
-      UserError: of at least twenty, more than `data.max_bad_share`.
+      UserError: of at least twenty, more than `data.max_bad_fraction`.
     """
-    if tried >= 20 and bad > parts.config.data.max_bad_share * tried:
+    if tried >= 20 and bad > parts.config.data.max_bad_fraction * tried:
         raise UserError(
             f"{bad} of {tried} pictures from {parts.source.spec} could not be used: "
-            "mend the source, or raise data.max_bad_share."
+            "mend the source, or raise data.max_bad_fraction."
         )
 
 

@@ -66,15 +66,15 @@ def memory_advice(config: Config) -> list[str]:
     """What makes a run need less memory, as far as its settings are not there yet."""
     grpo, sft, advice = config.grpo, config.sft, []
     for name, steps, micro in (
-        ("grpo.micro_prompts", grpo.steps, grpo.micro_prompts),
-        ("sft.micro_rows", sft.steps, sft.micro_rows),
+        ("grpo.micro_batch_prompts", grpo.steps, grpo.micro_batch_prompts),
+        ("sft.micro_batch_rows", sft.steps, sft.micro_batch_rows),
     ):
         if steps and micro > 1:
             advice.append(f"lower {name}={micro}")
-    if grpo.steps and config.rollout.wave > 1:
-        advice.append(f"lower rollout.wave={config.rollout.wave}")
-    if config.eval.prompts > 1:
-        advice.append(f"lower eval.prompts={config.eval.prompts}")
+    if grpo.steps and config.rollout.batch_prompts > 1:
+        advice.append(f"lower rollout.batch_prompts={config.rollout.batch_prompts}")
+    if config.eval.batch_prompts > 1:
+        advice.append(f"lower eval.batch_prompts={config.eval.batch_prompts}")
     if config.model.remat != "full":
         advice.append(f"set model.remat=full in place of {config.model.remat}")
     if config.model.dtype == "float32":

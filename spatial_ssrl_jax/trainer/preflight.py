@@ -108,13 +108,13 @@ def _stage(
     bucket, windows = batch.prompts.ids.shape[1], batch.prompts.vision.frame.shape[1]
     padding = 1 - prompts / (len(batch.items) * bucket)
     if isinstance(settings, SftSettings):
-        tokens = encode_responses(batch.items, parts.processor, parts.config.rollout.limit)
+        tokens = encode_responses(batch.items, parts.processor, parts.config.rollout.max_new_tokens)
         count = sum(map(len, tokens))
         packed = pack_step(batch, tokens, settings, parts.model.config.vision)
         padding = 1 - (prompts + count) / packed.places
         responses = {"response_tokens": round(count * scale)}
     else:
-        most = settings.prompts * settings.group * parts.config.rollout.limit
+        most = settings.prompts * settings.group_size * parts.config.rollout.max_new_tokens
         responses = {"response_tokens_at_most": most}
     optimizer = make_optimizer(parts.config.optim, settings, 1)
     state = abstract_stage_state(
@@ -146,7 +146,7 @@ def _first_prompts(parts: RunComponents, settings: SftSettings | GrpoSettings) -
     """
     name = "sft" if isinstance(settings, SftSettings) else "grpo"
     few = min(settings.prompts, _EXAMPLES * jax.process_count())
-    small = replace(settings, prompts=settings.micro_prompts if name == "grpo" else few)
+    small = replace(settings, prompts=settings.micro_batch_prompts if name == "grpo" else few)
     parts = replace(parts, config=replace(parts.config, **{name: small}))
     with closing(pipeline(parts, small, start=0)) as stream:
         return next(stream)
@@ -158,12 +158,12 @@ def _memory(
     """Bytes of each device by what takes them, at the largest buckets; no activations."""
     config, text = parts.config, parts.model.config.text
     size = np.dtype(config.model.dtype).itemsize
-    prompt, limit = max(config.data.prompt_buckets), config.rollout.limit
-    tokens = config.eval.prompts * (prompt + config.eval.samples * limit)
+    prompt, limit = max(config.data.prompt_buckets), config.rollout.max_new_tokens
+    tokens = config.eval.batch_prompts * (prompt + config.eval.samples * limit)
     reference = 0
     if isinstance(settings, GrpoSettings):
-        tokens = max(tokens, config.rollout.wave * (prompt + settings.group * limit))
-        if settings.kl_coefficient and not settings.lora.rank:
+        tokens = max(tokens, config.rollout.batch_prompts * (prompt + settings.group_size * limit))
+        if settings.kl_coef and not settings.lora.rank:
             reference = _own(state.trained, size)
     return {
         "weights": _own(state.trained) + _own(state.frozen),
@@ -257,7 +257,7 @@ def _problems(stages: dict[str, dict], disk: dict[str, int | None], limit: int |
         if limit is not None and needs > limit:
             found.append(
                 f"{name} needs {_size(needs)} a device before any activation, and a device has "
-                f"{_size(limit)}: use more devices (mesh.fsdp), LoRA, a smaller rollout.wave or "
+                f"{_size(limit)}: use more devices (mesh.fsdp), LoRA, a smaller rollout.batch_prompts or "
                 "shorter limits."
             )
     needs, free = disk["checkpoints_bytes"] - disk["there_bytes"], disk["free_bytes"]

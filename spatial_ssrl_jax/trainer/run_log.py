@@ -62,7 +62,7 @@ def _rollout_rows(batch: Batch, scored: ScoredRollout, count: int) -> Iterator[d
                 {
                     "text": scored.texts[b][g],
                     "reward": reward.overall,
-                    "accuracy": reward.accuracy,
+                    "accuracy": reward.accuracy_weight,
                     "format": reward.format,
                     "advantage": float(scored.advantage[b, g]),
                     "length": int(rollout.length[b, g]),

@@ -144,7 +144,7 @@ def _sft_stage(run: Run, start: StageInitializer, done: int) -> bool:
 
     def step(number: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict, None]:
         begun = time.perf_counter()
-        responses = encode_responses(batch.items, run.processor, run.config.rollout.limit)
+        responses = encode_responses(batch.items, run.processor, run.config.rollout.max_new_tokens)
         packed = pack_step(batch, responses, settings, run.model.config.vision)
         rate = float(rates(number))
         micro = map(run.layout.put_batch, packed)
@@ -172,11 +172,11 @@ def _sft_stage(run: Run, start: StageInitializer, done: int) -> bool:
 def _grpo_stage(run: Run, start: StageInitializer, done: int) -> bool:
     config, settings = run.config, run.config.grpo
     first = config.sft.steps
-    updates = settings.steps * settings.updates
+    updates = settings.steps * settings.minibatches_per_rollout
     optimizer = make_optimizer(config.optim, settings, updates)
     state = _begin(run, start, settings, optimizer, done)
     reference = None
-    if settings.kl_coefficient:
+    if settings.kl_coef:
         reference = start.reference(settings, state, fresh=done == first)
     grpo = Grpo(
         settings,
@@ -194,8 +194,12 @@ def _grpo_stage(run: Run, start: StageInitializer, done: int) -> bool:
     key = jax.random.key(config.seed)
 
     def step(number: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict, Sampled]:
-        rate = float(rates(number * settings.updates))
-        refill = partial(_refill, run, settings, number) if settings.drop_flat else None
+        rate = float(rates(number * settings.minibatches_per_rollout))
+        refill = (
+            partial(_refill, run, settings, number)
+            if settings.filter_zero_variance_groups
+            else None
+        )
         state, metrics, *sampled = grpo.step(state, batch, jax.random.fold_in(key, number), refill)
         trained_on, scored = sampled
         needed = useful_flops(run.model.config, settings, trained_on.prompts, scored.rollout.length)
@@ -307,9 +311,9 @@ def _refill(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
             run.config.seed * 2 + _REFILL_SEED,
         ),
         settings.prompts,
-        settings.micro_prompts,
+        settings.micro_batch_prompts,
         run.collate,
-        step * settings.refills + number - 1,
+        step * settings.max_resamples + number - 1,
         process=jax.process_index(),
         processes=jax.process_count(),
     )
@@ -335,7 +339,7 @@ def _count_bad(run: Run, batch: Batch) -> None:
 
 def _check_skipped(run: Run, stage: str, number: int, state: TrainState) -> None:
     skipped = int(state.skipped)
-    if skipped >= run.config.optim.max_skipped:
+    if skipped >= run.config.optim.max_skipped_steps:
         _save(run, stage, number, state, run.seconds)
         run.checkpoints.wait()
         raise UserError(

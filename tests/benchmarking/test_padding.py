@@ -13,8 +13,14 @@ from spatial_ssrl_jax.data.lengths import Lengths, TaskLengths
 CONFIG = replace(
     Config("x"),
     data=DataSettings(prompt_buckets=(64, 128), window_buckets=(4, 8)),
-    grpo=GrpoSettings(prompts=8, updates=2, group=2, micro_prompts=1, response_buckets=(16,)),
-    rollout=RolloutSettings(limit=64, chunk=32),
+    grpo=GrpoSettings(
+        prompts=8,
+        minibatches_per_rollout=2,
+        group_size=2,
+        micro_batch_prompts=1,
+        response_buckets=(16,),
+    ),
+    rollout=RolloutSettings(max_new_tokens=64, kv_block=32),
 )
 
 

@@ -154,6 +154,6 @@ def test_a_run_stops_above_its_share_of_bad_pictures():
     )
     training._count_bad(run, SimpleNamespace(items=[good] * 30 + [bad] * 5))
     assert (run.bad, run.tried) == (5, 40) and said == ["skipped a.png: cut."] * 5
-    with pytest.raises(UserError, match=r"data\.max_bad_share") as error:
+    with pytest.raises(UserError, match=r"data\.max_bad_fraction") as error:
         training._count_bad(run, SimpleNamespace(items=[bad] * 10))
     assert "of 60 pictures from folder:x" in str(error.value)

@@ -310,7 +310,7 @@ def test_released_responses_are_learned_from_as_they_are(processor: Processor, t
     batch = COLLATE(list(enumerate([items[0], items[1]])))
     learned = encode_responses(batch.items, processor, limit=64)
     assert [processor.decode(tokens) for tokens in learned] == [output, output]
-    with pytest.raises(UserError, match="rollout.limit=.8,. has no bucket"):
+    with pytest.raises(UserError, match="rollout.max_new_tokens=.8,. has no bucket"):
         encode_responses(batch.items, processor, limit=8)
     with pytest.raises(UserError, match="shuffle finds nothing in ssrl81k"):
         item_dataset(source, range(1), weights(shuffle=1.0), processor, seed=0)

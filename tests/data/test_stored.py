@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prepared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    prepare.main(["rgbd", str(folder), str(out), "--max-bad-share=0.5"])
+    prepare.main(["rgbd", str(folder), str(out), "--max-bad-fraction=0.5"])
     return out
 
 
@@ -133,7 +133,7 @@ def test_gs_without_its_extra_says_what_to_install(spec: str, monkeypatch: pytes
 def test_prepare_reports_and_never_overwrites_unasked(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    argv = ["rgbd", str(folder), str(tmp_path), "--json", "--max-bad-share=0.5"]
+    argv = ["rgbd", str(folder), str(tmp_path), "--json", "--max-bad-fraction=0.5"]
     prepare.main(argv)
     report = json.loads(capsys.readouterr().out)
     assert report["source"] == f"tfds:ssrl_pictures/rgbd@{tmp_path}" and report["written"] == 2
@@ -144,7 +144,7 @@ def test_prepare_reports_and_never_overwrites_unasked(
 
 
 def test_prepare_stops_when_too_much_is_bad(folder: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"1 of 3 pictures .*c\.png.*--max-bad-share"):
+    with pytest.raises(UserError, match=r"1 of 3 pictures .*c\.png.*--max-bad-fraction"):
         prepare.main(["rgbd", str(folder), str(tmp_path)])
     assert not list(tmp_path.rglob("*.array_record*"))
 
@@ -204,7 +204,7 @@ def test_tensorflow_is_never_imported(prepared: Path):
 
 
 def test_a_bucket_gets_what_a_folder_would(folder: Path, prepared: Path, bucket: Storage):
-    argv = ["rgbd", str(folder), "gs://bucket/data", "--max-bad-share=0.5"]
+    argv = ["rgbd", str(folder), "gs://bucket/data", "--max-bad-fraction=0.5"]
     prepare.main(argv)
     built = [p.relative_to(prepared) for p in prepared.glob("*/rgbd/**/*") if p.is_file()]
     assert built and bucket.names("bucket") == sorted(f"data/{path}" for path in built)

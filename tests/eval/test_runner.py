@@ -267,7 +267,7 @@ def test_pretext_tasks_stand_beside_chance(run, checkpoint: Path, tmp_path: Path
     """Asked as in training, over held-out pictures; what was asked can be scored again."""
     words = [f"--model={checkpoint}", "--benchmark=pretext", "--source=scenes:40:224x224"]
     words += [f"--out={tmp_path / 'out'}", *SMALL, "--examples=3", "--reasoning"]
-    code, out, err = run(*words, "--heldout-share=0.2")
+    code, out, err = run(*words, "--heldout-fraction=0.2")
     assert code == 0, err
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["count"] == 15

@@ -62,7 +62,7 @@ def equality_config(folder: Path) -> c.Config:
     export(source, random_params(config, seed=1), folder / "model", "float32")
     base = make_config(c.ModelSettings(str(folder / "model"), False, "float32", "full"))
     return dataclasses.replace(
-        base, sft=dataclasses.replace(base.sft, **ROWS | {"micro_rows": 8}), name="equality"
+        base, sft=dataclasses.replace(base.sft, **ROWS | {"micro_batch_rows": 8}), name="equality"
     )
 
 
@@ -88,7 +88,7 @@ def one_step(config: c.Config, workdir: Path) -> Arrays:
 def _cold_start(run: Run, start: StageInitializer) -> Arrays:
     settings = run.config.sft
     batch = training._agreed(next(pipeline(run, settings, start=0)))
-    responses = encode_responses(batch.items, run.processor, run.config.rollout.limit)
+    responses = encode_responses(batch.items, run.processor, run.config.rollout.max_new_tokens)
     packed = pack_step(batch, responses, settings, run.model.config.vision)
     loss = SftLoss(run.model.config, run.compute)
     return _summed("sft", loss, start.params(settings), map(run.layout.put_batch, packed))

@@ -18,7 +18,7 @@ from spatial_ssrl_jax.trainer.training import train
 from tests.conftest import ROOT, random_params
 
 # Two examples fit in a row. Each of two processes packs four.
-ROWS = dict(prompts=8, row_tokens=320, row_windows=(2, 5), row_responses=64, micro_rows=4)
+ROWS = dict(prompts=8, row_tokens=320, row_windows=(2, 5), row_responses=64, micro_batch_rows=4)
 
 
 def make_config(model: c.ModelSettings, **sections) -> c.Config:
@@ -34,7 +34,7 @@ def make_config(model: c.ModelSettings, **sections) -> c.Config:
         model=model,
         data=c.DataSettings(
             source="scenes:60",
-            heldout_share=0.1,
+            heldout_fraction=0.1,
             min_pixels=28 * 28,
             max_pixels=56 * 56,
             prompt_buckets=(192,),
@@ -44,14 +44,19 @@ def make_config(model: c.ModelSettings, **sections) -> c.Config:
         tasks=tasks,
         sft=c.SftSettings(steps=2, learning_rate=1e-3, **ROWS),
         grpo=c.GrpoSettings(
-            steps=3, prompts=16, updates=2, group=3, micro_prompts=8, learning_rate=1e-3
+            steps=3,
+            prompts=16,
+            minibatches_per_rollout=2,
+            group_size=3,
+            micro_batch_prompts=8,
+            learning_rate=1e-3,
         ),
-        rollout=c.RolloutSettings(limit=32, chunk=16, check_every=8, wave=8),
+        rollout=c.RolloutSettings(max_new_tokens=32, kv_block=16, check_every=8, batch_prompts=8),
         # A large epsilon: else Adam makes whole steps of gradients that are nothing but rounding.
         optim=c.OptimSettings(eps=1e-2),
         checkpoint=c.CheckpointSettings(every=1, keep=2),
         log=c.LogSettings(rollouts_every=2, rollouts_count=2, report_every=2),
-        eval=c.EvalSettings(examples=4, samples=2, every=2, prompts=8),
+        eval=c.EvalSettings(examples=4, samples=2, every=2, batch_prompts=8),
     )
     return dataclasses.replace(toy, **sections)
 
@@ -65,7 +70,7 @@ def taught_config(toy_folder: Path) -> c.Config:
         grpo=c.GrpoSettings(steps=0),
         optim=c.OptimSettings(),
         checkpoint=c.CheckpointSettings(every=1000),
-        eval=c.EvalSettings(examples=8, samples=4, prompts=8),
+        eval=c.EvalSettings(examples=8, samples=4, batch_prompts=8),
     )
 
 
@@ -117,14 +122,14 @@ def lora_config(lora_base: Path) -> c.Config:
     """Two stages of adapters, two steps of two prompts each, no held-out figures."""
     tiny = c.load_config(str(ROOT / "configs" / "tiny.py"))
     small = {"steps": 2, "prompts": 2, "learning_rate": 0.05}
-    groups = {"micro_prompts": 2, "group": 2, "warmup": 0.0}
+    groups = {"micro_batch_prompts": 2, "group_size": 2, "warmup_ratio": 0.0}
     return dataclasses.replace(
         tiny,
         model=dataclasses.replace(tiny.model, path=str(lora_base), from_scratch=False),
-        data=dataclasses.replace(tiny.data, source="scenes:20", heldout_share=0.0),
-        sft=dataclasses.replace(tiny.sft, **small, micro_rows=1, lora=LoraSettings(2)),
+        data=dataclasses.replace(tiny.data, source="scenes:20", heldout_fraction=0.0),
+        sft=dataclasses.replace(tiny.sft, **small, micro_batch_rows=1, lora=LoraSettings(2)),
         grpo=dataclasses.replace(tiny.grpo, **small, **groups, lora=LoraSettings(3)),
-        rollout=dataclasses.replace(tiny.rollout, wave=2),
+        rollout=dataclasses.replace(tiny.rollout, batch_prompts=2),
         checkpoint=c.CheckpointSettings(every=1, keep=9),
         log=c.LogSettings(rollouts_every=1, report_every=1),
     )

@@ -27,8 +27,8 @@ def work(argv: list[str]) -> None:
     parser.add_argument("--hangs")
     add_options(parser)
     args = parser.parse_args(argv)
-    settings = MeshSettings(silence=SILENCE, patience=PATIENCE)
-    connect(args, settings.silence)
+    settings = MeshSettings(heartbeat_timeout=SILENCE, step_timeout=PATIENCE)
+    connect(args, settings.heartbeat_timeout)
     with Watchdog(settings) as watch:
         for turn in range(10_000):
             assert all_sum(1) == 2
@@ -106,11 +106,11 @@ def test_one_that_hangs_ends_both(pair: list[subprocess.Popen]):
 def test_a_single_process_that_hangs_ends(monkeypatch: pytest.MonkeyPatch):
     left = []
     monkeypatch.setattr("spatial_ssrl_jax.parallel.watchdog.exit_now", left.append)
-    with Watchdog(MeshSettings(silence=1, patience=1)):
+    with Watchdog(MeshSettings(heartbeat_timeout=1, step_timeout=1)):
         time.sleep(2)
     assert set(left) == {EXIT_PEER_LOST}
     left.clear()
-    with Watchdog(MeshSettings(silence=1, patience=1)) as watch:
+    with Watchdog(MeshSettings(heartbeat_timeout=1, step_timeout=1)) as watch:
         for _ in range(20):
             time.sleep(0.1)
             watch.beat()

@@ -24,7 +24,9 @@ def prompts(toy):
 
 def test_padding_does_not_count(toy, prompts):
     batch, lengths = prompts
-    stage = GrpoSettings(updates=1, kl_coefficient=0.0)  # sampling, and an update: 4 passes
+    stage = GrpoSettings(
+        minibatches_per_rollout=1, kl_coef=0.0
+    )  # sampling, and an update: 4 passes
     found = useful_flops(toy.config, stage, batch, np.full((2, 3), 7))
     wanted = sum(
         group_flops(toy.config, GroupShape(length, grids, 3, 7))
@@ -53,9 +55,9 @@ def test_every_response_counts_at_its_own_length(toy, prompts):
         (SftSettings(lora=LoraSettings(4)), (1, 2)),
         (SftSettings(lora=LoraSettings(4, targets=("language", "vision.qkv"))), (2, 2)),
         (GrpoSettings(), (6, 6)),
-        (GrpoSettings(updates=1), (5, 5)),
-        (GrpoSettings(old_logprobs="sampler", kl_coefficient=0.0), (4, 4)),
-        (GrpoSettings(old_logprobs="sampler", correction="mask"), (6, 6)),
+        (GrpoSettings(minibatches_per_rollout=1), (5, 5)),
+        (GrpoSettings(old_logprobs="sampler", kl_coef=0.0), (4, 4)),
+        (GrpoSettings(old_logprobs="sampler", importance_correction="mask"), (6, 6)),
         (GrpoSettings(freeze=("vision", "merger")), (4, 6)),
     ],
 )

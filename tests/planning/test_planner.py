@@ -98,13 +98,13 @@ def test_decoding_counts_all_its_steps(report: dict):
 
 
 def test_what_does_not_fit_is_named(report: dict):
-    cost = ProgramCost("decode", 1, {"weights": 3 * 2**30}, "rollout.wave", 2**31, 2**32)
+    cost = ProgramCost("decode", 1, {"weights": 3 * 2**30}, "rollout.batch_prompts", 2**31, 2**32)
     cost.fits = False
     row = dataclasses.asdict(cost) | {"peak_bytes": cost.peak_bytes}
     row["largest_buffers"] = [{"name": "[*].layers", "bytes": 2**30}]
     (sentence,) = problems(report | {"programs": [row]})
     assert sentence.startswith("decode needs 9.00 GiB of 16.00 GiB (its temporaries 4.00 GiB")
-    assert "[*].layers, 1.00 GiB" in sentence and "lower rollout.wave" in sentence
+    assert "[*].layers, 1.00 GiB" in sentence and "lower rollout.batch_prompts" in sentence
     table = list(lines(report))
     assert len(table) == len(report["programs"]) + 3 and table[-1].startswith("a step: ")
 
@@ -132,7 +132,10 @@ def test_a_run_that_does_not_fit_exits_with_1(
         )
         assert command.main(["--config=toy", "--topology=one"]) == code
     said = capsys.readouterr().out
-    assert "sft_gradients needs" in said and "lower sft.micro_rows, model.chunk" in said
+    assert (
+        "sft_gradients needs" in said
+        and "lower sft.micro_batch_rows, model.attention_chunk" in said
+    )
     assert "sft_apply needs" in said and "optim.offload=True" in said
     assert "the largest buffer is [" in said
 

@@ -76,7 +76,7 @@ def lower(toy) -> Callable[[str, int], jax.stages.Lowered]:
                 old_logprobs=None,
                 reference_logprobs=None,
             )
-            loss = GrpoLoss(config, COMPUTE, GrpoSettings(kl_coefficient=0.0))
+            loss = GrpoLoss(config, COMPUTE, GrpoSettings(kl_coef=0.0))
             return update.micro_gradients.lower(loss, params, {}, whole)
         if name == "optimizer":
             adamw = make_optimizer(OptimSettings(), SftSettings(), 1)

@@ -219,13 +219,13 @@ def test_padded_batch(checkpoint, questions, reference, measure):
 def test_greedy_continuation(checkpoint, questions):
     """32 greedy tokens of each prompt in a batch are those of Transformers' `generate`."""
     new = 32
-    engine = Engine(checkpoint.config, COMPUTE, stop_ids=(), chunk=new, check_every=8)
+    engine = Engine(checkpoint.config, COMPUTE, stop_ids=(), kv_block=new, check_every=8)
     rollout = engine.generate(
         checkpoint.params,
         engine.fill(checkpoint.params),
         pad(questions, BATCHED),
-        group=1,
-        limit=new,
+        group_size=1,
+        max_new_tokens=new,
         key=jax.random.key(0),
         prompt_index=np.arange(len(BATCHED)),
         sampling=GREEDY,

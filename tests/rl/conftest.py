@@ -61,7 +61,7 @@ SUPERVISED = (
     (9, [(1, 2, 2)], 6),
 )
 # Two examples fit in a row; its pictures need one of two window counts.
-ROWS = SftSettings(row_tokens=56, row_windows=(2, 4), row_responses=14, micro_rows=2)
+ROWS = SftSettings(row_tokens=56, row_windows=(2, 4), row_responses=14, micro_batch_rows=2)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +82,7 @@ def packed(examples: tuple[Batch, list[np.ndarray]], **changed) -> PackedStep:
 @pytest.fixture(scope="session")
 def packed_batch(examples) -> PackedBatch:
     """All examples in one micro-batch."""
-    (batch,) = packed(examples, micro_rows=3)
+    (batch,) = packed(examples, micro_batch_rows=3)
     return batch
 
 

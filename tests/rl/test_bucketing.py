@@ -62,7 +62,7 @@ def test_widths_of_responses(named, limit, widths):
     config = replace(
         Config("x"),
         grpo=GrpoSettings(response_buckets=named),
-        rollout=RolloutSettings(limit=limit, chunk=16),
+        rollout=RolloutSettings(max_new_tokens=limit, kv_block=16),
     )
     assert Buckets.of(config).response == widths
 

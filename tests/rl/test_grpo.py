@@ -28,8 +28,10 @@ from spatial_ssrl_jax.rollout.sampling import Sampling
 from tests.rl.conftest import CONFIG
 from tests.rl.test_exactness import assert_close
 
-SETTINGS = GrpoSettings(prompts=3, updates=1, micro_prompts=1, group=4, kl_coefficient=0.0)
-ROLLOUT = RolloutSettings(limit=8, chunk=4, check_every=4, wave=2)
+SETTINGS = GrpoSettings(
+    prompts=3, minibatches_per_rollout=1, micro_batch_prompts=1, group_size=4, kl_coef=0.0
+)
+ROLLOUT = RolloutSettings(max_new_tokens=8, kv_block=4, check_every=4, batch_prompts=2)
 STOPS = tuple(range(0, 680, 5))  # a fifth of what is drawn ends a response
 
 
@@ -117,8 +119,8 @@ def test_waves_of_like_length_draw_the_same_tokens(toy):
         toy.params,
         engine.fill(toy.params),
         batch.prompts,
-        group=3,
-        limit=8,
+        group_size=3,
+        max_new_tokens=8,
         key=key,
         prompt_index=batch.index,
         sampling=Sampling(SETTINGS.temperature),

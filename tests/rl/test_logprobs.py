@@ -21,13 +21,13 @@ def mismatch(toy, params, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     grids = ([(1, 4, 6), (1, 2, 10)], [], [(1, 6, 2)], [(1, 10, 4)])
     prompts = pad_prompts([toy.prompt(i, 8 + i, g) for i, g in enumerate(grids)], (32,), (5,))
     compute = Compute(dtype, attention_chunk=16, vocab_block=32)
-    engine = Engine(toy.config, compute, STOPS, chunk=12, check_every=4)
+    engine = Engine(toy.config, compute, STOPS, kv_block=12, check_every=4)
     rollout = engine.generate(
         params,
         engine.fill(params),
         prompts,
-        group=GROUP,
-        limit=LIMIT,
+        group_size=GROUP,
+        max_new_tokens=LIMIT,
         key=jax.random.key(5),
         prompt_index=np.arange(4),
         sampling=Sampling(TEMPERATURE),

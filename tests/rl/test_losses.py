@@ -86,12 +86,12 @@ def test_gradients_of_the_estimators():
     ("kind", "expected"), [("truncate", [0.5, 1.5, 2.0]), ("mask", [0.5, 1.5, 0.0])]
 )
 def test_correction(kind, expected):
-    loss = make_loss(correction=kind, correction_limit=2.0)
+    loss = make_loss(correction=kind, importance_max=2.0)
     found = loss.correction(jnp.log(jnp.array([0.5, 1.5, 2.5])))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_kl_without_a_reference_is_refused(mixed_batch):
     batch = replace(mixed_batch, reference_logprobs=None)
-    with pytest.raises(UserError, match=r"grpo\.kl_coefficient=0\.01 needs .* or set"):
+    with pytest.raises(UserError, match=r"grpo\.kl_coef=0\.01 needs .* or set"):
         make_loss()(None, batch)

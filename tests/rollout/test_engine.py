@@ -48,8 +48,8 @@ def generate(toy, prompts):
             params,
             made.fill(params),
             pad_prompts([prompts[i] for i in places], (bucket[0],), (bucket[1],)),
-            group=group,
-            **{"limit": LIMIT, "key": jax.random.key(5), "sampling": WARM, **settings},
+            group_size=group,
+            **{"max_new_tokens": LIMIT, "key": jax.random.key(5), "sampling": WARM, **settings},
             prompt_index=np.array(places) + 100,
         )
 
@@ -124,8 +124,8 @@ def test_draws_do_not_depend_on_how_it_is_run(generate, rollout, settings):
 
 def test_draws_do_not_depend_on_the_batch(generate, rollout):
     """A prompt alone, and two in another order, with fewer samples."""
-    assert_same(generate([2], group=2, chunk=24), rollout, [2], group=2)
-    assert_same(generate([3, 0], group=2, chunk=24), rollout, [3, 0], group=2)
+    assert_same(generate([2], group_size=2, chunk=24), rollout, [2], group=2)
+    assert_same(generate([3, 0], group_size=2, chunk=24), rollout, [3, 0], group=2)
 
 
 def test_the_batch_shrinks_to_the_groups_that_go_on(generate, monkeypatch):
@@ -207,7 +207,7 @@ def test_vision_tokens_are_never_written(toy, generate, sampling):
 
 
 def test_settings_that_do_not_fit_are_refused(toy, generate):
-    with pytest.raises(UserError, match="rollout.chunk=10 must be a multiple"):
-        Engine(toy.config, Compute(), (), chunk=10, check_every=4)
+    with pytest.raises(UserError, match="rollout.kv_block=10 must be a multiple"):
+        Engine(toy.config, Compute(), (), kv_block=10, check_every=4)
     with pytest.raises(UserError, match="22.*multiple of rollout.check_every=4"):
-        generate(limit=22)
+        generate(max_new_tokens=22)

@@ -124,7 +124,7 @@ def test_the_best_step_stays_is_named_and_can_be_exported(
             examples=1,
             samples=1,
             every=1,
-            prompts=8,
+            batch_prompts=8,
             benchmark="realworldqa",
             benchmark_data=str(files.WRITERS["realworldqa"](tmp_path)),
             benchmark_count=3,

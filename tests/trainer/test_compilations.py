@@ -24,12 +24,17 @@ def steady(toy_config, steps: int, every: int) -> c.Config:
     return toy_config(
         sft=c.SftSettings(),
         grpo=c.GrpoSettings(
-            steps=steps, prompts=8, updates=1, group=3, micro_prompts=8, learning_rate=1e-4
+            steps=steps,
+            prompts=8,
+            minibatches_per_rollout=1,
+            group_size=3,
+            micro_batch_prompts=8,
+            learning_rate=1e-4,
         ),
-        rollout=c.RolloutSettings(limit=32, chunk=32, check_every=8, wave=8),
+        rollout=c.RolloutSettings(max_new_tokens=32, kv_block=32, check_every=8, batch_prompts=8),
         checkpoint=c.CheckpointSettings(every=every, keep=2),
         log=c.LogSettings(rollouts_every=every, rollouts_count=2, report_every=every),
-        eval=c.EvalSettings(examples=2, samples=2, every=every, prompts=8),
+        eval=c.EvalSettings(examples=2, samples=2, every=every, batch_prompts=8),
     )
 
 

@@ -42,7 +42,7 @@ def short(toy_config) -> Short:
         sft = c.SftSettings(steps=steps, learning_rate=1e-3, **ROWS)
         defaults = {
             "grpo": c.GrpoSettings(steps=0),
-            "eval": c.EvalSettings(examples=2, samples=2, prompts=8),
+            "eval": c.EvalSettings(examples=2, samples=2, batch_prompts=8),
             "checkpoint": c.CheckpointSettings(every=every, keep=2),
         }
         return toy_config(sft=sft, **(defaults | sections))
@@ -91,7 +91,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
 def test_several_in_a_row_stop_the_run_with_its_state_kept(
     short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = short(every=100, optim=c.OptimSettings(eps=1e-2, max_skipped=2))
+    config = short(every=100, optim=c.OptimSettings(eps=1e-2, max_skipped_steps=2))
     with monkeypatch.context() as patch:
         poison(patch, {2, 4, 5})
         with pytest.raises(UserError, match=r"2 optimizer steps in a row .*step 5 is saved"):
@@ -210,13 +210,18 @@ def test_no_room_for_rollouts_and_report_does_not_stop_training(
     toy_config, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     grpo = c.GrpoSettings(
-        steps=2, prompts=8, updates=1, group=3, micro_prompts=8, learning_rate=1e-3
+        steps=2,
+        prompts=8,
+        minibatches_per_rollout=1,
+        group_size=3,
+        micro_batch_prompts=8,
+        learning_rate=1e-3,
     )
     config = toy_config(
         sft=c.SftSettings(),
         grpo=grpo,
         log=c.LogSettings(rollouts_every=1, rollouts_count=1, report_every=1),
-        eval=c.EvalSettings(examples=2, samples=2, prompts=8),
+        eval=c.EvalSettings(examples=2, samples=2, batch_prompts=8),
     )
     run = tmp_path / "run"
     _claimed(config, run)

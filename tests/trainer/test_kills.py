@@ -139,10 +139,15 @@ def small(toy_config, sft: int, grpo: int, every: int) -> c.Config:
     return toy_config(
         sft=c.SftSettings(steps=sft, learning_rate=1e-3, **ROWS),
         grpo=c.GrpoSettings(
-            steps=grpo, prompts=8, updates=1, group=3, micro_prompts=8, learning_rate=1e-3
+            steps=grpo,
+            prompts=8,
+            minibatches_per_rollout=1,
+            group_size=3,
+            micro_batch_prompts=8,
+            learning_rate=1e-3,
         ),
         checkpoint=c.CheckpointSettings(every=every, keep=2),
-        eval=c.EvalSettings(examples=2, samples=2, prompts=8),
+        eval=c.EvalSettings(examples=2, samples=2, batch_prompts=8),
     )
 
 

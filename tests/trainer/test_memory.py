@@ -28,8 +28,8 @@ GPU = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34359738368 by
 @pytest.mark.parametrize(("said", "asked"), [(GPU, "34359738368 bytes more"), (TPU, "ran out")])
 def test_a_lack_of_memory_becomes_a_sentence(said: str, asked: str):
     with (
-        pytest.raises(UserError, match=f"{asked}.*: lower grpo.wave; or pray.$"),
-        explain_out_of_memory(["lower grpo.wave", "pray"]),
+        pytest.raises(UserError, match=f"{asked}.*: lower grpo.batch_prompts; or pray.$"),
+        explain_out_of_memory(["lower grpo.batch_prompts", "pray"]),
     ):
         raise jax.errors.JaxRuntimeError(said)
 
@@ -51,16 +51,21 @@ def test_a_real_lack_of_memory_is_known_as_such():
 def test_advice_leaves_out_what_is_done_already():
     config = c.Config("x", model=c.ModelSettings(remat="none"), sft=c.SftSettings(steps=3))
     said = "; ".join(memory_advice(config))
-    for name in ("grpo.micro_prompts=16", "sft.micro_rows=8", "rollout.wave=64", "model.remat"):
+    for name in (
+        "grpo.micro_batch_prompts=16",
+        "sft.micro_batch_rows=8",
+        "rollout.batch_prompts=64",
+        "model.remat",
+    ):
         assert name in said
     lean = dataclasses.replace(
         config,
         model=c.ModelSettings(),
         sft=c.SftSettings(),
-        grpo=c.GrpoSettings(micro_prompts=1, lora=LoraSettings(8)),
+        grpo=c.GrpoSettings(micro_batch_prompts=1, lora=LoraSettings(8)),
     )
     said = "; ".join(memory_advice(lean))
-    for name in ("micro_prompts", "model.remat", "lora"):
+    for name in ("micro_batch_prompts", "model.remat", "lora"):
         assert name not in said
 
 
@@ -76,14 +81,16 @@ def test_training_says_what_helps(
     monkeypatch.setattr(training, "train_step", full)
     monkeypatch.setattr(training, "validate", lambda *_: ({}, False))
     config = make_config(c.ModelSettings(str(toy_folder), True, "float32", "none"))
-    with pytest.raises(UserError, match="ran out of memory.*sft.micro_rows=.*model.remat=full"):
+    with pytest.raises(
+        UserError, match="ran out of memory.*sft.micro_batch_rows=.*model.remat=full"
+    ):
         training.train(config, tmp_path / "run")
 
 
 def test_a_timing_says_what_helps(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timing, "train_step", full)
     argv = ["--random-weights", "--prompts=1", "--group=2", "--new=8", "--grid=4"]
-    with pytest.raises(UserError, match="ran out of memory.*--micro-prompts"):
+    with pytest.raises(UserError, match="ran out of memory.*--micro-batch-prompts"):
         bench.main(["update", f"--model={toy_folder}", *argv, "--prompt-tokens=12"])
 
 

@@ -80,7 +80,10 @@ def test_adapters_train_little_and_need_no_reference(fresh, tmp_path: Path):
     assert memory["weights"] == memory["reference"] == 4 * whole["trained"]
     assert memory["optimizer"] == pytest.approx(8 * whole["trained"], rel=1e-3)
     assert small["memory_bytes_a_device"]["reference"] == 0
-    text, rows = 2 * 2 * 2 * 8 * 4, 8 * (192 + 3 * 32)  # layers, heads of 8, float32; one wave
+    text, rows = (
+        2 * 2 * 2 * 8 * 4,
+        8 * (192 + 3 * 32),
+    )  # layers, heads of 8, float32; one batch_prompts
     assert memory["caches"] == text * rows
     stays = memory["weights"] + memory["optimizer"] + memory["reference"]
     assert stays < memory["sum"] < sum(memory.values()) - memory["sum"]

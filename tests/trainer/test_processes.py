@@ -127,7 +127,7 @@ def test_eight_devices_then_four_then_one_change_nothing(toy_config, whole: Path
 def test_training_ends_when_a_process_is_lost_and_goes_on(
     toy_config, whole: Path, tmp_path: Path, number: int
 ):
-    mesh = c.MeshSettings(fsdp=2, silence=10)
+    mesh = c.MeshSettings(fsdp=2, heartbeat_timeout=10)
     config, run = write_config(tmp_path, toy_config(mesh=mesh)), tmp_path / "run"
     processes = pair(config, run)
     until(processes[0], "grpo 1/3")

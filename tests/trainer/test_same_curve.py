@@ -36,15 +36,18 @@ class Alone:
     def step(
         self, state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict, Rollout]:
-        grpo, group = self.grpo, self.grpo.settings.group
+        grpo, group = self.grpo, self.grpo.settings.group_size
         prompts = jax.tree.map(lambda x: np.repeat(x, group, axis=0), batch.prompts)
         flat = self.sample(state, prompts, np.repeat(batch.index, group), key)
         rollout = Rollout(*(self.grouped(x) for x in vars(flat).values()))
         scored = score_rollout(
-            batch.items, rollout, grpo.processor, grpo.reward_settings, grpo.settings.scale_std
+            batch.items, rollout, grpo.processor, grpo.reward_settings, grpo.settings.scale_rewards
         )
-        count, updates = len(batch.items) // grpo.settings.updates, []
-        old = [self.batch(prompts, scored, i * count, count) for i in range(grpo.settings.updates)]
+        count, updates = len(batch.items) // grpo.settings.minibatches_per_rollout, []
+        old = [
+            self.batch(prompts, scored, i * count, count)
+            for i in range(grpo.settings.minibatches_per_rollout)
+        ]
         with_old = [self.compared(state, part) for part in old]
         for part in with_old:
             state, metrics = train_step(grpo.loss, grpo.optimizer, state, [part])
@@ -54,7 +57,7 @@ class Alone:
         return state, means | {"reward/overall_mean": float(rewards.mean())}, rollout
 
     def grouped(self, x: np.ndarray) -> np.ndarray:
-        return x.reshape(-1, self.grpo.settings.group, *x.shape[2:])
+        return x.reshape(-1, self.grpo.settings.group_size, *x.shape[2:])
 
     def sample(self, state: TrainState, prompts, index: np.ndarray, key: jax.Array) -> Rollout:
         grpo = self.grpo
@@ -62,8 +65,8 @@ class Alone:
             state.params,
             grpo.engine.fill(state.params),
             prompts,
-            group=1,
-            limit=grpo.sampling_settings.limit,
+            group_size=1,
+            max_new_tokens=grpo.sampling_settings.max_new_tokens,
             key=key,
             prompt_index=index,
             sampling=Sampling(grpo.settings.temperature),
@@ -71,7 +74,7 @@ class Alone:
 
     def batch(self, prompts, scored, first: int, count: int) -> GroupBatch:
         """The update over prompts `first` to `first + count`, a row a sample."""
-        settings, group = self.grpo.settings, self.grpo.settings.group
+        settings, group = self.grpo.settings, self.grpo.settings.group_size
         rows, cut = slice(first * group, (first + count) * group), slice(first, first + count)
         length = scored.rollout.length[cut]
         weight = sample_weights(
@@ -121,7 +124,9 @@ def open_grpo(config, folder: Path, progress: Progress, preemption: Preemption):
     run: Run = open_run(config, folder, False, preemption, progress)
     start = StageInitializer(config, run.model, run.layout, run.checkpoints, lambda _: None)
     settings = config.grpo
-    optimizer = make_optimizer(config.optim, settings, settings.steps * settings.updates)
+    optimizer = make_optimizer(
+        config.optim, settings, settings.steps * settings.minibatches_per_rollout
+    )
     state = start.state(settings, optimizer, start.params(settings))
     grpo = Grpo(
         settings,
@@ -147,7 +152,7 @@ def test_sharing_gives_the_same_curve(toy_config, tmp_path: Path, monkeypatch: p
         grpo=replace(config.grpo, steps=STEPS, learning_rate=3e-3),
         eval=replace(config.eval, examples=1),
     )
-    assert config.grpo.group == KEYS_GROUP
+    assert config.grpo.group_size == KEYS_GROUP
     with Preemption() as preemption, Progress(quiet=True) as progress:
         run, grpo, state = open_grpo(config, tmp_path / "run", progress, preemption)
         alone, other = Alone(grpo), jax.tree.map(lambda x: x + 0, state)

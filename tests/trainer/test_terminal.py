@@ -64,7 +64,7 @@ class Terminal:
 def argv(toy_folder: Path, tmp_path: Path) -> list[str]:
     """A cold start that would take minutes, without held-out pictures."""
     model = c.ModelSettings(str(toy_folder), True, "float32", "none")
-    data = dataclasses.replace(make_config(model).data, heldout_share=0.0)
+    data = dataclasses.replace(make_config(model).data, heldout_fraction=0.0)
     sft = c.SftSettings(steps=900, **ROWS | {"prompts": 48})
     config = make_config(model, sft=sft, data=data, checkpoint=c.CheckpointSettings(every=1000))
     return [f"--config={write_config(tmp_path, config)}", f"--workdir={tmp_path / 'run'}"]

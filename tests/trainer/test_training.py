@@ -118,8 +118,12 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
 
 
 def test_another_config_does_not_go_on(toy_config, whole: Path):
-    changed = toy_config(grpo=c.GrpoSettings(steps=3, prompts=16, updates=1, micro_prompts=8))
-    with pytest.raises(UserError, match="grpo.group, grpo.learning_rate, grpo.updates changed"):
+    changed = toy_config(
+        grpo=c.GrpoSettings(steps=3, prompts=16, minibatches_per_rollout=1, micro_batch_prompts=8)
+    )
+    with pytest.raises(
+        UserError, match="grpo.group_size, grpo.learning_rate, grpo.minibatches_per_rollout changed"
+    ):
         train(changed, whole)
 
 
@@ -196,7 +200,7 @@ def test_a_signal_saves_and_exits_with_0(toy_config, tmp_path: Path):
 def test_real_pictures(toy_config, shared: Path, tmp_path: Path, kind: str):
     place = {"nyu": "rgbd/nyu_depth_v2", "folder": "photos"}.get(kind, f"rgbd/{kind}")
     config = toy_config()
-    data = {"source": f"{kind}:{shared / place}", "heldout_share": 0.3}
+    data = {"source": f"{kind}:{shared / place}", "heldout_fraction": 0.3}
     config = toy_config(
         data=c.DataSettings(**(vars(config.data) | data)),
         tasks=config.tasks
@@ -283,7 +287,10 @@ def test_nothing_compiles_late(whole: Path):
 
 def test_flat_groups_are_refilled_the_same_each_time(toy_config, tmp_path: Path):
     grpo = c.GrpoSettings(
-        **(vars(toy_config().grpo) | {"steps": 1, "drop_flat": True, "refills": 2})
+        **(
+            vars(toy_config().grpo)
+            | {"steps": 1, "filter_zero_variance_groups": True, "max_resamples": 2}
+        )
     )
     config = toy_config(grpo=grpo, sft=c.SftSettings())
     for name in "ab":
