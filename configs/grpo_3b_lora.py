@@ -3,7 +3,7 @@
     python -m spatial_ssrl_jax.train --config=configs/grpo_3b_lora.py \
         --config.data.source=folder:COCO+diode:DIODE
 
-Not the paper's setting: adapters of rank 64, fewer prompts a step, smaller pictures and shorter
+Not the paper's setting: adapters of rank 64, fewer prompts a step, smaller images and shorter
 responses. The base in bfloat16 is the KL's reference. Compiled for `rtx4090` (24 GB), prefill takes
 most, 21.1 of 22.3 GiB. It has not been run on the real weights.
 """

@@ -3,7 +3,7 @@
     python -m spatial_ssrl_jax.train --config=configs/tiny.py
 
 For two CPU cores and some seven minutes. Of the five tasks one is trained, shuffle with three
-stacked strips: all five are too much for a model of this size in that time, and stand in the table
+stacked strips: all five are too much for a model of this size in that time, and are in the table
 untrained. Seen on 128 held-out scenes, one run a seed, after the cold start -> after GRPO:
 
     seed   greedy accuracy    sampled accuracy   form

@@ -47,10 +47,10 @@ def _shown(value: Any) -> str:
 def _add_tasks(commands: Any) -> None:
     parser = commands.add_parser(
         "tasks",
-        help="milliseconds a picture of each task, and pictures a second of the whole pipeline",
+        help="milliseconds an image of each task, and images a second of the whole pipeline",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--source", help="pictures; built-in scenes if left out")
+    parser.add_argument("--source", help="images; built-in scenes if left out")
     parser.add_argument("--repeats", type=int, default=30, help="examples a task that are timed")
     parser.add_argument("--model", default="tiny", help="folder whose processor makes prompts")
     parser.add_argument("--batch", type=int, default=16, help="prompts a batch of the pipeline")
@@ -88,7 +88,7 @@ def _add_padding(commands: Any) -> None:
     )
     parser.add_argument("--config", required=True, help="a config file; --config.a.b=v overrides")
     parser.add_argument("--model", help="folder whose processor makes prompts; the config's")
-    parser.add_argument("--source", help="pictures; built-in scenes if left out")
+    parser.add_argument("--source", help="images; built-in scenes if left out")
     parser.add_argument("--steps", type=int, default=200, help="GRPO steps")
     parser.add_argument("--mean", type=float, default=200.0, help="tokens of a drawn response")
     parser.add_argument("--spread", type=float, default=0.3, help="sigma of its logarithm")

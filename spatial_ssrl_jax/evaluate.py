@@ -17,7 +17,7 @@ from spatial_ssrl_jax.eval.scoring.published import comparable, table_json
 from spatial_ssrl_jax.inference import options
 from spatial_ssrl_jax.parallel import distributed
 
-_DATA = "its question file, or a folder that holds it; with answers that are there, for pictures"
+_DATA = "its question file, or a folder that holds it; with answers that are there, for images"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,7 +50,7 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-missing",
         action="store_true",
-        help="leave out what has no answer, picture or video, and say how many",
+        help="leave out what has no answer, image or video, and say how many",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace results in --out")
     parser.add_argument(
@@ -61,17 +61,17 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_asking(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("asking a model (the same command goes on after a stop)")
+    group = parser.add_argument_group("asking a model (the same command resumes after a stop)")
     group.add_argument("--model", help="folder, checkpoint or hub id")
     group.add_argument("--benchmark", metavar="NAME", help=", ".join([*SETS, *SCORED]))
     group.add_argument("--data", type=Path, help=_DATA)
-    group.add_argument("--source", metavar="SPEC", help="pretext: where its pictures come from")
+    group.add_argument("--source", metavar="SPEC", help="pretext: where its images come from")
     group.add_argument("--examples", type=int, default=64, help="pretext: questions a task")
     group.add_argument(
         "--heldout-fraction",
         type=float,
         default=0.05,
-        help="pretext: of the pictures, as in the run",
+        help="pretext: of the images, as in the run",
     )
     group.add_argument(
         "--reasoning", action="store_true", help="with the format prompt and a boxed answer"
@@ -116,7 +116,7 @@ def _check(args: argparse.Namespace) -> None:
         if given:
             raise UserError(f"{what} needs no --{given[0]}: leave it out, or leave out {what}.")
         if args.data and not args.out:
-            raise UserError(f"with {what}, --data is for a page's pictures: give --out=DIR too.")
+            raise UserError(f"with {what}, --data is for a page's images: give --out=DIR too.")
         return
     place, other = "data", "source"
     if args.benchmark == PRETEXT.name:

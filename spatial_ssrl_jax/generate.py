@@ -15,7 +15,7 @@ from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.images import open_image
 from spatial_ssrl_jax.data.processor import Processor, Prompt
-from spatial_ssrl_jax.data.videos import FPS, MOST_FRAMES, open_video
+from spatial_ssrl_jax.data.videos import FPS, MAX_FRAMES, open_video
 from spatial_ssrl_jax.inference.options import add_options, check_options
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _prompt(processor: Processor, args: argparse.Namespace) -> Prompt:
-    """Reads pictures and videos, and refuses what the model has no positions for."""
+    """Reads images and videos, and refuses what the model has no positions for."""
     try:
         images = [open_image(path) for path in args.image]
         videos = [open_video(path, args.fps, args.max_frames) for path in args.video]
@@ -106,14 +106,14 @@ class Stream:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.generate",
-        description="Asks a model about pictures and videos; greedy unless a temperature is given.",
+        description="Asks a model about images and videos; greedy unless a temperature is given.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="folder, checkpoint or hub id")
     parser.add_argument("--image", action="append", default=[], type=Path, help="may be repeated")
     parser.add_argument("--video", action="append", default=[], type=Path, help="may be repeated")
     parser.add_argument("--fps", type=float, default=FPS, help="frames a second of a video")
-    parser.add_argument("--max-frames", type=int, default=MOST_FRAMES, help="of one video")
+    parser.add_argument("--max-frames", type=int, default=MAX_FRAMES, help="of one video")
     parser.add_argument("--question", required=True)
     parser.add_argument("--reasoning", action="store_true", help="append the format prompt")
     parser.add_argument(

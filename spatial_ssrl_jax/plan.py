@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--topology",
         required=True,
-        help="v5e:4x4, v6e:4x4 or v5p:2x2x4, perhaps with ,slices=2 behind it; h100, a100-80gb or "
+        help="v5e:4x4, v6e:4x4 or v5p:2x2x4, perhaps with ,slices=2 after it; h100, a100-80gb or "
         "rtx4090; or cpu",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,4 +1,4 @@
-"""Packs a picture folder for pods: python -m spatial_ssrl_jax.prepare KIND SRC DST"""
+"""Packs an image folder for pods: python -m spatial_ssrl_jax.prepare KIND SRC DST"""
 
 import argparse
 import contextlib
@@ -10,23 +10,23 @@ from collections.abc import Sequence
 from spatial_ssrl_jax.common.errors import UserError, run_command
 from spatial_ssrl_jax.common.paths import user_path
 
-_NAMED = 10  # skipped pictures that are named
+_NAMED = 10  # skipped images that are named
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.prepare",
-        description="Writes a folder of pictures, with depth where the kind has it, as a TFDS data "
+        description="Writes a folder of images, with depth where the kind has it, as a TFDS data "
         "set of few large ArrayRecord files.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     from spatial_ssrl_jax.data.builder.ssrl_pictures import KINDS
 
-    parser.add_argument("kind", choices=list(KINDS), help="the folder's layout; coco: any pictures")
+    parser.add_argument("kind", choices=list(KINDS), help="the folder's layout; coco: any images")
     parser.add_argument("src", help="the folder that is read")
     parser.add_argument("dst", help="the folder that is written; may begin with gs://")
     parser.add_argument(
-        "--max-bad-fraction", type=float, default=0.2, help="stop above this share of bad pictures"
+        "--max-bad-fraction", type=float, default=0.2, help="stop above this share of bad images"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what was written before")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -45,13 +45,13 @@ def main(argv: Sequence[str]) -> None:
         return
     for reason in skipped[:_NAMED]:
         print(f"skipped {reason}")
-    print(f"{folder}: {written} pictures, {len(skipped)} skipped; read it with --source={spec}")
+    print(f"{folder}: {written} images, {len(skipped)} skipped; read it with --source={spec}")
 
 
 def _write(
     args: argparse.Namespace, source, local: str, remote: str | None = None
 ) -> tuple[int, list[str], str]:
-    """Runs the builder; gives pictures written, why others were skipped, and the folder.
+    """Runs the builder; gives images written, why others were skipped, and the folder.
 
     Args:
       args: the command line.
@@ -88,8 +88,8 @@ def _write(
         if path.exists():
             path.rmtree()
         raise UserError(
-            f"{len(skipped)} of {len(source)} pictures below {args.src} could not be used (first: "
-            f"{skipped[0].rstrip('.')}): mend them, or raise --max-bad-fraction."
+            f"{len(skipped)} of {len(source)} images below {args.src} could not be used (first: "
+            f"{skipped[0].rstrip('.')}): fix them, or raise --max-bad-fraction."
         )
     if remote:
         target.mkdir(parents=True, exist_ok=True)

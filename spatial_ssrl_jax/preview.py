@@ -24,7 +24,7 @@ from spatial_ssrl_jax.tasks.example import Example, Reject
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.preview",
-        description="Writes examples with their pictures, to look at and to read.",
+        description="Writes examples with their images, to look at and to read.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--source", required=True, help="for example scenes, folder:PATH, nyu:PATH")
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if not examples:
         reasons = "; ".join(f"{reason} ({n})" for reason, n in rejected.most_common(3))
         raise UserError(
-            f"{args.source} gave no example at all ({reasons}): use other pictures or --tasks."
+            f"{args.source} gave no example at all ({reasons}): use other images or --tasks."
         )
     rows = [_write(args.out, f"{i:05d}", example) for i, example in enumerate(examples)]
     lines = (json.dumps(row) + "\n" for row in rows)
@@ -122,7 +122,7 @@ def _choose(found: list[TaskSource], rng: np.random.Generator) -> TaskSource:
 
 
 def _write(out: Path, number: str, example: Example) -> dict:
-    """Writes one example's pictures; returns its line of `examples.jsonl`."""
+    """Writes one example's images; returns its line of `examples.jsonl`."""
     paths = []
     for i, image in enumerate(example.images):
         paths.append(f"images/{number}_{i}.png")
@@ -139,9 +139,9 @@ def _write(out: Path, number: str, example: Example) -> dict:
 
 
 def _released_form(out: Path, row: dict) -> dict:
-    """A line of `examples.jsonl` as a row of the released parquet, its pictures inside.
+    """A line of `examples.jsonl` as a row of the released parquet, its images inside.
 
-    Each is called by the picture that it was made of, so that `ssrl81k:` can tell which are of one.
+    Each is called by the image that it was made of, so that `ssrl81k:` can tell which are of one.
     """
     record = row["source"]["record"].replace("#", "_")
     images = [
@@ -189,7 +189,7 @@ def _statistics(examples: list[Example], tries: Counter, rejected: Counter) -> s
 
 def _article(row: dict, example: Example) -> str:
     pictures = "".join(
-        f'<figure><img src="{path}" alt="picture {i}" loading="lazy">'
+        f'<figure><img src="{path}" alt="image {i}" loading="lazy">'
         f"<figcaption>{i}</figcaption></figure>"
         for i, path in enumerate(row["images"], 1)
     )
@@ -197,7 +197,7 @@ def _article(row: dict, example: Example) -> str:
     kind = html.escape(example.kind)
     return (
         f'<article data-task="{row["task"]}" data-kind="{kind}">'
-        f'<h3>{row["id"]} · {row["task"]} · {kind}</h3><div class="pictures">{pictures}</div>'
+        f'<h3>{row["id"]} · {row["task"]} · {kind}</h3><div class="images">{pictures}</div>'
         f"<p>{html.escape(row['question'])}</p><p><b>{html.escape(row['answer'])}</b></p>"
         f'<p class="soft">{html.escape(example.reason)}</p>'
         f"<details><summary>truth</summary><pre>{html.escape(details)}</pre></details></article>"

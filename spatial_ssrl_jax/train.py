@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(rest)
     config = load_config(args.config, overrides)
     if args.json and not args.check:
-        raise UserError("--json belongs to --check: a run leaves its figures in metrics.jsonl.")
+        raise UserError("--json belongs to --check: a run leaves its metrics in metrics.jsonl.")
     workdir = user_path(args.workdir or f"runs/{config.name}")
     with exit_on_sigterm():
         keep_freed_memory()

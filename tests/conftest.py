@@ -101,7 +101,7 @@ def bucket(storage: Storage) -> Iterator[Storage]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real tokenizers and configs that lies beside the repository."""
+    """The folder of real tokenizers and configs that is beside the repository."""
     for folder in (ROOT.parent / "shared", ROOT / "shared"):
         if (folder / "qwen2_5_vl").is_dir():
             return folder
@@ -121,7 +121,7 @@ class Toy:
     params: Params
 
     def prompt(self, seed: int, text: int, grids: Sequence[Grid] = ()) -> Prompt:
-        """Random text tokens with random pictures of the given patch grids in the middle."""
+        """Random text tokens with random images of the given patch grids in the middle."""
         rng, config = np.random.default_rng(seed), self.config
         counts = [merged_tokens(config.vision, grid) for grid in grids]
         pieces = [rng.integers(0, 600, text // 2)]
@@ -180,7 +180,7 @@ def random_params(config: QwenVLConfig, seed: int) -> Params:
 
 @pytest.fixture(scope="session")
 def measure() -> Callable[..., float]:
-    """Prints and returns max|ours - reference| / max|reference|; `pytest -rP` shows the figures."""
+    """Prints and returns max|ours - reference| / max|reference|; `pytest -rP` shows the metrics."""
 
     def compare(name: str, ours, reference) -> float:
         ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)

@@ -1,4 +1,4 @@
-"""`bench`: one JSON line with figures that add up, and imports only what it times."""
+"""`bench`: one JSON line with metrics that add up, and imports only what it times."""
 
 import json
 import subprocess

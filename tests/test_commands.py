@@ -54,7 +54,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_refused(result: tuple[int, str, str], *named: str) -> None:
     """Exit code 2, and on stderr one sentence that holds each of the words."""
     code, out, err = result
-    assert code == 2 and out in ("", "opening the model and the pictures\n")
+    assert code == 2 and out in ("", "opening the model and the images\n")
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith((".\n", "?\n")), err
     assert all(str(word) in err for word in named), err
 
@@ -137,7 +137,7 @@ def test_preview_overwrites_only_when_told_and_never_its_source(
 def test_preview_counts_an_unreadable_picture_and_goes_on(run, pictures: Path, tmp_path: Path):
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "bad.png").write_text("no picture")
+    (folder / "bad.png").write_text("no image")
     argv = [f"--source=folder:{folder}", f"--out={tmp_path / 'p'}", "--count=2", "--tasks=shuffle"]
     assert_refused(run(preview.main, *argv), "gave no example", "bad.png")
     image = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
@@ -351,7 +351,7 @@ def test_generate_refuses_a_prompt_that_is_too_long(run, model: Path, pictures: 
 
 
 def test_generate_names_what_is_wrong(run, model: Path, tmp_path: Path):
-    (tmp_path / "x.png").write_text("no picture")
+    (tmp_path / "x.png").write_text("no image")
     question = "--question=Where?"
     assert_refused(run(generate.main, "--model=/nowhere/m", question), "model folder /nowhere/m")
     for name in ("x.png", "absent.png"):

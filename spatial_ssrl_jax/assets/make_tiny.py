@@ -1,4 +1,4 @@
-"""Makes `assets/tiny`: the tiny model's config, tokenizer and processor files, in the hub's form.
+"""Makes `assets/tiny`: the tiny model's config, tokenizer and processor files, in the Hub's form.
 
     python -m spatial_ssrl_jax.assets.make_tiny
 

@@ -1,4 +1,4 @@
-"""A measured bound: how long a rollout's matrix products take when nothing else is done.
+"""A measured bound: how long a rollout's matmuls take when nothing else is done.
 
 What a machine without a known peak can do at most is measured at the very shapes of the rollout.
 """
@@ -38,7 +38,7 @@ class Product:
 
 
 def products_of(jaxpr: core.Jaxpr, times: int = 1) -> list[Product]:
-    """Every matrix product of a program in order, loop lengths multiplied in.
+    """Every matmuls of a program in order, loop lengths multiplied in.
 
     Of a branch the dearer side counts, of a `while_loop` one turn.
     """
@@ -127,7 +127,7 @@ def _do_all(products: list[Product], operands: list[tuple[Array, Array]]) -> lis
         def once(moving: Array, product=product, fixed=fixed, moves_left=moves_left) -> Array:
             sides = (moving, fixed) if moves_left else (fixed, moving)
             result = jax.lax.dot_general_p.bind(*sides, **product.params)
-            # Behind the barrier, for else only the element that is taken would be computed.
+            # After the barrier, for else only the element that is taken would be computed.
             result = jax.lax.optimization_barrier(result)
             value = result[(0,) * result.ndim].astype(moving.dtype)
             return moving.at[(0,) * moving.ndim].set(value)

@@ -29,7 +29,7 @@ def measure_padding(
     Returns:
       By kind of response, `made` and `drawn`: `padding_share`, of token places; `in_order_share`,
       the same were each update cut in order and padded to one shape, responses to multiples of
-      `rollout.kv_block`; `least_share`, had each prompt a micro-batch and a bucket of its own;
+      `rollout.kv_block`; `min_share`, had each prompt a micro-batch and a bucket of its own;
       `window_padding_share`, of vision windows; and `programs`, how many shapes were met.
 
     Raises:
@@ -57,7 +57,7 @@ def measure_padding(
 
 
 def _shares(config: Config, extents: np.ndarray, responses: np.ndarray) -> dict[str, float]:
-    """The figures of one kind of response; see `measure_padding`."""
+    """The metrics of one kind of response; see `measure_padding`."""
     grpo, buckets = config.grpo, Buckets.of(config)
     size = grpo.prompts // grpo.minibatches_per_rollout
     sizes = np.column_stack((extents, responses.max(axis=1)))
@@ -75,7 +75,7 @@ def _shares(config: Config, extents: np.ndarray, responses: np.ndarray) -> dict[
         "response_tokens_mean": float(responses.mean()),
         "padding_share": round(float(1 - needed / computed), 4),
         "in_order_share": round(float(1 - needed / in_order), 4),
-        "least_share": round(float(1 - needed / rectangles), 4),
+        "min_share": round(float(1 - needed / rectangles), 4),
         "window_padding_share": round(float(1 - extents[:, 1].sum() / windows), 4),
         "programs": len({piece.shape for piece in pieces}),
     }

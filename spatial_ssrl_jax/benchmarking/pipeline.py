@@ -1,4 +1,4 @@
-"""How long the tasks take a picture, and whether training would wait for the pipeline."""
+"""How long the tasks take an image, and whether training would wait for the pipeline."""
 
 import dataclasses
 import time
@@ -20,19 +20,19 @@ from spatial_ssrl_jax.tasks.record import Record
 
 _PICTURES = 3  # decoded before the timing, used in turn
 _WARM_UP = 2  # fonts and stamps are drawn once and kept
-_PIXELS = (262_144, 1_048_576)  # area that a timed prompt's pictures are brought between
+_PIXELS = (262_144, 1_048_576)  # area that a timed prompt's images are brought between
 
 
 def time_tasks(spec: str | None, repeats: int) -> dict[str, dict[str, Any]]:
-    """Times each task on one core, without reading or decoding pictures.
+    """Times each task on one core, without reading or decoding images.
 
     Args:
-      spec: where pictures come from; None takes built-in scenes, 1024x768 for the tasks that need
+      spec: where images come from; None takes built-in scenes, 1024x768 for the tasks that need
         depth and 640x480 for the others.
       repeats: examples a task.
 
     Returns:
-      By task: `size` of the first picture, `ms` (median) and `ms_p90` of processor time a try that
+      By task: `size` of the first image, `ms` (median) and `ms_p90` of processor time a try that
       gave an example, and the share of tries that did, `accepted`.
 
     Raises:
@@ -51,7 +51,7 @@ def time_tasks(spec: str | None, repeats: int) -> dict[str, dict[str, Any]]:
 
 
 def _records(spec: str, task: Task) -> list[Record]:
-    """A few decoded pictures that a task can use; none where the source has no pictures for it."""
+    """A few decoded images that a task can use; none where the source has no images for it."""
     source = open_source(spec)
     found = task_sources(source, range(len(source)), task, task.settings())
     pictures = [supply for supply in found if isinstance(supply.maker, ImageExampleMaker)]
@@ -72,7 +72,7 @@ def _time_task(task: Task, records: list[Record], repeats: int) -> dict[str, Any
         spent.append(1e3 * (time.thread_time() - start))
     timed = spent[_WARM_UP:]
     if not timed:
-        raise UserError(f"{records[0].spec} gave no {task.name} example: use other pictures.")
+        raise UserError(f"{records[0].spec} gave no {task.name} example: use other images.")
     height, width = records[0].image.shape[:2]
     return {
         "size": f"{width}x{height}",
@@ -98,7 +98,7 @@ def time_pipeline(
     workers start, is reported apart.
 
     Args:
-      spec: where pictures come from, read and decoded as in a run.
+      spec: where images come from, read and decoded as in a run.
       model: a model folder whose processor makes the prompts.
       batch: prompts a batch.
       batches: batches that are timed.

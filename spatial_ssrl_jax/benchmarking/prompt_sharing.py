@@ -18,9 +18,9 @@ from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 LENGTHS = (50, 100, 200, 400, 800, 1600, 2048)
 MIX = "mix"
-_COCO, _DIODE = (480, 640), (768, 1024)  # height and width of the paper's pictures
+_COCO, _DIODE = (480, 640), (768, 1024)  # height and width of the paper's images
 _PASSES = 2  # old log-probabilities, as two updates a rollout need them, and the reference's
-_QUESTIONS = "scenes:20:448x448"  # small pictures that only give a question's words
+_QUESTIONS = "scenes:20:448x448"  # small images that only give a question's words
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class TaskPrompt:
 
     Attributes:
       share: the task's weight in the paper's mixture.
-      tokens: those of pictures included.
-      grids: patch grids of its pictures.
+      tokens: those of images included.
+      grids: patch grids of its images.
     """
 
     share: float
@@ -39,9 +39,9 @@ class TaskPrompt:
 
 
 def task_prompts(processor: Processor) -> dict[str, TaskPrompt]:
-    """Each task's prompt for a picture of 640x480, or of 1024x768 where it needs depth.
+    """Each task's prompt for an image of 640x480, or of 1024x768 where it needs depth.
 
-    Sizes are those that `Processor.measure` gives; no picture of these sizes is made.
+    Sizes are those that `Processor.measure` gives; no image of these sizes is made.
     """
     found = {}
     for task in TASKS:

@@ -1,4 +1,4 @@
-"""Timing the parts of a GRPO step on made-up prompts: rollout, log-probabilities, update."""
+"""Timing the parts of a GRPO step on synthetic prompts: rollout, log-probabilities, update."""
 
 import argparse
 import statistics
@@ -59,8 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=5, help="samples a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of every sample")
-    parser.add_argument("--grid", type=int, default=20, help="patches along a picture's side")
-    parser.add_argument("--prompt-tokens", type=int, default=227, help="text and picture together")
+    parser.add_argument("--grid", type=int, default=20, help="patches along an image's side")
+    parser.add_argument("--prompt-tokens", type=int, default=227, help="text and image together")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on CPU")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="full")
     parser.add_argument(
@@ -81,7 +81,7 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--matmuls",
         action="store_true",
-        help="also time the rollout's matrix products alone, and the share of that rate reached",
+        help="also time the rollout's matmuls alone, and the share of that rate reached",
     )
 
 
@@ -99,7 +99,7 @@ def within_memory(run: Callable[[argparse.Namespace], dict]) -> Callable:
 
 @dataclass
 class Bench:
-    """A model with made-up prompts, and what it takes to run a step over them."""
+    """A model with synthetic prompts, and what it takes to run a step over them."""
 
     args: argparse.Namespace
     config: QwenVLConfig
@@ -222,8 +222,8 @@ def _check_sizes(args: argparse.Namespace) -> None:
 def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
     """Sampling alone, by the peers' meaning: all sampled tokens over the whole call.
 
-    Figures that begin with `decode_`, and `--profile`, are of the decode steps alone. With
-    `--matmuls`, `matmul_seconds` is the time of the rollout's own matrix products by themselves,
+    Metrics that begin with `decode_`, and `--profile`, are of the decode steps alone. With
+    `--matmuls`, `matmul_seconds` is the time of the rollout's own matmuls by themselves,
     and `share_of_matmul_bound` how much of that rate the rollout reaches.
     """
     bench = Bench.open(args)
@@ -247,7 +247,7 @@ def _decode_figures(bench: Bench, decode: Callable[[], Any]) -> dict[str, float 
     """Rate of the decode steps alone, and their shares of what bounds them.
 
     `decode_roofline_seconds` is the larger of a step's useful bytes over the memory's bandwidth and
-    its useful FLOPs over the peak, both of the data sheet.
+    its useful FLOPs over the peak, both of the datasheet.
     """
     args, peak, devices = bench.args, device_spec(), jax.device_count()
     seconds = _median(decode, args.runs) / args.new
@@ -271,7 +271,7 @@ def _decode_figures(bench: Bench, decode: Callable[[], Any]) -> dict[str, float 
 
 
 def _matmul_seconds(bench: Bench, params: Params) -> float:
-    """Median seconds of the matrix products of prefill and decode alone, as one program."""
+    """Median seconds of the matmuls of prefill and decode alone, as one program."""
     args = bench.args
     products = rollout_products(
         bench.config, bench.compute, params, bench.prompts, args.group, args.new
@@ -330,7 +330,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass
 class _Trainer:
-    """The state that updates go on from, and the reference."""
+    """The state that updates continue from, and the reference."""
 
     loss: GrpoLoss
     optimizer: Any
@@ -398,10 +398,10 @@ def _report(
 
     Args:
       args: the command line.
-      flops: useful ones, of `cost/flops.py`: matrix products without padding and recomputation.
+      flops: useful ones, of `cost/flops.py`: matmuls without padding and recomputation.
       moved: useful bytes, of `cost/traffic.py`: weights, caches, gradients and optimizer state.
       seconds: median of the timed runs.
-      found: other figures.
+      found: other metrics.
       run: what was timed, to be profiled.
 
     Returns:

@@ -10,12 +10,12 @@ from spatial_ssrl_jax.qwen_vl.inputs import Grid, merged_tokens
 
 
 def synthetic_prompt(config: QwenVLConfig, tokens: int, grid: Grid) -> Prompt:
-    """One picture of random pixels, then words; `tokens` in all."""
+    """One image of random pixels, then words; `tokens` in all."""
     picture = merged_tokens(config.vision, grid)
     if tokens <= picture + 2 or grid[1] % 2:
         raise UserError(
             f"--prompt-tokens={tokens} and --grid={grid[1]} do not fit: the grid must be even and "
-            f"its picture alone takes {picture + 2} tokens."
+            f"its image alone takes {picture + 2} tokens."
         )
     member, rng = member_of(config), np.random.default_rng(0)
     ids = [config.vision_start_token_id, *[config.image_token_id] * picture]

@@ -29,7 +29,7 @@ def copy_files(source: ModelFolder, folder: Path) -> None:
 
 
 def write_config(config: QwenVLConfig, folder: Path, dtype: str) -> None:
-    """Writes the hub's `config.json`."""
+    """Writes the Hub's `config.json`."""
     (folder / "config.json").write_text(json.dumps(config_to_dict(config, dtype), indent=2) + "\n")
 
 
@@ -63,7 +63,7 @@ def export_adapter(
       step: the checkpoint.
       layout: where its weights are read to.
       folder: it appears, or is replaced, when it is complete.
-      base: the model they belong to; None when it was drawn and lies nowhere.
+      base: the model they belong to; None when it was drawn and is nowhere.
     """
     params = load_split(*weight_folders(step.weights), step.config, layout)
     adapters = jax.tree.map(gather_to_host, select_adapters(params))

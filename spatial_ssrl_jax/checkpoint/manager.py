@@ -135,8 +135,8 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax hands on whatever its writers meet
             good = self._manager.latest_step()
-            after = f"goes on after step {good}" if good is not None else "starts anew"
-            local = _first_line(error), "free space there or mend its permissions"
+            after = f"resumes after step {good}" if good is not None else "starts anew"
+            local = _first_line(error), "free space there or fix its permissions"
             why, mend = bucket_error(error) or local
             raise UserError(
                 f"step {self._saving} could not be saved to {self.folder} ({why}): {mend}; the "

@@ -1,4 +1,4 @@
-"""Opening a model, wherever it lies, and writing it out as a Hugging Face folder."""
+"""Opening a model, wherever it is, and writing it out as a Hugging Face folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ class ModelFolder:
     Attributes:
       config: its shape.
       files: folder with its config, tokenizer and processor files.
-      weights: folder with its weights, safetensors or Orbax; an Orbax one may lie in a bucket.
+      weights: folder with its weights, safetensors or Orbax; an Orbax one may are in a bucket.
       name: what it was asked for by.
     """
 
@@ -96,7 +96,7 @@ class ModelFolder:
             )
 
     def fingerprint(self) -> str:
-        """Tells these weights from others, wherever they lie."""
+        """Tells these weights from others, wherever they are."""
         if not (self.weights / PARAMS).is_dir():
             return fingerprint({p.name: p for p in self.weights.glob("*.safetensors")})
         folders = [Path(folder) for folder in weight_folders(self.weights)]
@@ -143,10 +143,10 @@ def open_model(path: epath.PathLike) -> ModelFolder:
     Args:
       path: a Hugging Face folder, a folder that `convert to-orbax` wrote, a step of a run's
         `checkpoints/`, `tiny`, or a hub id (fetched where there is a network). All but the last two
-        may lie in a bucket: a Hugging Face folder is copied from there, Orbax reads in place.
+        may are in a bucket: a Hugging Face folder is copied from there, Orbax reads in place.
 
     Raises:
-      UserError: nothing usable lies there.
+      UserError: nothing usable is there.
     """
     if path == "tiny":
         return ModelFolder(read_config(TINY), TINY, epath.Path(TINY), path)
@@ -160,7 +160,7 @@ def read_shape(path: str) -> QwenVLConfig:
     """A model's shape from its `config.json` alone; of a hub id nothing else is fetched.
 
     Raises:
-      UserError: nothing usable lies there.
+      UserError: nothing usable is there.
     """
     if path == "tiny":
         return read_config(TINY)
@@ -193,6 +193,6 @@ def _from_hub(path: str, allow_patterns: list[str] | None = None) -> Path:
         return Path(snapshot_download(path, allow_patterns=allow_patterns))
     except Exception as error:
         raise UserError(
-            f"{missing}, and fetching it from the hub failed ({type(error).__name__}): "
+            f"{missing}, and fetching it from the Hub failed ({type(error).__name__}): "
             "check the name and the network."
         ) from error

@@ -29,7 +29,7 @@ def _is_whole(folder: epath.Path) -> bool:
 
 
 def weight_folders(folder: epath.PathLike) -> list[epath.Path]:
-    """Where the weights of a step, or of what `convert to-orbax` wrote, lie: one or two folders."""
+    """Where the weights of a step, or of what `convert to-orbax` wrote, are: one or two folders."""
     folder = epath.Path(folder)
     found = [folder / PARAMS]
     if (folder / _META).is_dir():

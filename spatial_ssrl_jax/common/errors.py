@@ -20,11 +20,11 @@ _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one sentence that names the thing."""
+    """Something the user can fix. The message is one sentence that names the thing."""
 
 
 class BadImage(UserError):
-    """One picture or depth map that cannot be used; a pipeline skips, counts and names it."""
+    """One image or depth map that cannot be used; a pipeline skips, counts and names it."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def disk_explained(folder: str | os.PathLike) -> Iterator[None]:
             raise
         place = getattr(error, "filename", None) or folder
         raise UserError(
-            f"{place} cannot be written ({why}): {mend}; the same command then goes on after the "
+            f"{place} cannot be written ({why}): {mend}; the same command then resumes after the "
             "newest checkpoint."
         ) from error
 
@@ -93,7 +93,7 @@ def _answered(error: Exception) -> int | None:
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command's `main(argv)` and exits: 0 when done, 2 with one sentence on an error that
-    the user can mend, 130 at once when Ctrl-C ends it.
+    the user can fix, 130 at once when Ctrl-C ends it.
 
     `--debug` anywhere on the command line shows the traceback as well.
     """
@@ -118,7 +118,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """One sentence, on one line, about an error that a user can mend; None for any other."""
+    """One sentence, on one line, about an error that a user can fix; None for any other."""
     if isinstance(error, UserError):
         text = str(error)
     elif isinstance(error, OSError) and error.errno is not None:
@@ -142,7 +142,7 @@ def _about_files(error: OSError) -> str:
     if error.errno in _NO_SPACE:
         return f"{what}: free space there, or choose another folder to write."
     if error.errno in _NO_PLACE:
-        return f"{what}: choose another folder, or mend its permissions."
+        return f"{what}: choose another folder, or fix its permissions."
     return f"{what}: check that it is there and can be read, then run the same command again."
 
 

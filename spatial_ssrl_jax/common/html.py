@@ -9,7 +9,7 @@ from importlib import resources
 import numpy as np
 from PIL import Image
 
-_PICTURE = 320  # longest side of a picture that stands inside a page, in pixels
+_PICTURE = 320  # longest side of an image that stands inside a page, in pixels
 _QUALITY = 85
 
 
@@ -58,7 +58,7 @@ def filters(choices: dict[str, Iterable[object]]) -> str:
 def image_uri(
     picture: Image.Image | np.ndarray, side: int = _PICTURE, quality: int = _QUALITY
 ) -> str:
-    """A picture as a JPEG data URI, brought to at most `side` pixels a side; quality up to 95."""
+    """An image as a JPEG data URI, brought to at most `side` pixels a side; quality up to 95."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image = image.convert("RGB")
     image.thumbnail((side, side))

@@ -76,7 +76,7 @@ def check_bucket(folder: epath.Path) -> None:
         # TensorStore, which writes the checkpoints, finds credentials by itself.
         _kvstore(folder).read("config.json").result()
     except Exception as error:
-        why, mend = bucket_error(error) or (error, "mend that")
+        why, mend = bucket_error(error) or (error, "fix that")
         raise UserError(f"{folder} cannot be used ({why}): {mend}.") from error
     missing = [name for name in wanted if name not in held]
     if missing:
@@ -143,7 +143,7 @@ def list_tree(folder: epath.Path) -> dict[str, tuple[int, str | None]]:
 
 
 def local_copy(folder: epath.Path, pattern: str = "*") -> Path:
-    """A local folder with the same files (not the folders in it): itself, or a copy of what lies in
+    """A local folder with the same files (not the folders in it): itself, or a copy of what is in
     a bucket, which stays until the process ends.
 
     Raises:
@@ -226,7 +226,7 @@ def check_output_folder(folder: epath.PathLike, overwrite: bool, *inputs: epath.
 
 
 def claim_output_folder(folder: epath.PathLike, overwrite: bool, *inputs: epath.PathLike) -> None:
-    """`check_output_folder`, and then whatever lies there goes."""
+    """`check_output_folder`, and then whatever is there goes."""
     check_output_folder(folder, overwrite, *inputs)
     _remove(epath.Path(folder))
 

@@ -64,7 +64,7 @@ def with_retries(read: Callable[[], Value], path: str, listed: bool = True) -> V
             raise
         raise UserError(
             f"{os.path.dirname(path)} is gone or empty and was waited for {sum(RETRY_DELAYS):.0f} s: "
-            "mount it again; the same command then goes on."
+            "mount it again; the same command then resumes."
         ) from error
 
 

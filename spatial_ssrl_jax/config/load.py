@@ -35,7 +35,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
         config = module.get_config()
     except Exception as error:
         raise UserError(
-            f"{path} cannot be run ({type(error).__name__}: {error}): mend it; --debug shows where."
+            f"{path} cannot be run ({type(error).__name__}: {error}): fix it; --debug shows where."
         ) from error
     if not isinstance(config, Config):
         raise UserError(

@@ -16,9 +16,9 @@ class ModelSettings:
         `tiny` (shipped).
       from_scratch: draw fresh weights of the folder's shape instead of reading them.
       dtype: compute dtype, `float32` or `bfloat16`; master weights are always float32.
-      remat: what the backward pass works out again of each layer: nothing (`none`), all but
-        products with weights and fused attention (`dots`), or all (`full`).
-      attention: what computes attention of prompts, rows and whole pictures to themselves: `xla`
+      remat: what the backward pass recomputes of each layer: nothing (`none`), all but
+        matmuls with weights and fused attention (`dots`), or all (`full`).
+      attention: what computes attention of prompts, rows and whole images to themselves: `xla`
         anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16; `auto` is `splash` on TPUs
         in bfloat16, else `xla`.
       attention_chunk: queries that attend at a time, by `xla`.
@@ -36,18 +36,18 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where pictures come from and what they are turned into.
+    """Where images come from and what they are turned into.
 
     Attributes:
       source: a SPEC, for example `scenes`, `folder:PATH`, or several with weights, for example
         `2*nyu:PATH+folder:PATH`.
-      heldout_fraction: share of the records kept apart for held-out figures, never trained on.
-      min_pixels, max_pixels: a picture's area is brought between these, in pixels.
+      heldout_fraction: share of the records kept apart for held-out metrics, never trained on.
+      min_pixels, max_pixels: an image's area is brought between these, in pixels.
       prompt_buckets: prompt lengths in tokens that programs are compiled for.
       window_buckets: counts of 8x8-patch vision windows a prompt that programs are compiled for.
       threads: threads that make prompts ahead of the devices, in each worker.
       workers: processes that make prompts; 0 makes them in the training process, by threads alone.
-      max_bad_fraction: share of unusable pictures above which the run stops.
+      max_bad_fraction: share of unusable images above which the run stops.
     """
 
     source: str = "scenes"
@@ -65,7 +65,7 @@ class DataSettings:
 class MeshSettings:
     """Devices along each axis while training, and how long their processes wait for one another.
 
-    TPU slices that are joined by the data-centre network lie along `data`, which must then be a
+    TPU slices that are joined by the data-centre network are along `data`, which must then be a
     multiple of their number.
 
     Attributes:
@@ -92,7 +92,7 @@ class SftSettings:
       responses: `made` of true reasons for the examples of `data.source`, or the path of released
         cold-start data (see the source `ssrl81k`), whose questions are then asked in this stage.
       prompts: samples an optimizer step.
-      row_tokens: tokens of a row, in which samples of a step are packed one behind another;
+      row_tokens: tokens of a row, in which samples of a step are packed one after another;
         at least the largest of `data.prompt_buckets` plus `rollout.max_new_tokens`.
       row_windows: counts of vision windows a row that programs are compiled for; the largest is at
         least that of `data.window_buckets`.
@@ -198,7 +198,7 @@ class RewardSettings:
     """What a response earns; the defaults are the paper's.
 
     Attributes:
-      rule: `paper`; `strict` (a thought and behind it a box, neither empty); or `tolerant` (spaces,
+      rule: `paper`; `strict` (a thought and after it a box, neither empty); or `tolerant` (spaces,
         `\\text{…}` and parentheses around the answer are let pass).
       accuracy_weight: weight of accuracy; the form has the rest.
       task_weights: factor on the reward of each task.
@@ -269,7 +269,7 @@ class CheckpointSettings:
       every: steps between checkpoints; the last step of a stage is always saved.
       keep: newest checkpoints kept.
       best: what the best one is chosen by, which is kept besides: the score of `eval.benchmark`
-        (`benchmark`), the mean greedy accuracy on held-out pictures (`heldout`), the first of
+        (`benchmark`), the mean greedy accuracy on held-out images (`heldout`), the first of
         these that there is (`auto`), or `none`. A step that is better than all before is saved.
     """
 
@@ -280,13 +280,13 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class LogSettings:
-    """What is written while the run goes on.
+    """What is written during the run.
 
     Attributes:
       rollouts_every: GRPO steps between samples of rollouts; 0 writes none.
       rollouts_count: prompts in a sample.
       report_every: steps between refreshes of `report.html`.
-      wandb: W&B project that the figures go to as well; needs the extra `[wandb]`. Empty: none.
+      wandb: W&B project that the metrics go to as well; needs the extra `[wandb]`. Empty: none.
     """
 
     rollouts_every: int = 10
@@ -297,14 +297,14 @@ class LogSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Held-out figures.
+    """Held-out metrics.
 
     Attributes:
       examples: held-out examples a task.
       samples: sampled responses a held-out prompt, at the training temperature.
       every: GRPO steps between held-out measurements; 0 measures between stages only.
       batch_prompts: prompts evaluated at a time.
-      benchmark: one of `evaluate`'s benchmarks that is asked while training goes on, greedily, with
+      benchmark: one of `evaluate`'s benchmarks that is asked during training, greedily, with
         the limits of `rollout` and `data`; empty: none.
       benchmark_data: its files, as `evaluate --data` takes them.
       benchmark_style: in whose words: `direct`, `reasoning` or `own`, see `evaluate`.

@@ -1,4 +1,4 @@
-"""Reading pictures: whatever a file holds, upright 8-bit RGB comes out, or a `BadImage`."""
+"""Reading images: whatever a file holds, upright 8-bit RGB comes out, or a `BadImage`."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from spatial_ssrl_jax.common.retry import with_retries
 Value = TypeVar("Value")
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
-SOURCE_PIXELS = 2**26  # of a source's picture: many are open at a time, 200 MB each at this size
+SOURCE_PIXELS = 2**26  # of a source's image: many are open at a time, 200 MB each at this size
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # old Pillows open a 16-bit PNG as "I"
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -22,20 +22,20 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 def open_image(
     path_or_bytes: str | os.PathLike | bytes, name: str = "", listed: bool = False
 ) -> np.ndarray:
-    """Reads one picture, turned upright by its EXIF orientation; of an animation the first frame.
+    """Reads one image, turned upright by its EXIF orientation; of an animation the first frame.
 
     Alpha is dropped, never blended; 16-bit grey is scaled to 8 bits, not clipped.
 
     Args:
-      path_or_bytes: a file, or an encoded picture.
-      name: what errors call the picture; the path unless given.
+      path_or_bytes: a file, or an encoded image.
+      name: what errors call the image; the path unless given.
       listed: a source has seen the file, so that it is waited for when its folder is away.
 
     Returns:
       [H, W, 3] uint8, RGB, writable and contiguous.
 
     Raises:
-      BadPicture: the file is missing, no picture, cut short, empty, or larger than `MAX_PIXELS`.
+      BadPicture: the file is missing, no image, cut short, empty, or larger than `MAX_PIXELS`.
       UserError: its folder was away for long.
     """
     return _use(path_or_bytes, name or _name(path_or_bytes), listed, _upright_rgb)
@@ -58,7 +58,7 @@ def image_size(
     """The (width, height) that `open_image` would give, from the header alone.
 
     Raises:
-      BadPicture: as `open_image`, save that damage behind the header is not noticed.
+      BadPicture: as `open_image`, save that damage after the header is not noticed.
     """
     return _use(path_or_bytes, name or _name(path_or_bytes), listed, _upright_size)
 
@@ -69,7 +69,7 @@ def _use(
     listed: bool,
     use: Callable[[Image.Image, str], Value],
 ) -> Value:
-    """What `use` makes of the open picture and its name; waits for a file that is away."""
+    """What `use` makes of the open image and its name; waits for a file that is away."""
 
     def read() -> Value:
         with _open(path_or_bytes, name) as picture:
@@ -89,7 +89,7 @@ def _use(
 
 def _name(path_or_bytes: str | os.PathLike | bytes) -> str:
     is_bytes = isinstance(path_or_bytes, bytes)
-    return f"a picture of {len(path_or_bytes)} bytes" if is_bytes else os.fspath(path_or_bytes)
+    return f"an image of {len(path_or_bytes)} bytes" if is_bytes else os.fspath(path_or_bytes)
 
 
 def _open(path_or_bytes: str | os.PathLike | bytes, name: str) -> Image.Image:
@@ -98,7 +98,7 @@ def _open(path_or_bytes: str | os.PathLike | bytes, name: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(path_or_bytes) if is_bytes else path_or_bytes)
     except UnidentifiedImageError as error:
-        raise BadImage(f"{name}: not a picture in a format that Pillow reads.") from error
+        raise BadImage(f"{name}: not an image in a format that Pillow reads.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(f"{name}: larger than {MAX_PIXELS:,} pixels; shrink it first.") from error
     width, height = picture.size
@@ -112,18 +112,18 @@ def _open(path_or_bytes: str | os.PathLike | bytes, name: str) -> Image.Image:
 
 
 def _upright_size(picture: Image.Image, name: str) -> tuple[int, int]:
-    """(width, height) of an open picture as it is looked at."""
-    # The base class's method: that of PNG decodes the whole picture to look behind it.
+    """(width, height) of an open image as it is looked at."""
+    # The base class's method: that of PNG decodes the whole image to look after it.
     orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
     width, height = picture.size
     return (height, width) if orientation in _SIDEWAYS else (width, height)
 
 
 def _upright_rgb(picture: Image.Image, name: str) -> np.ndarray:
-    """Decodes an open picture to [H, W, 3] uint8."""
+    """Decodes an open image to [H, W, 3] uint8."""
     if picture.mode == "F":
-        raise BadImage(f"{name}: holds floating-point values, not a picture to look at.")
-    picture.load()  # before the EXIF is asked for, which in a PNG may stand behind the pixels
+        raise BadImage(f"{name}: holds floating-point values, not an image to look at.")
+    picture.load()  # before the EXIF is asked for, which in a PNG may stand after the pixels
     picture = ImageOps.exif_transpose(picture)
     if picture.mode in _SIXTEEN_BIT:
         grey = np.asarray(picture).astype(np.float32) / 257.0  # 65535 -> 255
@@ -134,4 +134,4 @@ def _upright_rgb(picture: Image.Image, name: str) -> np.ndarray:
 
 def _damaged(name: str, error: Exception) -> str:
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return f"{name}: cannot be read as a picture ({reason})."
+    return f"{name}: cannot be read as an image ({reason})."

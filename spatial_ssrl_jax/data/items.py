@@ -40,7 +40,7 @@ class Item:
     """One example and the prompt made of it.
 
     Attributes:
-      example: question, answer, pictures, truth.
+      example: question, answer, images, truth.
       prompt: tokens, patches and indices; None once it is part of a batch.
       skipped: records that were tried before and gave nothing.
     """
@@ -68,7 +68,7 @@ class ExampleMaker(Protocol):
     task: str
 
     def sizes(self, index: int) -> list[Size]:
-        """Sizes of an example's pictures before any pixel is read; raises `BadImage`."""
+        """Sizes of an example's images before any pixel is read; raises `BadImage`."""
         ...
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
@@ -78,7 +78,7 @@ class ExampleMaker(Protocol):
 
 @dataclass(frozen=True)
 class ImageExampleMaker:
-    """Examples that a task makes of pictures."""
+    """Examples that a task makes of images."""
 
     source: Source
     maker: Task
@@ -176,7 +176,7 @@ class MakeItem(grain.transforms.RandomMap):
         task = self.maker.task
         raise UserError(
             f"{self.maker.source.spec} gave no valid {task} example in {_TRIES} tries "
-            f"({reasons}): set tasks.{task}.weight=0 or use other pictures."
+            f"({reasons}): set tasks.{task}.weight=0 or use other images."
         )
 
     def _item(
@@ -209,7 +209,7 @@ def item_dataset(
     """An endless stream of items, mixed by the tasks' weights and the weights of a mixture's parts.
 
     Args:
-      source: where pictures or questions come from.
+      source: where images or questions come from.
       pool: record indices to draw from.
       tasks: settings by task name; a weight of 0 leaves the task out.
       processor: makes prompts.
@@ -247,7 +247,7 @@ def check_fits(
     processor: Processor,
     limit: PromptSize,
 ) -> None:
-    """Looks whether any of a task's first pictures fits the buckets, from sizes alone.
+    """Looks whether any of a task's first images fits the buckets, from sizes alone.
 
     Args:
       source, pool, tasks, processor, limit: as for `item_dataset`.
@@ -272,7 +272,7 @@ def check_fits(
 
 
 def _extents(supply: TaskSource, processor: Processor) -> list[PromptSize]:
-    """What the first prompts of a supply take at least: pictures and the words of every prompt."""
+    """What the first prompts of a supply take at least: images and the words of every prompt."""
     found = []
     for index in supply.indices[:_TRIES]:
         try:

@@ -1,4 +1,4 @@
-"""How long the tasks' prompts and cold-start responses are, without decoding every picture."""
+"""How long the tasks' prompts and cold-start responses are, without decoding every image."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +26,7 @@ class TaskLengths:
 
     Attributes:
       weight: its share among the tasks.
-      pictures: [n, 2] tokens and vision windows of the pictures of one example of each record.
+      images: [n, 2] tokens and vision windows of the images of one example of each record.
       words: [m] tokens of the rest of the prompt, of examples that were made.
       responses: [m] tokens of their cold-start responses.
     """
@@ -47,13 +47,13 @@ class Lengths:
     def open(cls, config: Config, model: str | None = None, spec: str | None = None) -> "Lengths":
         """Measures the config's trained tasks.
 
-        Sizes of pictures are those of every record, by `Processor.measure` alone; only a few
+        Sizes of images are those of every record, by `Processor.measure` alone; only a few
         examples a task are made, for the words of their questions and responses.
 
         Args:
-          config: tasks, limits on a picture's area, and the model.
+          config: tasks, limits on an image's area, and the model.
           model: a folder whose processor is taken in place of the config's model.
-          spec: where pictures come from; None takes built-in scenes, 1024x768 for the tasks that
+          spec: where images come from; None takes built-in scenes, 1024x768 for the tasks that
             need depth and 640x480 for the others.
 
         Raises:
@@ -91,7 +91,7 @@ def _measure(task: Task, settings, spec: str, processor: Processor) -> TaskLengt
         if isinstance(supply.maker, ImageExampleMaker)
     ]
     if not found:
-        raise UserError(f"{spec} has no pictures for {task.name}: give another --source.")
+        raise UserError(f"{spec} has no images for {task.name}: give another --source.")
 
     @cache
     def pictures(sizes: tuple[tuple[int, int], ...]) -> PromptSize:
@@ -128,6 +128,6 @@ def _made(
             break
     if not words:
         raise UserError(
-            f"{spec} gave no {found[0].maker.task} example in {_TRIES} tries: use other pictures."
+            f"{spec} gave no {found[0].maker.task} example in {_TRIES} tries: use other images."
         )
     return np.array(words), np.array(responses)

@@ -1,4 +1,4 @@
-"""Packing examples: prompt and response of several, one behind another, in rows of one shape."""
+"""Packing examples: prompt and response of several, one after another, in rows of one shape."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class RowCapacity:
 
     Attributes:
       tokens: of prompts and responses together.
-      windows: vision windows of all pictures.
+      windows: vision windows of all images.
       responses: response tokens.
     """
 
@@ -146,7 +146,7 @@ def _put(
     example: PackedExample,
     merged: int,
 ) -> None:
-    """Writes one example behind those that fill `start` of its row and have `frames` frames."""
+    """Writes one example after those that fill `start` of its row and have `frames` frames."""
     prompt, response, end = example.prompt, example.response, _behind(start, example.size)
     cut, answer = slice(start.tokens, end.tokens), end.tokens - len(response)
     text = slice(start.tokens, answer)
@@ -159,7 +159,7 @@ def _put(
     out.place[row, start.responses : end.responses] = answer - 1 + np.arange(len(response))
     windows, vision = slice(start.windows, end.windows), out.vision
     vision.patches[row, windows] = prompt.patches
-    # Pictures of different examples never share a number: full attention stays inside each.
+    # Images of different examples never share a number: full attention stays inside each.
     vision.frame[row, windows] = np.where(prompt.frame >= 0, prompt.frame + frames, -1)
     vision.coords[row, windows] = prompt.coords
 

@@ -1,4 +1,4 @@
-"""From question, pictures and videos to what the model reads: text, tokens, patches, indices."""
+"""From question, images and videos to what the model reads: text, tokens, patches, indices."""
 
 import json
 import re
@@ -35,7 +35,7 @@ PROCESSOR_FILES = (
 )
 _MARK = re.compile(r"<(image|video)(\d*)>")
 _PLURAL = {"image": "pictures", "video": "videos"}
-# A picture or video of a prompt: "image" or "video", and its place among those of its kind.
+# An image or video of a prompt: "image" or "video", and its place among those of its kind.
 MediaSlot = tuple[str, int]
 
 
@@ -44,12 +44,12 @@ class Prompt:
     """One prompt before padding.
 
     Attributes:
-      ids: [T] int32 token ids, each picture's or video's places filled in.
+      ids: [T] int32 token ids, each image's or video's places filled in.
       position: [3, T] int32 M-RoPE positions.
       next_position: position of the first response token.
       image_index: [T] int32 merged vision token at each place, -1 for text.
       patches: [W, S, C·2·14·14] float32 normalised pixels in windows.
-      frame: [W, S] int32, which picture or temporal frame; -1 is padding.
+      frame: [W, S] int32, which image or temporal frame; -1 is padding.
       coords: [W, S, 2] int32, row and column of each patch.
     """
 
@@ -71,12 +71,12 @@ class PromptSize:
 
 
 class Processor:
-    """A model folder's tokenizer, chat template and picture settings.
+    """A model folder's tokenizer, chat template and image settings.
 
     Args:
       folder: holds `tokenizer_config.json`, `preprocessor_config.json` and the chat template.
       config: the model's shape and token ids.
-      min_pixels, max_pixels: override the folder's limits on the area of a picture or of a
+      min_pixels, max_pixels: override the folder's limits on the area of an image or of a
         video's frame, in pixels.
 
     Raises:
@@ -99,7 +99,7 @@ class Processor:
                 )
         words = ("tokenizer.json", "vocab.json", "merges.txt")
         there = [(self.folder / name).is_file() for name in words]
-        if not (there[0] or all(there[1:])):  # Transformers would go on with no words at all
+        if not (there[0] or all(there[1:])):  # Transformers would continue with no words at all
             raise UserError(
                 f"{self.folder} has neither tokenizer.json nor vocab.json with merges.txt: copy "
                 "them from the model's hub page."
@@ -107,7 +107,7 @@ class Processor:
         self.tokenizer = _read_tokenizer(self.folder)
         self._template = self._read_template()
         self._images = self._picture_settings("preprocessor_config.json", min_pixels, max_pixels)
-        own = "video_preprocessor_config.json"  # folders without it treat frames like pictures
+        own = "video_preprocessor_config.json"  # folders without it treat frames like images
         name = own if (self.folder / own).is_file() else "preprocessor_config.json"
         self._frames = self._picture_settings(name, min_pixels, max_pixels)
         self.stop_ids = self._read_stop_ids()
@@ -121,12 +121,12 @@ class Processor:
         most = max_pixels or settings.get("max_pixels") or size.get("longest_edge")
         if not (least and most and "image_mean" in settings and "image_std" in settings):
             raise UserError(
-                f"{self.folder / name} lacks the picture's size, image_mean or image_std: copy it "
+                f"{self.folder / name} lacks the image's size, image_mean or image_std: copy it "
                 "from the model's hub page."
             )
         if least > most:
             raise UserError(
-                f"the smallest picture area, {least} pixels, is above the largest, {most}: "
+                f"the smallest image area, {least} pixels, is above the largest, {most}: "
                 "change min_pixels or max_pixels."
             )
         return Qwen2VLImageProcessorPil(
@@ -154,7 +154,7 @@ class Processor:
         return tuple(ids) if isinstance(ids, list) else (ids,)
 
     def grid(self, height: int, width: int) -> Grid:
-        """The patch grid of a picture, from its size in pixels alone.
+        """The patch grid of an image, from its size in pixels alone.
 
         Raises:
           BadPicture: one side is more than 200 times the other.
@@ -176,7 +176,7 @@ class Processor:
             high, wide = smart_resize(height, width, factor, *limits)
         except ValueError as error:
             raise BadImage(
-                f"a picture of {width}x{height} pixels cannot be used: {error}."
+                f"an image of {width}x{height} pixels cannot be used: {error}."
             ) from None
         return times, high // patch, wide // patch
 
@@ -186,15 +186,15 @@ class Processor:
         question: str | None = None,
         videos: Sequence[tuple[int, int, int]] = (),
     ) -> PromptSize:
-        """How large a prompt will be, from the sizes of its pictures and videos alone.
+        """How large a prompt will be, from the sizes of its images and videos alone.
 
         Args:
-          sizes: (height, width) of each picture in pixels.
-          question: the user's text; without it only what the pictures take is counted.
+          sizes: (height, width) of each image in pixels.
+          question: the user's text; without it only what the images take is counted.
           videos: (frames, height, width) of each video.
 
         Raises:
-          BadPicture: a picture's aspect is too extreme.
+          BadPicture: an image's aspect is too extreme.
         """
         grids = {
             "image": [self.grid(*size) for size in sizes],
@@ -210,7 +210,7 @@ class Processor:
         return PromptSize(len(self._expand(text, order, [grids[k][i] for k, i in order])), windows)
 
     def patches(self, image: np.ndarray) -> tuple[np.ndarray, Grid]:
-        """Resizes, normalises and cuts one picture.
+        """Resizes, normalises and cuts one image.
 
         Args:
           image: [H, W, 3] uint8.
@@ -224,7 +224,7 @@ class Processor:
         """Resizes, normalises and cuts one video; an odd last frame is taken twice.
 
         Returns:
-          [t·h·w, C·2·14·14] float32 patches, time by time, each as in a picture; and the grid.
+          [t·h·w, C·2·14·14] float32 patches, time by time, each as in an image; and the grid.
         """
         vision = self.config.vision
         grid = self.video_grid(*video.frames.shape[:3])
@@ -232,7 +232,7 @@ class Processor:
         cut = []
         for first in range(0, grid[0] * together, together):
             places = np.minimum(np.arange(first, first + together), len(video.frames) - 1)
-            # Each frame cut as a picture fills every temporal slot: keep its own one.
+            # Each frame cut as an image fills every temporal slot: keep its own one.
             parts = [
                 self._cut(self._frames, video.frames[place]).reshape(
                     grid[1] * grid[2], vision.in_channels, together, -1
@@ -248,16 +248,16 @@ class Processor:
         return np.asarray(out["pixel_values"], np.float32)
 
     def chat(self, question: str, images: int, videos: int = 0) -> tuple[str, list[MediaSlot]]:
-        """The chat text up to the assistant's turn, with one token a picture or video.
+        """The chat text up to the assistant's turn, with one token an image or video.
 
-        Pictures stand where `<image>` (the next one) or `<image2>` (the second one) stands in the
-        question, videos likewise at `<video>`; those of a kind without a mark stand in front.
+        Images stand where `<image>` (the next one) or `<image2>` (the second one) is in the
+        question, videos likewise at `<video>`; those of a kind without a mark are in front.
 
         Returns:
-          The text, and the pictures and videos in the order of their places in it.
+          The text, and the images and videos in the order of their places in it.
 
         Raises:
-          UserError: the question's places are not those of the pictures and videos given.
+          UserError: the question's places are not those of the images and videos given.
         """
         content, order = _places(question, {"image": images, "video": videos})
         text = self.tokenizer.apply_chat_template(
@@ -278,14 +278,14 @@ class Processor:
         """Builds the whole prompt of one question.
 
         Args:
-          question: the user's text; see `chat` for where pictures and videos go.
+          question: the user's text; see `chat` for where images and videos go.
           images: [H, W, 3] uint8 each, in the order that the question numbers them.
           videos: likewise.
           most: tokens at most; None sets no limit.
 
         Raises:
-          UserError: more than `most` tokens, found before any picture is cut; or see `chat`.
-          BadPicture: a picture too long and thin.
+          UserError: more than `most` tokens, found before any image is cut; or see `chat`.
+          BadPicture: an image too long and thin.
         """
         vision = self.config.vision
         text, order = self.chat(question, len(images), len(videos))
@@ -299,8 +299,8 @@ class Processor:
         is_vision = np.isin(ids, (self.config.image_token_id, self.config.video_token_id))
         if most is not None and len(ids) > most:
             raise UserError(
-                f"the prompt has {len(ids)} tokens, {is_vision.sum()} of them of pictures, but at "
-                f"most {most} fit: use smaller pictures, fewer frames or a shorter question."
+                f"the prompt has {len(ids)} tokens, {is_vision.sum()} of them of images, but at "
+                f"most {most} fit: use smaller images, fewer frames or a shorter question."
             )
         seconds = [
             vision.temporal_patch_size / videos[i].fps if kind == "video" else None
@@ -318,7 +318,7 @@ class Processor:
         return Prompt(
             ids=ids,
             position=position,
-            # Behind the last word, as the reference's passes and `generate` go on, which behind a
+            # After the last word, as the reference's passes and `generate` continue, which after a
             # long video is not the largest position that its rope delta goes by.
             next_position=int(position[0, -1]) + 1,
             image_index=image_index,
@@ -328,12 +328,12 @@ class Processor:
         )
 
     def _expand(self, text: str, order: list[MediaSlot], grids: list[Grid]) -> np.ndarray:
-        """Token ids with each picture or video token repeated as often as its grid asks for."""
+        """Token ids with each image or video token repeated as often as its grid asks for."""
         token = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
         places = np.flatnonzero(np.isin(ids, list(token.values())))
         if ids[places].tolist() != [token[kind] for kind, _ in order]:
-            raise UserError("the question's text itself holds a picture token; leave it out.")
+            raise UserError("the question's text itself holds an image token; leave it out.")
         repeat = np.ones(len(ids), np.int64)
         repeat[places] = [merged_tokens(self.config.vision, grid) for grid in grids]
         return np.repeat(ids, repeat)
@@ -349,7 +349,7 @@ class Processor:
 
 
 def _places(question: str, given: dict[str, int]) -> tuple[list[dict], list[MediaSlot]]:
-    """The chat's content parts, and the pictures and videos in the order that they stand in it.
+    """The chat's content parts, and the images and videos in the order that they are in it.
 
     Args:
       question: with or without marks; see `Processor.chat`.

@@ -20,10 +20,10 @@ class RecordSplit:
 
 
 def split_records(source: AnySource, share: float) -> RecordSplit:
-    """Splits by a hash of each picture's name, so that a picture never changes sides.
+    """Splits by a hash of each image's name, so that an image never changes sides.
 
-    Ready-made questions of one picture are held out together. Each part of a mixture is split for
-    itself, so that its tasks have held-out records too. At least one picture is held out where a
+    Ready-made questions of one image are held out together. Each part of a mixture is split for
+    itself, so that its tasks have held-out records too. At least one image is held out where a
     part has two, and at least one is left for training.
     """
     train, heldout = [], []
@@ -39,7 +39,7 @@ def split_records(source: AnySource, share: float) -> RecordSplit:
 
 
 def _pictures(part: MixturePart) -> list[list[int]]:
-    """The records of each picture of a part, in the order of a hash of the picture's name."""
+    """The records of each image of a part, in the order of a hash of the image's name."""
     source = part.source
     called = source.origin if isinstance(source, QuestionSource) else source.name
     records: dict[str, list[int]] = {}

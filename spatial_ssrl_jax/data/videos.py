@@ -10,7 +10,7 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 
-FPS, MOST_FRAMES = 2.0, 768  # Qwen2.5-VL's own: frames a second, and frames at most
+FPS, MAX_FRAMES = 2.0, 768  # Qwen2.5-VL's own: frames a second, and frames at most
 _FEWEST_FRAMES, _TOGETHER = 4, 2  # at least so many, in multiples of what one patch holds
 _UNKNOWN_RATE = 24.0
 
@@ -45,7 +45,7 @@ def sample_places(total: int, native: float, fps: float, most: int) -> np.ndarra
     return (np.arange(count) * (total / count)).astype(np.int64)
 
 
-def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAMES) -> Video:
+def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MAX_FRAMES) -> Video:
     """Reads a video file with PyAV (the `video` extra).
 
     Args:
@@ -67,12 +67,12 @@ def open_video(path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAME
 
 
 def measure_video(
-    path: str | os.PathLike, fps: float = FPS, most: int = MOST_FRAMES
+    path: str | os.PathLike, fps: float = FPS, most: int = MAX_FRAMES
 ) -> tuple[int, int, int]:
     """Frames, height and width that `open_video` would give; one frame is decoded for it.
 
     Raises:
-      as `open_video`, save that damage behind the first frame is not noticed.
+      as `open_video`, save that damage after the first frame is not noticed.
     """
     with _reading(path) as av:
         places = sample_places(*_count(av, path), fps, most)

@@ -7,9 +7,9 @@ from spatial_ssrl_jax.data.processor import PromptSize
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 
 _TOKENS = 32768  # most prompt tokens at a time on each part of the mesh, padding included
-_GROWTH = 1.5  # from one size to the next; what lies between is padded
+_GROWTH = 1.5  # from one size to the next; what is between is padded
 _SCORES, _FEWEST = 2**28, 32  # most attention scores at a time, and fewest queries
-_LEAST = PromptSize(tokens=128, windows=8)
+_MIN = PromptSize(tokens=128, windows=8)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def plan_batches(
       extents: size of each prompt.
       shards: parts that the batch axis is cut into.
       most: prompts at a time on each part.
-      near: questions of one size and one name here stand together.
+      near: questions of one size and one name here are together.
     """
     shapes = [_rounded(extent) for extent in extents]
 
@@ -75,8 +75,8 @@ def queries_at_a_time(config: QwenVLConfig, shape: PromptSize, rows: int, most: 
 
 def _rounded(extent: PromptSize) -> PromptSize:
     return PromptSize(
-        _step(extent.tokens, _LEAST.tokens),
-        _step(extent.windows, _LEAST.windows) if extent.windows else 0,
+        _step(extent.tokens, _MIN.tokens),
+        _step(extent.windows, _MIN.windows) if extent.windows else 0,
     )
 
 

@@ -67,10 +67,10 @@ def run_and_score(
       journal: the folder of the answers.
       respondent: opens the model; not called where everything is answered.
       progress: shows how far it is.
-      allow_missing: leave out questions whose picture or video cannot be read.
+      allow_missing: leave out questions whose image or video cannot be read.
 
     Returns:
-      The scored answers and their figures; None where the answers are for a server, and on
+      The scored answers and their scores; None where the answers are for a server, and on
       processes that do not write.
 
     Raises:

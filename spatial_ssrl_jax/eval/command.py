@@ -40,7 +40,7 @@ def evaluate_model(args: argparse.Namespace) -> list[Scores] | None:
       args: `evaluate`'s options, checked.
 
     Returns:
-      The figures of what could be scored; None on processes that do not write.
+      The scores of what could be scored; None on processes that do not write.
 
     Raises:
       UserError: something is missing, or does not belong together.

@@ -1,4 +1,4 @@
-"""Held-out figures of the pretext tasks: greedy and sampled accuracy, form and reward."""
+"""Held-out scores of the pretext tasks: greedy and sampled accuracy, form and reward."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -148,14 +148,14 @@ def open_pretext(
     where its buckets hold them all.
 
     Args:
-      source: of pictures or of questions.
+      source: of images or of questions.
       processor: measures prompts.
       count: questions a task.
-      share: of the pictures that is held out; the same as in a run.
+      share: of the images that is held out; the same as in a run.
       seed: of the run.
 
     Raises:
-      UserError: its held-out pictures give no question.
+      UserError: its held-out images give no question.
     """
     pool = split_records(source, share).heldout
     datasets = task_datasets(source, pool, Config("pretext").tasks, processor, seed + 1)
@@ -170,7 +170,7 @@ def open_pretext(
     if not questions:
         reason = left_out[0] if left_out else "none is held out"
         raise UserError(
-            f"the held-out pictures of {source.spec} give no question ({reason.rstrip('.')}): use "
+            f"the held-out images of {source.spec} give no question ({reason.rstrip('.')}): use "
             "another --source, or raise --heldout-fraction."
         )
     return Benchmark(PRETEXT, tuple(questions), tuple(left_out))
@@ -181,12 +181,12 @@ def heldout_items(
 ) -> dict[str, list[Item]]:
     """The first `count` items of each task's held-out stream.
 
-    A task for which the held-out pictures give no example is left out, and `say` is told.
+    A task for which the held-out images give no example is left out, and `say` is told.
     """
     found = {}
     for task, items in datasets.items():
         try:
             found[task] = [items[i] for i in range(count)]
         except UserError as error:
-            say(f"no held-out figures of {task}: {error}")
+            say(f"no held-out scores of {task}: {error}")
     return found

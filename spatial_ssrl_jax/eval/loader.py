@@ -1,4 +1,4 @@
-"""From a benchmark's questions to prompts: sizes first, pictures when their batch is next."""
+"""From a benchmark's questions to prompts: sizes first, images when their batch is next."""
 
 import threading
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from spatial_ssrl_jax.data.videos import FPS, Video, measure_video, open_video
 from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Question
 from spatial_ssrl_jax.parallel.collectives import all_gather
 
-_VIDEOS = 2  # kept decoded: questions about one stand together
+_VIDEOS = 2  # kept decoded: questions about one are together
 
 
 class PromptLoader:
@@ -71,7 +71,7 @@ class PromptLoader:
             raise UserError(f"{self._name(place)}: {error}") from None
         if extent.tokens > self.most:
             raise UserError(
-                f"{self._name(place)} takes {extent.tokens} tokens with its pictures, but at most "
+                f"{self._name(place)} takes {extent.tokens} tokens with its images, but at most "
                 f"{self.most} fit: lower --max-pixels or --max-frames."
             )
         return extent
@@ -91,7 +91,7 @@ class PromptLoader:
         """A sentence about a question that has no prompt."""
         unknown = f"{self._name(place)} could not be read by another process"
         return (
-            f"{self.reasons.get(place, unknown)}: mend the file, or leave it out (--allow-missing)."
+            f"{self.reasons.get(place, unknown)}: fix the file, or leave it out (--allow-missing)."
         )
 
     def _note(self, place: int, error: BadImage) -> None:

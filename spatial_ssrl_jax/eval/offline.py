@@ -33,7 +33,7 @@ from spatial_ssrl_jax.eval.scoring.compare import compare, in_pairs
 
 
 def score_files(args: argparse.Namespace) -> None:
-    """Scores the files `args.score`, and writes figures and a page into `args.out`, if given.
+    """Scores the files `args.score`, and writes scores and a page into `args.out`, if given.
 
     Raises:
       UserError: a file is damaged, or its results have no place.

@@ -20,7 +20,7 @@ from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Prediction, Questio
 from spatial_ssrl_jax.parallel.collectives import all_gather, is_primary
 
 EVALUATION_FILE = "asked.json"
-_PLACE = "model"  # where the model lies says nothing about which it is
+_PLACE = "model"  # where the model is says nothing about which it is
 
 
 class PredictionLog:
@@ -28,7 +28,7 @@ class PredictionLog:
 
     Args:
       folder: where they are kept; made when the first one comes.
-      about: what decides the answers (model, benchmark, style, …), JSON types; it stands in
+      about: what decides the answers (model, benchmark, style, …), JSON types; it is in
         `asked.json`, and answers to anything else are refused.
       overwrite: what the folder holds of another evaluation may go.
 

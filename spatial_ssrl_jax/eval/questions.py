@@ -12,7 +12,7 @@ SAMPLE = "sample"  # in a record's meta: which of several responses to one quest
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark; its pictures are read when they are opened.
+    """One question of a benchmark; its images are read when they are opened.
 
     Attributes:
       id: unique in its benchmark, the same in every run.
@@ -21,7 +21,7 @@ class Question:
       text: the question as the file has it.
       target: the right answer; several where any of them will do; None where it is not public.
       options: text of each option by letter; empty where there are none.
-      pictures: in the order in which they are asked about.
+      images: in the order in which they are asked about.
       video: an mp4 file, or None.
       hint: what is said before the question, or "".
       meta: whatever else scoring needs, as JSON holds it.
@@ -44,9 +44,9 @@ class BenchmarkPrompt:
     """A question in the words in which a model is asked.
 
     Attributes:
-      text: for `Processor.prompt`: pictures stand where `<image>` stands in it, in front where it
+      text: for `Processor.prompt`: images stand where `<image>` is in it, in front where it
         has no such mark; so does the video.
-      pictures: in the order of their places.
+      images: in the order of their places.
       video: an mp4 file, or None.
     """
 

@@ -15,7 +15,7 @@ import numpy as np
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.processor import Processor
-from spatial_ssrl_jax.data.videos import MOST_FRAMES
+from spatial_ssrl_jax.data.videos import MAX_FRAMES
 from spatial_ssrl_jax.eval.batches import QuestionBatch, plan_batches, queries_at_a_time
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark, judge_prediction
@@ -44,7 +44,7 @@ class EvalOptions:
       seed: of the draws.
       prompts: most prompts at a time on each part that the mesh cuts a batch into.
       new_tokens: most tokens of a response.
-      min_pixels, max_pixels: area of a picture or of a video's frame.
+      min_pixels, max_pixels: area of an image or of a video's frame.
       frames: most frames of a video.
     """
 
@@ -66,7 +66,7 @@ class EvalOptions:
             new_tokens=self.new_tokens or spec.new_tokens,
             min_pixels=self.min_pixels or least,
             max_pixels=self.max_pixels or most,
-            frames=self.frames or spec.frames or MOST_FRAMES,
+            frames=self.frames or spec.frames or MAX_FRAMES,
         )
 
     def about(self) -> dict[str, Any]:
@@ -94,14 +94,14 @@ def run_benchmark(
       how: words, sampling and limits.
       journal: where answers are kept.
       progress: shows how far it is.
-      allow_missing: leave out questions whose picture or video cannot be read.
+      allow_missing: leave out questions whose image or video cannot be read.
 
     Returns:
       All answers in the order of the questions, judged where a target is known; on processes that
       do not write, none. And why questions were left out.
 
     Raises:
-      UserError: a picture or video cannot be read, a prompt is too long, or the journal has
+      UserError: an image or video cannot be read, a prompt is too long, or the journal has
         answers to other questions.
     """
     how, questions = how.of(benchmark.spec), benchmark.questions
@@ -175,7 +175,7 @@ def _ahead(
 
 
 def _own(batch: QuestionBatch) -> list[int]:
-    """Questions of this process's rows; rows behind the last question repeat it."""
+    """Questions of this process's rows; rows after the last question repeat it."""
     share = batch.size // jax.process_count()
     places = [*batch.places, *[batch.places[-1]] * (batch.size - len(batch.places))]
     return places[share * jax.process_index() :][:share]

@@ -9,7 +9,7 @@ from spatial_ssrl_jax.rollout.sampling import Sampling
 def add_options(
     parser: argparse.ArgumentParser, new_tokens: int | None, by: str = "the model"
 ) -> None:
-    """Adds how pictures are shown and tokens drawn.
+    """Adds how images are shown and tokens drawn.
 
     Args:
       parser: of the command.
@@ -17,7 +17,7 @@ def add_options(
       by: what decides where an option is not given.
     """
     for name in ("--min-pixels", "--max-pixels"):
-        parser.add_argument(name, type=int, help=f"area of a picture or frame: by {by}")
+        parser.add_argument(name, type=int, help=f"area of an image or frame: by {by}")
     length = f"by {by}" if new_tokens is None else "of a response"
     parser.add_argument("--max-new-tokens", type=int, default=new_tokens, help=length)
     parser.add_argument("--samples", type=int, default=1, help="of each question")

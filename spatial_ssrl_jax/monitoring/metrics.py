@@ -1,6 +1,6 @@
-"""A run's figures: every name there is, and where they go: `metrics.jsonl`, TensorBoard, W&B.
+"""A run's metrics: every name there is, and where they go: `metrics.jsonl`, TensorBoard, W&B.
 
-In a bucket, where nothing can be appended to, the lines lie in `metrics/part_000001.jsonl` and so
+In a bucket, where nothing can be appended to, the lines are in `metrics/part_000001.jsonl` and so
 on, of a hundred steps each; the newest part is written anew, whole, with every line.
 """
 
@@ -143,7 +143,7 @@ class MetricsWriter:
             place = self._folder / (PARTS if self._in_parts else FILE)
             raise UserError(
                 f"step {step} could not be written to {place} ({why}): {mend}; the same command "
-                "then goes on after the newest checkpoint."
+                "then resumes after the newest checkpoint."
             ) from error
         if self._tracker is not None:
             self._tracker.log(step, finite)
@@ -179,7 +179,7 @@ def _last_step(text: str) -> int:
 
 
 def _truncate(folder: epath.Path, step: int) -> str:
-    """Removes the lines behind `step`; with 0 all of them, since step 0 is measured again.
+    """Removes the lines after `step`; with 0 all of them, since step 0 is measured again.
 
     Returns:
       The text of the newest file that is left.
@@ -218,6 +218,6 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """Every whole line of a run's figures, whole or in parts; one cut off by a kill is left out."""
+    """Every whole line of a run's metrics, whole or in parts; one cut off by a kill is left out."""
     rows = [row for part in _rows(_files(epath.Path(workdir))) for row in part]
     return sorted(rows, key=lambda row: row["step"])

@@ -78,7 +78,7 @@ class Progress:
         if not self.console.is_terminal:
             return
         self._in_stage = True
-        count, figures = MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
+        count, figures = MofNCompleteColumn(), TextColumn("{task.fields[metrics]}")
         columns = [TextColumn("{task.description}"), count, figures, _Clock()]
         if self.console.width >= _WIDE:
             columns[1:1] = [SpinnerColumn(), BarColumn(bar_width=16)]
@@ -95,7 +95,7 @@ class Progress:
         self._bar.start()
 
     def doing(self, text: str) -> None:
-        """What goes on until the next step; on a terminal with the seconds that it takes so far."""
+        """What continues until the next step; on a terminal with the seconds that it takes so far."""
         self.went_on()
         if not self.console.is_terminal:
             self.say(text)
@@ -128,7 +128,7 @@ class Progress:
         return f"  {_clock(seconds)} left"
 
     def say(self, text: str) -> None:
-        """One line about what is going on."""
+        """One line about what is continuing."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:
@@ -140,7 +140,7 @@ class Progress:
     def table(self, heldout: dict[str, dict], trained: Sequence[str]) -> None:
         """Prints held-out accuracy and form per task, before training and after each stage."""
         stages = [s for s in ("untrained", "sft", "grpo") if heldout.get(s)]
-        table = Table(title="held-out pictures: greedy accuracy, sampled accuracy, form")
+        table = Table(title="held-out images: greedy accuracy, sampled accuracy, form")
         table.add_column("task")
         for stage in stages:
             table.add_column(stage, justify="right")

@@ -1,4 +1,4 @@
-"""Samples of rollouts that one can look at: JSONL with pictures beside it."""
+"""Samples of rollouts that one can look at: JSONL with images beside it."""
 
 import io
 import json
@@ -13,7 +13,7 @@ FOLDER = "rollouts"
 
 
 def write_rollouts(workdir: epath.PathLike, step: int, rows: list[dict[str, Any]]) -> epath.Path:
-    """Writes `rollouts/step_000010.jsonl`; pictures go to `rollouts/images/` as PNG.
+    """Writes `rollouts/step_000010.jsonl`; images go to `rollouts/images/` as PNG.
 
     Args:
       workdir: the run's folder.

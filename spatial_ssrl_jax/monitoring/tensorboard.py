@@ -16,7 +16,7 @@ _COPY_SECONDS = 60
 
 
 class TensorBoardWriter:
-    """The figures of one start of a run, in a file of its own.
+    """The metrics of one start of a run, in a file of its own.
 
     In a bucket the file appears anew, whole, at most once a minute and at the end: of a run that is
     killed TensorBoard misses the last minute, which `metrics/` has.
@@ -36,7 +36,7 @@ class TensorBoardWriter:
         self._copied = time.monotonic()
 
     def write(self, step: int, when: float, values: dict[str, float]) -> None:
-        """Writes one step's figures; `when` is in seconds since 1970."""
+        """Writes one step's metrics; `when` is in seconds since 1970."""
         for name, value in values.items():
             self._writer.write_event(Event(wall_time=when, step=step, summary=scalar(name, value)))
         self._writer.flush()

@@ -1,4 +1,4 @@
-"""Weights & Biases, when `log.wandb` names a project: the same figures, under the same names."""
+"""Weights & Biases, when `log.wandb` names a project: the same metrics, under the same names."""
 
 import tempfile
 from typing import Any
@@ -8,7 +8,7 @@ from etils import epath
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.paths import in_bucket
 
-_FILE = "wandb_run.txt"  # the run's id, so that a restart goes on in the same curves
+_FILE = "wandb_run.txt"  # the run's id, so that a restart continues in the same curves
 
 
 def check_wandb(project: str) -> None:
@@ -62,7 +62,7 @@ class WandbRun:
         path.write_text(self._run.id + "\n")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One step's figures. After a restart W&B itself passes over steps that it has."""
+        """One step's metrics. After a restart W&B itself passes over steps that it has."""
         self._run.log(values, step=step)
 
     def finish(self) -> None:

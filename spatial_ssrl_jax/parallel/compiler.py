@@ -13,8 +13,8 @@ _TPU_OPTION = "--xla_jf_spmd_threshold_for_windowed_einsum_mib"
 #   beside them and leave those sums outside: on an H200 two kernels of 3 us in each layer of a
 #   decode step, whose 36 layers then took 5.43 ms in place of 5.16. Where there is no GPU to try
 #   them on, it may choose one that does not exist.
-# - A product is worked out once. Where a scan over layers keeps one, it would let cuBLAS write to
-#   the stack, and work the same product out again for the layer itself: a fifth of what the 3B's
+# - A product is computed once. Where a scan over layers keeps one, it would let cuBLAS write to
+#   the stack, and recompute the same product for the layer itself: a fifth of what the 3B's
 #   update multiplies, with `remat=dots`.
 GPU_OPTIONS = {
     "xla_gpu_enable_triton_gemm": False,

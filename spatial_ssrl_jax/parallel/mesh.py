@@ -21,7 +21,7 @@ _TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Devices, all that there are by default, as a mesh with the axes `AXES`.
 
-    TPU slices that are joined over the data-centre network lie along `data`, so that only sums of
+    TPU slices that are joined over the data-centre network are along `data`, so that only sums of
     gradients and rollout weights go over it.
 
     Raises:
@@ -43,7 +43,7 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
     if sizes[0] % slices:
         raise UserError(
             f"mesh.data={sizes[0]} must be a multiple of the {slices} slices, for only that axis "
-            f"lies between them: set --config.mesh.data={slices}."
+            f"is between them: set --config.mesh.data={slices}."
         )
     within = (sizes[0] // slices, *sizes[1:])
     grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)

@@ -13,12 +13,12 @@ def to_host(tree: Any) -> Any:
 
 
 def to_device(tree: Any) -> Any:
-    """The arrays in device memory; those that lie there already are the same arrays."""
+    """The arrays in device memory; those that are there already are the same arrays."""
     return _moved(tree, _DEVICE)
 
 
 def like(tree: Any, before: Any) -> Any:
-    """The arrays where those of `before` lie."""
+    """The arrays where those of `before` are."""
     return jax.tree.map(lambda x, b: jax.device_put(x, b.sharding), tree, before)
 
 

@@ -30,7 +30,7 @@ SHARDING_RULES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where arrays lie on a mesh.
+    """Where arrays are on a mesh.
 
     Attributes:
       mesh: with the axes `AXES`.
@@ -66,7 +66,7 @@ class Layout:
         return Layout(Mesh(grid, AXES, axis_types=_TYPES), "rollout")
 
     def rows(self) -> NamedSharding:
-        """Where the rows of a batch lie."""
+        """Where the rows of a batch are."""
         return NamedSharding(self.mesh, PartitionSpec(BATCH))
 
     def replicated(self) -> NamedSharding:
@@ -98,7 +98,7 @@ class Layout:
         )
 
     def sharding(self, name: str, axes: Axes, shape: Sequence[int]) -> NamedSharding:
-        """Where an array of these logical axes lies.
+        """Where an array of these logical axes is.
 
         Fewer key/value heads than parts are replicated: each part keeps them all.
 

@@ -2,7 +2,7 @@
 
 Two threads a process: one tells the others that it lives and hears from them, through the service
 that joined them; one looks at the clock, for the first may itself be kept waiting. The service
-lies in process 0, and the library aborts the others when it goes: a shell left behind says why.
+is in process 0, and the library aborts the others when it goes: a shell left after says why.
 """
 
 import re
@@ -20,7 +20,7 @@ from spatial_ssrl_jax.common.errors import EXIT_PEER_LOST, exit_now, explain
 from spatial_ssrl_jax.config.schema import MeshSettings
 
 _ALIVE, _LEFT = "watch/alive/", "watch/left/"
-_GOES_ON = "the same command goes on after the newest checkpoint."
+_GOES_ON = "the same command resumes after the newest checkpoint."
 _ABORTED = (
     "this process was ended from outside, most likely because process 0 of this run was lost: see "
     f"what became of it; {_GOES_ON}"
@@ -35,7 +35,7 @@ class Watchdog:
     """Inside `with`, ends this process with a sentence and the code `EXIT_PEER_LOST` when it waits in vain.
 
     That is: another process was not heard of for `mesh.heartbeat_timeout` seconds, or ended on an error, or
-    nothing went on here for `mesh.step_timeout` seconds.
+    nothing continued here for `mesh.step_timeout` seconds.
     """
 
     def __init__(self, settings: MeshSettings):
@@ -52,7 +52,7 @@ class Watchdog:
         self._shell: subprocess.Popen | None = None
 
     def beat(self) -> None:
-        """Notes that work went on."""
+        """Notes that work continued."""
         self._beaten = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
@@ -111,7 +111,7 @@ class Watchdog:
         while not self._over.wait(self._pause):
             now = time.monotonic()
             if self._wrong:
-                self._leave(f"{self._wrong}, so this one does too: mend that; {_GOES_ON}")
+                self._leave(f"{self._wrong}, so this one does too: fix that; {_GOES_ON}")
             for process, heard in list(self._heard.items()):
                 if now - heard > self._silence:
                     self._leave(
@@ -120,7 +120,7 @@ class Watchdog:
                     )
             if self._patience and now - self._beaten > self._patience:
                 self._leave(
-                    f"nothing went on for {self._patience} s: see what the other processes say, or "
+                    f"nothing continued for {self._patience} s: see what the other processes say, or "
                     f"raise mesh.step_timeout; {_GOES_ON}"
                 )
 

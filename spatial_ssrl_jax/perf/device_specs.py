@@ -1,4 +1,4 @@
-"""What devices can do at most, from their makers' data sheets."""
+"""What devices can do at most, from their makers' datasheet."""
 
 from dataclasses import dataclass
 

@@ -25,8 +25,8 @@ class GroupShape:
     """One prompt and the responses to it.
 
     Attributes:
-      prompt: tokens, those of pictures included.
-      grids: patch grids of its pictures.
+      prompt: tokens, those of images included.
+      grids: patch grids of its images.
       group: samples.
       response: tokens of each sample.
     """
@@ -42,7 +42,7 @@ class GroupShape:
 
 
 def vision_flops(config: QwenVLConfig, grids: Sequence[Grid]) -> float:
-    """Forward pass of the vision tower over the pictures of one prompt."""
+    """Forward pass of the vision tower over the images of one prompt."""
     if not grids:
         return 0.0
     layout = member_of(config).lay_out_windows(config.vision, grids)
@@ -72,7 +72,7 @@ def dense_flops(config: TextConfig) -> float:
 
 
 def attention_flops(config: TextConfig, queries: int, before: int) -> float:
-    """Scores and their sums in all layers, of `queries` causal tokens behind `before` others."""
+    """Scores and their sums in all layers, of `queries` causal tokens after `before` others."""
     pairs = queries * before + queries * (queries + 1) / 2
     return 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
 
@@ -167,7 +167,7 @@ def jaxpr_flops(
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if not equation.outvars and not equation.effects:
-            continue  # rematerialisation leaves such calls behind, and the compiler drops them
+            continue  # rematerialisation leaves such calls after, and the compiler drops them
         if name == "dot_general":
             total += _dot(equation)
             continue

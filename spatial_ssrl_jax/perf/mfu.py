@@ -1,6 +1,6 @@
 """What a step needed to compute, over what its devices could have: FLOPs a second, and MFU.
 
-Needed are the tokens of prompts, pictures and responses, each prompt once a group: padding, what is
+Needed are the tokens of prompts, images and responses, each prompt once a group: padding, what is
 computed again in the backward pass, and groups that were sampled and thrown away are left out.
 """
 

@@ -5,7 +5,7 @@ operands and results of its top-level instructions, for what happens inside a fu
 chip; of an array that is only sliced, or written in one place, just that part counts. Arrays that
 the compiler keeps out of the main memory (`S(1)` in their layout) cost nothing.
 
-A TPU's collectives may run beside other work: one then stands in a fusion that starts it, in those
+A TPU's collectives may run beside other work: one then is in a fusion that starts it, in those
 that it runs beside, and in one that ends it, each time under the same channel. It counts once.
 """
 
@@ -65,8 +65,8 @@ class Instruction:
       shape: as the text has it, layouts included; of several results in parentheses.
       opcode: for example `fusion`.
       operands: names, in order.
-      inner: what stands in its parentheses; the value of a constant, the number of a parameter.
-      text: what stands behind the operands: attributes.
+      inner: what is in its parentheses; the value of a constant, the number of a parameter.
+      text: what stands after the operands: attributes.
     """
 
     name: str
@@ -193,7 +193,7 @@ class HloModule:
                 return sum(map(computation, instruction.called), Traffic())
             total = Traffic(self._memory(inside, instruction)) + self._sent(inside, instruction)
             if opcode == "fusion":
-                # A collective that runs beside other work stands in a fusion of its own.
+                # A collective that runs beside other work is in a fusion of its own.
                 total += sum(map(self._sent_inside, instruction.called), Traffic())
             return total
 
@@ -298,10 +298,10 @@ class HloModule:
             elif user.opcode == "tuple" or user.name in self.repeated:
                 continue
             elif user.opcode == "bitcast" and user is body.root:
-                return whole  # handed on to whatever this computation stands in
+                return whole  # handed on to whatever this computation is in
             elif user.opcode == "bitcast" or (
                 user.opcode == "dynamic-update-slice" and user.operands[0] == name
-            ):  # what is written in place may be read whole behind that, as a cache is
+            ):  # what is written in place may be read whole after that, as a cache is
                 total += self._read(body, user.name, whole)
             elif user.opcode == "fusion":
                 inner = self.computations[user.called[0]]
@@ -330,7 +330,7 @@ class HloModule:
 
 
 def _plain(shape: str) -> str:
-    """The shape without layouts, so that all of it counts wherever it lies."""
+    """The shape without layouts, so that all of it counts wherever it is."""
     return re.sub(r"\{[^}]*\}", "", shape)
 
 
@@ -361,7 +361,7 @@ def _computation(lines: list[str]) -> Computation:
 
 
 def _until(text: str, ends: Callable[[str, int], bool]) -> tuple[str, str]:
-    """`text` up to and behind the first character that `ends` accepts, by depth of brackets."""
+    """`text` up to and after the first character that `ends` accepts, by depth of brackets."""
     depth = 0
     for place, character in enumerate(text):
         if ends(character, depth):

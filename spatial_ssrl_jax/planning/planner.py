@@ -1,6 +1,6 @@
 """Compiles every program of a run for devices that need not be there, and says what it would cost.
 
-Memory is the compiler's own account of each program, with what else lies on the device then. FLOPs
+Memory is the compiler's own account of each program, with what else is on the device then. FLOPs
 are counted in the traced program, bytes in the compiled one, loops multiplied in; from them follows
 the least time that the chip's peaks allow. All is at the largest buckets, with every response at
 `rollout.max_new_tokens`: real steps are shorter.
@@ -58,10 +58,10 @@ class ProgramCost:
 
     Attributes:
       name, runs: of the program, and how often a step calls it.
-      argument_bytes, temp_bytes, output_bytes: as the compiler says; results that lie in donated
+      argument_bytes, temp_bytes, output_bytes: as the compiler says; results that are in donated
         arguments are not among the output.
       beside: bytes that are taken besides, by what takes them.
-      flops: of matrix products.
+      flops: of matmuls.
       bytes_accessed, collective_bytes: moved in the main memory, and sent to other devices of the
         slice.
       far_bytes: sent to other slices, over the data-centre network.
@@ -92,7 +92,7 @@ class ProgramCost:
 
     @property
     def peak_bytes(self) -> float:
-        """All that lies on the device while the program runs."""
+        """All that is on the device while the program runs."""
         own = self.argument_bytes + self.temp_bytes + self.output_bytes
         return own + sum(self.beside.values())
 

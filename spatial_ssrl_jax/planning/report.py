@@ -52,7 +52,7 @@ def gib(size: float) -> str:
 def lines(report: dict[str, Any]) -> Iterator[str]:
     """The report as a table with a line a program; GiB are of one device."""
     has = f"{gib(report['hbm_bytes'])} each" if report["hbm_bytes"] else "memory unknown"
-    yield f"{report['topology']}: {report['devices']} devices, {has}; all figures are a device's"
+    yield f"{report['topology']}: {report['devices']} devices, {has}; all metrics are a device's"
     yield (
         f"{'program':<20}{'runs':>6}{'peak GiB':>10}{'args':>8}{'temps':>8}{'beside':>8}"
         f"{'TFLOPs':>9}{'GB moved':>10}{'GB sent':>9}{'far':>7}{'seconds':>10}  {'bound':<8}"

@@ -47,7 +47,7 @@ class Topology:
 
 
 def open_topology(name: str) -> Topology:
-    """The devices of `v5e:4x4`, perhaps with `,slices=2` behind it, of a name of `GPUS`, or `cpu`.
+    """The devices of `v5e:4x4`, perhaps with `,slices=2` after it, of a name of `GPUS`, or `cpu`.
 
     Raises:
       UserError: there is no such topology, or the TPU compiler is missing.

@@ -24,10 +24,10 @@ def attend(
     """Attention inside segments: a query sees the keys of its own segment, none of segment -1.
 
     Args:
-      q_BQNH: queries; with `causal`, query i stands at key i.
+      q_BQNH: queries; with `causal`, query i is at key i.
       k_BKSH, v_BKSH: keys and values.
       segment_BQ, segment_BS: int32 segment of each query and key; -1 is padding.
-      causal: also hide keys behind the query.
+      causal: also hide keys after the query.
       chunk: queries handled at a time once there are more, so that scores never exist whole.
 
     Returns:
@@ -66,7 +66,7 @@ def attend_shared(
 ) -> Array:
     """Queries of G samples over the prompt they share and over each sample's own tokens.
 
-    The scores of all G·Q·M query rows against the prompt are one matrix product, and one softmax
+    The scores of all G·Q·M query rows against the prompt are one matmuls, and one softmax
     runs over prompt and own tokens together.
 
     Args:
@@ -84,7 +84,7 @@ def attend_shared(
     q = q_BGQNH.reshape(batch, group, queries, prefix_k_BKTH.shape[1], -1, size)
 
     def block(q: Array, seen_BGQR: Array) -> Array:
-        # Each product in the order in which its cache lies, else a decode step copies the caches.
+        # Each product in the order in which its cache is, else a decode step copies the caches.
         prefix = _scores("bgqkmh,bkth->bkgmqt", q, prefix_k_BKTH)
         prefix = jnp.where(prefix_valid_BT[:, None, None, None, None], prefix, NEVER)
         own = _scores("bgqkmh,bgkrh->bgkmqr", q, own_k_BGKRH)

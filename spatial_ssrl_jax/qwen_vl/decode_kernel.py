@@ -2,7 +2,7 @@
 
 A program holds the queries of a whole group for one key/value head (of a part of it where the group
 is large), so that the prompt's keys and values are read once a group and no score leaves the chip.
-It begins with each sample's newest token, goes on with the prompt, then with the samples' own slots
+It begins with each sample's newest token, continues with the prompt, then with the samples' own slots
 as far as they are written.
 
 Shape letters: B groups, G samples, K key/value heads, M query heads of each, P = M + 2 with key and
@@ -24,7 +24,7 @@ from spatial_ssrl_jax.qwen_vl.attention import NEVER
 _BLOCK = 64  # keys at a time
 _WARPS, _STAGES = 4, 3
 _SIZES = (16, 32, 64, 128)
-_LEAST, _MOST = 16, 64  # query rows: of Triton's smallest product, and what registers hold
+_MIN, _MAX = 16, 64  # query rows: of Triton's smallest product, and what registers hold
 
 
 def attend_decode(
@@ -64,7 +64,7 @@ def attend_decode(
             f"are of {size}: set rollout.attention=xla."
         )
     prompt, slots, each = prefix_k_BKTH.shape[2], own_k_BGKRH.shape[3], parts - 2
-    samples = min(group, max(1, _MOST // each))
+    samples = min(group, max(1, _MAX // each))
 
     def of_group(count: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, group, None, count, size), lambda b, k, _: (b, 0, k, 0, 0))
@@ -118,7 +118,7 @@ def _kernel(
     first = pl.program_id(2) * samples
     count = jnp.minimum(group - first, samples)
     # Rows that are too many do again what the last one does, and write the same.
-    row = jnp.arange(max(_LEAST, pl.next_power_of_2(samples * each)))
+    row = jnp.arange(max(_MIN, pl.next_power_of_2(samples * each)))
     row = jnp.minimum(row, count * each - 1)[:, None]
     sample_Q, head_Q = first + row // each, row % each
     column = jnp.arange(size)[None]

@@ -19,14 +19,14 @@ Grid = tuple[int, int, int]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class VisionInput:
-    """All pictures and frames of each prompt, laid out by the host as padded windows.
+    """All images and frames of each prompt, laid out by the host as padded windows.
 
     A window holds up to 8x8 patches; the four patches of a merged token are neighbours in it.
 
     Attributes:
       patches: [B, W, S, C·2·14·14] float, normalised pixels.
-      frame: [B, W, S] int32, which picture or temporal frame of the prompt; -1 is padding.
-      coords: [B, W, S, 2] int32, row and column of the patch in its picture.
+      frame: [B, W, S] int32, which image or temporal frame of the prompt; -1 is padding.
+      coords: [B, W, S, 2] int32, row and column of the patch in its image.
     """
 
     patches: Array
@@ -37,15 +37,15 @@ class VisionInput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PromptBatch:
-    """B prompts padded to one bucket, pictures included.
+    """B prompts padded to one bucket, images included.
 
     Attributes:
-      ids: [B, T] int32 token ids, padded behind.
+      ids: [B, T] int32 token ids, padded at the end.
       length: [B] int32 tokens of each prompt.
       position: [B, 3, T] int32 M-RoPE positions.
       next_position: [B] int32 position of the first response token.
-      image_index: [B, T] int32 merged vision token that stands at each place, -1 for text.
-      vision: the pictures' windows.
+      image_index: [B, T] int32 merged vision token that is at each place, -1 for text.
+      vision: the images' windows.
     """
 
     ids: Array
@@ -64,15 +64,15 @@ class PromptBatch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedRows:
-    """B rows of several examples each: prompt and response, one example behind another.
+    """B rows of several examples each: prompt and response, one example after another.
 
     Attributes:
-      ids: [B, T] int32 token ids, padded behind.
+      ids: [B, T] int32 token ids, padded at the end.
       segment: [B, T] int32, which example of the row; -1 is padding.
       position: [B, 3, T] int32 M-RoPE positions, each example's as if it were alone.
       image_index: [B, T] int32 merged vision token of the row at each place, -1 for text.
       place: [B, R] int32, the place before each response token, which predicts it; -1 is padding.
-      vision: the windows of all the row's pictures.
+      vision: the windows of all the row's images.
     """
 
     ids: Array
@@ -90,12 +90,12 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """The windows of one prompt's pictures.
+    """The windows of one prompt's images.
 
     Attributes:
-      source: [W, S] int32, which of the processor's patches stands in each slot; -1 is padding.
-      frame: [W, S] int32, which picture or temporal frame; -1 is padding.
-      coords: [W, S, 2] int32, row and column of the patch in its picture.
+      source: [W, S] int32, which of the processor's patches is in each slot; -1 is padding.
+      frame: [W, S] int32, which image or temporal frame; -1 is padding.
+      coords: [W, S, 2] int32, row and column of the patch in its image.
       merged: [n] int32, slot among the W·S/4 merged ones for each merged token in reading order.
     """
 
@@ -106,5 +106,5 @@ class WindowLayout:
 
 
 def merged_tokens(config: VisionConfig, grid: Grid) -> int:
-    """Tokens that a picture takes in the prompt."""
+    """Tokens that an image takes in the prompt."""
     return grid[0] * grid[1] * grid[2] // config.merge_unit

@@ -128,7 +128,7 @@ def self_attention(
       segment_BT: int32 segment of each token; -1 is padding, whose results mean nothing.
       compute: the kernel, and queries at a time by `xla`.
       causal: a token sees none after it.
-      single: a row is one segment with padding behind it, which spares causal `cudnn` its mask.
+      single: a row is one segment with padding after it, which spares causal `cudnn` its mask.
 
     Returns:
       [B, T, N, H] in the dtype of `v`.
@@ -192,7 +192,7 @@ def decode_attention(
       qkv_BGKPH: of each key/value head its query heads, its key and its value; not rotated.
       rotary: angles of the token's position, [B, H/2].
       prefix: the prompts' keys and values [B, K, T, H], once a group.
-      prefix_valid_BT: bool, which prompt tokens exist; padding is behind.
+      prefix_valid_BT: bool, which prompt tokens exist; padding is after.
       own: keys and values [B, G, K, R, H] in each sample's R slots.
       cursor: int32, the slot that every sample writes; later ones are not seen.
       kernel: what computes it: one of `DECODE_KERNELS`.
@@ -331,7 +331,7 @@ def _program(
 def _group_by_cudnn(
     q_BTNH: Array, k_BKTH: Array, v_BKTH: Array, valid_BT: Array, prompt: int, response: int
 ) -> Array:
-    """The prompts, which need no mask, then each response as a row behind a copy of its prompt.
+    """The prompts, which need no mask, then each response as a row after a copy of its prompt.
 
     A mask doubles cuDNN's time; with a whole group in one call all its tokens would need one.
     """
@@ -345,7 +345,7 @@ def _group_by_cudnn(
         own = own.reshape(batch * group, -1, response, size)
         return jnp.concatenate((jnp.repeat(shared_BKTH, group, axis=0), own), axis=2)
 
-    # Padding behind a response is hidden from it by order, and sees the prompt itself.
+    # Padding after a response is hidden from it by order, and sees the prompt itself.
     order = jnp.tril(jnp.ones((response, response), bool))
     rows = (batch * group, response)
     of_prompt = jnp.repeat(valid_BT[:, None, :prompt], group, axis=0)

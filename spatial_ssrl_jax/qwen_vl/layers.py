@@ -92,7 +92,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(x.dtype)
         rows, columns = x.shape[: x.ndim - self.contract], kernel.shape[self.contract :]
-        # As one plain matrix product: with more axes, the backward pass copies activations around.
+        # As one plain matmuls: with more axes, the backward pass copies activations around.
         wide = math.prod(columns)
         flat = x.reshape(math.prod(rows), -1)
         y = jnp.matmul(flat, kernel.reshape(-1, wide))
@@ -149,7 +149,7 @@ def _is_dear(primitive: Primitive, *avals, **params) -> bool:
     """Whether an operation is dear beside the memory of its results.
 
     Products with weights are, and fused attention, whose results take a tenth of their memory (by
-    cuDNN in the vision tower a fifth, for each block keeps room for windows and whole pictures).
+    cuDNN in the vision tower a fifth, for each block keeps room for windows and whole images).
     """
     return primitive.name.startswith(_CUDNN) or _is_kept(primitive, *avals, **params)
 
@@ -169,7 +169,7 @@ def scan_layers(stack: nnx.Module, step, carry, xs=None, *, remat: str = "none")
       step: what one layer does; `layer` is the module with that layer's arrays.
       carry: what goes from layer to layer.
       xs: pytree with a leading layer axis, or None.
-      remat: a name of `REMAT_POLICIES`: what the backward pass works out again of each layer.
+      remat: a name of `REMAT_POLICIES`: what the backward pass recomputes of each layer.
 
     Returns:
       The last carry and the stacked `y`.

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA): which layers have one, and how they become part of the kernel.
 
-An adapter lies in the parameter tree beside the kernel it belongs to, as `lora_a`, `lora_b` and
+An adapter is in the parameter tree beside the kernel it belongs to, as `lora_a`, `lora_b` and
 `lora_scale`. A tree that holds adapters is computed with them, one without is the plain model.
 """
 

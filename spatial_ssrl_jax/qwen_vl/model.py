@@ -78,7 +78,7 @@ def bind(config: QwenVLConfig, params: Params) -> QwenVL:
 
 
 def embed_prompt(model: QwenVL, prompts: PromptBatch | PackedRows, compute: Compute) -> Array:
-    """[B, T, D] token embeddings with the pictures' vectors in their places."""
+    """[B, T, D] token embeddings with the images' vectors in their places."""
     x = compute.constrain(model.text.embed[...][prompts.ids].astype(compute.dtype))
     if prompts.vision.frame.shape[1] == 0:
         return x
@@ -91,7 +91,7 @@ def embed_prompt(model: QwenVL, prompts: PromptBatch | PackedRows, compute: Comp
 def prefill(
     config: QwenVLConfig, model: QwenVL, prompts: PromptBatch, compute: Compute
 ) -> tuple[Array, Array, Array]:
-    """Encodes pictures and runs prompts once.
+    """Encodes images and runs prompts once.
 
     Returns:
       Hidden state [B, D] of each prompt's last token, keys and values [L, B, K, T, H].

@@ -1,7 +1,7 @@
 """Adapters in the layout of Hugging Face's PEFT: `adapter_config.json` and its safetensors.
 
 Modules are named as Transformers 4.52 and later name them (`model.language_model.layers.…`): PEFT
-loads an adapter under the hub's older names without an error, and without its weights. Both are
+loads an adapter under the Hub's older names without an error, and without its weights. Both are
 read.
 """
 
@@ -117,7 +117,7 @@ def read_adapter(folder: Path, config: QwenVLConfig) -> Params:
 
 
 def _modules(config: QwenVLConfig, lora: LoraSettings) -> list[tuple[str, str, int | None]]:
-    """Each adapted layer: our path, the hub's name with `{}` for the layer, and the layers."""
+    """Each adapted layer: our path, the Hub's name with `{}` for the layer, and the layers."""
     adapted = traverse_util.flatten_dict(abstract_params(config, lora), sep="/")
     return [
         (e.path.removesuffix("/kernel"), e.name.removesuffix(".weight"), e.layers)
@@ -145,7 +145,7 @@ def _read_settings(folder: Path) -> tuple[int, float]:
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor by the hub's name of its module."""
+    """Every tensor by the Hub's name of its module."""
     path = folder / WEIGHTS
     try:
         tensors = load_file(path)

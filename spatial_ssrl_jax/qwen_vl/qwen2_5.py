@@ -164,7 +164,7 @@ def config_to_dict(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
 
 
 class VisionBlock(nnx.Module):
-    """Attention and gated MLP, each behind an RMSNorm."""
+    """Attention and gated MLP, each after an RMSNorm."""
 
     def __init__(self, init: Init, config: Qwen2_5VisionConfig):
         width, heads, size = config.hidden_size, config.num_heads, config.head_dim
@@ -235,7 +235,7 @@ class VisionTower(nnx.Module):
         self.merger = Merger(init, config)
 
     def __call__(self, vision: VisionInput, compute: Compute) -> Array:
-        """Encodes the pictures of B prompts.
+        """Encodes the images of B prompts.
 
         Args:
           vision: the windows.
@@ -266,13 +266,13 @@ class VisionTower(nnx.Module):
 
 
 def window_count(config: Qwen2_5VisionConfig, grids: Sequence[Grid]) -> int:
-    """Windows that the pictures fill, known from their sizes alone."""
+    """Windows that the images fill, known from their sizes alone."""
     side = config.window_side * config.spatial_merge_size
     return sum(t * -(-h // side) * -(-w // side) for t, h, w in grids)
 
 
 def lay_out_windows(config: Qwen2_5VisionConfig, grids: Sequence[Grid]) -> WindowLayout:
-    """Lays the patches of a prompt's pictures out in windows of `config.window_patches` slots."""
+    """Lays the patches of a prompt's images out in windows of `config.window_patches` slots."""
     total = window_count(config, grids)
     size, unit, side = config.window_patches, config.merge_unit, config.window_side
     source = np.full((total, size // unit, unit), -1, np.int32)
@@ -315,9 +315,9 @@ def mrope_positions(
 
     Args:
       config: the vision tower's shape.
-      is_vision: [T] bool, the tokens that pictures and videos fill.
+      is_vision: [T] bool, the tokens that images and videos fill.
       grids: their grids in prompt order.
-      seconds_per_grid: seconds between temporal frames of each video, None for a picture.
+      seconds_per_grid: seconds between temporal frames of each video, None for an image.
 
     Returns:
       [3, T] int32: temporal, height and width position of each token.
@@ -344,7 +344,7 @@ def mrope_positions(
             time = (np.arange(t, dtype=np.float32) * step).astype(np.int64)
             time, row, column = np.meshgrid(time, np.arange(h), np.arange(w), indexing="ij")
             position[:, place:end] = current + np.stack((time, row, column)).reshape(3, -1)
-            # As in Transformers 5; its first Qwen2.5-VL went on behind the last time where that is
+            # As in Transformers 5; its first Qwen2.5-VL continued after the last time where that is
             # later, which differs for a video that is longer than it is large.
             current += max(h, w)
         place = end
@@ -353,7 +353,7 @@ def mrope_positions(
 
 # Names on the Hub ---------------------------------------------------------------------------------
 
-# Our path -> the hub's name; `{}` stands for the layer.
+# Our path -> the Hub's name; `{}` stands for the layer.
 HUB_NAMES = {
     "vision/patch_embed/kernel": "visual.patch_embed.proj.weight",
     "vision/blocks/norm1/scale": "visual.blocks.{}.norm1.weight",

@@ -30,7 +30,7 @@ def vision_rotary(config: VisionConfig, coords: Array) -> tuple[Array, Array]:
 
     Args:
       config: the vision tower's shape.
-      coords: [..., 2] int32 row and column of each patch in its picture.
+      coords: [..., 2] int32 row and column of each patch in its image.
 
     Returns:
       Two float32 arrays [..., H/2]: the first half of the frequencies turns with the row, the

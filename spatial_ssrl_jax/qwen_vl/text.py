@@ -1,7 +1,7 @@
 """The language model's layers, in the four forms that training and sampling need.
 
 - `prefill`: prompts alone, keeping their keys and values;
-- `packed`: rows of several examples, one behind another, for gradients;
+- `packed`: rows of several examples, one after another, for gradients;
 - `decode`: one token of each sample, over the shared prompt and the sample's own cache;
 - `group`: prompts and all their responses at once, for log-probabilities and gradients.
 
@@ -33,7 +33,7 @@ Rotary = tuple[Array, Array]
 
 
 class TextLayer(nnx.Module):
-    """Grouped-query attention and gated MLP, each behind an RMSNorm."""
+    """Grouped-query attention and gated MLP, each after an RMSNorm."""
 
     def __init__(self, init: Init, config: TextConfig):
         width, size = config.hidden_size, config.head_dim
@@ -92,13 +92,13 @@ class TextModel(nnx.Module):
         """Runs prompts.
 
         Args:
-          x_BTD: embedded prompts, pictures in place.
+          x_BTD: embedded prompts, images in place.
           rotary: angles of the prompt's positions, [B, T, H/2].
           valid_BT: bool, which tokens exist.
           compute: how to compute; nothing is recomputed, for there is no backward pass.
 
         Returns:
-          Hidden states [B, T, D] behind the last norm, keys and values [L, B, K, T, H].
+          Hidden states [B, T, D] after the last norm, keys and values [L, B, K, T, H].
         """
         segment = jnp.where(valid_BT, 0, -1)
         compute = replace(compute, remat="none")
@@ -115,13 +115,13 @@ class TextModel(nnx.Module):
         """Runs rows of several examples; a token sees its own example's tokens up to itself.
 
         Args:
-          x_BTD: embedded rows, pictures in place.
+          x_BTD: embedded rows, images in place.
           rotary: angles of each token's position in its own example, [B, T, H/2].
           segment_BT: int32, which example a token belongs to; -1 is padding.
           compute: how to compute.
 
         Returns:
-          Hidden states [B, T, D] behind the last norm.
+          Hidden states [B, T, D] after the last norm.
         """
         return self._causal(x_BTD, rotary, segment_BT, compute, keep=False)[0]
 
@@ -155,13 +155,13 @@ class TextModel(nnx.Module):
         response_valid_BGR: Array,
         compute: Compute,
     ) -> tuple[Array, Array]:
-        """Runs every prompt once, with all its responses behind it.
+        """Runs every prompt once, with all its responses after it.
 
         Dense layers see [prompt | response 1 | … | response G]. The prompt attends to itself, a
         response to the whole prompt and to itself, never to another response.
 
         Returns:
-          Hidden states behind the last norm: [B, T, D] and [B, G, R, D].
+          Hidden states after the last norm: [B, T, D] and [B, G, R, D].
         """
         batch, prompt, width = prompt_BTD.shape
         _, group, response, _ = response_BGRD.shape

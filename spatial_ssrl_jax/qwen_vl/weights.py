@@ -1,7 +1,7 @@
-"""The one table between our parameters and the hub's tensors, read in both directions.
+"""The one table between our parameters and the Hub's tensors, read in both directions.
 
 A hub matrix is [out, in]; ours is [*in, *out], so a matrix is transposed and reshaped, and
-everything else is reshaped only. Our layers are stacked along a leading axis, the hub's are
+everything else is reshaped only. Our layers are stacked along a leading axis, the Hub's are
 tensors of their own.
 """
 
@@ -32,8 +32,8 @@ class Entry:
     """One of our parameters.
 
     Attributes:
-      path: where it stands in the tree, joined by `/`.
-      name: the hub's name, with `{}` for the layer.
+      path: where it is in the tree, joined by `/`.
+      name: the Hub's name, with `{}` for the layer.
       shape: our shape, with the layer axis in front where `layers` is set.
       layers: how many hub tensors are stacked in it, or None.
     """
@@ -48,7 +48,7 @@ class Entry:
         return [self.name.format(i) for i in range(self.layers)] if self.layers else [self.name]
 
     def hub_shape(self, config: QwenVLConfig) -> tuple[int, ...]:
-        """The shape the hub keeps one of its tensors in."""
+        """The shape the Hub keeps one of its tensors in."""
         shape = self.shape[1:] if self.layers else self.shape
         if self.path == "vision/patch_embed/kernel":
             v = config.vision
@@ -69,7 +69,7 @@ class Entry:
         return tensor.reshape(self.shape[1:] if self.layers else self.shape)
 
     def to_hub(self, array: np.ndarray, config: QwenVLConfig) -> np.ndarray:
-        """One of our arrays (without the layer axis) in the hub's shape."""
+        """One of our arrays (without the layer axis) in the Hub's shape."""
         shape = self.hub_shape(config)
         if self._is_matrix:
             array = array.reshape(-1, shape[0]).T
@@ -118,7 +118,7 @@ def read_params(
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its file, its name there, and its shape."""
+    """Where a tensor is: its file, its name there, and its shape."""
 
     path: Path
     name: str
@@ -157,7 +157,7 @@ def canonical_name(name: str) -> str:
 
 
 def newer_name(name: str) -> str:
-    """The name that Transformers 4.52 and later give what the hub calls `name`."""
+    """The name that Transformers 4.52 and later give what the Hub calls `name`."""
     for new, old in _RENAMED:
         if name.startswith(old):
             return new + name[len(old) :]
@@ -165,7 +165,7 @@ def newer_name(name: str) -> str:
 
 
 def find_tensors(folder: Path, config: QwenVLConfig) -> dict[str, Stored]:
-    """Where the tensor of each canonical name lies, from the files' headers alone.
+    """Where the tensor of each canonical name is, from the files' headers alone.
 
     Raises:
       UserError: a missing, extra or wrongly shaped tensor, or a broken file.

@@ -20,7 +20,7 @@ class ResponseBatch:
       tokens: [B, G, R] int32 response tokens.
       length: [B, G] int32 tokens of each response, the end token included.
       weight: [B, G] float32 weight of each token of a sample in the optimizer step's loss.
-      normaliser: [] float32, response tokens of the whole optimizer step, for its figures.
+      normaliser: [] float32, response tokens of the whole optimizer step, for its metrics.
     """
 
     prompts: PromptBatch

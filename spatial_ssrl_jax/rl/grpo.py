@@ -74,7 +74,7 @@ class Grpo:
       engine: samples.
       loss: the policy loss.
       optimizer: the gradient transformation.
-      layout: where batches lie.
+      layout: where batches are.
       buckets: sizes that programs are compiled for.
       processor: decodes responses.
       reference: the weights that GRPO started from, or None without KL.

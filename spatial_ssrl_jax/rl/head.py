@@ -22,7 +22,7 @@ class VocabBlocks(NamedTuple):
     """How the head is cut.
 
     Attributes:
-      shards: parts of the vocabulary that lie on different devices (`tensor`).
+      shards: parts of the vocabulary that are on different devices (`tensor`).
       count: blocks of each part.
       gathered: mesh axis over which each block's widths are put together, if they are cut.
     """
@@ -38,7 +38,7 @@ def head_logprobs(
     """Log-softmax of logits/temperature at each token, and the entropy there.
 
     Args:
-      compute: entries of the vocabulary at a time, and where rows lie.
+      compute: entries of the vocabulary at a time, and where rows are.
       head_VD: the output layer's weights.
       hidden_BTD: what they are applied to.
       tokens_BT: int32, whose log-probabilities are wanted.
@@ -88,7 +88,7 @@ def block_count(size: int, most: int) -> int:
 def _logprobs(
     temperature: float, blocks: VocabBlocks, head_VD: Array, hidden_TD: Array, tokens_T: Array
 ) -> tuple[Array, Array]:
-    """Log-probabilities and entropies; the backward pass works each block's logits out again."""
+    """Log-probabilities and entropies; the backward pass recomputes each block's logits."""
     return _forward(temperature, blocks, head_VD, hidden_TD, tokens_T)[0]
 
 
@@ -108,7 +108,7 @@ def _uncut(blocks: VocabBlocks, cut: Array) -> Array:
 
 
 def _places(blocks: VocabBlocks, size: int, tokens: Array) -> tuple[Array, Array]:
-    """The block in which each token lies, and its place there."""
+    """The block in which each token is, and its place there."""
     shards, count, _ = blocks
     part = size // (shards * count)
     shard, inside = tokens // (count * part), tokens % (count * part)

@@ -1,4 +1,4 @@
-"""Log-probabilities of response tokens: of groups behind a shared prompt, and of packed rows."""
+"""Log-probabilities of response tokens: of groups after a shared prompt, and of packed rows."""
 
 from functools import partial
 
@@ -36,7 +36,7 @@ def response_logprobs(
 
     Returns:
       Two [B, G, R] float32 arrays: log-probabilities (differentiable) and entropies in nats
-      (not differentiable). Values behind a response's length mean nothing.
+      (not differentiable). Values after a response's length mean nothing.
     """
     model = qwen.bind(config, params)
     hidden = qwen.response_hidden(config, model, prompts, tokens_BGR, length_BG, compute)

@@ -1,7 +1,7 @@
 """The losses: supervised, and GRPO's clipped policy loss with its KL.
 
 Both return a loss whose tokens are already weighted within the optimizer step, so that
-micro-batches add up, and shares of the step's figures, which add up as well.
+micro-batches add up, and shares of the step's metrics, which add up as well.
 """
 
 from dataclasses import dataclass

@@ -25,7 +25,7 @@ def abstract_stage_state(
     Args:
       config: the run.
       model: the model's shape.
-      layout: where weights lie.
+      layout: where weights are.
       stage: its section.
       optimizer: as the stage makes it.
     """
@@ -35,7 +35,7 @@ def abstract_stage_state(
 
 
 def compute_settings(config: Config, layout: Layout) -> Compute:
-    """How the run's programs compute, and where the rows of training's activations lie.
+    """How the run's programs compute, and where the rows of training's activations are.
 
     Raises:
       UserError: the devices do not have what `model.attention` or `rollout.attention` asks for.
@@ -75,7 +75,7 @@ def check_sharding(config: Config, model: QwenVLConfig, layout: Layout) -> Layou
         raise UserError(
             f"sft.prompts={config.sft.prompts} must be a multiple of the {processes} processes."
         )
-    # What is sampled is prefilled where training lies, and decoded in the other layout.
+    # What is sampled is prefilled where training is, and decoded in the other layout.
     over = "the devices over rollout.tensor"
     _check_parts(sampled, rollout.batch_shards, over)
     _check_parts(sampled | trained, layout.batch_shards, "mesh.data x mesh.fsdp")

@@ -50,7 +50,7 @@ def _paper(response: str, answer: str) -> tuple[bool, bool]:
 
 
 def _strict(response: str, answer: str) -> tuple[bool, bool]:
-    """One thought that is not empty, and behind it a box that is not empty; no other box counts."""
+    """One thought that is not empty, and after it a box that is not empty; no other box counts."""
     match = _STRICT_FORM.fullmatch(response)
     if match is None or not match["thought"].strip() or "<think>" in match["thought"]:
         return False, False

@@ -1,4 +1,4 @@
-"""A step's figures, over the rows of all processes: prompts, rewards, advantages, lengths."""
+"""A step's metrics, over the rows of all processes: prompts, rewards, advantages, lengths."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class ScoredRollout:
 
 
 def prompt_rows(batch: Batch) -> Rows:
-    """What the figures need of each prompt; arrays with [b] rows."""
+    """What the metrics need of each prompt; arrays with [b] rows."""
     return {
         "index": batch.index,
         "prompt_length": np.asarray(batch.prompts.length),
@@ -44,7 +44,7 @@ def prompt_rows(batch: Batch) -> Rows:
 
 
 def rollout_rows(items: Sequence[Item], scored: ScoredRollout) -> Rows:
-    """What the figures need of each group; arrays [b] and [b, G]."""
+    """What the metrics need of each group; arrays [b] and [b, G]."""
     numbers = {task.name: i for i, task in enumerate(TASKS)}
     rewards = {
         name: np.array([[getattr(r, name) for r in group] for group in scored.rewards])

@@ -51,7 +51,7 @@ def abstract_train_state(
 ) -> TrainState:
     """A state's shapes, dtypes and shardings, from arrays or from `jax.ShapeDtypeStruct`s.
 
-    The optimizer's moments lie where their weights lie, counters on every device.
+    The optimizer's moments are where their weights are, counters on every device.
     """
     first = jax.tree.leaves(trained)[0].sharding
     everywhere = NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else first
@@ -87,7 +87,7 @@ def initial_train_state(
 
 
 def param_shardings(trained: Params) -> tuple[Sharding, ...]:
-    """Where weights lie on a mesh, in the order of their leaves; empty on a device of its own.
+    """Where weights are on a mesh, in the order of their leaves; empty on a device of its own.
 
     Said in one way: an optimizer step gives back `P()` for `P(None, None)`, and a program that is
     told another place is compiled anew.
@@ -99,7 +99,7 @@ def param_shardings(trained: Params) -> tuple[Sharding, ...]:
 
 
 def gradient_shardings(trained: Params) -> tuple[Sharding, ...]:
-    """Where gradients lie: as their weights, on several TPU slices cut over `data` as well.
+    """Where gradients are: as their weights, on several TPU slices cut over `data` as well.
 
     Each slice has whole weights, so that no product waits for the network between them; the sums
     are not needed whole before the optimizer's step. What does not divide stays as the weight is.
@@ -137,7 +137,7 @@ def micro_gradients(
     batch: TrainBatch,
     places: tuple[Sharding, ...] = (),
 ) -> tuple[Params, dict[str, Array]]:
-    """Gradients of one micro-batch, and its share of the step's figures.
+    """Gradients of one micro-batch, and its share of the step's metrics.
 
     Args:
       loss: as `train_step` takes it.

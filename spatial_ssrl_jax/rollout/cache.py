@@ -84,7 +84,7 @@ def initial_state(
 
 
 def extended(cache: LayerCache, slots: int) -> LayerCache:
-    """One layer's keys and values with `slots` more slots behind."""
+    """One layer's keys and values with `slots` more slots after."""
     return tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, slots), (0, 0)]) for x in cache)
 
 
@@ -110,6 +110,6 @@ def constrained(tree: Kept, layout: Layout | None) -> Kept:
 
 
 def prefix_shardings(config: TextConfig, layout: Layout) -> Prefix:
-    """Where a `Prefix` lies in a layout; `layers` stands for every cache."""
+    """Where a `Prefix` is in a layout; `layers` stands for every cache."""
     shape = (layout.batch_shards, config.num_key_value_heads, 1, 1)
     return Prefix(layout.sharding("a cache", _PREFIX, shape), layout.rows(), layout.rows())

@@ -44,7 +44,7 @@ class DecodeSettings:
       stop_ids: tokens that end a response.
       suppressed: tokens that are never drawn.
       check_every: steps between looks at whether all have finished.
-      layout: where caches lie; None leaves it to the compiler.
+      layout: where caches are; None leaves it to the compiler.
       kernel: what computes attention; where, `layout` says, if there is one.
     """
 
@@ -90,7 +90,7 @@ def _is_joined(layer: dict[str, Any]) -> bool:
 def decode_weight_shardings(
     config: QwenVLConfig, layout: Layout, joined: bool = False
 ) -> dict[str, Any]:
-    """Where `decode_weights`' arrays lie for sampling; `layers` is one layer's, for all are alike.
+    """Where `decode_weights`' arrays are for sampling; `layers` is one layer's, for all are alike.
 
     Raises:
       UserError: an axis of a weight does not divide by its mesh axis.
@@ -122,7 +122,7 @@ def reshard_program(
     def reshard(part: dict[str, Any]) -> dict[str, Any]:
         return part
 
-    # Between two meshes only where results are asked to lie holds; constraints inside may get lost.
+    # Between two meshes only where results are asked to are holds; constraints inside may get lost.
     donated = 0 if layout.mesh.size == 1 else ()
     return jax.jit(reshard, out_shardings=layer if of_layer else places, donate_argnums=donated)
 
@@ -173,7 +173,7 @@ def prefill(
     prompts: PromptBatch,
     layout: Layout | None = None,
 ) -> tuple[Array, Prefix]:
-    """Encodes pictures and prompts once.
+    """Encodes images and prompts once.
 
     Args:
       config: the model's shape.
@@ -183,7 +183,7 @@ def prefill(
       layout: for sampling, where the results go.
 
     Returns:
-      [B, D] hidden state behind each prompt, and the prompts' keys and values.
+      [B, D] hidden state after each prompt, and the prompts' keys and values.
     """
     return prefill_program(config, compute, layout)(params, prompts)
 
@@ -253,7 +253,7 @@ def _decode_step(
 def _draw(
     settings: DecodeSettings, weights: dict[str, Any], keys_BG: Array, state: DecodeState
 ) -> tuple[DecodeState, Array]:
-    """Draws and writes down the next token of every sample that goes on."""
+    """Draws and writes down the next token of every sample that continues."""
     head = weights["embed"] if weights["head"] is None else weights["head"]
     logits = jnp.einsum("bgd,vd->bgv", state.hidden, head, preferred_element_type=jnp.float32)
     uniform = None if settings.sampling.temperature == 0 else uniforms(keys_BG, state.cursor)
@@ -290,12 +290,12 @@ def initial_samples(
 
 @partial(jax.jit, static_argnums=(1, 2))
 def grow_layer(cache: LayerCache, slots: int, layout: Layout | None = None) -> LayerCache:
-    """One layer's cache with `slots` more slots behind."""
+    """One layer's cache with `slots` more slots after."""
     return constrained(extended(cache, slots), layout)
 
 
 def grow(state: DecodeState, slots: int, layout: Layout | None = None) -> DecodeState:
-    """The same samples with `slots` more cache slots behind; `state` is used up.
+    """The same samples with `slots` more cache slots after; `state` is used up.
 
     A layer at a time, so that old and new caches are not there together.
     """

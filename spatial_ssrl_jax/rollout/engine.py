@@ -1,7 +1,7 @@
 """Sampling G responses to each of B prompts, with everything about a prompt done once.
 
-Pictures are encoded and prompts prefilled once. Between chunks of decode steps the host lengthens
-the response cache, and once half of the groups have finished it goes on with the others alone.
+Images are encoded and prompts prefilled once. Between chunks of decode steps the host lengthens
+the response cache, and once half of the groups have finished it continues with the others alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ class Rollout:
     """What was sampled for this process's B prompts, on the host.
 
     Attributes:
-      tokens: [B, G, R] int32, zero behind each response's length.
+      tokens: [B, G, R] int32, zero after each response's length.
       logprobs: [B, G, R] float32 log-probabilities under the sampler.
       length: [B, G] int32 tokens, the end token included.
       finished: [B, G] bool; False was cut off at the max_new_tokens.
@@ -56,7 +56,7 @@ def concatenate_rollouts(rollouts: Sequence[Rollout], places: np.ndarray) -> Rol
 
     Args:
       rollouts: the parts.
-      places: [B] where each of their prompts, one part after another, stands in the batch.
+      places: [B] where each of their prompts, one part after another, is in the batch.
     """
     fields, order = ("tokens", "logprobs", "length", "finished"), np.argsort(places)
     return Rollout(*(np.concatenate([getattr(r, f) for r in rollouts])[order] for f in fields))
@@ -73,7 +73,7 @@ class Engine:
       kv_block: response places that the cache grows by.
       check_every: decode steps between looks at whether all have finished; divides `kv_block`.
       shards: parts that the batch axis is cut into; a batch never shrinks below one group a part.
-      layout: for sampling, where its weights and caches lie; None leaves it to the compiler.
+      layout: for sampling, where its weights and caches are; None leaves it to the compiler.
     """
 
     config: QwenVLConfig
@@ -175,7 +175,7 @@ class Engine:
         return Rollout(*local_shards(written, getattr(prompts.length, "sharding", None)))
 
     def _size(self, whole: int, going: int) -> int:
-        """Groups to go on with: the whole batch or a part of it that holds all that are going.
+        """Groups to continue with: the whole batch or a part of it that holds all that are going.
 
         Halves and quarters only, and no less than one group a shard: each is a program of its own.
         """

@@ -41,7 +41,7 @@ def sample_keys(key: Array, prompt_index: Array, group: int) -> Array:
 
     Args:
       key: key of the step.
-      prompt_index: [B] int32, the prompt's place in the step, whatever the batch it lies in.
+      prompt_index: [B] int32, the prompt's place in the step, whatever the batch it is in.
       group: G.
 
     Returns:
@@ -97,7 +97,7 @@ def sample(
     if sampling.temperature == 0:
         token = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), axis=-1).astype(jnp.int32)
     elif sampling.top_k == 0 and sampling.top_p >= 1.0:
-        # Weights are worked out again inside the block: kept whole they cost more than the sums.
+        # Weights are recomputed inside the block: kept whole they cost more than the sums.
         inside = lambda b: weigh(_block(rows, b), jnp.asarray(known)[b])  # noqa: E731
         token = _inverse_cdf(block_sum, inside, uniform)
     else:
@@ -114,7 +114,7 @@ def _block_size(size: int) -> int:
 
 
 def _blocks(x: Array) -> Array:
-    """[..., V] -> [..., V / block, block], zeros behind the last entry."""
+    """[..., V] -> [..., V / block, block], zeros after the last entry."""
     block = _block_size(x.shape[-1])
     if x.shape[-1] % block:
         padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]
@@ -161,7 +161,7 @@ def _first_above(running: Array, goal: Array, weight: Array) -> Array:
     """The first place with any weight whose running sum passes the goal.
 
     Rounding can leave a parallel running sum short of the goal, or raise it where there is no
-    weight: such places are passed over, and the last one with weight stands in at the end.
+    weight: such places are passed over, and the last one with weight is in at the end.
     """
     possible = weight > 0
     passed = possible & (running > goal[..., None])

@@ -1,4 +1,4 @@
-"""Cropped patch inpainting: which of four pictures is the missing square."""
+"""Cropped patch inpainting: which of four images is the missing square."""
 
 from dataclasses import dataclass, field
 
@@ -33,35 +33,35 @@ class CropSettings:
     Attributes:
       weight: share in the training mixture.
       distractors: share of each kind of wrong option; three distinct ones are drawn.
-      least_difference: options must differ by more than this, in grey levels (see `patches`).
-      least_side: least side of the square in pixels.
-      trim_frame: keep squares and options inside a white or black frame around the picture, which
+      min_difference: options must differ by more than this, in grey levels (see `patches`).
+      min_side: least side of the square in pixels.
+      trim_frame: keep squares and options inside a white or black frame around the image, which
         would tell them apart.
-      tries: places of the square that are tried, for pictures with plain parts.
+      tries: places of the square that are tried, for images with plain parts.
     """
 
     weight: float = 20200.0
     distractors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DISTRACTORS, 0.2))
-    least_difference: float = 4.0
-    least_side: int = 28
+    min_difference: float = 4.0
+    min_side: int = 28
     trim_frame: bool = True
     tries: int = 6
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """A picture, and the part of it that squares and options are taken from."""
+    """An image, and the part of it that squares and options are taken from."""
 
     picture: Image.Image
     inside: Rectangle
 
 
 def make(record: Record, rng: np.random.Generator, settings: CropSettings) -> Example:
-    """Blackens a square and offers it among three distractors made from the same picture."""
+    """Blackens a square and offers it among three distractors made from the same image."""
     height, width = record.image.shape[:2]
     size = min(height, width) // 2
-    if size < settings.least_side:
-        raise Reject("picture too small for the square")
+    if size < settings.min_side:
+        raise Reject("image too small for the square")
     scene = _Scene(
         Image.fromarray(record.image),
         inner_box(record.image) if settings.trim_frame else (0, 0, width, height),
@@ -93,7 +93,7 @@ def _option(scene: _Scene, box: Box, kind: str) -> np.ndarray:
 def _source_box(inside: Rectangle, box: Box, kind: str) -> Rectangle:
     """What an option shows, before it is resized: left, top, right, bottom in pixels.
 
-    A grown square that would reach over the picture's edge is moved inside: the released code clips
+    A grown square that would reach over the image's edge is moved inside: the released code clips
     it instead, which changes its aspect and so shows that it is a wrong option.
     """
     (left, top, right, bottom), (x, y, size) = inside, box
@@ -123,7 +123,7 @@ def _distractors(
             small = np.rot90(taken["answer"], _TURNS[kind])
         else:
             small = thumbnail(scene.picture, _source_box(scene.inside, box, kind))
-        if all(difference(small, t) > settings.least_difference for t in taken.values()):
+        if all(difference(small, t) > settings.min_difference for t in taken.values()):
             taken[kind] = small
         if len(taken) == 4:
             return list(taken)[1:]
@@ -148,7 +148,7 @@ def _example(record: Record, scene: _Scene, box: Box, kinds: list[str]) -> Examp
 
 
 def sizes(size: Size) -> list[Size]:
-    """The picture, and four squares of half its shorter side."""
+    """The image, and four squares of half its shorter side."""
     return [size, *[(min(size) // 2,) * 2] * 4]
 
 

@@ -26,65 +26,65 @@ _DRAWS = 4096
 
 @dataclass(frozen=True)
 class DepthSettings:
-    """Settings of the depth task; pixels are for a shorter side of 768 and scale with the picture.
+    """Settings of the depth task; pixels are for a shorter side of 768 and scale with the image.
 
     Attributes:
       weight: share in the training mixture.
       windows: window widths in pixels, tried in this order.
-      least_window: floor of a window's width in pixels of the picture.
-      most_range: a region's depths differ by less than this, in normalised depth.
-      least_gap: neighbouring regions are further apart than this, in normalised depth.
-      least_valid: least share of valid pixels in a region; lower it for sparse maps.
-      centre: side in pixels of the picture of a region's centre that must be wholly valid.
+      min_window: floor of a window's width in pixels of the image.
+      max_range: a region's depths differ by less than this, in normalised depth.
+      min_gap: neighbouring regions are further apart than this, in normalised depth.
+      min_valid: least share of valid pixels in a region; lower it for sparse maps.
+      centre: side in pixels of the image of a region's centre that must be wholly valid.
       marker: radius of a marker in pixels.
-      least_marker: its floor in pixels of the picture.
+      min_marker: its floor in pixels of the image.
     """
 
     weight: float = 20620.0
     windows: tuple[int, ...] = (25, 11)
-    least_window: int = 7
-    most_range: float = 0.15
-    least_gap: float = 0.05
-    least_valid: float = 0.9
+    min_window: int = 7
+    max_range: float = 0.15
+    min_gap: float = 0.05
+    min_valid: float = 0.9
     centre: int = 7
     marker: float = 19.0
-    least_marker: float = 8.0
+    min_marker: float = 8.0
 
 
 def make(record: Record, rng: np.random.Generator, settings: DepthSettings) -> Example:
     """Marks three disjoint regions of clearly different depth."""
     depth = normalised_depth(record)
-    radius = round(scaled(settings.marker, settings.least_marker, depth.shape))
+    radius = round(scaled(settings.marker, settings.min_marker, depth.shape))
     for window in settings.windows:
         limits = WindowLimits(
-            half=round(scaled(window, settings.least_window, depth.shape)) // 2,
-            most_range=settings.most_range,
-            least_valid=settings.least_valid,
+            half=round(scaled(window, settings.min_window, depth.shape)) // 2,
+            max_range=settings.max_range,
+            min_valid=settings.min_valid,
             centre=settings.centre,
             margin=radius + 1,
         )
         found = find_regions(depth, limits, rng)
-        triple = _draw(found, rng, settings.least_gap, 2 * radius + 2)
+        triple = _draw(found, rng, settings.min_gap, 2 * radius + 2)
         if triple is not None:
             return _example(record, found, rng.permutation(triple), radius)
     raise Reject("no three regions of clearly different depth")
 
 
 def _draw(
-    found: Regions, rng: np.random.Generator, least_gap: float, distance: float
+    found: Regions, rng: np.random.Generator, min_gap: float, distance: float
 ) -> np.ndarray | None:
     """Three windows, uniform over all valid triples; None where there is none.
 
     For each window as the middle one, the clearly nearer and the clearly farther windows are
     counted in sorted order; their product is the number of triples around it. Drawing the middle by
     that number and the others evenly is uniform over the triples with clear gaps, and taking the
-    first draw whose windows and markers lie apart keeps it so.
+    first draw whose windows and markers are apart keeps it so.
     """
     if len(found) < 3:
         return None
     by_high, by_low = np.argsort(found.high), np.argsort(found.low)
-    nearer = np.searchsorted(found.high[by_high], found.low - least_gap, side="left")
-    below = np.searchsorted(found.low[by_low], found.high + least_gap, side="right")
+    nearer = np.searchsorted(found.high[by_high], found.low - min_gap, side="left")
+    below = np.searchsorted(found.low[by_low], found.high + min_gap, side="right")
     farther = len(found) - below
     ways = np.cumsum(nearer * farther)
     if ways[-1] == 0:

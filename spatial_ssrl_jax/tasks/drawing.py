@@ -1,6 +1,6 @@
-"""What is drawn onto pictures: patch labels with borders, and numbered markers.
+"""What is drawn onto images: patch labels with borders, and numbered markers.
 
-Sizes follow the picture's shorter side, with floors that keep digits readable at 112 pixels.
+Sizes follow the image's shorter side, with floors that keep digits readable at 112 pixels.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ RED = (255, 0, 0)
 WHITE = (255, 255, 255)
 BLACK = (0, 0, 0)
 
-_LEAST_LABEL = 13  # font size in pixels; its digits are 9 to 10 pixels high
+_MIN_LABEL = 13  # font size in pixels; its digits are 9 to 10 pixels high
 _FINE = 4  # stamps are drawn this much larger and shrunk, for smooth edges
 
 
@@ -25,13 +25,13 @@ def draw_labels(image: np.ndarray, rows: int, cols: int) -> np.ndarray:
       rows, cols: the grid of patches.
 
     Returns:
-      [H, W, 3] uint8, a new picture.
+      [H, W, 3] uint8, a new image.
     """
     canvas = Image.fromarray(image)
     draw = ImageDraw.Draw(canvas)
     height, width = image.shape[0] // rows, image.shape[1] // cols
     short = min(image.shape[:2])
-    border, size = max(1, round(short / 250)), max(_LEAST_LABEL, round(short / 14))
+    border, size = max(1, round(short / 250)), max(_MIN_LABEL, round(short / 14))
     for place in range(rows * cols):
         row, col = divmod(place, cols)
         x, y = col * width, row * height
@@ -51,7 +51,7 @@ def draw_markers(image: np.ndarray, points: Sequence[tuple[int, int]], radius: i
       radius: of the circles, in pixels; a marker is 2·radius + 1 wide.
 
     Returns:
-      [H, W, 3] uint8, a new picture.
+      [H, W, 3] uint8, a new image.
     """
     canvas = Image.fromarray(image)
     for digit, (x, y) in enumerate(points, 1):

@@ -10,7 +10,7 @@ from spatial_ssrl_jax.tasks.record import Record
 
 
 class Reject(Exception):
-    """A picture that yields no valid example; the message is a short, countable reason."""
+    """An image that yields no valid example; the message is a short, countable reason."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Example:
     Attributes:
       task: the task's name.
       kind: the variety within the task, for example `2x2_masked` or `near`.
-      images: pictures in prompt order, each [H, W, 3] uint8 RGB.
-      question: the protocol's question. `<imageN>` stands where picture N goes; without any such
-        mark all pictures come first.
+      images: images in prompt order, each [H, W, 3] uint8 RGB.
+      question: the protocol's question. `<imageN>` stands where image N goes; without any such
+        mark all images come first.
       answer: the exact string that earns the accuracy reward.
       reason: one short true sentence that leads to the answer, for cold-start responses.
       truth: enough to check the answer without this code (see `examples.jsonl` in BUILD.md);
-        JSON types only, coordinates in pixels [x, y] of the original picture.
-      source: `{"spec", "record", "image"}` of the original picture.
+        JSON types only, coordinates in pixels [x, y] of the original image.
+      source: `{"spec", "record", "image"}` of the original image.
       response: a whole cold-start response that the data brings; "" where it is made from `reason`.
     """
 
@@ -42,11 +42,11 @@ class Example:
     response: str = ""
 
 
-Size = tuple[int, int]  # height and width of a picture in pixels
+Size = tuple[int, int]  # height and width of an image in pixels
 
 
 def single_image(size: Size) -> list[Size]:
-    """Sizes of the pictures of most tasks' examples: one as large as the record's."""
+    """Sizes of the images of most tasks' examples: one as large as the record's."""
     return [size]
 
 
@@ -56,7 +56,7 @@ class Task:
 
     `make(record, rng, settings)` returns an `Example` or raises `Reject`. Every draw comes from
     `rng`, so the same record, generator state and settings give the same example. `sizes` gives the
-    sizes of an example's pictures from the record's alone, or slightly more where a frame is left
+    sizes of an example's images from the record's alone, or slightly more where a frame is left
     off: what is too large for any prompt is dropped by them before it is decoded. `chance` gives
     how often a guess in the form of the right answer is right; None where that is not known.
     """

@@ -28,16 +28,16 @@ class FlipSettings:
     Attributes:
       weight: share in the training mixture.
       kinds: share of each direction.
-      least_difference: a patch and its two flips must differ from one another by more than this, in
+      min_difference: a patch and its two flips must differ from one another by more than this, in
         grey levels (see `patches`).
-      least_side: least side of a patch in pixels.
-      trim_frame: leave off a white or black frame around the picture, which tells patches' places.
+      min_side: least side of a patch in pixels.
+      trim_frame: leave off a white or black frame around the image, which tells patches' places.
     """
 
     weight: float = 4005.0
     kinds: dict[str, float] = field(default_factory=lambda: {"vertical": 1.0, "horizontal": 1.0})
-    least_difference: float = 4.0
-    least_side: int = 24
+    min_difference: float = 4.0
+    min_side: int = 24
     trim_frame: bool = True
 
 
@@ -47,9 +47,9 @@ def make(record: Record, rng: np.random.Generator, settings: FlipSettings) -> Ex
     axis = DIRECTIONS.index(kind)
     picture, trimmed = trim(record.image) if settings.trim_frame else (record.image, {})
     patches = split_patches(picture, 2, 2)
-    if min(patches[0].shape[:2]) < settings.least_side:
-        raise Reject("picture too small for the patches")
-    able = [i for i, t in enumerate(thumbnails(patches)) if _can_tell(t, settings.least_difference)]
+    if min(patches[0].shape[:2]) < settings.min_side:
+        raise Reject("image too small for the patches")
+    able = [i for i, t in enumerate(thumbnails(patches)) if _can_tell(t, settings.min_difference)]
     if not able:
         raise Reject("every patch looks the same after its flip")
     label = int(rng.choice(able))

@@ -1,25 +1,25 @@
-"""Frames around pictures: white or black bars that would give an answer away.
+"""Frames around images: white or black bars that would give an answer away.
 
-A scanned or letterboxed picture shows in each of its patches where it comes from, whatever is in
+A scanned or letterboxed image shows in each of its patches where it comes from, whatever is in
 it. NYU's photos have such a frame.
 """
 
 import numpy as np
 
 _WHITE, _BLACK = 240, 15  # grey levels from which, and up to which, a pixel may belong to a bar
-_LEAST_SHARE = 0.95  # of such pixels in a bar's line
-_BLEND = 2  # lines beside a bar in which it blends with the picture
-_LEAST_LINES = 16  # a picture with fewer is not looked at
+_MIN_SHARE = 0.95  # of such pixels in a bar's line
+_BLEND = 2  # lines beside a bar in which it blends with the image
+_MIN_LINES = 16  # an image with fewer is not looked at
 _STEP = 4  # every so many pixels of a line are looked at
 
 Box = tuple[int, int, int, int]
 
 
 def inner_box(image: np.ndarray) -> Box:
-    """What lies inside a picture's frame; the whole picture where it has none.
+    """What is inside an image's frame; the whole image where it has none.
 
     Bars count in pairs only, left and right or top and bottom, so that a plain sky stays; and only
-    while at least half the picture lies between them, so that a night stays.
+    while at least half the image is between them, so that a night stays.
 
     Args:
       image: [H, W, 3] uint8.
@@ -33,7 +33,7 @@ def inner_box(image: np.ndarray) -> Box:
 
 
 def trim(image: np.ndarray) -> tuple[np.ndarray, dict[str, list[int]]]:
-    """What lies inside a picture's frame, and what `truth` says of it: `{}` without a frame.
+    """What is inside an image's frame, and what `truth` says of it: `{}` without a frame.
 
     Returns:
       A view [h, w, 3] of the image, and `{"frame": [x, y, w, h]}`, its place in the original.
@@ -46,9 +46,9 @@ def trim(image: np.ndarray) -> tuple[np.ndarray, dict[str, list[int]]]:
 
 
 def _between_bars(lines: np.ndarray) -> tuple[int, int]:
-    """First line and end of what lies between two bars; lines: [n, m, 3] uint8."""
+    """First line and end of what is between two bars; lines: [n, m, 3] uint8."""
     count = len(lines)
-    if count < _LEAST_LINES or not _is_bar(lines[[0, 1, -2, -1]]).all():
+    if count < _MIN_LINES or not _is_bar(lines[[0, 1, -2, -1]]).all():
         return 0, count
     picture = np.flatnonzero(~_is_bar(lines))
     if len(picture) == 0:
@@ -60,4 +60,4 @@ def _between_bars(lines: np.ndarray) -> tuple[int, int]:
 def _is_bar(lines: np.ndarray) -> np.ndarray:
     white = (lines.min(axis=2) >= _WHITE).mean(axis=1)
     black = (lines.max(axis=2) <= _BLACK).mean(axis=1)
-    return np.maximum(white, black) >= _LEAST_SHARE
+    return np.maximum(white, black) >= _MIN_SHARE

@@ -1,4 +1,4 @@
-"""Cutting a picture into a grid of patches, and how alike two pictures look."""
+"""Cutting an image into a grid of patches, and how alike two images look."""
 
 import numpy as np
 from PIL import Image
@@ -17,13 +17,13 @@ def split_patches(image: np.ndarray, rows: int, cols: int) -> list[np.ndarray]:
 
 
 def join_patches(patches: list[np.ndarray], rows: int, cols: int) -> np.ndarray:
-    """The picture that `split_patches` would cut into `patches`."""
+    """The image that `split_patches` would cut into `patches`."""
     grid = [np.concatenate(patches[r * cols : (r + 1) * cols], axis=1) for r in range(rows)]
     return np.concatenate(grid, axis=0)
 
 
 def thumbnail(picture: Image.Image, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """A picture, or its `box` (left, top, right, bottom), as [16, 16, 3] float32 grey levels."""
+    """An image, or its `box` (left, top, right, bottom), as [16, 16, 3] float32 grey levels."""
     size = (_SIDE, _SIDE)
     small = picture.resize(size, Image.Resampling.BOX, box=box, reducing_gap=2.0)
     return np.asarray(small, np.float32)

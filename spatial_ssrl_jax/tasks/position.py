@@ -37,24 +37,24 @@ _DRAWS, _ROUNDS = 4096, 8
 
 @dataclass(frozen=True)
 class PositionSettings:
-    """Settings of the position task; pixels are for a shorter side of 768 and scale with pictures.
+    """Settings of the position task; pixels are for a shorter side of 768 and scale with images.
 
     Attributes:
       weight: share in the training mixture.
       kinds: share of pairs at like depth, of pairs clear in depth alone, and clear in both axes. A
-        kind that a picture has no pair for gives way to another.
+        kind that an image has no pair for gives way to another.
       headings: share of each heading; even as in the paper (the released code has 30/30/30/10).
       window: window width in pixels.
-      least_window: floor of a window's width in pixels of the picture.
-      most_range: a region's depths differ by less than this, in normalised depth.
-      least_valid: least share of valid pixels in a region; lower it for sparse maps.
-      centre: side in pixels of the picture of a region's centre that must be wholly valid.
+      min_window: floor of a window's width in pixels of the image.
+      max_range: a region's depths differ by less than this, in normalised depth.
+      min_valid: least share of valid pixels in a region; lower it for sparse maps.
+      centre: side in pixels of the image of a region's centre that must be wholly valid.
       plane: distance along the image plane, in pixels, above which it is clear.
       depth: distance in normalised depth above which it is clear.
       near_height: a pair at like depth differs by less than this in height, in pixels.
-      least_near_height: its floor in pixels of the picture.
+      least_near_height: its floor in pixels of the image.
       marker: radius of a marker in pixels.
-      least_marker: its floor in pixels of the picture.
+      min_marker: its floor in pixels of the image.
     """
 
     weight: float = 20200.0
@@ -63,16 +63,16 @@ class PositionSettings:
     )
     headings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(HEADINGS, 1.0))
     window: int = 15
-    least_window: int = 7
-    most_range: float = 0.15
-    least_valid: float = 0.9
+    min_window: int = 7
+    max_range: float = 0.15
+    min_valid: float = 0.9
     centre: int = 7
     plane: float = 150.0
     depth: float = 0.25
     near_height: float = 30.0
     least_near_height: float = 4.0
     marker: float = 19.0
-    least_marker: float = 8.0
+    min_marker: float = 8.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class View:
     Attributes:
       points: [x, y] pixels of markers 1 and 2.
       depths: normalised depth of markers 1 and 2.
-      camera: the marker it stands at, 1 or 2.
+      camera: the marker it is at, 1 or 2.
       heading: a key of `HEADINGS`.
     """
 
@@ -116,11 +116,11 @@ class View:
 def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -> Example:
     """Marks two regions, puts a camera at one and asks for the other."""
     depth = normalised_depth(record)
-    radius = round(scaled(settings.marker, settings.least_marker, depth.shape))
+    radius = round(scaled(settings.marker, settings.min_marker, depth.shape))
     limits = WindowLimits(
-        half=round(scaled(settings.window, settings.least_window, depth.shape)) // 2,
-        most_range=settings.most_range,
-        least_valid=settings.least_valid,
+        half=round(scaled(settings.window, settings.min_window, depth.shape)) // 2,
+        max_range=settings.max_range,
+        min_valid=settings.min_valid,
         centre=settings.centre,
         margin=radius + 1,
     )

@@ -1,4 +1,4 @@
-"""What a source yields: one picture, perhaps with its depth."""
+"""What a source yields: one image, perhaps with its depth."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Record:
-    """One picture of a source.
+    """One image of a source.
 
     Attributes:
       image: [H, W, 3] uint8, upright RGB.
-      depth: [H, W] float32 at the picture's own size, or None. Larger is farther; metres where the
+      depth: [H, W] float32 at the image's own size, or None. Larger is farther; metres where the
         source knows them, else up to scale. NaN marks a pixel without a valid depth.
       name: what identifies the record inside its source: a relative path or an id.
       spec: the source's SPEC as the user wrote it, for example `nyu:/data/nyu`.
-      path: where the picture came from (a file), or its id for a source without files.
+      path: where the image came from (a file), or its id for a source without files.
     """
 
     image: np.ndarray

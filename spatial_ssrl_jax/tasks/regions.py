@@ -1,6 +1,6 @@
 """Depth regions: normalised depth, and statistics of many windows at once.
 
-A region is a square window of the depth map. Its candidates' centres lie on an even grid whose
+A region is a square window of the depth map. Its candidates' centres are on an even grid whose
 offset is drawn, so that every pixel may be a centre while a large map costs little more than a
 small one.
 """
@@ -16,7 +16,7 @@ from spatial_ssrl_jax.tasks.record import Record
 _REFERENCE = 768  # shorter side in pixels for which the method's pixel constants hold
 _CENTRES = 32_768  # about as many candidates a map, on the grid
 _SAMPLE = 65_536  # about as many pixels are looked at for the percentiles
-_LEAST_SAMPLE = 1024  # valid ones among them; else all pixels are looked at
+_MIN_SAMPLE = 1024  # valid ones among them; else all pixels are looked at
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,22 @@ class WindowLimits:
 
     Attributes:
       half: half its width in pixels: the window is [c - half, c + half] on both axes.
-      most_range: its valid depths differ by less than this, in normalised depth.
-      least_valid: least share of valid pixels.
+      max_range: its valid depths differ by less than this, in normalised depth.
+      min_valid: least share of valid pixels.
       centre: side in pixels of its centre that must be wholly valid, odd.
-      margin: pixels that its centre keeps from the picture's edge, at least.
+      margin: pixels that its centre keeps from the image's edge, at least.
     """
 
     half: int
-    most_range: float
-    least_valid: float
+    max_range: float
+    min_valid: float
     centre: int
     margin: int
 
 
 @dataclass(frozen=True)
 class Regions:
-    """The windows of a picture that may serve as regions.
+    """The windows of an image that may serve as regions.
 
     Attributes:
       depth: [H, W] float32 normalised to [0, 1], NaN where invalid.
@@ -89,7 +89,7 @@ class Regions:
 
 
 def scaled(pixels: float, floor: float, shape: tuple[int, int]) -> float:
-    """A pixel constant of the method for a picture of `shape` (H, W), not below `floor`."""
+    """A pixel constant of the method for an image of `shape` (H, W), not below `floor`."""
     return max(floor, pixels * min(shape) / _REFERENCE)
 
 
@@ -102,17 +102,17 @@ def normalised_depth(record: Record) -> np.ndarray:
       [H, W] float32, NaN where invalid.
 
     Raises:
-      Reject: there is no map, or it says nothing about the picture.
+      Reject: there is no map, or it says nothing about the image.
     """
     depth = record.depth
     if depth is None:
         raise Reject("no depth map")
     if depth.shape != record.image.shape[:2]:
-        raise Reject("depth map of another size than the picture")
+        raise Reject("depth map of another size than the image")
     step = max(1, round(np.sqrt(depth.size / _SAMPLE)))
     sample = depth[::step, ::step]
     sample = sample[np.isfinite(sample)]
-    if sample.size < _LEAST_SAMPLE:
+    if sample.size < _MIN_SAMPLE:
         sample = depth[np.isfinite(depth)]
     if sample.size == 0:
         raise Reject("depth map without valid pixels")
@@ -139,7 +139,7 @@ def find_regions(depth: np.ndarray, limits: WindowLimits, rng: np.random.Generat
     edge = max(limits.margin, limits.half)
     y, x = (_centres(size, edge, stride, rng) for size in depth.shape)
     low, high, fits = _statistics(depth, limits, y, x)
-    fits &= high - low < limits.most_range
+    fits &= high - low < limits.max_range
     row, col = np.nonzero(fits)
     return Regions(depth, limits.half, x[col], y[row], low[fits], high[fits])
 
@@ -171,7 +171,7 @@ def _statistics(
     fits = np.ones(shape, bool)
     if holes:
         missing = _over_windows(invalid.astype(np.int32), half, y, x, _slide_sum)
-        fits &= missing <= (1 - limits.least_valid) * (2 * half + 1) ** 2
+        fits &= missing <= (1 - limits.min_valid) * (2 * half + 1) ** 2
         fits &= np.isfinite(low)
         inner = min(limits.centre // 2, half)
         fits &= ~_over_windows(invalid, inner, y, x, _slide(np.logical_or))

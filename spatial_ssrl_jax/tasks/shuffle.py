@@ -48,27 +48,27 @@ class ShuffleSettings:
     Attributes:
       weight: share in the training mixture.
       kinds: share of each grid, named rows x columns; the paper's counts.
-      least_difference: patches must differ by more than this, in grey levels (see `patches`).
-      least_side: least side of a patch in pixels.
-      trim_frame: leave off a white or black frame around the picture, which tells patches' places.
+      min_difference: patches must differ by more than this, in grey levels (see `patches`).
+      min_side: least side of a patch in pixels.
+      trim_frame: leave off a white or black frame around the image, which tells patches' places.
     """
 
     weight: float = 16028.0
     kinds: dict[str, float] = field(default_factory=lambda: dict(_SHARES))
-    least_difference: float = 4.0
-    least_side: int = 24
+    min_difference: float = 4.0
+    min_side: int = 24
     trim_frame: bool = True
 
 
 def make(record: Record, rng: np.random.Generator, settings: ShuffleSettings) -> Example:
-    """Cuts the picture, draws its patches in another order, asks for the original one."""
+    """Cuts the image, draws its patches in another order, asks for the original one."""
     kind = weighted_choice(rng, settings.kinds)
     rows, cols = (int(n) for n in kind.removesuffix("_masked").split("x"))
     picture, trimmed = trim(record.image) if settings.trim_frame else (record.image, {})
     patches = split_patches(picture, rows, cols)
-    if min(patches[0].shape[:2]) < settings.least_side:
-        raise Reject("picture too small for the patches")
-    masked = _mask(patches, kind.endswith("_masked"), settings.least_difference, rng)
+    if min(patches[0].shape[:2]) < settings.min_side:
+        raise Reject("image too small for the patches")
+    masked = _mask(patches, kind.endswith("_masked"), settings.min_difference, rng)
     if masked is not None:
         patches[masked] = np.full_like(patches[masked], 255)
     permutation = _permutation(len(patches), rng)

@@ -1,4 +1,4 @@
-"""A benchmark that is asked while training goes on: some of its questions, and its score."""
+"""A benchmark that is asked during training: some of its questions, and its score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -56,7 +56,7 @@ class BenchmarkEval:
         """Asks every question, greedily; the same on every process.
 
         Returns:
-          The scored answers and their figures.
+          The scored answers and their metrics.
         """
         weights = self.engine.fill(params)
         respondent = Policy(self.files, self.engine, self.layout, params, weights)

@@ -1,4 +1,4 @@
-"""Everything a run holds while it goes on, and opening it: what cannot work is refused here."""
+"""Everything a run holds while it continues, and opening it: what cannot work is refused here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ class RunComponents:
 
 @dataclass
 class Run(RunComponents):
-    """Everything a run holds while it goes on; built once by `open_run`."""
+    """Everything a run holds while it continues; built once by `open_run`."""
 
     workdir: epath.Path
     engine: Engine
@@ -132,7 +132,7 @@ def open_run(
         workdir / "checkpoints", config.checkpoint.keep, always=[config.sft.steps]
     )
     train, heldout = (len(pool) for pool in (parts.split.train, parts.split.heldout))
-    progress.say(f"{train} training and {heldout} held-out pictures from {parts.source.spec}")
+    progress.say(f"{train} training and {heldout} held-out images from {parts.source.spec}")
     return Run(
         **vars(parts),
         workdir=workdir,
@@ -218,15 +218,15 @@ def pipeline(
 
 
 def check_bad_fraction(parts: RunComponents, bad: int, tried: int) -> None:
-    """Refuses a source of which too many pictures could not be used.
+    """Refuses a source of which too many images could not be used.
 
     Raises:
       UserError: of at least twenty, more than `data.max_bad_fraction`.
     """
     if tried >= 20 and bad > parts.config.data.max_bad_fraction * tried:
         raise UserError(
-            f"{bad} of {tried} pictures from {parts.source.spec} could not be used: "
-            "mend the source, or raise data.max_bad_fraction."
+            f"{bad} of {tried} images from {parts.source.spec} could not be used: "
+            "fix the source, or raise data.max_bad_fraction."
         )
 
 

@@ -29,7 +29,7 @@ class StageInitializer:
     Attributes:
       config: the run.
       model: the model it names.
-      layout: where weights lie.
+      layout: where weights are.
       checkpoints: the run's.
       say: tells the user what is read.
     """
@@ -56,7 +56,7 @@ class StageInitializer:
         return model.load(self.layout, dtype)
 
     def base(self, stage: SftSettings | GrpoSettings) -> ModelFolder | None:
-        """Where the weights that a stage starts from lie; None when they are drawn."""
+        """Where the weights that a stage starts from are; None when they are drawn."""
         config = self.config
         if stage is not self.first():
             self.checkpoints.wait()  # the cold start's last one may still be on its way
@@ -150,7 +150,7 @@ def check_initial_weights(config: Config, model: ModelFolder) -> None:
     """Refuses weights that a run cannot start from, by their files' headers alone.
 
     Raises:
-      UserError: nothing usable lies there, or `grpo.init_from` is a model of another shape.
+      UserError: nothing usable is there, or `grpo.init_from` is a model of another shape.
     """
     path = config.grpo.init_from
     first = open_model(path) if path else model

@@ -60,7 +60,7 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     notes: list[str] = []
     heldout_items(heldout_datasets(parts), 1, notes.append)
     if not parts.split.heldout:
-        notes.append("no picture is held out, so there are no held-out figures")
+        notes.append("no image is held out, so there are no held-out metrics")
     stages, first = {}, 0
     for name, settings in (("sft", config.sft), ("grpo", config.grpo)):
         left = min(max(first + settings.steps - done, 0), settings.steps)
@@ -295,7 +295,7 @@ def _lines(report: dict[str, Any]):
         + (f"{_size(has)} each" if has else "unknown"),
     )
     done = report["steps_done"]
-    yield "folder", report["workdir"] + (f", goes on after step {done}" if done else "")
+    yield "folder", report["workdir"] + (f", resumes after step {done}" if done else "")
     for name, stage in report["stages"].items():
         yield from ((f"{name}: {what}", text) for what, text in _stage_lines(stage))
     yield (

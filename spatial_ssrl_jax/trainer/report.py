@@ -1,4 +1,4 @@
-"""`report.html`: one file, readable without a server, refreshed while the run goes on."""
+"""`report.html`: one file, readable without a server, refreshed during the run."""
 
 import html
 import io
@@ -84,7 +84,7 @@ def write_report(workdir: epath.PathLike, config: dict[str, Any], title: str) ->
 
 
 def warnings(rows: list[dict[str, Any]]) -> list[str]:
-    """What in the figures should worry a reader, in words."""
+    """What in the metrics should worry a reader, in words."""
     grpo = [r for r in rows if r["stage"] == "grpo" and "reward/overall_mean" in r]
     if len(grpo) < 10:
         return []
@@ -120,7 +120,7 @@ def warnings(rows: list[dict[str, Any]]) -> list[str]:
     check(
         dropped > kept > 0,
         f"Of {dropped + kept:.0f} prompts a step {dropped:.0f} are dropped, as too long or as "
-        "pictures that give no example.",
+        "images that give no example.",
     )
     skipped = sum(r.get("optim/skipped") or 0 for r in grpo)
     check(skipped > 0, f"{skipped:.0f} updates were skipped, for their gradient was not finite.")
@@ -203,7 +203,7 @@ def _timing(rows: Rows) -> str:
 
 
 def _heldout(rows: Rows) -> str:
-    """The newest held-out figures of each stage, a line a task."""
+    """The newest held-out metrics of each stage, a line a task."""
     measured = [row for row in rows if any(k.startswith("heldout/") for k in row)]
     newest = {row["stage"] if row["step"] else "untrained": row for row in measured}
     if not newest:
@@ -221,7 +221,7 @@ def _heldout(rows: Rows) -> str:
         ]
         if any(value is not None for value in values):
             lines.append([task, *("–" if v is None else f"{v:.3f}" for v in values)])
-    return f"<h2>Held-out pictures</h2>{table(head, lines)}"
+    return f"<h2>Held-out images</h2>{table(head, lines)}"
 
 
 def _benchmark(rows: Rows) -> str:
@@ -273,7 +273,7 @@ def _article(row: dict, files: list[bytes]) -> str:
     return (
         f'<article data-task="{task}" data-step="{row["step"]}" data-answers="{_answers(row)}">'
         f"<h3>step {row['step']} · {task} · {html.escape(row['kind'])} · answer "
-        f'{html.escape(row["answer"])}</h3><div class="pictures">{pictures}</div>'
+        f'{html.escape(row["answer"])}</h3><div class="images">{pictures}</div>'
         f"<details><summary>question</summary><pre>{html.escape(row['question'])}</pre></details>"
         f"{responses}</article>"
     )

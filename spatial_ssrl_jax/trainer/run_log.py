@@ -1,4 +1,4 @@
-"""What is written for people while a run goes on: sampled rollouts and the report.
+"""What is written for people during a run: sampled rollouts and the report.
 
 Training does not end when they cannot be written: it is said, once until it works again.
 """
@@ -88,7 +88,7 @@ def _write(run: Run, what: str, write: Callable[[], object]) -> None:
             raise
         if what not in run.unwritten:
             run.progress.say(
-                f"{run.workdir / what} cannot be written ({why}): training goes on without; {mend}"
+                f"{run.workdir / what} cannot be written ({why}): training continues without; {mend}"
             )
         run.unwritten.add(what)
     else:

@@ -47,7 +47,7 @@ from spatial_ssrl_jax.trainer.validation import validate
 
 UNTRAINED, SFT, GRPO = "untrained", "sft", "grpo"
 _REFILL_SEED = 1_000_001  # apart from the seeds of both stages
-_NAMED = 10  # unusable pictures that are named; the rest is only counted
+_NAMED = 10  # unusable images that are named; the rest is only counted
 
 
 def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> bool:
@@ -55,14 +55,14 @@ def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> b
 
     Args:
       config: the run.
-      workdir: where everything is left, here or in a bucket; a run that stopped there goes on.
+      workdir: where everything is left, here or in a bucket; a run that stopped there continues.
       overwrite: empty the folder first.
 
     Returns:
       True when the run is complete, False when it stopped early with its state saved.
 
     Raises:
-      UserError: something the user can mend.
+      UserError: something the user can fix.
     """
     workdir = user_path(workdir)
     with (
@@ -72,7 +72,7 @@ def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> b
         disk_explained(workdir),
     ):
         preemption.say, progress.went_on = progress.say, watch.beat
-        progress.doing("opening the model and the pictures")
+        progress.doing("opening the model and the images")
         run = open_run(config, workdir, overwrite, preemption, progress)
         start = StageInitializer(config, run.model, run.layout, run.checkpoints, progress.say)
         try:
@@ -93,7 +93,7 @@ def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> b
 
 
 def _close(run: Run) -> None:
-    """Hands on the last figures; how the run ended is said already."""
+    """Hands on the last metrics; how the run ended is said already."""
     if run.metrics is not None:
         with suppress(Exception):
             run.metrics.close()
@@ -106,7 +106,7 @@ def _run_stages(run: Run, start: StageInitializer, done: int) -> bool:
         meta = run.checkpoints.read_meta(done)
         run.heldout, run.seconds = meta["heldout"], meta["seconds"]
         run.best = BestCheckpoint(**meta["best"]) if meta.get("best") else None
-        run.progress.say(f"going on after step {done}")
+        run.progress.say(f"resuming after step {done}")
     if config.sft.steps and done < config.sft.steps:
         if _stopped(run, done) or not _sft_stage(run, start, done):
             return False
@@ -297,7 +297,7 @@ def _stopped(run: Run, done: int) -> bool:
 
 
 def _say_stopped(run: Run, done: int) -> None:
-    run.progress.say(f"stopped after step {done}; the same command goes on from here")
+    run.progress.say(f"stopped after step {done}; the same command resumes from here")
 
 
 def _refill(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
@@ -328,7 +328,7 @@ def _agreed(batch: Batch) -> Batch:
 
 
 def _count_bad(run: Run, batch: Batch) -> None:
-    """Names the first unusable pictures, and stops when there are too many."""
+    """Names the first unusable images, and stops when there are too many."""
     skips = [skip for item in batch.items for skip in item.skipped if skip.bad]
     for skip in skips[: max(0, _NAMED - run.bad)]:
         run.progress.say(f"skipped {skip.name}: {skip.reason}")

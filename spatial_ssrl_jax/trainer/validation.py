@@ -1,4 +1,4 @@
-"""Measuring a model while it trains: held-out pictures, a benchmark, and which step is the best."""
+"""Measuring a model while it trains: held-out images, a benchmark, and which step is the best."""
 
 import time
 
@@ -17,7 +17,7 @@ def validate(
 
     Args:
       run: the run; its tables, seconds and best step are brought up to date.
-      stage: under which the table has the figures.
+      stage: under which the table has the metrics.
       number: the run's step.
       params: the model.
       place: steps done in the stage; None at the end of a stage and before the first, where
@@ -44,9 +44,9 @@ def _due(place: int | None, every: int) -> bool:
 
 def _heldout(run: Run, stage: str, number: int, params: Params) -> HeldoutTable:
     if not run.evaluation.items:
-        run.progress.say("no picture is held out, so there are no held-out figures")
+        run.progress.say("no image is held out, so there are no held-out metrics")
         return {}
-    run.progress.doing(f"measuring held-out pictures ({stage}, step {number})")
+    run.progress.doing(f"measuring held-out images ({stage}, step {number})")
     start = time.perf_counter()
     run.heldout[stage] = run.evaluation.measure(params, run.config.trained_tasks, run.config.seed)
     _spend(run, "heldout", start)

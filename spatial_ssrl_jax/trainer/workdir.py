@@ -38,7 +38,7 @@ def check_workdir(config: Config, workdir: epath.Path, overwrite: bool) -> bool:
     """Refuses a folder that cannot be this run's; changes nothing.
 
     Returns:
-      Whether the same run stopped there, so that it goes on.
+      Whether the same run stopped there, so that it continues.
 
     Raises:
       UserError: it cannot be written to, is not empty, or holds another run.
@@ -79,7 +79,7 @@ def _check_same(before: dict, now: dict, workdir: epath.Path) -> None:
     if changed:
         raise UserError(
             f"{workdir} holds a run with another config ({', '.join(changed[:4])} changed): "
-            "go on with the old values, choose another --workdir, or give --overwrite."
+            "continue with the old values, choose another --workdir, or give --overwrite."
         )
 
 

@@ -1,4 +1,4 @@
-"""The rollout's matrix products alone: all of them, none twice, and not thrown away."""
+"""The rollout's matmuls alone: all of them, none twice, and not thrown away."""
 
 import jax
 import jax.numpy as jnp

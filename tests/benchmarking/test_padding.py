@@ -37,7 +37,7 @@ def test_a_mix_of_two_lengths():
     made, drawn = found["made"], found["drawn"]
     assert made["padding_share"] == pytest.approx(1 - (needed + 24) / (computed + 32), abs=1e-4)
     assert drawn["padding_share"] == pytest.approx(1 - (needed + 40) / (computed + 128), abs=1e-4)
-    assert made["least_share"] == drawn["least_share"] == 0
+    assert made["min_share"] == drawn["min_share"] == 0
     assert made["in_order_share"] > made["padding_share"] + 0.1
     windows = 4 * short + 8 * (1 - short)
     assert made["window_padding_share"] == pytest.approx(1 - windows / windows, abs=1e-4)
@@ -47,8 +47,8 @@ def test_a_mix_of_two_lengths():
 def test_responses_spread_within_groups():
     found = measure_padding(CONFIG, Lengths((one(40, 8, 12),)), 200, 20.0, 0.3)
     assert found["drawn"]["response_tokens_mean"] == pytest.approx(20, rel=0.03)
-    assert 0 < found["drawn"]["least_share"] < found["drawn"]["padding_share"]
-    assert found["made"]["least_share"] == 0
+    assert 0 < found["drawn"]["min_share"] < found["drawn"]["padding_share"]
+    assert found["made"]["min_share"] == 0
 
 
 @pytest.mark.parametrize("values", [(0, 20.0, 0.3), (1, 0.0, 0.3), (1, 20.0, -1.0)])

@@ -200,7 +200,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_last_one_stays(tmp_
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # as a full disk: writes fail
     try:
-        with pytest.raises(UserError, match=r"step 6 could not be saved .* goes on after step 3"):
+        with pytest.raises(UserError, match=r"step 6 could not be saved .* resumes after step 3"):
             checkpoints.save(6, "sft", later, {})
             checkpoints.wait()
     finally:

@@ -1,4 +1,4 @@
-"""Opening a model wherever it lies, exporting it whole or not at all, and claiming a folder."""
+"""Opening a model wherever it is, exporting it whole or not at all, and claiming a folder."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def test_a_missing_folder_is_named_and_the_hub_is_not_asked(
     path: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *_: pytest.fail("asked the hub")
+        "huggingface_hub.snapshot_download", lambda *_: pytest.fail("asked the Hub")
     )
     with pytest.raises(UserError, match=f"the model folder {path} does not exist"):
         open_model(path)

@@ -28,7 +28,7 @@ PRETEXT = ("--benchmark=pretext", *ASKED[:2])
 BENCH = ("--model=tiny", "--random-weights")
 # What a sentence tells to try next begins or continues with one of these.
 NEXT = re.compile(
-    r"\b(give|choose|set|use|check|copy|fetch|mend|raise|lower|write|add|change|free|expected|must|"
+    r"\b(give|choose|set|use|check|copy|fetch|fix|raise|lower|write|add|change|free|expected|must|"
     r"did you mean|install|leave|remove|save|merge|known here|needs)\b"
 )
 
@@ -74,7 +74,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     # train: what the config names
     (train.main, train_with("data.source=scene"), ["'scene'", "did you mean 'scenes'"]),
     (train.main, train_with("data.source=folder:/nowhere"), ["folder:/nowhere"]),
-    (train.main, train_with("data.source=folder:DIR/empty"), ["found no picture"]),
+    (train.main, train_with("data.source=folder:DIR/empty"), ["found no image"]),
     (
         train.main,
         [*train_with(), "--workdir=gs://bucket"],
@@ -152,16 +152,16 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (generate.main, ["--model=DIR/wordless", ASK[1]], ["the tokenizer in", "wordless"]),
     (generate.main, ["--model=DIR/cut", ASK[1]], ["model.safetensors cannot be read"]),
     (generate.main, [*ASK, "--image=/nowhere/x.png"], ["/nowhere/x.png"]),
-    (generate.main, [*ASK, "--image=DIR"], ["cannot be read as a picture"]),
+    (generate.main, [*ASK, "--image=DIR"], ["cannot be read as an image"]),
     (generate.main, [*ASK, "--video=DIR/broken.py"], ["broken.py"]),
     (generate.main, [*ASK, "--samples=0"], ["--samples"]),
     (generate.main, [*ASK, "--fps=nan"], ["--fps"]),
     (generate.main, [*ASK, "--temperature=nan"], ["--temperature"]),
     (generate.main, [*ASK, "--seed=-1"], ["--seed"]),
-    (generate.main, [*ASK, "--max-pixels=1"], ["smallest picture area"]),
+    (generate.main, [*ASK, "--max-pixels=1"], ["smallest image area"]),
     (generate.main, [*ASK, "--max-prompt-tokens=3"], ["at most 3 fit"]),
-    (generate.main, [*ASK[:1], "--question=<image>"], ["places for 1 picture"]),
-    (generate.main, [*ASK[:1], "--question=<|image_pad|>"], ["picture token"]),
+    (generate.main, [*ASK[:1], "--question=<image>"], ["places for 1 image"]),
+    (generate.main, [*ASK[:1], "--question=<|image_pad|>"], ["image token"]),
     # convert
     (convert.main, ["to-orbax", "/nowhere/m", "DIR/x"], ["/nowhere/m"]),
     (convert.main, ["to-orbax", "MODEL", "DIR"], ["is not empty"]),
@@ -185,12 +185,12 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (evaluate.main, ["--score=DIR/x.jsonl"], ["x.jsonl cannot be read"]),
     (evaluate.main, ["--score=DIR/x.jsonl", "--model=MODEL"], ["leave it out"]),
     (evaluate.main, ["--score=DIR/x.jsonl", "--compare", "DIR", "DIR"], ["leave one out"]),
-    (evaluate.main, ["--score=DIR/x.jsonl", "--data=DIR"], ["--data is for a page's pictures"]),
+    (evaluate.main, ["--score=DIR/x.jsonl", "--data=DIR"], ["--data is for a page's images"]),
     (evaluate.main, ["--compare", "DIR/empty", "DIR"], ["empty has no predictions.jsonl"]),
     # prepare
     (prepare.main, ["coco", "/nowhere", "DIR/x"], ["coco:/nowhere"]),
-    (prepare.main, ["coco", "DIR/empty", "DIR/x"], ["found no picture"]),
-    (prepare.main, ["coco", "DIR/bad", "DIR/x"], ["1 of 1 pictures", "bad.png"]),
+    (prepare.main, ["coco", "DIR/empty", "DIR/x"], ["found no image"]),
+    (prepare.main, ["coco", "DIR/bad", "DIR/x"], ["1 of 1 images", "bad.png"]),
     (prepare.main, ["coco", "PICTURES", "PICTURE/x"], ["a.png"]),
     # bench
     (bench.main, ["rollout", "--model=/nowhere/m"], ["/nowhere/m"]),
@@ -216,7 +216,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     pictures, files = folder / "pictures", folder / "dir"
     for name in ("empty", "bad", "damaged"):
         (files / name).mkdir(parents=True)
-    (files / "bad" / "bad.png").write_text("no picture")
+    (files / "bad" / "bad.png").write_text("no image")
     (files / "damaged" / "config.json").write_text('{"name": "ti')
     (files / "x.array_record-00000-of-00001").write_text("")
     pictures.mkdir()
@@ -260,7 +260,7 @@ def test_one_sentence_names_the_cause_and_what_to_try(run, places, main, argv, n
 
     code, out, err = run(main, *map(placed, argv))
     assert_one_sentence(code, err, named)
-    assert out in ("", "opening the model and the pictures\n")
+    assert out in ("", "opening the model and the images\n")
     left = [p for p in Path(places["DIR"]).iterdir() if p.name in ("w", "p", "x")]
     files = [file for path in left for file in path.rglob("*") if file.is_file()]
     files = [file for file in files if ".config" not in file.parts]  # TFDS notes where it was
@@ -277,7 +277,7 @@ def test_one_sentence_names_the_cause_and_what_to_try(run, places, main, argv, n
         (FileNotFoundError(errno.ENOENT, "no", "/data/x"), ["/data/x: No such file", "check"]),
         (MemoryError(), ["memory ran out (MemoryError)", "micro_batch_prompts"]),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of\n memory"), ["Out of memory)", "--prompts"]),
-        (UserError("two\nlines, and no stop: mend it"), ["two lines, and no stop: mend it."]),
+        (UserError("two\nlines, and no stop: fix it"), ["two lines, and no stop: fix it."]),
     ],
 )
 def test_what_the_machine_refuses_is_said_in_a_sentence(run, error: Exception, words):

@@ -39,7 +39,7 @@ def browser() -> Iterator:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a made-up run of both stages."""
+    """The report of a synthetic run of both stages."""
     folder = tmp_path_factory.mktemp("run")
     writer = MetricsWriter(folder)
     for step in range(1, 11):

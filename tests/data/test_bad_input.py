@@ -38,10 +38,10 @@ def narrow(path: Path) -> None:
 
 
 BAD_PICTURES: dict[str, tuple[Save, str]] = {
-    "empty.png": (lambda path: path.write_bytes(b""), "not a picture"),
-    "text.jpg": (lambda path: path.write_text("404 Not Found"), "not a picture"),
+    "empty.png": (lambda path: path.write_bytes(b""), "not an image"),
+    "text.jpg": (lambda path: path.write_text("404 Not Found"), "not an image"),
     "cut.jpg": (truncated, "cannot be read"),
-    "zero.png": (lambda path: path.write_bytes(png_of_size(0, 5)), "not a picture"),
+    "zero.png": (lambda path: path.write_bytes(png_of_size(0, 5)), "not an image"),
     "huge.png": (lambda path: path.write_bytes(png_of_size(12_000, 12_000)), "12000x12000.*shrink"),
     "narrow.png": (narrow, "24000x100 pixels cannot be used"),
 }
@@ -156,4 +156,4 @@ def test_a_run_stops_above_its_share_of_bad_pictures():
     assert (run.bad, run.tried) == (5, 40) and said == ["skipped a.png: cut."] * 5
     with pytest.raises(UserError, match=r"data\.max_bad_fraction") as error:
         training._count_bad(run, SimpleNamespace(items=[bad] * 10))
-    assert "of 60 pictures from folder:x" in str(error.value)
+    assert "of 60 images from folder:x" in str(error.value)

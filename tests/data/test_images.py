@@ -1,4 +1,4 @@
-"""Every kind of picture comes out as upright [H, W, 3] uint8; every bad one as `BadImage`."""
+"""Every kind of image comes out as upright [H, W, 3] uint8; every bad one as `BadImage`."""
 
 import io
 import struct

@@ -41,5 +41,5 @@ def test_prompts_are_as_long_as_measured(config):
 def test_a_source_without_pictures_for_a_task_is_named(config, tmp_path):
     Image.new("RGB", (112, 84)).save(tmp_path / "x.png")
     tasks = {n: replace(s, weight=float(n == "depth")) for n, s in config.tasks.items()}
-    with pytest.raises(UserError, match="no pictures for depth"):
+    with pytest.raises(UserError, match="no images for depth"):
         Lengths.open(replace(config, tasks=tasks), spec=f"folder:{tmp_path}")

@@ -72,7 +72,7 @@ def test_an_example_larger_than_a_row_names_the_settings():
 
 @pytest.fixture(scope="module")
 def examples(toy) -> list[PackedExample]:
-    """Two pictures, none, and one; the first windows of each are not full."""
+    """Two images, none, and one; the first windows of each are not full."""
     grids = ([(1, 4, 6), (1, 10, 4)], [], [(1, 8, 12)])
     prompts = [toy.prompt(seed, 6 + seed, grid) for seed, grid in enumerate(grids)]
     return [PackedExample(p, np.arange(3 + i, dtype=np.int32)) for i, p in enumerate(prompts)]

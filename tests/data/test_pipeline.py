@@ -279,7 +279,7 @@ def test_the_question_counts_too(processor: Processor):
 
 
 def test_buckets_that_hold_no_prompt_are_refused_beforehand(processor: Processor):
-    """From sizes alone, of pictures and of the words that every prompt has."""
+    """From sizes alone, of images and of the words that every prompt has."""
     least = processor.measure([(112, 112)], FORMAT_PROMPT)
     fits = partial(check_fits, SCENES, range(4), weights(flip=1.0), processor)
     fits(PromptSize(least.tokens, least.windows))

@@ -1,4 +1,4 @@
-"""Prompts: the chat text, picture tokens, patches and padding, and what is refused."""
+"""Prompts: the chat text, image tokens, patches and padding, and what is refused."""
 
 import json
 import shutil
@@ -50,12 +50,12 @@ def test_chat_text(processor, question, images, content):
     "question, images", [("<image> and <image>", 1), ("<image>", 2), ("<image>", 0)]
 )
 def test_places_must_match_pictures(processor, question, images):
-    with pytest.raises(UserError, match=rf"has places for \d pictures .* but {images} were given"):
+    with pytest.raises(UserError, match=rf"has places for \d images .* but {images} were given"):
         processor.chat(question, images)
 
 
 def test_pictures_and_videos_stand_where_the_question_says(processor):
-    """By number where marks have one; a kind without marks in front, pictures first."""
+    """By number where marks have one; a kind without marks in front, images first."""
     asked = {
         "Where?": (PICTURE * 2 + VIDEO + "Where?", [("image", 0), ("image", 1), ("video", 0)]),
         "<image2> or <image1>?": (
@@ -72,7 +72,7 @@ def test_pictures_and_videos_stand_where_the_question_says(processor):
         assert text == f"{SYSTEM}<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
         assert found == order
     for question in ("<image1> and <image1>", "<image1> and <image3>", "<image0><image1>"):
-        with pytest.raises(UserError, match=r"places for 2 pictures \(number .*\), but 2 were"):
+        with pytest.raises(UserError, match=r"places for 2 images \(number .*\), but 2 were"):
             processor.chat(question, 2)
     with pytest.raises(UserError, match="places for 1 videos"):
         processor.chat("<video>", 0)
@@ -87,7 +87,7 @@ def test_numbered_pictures_keep_their_pixels(processor):
 
 
 def test_picture_token_in_the_question_is_refused(processor):
-    with pytest.raises(UserError, match="itself holds a picture token"):
+    with pytest.raises(UserError, match="itself holds an image token"):
         processor.prompt("What is <|image_pad|>?", (picture(56, 56),))
 
 
@@ -170,7 +170,7 @@ def test_video_prompt(processor, config):
     assert time.tolist() == [0] * 6 + [4] * 6 + [8] * 6
     assert row.tolist() == [0, 0, 0, 1, 1, 1] * 3 and column.tolist() == [0, 1, 2] * 6
     behind = prompt.position[:, places[-1] + 1] - prompt.position[0, places[0]]
-    assert behind.tolist() == [3, 3, 3]  # the longer side, as in a picture
+    assert behind.tolist() == [3, 3, 3]  # the longer side, as in an image
     assert prompt.next_position == prompt.position[0, -1] + 1
     assert set(prompt.frame[prompt.frame >= 0]) == {0, 1, 2, 3}
 
@@ -220,7 +220,7 @@ def test_prompt_patches_stand_in_their_windows(processor):
 
 
 def test_sizes_stay_within_limits(shared, config):
-    """Sides are multiples of two patches, the area lies in the limits, the shape is kept."""
+    """Sides are multiples of two patches, the area is in the limits, the shape is kept."""
     small, large = 8 * 28 * 28, 60 * 28 * 28
     processor = Processor(shared / "qwen2_5_vl", config, small, large)
     rng = np.random.default_rng(0)
@@ -241,7 +241,7 @@ def test_settings_come_from_the_folder(processor):
 
 @pytest.mark.parametrize("height, width", [(10, 3000), (3000, 14)])
 def test_extreme_shapes_are_bad_pictures(processor, height, width):
-    with pytest.raises(BadImage, match=f"a picture of {width}x{height} pixels cannot be used"):
+    with pytest.raises(BadImage, match=f"an image of {width}x{height} pixels cannot be used"):
         processor.grid(height, width)
 
 

@@ -1,4 +1,4 @@
-"""Prompts of 200 random picture sizes, from 1:180 to 180:1, against Transformers' own code."""
+"""Prompts of 200 random image sizes, from 1:180 to 180:1, against Transformers' own code."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def test_resizing_order_and_expansion(folder, processor):
 
 
 def test_positions(processor):
-    """Position ids, and where the response goes on (the reference's rope delta)."""
+    """Position ids, and where the response continues (the reference's rope delta)."""
     torch = pytest.importorskip("torch", reason="the reference's positions need torch")
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 

@@ -66,11 +66,11 @@ def test_a_bare_path_is_told_apart_from_a_kind(tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "rgbd", "diode", "megadepth", "nyu"])
 def test_missing_and_empty_folders(tmp_path, kind):
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     cases = {
         f"{kind}:{tmp_path}/gone": "there is no such folder",
         f"{kind}:{tmp_path}/notes.txt": "is a file",
-        f"{kind}:{tmp_path}": "found no picture",
+        f"{kind}:{tmp_path}": "found no image",
         f"{kind}:": "path is missing",
     }
     for spec, reason in cases.items():
@@ -114,7 +114,7 @@ def test_folder_follows_links_but_not_round_in_circles(tmp_path):
 
 
 def test_folder_reads_no_pixels_until_asked(tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
     source = open_source(f"folder:{tmp_path}")
     assert source.name(0) == "broken.jpg"
     with pytest.raises(BadImage, match=str(tmp_path / "broken.jpg")):
@@ -160,7 +160,7 @@ def test_rgbd_mask(tmp_path):
 def test_rgbd_a_picture_without_depth_is_named(tmp_path):
     save_picture(tmp_path / "a.png")
     save_picture(tmp_path / "b.jpg")
-    with pytest.raises(UserError, match="found no picture"):  # none has depth: the wrong kind
+    with pytest.raises(UserError, match="found no image"):  # none has depth: the wrong kind
         open_source(f"rgbd:{tmp_path}")
     save_depth(tmp_path / "a_depth.png", ramp())
     source = open_source(f"rgbd:{tmp_path}")
@@ -221,7 +221,7 @@ def bad_depths(folder: Path) -> dict[str, str]:
     return {
         "zero.npy": "no pixel with a valid depth",
         "nan.npy": "no pixel with a valid depth",
-        "turned.npy": "not that of its picture",
+        "turned.npy": "not that of its image",
         "rgb.npy": r"expected numbers \[H, W\]",
         "complex.npy": "expected numbers",
         "none.npy": "expected numbers",

@@ -35,7 +35,7 @@ def encoded(seed: int) -> bytes:
 
 
 def as_cell(form: str, folder: Path, seed: int):
-    """A picture as one of the forms that `images` holds."""
+    """An image as one of the forms that `images` holds."""
     if form == "bytes":
         return encoded(seed)
     (folder / "images").mkdir(exist_ok=True)
@@ -107,7 +107,7 @@ def test_a_bad_picture_is_named(tmp_path: Path):
         open_source(f"ssrl81k:{file}")[0]
     file = write_parquet(tmp_path, "bytes")
     table = pq.read_table(file).to_pylist()
-    table[0]["images"] = [b"no picture"]
+    table[0]["images"] = [b"no image"]
     pq.write_table(pa.Table.from_pylist(table), file)
     with pytest.raises(BadImage, match=r"train\.parquet#0"):
         open_source(f"ssrl81k:{file}")[0]
@@ -141,7 +141,7 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path):
 
 @pytest.mark.parametrize("form", ["json", "struct", "path", "bytes"])
 def test_questions_of_one_picture_are_held_out_together(tmp_path: Path, form: str):
-    """12 questions of 6 pictures, twice each; bytes alone do not say of which."""
+    """12 questions of 6 images, twice each; bytes alone do not say of which."""
     file = tmp_path / ("cold.json" if form == "json" else "train.parquet")
     rows = []
     for number in range(12):

@@ -25,13 +25,13 @@ from tests.helpers.fake_storage import Storage
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two RGB-D pictures, one of them JPEG with its depth of another size, and a damaged one."""
+    """Two RGB-D images, one of them JPEG with its depth of another size, and a damaged one."""
     folder = tmp_path_factory.mktemp("in")
     save_picture(folder / "a.jpg")
     save_depth(folder / "a_depth.npy", ramp((6, 8)))
     save_picture(folder / "room" / "b.png")
     save_depth(folder / "room" / "b_depth.png", ramp())
-    (folder / "c.png").write_bytes(b"no picture")
+    (folder / "c.png").write_bytes(b"no image")
     save_depth(folder / "c_depth.npy", ramp())
     return folder
 
@@ -144,7 +144,7 @@ def test_prepare_reports_and_never_overwrites_unasked(
 
 
 def test_prepare_stops_when_too_much_is_bad(folder: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"1 of 3 pictures .*c\.png.*--max-bad-fraction"):
+    with pytest.raises(UserError, match=r"1 of 3 images .*c\.png.*--max-bad-fraction"):
         prepare.main(["rgbd", str(folder), str(tmp_path)])
     assert not list(tmp_path.rglob("*.array_record*"))
 
@@ -159,7 +159,7 @@ def test_coco_keeps_the_files_bytes_and_needs_no_depth(tmp_path: Path):
 
 
 def test_the_layout_of_coco_in_the_catalogue(tmp_path: Path):
-    """Features as the catalogue publishes coco/2017; only picture and file name are decoded."""
+    """Features as the catalogue publishes coco/2017; only image and file name are decoded."""
     features = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(encoding_format="jpeg"),

@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_clip(path: Path, frames: int = 12, size: tuple[int, int] = (60, 80)) -> None:
-    """An mp4 of three seconds whose picture moves."""
+    """An mp4 of three seconds whose image moves."""
     av = pytest.importorskip("av", reason="writes and reads videos, which needs PyAV")
     path.unlink(missing_ok=True)
     noise = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)

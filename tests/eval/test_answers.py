@@ -51,7 +51,7 @@ def test_a_choice_is_found(response: str, letter: str):
         "",
         "D",  # no such option
         r"\boxed{D. lamp}",
-        "A chair stands in front of the table, but I cannot tell.",
+        "A chair is in front of the table, but I cannot tell.",
         "A table",
         "Seen from A and from B it may be either of them, or C.",
         "(A) or (B)",

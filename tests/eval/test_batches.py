@@ -42,7 +42,7 @@ def test_what_would_not_fill_a_batch_joins_the_next_larger():
 
 
 def test_scores_against_a_long_video_fit(shared: Path):
-    """In GiB of float32 scores: of a video of 128 frames, and of sixteen pictures."""
+    """In GiB of float32 scores: of a video of 128 frames, and of sixteen images."""
     config = read_config(shared / "qwen2_5_vl" / "3b")
     heads = config.vision.num_heads
     for shape, rows in ((PromptSize(50_000, 3072), 1), (PromptSize(1536, 128), 16)):

@@ -125,7 +125,7 @@ def test_the_words_of_qspatial_are_the_published_ones():
 
 @pytest.mark.parametrize("name", [name for name in SPECS if name != "vsi_bench"])
 def test_a_model_can_be_asked(name: str, tmp_path: Path, processor: Processor):
-    """Every prompt has a place for each of its pictures, in their order."""
+    """Every prompt has a place for each of its images, in their order."""
     benchmark = open_benchmark(name, files.WRITERS[name](tmp_path))
     for style in ("direct", "reasoning", "own"):
         asked = benchmark.prompt(benchmark.questions[0], style)

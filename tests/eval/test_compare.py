@@ -1,4 +1,4 @@
-"""Two models question by question, on cases worked out by hand."""
+"""Two models question by question, on cases computed by hand."""
 
 import dataclasses
 

@@ -90,7 +90,7 @@ def test_thousands_of_questions_stay_small_and_every_kind_is_there(tmp_path: Pat
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """A picture that JPEG cannot make small."""
+    """An image that JPEG cannot make small."""
 
     seed: int
     name: str = "noise"
@@ -113,7 +113,7 @@ def test_pictures_keep_to_their_budget():
     shown = sum("<img" in part for part in found)
     assert 1 <= shown < 5 and sum(map(len, found)) < 150_000 + len(found[1])
     assert pictures.without == 5 - shown  # the last one is not among the questions
-    assert f"Pictures of {5 - shown} of the questions" in pictures.note()
+    assert f"Images of {5 - shown} of the questions" in pictures.note()
     assert "1 could not be read, the first: noise: cannot be read." in pictures.note()
 
 

@@ -36,7 +36,7 @@ def real(shared: Path) -> Path:
 
 
 def linked(real: Path, name: str, folder: Path, media: list[str]) -> Path:
-    """A real question file beside one small picture under all the names that it asks for."""
+    """A real question file beside one small image under all the names that it asks for."""
     files.place(folder, media)
     (folder / name).symlink_to(real / name)
     return folder / name
@@ -135,7 +135,7 @@ def test_whatsup_with_the_real_objects_and_answers_is_read_whole(real: Path, tmp
 
 @pytest.mark.parametrize("name", SPECS)
 def test_every_format_is_read(name: str, tmp_path: Path):
-    """From the file, and from the folder that it lies in, alone or below a folder of sets."""
+    """From the file, and from the folder that it is in, alone or below a folder of sets."""
     place = tmp_path / name
     place.mkdir()
     path = files.WRITERS[name](place)
@@ -276,7 +276,7 @@ def test_another_files_levels_and_types_are_refused(tmp_path: Path):
 BAD_ROWS = {
     "no answer": ({"answer": ""}, "row 2 of x.tsv has no answer"),
     "no such option": ({"answer": "D"}, "row 2 of x.tsv: its answer 'D' is none of its options"),
-    "no picture": ({"image": ""}, "row 2 of x.tsv has no picture"),
+    "no image": ({"image": ""}, "row 2 of x.tsv has no image"),
     "no question": ({"question": " "}, "row 2 of x.tsv has no question"),
 }
 
@@ -334,7 +334,7 @@ def test_an_id_that_occurs_twice_is_refused(tmp_path: Path):
         (b"index\tquestion\n", "holds no row"),
         (b"index\tquestion\n1\n", "row 1 of x.tsv has 1 columns and the first line 2"),
         (b"index\tquestion\n\xff\xfe\t2\n", "x.tsv cannot be read"),
-        (b"index\tquestion\timage\n1\ta\t7\n", "row 1 .*takes its picture from row '7'"),
+        (b"index\tquestion\timage\n1\ta\t7\n", "row 1 .*takes its image from row '7'"),
     ],
 )
 def test_damaged_tables_are_refused(content: bytes, said: str, tmp_path: Path):

@@ -112,7 +112,7 @@ def test_eight_devices_answer_the_same(
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
-    """A multiple choice of pictures of three sizes, so of several shapes of prompts."""
+    """A multiple choice of images of three sizes, so of several shapes of prompts."""
     rows = [files.mcq_row(i, "AB"[i % 2], hint="Look here. " * 30 * (i % 3)) for i in range(COUNT)]
     return files.write_tsv(tmp_path_factory.mktemp("many") / "RealWorldQA.tsv", rows)
 
@@ -203,7 +203,7 @@ def test_samples_do_not_depend_on_the_batch(run, checkpoint: Path, tmp_path: Pat
 
 
 def test_what_cannot_be_read_is_named_or_left_out(run, checkpoint: Path, tmp_path: Path):
-    """One picture is damaged from its start, and one behind its header, which is met later."""
+    """One image is damaged from its start, and one behind its header, which is met later."""
     path = files.write_viewspatial(tmp_path)
     for name, content in (("a/0.jpg", b"nothing"), ("b/1.jpg", files.png(1)[:-30])):
         (tmp_path / "ViewSpatial-Bench" / name).unlink()
@@ -264,7 +264,7 @@ def test_a_prompt_that_is_too_long_is_named(run, checkpoint: Path, many: Path, t
 
 
 def test_pretext_tasks_stand_beside_chance(run, checkpoint: Path, tmp_path: Path):
-    """Asked as in training, over held-out pictures; what was asked can be scored again."""
+    """Asked as in training, over held-out images; what was asked can be scored again."""
     words = [f"--model={checkpoint}", "--benchmark=pretext", "--source=scenes:40:224x224"]
     words += [f"--out={tmp_path / 'out'}", *SMALL, "--examples=3", "--reasoning"]
     code, out, err = run(*words, "--heldout-fraction=0.2")

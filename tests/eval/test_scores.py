@@ -71,7 +71,7 @@ def test_options_are_taken_from_the_prompt_where_meta_has_none():
 
 
 def test_3dsrbench_is_plain_and_also_gives_the_stricter_figures():
-    """Two questions; of the second only its mirrored picture in one order is answered wrongly."""
+    """Two questions; of the second only its mirrored image in one order is answered wrongly."""
     qids = [f"ABCDEF0{q}{kind}" for q in (0, 1) for kind in ("", "-1", "-flip", "-flip-1")]
     records = [
         record("3dsrbench", "A", "B" if qid == "ABCDEF01-flip-1" else "A", name=qid, qid=qid)
@@ -214,7 +214,7 @@ def test_vsi_bench_reads_what_its_type_asks_for():
 
 
 def test_hallusionbench_by_hand():
-    """Two figures with two questions each; one answer is wrong and one says nothing."""
+    """Two scores with two questions each; one answer is wrong and one says nothing."""
     said = {("1", "0"): "Yes", ("1", "1"): "No.", ("2", "0"): "Yes, it is", ("2", "1"): "Perhaps"}
     records = [
         record(
@@ -291,12 +291,12 @@ def test_chartqa_is_the_mean_of_both_halves():
         score_predictions([record("chartqa", "14", "14", "test")])
 
 
-# figures
+# scores
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_all_right_and_all_wrong(name: str, tmp_path: Path):
-    """From the question files to the figures: right answers give 100, and empty ones 0."""
+    """From the question files to the scores: right answers give 100, and empty ones 0."""
     benchmark = open_benchmark(name, files.WRITERS[name](tmp_path))
     records = []
     for question in benchmark.questions:

@@ -1,4 +1,4 @@
-"""Small files in the published formats of the benchmarks, with pictures and clips to match."""
+"""Small files in the published formats of the benchmarks, with images and clips to match."""
 
 import base64
 import csv
@@ -16,7 +16,7 @@ from spatial_ssrl_jax.eval.benchmarks.prompts import SPATIAL457_LEVELS
 
 
 def png(seed: int) -> bytes:
-    """An encoded picture of one colour: red is the seed."""
+    """An encoded image of one colour: red is the seed."""
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), (seed % 256, 100, 0)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -45,7 +45,7 @@ def write_json(path: Path, rows: list) -> Path:
 
 
 def place(folder: Path, names: Iterable[str], content: bytes | None = None) -> None:
-    """One picture (or other content) under each of the names."""
+    """One image (or other content) under each of the names."""
     source = folder / "one.bin"
     source.write_bytes(png(7) if content is None else content)
     for name in set(names):
@@ -67,7 +67,7 @@ def write_mcq(folder: Path, name: str) -> Path:
 
 
 def write_3dsrbench(folder: Path) -> Path:
-    """Two questions, each mirrored and in another order; later rows name the first's picture."""
+    """Two questions, each mirrored and in another order; later rows name the first's image."""
     kinds = ("", "-1", "-flip", "-flip-1")
     rows = [
         mcq_row(10 * q + k, qid=f"ABCDEF0{q}{kind}", image=encoded(q) if k == 0 else 10 * q)
@@ -111,7 +111,7 @@ def write_spatial457(folder: Path) -> Path:
 
 
 def write_qspatial(folder: Path, held: Sequence[int] = (0, 1, 2)) -> Path:
-    """Three rows, of which those that are `held` have their picture's bytes."""
+    """Three rows, of which those that are `held` have their image's bytes."""
     rows = [
         {
             "question": f"How far is {i}?",

@@ -125,7 +125,7 @@ def _grpo(run: Run, start: StageInitializer) -> Arrays:
 
 
 def _summed(name: str, loss, params, batches) -> Arrays:
-    """A step's figures and gradients, over its micro-batches."""
+    """A step's metrics and gradients, over its micro-batches."""
     gradients, figures, places = None, {}, gradient_shardings(params)
     for batch in batches:
         more, sums = micro_gradients(loss, params, {}, batch, places)
@@ -188,7 +188,7 @@ def table(found: dict[str, Arrays]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--step", type=Path, help="take the step that lies in this folder")
+    parser.add_argument("--step", type=Path, help="take the step that is in this folder")
     add_options(parser)
     args = parser.parse_args(argv)
     if args.step is None:

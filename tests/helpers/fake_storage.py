@@ -23,7 +23,7 @@ _CLOCK = itertools.count(1)  # generations: each write has a higher one
 
 @dataclass
 class Object:
-    """What lies under a name."""
+    """What is under a name."""
 
     data: bytes
     generation: int = field(default_factory=lambda: next(_CLOCK))

@@ -1,4 +1,4 @@
-"""Made-up pictures and depth maps for the task tests: smooth structure with noise on it."""
+"""Made-up images and depth maps for the task tests: smooth structure with noise on it."""
 
 import numpy as np
 from PIL import Image
@@ -35,7 +35,7 @@ def room(seed: int, height: int, width: int, holes: float = 0.0) -> np.ndarray:
 def record(
     seed: int = 0, height: int = 112, width: int = 112, holes: float = 0.0, **changes
 ) -> Record:
-    """A picture with depth; `changes` replace fields."""
+    """An image with depth; `changes` replace fields."""
     fields = {
         "image": photo(seed, height, width),
         "depth": room(seed, height, width, holes),

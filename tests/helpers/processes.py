@@ -21,7 +21,7 @@ def start_all(
     """Starts `python *command` as `count` processes, told to join where there are several.
 
     Args:
-      command: behind `python`.
+      command: after `python`.
       count: processes.
       devices: of each.
       join: tell them by options where process 0 is.

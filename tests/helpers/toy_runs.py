@@ -119,7 +119,7 @@ def lora_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def lora_config(lora_base: Path) -> c.Config:
-    """Two stages of adapters, two steps of two prompts each, no held-out figures."""
+    """Two stages of adapters, two steps of two prompts each, no held-out metrics."""
     tiny = c.load_config(str(ROOT / "configs" / "tiny.py"))
     small = {"steps": 2, "prompts": 2, "learning_rate": 0.05}
     groups = {"micro_batch_prompts": 2, "group_size": 2, "warmup_ratio": 0.0}

@@ -73,7 +73,7 @@ def test_slurm_trains_on_every_task_and_queues_again_until_complete(cloud: Cloud
     failed = ends(2)
     assert failed.returncode == 1 and "training ended with an error" in failed.stderr
 
-    # A lost process queues again, if the run went on since it started; an error never does.
+    # A lost process queues again, if the run continued since it started; an error never does.
     (cloud.folder / "runs/x/summary.json").unlink()
     for code, step, again in ((75, 10, 1), (137, 20, 1), (2, 30, 0), (75, 30, 0)):
         notes.write_text("")

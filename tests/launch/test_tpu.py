@@ -77,7 +77,7 @@ def test_wrong_settings_are_refused_before_anything_is_asked(cloud: Cloud, flags
 
 
 def test_all_goes_from_nothing_to_the_model_and_leaves_no_tpu(cloud: Cloud):
-    flags = ["--pictures=coco=/pictures", "--model=gs://b/runs/sft_3b/export"]
+    flags = ["--images=coco=/images", "--model=gs://b/runs/sft_3b/export"]
     flags += ["--config.grpo.steps=2", "--config.tasks.shuffle.kinds={'3x1': 1.0}"]
     plan = cloud.tpu("all", *flags, "--dry-run")
     assert plan.returncode == 0 and not cloud.calls
@@ -92,7 +92,7 @@ def test_all_goes_from_nothing_to_the_model_and_leaves_no_tpu(cloud: Cloud):
     assert cloud.state is None and "is charged until" not in done.stdout
     assert "gs://b stays and is charged" in done.stdout
     asked = (cloud.folder / "python").read_text()
-    assert "-m spatial_ssrl_jax.prepare coco /pictures gs://b/data" in asked
+    assert "-m spatial_ssrl_jax.prepare coco /images gs://b/data" in asked
     assert (
         "-m spatial_ssrl_jax.train --config=configs/grpo_3b.py --workdir=gs://b/runs/grpo_3b "
         "--distributed --config.data.source=tfds:ssrl_pictures/coco@gs://b/data "
@@ -141,7 +141,7 @@ def test_a_request_that_waits_is_named_when_patience_is_over(cloud: Cloud):
     cloud.start("WAITING_FOR_RESOURCES")
     done = cloud.tpu("create", "--patience=0", "--wait=1")
     assert done.returncode == 1 and cloud.count(CREATE) == 0
-    assert "go on waiting with launch/tpu.sh create" in done.stderr
+    assert "continue waiting with launch/tpu.sh create" in done.stderr
     assert "is charged once it is ACTIVE; take it back: launch/tpu.sh delete" in done.stdout
 
 
@@ -189,7 +189,7 @@ def test_a_worker_that_fails_says_why(cloud: Cloud, file: str, text: str, says: 
     (cloud.folder / file).write_text(text)
     done = cloud.tpu("setup")
     assert done.returncode == 1 and says in done.stdout
-    assert "mend it, then run launch/tpu.sh setup" in done.stderr
+    assert "fix it, then run launch/tpu.sh setup" in done.stderr
 
 
 def test_preemption_is_told_apart_and_resumed(cloud: Cloud):
@@ -199,7 +199,7 @@ def test_preemption_is_told_apart_and_resumed(cloud: Cloud):
     cloud.fault("vm.sh status", REFUSED, code=255, state="SUSPENDED")
     done = cloud.tpu("watch")
     assert done.returncode == 75
-    assert "ssrl was preempted or is gone: go on with launch/tpu.sh resume" in done.stderr
+    assert "ssrl was preempted or is gone: continue with launch/tpu.sh resume" in done.stderr
     assert "is SUSPENDED and holds no TPU" in done.stdout
 
     cloud.training(COMPLETE)
@@ -218,7 +218,7 @@ def test_training_that_is_ended_from_outside_can_be_resumed(cloud: Cloud, how: i
     for pid in cloud.folder.glob("worker*/job/pid"):
         os.killpg(int(pid.read_text()), how)
     done = cloud.tpu("watch")
-    assert done.returncode == 75 and "go on with launch/tpu.sh resume" in done.stderr
+    assert done.returncode == 75 and "continue with launch/tpu.sh resume" in done.stderr
 
 
 def test_a_node_that_is_preempted_before_the_request_says_so(cloud: Cloud):
@@ -240,7 +240,7 @@ def test_training_that_fails_shows_its_log_and_what_is_charged(cloud: Cloud):
     cloud.training(FAILS)
     done = cloud.tpu("all")
     assert done.returncode == 1 and "error: out of memory" in done.stderr
-    assert "training ended with an error (above): mend it, then run launch/tpu.sh" in done.stderr
+    assert "training ended with an error (above): fix it, then run launch/tpu.sh" in done.stderr
     assert "is charged until: launch/tpu.sh delete" in done.stdout and cloud.state == "ACTIVE"
 
 

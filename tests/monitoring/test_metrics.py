@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and its parts: known names, `null` for NaN, no line behind a restored step."""
+"""`metrics.jsonl` and its parts: known names, `null` for NaN, no line after a restored step."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Samples of rollouts: JSONL whose pictures lie beside it."""
+"""Samples of rollouts: JSONL whose images are beside it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Moments that rest in host memory: where they lie between steps, and that nothing else changes."""
+"""Moments that rest in host memory: where they are between steps, and that nothing else changes."""
 
 from dataclasses import replace
 

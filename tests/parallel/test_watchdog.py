@@ -83,7 +83,7 @@ def test_a_lost_process_ends_the_other(pair: list[subprocess.Popen], number: int
     gone = number == signal.SIGKILL and lost == 0  # with process 0 goes what joins them
     assert code == EXIT_PEER_LOST or (gone and code == -signal.SIGABRT)
     assert re.search(rf"process {lost} of this run was (lost|not heard of)|process was lost", said)
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,9 @@ def test_an_error_of_one_is_what_the_other_says(pair: list[subprocess.Popen]):
 def test_one_that_hangs_ends_both(pair: list[subprocess.Popen]):
     for process in pair:
         code, said = ended(process, PATIENCE)
-        assert code == EXIT_PEER_LOST and ("nothing went on for 12 s" in said or "was lost" in said)
+        assert code == EXIT_PEER_LOST and (
+            "nothing continued for 12 s" in said or "was lost" in said
+        )
 
 
 def test_a_single_process_that_hangs_ends(monkeypatch: pytest.MonkeyPatch):

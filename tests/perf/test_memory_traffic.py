@@ -1,4 +1,4 @@
-"""Bytes from shapes against the figures known of the 3B and the 7B, and peaks of devices."""
+"""Bytes from shapes against the metrics known of the 3B and the 7B, and peaks of devices."""
 
 import math
 

@@ -20,7 +20,7 @@ from spatial_ssrl_jax.qwen_vl.weights import read_params
 NO_TORCH = "compares with Transformers, which needs torch: pip install torch"
 VISION_80 = dict(depth=4, hidden_size=160, intermediate_size=224, num_heads=2)  # heads of 80
 SHAPES = {
-    # Heads of 128 with the hub's M-RoPE sections, embedding tied as in the 3B.
+    # Heads of 128 with the Hub's M-RoPE sections, embedding tied as in the 3B.
     "tied": dict(
         text=dict(hidden_size=256, num_attention_heads=2, num_key_value_heads=1),
         section=(16, 24, 24),
@@ -70,7 +70,7 @@ class Checkpoint:
     """One folder as both sides have it.
 
     Attributes:
-      folder: config, weights, tokenizer and picture settings.
+      folder: config, weights, tokenizer and image settings.
       torch_model: Transformers' model.
       config, params: what we read from the folder.
     """
@@ -82,7 +82,7 @@ class Checkpoint:
 
 
 def make_checkpoint(folder: Path, shape: dict, seed: int) -> Checkpoint:
-    """Writes random weights with Transformers; token ids are the hub's where the vocabulary is."""
+    """Writes random weights with Transformers; token ids are the Hub's where the vocabulary is."""
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     transformers = pytest.importorskip("transformers")
     first = 151_643 if shape["vocab"] > 151_700 else 980
@@ -132,7 +132,7 @@ def make_checkpoint(folder: Path, shape: dict, seed: int) -> Checkpoint:
     scope="session", params=["tied", "grouped", pytest.param("wide", marks=pytest.mark.slow)]
 )
 def checkpoint(request, shared: Path, tmp_path_factory) -> Checkpoint:
-    """A model with the real vocabulary, tokenizer and picture settings."""
+    """A model with the real vocabulary, tokenizer and image settings."""
     folder = tmp_path_factory.mktemp(request.param)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.json"):
         shutil.copy(shared / "qwen2_5_vl" / name, folder)
@@ -149,7 +149,7 @@ def mini(request, tmp_path_factory) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Asked:
-    """One question: pictures as (height, width), videos as (frames, height, width, fps).
+    """One question: images as (height, width), videos as (frames, height, width, fps).
 
     Pixels are random. All sides are multiples of 28, so that nothing is resized.
     """
@@ -187,7 +187,7 @@ class Question:
     Attributes:
       prompt: from our processor.
       inputs: Transformers' tensors: ids, patches, grids, token types and seconds.
-      patches: the patches of all pictures and videos in the order that they stand in the text.
+      patches: the patches of all images and videos in the order that they are in the text.
       grids: their grids [n, 3].
     """
 
@@ -197,7 +197,7 @@ class Question:
     grids: Any
 
     def followed_by(self, response: np.ndarray) -> dict[str, Any]:
-        """Transformers' inputs with a response behind the prompt."""
+        """Transformers' inputs with a response after the prompt."""
         import torch
 
         more = torch.tensor(np.asarray(response)[None], dtype=torch.long)

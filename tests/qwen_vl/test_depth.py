@@ -99,7 +99,7 @@ def cache_bytes(config: QwenVLConfig, depth: int) -> int:
 
 @pytest.mark.parametrize("name", SCANNED)
 def test_programs_do_not_grow_with_depth(lower, name):
-    """As many matrix products for 7 layers as for 3, and no more text but prefill's caches."""
+    """As many matmuls for 7 layers as for 3, and no more text but prefill's caches."""
     few, many = (lower(name, depth).as_text() for depth in (3, 7))
     products = few.count("stablehlo.dot_general")
     assert products > 10 and many.count("stablehlo.dot_general") == products

@@ -23,7 +23,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 @pytest.fixture(scope="module")
 def prompts(toy):
-    """Two prompts of different lengths: two pictures in one, one in the other."""
+    """Two prompts of different lengths: two images in one, one in the other."""
     return [toy.prompt(0, 9, [(1, 4, 6), (1, 2, 10)]), toy.prompt(1, 4, [(1, 6, 2)])]
 
 
@@ -187,7 +187,7 @@ def test_attention_in_chunks(chunk=3):
 
 
 def test_attention_by_hand():
-    """Query 2 sees keys 1 and 2 (its segment, not behind it): weights 1/4 and 3/4."""
+    """Query 2 sees keys 1 and 2 (its segment, not after it): weights 1/4 and 3/4."""
     k = jnp.zeros((1, 1, 4, 4)).at[0, 0, 2, 0].set(2 * np.log(3.0))
     v = jnp.arange(16.0).reshape(1, 1, 4, 4)
     q = jnp.zeros((1, 4, 1, 4)).at[0, 2, 0, 0].set(1.0)

@@ -192,7 +192,7 @@ def test_dots_keep_what_fused_attention_gives(
     remat: str,
     kept: bool,
 ):
-    """Its results, and the sums of its softmax in float32: else it would all be worked out again.
+    """Its results, and the sums of its softmax in float32: else it would all be recomputed.
 
     cuDNN's operation is looked at without being compiled, which needs a GPU.
     """

@@ -44,7 +44,7 @@ def adapted(toy, fresh):
 
 @pytest.fixture(scope="module")
 def logprobs(toy):
-    """Log-probabilities of fixed responses to two prompts, one with pictures."""
+    """Log-probabilities of fixed responses to two prompts, one with images."""
     prompts = [toy.prompt(1, 6, [(1, 4, 6), (1, 10, 4)]), toy.prompt(2, 9)]
     batch = pad_prompts(prompts, (40,), (4,))
     tokens = np.random.default_rng(3).integers(0, 600, (2, 2, 5)).astype(np.int32)

@@ -25,7 +25,7 @@ BATCHED = (*PICTURES, "mixed", "video of 16 at 1")
 NAMES = (*BATCHED, *(f"video of {n}" for n in ("4 at 1", "4 at 2", "7 at 1", "7 at 2", "16 at 2")))
 COMPUTE = Compute(attention_chunk=1024)
 BUCKETS = ((192,), (16,))
-RESPONSES = (9, 5)  # tokens of the two responses behind each prompt
+RESPONSES = (9, 5)  # tokens of the two responses after each prompt
 LIMIT = 2e-4
 
 
@@ -41,7 +41,7 @@ def responses_to(name):
 
 @pytest.fixture(scope="module")
 def reference(checkpoint, questions, as_numpy):
-    """Transformers' vision output, caches, hidden states and logits, worked out once a prompt."""
+    """Transformers' vision output, caches, hidden states and logits, computed once a prompt."""
 
     @cache
     @torch.no_grad()
@@ -103,7 +103,7 @@ def test_prompt_is_the_processors(checkpoint, questions, name):
 
 @pytest.mark.parametrize("seconds", [[0.5, 1.0], [2.0, 1.3], [2 / 29.97, 2 / 3], [0.35, 1.9]])
 def test_positions_of_pictures_and_videos(checkpoint, seconds):
-    """A prompt that mixes pictures and videos, whose frames are spaced by their seconds."""
+    """A prompt that mixes images and videos, whose frames are spaced by their seconds."""
     config = checkpoint.config
     grids, kinds = [(1, 4, 6), (4, 6, 4), (1, 2, 8), (3, 4, 4)], [1, 2, 1, 2]
     types, times = [0] * 5, iter(seconds)
@@ -134,7 +134,7 @@ def test_vision_tower(checkpoint, questions, reference, measure, name):
 
 @pytest.mark.parametrize("grids", [[(1, 42, 74)], [(1, 4, 6), (4, 10, 18)]], ids=["large", "video"])
 def test_vision_tower_on_given_patches(checkpoint, measure, as_numpy, grids):
-    """A picture of 588x1036 pixels, more patches than attend at a time; a picture and a video."""
+    """An image of 588x1036 pixels, more patches than attend at a time; an image and a video."""
     config = checkpoint.config.vision
     rng, count = np.random.default_rng(0), sum(int(np.prod(g)) for g in grids)
     patches = rng.normal(size=(count, config.patch_dim)).astype(np.float32)
@@ -167,7 +167,7 @@ def run_layers(config, params, prompts):
 
 @pytest.mark.parametrize("name", ["five", "mixed"])
 def test_hidden_states_of_every_layer(checkpoint, questions, measure, as_numpy, name):
-    """The model cut off behind each of its layers, at every token."""
+    """The model cut off after each of its layers, at every token."""
     model, config = checkpoint.torch_model.model, checkpoint.config
     with torch.no_grad():
         out = model(**questions[name].inputs, output_hidden_states=True)
@@ -195,7 +195,7 @@ def check_responses(found, row, expected, measure, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_prompt(checkpoint, questions, reference, measure, name):
-    """A prompt alone, and two responses behind it: every layer's cache, hidden states, logits."""
+    """A prompt alone, and two responses after it: every layer's cache, hidden states, logits."""
     batch = pad(questions, [name])
     found = prefill(checkpoint.config, COMPUTE, checkpoint.params, batch)
     check_prefill(found, 0, batch.length[0], reference(name), measure, name)
@@ -205,7 +205,7 @@ def test_one_prompt(checkpoint, questions, reference, measure, name):
 
 
 def test_padded_batch(checkpoint, questions, reference, measure):
-    """All prompts at once, of different lengths and with different pictures."""
+    """All prompts at once, of different lengths and with different images."""
     batch = pad(questions, BATCHED)
     assert len(set(batch.length.tolist())) == len(BATCHED)
     caches = prefill(checkpoint.config, COMPUTE, checkpoint.params, batch)

@@ -27,7 +27,7 @@ def config(toy):
 
 
 def processor_order(grids):
-    """(picture or frame, row, column) of each patch as the processor lists them, by plain loops."""
+    """(image or frame, row, column) of each patch as the processor lists them, by plain loops."""
     listed, first = [], 0
     for t, h, w in grids:
         for frame in range(first, first + t):
@@ -89,7 +89,7 @@ def test_no_pictures(config):
 
 
 def test_positions_of_a_picture_by_hand(config):
-    """Two words, a picture of 2x3 tokens, two words: text goes on behind the longer side."""
+    """Two words, an image of 2x3 tokens, two words: text continues after the longer side."""
     is_vision = np.array([0, 0, 1, 1, 1, 1, 1, 1, 0, 0], bool)
     found = mrope_positions(config, is_vision, [(1, 4, 6)], [None])
     assert found.tolist() == [

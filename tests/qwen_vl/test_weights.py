@@ -18,7 +18,7 @@ from spatial_ssrl_jax.qwen_vl.weights import read_params, write_params
 
 
 def read_all(folder):
-    """Every tensor of a folder, in the hub's naming."""
+    """Every tensor of a folder, in the Hub's naming."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         found.update(load_file(path))
@@ -54,7 +54,7 @@ def test_tree_is_the_declared_one(mini):
 
 
 def test_matrices_lie_as_declared(mini):
-    """Row h·H+i of the hub's q_proj is column (h, i) of ours; qkv comes as q, k and v."""
+    """Row h·H+i of the Hub's q_proj is column (h, i) of ours; qkv comes as q, k and v."""
     hub, text = read_all(mini.folder), mini.params["text"]
     size = mini.config.text.head_dim
     row = hub["model.layers.1.self_attn.q_proj.weight"][3 * size + 2]

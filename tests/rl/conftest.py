@@ -1,4 +1,4 @@
-"""A very small model and a mixed batch: prompts and responses of different lengths, pictures."""
+"""A very small model and a mixed batch: prompts and responses of different lengths, images."""
 
 from dataclasses import replace
 
@@ -28,13 +28,13 @@ CONFIG = QwenVLConfig(
 )
 
 
-# Words and pictures of each prompt of `mixed_batch`.
+# Words and images of each prompt of `mixed_batch`.
 TEXTS = (5, 11, 7)
 GRIDS = ([(1, 4, 6), (1, 10, 4)], [(1, 8, 8)], [])
 
 
 def make_prompt(rng: np.random.Generator, text: int, grids: list[tuple[int, int, int]]) -> Prompt:
-    """Random text and patches, pictures first."""
+    """Random text and patches, images first."""
     config = CONFIG.vision
     ids = []
     for _, h, w in grids:
@@ -52,7 +52,7 @@ def make_prompt(rng: np.random.Generator, text: int, grids: list[tuple[int, int,
     )
 
 
-# Words and pictures of each example of `examples`, and tokens of its response.
+# Words and images of each example of `examples`, and tokens of its response.
 SUPERVISED = (
     (5, [(1, 4, 6), (1, 10, 4)], 3),
     (11, [], 8),
@@ -60,13 +60,13 @@ SUPERVISED = (
     (4, [], 5),
     (9, [(1, 2, 2)], 6),
 )
-# Two examples fit in a row; its pictures need one of two window counts.
+# Two examples fit in a row; its images need one of two window counts.
 ROWS = SftSettings(row_tokens=56, row_windows=(2, 4), row_responses=14, micro_batch_rows=2)
 
 
 @pytest.fixture(scope="session")
 def examples() -> tuple[Batch, list[np.ndarray]]:
-    """Prompts with two, one and no pictures, and a response to each."""
+    """Prompts with two, one and no images, and a response to each."""
     rng = np.random.default_rng(1)
     prompts = [make_prompt(rng, text, grids) for text, grids, _ in SUPERVISED]
     responses = [rng.integers(0, 90, n).astype(np.int32) for _, _, n in SUPERVISED]
@@ -94,7 +94,7 @@ def small_params():
 
 @pytest.fixture(scope="session")
 def mixed_batch() -> GroupBatch:
-    """Three groups of four: two pictures, one, none; one without variance; full-length ones."""
+    """Three groups of four: two images, one, none; one without variance; full-length ones."""
     rng = np.random.default_rng(0)
     prompts = [make_prompt(rng, text, grids) for text, grids in zip(TEXTS, GRIDS, strict=True)]
     length = np.array([[3, 8, 8, 3], [8, 8, 8, 8], [3, 3, 3, 3]], np.int32)

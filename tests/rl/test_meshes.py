@@ -1,4 +1,4 @@
-"""Gradients, a step and prompts' caches on meshes: as on one device, and where they should lie."""
+"""Gradients, a step and prompts' caches on meshes: as on one device, and where they should are."""
 
 from tests.helpers.processes import printed
 

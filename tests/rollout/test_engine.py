@@ -62,7 +62,7 @@ def rollout(generate):
 
 
 def test_responses_end_where_they_should(rollout):
-    """At the first end token, which counts; else at the limit, unfinished. Zero behind."""
+    """At the first end token, which counts; else at the limit, unfinished. Zero after."""
     assert rollout.finished.any() and not rollout.finished.all()
     for b, g in np.ndindex(rollout.length.shape):
         length = rollout.length[b, g]

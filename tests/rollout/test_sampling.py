@@ -63,7 +63,7 @@ def test_first_and_last_uniform(draw, size):
 
 
 def test_tokens_without_weight_are_never_drawn(draw):
-    """Rounding in the running sums must not reach a suppressed token, wherever it lies."""
+    """Rounding in the running sums must not reach a suppressed token, wherever it is."""
     rng = np.random.default_rng(1)
     suppressed = tuple(np.flatnonzero(rng.random(700) < 0.7).tolist()) + tuple(range(500, 560))
     uniform = np.concatenate((rng.random(10_000), [0.0, LARGEST])).astype(np.float32)

@@ -21,7 +21,7 @@ def make(rec, seed, **changes):
 
 
 def rebuilt(image, box, kind):
-    """An option from the picture, by slicing first and resizing afterwards."""
+    """An option from the image, by slicing first and resizing afterwards."""
     x, y, s = box
     square = image[y : y + s, x : x + s]
     if kind == "answer":
@@ -81,7 +81,7 @@ def test_letters_places_and_distractors_are_even():
     small, draws = record(2, 64, 80), 5000
     letters, wrong, places = Counter(), Counter(), Counter()
     for seed in range(draws):
-        example = make(small, seed, least_difference=0.5)
+        example = make(small, seed, min_difference=0.5)
         letters[example.answer] += 1
         wrong.update(k for k in example.truth["options"] if k != "answer")
         places[example.truth["box"][0]] += 1

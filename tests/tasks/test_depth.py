@@ -18,8 +18,8 @@ def make(rec, seed, **changes):
     return depth.make(rec, np.random.default_rng(seed), depth.DepthSettings(**changes))
 
 
-def check(rec, example, least_valid=0.9):
-    """The paper's constraints and the answer, from the picture's own depth."""
+def check(rec, example, min_valid=0.9):
+    """The paper's constraints and the answer, from the image's own depth."""
     points, half = example.truth["points"], example.truth["half"]
     height, width = rec.depth.shape
     low, high = depth_ends(rec.depth)
@@ -28,7 +28,7 @@ def check(rec, example, least_valid=0.9):
         assert half <= x < width - half and half <= y < height - half
         window = rec.depth[y - half : y + half + 1, x - half : x + half + 1]
         unit = np.clip((window.astype(float) - low) / (high - low), 0, 1)
-        assert np.isfinite(unit).mean() >= least_valid
+        assert np.isfinite(unit).mean() >= min_valid
         unit = unit[np.isfinite(unit)]
         assert unit.max() - unit.min() < 0.15 + ROUNDING
         assert abs(unit.mean() - said) < ROUNDING
@@ -129,8 +129,8 @@ def test_sparse_maps_need_a_lower_share():
     rec = record(5, 240, 320, depth=sparse)
     with pytest.raises(Reject, match="no three regions"):
         make(rec, 0)
-    example = make(rec, 0, least_valid=0.02, centre=1)
-    check(rec, example, least_valid=0.02)
+    example = make(rec, 0, min_valid=0.02, centre=1)
+    check(rec, example, min_valid=0.02)
 
 
 def test_rejections():

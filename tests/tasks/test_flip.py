@@ -1,4 +1,4 @@
-"""Flip: undone, it gives the picture back; only a patch whose flip can be told is flipped."""
+"""Flip: undone, it gives the image back; only a patch whose flip can be told is flipped."""
 
 from collections import Counter
 from unittest import mock

@@ -14,7 +14,7 @@ from spatial_ssrl_jax.tasks.example import Reject
 from spatial_ssrl_jax.tasks.regions import Regions
 from tests.helpers.images import ROUNDING, assert_even, depth_ends, record
 
-# What a person standing in the picture has before and at the right hand: (x, z) in the image.
+# What a person standing in the image has before and at the right hand: (x, z) in the image.
 AHEAD = {"away": (0, 1), "towards": (0, -1), "left": (-1, 0), "right": (1, 0)}
 RIGHT_HAND = {"away": (1, 0), "towards": (-1, 0), "left": (0, 1), "right": (0, -1)}
 WORDS = {
@@ -43,7 +43,7 @@ def expected_direction(truth, plane, clear=0.25):
     return "-".join(names)
 
 
-def check(rec, example, least_valid=0.9):
+def check(rec, example, min_valid=0.9):
     truth = example.truth
     height, width = rec.depth.shape
     factor = min(height, width) / 768
@@ -67,11 +67,11 @@ def check(rec, example, least_valid=0.9):
     else:
         assert abs(truth["depths"][0] - truth["depths"][1]) > 0.25
         assert (abs(x1 - x2) > 150 * factor) == combined
-    check_regions(rec, truth, max(7, round(15 * factor)) // 2, least_valid)
+    check_regions(rec, truth, max(7, round(15 * factor)) // 2, min_valid)
     assert example.reason == f"Seen from {camera} the region is {right}, option {example.answer}."
 
 
-def check_regions(rec, truth, half, least_valid):
+def check_regions(rec, truth, half, min_valid):
     height, width = rec.depth.shape
     low, high = depth_ends(rec.depth)
     radius = max(8, round(19 * min(height, width) / 768))
@@ -79,7 +79,7 @@ def check_regions(rec, truth, half, least_valid):
         window = rec.depth[y - half : y + half + 1, x - half : x + half + 1]
         assert window.shape == (2 * half + 1,) * 2
         unit = np.clip((window.astype(float) - low) / (high - low), 0, 1)
-        assert np.isfinite(unit).mean() >= least_valid
+        assert np.isfinite(unit).mean() >= min_valid
         assert np.nanmax(unit) - np.nanmin(unit) < 0.15 + ROUNDING
         assert abs(np.nanmean(unit) - said) < ROUNDING
         assert radius <= x < width - radius and radius <= y < height - radius
@@ -117,7 +117,7 @@ def test_most_rooms_give_every_kind_at_every_size(size):
 
 @pytest.mark.parametrize("heading", WORDS)
 def test_hand_worked_directions(heading):
-    """2 stands 100 px to the right of 1 and 0.5 behind it; the camera is at 1."""
+    """2 stands 100 px to the right of 1 and 0.5 after it; the camera is at 1."""
     view = position.View(((50, 50), (150, 50)), (0.2, 0.7), 1, heading)
     expected = {
         "away": "Right-Front",
@@ -181,7 +181,7 @@ def test_pairs_are_drawn_evenly(kind):
 
 def test_a_kind_without_a_pair_gives_way_to_another():
     two = np.full((112, 112), 2.0, np.float32)
-    two[:, 56:] = 4  # far on the right: every pair at like depth stands in one half
+    two[:, 56:] = 4  # far on the right: every pair at like depth is in one half
     kinds = {make(record(0, depth=two), seed).kind for seed in range(30)}
     assert kinds <= {"near", "far_single", "far_combined"} and "far_combined" in kinds
 

@@ -9,10 +9,10 @@ from spatial_ssrl_jax.tasks import regions
 from spatial_ssrl_jax.tasks.example import Reject
 from tests.helpers.images import record, room
 
-LIMITS = {"most_range": 0.15, "least_valid": 0.9, "centre": 7}
+LIMITS = {"max_range": 0.15, "min_valid": 0.9, "centre": 7}
 
 
-def brute_force(depth, half, most_range, least_valid, centre, margin):
+def brute_force(depth, half, max_range, min_valid, centre, margin):
     """{(x, y): (low, high)} of the valid windows, one at a time."""
     found, edge, inner = {}, max(half, margin), min(centre // 2, half)
     for y in range(edge, depth.shape[0] - edge):
@@ -20,9 +20,9 @@ def brute_force(depth, half, most_range, least_valid, centre, margin):
             window = depth[y - half : y + half + 1, x - half : x + half + 1]
             middle = depth[y - inner : y + inner + 1, x - inner : x + inner + 1]
             valid = window[~np.isnan(window)].astype(float)
-            if np.isnan(middle).any() or valid.size < least_valid * window.size - 1e-9:
+            if np.isnan(middle).any() or valid.size < min_valid * window.size - 1e-9:
                 continue
-            if valid.max() - valid.min() < most_range:
+            if valid.max() - valid.min() < max_range:
                 found[x, y] = (valid.min(), valid.max())
     return found
 
@@ -34,16 +34,16 @@ def brute_force(depth, half, most_range, least_valid, centre, margin):
     half=st.integers(2, 8),
     margin=st.integers(0, 9),
     holes=st.sampled_from((0.0, 0.05, 0.4)),
-    least_valid=st.sampled_from((0.9, 0.5, 0.05)),
+    min_valid=st.sampled_from((0.9, 0.5, 0.05)),
     centre=st.sampled_from((1, 3, 7)),
     seed=st.integers(0, 1000),
 )
 def test_finds_exactly_the_valid_windows(
-    height, width, half, margin, holes, least_valid, centre, seed
+    height, width, half, margin, holes, min_valid, centre, seed
 ):
     depth = room(seed, height, width, holes) / 9
-    wanted = brute_force(depth, half, 0.15, least_valid, centre, margin)
-    limits = regions.WindowLimits(half, 0.15, least_valid, centre, margin)
+    wanted = brute_force(depth, half, 0.15, min_valid, centre, margin)
+    limits = regions.WindowLimits(half, 0.15, min_valid, centre, margin)
     found = regions.find_regions(depth, limits, np.random.default_rng(0))
     got = {found.point(i): (found.low[i], found.high[i]) for i in range(len(found))}
     assert got == wanted

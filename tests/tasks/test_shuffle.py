@@ -1,4 +1,4 @@
-"""Shuffle: undone, it gives the picture back; its answers are even and never the identity."""
+"""Shuffle: undone, it gives the image back; its answers are even and never the identity."""
 
 from collections import Counter
 from unittest import mock
@@ -25,7 +25,7 @@ def without_labels(rec, seed, **changes):
 
 
 def restore(image, answer, rows, cols):
-    """The original picture, from the answer alone: the label at each original position."""
+    """The original image, from the answer alone: the label at each original position."""
     height, width = image.shape[0] // rows, image.shape[1] // cols
     whole = np.zeros_like(image)
     for position, label in enumerate(int(n) for n in answer.split("-")):
@@ -89,9 +89,9 @@ def test_labels_cover_little_and_stand_by_place_not_by_patch(kind):
         red = (labelled.images[0] == (255, 0, 0)).all(axis=2)
         assert red[0].mean() > 0.9 and red[:, 0].mean() > 0.9
         white = (labelled.images[0] >= 240).all(axis=2)
-        drawn.append(np.stack([red, white]))  # neither is in a made-up picture
+        drawn.append(np.stack([red, white]))  # neither is in a synthetic image
     assert len(permutations) > 1
-    # The same is drawn at the same places whichever patch lies there, so that labels tell nothing.
+    # The same is drawn at the same places whichever patch is there, so that labels tell nothing.
     for other in drawn[1:]:
         np.testing.assert_array_equal(other, drawn[0])
 

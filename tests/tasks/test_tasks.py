@@ -192,7 +192,7 @@ def real_record(path, depth):
 
 @every_task
 def test_real_samples(task):
-    """Most draws give an example, and each stands up to the same checks as made-up pictures."""
+    """Most draws give an example, and each stands up to the same checks as synthetic images."""
     checks = {"depth": test_depth.check, "position": test_position.check}
     for rec in real_records():
         made = 0

@@ -95,7 +95,7 @@ def rises_and_falls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_benchmark_was_asked(run: Path, capsys) -> None:
-    """At the start, at every second step and at the end: figures, answers and a curve."""
+    """At the start, at every second step and at the end: metrics, answers and a curve."""
     name = "benchmark/realworldqa/score"
     found = {row["step"]: row[name] for row in read_metrics(run) if name in row}
     assert list(found) == [0, 2, 4, 5] and all(0 <= score <= 100 for score in found.values())

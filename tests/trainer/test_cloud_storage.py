@@ -34,7 +34,7 @@ def run(lora_config: c.Config, storage: Storage) -> dict:
     """The bucket's files after a run that was refused at the end of the save of step 3, and went
     on."""
     storage.faults.append([f"uploadType {COMMIT}", 403, 1])
-    with pytest.raises(UserError, match=r"step 3 could not be saved.*goes on after step 2"):
+    with pytest.raises(UserError, match=r"step 3 could not be saved.*resumes after step 2"):
         train(lora_config, "gs://bucket/run")
     assert storage.names("bucket", "run/checkpoints/3/training/")
     assert train(lora_config, "gs://bucket/run")
@@ -204,7 +204,7 @@ def test_a_permission_that_goes_while_a_run_goes_on_is_said(bucket: Storage):
     bucket.denied.add("storage.objects.create")
     with pytest.raises(UserError, match=r"step 4 could not .*objects\.create access\): grant"):
         writer.write("sft", 4, {"loss/sft": 1.0})
-    says = r"step 4 could not be saved .*objects\.create access\): grant .* goes on after step 3"
+    says = r"step 4 could not be saved .*objects\.create access\): grant .* resumes after step 3"
     with pytest.raises(UserError, match=says):
         checkpoints.save(4, "sft", state(4), {})
         checkpoints.wait()

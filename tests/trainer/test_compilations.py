@@ -16,7 +16,7 @@ GROWTH = 1.05
 
 
 def steady(toy_config, steps: int, every: int) -> c.Config:
-    """GRPO alone, with all that a step may do: saves, rollouts, the report, held-out figures.
+    """GRPO alone, with all that a step may do: saves, rollouts, the report, held-out metrics.
 
     Caches have one width: a batch that shrinks once most responses have ended is a program of its
     own, compiled whenever that first happens.

@@ -1,4 +1,4 @@
-"""What goes wrong around a long run: numbers, pictures, sources, disks and clocks."""
+"""What goes wrong around a long run: numbers, images, sources, disks and clocks."""
 
 import errno
 import json
@@ -258,7 +258,7 @@ def test_no_room_for_metrics_stops_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr("spatial_ssrl_jax.trainer.context.MetricsWriter", Full)
-        with pytest.raises(UserError, match=r"step 5 .*metrics.jsonl \(No space left .*goes on"):
+        with pytest.raises(UserError, match=r"step 5 .*metrics.jsonl \(No space left .*continues"):
             train(short(), tmp_path / "run")
     assert train(short(), tmp_path / "run")
     assert figures(tmp_path / "run") == figures(whole)

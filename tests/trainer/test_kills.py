@@ -17,7 +17,7 @@ from spatial_ssrl_jax.trainer.training import train
 from tests.helpers.toy_runs import ROWS
 from tests.trainer.test_training import figures, start, write_config
 
-LONG_KILLS, LONG_CUTS = 20, (6, 13)  # behind these kills a checkpoint is cut off
+LONG_KILLS, LONG_CUTS = 20, (6, 13)  # after these kills a checkpoint is cut off
 _LOOK = 0.002  # seconds between two looks at a run's folder
 
 
@@ -27,7 +27,7 @@ class Kill:
 
     Attributes:
       event: `start` of the process, a `step` done, or a save under way (`saving`).
-      steps: how many steps behind the newest checkpoint that is; not for `start`.
+      steps: how many steps after the newest checkpoint that is; not for `start`.
       seconds: waited from then on.
     """
 
@@ -39,7 +39,7 @@ class Kill:
 @dataclass(frozen=True)
 class Killed:
     """What a kill met: seconds from the start of the process, the newest step that it had done
-    (None: not one), what it was doing, and the step that the next process goes on after."""
+    (None: not one), what it was doing, and the step that the next process resumes after."""
 
     seconds: float
     step: int | None
@@ -53,7 +53,7 @@ def killed_run(config: Path, workdir: Path, kills: Sequence[Kill], cuts: Sequenc
     Args:
       config, workdir: the run's.
       kills: one a start; what is left when the run has come to its end is not used.
-      cuts: kills, by number from 1, behind which the newest checkpoint is cut off.
+      cuts: kills, by number from 1, after which the newest checkpoint is cut off.
 
     Returns:
       The kills' `Killed`.
@@ -69,7 +69,7 @@ def killed_run(config: Path, workdir: Path, kills: Sequence[Kill], cuts: Sequenc
             process.kill()
         seconds = time.monotonic() - begun
         out, err = process.communicate(timeout=600)
-        said = re.search(r"going on after step (\d+)", out)
+        said = re.search(r"resuming after step (\d+)", out)
         assert int(said[1] if said else 0) in ({whole} if process.returncode == 0 else {whole, 0})
         if process.returncode == 0:
             return met

@@ -1,4 +1,4 @@
-"""Processes of one run: how they join, stop together, are lost, and go on as fewer."""
+"""Processes of one run: how they join, stop together, are lost, and continue as fewer."""
 
 import argparse
 import signal
@@ -136,6 +136,6 @@ def test_training_ends_when_a_process_is_lost_and_goes_on(
     processes[1].kill()
     processes[1].communicate()
     assert processes[0].returncode == EXIT_PEER_LOST
-    assert "the same command goes on after the newest checkpoint" in errors.splitlines()[-1]
+    assert "the same command resumes after the newest checkpoint" in errors.splitlines()[-1]
     finish(*pair(config, run))
     assert_same_run(run, whole)

@@ -1,4 +1,4 @@
-"""The report: one file that stands alone, with curves, words of warning, and escaped responses."""
+"""The report: one file that is alone, with curves, words of warning, and escaped responses."""
 
 import re
 from html.parser import HTMLParser
@@ -18,7 +18,7 @@ CONFIG = to_dict(Config("demo"))
 
 
 def grpo_steps(count: int, **last: float) -> list[dict]:
-    """Rows of a healthy run; keywords (with __ for /) replace figures of the last five."""
+    """Rows of a healthy run; keywords (with __ for /) replace metrics of the last five."""
     healthy = {
         "reward/overall_mean": 0.5,
         "advantage/zero_variance_share": 0.2,
@@ -113,7 +113,7 @@ def test_what_a_model_says_is_text_and_no_markup(page: str):
 def test_the_page_refers_to_no_other_file(page: str):
     found = Links(page)
     assert found.addresses[0] == "data:,"  # no icon is asked for
-    assert len(found.addresses) == 4  # the rollouts' pictures
+    assert len(found.addresses) == 4  # the rollouts' images
     assert all(address.startswith("data:image/jpeg;base64,") for address in found.addresses[1:])
     assert "url(" not in page
 

@@ -62,7 +62,7 @@ class Terminal:
 
 @pytest.fixture
 def argv(toy_folder: Path, tmp_path: Path) -> list[str]:
-    """A cold start that would take minutes, without held-out pictures."""
+    """A cold start that would take minutes, without held-out images."""
     model = c.ModelSettings(str(toy_folder), True, "float32", "none")
     data = dataclasses.replace(make_config(model).data, heldout_fraction=0.0)
     sft = c.SftSettings(steps=900, **ROWS | {"prompts": 48})
@@ -79,7 +79,7 @@ def test_ctrl_c_once_saves_and_twice_exits_at_once(argv: list[str], tmp_path: Pa
     assert re.search(r"0/900 compiling the programs of sft \(first step\) +\d:\d\d", terminal.text)
     assert terminal.text.count(STOPPING) == 1
     last = figures(tmp_path / "run")[-1]["step"]
-    assert f"stopped after step {last}; the same command goes on from here" in terminal.text
+    assert f"stopped after step {last}; the same command resumes from here" in terminal.text
     assert (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
 
     terminal = Terminal(*argv)
@@ -88,5 +88,5 @@ def test_ctrl_c_once_saves_and_twice_exits_at_once(argv: list[str], tmp_path: Pa
     terminal.until(STOPPING)
     terminal.interrupt()
     assert terminal.end() == 130, terminal.text
-    assert f"going on after step {last}" in terminal.text
+    assert f"resuming after step {last}" in terminal.text
     assert terminal.text.rstrip().endswith("stopped") and "Traceback" not in terminal.text

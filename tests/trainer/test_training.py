@@ -1,4 +1,4 @@
-"""A whole run: what it leaves, that it can stop and go on, and that devices change nothing."""
+"""A whole run: what it leaves, that it can stop and continue, and that devices change nothing."""
 
 import dataclasses
 import json
@@ -161,7 +161,7 @@ def finish(*processes: subprocess.Popen) -> None:
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Equal rewards and lengths (so equal tokens); figures and weights as close as fp32 lets."""
+    """Equal rewards and lengths (so equal tokens); metrics and weights as close as fp32 lets."""
     for a, b in zip(figures(ours), figures(theirs), strict=True):
         assert a.keys() == b.keys()
         for name in a:
@@ -191,7 +191,7 @@ def test_a_signal_saves_and_exits_with_0(toy_config, tmp_path: Path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "the same command goes on from here" in out
+    assert "the same command resumes from here" in out
     last = figures(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "checkpoints" / str(last)).is_dir() and last < 500
 

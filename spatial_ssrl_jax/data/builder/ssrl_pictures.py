@@ -1,4 +1,4 @@
-"""A TFDS builder that packs a folder of pictures, perhaps with depth, into ArrayRecord files."""
+"""A TFDS builder that packs a folder of images, perhaps with depth, into ArrayRecord files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +25,9 @@ KINDS = {
 
 
 class SsrlPictures(tfds.core.GeneratorBasedBuilder):
-    """`ssrl_pictures/KIND`: name, picture as its file holds it, depth as the source gives it.
+    """`ssrl_pictures/KIND`: name, image as its file holds it, depth as the source gives it.
 
-    Depth is stored in float32 at the picture's size with NaN where invalid, so that what is read
+    Depth is stored in float32 at the image's size with NaN where invalid, so that what is read
     back equals what the folder gives, to the bit.
 
     Args:
@@ -40,7 +40,7 @@ class SsrlPictures(tfds.core.GeneratorBasedBuilder):
 
     def __init__(self, *, source: Source | None = None, **kwargs: Any):
         self._source = source
-        self.skipped: list[str] = []  # why each bad picture was left out
+        self.skipped: list[str] = []  # why each bad image was left out
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -54,7 +54,7 @@ class SsrlPictures(tfds.core.GeneratorBasedBuilder):
             )
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Pictures of a folder, with depth where its kind has it.",
+            description="Images of a folder, with depth where its kind has it.",
             features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,  # keeps the source's order; the pipeline shuffles
         )

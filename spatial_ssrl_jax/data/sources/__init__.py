@@ -1,4 +1,4 @@
-"""Sources of pictures and questions: `open_source("folder:/data/coco")`; one file a kind."""
+"""Sources of images and questions: `open_source("folder:/data/coco")`; one file a kind."""
 
 import difflib
 import os
@@ -16,7 +16,7 @@ from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource, open_ssrl81k
 from spatial_ssrl_jax.data.sources.tfds import open_tfds
 
-# Each takes the whole SPEC and what stands behind its first colon.
+# Each takes the whole SPEC and what stands after its first colon.
 OPENERS = {
     "scenes": open_scenes,
     "folder": open_folder,

@@ -1,6 +1,6 @@
-"""`arrayrecord:GLOB`: ArrayRecord files that TFDS wrote, taken as they lie, from gs:// too.
+"""`arrayrecord:GLOB`: ArrayRecord files that TFDS wrote, taken as they are, from gs:// too.
 
-Beside the first file lies its `features.json`, as TFDS leaves it.
+Beside the first file is its `features.json`, as TFDS leaves it.
 """
 
 import os

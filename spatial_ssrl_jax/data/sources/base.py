@@ -1,4 +1,4 @@
-"""The interface of a source of pictures: random access to records, by index."""
+"""The interface of a source of images: random access to records, by index."""
 
 from typing import Protocol
 
@@ -25,7 +25,7 @@ class Source(Protocol):
         ...
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of a record's picture from its header; raises `BadPicture`."""
+        """(height, width) of a record's image from its header; raises `BadPicture`."""
         ...
 
     def __getitem__(self, index: int) -> Record:

@@ -1,4 +1,4 @@
-"""Depth files of every kind, read into one form: float32 at the picture's size, NaN = invalid."""
+"""Depth files of every kind, read into one form: float32 at the image's size, NaN = invalid."""
 
 import os
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ from PIL import Image
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.retry import with_retries
 
-MAX_ASPECT_ERROR = 0.02  # of width/height, between a picture and its depth
+MAX_ASPECT_ERROR = 0.02  # of width/height, between an image and its depth
 _MILLIMETRES = 1e-3
 
 
 def read_depth(
     path: str, size: tuple[int, int], mask_path: str | None = None, *, no_negatives: bool = False
 ) -> np.ndarray:
-    """Reads one depth file and fits it to its picture.
+    """Reads one depth file and fits it to its image.
 
     `.png` is 16 bit in millimetres; `.npy` and `.h5` (data set `depth`, else the first) are taken
     as they are: metres, or up to scale. A value that is not finite or not above 0 is invalid.
 
     Args:
       path: the depth file.
-      size: (height, width) of the picture.
+      size: (height, width) of the image.
       mask_path: a `.npy` of the depth's own shape, non-zero where it is valid.
       no_negatives: whether a value below 0 says that the file holds no depth (MegaDepth).
 
@@ -32,7 +32,7 @@ def read_depth(
       [H, W] float32, NaN where invalid, resampled to the nearest pixel.
 
     Raises:
-      BadPicture: a file is missing, cannot be read, has another shape than its picture or no
+      BadPicture: a file is missing, cannot be read, has another shape than its image or no
         valid pixel.
     """
     depth = _plane(_read(path), path)
@@ -47,7 +47,7 @@ def read_depth(
 
 
 def first_existing(paths: Sequence[str], picture: str) -> str:
-    """The first path that exists; raises `BadImage` naming the picture and what it lacks."""
+    """The first path that exists; raises `BadImage` naming the image and what it lacks."""
     for path in paths:
         if os.path.isfile(path):
             return path
@@ -108,13 +108,13 @@ def _read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _resample(depth: np.ndarray, size: tuple[int, int], path: str) -> np.ndarray:
-    """Takes for each pixel of the picture the depth pixel that its centre falls in."""
+    """Takes for each pixel of the image the depth pixel that its centre falls in."""
     if depth.shape == size:
         return depth
     (height, width), (rows, cols) = size, depth.shape
     if abs(cols * height / (rows * width) - 1) > MAX_ASPECT_ERROR:
         raise BadImage(
-            f"{path}: its shape, {cols}x{rows}, is not that of its picture, {width}x{height}."
+            f"{path}: its shape, {cols}x{rows}, is not that of its image, {width}x{height}."
         )
     row = (2 * np.arange(height) + 1) * rows // (2 * height)
     col = (2 * np.arange(width) + 1) * cols // (2 * width)

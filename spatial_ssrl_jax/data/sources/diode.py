@@ -15,7 +15,7 @@ LAYOUT = "DIODE's NAME.png with NAME_depth.npy and NAME_depth_mask.npy beside it
 
 
 def open_diode(spec: str, path: str) -> FileSource:
-    """Lists DIODE's pictures below `path`; raises `UserError` if there are none."""
+    """Lists DIODE's images below `path`; raises `UserError` if there are none."""
     root, files = list_files(spec, path, LAYOUT)
     stems = {file.removesuffix("_depth.npy") for file in files if file.endswith("_depth.npy")}
     pictures = [file for file in files if file.endswith(".png")]
@@ -25,7 +25,7 @@ def open_diode(spec: str, path: str) -> FileSource:
 
 
 def diode_depth(picture: str, size: tuple[int, int]) -> np.ndarray:
-    """Depth of the picture at path `picture`: [H, W] float32 metres, NaN = invalid."""
+    """Depth of the image at path `picture`: [H, W] float32 metres, NaN = invalid."""
     stem = os.path.splitext(picture)[0]
     depth = first_existing([stem + "_depth.npy"], picture)
     return read_depth(depth, size, stem + "_depth_mask.npy")

@@ -17,14 +17,14 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class FileSource:
-    """Pictures below a folder, each with a depth file where the kind has one.
+    """Images below a folder, each with a depth file where the kind has one.
 
     Attributes:
       spec: the SPEC as the user wrote it.
       root: the folder.
-      files: the pictures' paths relative to `root` with `/`, sorted; they are the records' names.
-      depth_of: (picture's path, (height, width)) -> [H, W] float32, NaN where invalid, raising
-        `BadPicture`; None for pictures without depth. A module's function, so that it pickles.
+      files: the images' paths relative to `root` with `/`, sorted; they are the records' names.
+      depth_of: (image's path, (height, width)) -> [H, W] float32, NaN where invalid, raising
+        `BadPicture`; None for images without depth. A module's function, so that it pickles.
     """
 
     spec: str
@@ -84,12 +84,12 @@ def list_files(spec: str, path: str, layout: str) -> tuple[str, list[str]]:
 def require_pictures(spec: str, root: str, files: list[str], layout: str) -> tuple[str, ...]:
     """The files as a tuple; raises `UserError` naming the expected layout if there are none."""
     if not files:
-        raise UserError(f"source '{spec}': found no picture below {root}; expected {layout}.")
+        raise UserError(f"source '{spec}': found no image below {root}; expected {layout}.")
     return tuple(files)
 
 
 def is_picture(file: str) -> bool:
-    """Whether a file's ending says that it is a picture."""
+    """Whether a file's ending says that it is an image."""
     return file.lower().endswith(PICTURES)
 
 

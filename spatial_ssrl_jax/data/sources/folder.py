@@ -1,12 +1,12 @@
-"""`folder:PATH`: every picture below a folder, without depth."""
+"""`folder:PATH`: every image below a folder, without depth."""
 
 from spatial_ssrl_jax.data.sources.files import FileSource, is_picture, list_files, require_pictures
 
-LAYOUT = "a folder with .jpg, .jpeg, .png, .webp or .bmp pictures, at any depth of folders"
+LAYOUT = "a folder with .jpg, .jpeg, .png, .webp or .bmp images, at any depth of folders"
 
 
 def open_folder(spec: str, path: str) -> FileSource:
-    """Lists the pictures below `path`; raises `UserError` if there are none."""
+    """Lists the images below `path`; raises `UserError` if there are none."""
     root, files = list_files(spec, path, LAYOUT)
     pictures = [file for file in files if is_picture(file)]
     return FileSource(spec, root, require_pictures(spec, root, pictures, LAYOUT))

@@ -15,14 +15,14 @@ LAYOUT = "MegaDepth's SCENE/denseN/imgs/NAME.jpg with SCENE/denseN/depths/NAME.h
 
 
 def open_megadepth(spec: str, path: str) -> FileSource:
-    """Lists MegaDepth's pictures below `path`; raises `UserError` if there are none."""
+    """Lists MegaDepth's images below `path`; raises `UserError` if there are none."""
     root, files = list_files(spec, path, LAYOUT)
     pictures = [file for file in files if is_picture(file) and _in_imgs(root, file)]
     return FileSource(spec, root, require_pictures(spec, root, pictures, LAYOUT), megadepth_depth)
 
 
 def megadepth_depth(picture: str, size: tuple[int, int]) -> np.ndarray:
-    """Depth of the picture at path `picture`: [H, W] float32 up to scale, NaN = invalid."""
+    """Depth of the image at path `picture`: [H, W] float32 up to scale, NaN = invalid."""
     folder, file = os.path.split(os.path.abspath(picture))
     name = os.path.splitext(file)[0] + ".h5"
     depth = first_existing([os.path.join(os.path.dirname(folder), "depths", name)], picture)

@@ -22,7 +22,7 @@ class MixturePart:
     """One source of a mixture, as records `start` to `start + len(source)` of the whole.
 
     Attributes:
-      source: pictures, or ready-made questions.
+      source: images, or ready-made questions.
       weight: its share.
       start: index of its first record in the whole.
     """

@@ -1,4 +1,4 @@
-"""Parquet files of questions: columns of text, rows with pictures at random, and writing them."""
+"""Parquet files of questions: columns of text, rows with images at random, and writing them."""
 
 import threading
 from collections.abc import Sequence
@@ -74,9 +74,9 @@ def read_texts(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def read_paths(file: Path, column: str) -> list[str]:
-    """The first picture's path in each row of a list of pictures, "" where none is given.
+    """The first image's path in each row of a list of images, "" where none is given.
 
-    The pictures' bytes are not read.
+    The images' bytes are not read.
     """
     import pyarrow.parquet as pq
 
@@ -103,7 +103,7 @@ def write_questions(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     Args:
       file: to write.
       rows: each with `problem`, `answer`, and `images`: a list of `{"bytes", "path"}`, an encoded
-        picture and what it is called.
+        image and what it is called.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

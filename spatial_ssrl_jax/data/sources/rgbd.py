@@ -1,4 +1,4 @@
-"""`rgbd:PATH`: pictures, each with its depth beside it; the plain layout for one's own data.
+"""`rgbd:PATH`: images, each with its depth beside it; the plain layout for one's own data.
 
 NAME.jpg or NAME.png goes with NAME_depth.png (16 bit, millimetres, 0 = invalid), NAME_depth.npy
 (metres) or NAME_depth.h5 (data set `depth`, else the first), and perhaps with NAME_depth_mask.npy
@@ -18,9 +18,9 @@ _ENDINGS = (".jpg", ".jpeg", ".png")
 
 
 def open_rgbd(spec: str, path: str) -> FileSource:
-    """Lists pictures below `path`; raises `UserError` if none of them has a depth file.
+    """Lists images below `path`; raises `UserError` if none of them has a depth file.
 
-    A picture that alone lacks its depth stays listed and is a `BadPicture` when it is read, so
+    An image that alone lacks its depth stays listed and is a `BadPicture` when it is read, so
     that it is counted and named.
     """
     root, files = list_files(spec, path, LAYOUT)
@@ -32,7 +32,7 @@ def open_rgbd(spec: str, path: str) -> FileSource:
 
 
 def rgbd_depth(picture: str, size: tuple[int, int]) -> np.ndarray:
-    """Depth of the picture at path `picture`: [H, W] float32, NaN = invalid, or `BadPicture`."""
+    """Depth of the image at path `picture`: [H, W] float32, NaN = invalid, or `BadPicture`."""
     stem = os.path.splitext(picture)[0]
     depth = first_existing([stem + ending for ending in DEPTHS], picture)
     mask = stem + "_depth_mask.npy"

@@ -25,7 +25,7 @@ class SceneSource:
     Attributes:
       spec: the SPEC as the user wrote it.
       count: number of scenes.
-      width, height: of a picture, in pixels.
+      width, height: of an image, in pixels.
     """
 
     spec: str

@@ -2,11 +2,11 @@
 
 PATH is a parquet file with `problem, answer, images`, a cold-start JSON file with `instruction,
 input, output, images`, or a folder with files of one of the forms. `images` holds, a question, a
-list of pictures: encoded bytes, `{"bytes", "path"}`, or paths relative to the file. They enter the
+list of images: encoded bytes, `{"bytes", "path"}`, or paths relative to the file. They enter the
 pipeline as examples of the task whose question they ask, so that the tasks' weights hold for them
-as for pictures; the tasks' other settings do not.
+as for images; the tasks' other settings do not.
 
-Questions whose first pictures bear one path are of one picture, and are held out together; so are
+Questions whose first images bear one path are of one image, and are held out together; so are
 those whose paths agree up to a `#`, as in the files that `preview` writes.
 """
 
@@ -45,8 +45,8 @@ class ReleasedQuestion:
       response: a whole response to learn from, or "" where the data brings none.
       file: where it stands.
       row: its place there.
-      images: pictures as paths or bytes; None where they are read from `file` when needed.
-      path: of the first picture, as it stands there; "" where none is given.
+      images: images as paths or bytes; None where they are read from `file` when needed.
+      path: of the first image, as it is there; "" where none is given.
     """
 
     task: str
@@ -60,7 +60,7 @@ class ReleasedQuestion:
 
 
 class QuestionSource:
-    """Questions of one or more files; pictures are read when asked for.
+    """Questions of one or more files; images are read when asked for.
 
     Args:
       spec: the SPEC as the user wrote it.
@@ -82,7 +82,7 @@ class QuestionSource:
         return f"{os.path.relpath(question.file, self.root)}#{question.row}"
 
     def origin(self, index: int) -> str:
-        """The picture that a question was made of, as far as its row says; else its own name."""
+        """The image that a question was made of, as far as its row says; else its own name."""
         return self.questions[index].path.partition("#")[0] or self.name(index)
 
     def task(self, index: int) -> str:
@@ -111,7 +111,7 @@ class QuestionSource:
         )
 
     def _pictures(self, index: int) -> list[str | bytes]:
-        """The question's pictures, paths complete."""
+        """The question's images, paths complete."""
         question = self.questions[index]
         cells = question.images
         if cells is None:
@@ -161,7 +161,7 @@ def _json_rows(file: Path) -> list[tuple[str, str, str, tuple[str, ...], str]]:
         text = "\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
         answer = last_box(row["output"])
         if answer is None:
-            raise UserError(f"{file}: output {len(rows)} has no \\boxed answer; mend or remove it.")
+            raise UserError(f"{file}: output {len(rows)} has no \\boxed answer; fix or remove it.")
         images = row["images"]
         images = (images,) if isinstance(images, str) else tuple(images)
         rows.append((text, answer, row["output"], images, images[0]))
@@ -190,7 +190,7 @@ def _question(
 
 
 def _cell(cell: Any) -> str | bytes:
-    """A picture of a parquet list: what it is encoded as, else its path."""
+    """An image of a parquet list: what it is encoded as, else its path."""
     if isinstance(cell, dict):
         return cell.get("bytes") or cell.get("path") or ""
     return cell

@@ -1,4 +1,4 @@
-"""Pictures stored many to a file, as TFDS writes them: encoded pictures, perhaps with depth."""
+"""Images stored many to a file, as TFDS writes them: encoded images, perhaps with depth."""
 
 import threading
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ class StoredSource:
 
     Args:
       spec: the SPEC as the user wrote it.
-      prefix: stands before the place in a record's name.
+      prefix: is before the place in a record's name.
       rows: random access to the records as TFDS encodes them, bytes; can be pickled.
       features: of the data set.
 
     Raises:
-      UserError: the data set has no picture.
+      UserError: the data set has no image.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class StoredSource:
         return self._last.bytes
 
     def _decode(self, features: tfds.features.FeaturesDict, stored: bytes) -> dict[str, Any]:
-        # The picture stays encoded: we decode it as pictures of folders, with the same errors.
+        # The image stays encoded: we decode it as images of folders, with the same errors.
         decoders = {self._picture: tfds.decode.SkipDecoding()}
         return features.deserialize_example_np(stored, decoders=decoders)
 
@@ -83,11 +83,11 @@ def _some(features: tfds.features.FeaturesDict, *names: str) -> tfds.features.Fe
 
 
 def _picture_key(spec: str, features: tfds.features.FeaturesDict) -> str:
-    """Which feature holds the picture: `image`, or the first that is one."""
+    """Which feature holds the image: `image`, or the first that is one."""
     pictures = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
     if not pictures:
         raise UserError(
-            f"source '{spec}': its records hold no picture, only {', '.join(features)}; "
+            f"source '{spec}': its records hold no image, only {', '.join(features)}; "
             "use another data set."
         )
     return "image" if "image" in pictures else pictures[0]
@@ -98,7 +98,7 @@ def _clean(depth: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
     depth = np.asarray(depth, np.float32)
     depth = depth[..., 0] if depth.ndim == 3 else depth
     if depth.shape != size:
-        raise BadImage(f"{name}: its depth is {depth.shape}, but its picture is {size}.")
+        raise BadImage(f"{name}: its depth is {depth.shape}, but its image is {size}.")
     depth = np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(np.nan))
     if np.isnan(depth).all():
         raise BadImage(f"{name}: has no pixel with a valid depth.")

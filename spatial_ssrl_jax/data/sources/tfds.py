@@ -1,6 +1,6 @@
 """`tfds:NAME[:SPLIT][@DATA_DIR]`: a TFDS data set in ArrayRecord files, read without TensorFlow.
 
-NAME is what `prepare` says, or any prepared data set of the catalogue that holds pictures, such as
+NAME is what `prepare` says, or any prepared data set of the catalogue that holds images, such as
 coco/2017. One that is not in DATA_DIR (TFDS's own default unless given) is fetched and prepared,
 where its builder can do that without TensorFlow. SPLIT is `train` unless given, and may be a slice
 such as train[:10%]. DATA_DIR may begin with gs://.

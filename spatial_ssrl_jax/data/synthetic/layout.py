@@ -1,4 +1,4 @@
-"""What stands in a built-in scene: a room, a camera, solids, wall panels and a lamp, drawn by seed.
+"""What is in a built-in scene: a room, a camera, solids, wall panels and a lamp, drawn by seed.
 
 Metres; x to the right, y up, z away from the camera, which stands above the origin.
 """
@@ -22,7 +22,7 @@ class Camera:
     Attributes:
       yaw: radians, positive turns to the right.
       pitch: radians, positive looks up.
-      slope: tangent of half the angle of view across the picture's longer side.
+      slope: tangent of half the angle of view across the image's longer side.
     """
 
     height: float
@@ -87,7 +87,7 @@ class Scene:
     """A room and all in it.
 
     Attributes:
-      low, high: corners of the room, a box parallel to the axes; `low[2]` lies behind the camera.
+      low, high: corners of the room, a box parallel to the axes; `low[2]` is behind the camera.
       floor, left, right, back: surfaces. A wall's is wallpaper above `rail` metres, and its accent
         below.
       rail: height of the wall's lower part.
@@ -114,7 +114,7 @@ class Scene:
 
 
 def draw_scene(index: int) -> Scene:
-    """Draws scene `index`: the same one always, and whatever the picture's size."""
+    """Draws scene `index`: the same one always, and whatever the image's size."""
     rng = np.random.default_rng((_SALT, index))
     low = (-rng.uniform(1.3, 2.8), 0.0, -2.0)
     high = (rng.uniform(1.3, 2.8), rng.uniform(2.4, 3.2), rng.uniform(4.0, 7.5))
@@ -152,7 +152,7 @@ def _colour(hue: float, saturation: float, value: float) -> Vector:
 
 
 def _draw_walls(rng: np.random.Generator) -> list[Surface]:
-    """Left, right and back: pale tints of hues that lie apart, some striped."""
+    """Left, right and back: pale tints of hues that are apart, some striped."""
     hue = rng.random()
     surfaces = []
     for turn in (0.0, rng.uniform(0.2, 0.45), rng.uniform(0.55, 0.8)):

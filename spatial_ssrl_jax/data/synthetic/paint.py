@@ -1,6 +1,6 @@
 """The colours of a built-in scene: textures of the floor, the walls, their panels and the solids.
 
-Key: N points; coordinates lie as [3, N] metres, colours as [3, N] in 0..1.
+Key: N points; coordinates are as [3, N] metres, colours as [3, N] in 0..1.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ def paint_solid(solid: Solid, inside: np.ndarray, normals: np.ndarray) -> np.nda
         flat = np.abs(normals[1]) > 0.99  # a top is of one colour
         mix = _alternate((inside[1] + solid.half[1]) / solid.period) * ~flat
     else:
-        # A hair off the centre, so that faces do not lie on the border of two cells.
+        # A hair off the centre, so that faces do not are on the border of two cells.
         cells = np.floor((inside + 0.013) / solid.period).sum(0)
         mix = cells % 2
     return _blend(solid.colour, solid.accent, mix)

@@ -1,7 +1,7 @@
-"""Casts one ray a pixel into a built-in scene: exact depth, and a shaded picture.
+"""Casts one ray a pixel into a built-in scene: exact depth, and a shaded image.
 
 Rays have length 1 along the optical axis, so that a ray's parameter is the depth z itself.
-Key: N pixels; vectors lie as [3, N], float64.
+Key: N pixels; vectors are as [3, N], float64.
 """
 
 import math
@@ -22,7 +22,7 @@ def render(scene: Scene, width: int, height: int) -> tuple[np.ndarray, np.ndarra
     """Renders a scene.
 
     Returns:
-      The picture, [H, W, 3] uint8, and its depth along the optical axis at the pixels' centres,
+      The image, [H, W, 3] uint8, and its depth along the optical axis at the pixels' centres,
       [H, W] float32 metres.
     """
     eye = np.array([0.0, scene.camera.height, 0.0])

@@ -1,4 +1,4 @@
-"""OCRBench and ChartQA: text that is read from pictures."""
+"""OCRBench and ChartQA: text that is read from images."""
 
 import ast
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""HallusionBench: yes or no; also a figure, and a question over all its figures, at a time."""
+"""HallusionBench: yes or no; also a figure, and a question over all its scores, at a time."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from spatial_ssrl_jax.eval.scoring import answers
 from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric, all_right, mean
 
 _ANSWERS = {"0": "No", "1": "Yes", "no": "No", "yes": "Yes"}
-_TEXT_ONLY = "0"  # visual_input of the rows that have no picture
+_TEXT_ONLY = "0"  # visual_input of the rows that have no image
 _GROUPS = ("set_id", "figure_id", "question_id")
 
 
@@ -25,7 +25,7 @@ def judge(record: Prediction) -> Judgement:
 
 
 def _cells(records: Sequence[Prediction]) -> list[Cell]:
-    """Answers, figures and questions; a set, which holds whole figures and questions, is drawn."""
+    """Answers, scores and questions; a set, which holds whole scores and questions, is drawn."""
     cells = [(_set(record), "aAcc", record.score) for record in records]
     for part, column in (("fAcc", "figure_id"), ("qAcc", "question_id")):
         right = all_right(records, lambda record, c=column: (_set(record), record.meta[c]))

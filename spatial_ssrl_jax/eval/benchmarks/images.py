@@ -1,4 +1,4 @@
-"""Pictures of benchmark files, where they lie; each is read and decoded when it is opened."""
+"""Images of benchmark files, where they are; each is read and decoded when it is opened."""
 
 import ast
 import base64
@@ -15,14 +15,14 @@ from spatial_ssrl_jax.common.errors import BadImage
 from spatial_ssrl_jax.data.images import image_size, open_image
 from spatial_ssrl_jax.data.sources.parquet import RowGroups
 
-# Where the files of a row may lie, from the folder of the question file.
+# Where the files of a row may are, from the folder of the question file.
 _PLACES = (".", "..", "images", "videos")
 # One cell may hold several megabytes of base64; the library's own limit is 131,072 characters.
 _LARGEST_CELL = 2**31 - 1
 
 
 class BenchmarkImage(Protocol):
-    """One picture of a question; can be pickled, and holds no pixels."""
+    """One image of a question; can be pickled, and holds no pixels."""
 
     name: str
 
@@ -37,7 +37,7 @@ class BenchmarkImage(Protocol):
 
 @dataclass(frozen=True)
 class FileImage:
-    """A picture in a file of its own."""
+    """An image in a file of its own."""
 
     path: Path
 
@@ -54,13 +54,13 @@ class FileImage:
 
 @dataclass(frozen=True)
 class TsvImage:
-    """A picture as base64 in a cell of a TSV file.
+    """An image as base64 in a cell of a TSV file.
 
     Attributes:
       file: the TSV file.
       start, length: bytes of the row in it.
       column: of the cell.
-      place: which picture of the cell.
+      place: which image of the cell.
       name: what errors call it.
     """
 
@@ -90,7 +90,7 @@ class TsvImage:
 
 @dataclass(frozen=True)
 class ParquetImage:
-    """A picture inside a parquet file."""
+    """An image inside a parquet file."""
 
     groups: RowGroups
     file: Path
@@ -115,13 +115,13 @@ def tsv_cells(lines: Iterator[str]) -> Iterator[list[str]]:
 
 
 def cell_items(cell: str) -> list[str]:
-    """What a picture cell holds: one item, or a written-out Python list of several."""
+    """What an image cell holds: one item, or a written-out Python list of several."""
     if not cell.startswith("["):
         return [cell] if cell else []
     try:
         return [str(item) for item in ast.literal_eval(cell)]
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"no list of pictures ({error})") from None
+        raise ValueError(f"no list of images ({error})") from None
 
 
 def find_file(folder: Path, name: str) -> Path | None:

@@ -102,7 +102,7 @@ def _cells_3dsrbench(records: Sequence[Prediction]) -> list[Cell]:
 
 
 def _extra_3dsrbench(records: Sequence[Prediction]) -> dict[str, float]:
-    """The stricter figures: right with the mirrored picture, in each order of options, in both."""
+    """The stricter scores: right with the mirrored image, in each order of options, in both."""
     found = {"vanilla": mean(each(records))}
     if all("qid" in record.meta for record in records):
         groups = {

@@ -16,12 +16,12 @@ from spatial_ssrl_jax.tasks.answers import last_box
 from spatial_ssrl_jax.tasks.example import Example
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
-CHANCE = "chance/"  # in the extra figures, before a task or category
+CHANCE = "chance/"  # in the extra scores, before a task or category
 
 
 @dataclass(frozen=True)
 class TaskImage:
-    """A picture that a task drew.
+    """An image that a task drew.
 
     Attributes:
       name: what errors call it.
@@ -54,7 +54,7 @@ def question_of(example: Example, number: int) -> Question:
         text=example.question,
         target=example.answer,
         pictures=tuple(
-            TaskImage(f"picture {i} of {task}-{number}", image)
+            TaskImage(f"image {i} of {task}-{number}", image)
             for i, image in enumerate(example.images, 1)
         ),
         meta={
@@ -78,7 +78,7 @@ def judge(record: Prediction) -> Judgement:
 
 
 def _cells(records: Sequence[Prediction]) -> list[Cell]:
-    """Each task counts alike; questions about one picture are drawn together."""
+    """Each task counts alike; questions about one image are drawn together."""
     return [(_picture(record), record.meta["task"], record.score) for record in records]
 
 

@@ -1,6 +1,6 @@
-"""Rows of a benchmark's question file: TSV, JSON, JSONL or parquet, without the pictures' bytes.
+"""Rows of a benchmark's question file: TSV, JSON, JSONL or parquet, without the images' bytes.
 
-A row is read once; what its pictures hold stays in the file until a picture is opened.
+A row is read once; what its images hold stays in the file until an image is opened.
 """
 
 import json
@@ -22,9 +22,9 @@ from spatial_ssrl_jax.eval.benchmarks.images import (
 )
 
 # What to do about a row that cannot be asked or scored.
-FIX_HINT = "mend it, or leave it out (--allow-missing)"
+FIX_HINT = "fix it, or leave it out (--allow-missing)"
 _IMAGE, _INDEX = "image", "index"
-# VLMEvalKit writes another row's index, never longer than this, where the picture is that row's.
+# VLMEvalKit writes another row's index, never longer than this, where the image is that row's.
 _LONGEST_INDEX = 64
 _ROWS_AT_A_TIME = 16
 
@@ -38,11 +38,11 @@ class QuestionRow:
     """One row of a question file.
 
     Attributes:
-      values: by column, the pictures' bytes left out; "" and None are the same as no value.
+      values: by column, the images' bytes left out; "" and None are the same as no value.
       name: what errors call it.
       file: where it stands.
       number: its place there, from 0.
-      encoded: its pictures, where the file itself holds them.
+      encoded: its images, where the file itself holds them.
     """
 
     values: Mapping[str, Any]
@@ -84,9 +84,9 @@ class QuestionRow:
         return tuple(found)
 
     def pictures(self, column: str = "image_path") -> tuple[BenchmarkImage, ...]:
-        """The row's pictures, from the file itself or else by their paths; raises `BadQuestionRow`."""
+        """The row's images, from the file itself or else by their paths; raises `BadQuestionRow`."""
         if not self.encoded and not self.get(column):
-            raise BadQuestionRow(f"{self.name} has no picture: {FIX_HINT}.")
+            raise BadQuestionRow(f"{self.name} has no image: {FIX_HINT}.")
         return self.encoded or tuple(FileImage(path) for path in self.find(column))
 
 
@@ -133,7 +133,7 @@ class _Lines(Iterator[str]):
 
 @dataclass(frozen=True)
 class _Cell:
-    """A picture cell seen in passing: where it is, and what it holds."""
+    """An image cell seen in passing: where it is, and what it holds."""
 
     start: int
     length: int
@@ -148,7 +148,7 @@ class _Cell:
             cell = cells.get(self.other, self)
             if cell.other is not None:
                 raise UserError(
-                    f"{self.name} takes its picture from row {self.other!r}, which has none: "
+                    f"{self.name} takes its image from row {self.other!r}, which has none: "
                     "download the file again."
                 )
         place = (file, cell.start, cell.length, cell.column)

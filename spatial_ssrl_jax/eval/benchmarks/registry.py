@@ -57,7 +57,7 @@ class Benchmark:
 
     Attributes:
       spec: its files, words, metric and published settings.
-      questions: in the order of the file; their pictures are not read yet.
+      questions: in the order of the file; their images are not read yet.
       left_out: why each row that is missing from them is.
     """
 
@@ -93,9 +93,9 @@ def open_benchmark(name: str, path: Path, allow_missing: bool = False) -> Benchm
 
     Args:
       name: one of `SPECS`.
-      path: its question file, or a folder in which its files lie under their published names, or
+      path: its question file, or a folder in which its files are under their published names, or
         in a folder of its own each.
-      allow_missing: leave out rows whose picture, video or answer is missing.
+      allow_missing: leave out rows whose image, video or answer is missing.
 
     Raises:
       UserError: no such file, a file of another benchmark, a damaged one, an id that occurs twice,
@@ -187,7 +187,7 @@ def score_predictions(records: Sequence[Prediction]) -> tuple[list[Prediction], 
     """Scores answers of one benchmark; nothing but the records is needed.
 
     Returns:
-      The records with `extracted`, `parsed` and `score`, and the benchmark's figures.
+      The records with `extracted`, `parsed` and `score`, and the benchmark's scores.
 
     Raises:
       UserError: there is none, they are of several benchmarks or of one that is not known, an id

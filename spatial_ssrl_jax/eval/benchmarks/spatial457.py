@@ -22,7 +22,7 @@ _KINDS = {
 }
 _KIND_OF = {shape: kind for kind, shapes in _KINDS.items() for shape in shapes.split()}
 _FIELD = re.compile(r"""Answer['"]?\s*:\s*(?:'([^']*)'|"([^"]*)"|([^'",}\n]+))""")
-_MOST_WORDS = 4  # of a direct answer; none of the right ones has more than two
+_MAX_WORDS = 4  # of a direct answer; none of the right ones has more than two
 
 
 def judge(record: Prediction) -> Judgement:
@@ -39,7 +39,7 @@ def _extract(response: str) -> str | None:
     fields = _FIELD.findall(answer.text)
     if fields:
         return "".join(fields[-1]).strip() or None
-    short = answer.boxed or len(answer.text.split()) <= _MOST_WORDS
+    short = answer.boxed or len(answer.text.split()) <= _MAX_WORDS
     return answer.text.rstrip(".").strip() or None if short else None
 
 

@@ -26,7 +26,7 @@ class BenchmarkSpec:
         None where its questions come from no file.
       ask: a question in the words of a style.
       metric: how it is scored.
-      pixels: smallest and largest area of a picture that the published numbers were taken with;
+      pixels: smallest and largest area of an image that the published numbers were taken with;
         None leaves both to the model folder.
       frames: most frames of a video, likewise.
       new_tokens: most tokens of a response, likewise.

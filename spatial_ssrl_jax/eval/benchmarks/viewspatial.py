@@ -1,4 +1,4 @@
-"""ViewSpatial-Bench: directions from the camera's and from a person's view, 1 to 32 pictures."""
+"""ViewSpatial-Bench: directions from the camera's and from a person's view, 1 to 32 images."""
 
 from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
 from spatial_ssrl_jax.eval.benchmarks.mcq import check_target, judge_choice

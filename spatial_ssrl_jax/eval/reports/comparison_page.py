@@ -27,8 +27,8 @@ def write_comparison_page(
     Args:
       path: the page.
       found: the comparison.
-      names: where A and B lie.
-      questions: where the pictures are; None leaves them out.
+      names: where A and B are.
+      questions: where the images are; None leaves them out.
     """
     title = f"{SCORED[found.scores[0].benchmark].title}: B against A"
     categories = [

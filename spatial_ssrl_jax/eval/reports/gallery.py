@@ -1,4 +1,4 @@
-"""What the pages of answers are made of, bounded: a spread of questions, small pictures, bars."""
+"""What the pages of answers are made of, bounded: a spread of questions, small images, bars."""
 
 import html
 from collections import Counter
@@ -17,8 +17,8 @@ from spatial_ssrl_jax.eval.questions import SAMPLE, Prediction, Question
 
 SHOWN = 800  # questions of a page
 _LETTERS = 1500  # of a text; what is longer is cut in its middle
-_BYTES = 3_000_000  # of all pictures of a page
-_SIDE, _QUALITY = 240, 70  # pixels of a picture's longer side, and what JPEG keeps
+_BYTES = 3_000_000  # of all images of a page
+_SIDE, _QUALITY = 240, 70  # pixels of an image's longer side, and what JPEG keeps
 _PICTURES = 4  # of a question
 
 Questions = Mapping[tuple[str, str], Question]  # by benchmark and id
@@ -27,7 +27,7 @@ Questions = Mapping[tuple[str, str], Question]  # by benchmark and id
 def questions_in(
     data: Path | None, answers: Sequence[Sequence[Prediction]], allow_missing: bool
 ) -> Questions:
-    """The questions of each benchmark's answers, for their pictures; none without `data`.
+    """The questions of each benchmark's answers, for their images; none without `data`.
 
     Raises:
       UserError: `data` cannot be opened, or holds none of the questions that were answered.
@@ -36,7 +36,7 @@ def questions_in(
     for records in answers if data else ():
         name = records[0].benchmark
         if name == PRETEXT.name:
-            raise UserError("the pictures of the pretext tasks are in no file: leave out --data.")
+            raise UserError("the images of the pretext tasks are in no file: leave out --data.")
         opened = open_benchmark(name, data, allow_missing)
         known = {(name, question.id): question for question in opened.questions}
         if not any((name, record.id) in known for record in records):
@@ -82,12 +82,12 @@ def words_of(target: str | Sequence[str] | None) -> str:
 
 @dataclass
 class Pictures:
-    """The small pictures of a page, as far as its budget goes.
+    """The small images of a page, as far as its budget goes.
 
     Attributes:
-      questions: where their pictures are; without any a page has none.
-      left: bytes that more pictures may take.
-      without: questions whose pictures did not fit in.
+      questions: where their images are; without any a page has none.
+      left: bytes that more images may take.
+      without: questions whose images did not fit in.
       broken: why some could not be read.
     """
 
@@ -97,7 +97,7 @@ class Pictures:
     broken: list[str] = field(default_factory=list)
 
     def of(self, record: Prediction) -> str:
-        """HTML of a question's pictures, "" where there is none."""
+        """HTML of a question's images, "" where there is none."""
         question = self.questions.get((record.benchmark, record.id))
         if question is None:
             return ""
@@ -111,10 +111,10 @@ class Pictures:
         )
         self.left -= len(figures)
         figures += f'<p class="soft">and {more} more</p>' if figures and more > 0 else ""
-        return f'<div class="pictures">{figures}</div>' if figures else ""
+        return f'<div class="images">{figures}</div>' if figures else ""
 
     def _read(self, question: Question) -> tuple[list[np.ndarray], int]:
-        """Some of a question's pictures, or of its video's frames; and how many more it has."""
+        """Some of a question's images, or of its video's frames; and how many more it has."""
         some, found = question.pictures[:_PICTURES], []
         try:
             if question.video is not None:
@@ -126,11 +126,11 @@ class Pictures:
         return found, len(question.pictures) - len(some)
 
     def note(self) -> str:
-        """What a page has to say of its pictures, in sentences."""
+        """What a page has to say of its images, in sentences."""
         notes = []
         if self.without:
             notes.append(
-                f"Pictures of {self.without:,} of the questions here are left out, to keep the "
+                f"Images of {self.without:,} of the questions here are left out, to keep the "
                 "page small."
             )
         if self.broken:
@@ -145,7 +145,7 @@ class Bar:
     Attributes:
       name: plain text.
       value: 0 to 100.
-      words: what stands beside it.
+      words: what is beside it.
       interval: drawn over it.
       ours: whether it stands out.
     """
@@ -175,7 +175,7 @@ def bars(rows: Iterable[Bar]) -> str:
 
 
 def tiles(figures: Mapping[str, str]) -> str:
-    """Figures by name, as the tiles at the top of a page."""
+    """Scores by name, as the tiles at the top of a page."""
     cells = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(words)}</dd></div>"
         for name, words in figures.items()

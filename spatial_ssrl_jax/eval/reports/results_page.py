@@ -16,7 +16,7 @@ from spatial_ssrl_jax.eval.scoring.scores import Scores
 RESULTS = "results.html"
 RIGHT, PARTLY, WRONG, UNPARSED = "right", "partly right", "wrong", "unparsed"
 
-Result = tuple[Sequence[Prediction], Scores]  # scored records of a benchmark, and its figures
+Result = tuple[Sequence[Prediction], Scores]  # scored records of a benchmark, and its scores
 
 
 def write_results_page(
@@ -29,7 +29,7 @@ def write_results_page(
     Args:
       path: the page.
       results: of each benchmark.
-      questions: where the pictures are; None leaves them out.
+      questions: where the images are; None leaves them out.
     """
     found = [scores for _, scores in results]
     one = found[0].benchmark if len(found) == 1 else None

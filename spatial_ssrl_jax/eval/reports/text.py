@@ -31,7 +31,7 @@ def _headline(scores: Scores) -> str:
 
 
 def _report(scores: Scores) -> str:
-    """The score with its interval, its categories, and the paper's figures."""
+    """The score with its interval, its categories, and the paper's scores."""
     lines = [_headline(scores)]
     lines += [
         f"  {name}: {value:.2f}"

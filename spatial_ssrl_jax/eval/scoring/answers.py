@@ -1,6 +1,6 @@
 """Finding the answer in a response: from its last `\\boxed{…}`, or from a short direct answer.
 
-A response that reasons is never searched for a letter or a number as a whole: whatever stands in
+A response that reasons is never searched for a letter or a number as a whole: whatever is in
 the reasoning would decide. Where nothing can be found, nothing is guessed.
 """
 

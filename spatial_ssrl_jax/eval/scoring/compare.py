@@ -21,7 +21,7 @@ _NAMED = 3  # ids that a sentence names
 
 @dataclass(frozen=True)
 class Comparison:
-    """How B's answers differ from A's; figures go from 0 to 100.
+    """How B's answers differ from A's; scores go from 0 to 100.
 
     Attributes:
       a, b: the scored records of both, in the same order.

@@ -1,4 +1,4 @@
-"""The rows that the paper publishes (arXiv 2510.27606 v2), to stand beside a score.
+"""The rows that the paper publishes (arXiv 2510.27606 v2), to are beside a score.
 
 "✗" is a model that answers directly. The general benchmarks are given for four models; the first
 four of them were asked directly, the last three with the format prompt for Spatial-SSRL only.
@@ -36,7 +36,7 @@ class PublishedRow:
 
     Attributes:
       model: as the paper calls it.
-      figures: by benchmark, 0 to 100.
+      scores: by benchmark, 0 to 100.
     """
 
     model: str
@@ -67,7 +67,7 @@ _MEAN = {SPATIAL: ("mean",), GENERAL: ()}
 
 
 def published(benchmark: str) -> dict[str, float]:
-    """The paper's figures of one benchmark, by model."""
+    """The paper's scores of one benchmark, by model."""
     return {row.model: row.figures[benchmark] for row in ROWS if benchmark in row.figures}
 
 
@@ -81,7 +81,7 @@ def blocks(figures: Mapping[str, float], titles: Mapping[str, str]) -> list[list
     """The paper's tables with one more row, of each of the two that has a figure.
 
     Args:
-      figures: ours by benchmark, see `comparable`.
+      scores: ours by benchmark, see `comparable`.
       titles: of the columns by benchmark.
 
     Returns:
@@ -106,7 +106,7 @@ def table(figures: Mapping[str, float], titles: Mapping[str, str]) -> str:
 
 
 def table_json(figures: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The same tables as JSON types: the rows' figures by benchmark, and their mean where the
+    """The same tables as JSON types: the rows' scores by benchmark, and their mean where the
     paper gives it; null where there is none."""
     return [
         {"rows": [{"model": row.model, "figures": _by_column(row, names)} for row in rows]}

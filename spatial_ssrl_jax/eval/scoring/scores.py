@@ -45,7 +45,7 @@ class Metric:
       judge: one response; reads the record's target, response, question and meta.
       cells: what the figure is a mean of.
       weights: of the parts, 1 where not given.
-      extra: further figures by name, 0 to 100.
+      extra: further scores by name, 0 to 100.
     """
 
     judge: Callable[[Prediction], Judgement]
@@ -56,7 +56,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `scores.json` holds; figures go from 0 to 100.
+    """What `scores.json` holds; scores go from 0 to 100.
 
     Attributes:
       benchmark: its name.
@@ -65,7 +65,7 @@ class Scores:
       unparsed: responses in which no answer was found; each counts as wrong.
       categories: the same metric over each category, in the order of their names.
       ci95: bootstrapped 95 % interval of the score.
-      extra: other figures of the benchmark, the paper's variant among them.
+      extra: other scores of the benchmark, the paper's variant among them.
     """
 
     benchmark: str
@@ -93,7 +93,7 @@ class Scores:
 
 
 def summarise(benchmark: str, metric: Metric, records: Sequence[Prediction]) -> Scores:
-    """The figures of records that are scored already; there must be at least one.
+    """The scores of records that are scored already; there must be at least one.
 
     Of several responses to each question, each one's figure is taken apart, and their mean given;
     a question's responses are drawn together for the interval.
