@@ -4,6 +4,7 @@ Shape letters: B prompts or rows, T tokens, R response tokens, W windows, S patc
 """
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,17 @@ from jax import Array
 
 from spatial_ssrl_jax.qwen_vl.config import VisionConfig
 
+# What a batch holds: `np.ndarray` on the host, `jax.Array` on devices, `jax.ShapeDtypeStruct` for
+# programs that are only compiled.
+Leaf = TypeVar("Leaf")
+
 # Temporal frames, patch rows and patch columns of an image or a video.
 Grid = tuple[int, int, int]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class VisionInput:
+class VisionInput(Generic[Leaf]):
     """All images and frames of each prompt, laid out by the host as padded windows.
 
     A window holds up to 8x8 patches; the four patches of a merged token are neighbours in it.
@@ -29,14 +34,14 @@ class VisionInput:
       coords: [B, W, S, 2] int32, row and column of the patch in its image.
     """
 
-    patches: Array
-    frame: Array
-    coords: Array
+    patches: Leaf
+    frame: Leaf
+    coords: Leaf
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PromptBatch:
+class PromptBatch(Generic[Leaf]):
     """B prompts padded to one bucket, images included.
 
     Attributes:
@@ -48,22 +53,22 @@ class PromptBatch:
       vision: the images' windows.
     """
 
-    ids: Array
-    length: Array
-    position: Array
-    next_position: Array
-    image_index: Array
-    vision: VisionInput
+    ids: Leaf
+    length: Leaf
+    position: Leaf
+    next_position: Leaf
+    image_index: Leaf
+    vision: VisionInput[Leaf]
 
     @property
-    def valid(self) -> Array:
+    def valid(self: "PromptBatch[Array]") -> Array:
         """[B, T] bool, which tokens exist."""
         return jnp.arange(self.ids.shape[1]) < self.length[:, None]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PackedRows:
+class PackedRows(Generic[Leaf]):
     """B rows of several examples each: prompt and response, one example after another.
 
     Attributes:
@@ -75,15 +80,15 @@ class PackedRows:
       vision: the windows of all the row's images.
     """
 
-    ids: Array
-    segment: Array
-    position: Array
-    image_index: Array
-    place: Array
-    vision: VisionInput
+    ids: Leaf
+    segment: Leaf
+    position: Leaf
+    image_index: Leaf
+    place: Leaf
+    vision: VisionInput[Leaf]
 
     @property
-    def labels(self) -> Array:
+    def labels(self: "PackedRows[Array]") -> Array:
         """[B, R] int32, the response token that each place predicts."""
         return jnp.take_along_axis(self.ids, jnp.maximum(self.place, 0) + 1, axis=1)
 

@@ -1,18 +1,19 @@
 """What an update trains on."""
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch
+from spatial_ssrl_jax.qwen_vl.inputs import Leaf, PackedRows, PromptBatch
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class ResponseBatch:
+class ResponseBatch(Generic[Leaf]):
     """Prompts with the responses to learn from.
 
     Attributes:
@@ -23,21 +24,21 @@ class ResponseBatch:
       normaliser: [] float32, response tokens of the whole optimizer step, for its metrics.
     """
 
-    prompts: PromptBatch
-    tokens: Array
-    length: Array
-    weight: Array
-    normaliser: Array
+    prompts: PromptBatch[Leaf]
+    tokens: Leaf
+    length: Leaf
+    weight: Leaf
+    normaliser: Leaf
 
     @property
-    def mask(self) -> Array:
+    def mask(self: "ResponseBatch[Array]") -> Array:
         """[B, G, R] float32, 1 where a response token is."""
         return (jnp.arange(self.tokens.shape[2]) < self.length[..., None]).astype(jnp.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class GroupBatch(ResponseBatch):
+class GroupBatch(ResponseBatch[Leaf]):
     """Sampled groups with what the policy gradient needs.
 
     Attributes:
@@ -48,15 +49,15 @@ class GroupBatch(ResponseBatch):
       reference_logprobs: [B, G, R] float32, or None without KL.
     """
 
-    advantage: Array
-    sampled_logprobs: Array
-    old_logprobs: Array | None
-    reference_logprobs: Array | None
+    advantage: Leaf
+    sampled_logprobs: Leaf
+    old_logprobs: Leaf | None
+    reference_logprobs: Leaf | None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(Generic[Leaf]):
     """Examples of supervised training, several in a row.
 
     Attributes:
@@ -64,15 +65,18 @@ class PackedBatch:
       normaliser: [] float32, response tokens of the whole optimizer step.
     """
 
-    rows: PackedRows
-    normaliser: Array
+    rows: PackedRows[Leaf]
+    normaliser: Leaf
 
     @property
-    def weight(self) -> Array:
+    def weight(self: "PackedBatch[Array]") -> Array:
         """[B, R] float32 weight of each response token in the optimizer step's loss."""
         return (self.rows.place >= 0) / self.normaliser
 
 
-def take_rows(batch, start: int, rows: int):
+Tree = TypeVar("Tree")
+
+
+def take_rows(batch: Tree, start: int, rows: int) -> Tree:
     """Rows `start` to `start + rows` of every array of a batch; scalars stay."""
     return jax.tree.map(lambda x: x[start : start + rows] if np.ndim(x) else x, batch)
