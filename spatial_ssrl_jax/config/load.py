@@ -1,4 +1,4 @@
-"""TODO: config.load."""
+"""Loading a config file, overriding single settings, and the config as plain JSON types."""
 
 import ast
 import dataclasses

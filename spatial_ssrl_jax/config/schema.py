@@ -1,10 +1,20 @@
-"""Every setting of a run, as nested frozen dataclasses; loading a config file and overriding it."""
+"""Every setting of a run, as nested frozen dataclasses; a field's `Literal` lists its choices."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from spatial_ssrl_jax.qwen_vl.compute import Dtype, Remat
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
+
+Schedule = Literal["constant", "cosine"]
+KlEstimator = Literal["k1", "k2", "k3"]
+Aggregation = Literal["token", "sequence", "dr_grpo"]
+OldLogprobs = Literal["recomputed", "sampler"]
+ImportanceCorrection = Literal["none", "truncate", "mask"]
+RewardRule = Literal["paper", "strict", "tolerant"]
+PromptStyle = Literal["direct", "reasoning", "own"]
+BestBy = Literal["auto", "benchmark", "heldout", "none"]
 
 
 @dataclass(frozen=True)
@@ -12,12 +22,12 @@ class ModelSettings:
     """Where the model comes from and how it computes.
 
     Attributes:
-      path: a Hugging Face folder or an Orbax checkpoint of ours, here or `gs://…`, a hub id, or
+      path: a Hugging Face folder or an Orbax checkpoint of ours, local or `gs://…`, a Hub id, or
         `tiny` (shipped).
       from_scratch: draw fresh weights of the folder's shape instead of reading them.
-      dtype: compute dtype, `float32` or `bfloat16`; master weights are always float32.
-      remat: what the backward pass recomputes of each layer: nothing (`none`), all but
-        matmuls with weights and fused attention (`dots`), or all (`full`).
+      dtype: compute dtype; master weights are always float32.
+      remat: what the backward pass recomputes of each layer: nothing (`none`), all but matmuls with
+        weights and fused attention (`dots`), or all (`full`).
       attention: what computes attention of prompts, rows and whole images to themselves: `xla`
         anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16; `auto` is `splash` on TPUs
         in bfloat16, else `xla`.
@@ -27,8 +37,8 @@ class ModelSettings:
 
     path: str = ""
     from_scratch: bool = False
-    dtype: str = "bfloat16"
-    remat: str = "full"
+    dtype: Dtype = "bfloat16"
+    remat: Remat = "full"
     attention: str = "auto"
     attention_chunk: int = 1024
     vocab_block: int = 4096
@@ -41,13 +51,13 @@ class DataSettings:
     Attributes:
       source: a SPEC, for example `scenes`, `folder:PATH`, or several with weights, for example
         `2*nyu:PATH+folder:PATH`.
-      heldout_fraction: share of the records kept apart for held-out metrics, never trained on.
+      heldout_fraction: fraction of the records kept apart for held-out metrics, never trained on.
       min_pixels, max_pixels: an image's area is brought between these, in pixels.
       prompt_buckets: prompt lengths in tokens that programs are compiled for.
       window_buckets: counts of 8x8-patch vision windows a prompt that programs are compiled for.
       threads: threads that make prompts ahead of the devices, in each worker.
       workers: processes that make prompts; 0 makes them in the training process, by threads alone.
-      max_bad_fraction: share of unusable images above which the run stops.
+      max_bad_fraction: fraction of unusable images above which the run stops.
     """
 
     source: str = "scenes"
@@ -70,9 +80,9 @@ class MeshSettings:
 
     Attributes:
       data, fsdp, tensor: devices along the axis; one may be -1 and takes what is left.
-      heartbeat_timeout: seconds after which a process that was not heard of counts as lost, and the others
-        end.
-      step_timeout: seconds that a step, or whatever else is said to be done, may take before the run
+      heartbeat_timeout: seconds without a heartbeat after which a process counts as lost, and the
+        others end.
+      step_timeout: seconds that a step, or any other phase that is logged, may take before the run
         counts as hanging and ends; 0 waits for ever.
     """
 
@@ -84,113 +94,137 @@ class MeshSettings:
 
 
 @dataclass(frozen=True)
-class SftSettings:
-    """Cold start: supervised responses in the required form.
+class StageSettings:
+    """What both stages have.
 
     Attributes:
-      steps: optimizer steps; 0 skips the stage.
-      responses: `made` of true reasons for the examples of `data.source`, or the path of released
-        cold-start data (see the source `ssrl81k`), whose questions are then asked in this stage.
-      prompts: samples an optimizer step.
-      row_tokens: tokens of a row, in which samples of a step are packed one after another;
-        at least the largest of `data.prompt_buckets` plus `rollout.max_new_tokens`.
-      row_windows: counts of vision windows a row that programs are compiled for; the largest is at
-        least that of `data.window_buckets`.
-      row_responses: response tokens of a row, at least `rollout.max_new_tokens`.
-      micro_batch_rows: rows whose activations exist at a time.
+      steps: steps of the stage; 0 skips it.
+      prompts: prompts a step.
       learning_rate: peak learning rate.
-      warmup_ratio: share of the steps over which it rises.
+      warmup_ratio: fraction of the optimizer steps over which it rises linearly.
       schedule: `constant` or `cosine` (to zero).
       weight_decay: decoupled decay on all trained weights.
-      freeze: parts that stay as they are: `vision`, `merger`, `language`.
+      freeze: parts that do not train: `vision`, `merger`, `language`.
       vision_learning_rate_scale: the vision tower's learning rate over that of the rest.
       lora: with a rank, adapters are trained and nothing else; they are merged at the end.
     """
 
     steps: int = 0
-    responses: str = "made"
     prompts: int = 256
-    row_tokens: int = 6144
-    row_windows: tuple[int, ...] = (256, 384)
-    row_responses: int = 2048
-    micro_batch_rows: int = 8
     learning_rate: float = 1e-5
-    warmup_ratio: float = 0.1
-    schedule: str = "cosine"
+    warmup_ratio: float = 0.0
+    schedule: Schedule = "constant"
     weight_decay: float = 0.0
     freeze: tuple[str, ...] = ()
     vision_learning_rate_scale: float = 1.0
     lora: LoraSettings = field(default_factory=LoraSettings)
 
+    def trains(self, part: str) -> bool:
+        """Whether any weight of a part (`vision`, `merger` or `language`) trains."""
+        if self.lora.rank:
+            return any(target.split(".")[0] == part for target in self.lora.targets)
+        return part not in self.freeze
+
 
 @dataclass(frozen=True)
-class GrpoSettings:
-    """Group-relative policy optimisation; the defaults are the paper's.
+class SftSettings(StageSettings):
+    """Supervised fine-tuning on responses in the required format: the paper's cold start.
+
+    Attributes:
+      steps: optimizer steps; 0 skips the stage.
+      prompts: examples an optimizer step.
+      responses: `synthetic`, made of the true reasons of the examples of `data.source`, or the path
+        of released cold-start data (see the source `ssrl81k`), whose questions the stage then uses.
+      row_tokens: tokens of a row, in which examples of a step are packed one after another; at
+        least the largest of `data.prompt_buckets` plus `rollout.max_new_tokens`.
+      row_windows: counts of vision windows a row that programs are compiled for; the largest is at
+        least that of `data.window_buckets`.
+      row_responses: response tokens of a row, at least `rollout.max_new_tokens`.
+      micro_batch_rows: rows whose activations exist at a time.
+    """
+
+    warmup_ratio: float = 0.1
+    schedule: Schedule = "cosine"
+    responses: str = "synthetic"
+    row_tokens: int = 6144
+    row_windows: tuple[int, ...] = (256, 384)
+    row_responses: int = 2048
+    micro_batch_rows: int = 8
+
+
+@dataclass(frozen=True)
+class GrpoSettings(StageSettings):
+    """Group-relative policy optimisation (GRPO, arXiv 2402.03300); the defaults are the paper's.
 
     Attributes:
       steps: rollouts; 0 skips the stage.
       prompts: prompts a rollout.
-      minibatches_per_rollout: optimizer steps a rollout, each over `prompts / updates` prompts.
-      group_size: samples a prompt.
+      minibatches_per_rollout: optimizer steps a rollout, each over an equal part of its prompts.
+      group_size: G, samples a prompt.
       micro_batch_prompts: prompts whose activations exist at a time in an update; they are alike in
         length.
       response_buckets: widths in tokens that responses are padded to in an update, beside
         `rollout.max_new_tokens`; none named means multiples of `rollout.kv_block`.
-      init_from: a folder or a checkpoint of ours, here or `gs://…`, or a hub id whose weights the
+      init_from: a folder or a checkpoint of ours, local or `gs://…`, or a Hub id whose weights the
         stage starts from, in place of the model's; needs `sft.steps=0`.
-      learning_rate, warmup_ratio, schedule, weight_decay: as under `sft`.
-      freeze, vision_learning_rate_scale, lora: as under `sft`; with LoRA the KL's reference is the
-        base itself.
+      lora: as of every stage; with LoRA the KL's reference is the base itself.
       temperature: of sampling, and of the log-probabilities.
-      scale_rewards: divide the advantage by the group's standard deviation.
-      clip_low, clip_high: how far the ratio may fall below and rise above 1.
-      dual_clip: for negative advantages the loss is at most this times -A; 0 turns it off.
-      kl_coef: weight of the KL to the reference in the loss; 0 needs no reference.
-      kl_estimator: how the KL is estimated: `k1`, `k2` or `k3` (never negative, and of low variance).
-      aggregation: how tokens are averaged: `token`, `sequence` or `dr_grpo`.
-      old_logprobs: what the ratio is taken to: `recomputed` by the trainer before the updates, or
-        the `sampler`'s own.
-      importance_correction: weight by the ratio of trainer to sampler: `none`, `truncate` it at
-        `importance_max`, or `mask` tokens outside [1/limit, limit].
+      scale_rewards: divide the advantage by the group's standard deviation; off in Dr. GRPO, arXiv
+        2503.20783.
+      clip_low: ε_low of the ratio's clip (PPO, arXiv 1707.06347).
+      clip_high: ε_high of the ratio's clip (DAPO, arXiv 2503.14476).
+      dual_clip: c of the dual clip (arXiv 1912.09729): for a negative advantage A the loss is at
+        most -c·A; 0 turns it off.
+      kl_coef: β, weight of the KL to the reference in the loss; 0 needs no reference.
+      kl_estimator: k1, k2 or k3 of Schulman's "Approximating KL divergence"; k3 is never negative
+        and of low variance.
+      aggregation: how tokens are averaged: over all tokens of the optimizer step (`token`, DAPO),
+        within each sample first (`sequence`, GRPO), or by a constant (`dr_grpo`).
+      old_logprobs: π_old of the ratio: `recomputed` by the trainer before the updates, or the
+        `sampler`'s own.
+      importance_correction: weight tokens by the ratio of trainer to sampler: `none`, `truncate` it
+        at `importance_max` (truncated importance sampling), or `mask` tokens outside
+        [1/importance_max, importance_max].
       importance_max: the ratio's bound, at least 1.
-      mask_truncated_completions: leave samples that were cut off at the limit out of the loss.
-      filter_zero_variance_groups: leave out groups whose accuracy does not vary, and sample others in their place.
-      max_resamples: most times a step that groups are sampled again for that.
+      mask_truncated_completions: leave samples that reached `rollout.max_new_tokens` without an end
+        token out of the loss (overlong filtering, DAPO).
+      filter_zero_variance_groups: leave out groups whose accuracy does not vary, and sample others
+        in their place (dynamic sampling, DAPO).
+      max_resamples: at most so many times a step groups are sampled again for that.
     """
 
     steps: int = 360
-    prompts: int = 256
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.01
     minibatches_per_rollout: int = 2
     group_size: int = 5
     micro_batch_prompts: int = 16
     response_buckets: tuple[int, ...] = ()
     init_from: str = ""
-    learning_rate: float = 1e-6
-    warmup_ratio: float = 0.0
-    schedule: str = "constant"
-    weight_decay: float = 0.01
-    freeze: tuple[str, ...] = ()
-    vision_learning_rate_scale: float = 1.0
-    lora: LoraSettings = field(default_factory=LoraSettings)
     temperature: float = 1.0
     scale_rewards: bool = True
     clip_low: float = 0.2
     clip_high: float = 0.3
     dual_clip: float = 3.0
     kl_coef: float = 0.01
-    kl_estimator: str = "k3"
-    aggregation: str = "token"
-    old_logprobs: str = "recomputed"
-    importance_correction: str = "none"
+    kl_estimator: KlEstimator = "k3"
+    aggregation: Aggregation = "token"
+    old_logprobs: OldLogprobs = "recomputed"
+    importance_correction: ImportanceCorrection = "none"
     importance_max: float = 2.0
     mask_truncated_completions: bool = False
     filter_zero_variance_groups: bool = False
     max_resamples: int = 2
 
     @property
-    def needs_old(self) -> bool:
-        """Whether anything but a figure depends on the trainer's log-probabilities of before."""
-        return self.old_logprobs == "recomputed" or self.importance_correction != "none"
+    def recomputes_old_logprobs(self) -> bool:
+        """Whether the trainer's log-probabilities of before the updates are computed.
+
+        With a single update they are the current ones, and with the sampler's as π_old and no
+        correction nothing needs them.
+        """
+        needed = self.old_logprobs == "recomputed" or self.importance_correction != "none"
+        return self.minibatches_per_rollout > 1 and needed
 
 
 @dataclass(frozen=True)
@@ -199,15 +233,15 @@ class RewardSettings:
 
     Attributes:
       rule: `paper`; `strict` (a thought and after it a box, neither empty); or `tolerant` (spaces,
-        `\\text{…}` and parentheses around the answer are let pass).
-      accuracy_weight: weight of accuracy; the form has the rest.
+        `\\text{…}` and parentheses around the answer are accepted).
+      accuracy_weight: weight of accuracy; the format has the rest.
       task_weights: factor on the reward of each task.
       length_penalty: taken off at `length_penalty_start + length_penalty_span` tokens and more.
-      length_penalty_start: tokens up to which nothing is taken off; from there on it rises evenly.
+      length_penalty_start: tokens up to which nothing is taken off; from there it rises linearly.
       length_penalty_span: tokens over which it rises.
     """
 
-    rule: str = "paper"
+    rule: RewardRule = "paper"
     accuracy_weight: float = 0.9
     task_weights: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(TASKS_BY_NAME, 1.0)
@@ -222,15 +256,15 @@ class RolloutSettings:
     """How responses are sampled.
 
     Attributes:
-      max_new_tokens: most tokens of a response.
-      kv_block: response places that the cache grows by.
-      check_every: decode steps between looks at whether all have finished.
+      max_new_tokens: tokens of a response at most.
+      kv_block: slots that the responses' key/value cache grows by.
+      check_every: decode steps between checks whether all samples have finished.
       batch_prompts: prompts that are sampled at a time.
       tensor: devices that share one copy of the weights while sampling; no more of them than the
         model has key/value heads, or caches are held twice.
-      attention: what computes a decode step's: `xla` anywhere, `triton` one kernel on NVIDIA GPUs
-        in bfloat16; `auto` is `triton` on one GPU of compute capability 9.0, where it was run, else
-        `xla`.
+      attention: what computes a decode step's attention: `xla` anywhere, `triton` one kernel on
+        NVIDIA GPUs in bfloat16; `auto` is `triton` on one GPU of compute capability 9.0, where it
+        was run, else `xla`.
     """
 
     max_new_tokens: int = 2048
@@ -249,7 +283,7 @@ class OptimSettings:
       beta1, beta2, eps: AdamW's constants.
       max_grad_norm: gradients are scaled down to this norm.
       max_skipped_steps: non-finite steps in a row after which the run stops.
-      offload: AdamW's moments and the KL's reference rest in host memory while no program needs
+      offload: AdamW's moments and the KL's reference are kept in host memory while no program needs
         them; for a single GPU.
     """
 
@@ -268,19 +302,20 @@ class CheckpointSettings:
     Attributes:
       every: steps between checkpoints; the last step of a stage is always saved.
       keep: newest checkpoints kept.
-      best: what the best one is chosen by, which is kept besides: the score of `eval.benchmark`
-        (`benchmark`), the mean greedy accuracy on held-out images (`heldout`), the first of
-        these that there is (`auto`), or `none`. A step that is better than all before is saved.
+      best: what the best checkpoint, which is kept besides, is chosen by: the score of
+        `eval.benchmark` (`benchmark`), the mean greedy accuracy on held-out images (`heldout`), the
+        first of these that there is (`auto`), or `none`. A step that is better than all before is
+        saved.
     """
 
     every: int = 5
     keep: int = 3
-    best: str = "auto"
+    best: BestBy = "auto"
 
 
 @dataclass(frozen=True)
 class LogSettings:
-    """What is written during the run.
+    """What is written during a run.
 
     Attributes:
       rollouts_every: GRPO steps between samples of rollouts; 0 writes none.
@@ -297,19 +332,20 @@ class LogSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Held-out metrics.
+    """Validation: held-out examples, and perhaps a benchmark.
 
     Attributes:
       examples: held-out examples a task.
       samples: sampled responses a held-out prompt, at the training temperature.
-      every: GRPO steps between held-out measurements; 0 measures between stages only.
+      every: GRPO steps between held-out evaluations; 0 evaluates between stages only.
       batch_prompts: prompts evaluated at a time.
-      benchmark: one of `evaluate`'s benchmarks that is asked during training, greedily, with
+      benchmark: one of `evaluate`'s benchmarks that is evaluated during training, greedily, with
         the limits of `rollout` and `data`; empty: none.
       benchmark_data: its files, as `evaluate --data` takes them.
-      benchmark_style: in whose words: `direct`, `reasoning` or `own`, see `evaluate`.
-      benchmark_count: questions that are asked, evenly over the file; 0 asks all.
-      benchmark_every: GRPO steps between; 0 asks between stages only.
+      benchmark_style: how its questions are prompted: `direct`, `reasoning` or `own`, see
+        `evaluate`.
+      benchmark_count: questions of it, evenly over the file; 0 takes all.
+      benchmark_every: GRPO steps between; 0 evaluates it between stages only.
     """
 
     examples: int = 64
@@ -318,7 +354,7 @@ class EvalSettings:
     batch_prompts: int = 64
     benchmark: str = ""
     benchmark_data: str = ""
-    benchmark_style: str = "reasoning"
+    benchmark_style: PromptStyle = "reasoning"
     benchmark_count: int = 200
     benchmark_every: int = 0
 
@@ -348,5 +384,5 @@ class Config:
 
     @property
     def trained_tasks(self) -> tuple[str, ...]:
-        """Tasks with a share in the training mixture."""
+        """Tasks with a weight in the training mixture."""
         return tuple(name for name, settings in self.tasks.items() if settings.weight > 0)

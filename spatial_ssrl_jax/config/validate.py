@@ -1,15 +1,14 @@
 """Which settings go together: what contradicts itself is refused before anything is built."""
 
-from typing import TYPE_CHECKING
+import dataclasses
+import typing
+from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import Config, StageSettings
 from spatial_ssrl_jax.qwen_vl.kernels import DECODE_KERNELS, KERNELS
-from spatial_ssrl_jax.qwen_vl.layers import REMAT_POLICIES
 from spatial_ssrl_jax.qwen_vl.lora import known_targets
 from spatial_ssrl_jax.qwen_vl.tree import PARTS
-
-if TYPE_CHECKING:
-    from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
 
 _AT_LEAST_ONE = (
     "model.attention_chunk",
@@ -47,35 +46,20 @@ _AT_LEAST_ZERO = (
     "log.rollouts_every",
     "log.rollouts_count",
 )
-_CHOICES = {
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": tuple(REMAT_POLICIES),
-    "model.attention": ("auto", *KERNELS),
-    "rollout.attention": ("auto", *DECODE_KERNELS),
-    "sft.schedule": ("constant", "cosine"),
-    "grpo.schedule": ("constant", "cosine"),
-    "grpo.kl_estimator": ("k1", "k2", "k3"),
-    "grpo.aggregation": ("token", "sequence", "dr_grpo"),
-    "grpo.old_logprobs": ("recomputed", "sampler"),
-    "grpo.importance_correction": ("none", "truncate", "mask"),
-    "eval.benchmark_style": ("direct", "reasoning", "own"),
-    "checkpoint.best": ("auto", "benchmark", "heldout", "none"),
-    "reward.rule": ("paper", "strict", "tolerant"),
-}
 
 
-def check_settings(config: "Config") -> None:
+def check_settings(config: Config) -> None:
     """Refuses settings that are out of range or contradict one another.
 
     Raises:
       UserError: names the setting and what it must be.
     """
-    for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
+    for minimum, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for name in names:
-            if (value := _value(config, name)) < least:
-                raise UserError(f"{name}={value} must be at least {least}.")
-    for name, known in _CHOICES.items():
-        _choice(name, _value(config, name), known)
+            if (value := _value(config, name)) < minimum:
+                raise UserError(f"{name}={value} must be at least {minimum}.")
+    for name, known in _choices(config).items():
+        _check_choice(name, _value(config, name), known)
     _check_ranges(config)
     _check_batches(config)
     if config.sft.steps:
@@ -86,13 +70,29 @@ def check_settings(config: "Config") -> None:
     _check_benchmark(config)
 
 
-def _value(config: "Config", name: str):
+def _value(config: Config, name: str) -> Any:
     section, key = name.split(".")
     return getattr(getattr(config, section), key)
 
 
-def _check_ranges(config: "Config") -> None:
-    """Refuses numbers whose range is not just a least whole number."""
+def _choices(config: Config) -> dict[str, tuple[str, ...]]:
+    """What each setting with a fixed list of values may be: its `Literal`, or the kernels."""
+    found = {
+        "model.attention": ("auto", *KERNELS),
+        "rollout.attention": ("auto", *DECODE_KERNELS),
+    }
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        if not dataclasses.is_dataclass(value):
+            continue
+        for key, hint in typing.get_type_hints(type(value)).items():
+            if typing.get_origin(hint) is typing.Literal:
+                found[f"{section.name}.{key}"] = typing.get_args(hint)
+    return found
+
+
+def _check_ranges(config: Config) -> None:
+    """Refuses numbers whose range is not just a smallest whole number."""
     grpo = config.grpo
     if grpo.temperature <= 0:
         raise UserError(f"grpo.temperature={grpo.temperature} must be above 0.")
@@ -116,8 +116,8 @@ def _check_ranges(config: "Config") -> None:
         )
 
 
-def _check_benchmark(config: "Config") -> None:
-    """Refuses a benchmark without files, and settings of one that is not asked."""
+def _check_benchmark(config: Config) -> None:
+    """Refuses a benchmark without files, and settings of one that is not evaluated."""
     found, best = config.eval, config.checkpoint.best
     if found.benchmark and not found.benchmark_data:
         raise UserError(
@@ -130,34 +130,35 @@ def _check_benchmark(config: "Config") -> None:
         )
     if not found.benchmark and best == "benchmark":
         raise UserError(
-            "checkpoint.best=benchmark needs one that is asked: set eval.benchmark, or choose "
+            "checkpoint.best=benchmark needs one that is evaluated: set eval.benchmark, or choose "
             "heldout."
         )
 
 
-def _check_batches(config: "Config") -> None:
+def _check_batches(config: Config) -> None:
     """Refuses sizes that do not divide one another."""
     grpo, rollout = config.grpo, config.rollout
-    _divides(
-        "grpo.minibatches_per_rollout", grpo.minibatches_per_rollout, "grpo.prompts", grpo.prompts
+    minibatches = grpo.minibatches_per_rollout
+    _check_divides("grpo.minibatches_per_rollout", minibatches, "grpo.prompts", grpo.prompts)
+    _check_divides(
+        "grpo.micro_batch_prompts",
+        grpo.micro_batch_prompts,
+        "grpo.prompts/minibatches_per_rollout",
+        grpo.prompts // minibatches,
     )
-    an_update = grpo.prompts // grpo.minibatches_per_rollout
-    _divides(
-        "grpo.micro_batch_prompts", grpo.micro_batch_prompts, "grpo.prompts/updates", an_update
-    )
-    _divides("rollout.batch_prompts", rollout.batch_prompts, "grpo.prompts", grpo.prompts)
+    _check_divides("rollout.batch_prompts", rollout.batch_prompts, "grpo.prompts", grpo.prompts)
     for name in ("kv_block", "max_new_tokens"):
-        whole = getattr(rollout, name)
-        _divides("rollout.check_every", rollout.check_every, f"rollout.{name}", whole)
+        total = getattr(rollout, name)
+        _check_divides("rollout.check_every", rollout.check_every, f"rollout.{name}", total)
 
 
-def _check_stages(config: "Config") -> None:
+def _check_stages(config: Config) -> None:
     """Refuses runs in which nothing would be learned, or whose stages contradict each other."""
     grpo, sft = config.grpo, config.sft
     if grpo.steps and grpo.group_size < 2:
         raise UserError(
-            f"grpo.group_size={grpo.group_size} must be at least 2: a group of one has no advantage, and "
-            "with grpo.scale_rewards no standard deviation."
+            f"grpo.group_size={grpo.group_size} must be at least 2: a group of one has no "
+            "advantage, and with grpo.scale_rewards no standard deviation."
         )
     if not config.trained_tasks:
         raise UserError("every task has weight 0: give at least one tasks.NAME.weight above 0.")
@@ -167,16 +168,16 @@ def _check_stages(config: "Config") -> None:
         )
     if grpo.init_from and sft.steps:
         raise UserError(
-            "grpo.init_from takes the place of the cold start's result: set sft.steps=0, or leave "
+            "grpo.init_from takes the place of what sft trains: set sft.steps=0, or leave "
             "grpo.init_from empty."
         )
 
 
-def _check_rows(config: "Config") -> None:
-    """Refuses rows of the cold start in which the largest example has no room."""
+def _check_rows(config: Config) -> None:
+    """Refuses rows of packed examples that are too small for the largest example."""
     data, sft, limit = config.data, config.sft, config.rollout.max_new_tokens
     prompt, windows = max(data.prompt_buckets), max(data.window_buckets)
-    for name, value, least, why in (
+    for name, value, minimum, cause in (
         (
             "row_tokens",
             sft.row_tokens,
@@ -186,20 +187,20 @@ def _check_rows(config: "Config") -> None:
         ("row_windows", max(sft.row_windows), windows, "data.window_buckets"),
         ("row_responses", sft.row_responses, limit, "rollout.max_new_tokens"),
     ):
-        if value < least:
+        if value < minimum:
             raise UserError(
-                f"sft.{name}={value} has no room for the largest example: raise it to {least} or "
-                f"more, or lower {why}."
+                f"sft.{name}={value} is too small for the largest example: raise it to {minimum} "
+                f"or more, or lower {cause}."
             )
 
 
-def _check_trained(name: str, stage: "SftSettings | GrpoSettings") -> None:
-    """Refuses choices of weights that leave nothing to train, or that say nothing."""
+def _check_trained(name: str, stage: StageSettings) -> None:
+    """Refuses choices of weights that leave nothing to train, or that have no effect."""
     lora = stage.lora
     for part in stage.freeze:
-        _choice(f"{name}.freeze", part, PARTS)
+        _check_choice(f"{name}.freeze", part, PARTS)
     for target in lora.targets:
-        _choice(f"{name}.lora.targets", target, known_targets())
+        _check_choice(f"{name}.lora.targets", target, known_targets())
     if set(stage.freeze) == set(PARTS):
         raise UserError(f"{name}.freeze holds every part: leave one that trains.")
     if lora.rank < 0 or lora.alpha < 0:
@@ -212,20 +213,18 @@ def _check_trained(name: str, stage: "SftSettings | GrpoSettings") -> None:
             f"alone: choose {name}.lora.targets instead."
         )
     scale = stage.vision_learning_rate_scale
-    vision = any(t.split(".")[0] == "vision" for t in lora.targets)
-    trains = vision if lora.rank else "vision" not in stage.freeze
-    if scale <= 0 or (scale != 1 and not trains):
+    if scale <= 0 or (scale != 1 and not stage.trains("vision")):
         raise UserError(
             f"{name}.vision_learning_rate_scale={scale} must be above 0, and 1 where the vision "
-            f"tower does not train; {name}.freeze=vision keeps it as it is."
+            f"tower does not train; {name}.freeze=vision freezes it."
         )
 
 
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UserError(f"{name}={value} is unknown: choose one of {', '.join(known)}.")
 
 
-def _divides(small: str, divisor: int, large: str, total: int) -> None:
+def _check_divides(small: str, divisor: int, large: str, total: int) -> None:
     if divisor < 1 or total % divisor:
         raise UserError(f"{small}={divisor} must divide {large}={total}.")

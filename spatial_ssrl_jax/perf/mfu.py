@@ -7,7 +7,7 @@ computed again in the backward pass, and groups that were sampled and thrown awa
 import jax
 import numpy as np
 
-from spatial_ssrl_jax.config.schema import GrpoSettings, SftSettings
+from spatial_ssrl_jax.config.schema import GrpoSettings, StageSettings
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.perf.device_specs import device_spec
 from spatial_ssrl_jax.perf.flops import batch_flops
@@ -17,7 +17,7 @@ from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
 
 def useful_flops(
     config: QwenVLConfig,
-    stage: SftSettings | GrpoSettings,
+    stage: StageSettings,
     prompts: PromptBatch,
     length_BG: np.ndarray,
 ) -> float:
@@ -34,7 +34,7 @@ def useful_flops(
     return all_sum(vision_passes * vision + text_passes * text)
 
 
-def forward_passes(stage: SftSettings | GrpoSettings) -> tuple[int, int]:
+def forward_passes(stage: StageSettings) -> tuple[int, int]:
     """How many forward passes' worth a step takes in the vision tower and in the language model.
 
     Sampling, the reference's and the old log-probabilities are one each. In an update the forward
@@ -43,14 +43,13 @@ def forward_passes(stage: SftSettings | GrpoSettings) -> tuple[int, int]:
     """
     forward = 0
     if isinstance(stage, GrpoSettings):
-        needs_old = stage.old_logprobs == "recomputed" or stage.importance_correction != "none"
-        forward = 1 + (stage.kl_coef > 0) + (stage.minibatches_per_rollout > 1 and needs_old)
+        forward = 1 + (stage.kl_coef > 0) + stage.recomputes_old_logprobs
     if stage.lora.rank:
-        vision = 2 if any(t.split(".")[0] == "vision" for t in stage.lora.targets) else 1
+        vision = 2 if stage.trains("vision") else 1
         text = 2
     else:
-        vision = 1 if "vision" in stage.freeze else 3
-        text = 2 if "language" in stage.freeze else 3
+        vision = 3 if stage.trains("vision") else 1
+        text = 3 if stage.trains("language") else 2
     return forward + vision, forward + text
 
 

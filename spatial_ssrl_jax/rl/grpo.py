@@ -191,7 +191,7 @@ class Grpo:
         )
         rows = settings.micro_batch_prompts // jax.process_count()
         per_update = len(batch.items) // settings.minibatches_per_rollout
-        recompute_old = settings.minibatches_per_rollout > 1 and settings.needs_old
+        recompute_old = settings.recomputes_old_logprobs
         counted = rollout.finished | (not settings.mask_truncated_completions)
         if settings.filter_zero_variance_groups:
             counted &= ~zero_variance_groups(scored)[:, None]

@@ -3,11 +3,11 @@
 import optax
 from flax import traverse_util
 
-from spatial_ssrl_jax.config.schema import GrpoSettings, OptimSettings, SftSettings
+from spatial_ssrl_jax.config.schema import OptimSettings, StageSettings
 from spatial_ssrl_jax.qwen_vl.tree import Params, part_of
 
 
-def learning_rate(stage: SftSettings | GrpoSettings, updates: int) -> optax.Schedule:
+def learning_rate(stage: StageSettings, updates: int) -> optax.Schedule:
     """The learning rate at each of a stage's `updates` optimizer steps."""
     rise = round(stage.warmup_ratio * updates)
     peak = stage.learning_rate
@@ -21,7 +21,7 @@ def learning_rate(stage: SftSettings | GrpoSettings, updates: int) -> optax.Sche
 
 
 def make_optimizer(
-    optim: OptimSettings, stage: SftSettings | GrpoSettings, updates: int
+    optim: OptimSettings, stage: StageSettings, updates: int
 ) -> optax.GradientTransformation:
     """AdamW as METHOD gives it: decay on all trained weights, gradient norm clipped first."""
     steps = [

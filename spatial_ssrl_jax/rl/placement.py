@@ -4,7 +4,7 @@ import jax
 import optax
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.config.schema import Config, StageSettings
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
@@ -17,7 +17,7 @@ def abstract_stage_state(
     config: Config,
     model: QwenVLConfig,
     layout: Layout,
-    stage: SftSettings | GrpoSettings,
+    stage: StageSettings,
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
     """Shapes and places of what a stage carries from step to step.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 
-from spatial_ssrl_jax.config.schema import GrpoSettings, SftSettings
+from spatial_ssrl_jax.config.schema import StageSettings
 from spatial_ssrl_jax.qwen_vl.lora import NO_LORA, WEIGHTS, LoraSettings
 from spatial_ssrl_jax.qwen_vl.tree import Params, part_of, select_params
 
@@ -22,7 +22,7 @@ class Trainable:
     lora: LoraSettings = NO_LORA
 
     @classmethod
-    def of(cls, stage: SftSettings | GrpoSettings) -> "Trainable":
+    def of(cls, stage: StageSettings) -> "Trainable":
         return cls(stage.freeze, stage.lora)
 
     def __call__(self, path: str) -> bool:
