@@ -24,8 +24,8 @@ from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.lora import merge_adapters
+from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params
 from spatial_ssrl_jax.qwen_vl.peft import read_adapter
-from spatial_ssrl_jax.qwen_vl.tree import Params, merge_params
 
 
 def main(argv: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from spatial_ssrl_jax.qwen_vl.lora import (
     select_adapters,
 )
 from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params, init_adapters, init_params
-from spatial_ssrl_jax.qwen_vl.tree import merge_params, select_params
+from spatial_ssrl_jax.qwen_vl.param_tree import merge_params, select_params
 from spatial_ssrl_jax.qwen_vl.weights import find_tensors, read_params
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"

@@ -8,7 +8,7 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config, StageSettings
 from spatial_ssrl_jax.qwen_vl.kernels import DECODE_KERNELS, KERNELS
 from spatial_ssrl_jax.qwen_vl.lora import known_targets
-from spatial_ssrl_jax.qwen_vl.tree import PARTS
+from spatial_ssrl_jax.qwen_vl.param_tree import PARTS
 
 _AT_LEAST_ONE = (
     "model.attention_chunk",

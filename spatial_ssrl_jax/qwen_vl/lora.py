@@ -13,7 +13,7 @@ from flax import nnx, traverse_util
 from jax import Array
 
 from spatial_ssrl_jax.qwen_vl.layers import Init, Linear
-from spatial_ssrl_jax.qwen_vl.tree import Params, part_of, select_params
+from spatial_ssrl_jax.qwen_vl.param_tree import Params, part_of, select_params
 
 # The layers of each part that may have an adapter: all but the patches' embedding.
 TARGETS = {

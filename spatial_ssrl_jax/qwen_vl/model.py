@@ -23,9 +23,9 @@ from spatial_ssrl_jax.qwen_vl.lora import (
     adapter_settings,
     select_adapters,
 )
+from spatial_ssrl_jax.qwen_vl.param_tree import Params
 from spatial_ssrl_jax.qwen_vl.rope import text_rotary
 from spatial_ssrl_jax.qwen_vl.text import TextModel
-from spatial_ssrl_jax.qwen_vl.tree import Params
 
 
 class QwenVL(nnx.Module):  # noqa: N801 - the model's own name

@@ -21,7 +21,7 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.lora import TARGETS, LoraSettings, adapter_settings
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
-from spatial_ssrl_jax.qwen_vl.tree import Params
+from spatial_ssrl_jax.qwen_vl.param_tree import Params
 from spatial_ssrl_jax.qwen_vl.weights import canonical_name, entries, newer_name
 
 CONFIG = "adapter_config.json"

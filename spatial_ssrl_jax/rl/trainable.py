@@ -6,7 +6,7 @@ import jax
 
 from spatial_ssrl_jax.config.schema import StageSettings
 from spatial_ssrl_jax.qwen_vl.lora import NO_LORA, WEIGHTS, LoraSettings
-from spatial_ssrl_jax.qwen_vl.tree import Params, part_of, select_params
+from spatial_ssrl_jax.qwen_vl.param_tree import Params, part_of, select_params
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from spatial_ssrl_jax.qwen_vl.lora import (
     select_adapters,
 )
 from spatial_ssrl_jax.qwen_vl.model import abstract_params, bind, init_adapters, param_axes
-from spatial_ssrl_jax.qwen_vl.tree import merge_params
+from spatial_ssrl_jax.qwen_vl.param_tree import merge_params
 from spatial_ssrl_jax.rl.logprobs import response_logprobs
 from spatial_ssrl_jax.rollout.decode import decode_weights
 

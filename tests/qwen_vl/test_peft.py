@@ -14,8 +14,8 @@ from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings, merge_adapters
 from spatial_ssrl_jax.qwen_vl.model import init_adapters
+from spatial_ssrl_jax.qwen_vl.param_tree import merge_params
 from spatial_ssrl_jax.qwen_vl.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
-from spatial_ssrl_jax.qwen_vl.tree import merge_params
 
 LORA = LoraSettings(rank=3, alpha=12.0, targets=("language", "vision.qkv", "merger"))
 PREFIX = "base_model.model.model.language_model.layers.0.self_attn.q_proj"

@@ -13,7 +13,7 @@ from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.qwen_vl.model import init_adapters
-from spatial_ssrl_jax.qwen_vl.tree import merge_params
+from spatial_ssrl_jax.qwen_vl.param_tree import merge_params
 from spatial_ssrl_jax.rl import sft
 from spatial_ssrl_jax.rl.losses import SftLoss
 from tests.rl.conftest import CONFIG, packed

@@ -12,7 +12,7 @@ from spatial_ssrl_jax.config.schema import GrpoSettings, OptimSettings
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.qwen_vl.model import init_adapters
-from spatial_ssrl_jax.qwen_vl.tree import PARTS, merge_params, part_of
+from spatial_ssrl_jax.qwen_vl.param_tree import PARTS, merge_params, part_of
 from spatial_ssrl_jax.rl import train_step as update
 from spatial_ssrl_jax.rl.losses import SftLoss
 from spatial_ssrl_jax.rl.optimizer import make_optimizer, scale_part
