@@ -54,7 +54,7 @@ class ModelFolder:
         """
         if (self.weights / PARAMS).is_dir():
             return self._load_orbax(layout, dtype)
-        shardings = layout.params(self.config)
+        shardings = layout.param_shardings(self.config)
         flat = traverse_util.flatten_dict(shardings, sep="/")
 
         def place(path: str, array: np.ndarray) -> jax.Array:
@@ -68,7 +68,7 @@ class ModelFolder:
         """A step's trained and frozen weights come together, adapters merged, in `dtype`."""
         trained, *frozen = weight_folders(self.weights)
         if not frozen:
-            like = layout.abstract(self.config)
+            like = layout.abstract_params(self.config)
             if dtype is not None:
                 like = jax.tree.map(lambda x: x.update(dtype=dtype), like)
             return load_params(trained, like, keep_dtype=dtype is None)
@@ -105,13 +105,13 @@ class ModelFolder:
 
     def draw(self, layout: Layout, seed: int) -> Params:
         """Fresh weights of this shape, float32, in the training layout."""
-        shardings = layout.params(self.config)
+        shardings = layout.param_shardings(self.config)
         program = jax.jit(init_params, static_argnums=0, out_shardings=shardings)
         return program(self.config, jax.random.key(seed))
 
     def draw_adapters(self, layout: Layout, lora: LoraSettings, seed: int) -> Params:
         """Fresh adapters alone, float32, in the training layout."""
-        shardings = select_adapters(layout.params(self.config, lora))
+        shardings = select_adapters(layout.param_shardings(self.config, lora))
         program = jax.jit(init_adapters, static_argnums=(0, 1), out_shardings=shardings)
         return program(self.config, lora, jax.random.key(seed))
 
@@ -125,7 +125,7 @@ def load_split(
       UserError: together they are not a model of this shape.
     """
     stored = [stored_params(folder) for folder in (trained, frozen)]
-    whole = layout.abstract(config, adapter_settings(merge_params(*stored)))
+    whole = layout.abstract_params(config, adapter_settings(merge_params(*stored)))
     loaded = {}
     for folder, tree in zip((trained, frozen), stored, strict=True):
         paths = traverse_util.flatten_dict(tree, sep="/")

@@ -13,7 +13,7 @@ from spatial_ssrl_jax.parallel.compiler import set_compiler_flags
 
 AXES = ("data", "fsdp", "tensor")
 
-BATCH = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp")
 
 _TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 

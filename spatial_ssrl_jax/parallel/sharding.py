@@ -11,20 +11,21 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.parallel.mesh import _TYPES, AXES, BATCH
+from spatial_ssrl_jax.parallel.mesh import _TYPES, AXES, BATCH_AXES
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.layers import Axes
 from spatial_ssrl_jax.qwen_vl.lora import NO_LORA, LoraSettings
 from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params, param_axes
-from spatial_ssrl_jax.qwen_vl.tree import select_params
+from spatial_ssrl_jax.qwen_vl.param_tree import select_params
 
 # Logical axis -> mesh axes, in each layout. What is absent is replicated. The vision tower's inner
 # width, 3420, divides by 4 alone, so only its outer one is cut.
+EMBED_AXIS = "fsdp"  # mesh axis of the model's width while training
 _BY_TENSOR = {"heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
 
 SHARDING_RULES = {
-    "train": {"batch": BATCH, "embed": "fsdp"} | _BY_TENSOR,
-    "rollout": {"batch": BATCH} | _BY_TENSOR,
+    "train": {"batch": BATCH_AXES, "embed": EMBED_AXIS} | _BY_TENSOR,
+    "rollout": {"batch": BATCH_AXES} | _BY_TENSOR,
 }
 
 
@@ -43,7 +44,7 @@ class Layout:
     @property
     def batch_shards(self) -> int:
         """Parts that the batch axis is cut into."""
-        return math.prod(self.mesh.shape[a] for a in BATCH)
+        return math.prod(self.mesh.shape[a] for a in BATCH_AXES)
 
     def rollout(self, tensor: int) -> "Layout":
         """The same devices in the same order as `data` x `tensor`, for sampling.
@@ -65,14 +66,16 @@ class Layout:
         grid = devices.reshape(devices.size // tensor, 1, tensor)
         return Layout(Mesh(grid, AXES, axis_types=_TYPES), "rollout")
 
-    def rows(self) -> NamedSharding:
+    def batch_sharding(self) -> NamedSharding:
         """Where the rows of a batch are."""
-        return NamedSharding(self.mesh, PartitionSpec(BATCH))
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def params(self, config: QwenVLConfig, lora: LoraSettings = NO_LORA, part: str = "") -> Params:
+    def param_shardings(
+        self, config: QwenVLConfig, lora: LoraSettings = NO_LORA, part: str = ""
+    ) -> Params:
         """The sharding of every weight, or of those below `part`; with `lora`, of adapters too.
 
         Raises:
@@ -87,14 +90,14 @@ class Layout:
         }
         return traverse_util.unflatten_dict(flat, sep="/")
 
-    def abstract(
+    def abstract_params(
         self, config: QwenVLConfig, lora: LoraSettings = NO_LORA, part: str = ""
     ) -> Params:
         """The shape and sharding of every weight, or of those below `part`, float32."""
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             select_params(abstract_params(config, lora), lambda path: path.startswith(part)),
-            self.params(config, lora, part),
+            self.param_shardings(config, lora, part),
         )
 
     def sharding(self, name: str, axes: Axes, shape: Sequence[int]) -> NamedSharding:
@@ -121,8 +124,8 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def put_batch(self, tree: Any) -> Any:
-        """Host arrays with this process's rows -> global arrays, rows sharded over `BATCH`."""
-        sharding = self.rows()
+        """Host arrays with this process's rows -> global arrays, rows sharded over `BATCH_AXES`."""
+        sharding = self.batch_sharding()
 
         def put(x: np.ndarray) -> jax.Array:
             if np.ndim(x) == 0:

@@ -29,7 +29,7 @@ def abstract_stage_state(
       stage: its section.
       optimizer: as the stage makes it.
     """
-    whole = layout.abstract(model, stage.lora)
+    whole = layout.abstract_params(model, stage.lora)
     split = Trainable.of(stage).split(whole, config.model.dtype)
     return abstract_train_state(optimizer, *split)
 
@@ -44,7 +44,7 @@ def compute_settings(config: Config, layout: Layout) -> Compute:
     kernel = choose_kernel(model.attention, *there)
     step_kernel = choose_decode_kernel(config.rollout.attention, *there)
     chunks = (model.attention_chunk, model.vocab_block)
-    return Compute(model.dtype, *chunks, model.remat, kernel, step_kernel, layout.rows())
+    return Compute(model.dtype, *chunks, model.remat, kernel, step_kernel, layout.batch_sharding())
 
 
 def check_sharding(config: Config, model: QwenVLConfig, layout: Layout) -> Layout:
@@ -61,9 +61,9 @@ def check_sharding(config: Config, model: QwenVLConfig, layout: Layout) -> Layou
     Raises:
       UserError: names the setting, and the axis of a weight or what it must be a multiple of.
     """
-    layout.params(model)
+    layout.param_shardings(model)
     rollout = layout.rollout(config.rollout.tensor)
-    rollout.params(model, part="text/")
+    rollout.param_shardings(model, part="text/")
     sampled, trained = {"eval.batch_prompts": config.eval.batch_prompts}, {}
     if config.sft.steps:
         trained["sft.micro_batch_rows"] = config.sft.micro_batch_rows

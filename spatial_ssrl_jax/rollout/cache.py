@@ -112,4 +112,6 @@ def constrained(tree: Kept, layout: Layout | None) -> Kept:
 def prefix_shardings(config: TextConfig, layout: Layout) -> Prefix:
     """Where a `Prefix` is in a layout; `layers` stands for every cache."""
     shape = (layout.batch_shards, config.num_key_value_heads, 1, 1)
-    return Prefix(layout.sharding("a cache", _PREFIX, shape), layout.rows(), layout.rows())
+    return Prefix(
+        layout.sharding("a cache", _PREFIX, shape), layout.batch_sharding(), layout.batch_sharding()
+    )

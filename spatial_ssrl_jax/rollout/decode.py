@@ -95,7 +95,7 @@ def decode_weight_shardings(
     Raises:
       UserError: an axis of a weight does not divide by its mesh axis.
     """
-    whole = layout.params(config, part="text/")["text"]
+    whole = layout.param_shardings(config, part="text/")["text"]
 
     def place(path: Any, weight: nnx.Param) -> NamedSharding:
         name = "/".join(str(getattr(key, "key", key)) for key in path)
@@ -163,7 +163,9 @@ def prefill_program(
 
     if layout is None:
         return jax.jit(prefill)
-    return jax.jit(prefill, out_shardings=(layout.rows(), prefix_shardings(config.text, layout)))
+    return jax.jit(
+        prefill, out_shardings=(layout.batch_sharding(), prefix_shardings(config.text, layout))
+    )
 
 
 def prefill(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spatial_ssrl_jax.common.paths import check_bucket, in_bucket, list_tree, user_path
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.config.schema import StageSettings, Config, GrpoSettings, SftSettings
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.eval.heldout import heldout_items
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
@@ -94,7 +94,7 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
 
 
 def _stage(
-    parts: RunComponents, settings: SftSettings | GrpoSettings, left: int, notes: list[str]
+    parts: RunComponents, settings: StageSettings, left: int, notes: list[str]
 ) -> dict[str, Any]:
     """One stage's size, from its first prompts and from the model's shapes."""
     batch = _first_prompts(parts, settings)
@@ -139,7 +139,7 @@ def _stage(
     }
 
 
-def _first_prompts(parts: RunComponents, settings: SftSettings | GrpoSettings) -> Batch:
+def _first_prompts(parts: RunComponents, settings: StageSettings) -> Batch:
     """A stage's first micro-batch, by the pipeline that training reads, pixels and all.
 
     A whole batch at the paper's size can take tens of gigabytes and minutes.
@@ -152,9 +152,7 @@ def _first_prompts(parts: RunComponents, settings: SftSettings | GrpoSettings) -
         return next(stream)
 
 
-def _memory(
-    parts: RunComponents, settings: SftSettings | GrpoSettings, state: TrainState
-) -> dict[str, int]:
+def _memory(parts: RunComponents, settings: StageSettings, state: TrainState) -> dict[str, int]:
     """Bytes of each device by what takes them, at the largest buckets; no activations."""
     config, text = parts.config, parts.model.config.text
     size = np.dtype(config.model.dtype).itemsize
@@ -169,7 +167,9 @@ def _memory(
         "weights": _own(state.trained) + _own(state.frozen),
         "optimizer": _own(state.opt_state),
         "reference": reference,
-        "rollout_copy": _own(parts.rollout_layout.abstract(parts.model.config, part="text/"), size),
+        "rollout_copy": _own(
+            parts.rollout_layout.abstract_params(parts.model.config, part="text/"), size
+        ),
         "caches": tokens * kv_token_bytes(text, config.model.dtype) // _cache_parts(parts),
         "gradients": 2 * _own(state.trained),  # the sum and what is added to it
     }

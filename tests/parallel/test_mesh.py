@@ -61,7 +61,7 @@ def test_sizes_that_do_not_fit_are_named(eight, given: tuple):
 )
 def test_an_axis_that_does_not_divide_is_named(toy, shape: dict, named: str):
     with pytest.raises(UserError, match=named):
-        on(**shape).params(toy.config)
+        on(**shape).param_shardings(toy.config)
 
 
 def test_more_parts_than_key_heads_keep_them_whole(toy, monkeypatch: pytest.MonkeyPatch):
@@ -76,7 +76,7 @@ def test_more_parts_than_key_heads_keep_them_whole(toy, monkeypatch: pytest.Monk
 
 def test_adapters_lie_as_their_kernels_do(toy, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("spatial_ssrl_jax.parallel.sharding.NamedSharding", lambda mesh, spec: spec)
-    layers = on(fsdp=2, tensor=2).params(toy.config, LoraSettings(3))["text"]["layers"]
+    layers = on(fsdp=2, tensor=2).param_shardings(toy.config, LoraSettings(3))["text"]["layers"]
     assert layers["q"]["lora_a"] == PartitionSpec(None, "fsdp", None)
     assert layers["q"]["lora_b"] == PartitionSpec(None, None, "tensor", None)
     assert layers["mlp"]["down"]["lora_a"] == PartitionSpec(None, "tensor", None)

@@ -54,7 +54,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.rl.head import head_logprobs
 from spatial_ssrl_jax.qwen_vl.compute import Compute
-from spatial_ssrl_jax.parallel.mesh import BATCH, make_mesh
+from spatial_ssrl_jax.parallel.mesh import BATCH_AXES, make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 
 rng = np.random.default_rng(0)
@@ -64,9 +64,9 @@ first = None
 for sizes in ((1, 1, 1), (1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 1, 4)):
     devices = jax.devices()[: np.prod(sizes)]
     layout = Layout(make_mesh(MeshSettings(*sizes), devices))
-    compute = Compute(vocab_block=24, batch_sharding=layout.rows())
+    compute = Compute(vocab_block=24, batch_sharding=layout.batch_sharding())
     put = lambda x, *axes: jax.device_put(x, NamedSharding(layout.mesh, P(*axes)))
-    args = put(head, "tensor", "fsdp"), put(hidden, BATCH), put(tokens, BATCH)
+    args = put(head, "tensor", "fsdp"), put(hidden, BATCH_AXES), put(tokens, BATCH_AXES)
 
     def loss(head, hidden, tokens):
         found = head_logprobs(compute, head, hidden, tokens, 0.7)

@@ -36,15 +36,15 @@ def alike(places, arrays):
 for sizes in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
     layout = Layout(make_mesh(MeshSettings(*sizes), jax.devices()[: np.prod(sizes)]))
     sampling = layout.rollout(min(2, np.prod(sizes)))
-    compute = Compute(attention_chunk=16, vocab_block=32, batch_sharding=layout.rows())
-    put = jax.device_put(random_params(CONFIG, seed=0), layout.params(CONFIG))
+    compute = Compute(attention_chunk=16, vocab_block=32, batch_sharding=layout.batch_sharding())
+    put = jax.device_put(random_params(CONFIG, seed=0), layout.param_shardings(CONFIG))
     rows, loss = layout.put_batch(batch), GrpoLoss(CONFIG, compute, GrpoSettings(group=4))
     gradients, _ = micro_gradients(loss, put, {}, rows, gradient_places(put))
     alike(gradient_places(put), gradients)
     hidden, prefix = prefill(CONFIG, compute, put, rows.prompts, sampling)
     asked = prefix_shardings(CONFIG.text, sampling)
     caches = [asked.layers] * len(jax.tree.leaves(prefix.layers))
-    alike([sampling.rows(), *caches, asked.valid, asked.next_position], (hidden, prefix))
+    alike([sampling.batch_sharding(), *caches, asked.valid, asked.next_position], (hidden, prefix))
     places, state = places_of(put), new_state(optimizer, put)
     state, _ = train_step(loss, optimizer, state, [rows, rows])  # uses the weights up
     alike(places, state.trained)
