@@ -18,7 +18,7 @@ from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 def get_config() -> c.Config:
     """75 steps of 256 samples, at most 2,048 + 1,024 tokens, images of 262,144 pixels.
 
-    Over the five tasks with COCO and DIODE sizes and made responses, 256 samples take up to 48
+    Over the five tasks with COCO and DIODE sizes and synthetic responses, 256 samples take up to 48
     rows, three micro-batches: 10 % of the token places and 27 % of the windows are padding.
     """
     base = c.Config(name="sft_3b")
