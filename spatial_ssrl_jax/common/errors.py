@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+from spatial_ssrl_jax.common.text import error_line, one_line
 
-EXIT_INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
-EXIT_PEER_LOST = (
-    75  # that of one that ended with the other processes of its run; trying again may help
-)
+EXIT_INTERRUPTED = 130  # exit code after Ctrl-C
+EXIT_PEER_LOST = 75  # exit code after another process of the run was lost; a retry may help
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
@@ -28,28 +28,29 @@ class BadImage(UserError):
 
 
 @contextmanager
-def disk_explained(folder: str | os.PathLike) -> Iterator[None]:
-    """Says in a sentence that a run's folder cannot be written to any more."""
+def explain_write_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an error of writing to a run's folder into a `UserError`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        why, mend = write_failure(error)
-        if why is None or (isinstance(error, OSError) and error.errno not in (None, *_DISK)):
+        failure = write_failure(error)
+        if failure is None or (isinstance(error, OSError) and error.errno not in (None, *_DISK)):
             raise
+        why, fix = failure
         place = getattr(error, "filename", None) or folder
         raise UserError(
-            f"{place} cannot be written ({why}): {mend}; the same command then resumes after the "
+            f"{place} cannot be written ({why}): {fix}; the same command then resumes after the "
             "newest checkpoint."
         ) from error
 
 
-def write_failure(error: Exception) -> tuple[str, str] | tuple[None, None]:
-    """Why a file could not be written and what to do, or None where that is not what happened."""
+def write_failure(error: Exception) -> tuple[str, str] | None:
+    """Why a file could not be written and how to fix it; None for any other error."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.strerror, "free space there"
-    return bucket_error(error) or (None, None)
+        return os.strerror(error.errno), "free space there"
+    return bucket_error(error)
 
 
 _CLOUD = ("gcsfs", "aiohttp", "fsspec", "google.api_core", "google.auth", "google.cloud")
@@ -60,10 +61,10 @@ GRANT_HINT = (
 
 
 def bucket_error(error: Exception) -> tuple[str, str] | None:
-    """Why a bucket cannot be used and what to do; None where the error is not about one."""
-    text, ours = _line(error), type(error).__module__.startswith(_CLOUD)
-    code = getattr(error, "code", None) if ours else _answered(error)
-    if code is None and not ours:
+    """Why a bucket cannot be used and how to fix it; None where the error is not about one."""
+    text, from_client = one_line(error), type(error).__module__.startswith(_CLOUD)
+    code = getattr(error, "code", None) if from_client else _http_status(error)
+    if code is None and not from_client:
         return None
     if code == 401 or type(error).__name__ == "DefaultCredentialsError":
         return "no valid credentials", (
@@ -74,15 +75,15 @@ def bucket_error(error: Exception) -> tuple[str, str] | None:
         return refused[0] if refused else "permission denied", GRANT_HINT
     if code == 404:
         return "there is no such bucket or file", "check the name, or create the bucket"
-    return text[:200].rstrip("."), "check the network and the bucket, and try again"
+    return error_line(error), "check the network and the bucket, and try again"
 
 
-def _answered(error: Exception) -> int | None:
-    """The cloud's answer where it is hidden: in what TensorStore says, and in gcsfs's OSErrors."""
-    text = _line(error)
-    noted = re.search(r"http_response_code='(\d+)'", text)
-    if noted:
-        return int(noted[1])
+def _http_status(error: Exception) -> int | None:
+    """The HTTP status that a message of TensorStore or an OSError of gcsfs holds."""
+    text = one_line(error)
+    status = re.search(r"http_response_code='(\d+)'", text)
+    if status:
+        return int(status[1])
     if isinstance(error, OSError) and error.errno is None:
         if text.startswith("Forbidden: "):
             return 403
@@ -92,13 +93,16 @@ def _answered(error: Exception) -> int | None:
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs a command's `main(argv)` and exits: 0 when done, 2 with one sentence on an error that
-    the user can fix, 130 at once when Ctrl-C ends it.
+    """Runs a command's `main(argv)` and exits.
+
+    The exit code is that of `main` or 0; 2, with one sentence, after an error that the user can
+    fix; 130, at once, after Ctrl-C.
 
     `--debug` anywhere on the command line shows the traceback as well.
     """
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(argv) != len(sys.argv) - 1
+    code = 0
     try:
         code = main(argv) or 0
     except KeyboardInterrupt:
@@ -122,36 +126,32 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, UserError):
         text = str(error)
     elif isinstance(error, OSError) and error.errno is not None:
-        text = _about_files(error)
-    elif bucket_error(error):
-        text = "the bucket cannot be used ({}): {}".format(*bucket_error(error))
+        text = _file_error(error, error.errno)
+    elif failure := bucket_error(error):
+        text = "the bucket cannot be used ({}): {}".format(*failure)
     elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         text = (
-            f"memory ran out ({_line(error)[:200]}): make less at a time (micro_batch_prompts, "
+            f"memory ran out ({error_line(error)}): lower a batch size (micro_batch_prompts, "
             "rollout.batch_prompts, eval.batch_prompts, --prompts), or use more devices"
         )
     else:
         return None
-    text = " ".join(text.split())
+    text = one_line(text)
     return text if text.endswith((".", "?")) else text + "."
 
 
-def _about_files(error: OSError) -> str:
+def _file_error(error: OSError, number: int) -> str:
     where = f"{error.filename2 or error.filename}: " if error.filename else ""
-    what = where + os.strerror(error.errno)
-    if error.errno in _NO_SPACE:
+    what = where + os.strerror(number)
+    if number in _NO_SPACE:
         return f"{what}: free space there, or choose another folder to write."
-    if error.errno in _NO_PLACE:
+    if number in _NO_PLACE:
         return f"{what}: choose another folder, or fix its permissions."
     return f"{what}: check that it is there and can be read, then run the same command again."
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def exit_now(code: int) -> None:
-    """Ends the process and its workers without waiting for what its threads still do."""
+    """Ends the process and its workers without waiting for its threads."""
     for worker in multiprocessing.active_children():
         worker.terminate()
     sys.stdout.flush()

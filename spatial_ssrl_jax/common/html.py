@@ -1,4 +1,4 @@
-"""The pages that people look at: one look for all, each a file that needs no server."""
+"""HTML pages: one style for all, each a single file that needs no server."""
 
 import base64
 import html
@@ -9,8 +9,8 @@ from importlib import resources
 import numpy as np
 from PIL import Image
 
-_PICTURE = 320  # longest side of an image that stands inside a page, in pixels
-_QUALITY = 85
+_IMAGE_SIDE = 320  # longest side of an image inside a page, in pixels
+_JPEG_QUALITY = 85
 
 
 def page(title: str, body: str, scripts: Sequence[str] = ()) -> str:
@@ -42,12 +42,12 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
         inside = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
         return f"<tr>{inside}</tr>"
 
-    lines = "".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table>{line(head, "th")}{lines}</table></div>'
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="wide"><table>{line(head, "th")}{body}</table></div>'
 
 
 def filters(choices: dict[str, Iterable[object]]) -> str:
-    """Selects by which `filter.js` chooses among the page's articles, by their data fields."""
+    """Select boxes by which `filter.js` filters the page's articles by their data fields."""
     selects = []
     for name, values in choices.items():
         options = "".join(f"<option>{html.escape(str(v))}</option>" for v in ("all", *values))
@@ -56,12 +56,18 @@ def filters(choices: dict[str, Iterable[object]]) -> str:
 
 
 def image_uri(
-    picture: Image.Image | np.ndarray, side: int = _PICTURE, quality: int = _QUALITY
+    image: Image.Image | np.ndarray, side: int = _IMAGE_SIDE, quality: int = _JPEG_QUALITY
 ) -> str:
-    """An image as a JPEG data URI, brought to at most `side` pixels a side; quality up to 95."""
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    image = image.convert("RGB")
-    image.thumbnail((side, side))
+    """An image as a JPEG data URI.
+
+    Args:
+      image: a PIL image, or [H, W, 3] uint8.
+      side: pixels of the longest side; a larger image is scaled down.
+      quality: of the JPEG, up to 95.
+    """
+    small = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    small = small.convert("RGB")
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    small.save(buffer, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

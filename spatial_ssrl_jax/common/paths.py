@@ -1,4 +1,4 @@
-"""Folders on this machine or in a bucket (`gs://…`), by one kind of path: etils.epath."""
+"""Folders on this machine or in a bucket (`gs://…`), both as `etils.epath` paths."""
 
 import functools
 import importlib.util
@@ -10,26 +10,31 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from etils import epath
 
 from spatial_ssrl_jax.common.errors import GRANT_HINT, UserError, bucket_error
+from spatial_ssrl_jax.common.text import error_line
+
+if TYPE_CHECKING:
+    import tensorstore
 
 NEEDS_GCS = (
     "gs:// needs the extra [gcs]; install it with pip install 'spatial_ssrl_jax[gcs]', or copy the "
     "files to a local folder"
 )
-CRC32C = "crc32c:"  # what a bucket's checksums begin with
-_AT_ONCE = 16  # files that are read from a bucket together
+CRC32C = "crc32c:"  # prefix of a bucket's own checksums
+_READ_THREADS = 16
 
 
 def in_bucket(path: epath.PathLike) -> bool:
-    """Whether a path leads to a bucket, where nothing can be appended to or renamed at once."""
+    """Whether a path is in a bucket, where files have no append and no atomic rename."""
     return "://" in os.fspath(path)
 
 
 def user_path(place: epath.PathLike) -> epath.Path:
-    """The path of a folder that the user named; nothing is asked of a bucket yet.
+    """The path of a folder that the user named; sends no request to a bucket.
 
     Raises:
       UserError: it is neither a local path nor a folder in a `gs://` bucket, or gcsfs is missing.
@@ -43,22 +48,22 @@ def user_path(place: epath.PathLike) -> epath.Path:
         raise UserError(f"{text} is no folder in a bucket: give gs://BUCKET/FOLDER.")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text}: {NEEDS_GCS}.")
-    import fsspec
+    from fsspec.config import conf
 
-    # One backend, TensorFlow there or not; what TensorStore and other processes write is seen at
-    # once; errors are said once, by us.
+    # One backend, with or without TensorFlow; no stale listings, since TensorStore and other
+    # processes write too; errors are reported once, by this package.
     os.environ.setdefault("EPATH_USE_TF", "false")
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    conf.setdefault("gcs", {})["use_listings_cache"] = False
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return epath.Path(text)
 
 
 _PERMISSIONS = ("buckets.get", "objects.create", "objects.delete", "objects.get", "objects.list")
-_SECONDS = 20  # that a bucket may take to answer before a run
+_SECONDS = 20  # timeout of the check before a run
 
 
 def check_bucket(folder: epath.Path) -> None:
-    """Asks whether a run may read and write a folder, if it is one in a bucket; writes nothing.
+    """Checks that a run may read and write a folder, if it is in a bucket; writes nothing.
 
     Raises:
       UserError: there is no such bucket, no credentials, or a permission is missing.
@@ -68,16 +73,16 @@ def check_bucket(folder: epath.Path) -> None:
     from google.cloud import storage
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    patience = {"timeout": _SECONDS, "retry": DEFAULT_RETRY.with_timeout(_SECONDS)}
+    limits = {"timeout": _SECONDS, "retry": DEFAULT_RETRY.with_timeout(_SECONDS)}
     wanted = [f"storage.{name}" for name in _PERMISSIONS]
     try:
-        bucket = storage.Client().get_bucket(folder.parts[2], **patience)  # as Orbax does
-        held = bucket.test_iam_permissions(wanted, **patience)
+        bucket = storage.Client().get_bucket(folder.parts[2], **limits)  # as Orbax does
+        held = bucket.test_iam_permissions(wanted, **limits)
         # TensorStore, which writes the checkpoints, finds credentials by itself.
         _kvstore(folder).read("config.json").result()
     except Exception as error:
-        why, mend = bucket_error(error) or (error, "fix that")
-        raise UserError(f"{folder} cannot be used ({why}): {mend}.") from error
+        why, fix = bucket_error(error) or (error_line(error), "fix that")
+        raise UserError(f"{folder} cannot be used ({why}): {fix}.") from error
     missing = [name for name in wanted if name not in held]
     if missing:
         raise UserError(
@@ -85,7 +90,7 @@ def check_bucket(folder: epath.Path) -> None:
         )
 
 
-def _kvstore(folder: epath.Path):
+def _kvstore(folder: epath.Path) -> "tensorstore.KvStore":
     import tensorstore
 
     bucket, *names = folder.parts[2:]
@@ -94,17 +99,17 @@ def _kvstore(folder: epath.Path):
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The absolute path; epath would put a local folder in front of a bucket."""
+    """The absolute path; `epath.resolve` would put the working folder in front of a bucket."""
     return epath.Path(path) if in_bucket(path) else epath.Path(path).resolve()
 
 
 def write_atomic(path: epath.Path, data: str | bytes, partial: epath.Path | None = None) -> None:
-    """Replaces a file at once, as a bucket does with every write.
+    """Replaces a file atomically, as a bucket does with every write.
 
     Args:
-      path: the file; its folder is made where it is missing.
-      data: what it will hold.
-      partial: what it is called until it is written, beside it by default.
+      path: the file; a missing folder is created.
+      data: its new content.
+      partial: the temporary file; beside `path` by default.
     """
     data = data.encode() if isinstance(data, str) else data
     if in_bucket(path):
@@ -117,15 +122,15 @@ def write_atomic(path: epath.Path, data: str | bytes, partial: epath.Path | None
 
 
 def read_files(paths: Iterable[epath.Path]) -> list[bytes]:
-    """What many small files hold; in a bucket, where each takes a while, many at a time."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    """The content of many small files, read in parallel: a bucket has a high latency."""
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
         return list(pool.map(lambda path: path.read_bytes(), paths))
 
 
 def list_tree(folder: epath.Path) -> dict[str, tuple[int, str | None]]:
-    """Every file below a folder by its path relative to it: bytes, and a bucket's own checksum.
+    """Every file below a folder: relative path -> (size in bytes, a bucket's own checksum).
 
-    A folder that is not there holds none.
+    Empty for a missing folder; the checksum of a local file is None.
     """
     found = {}
     if in_bucket(folder):
@@ -143,11 +148,14 @@ def list_tree(folder: epath.Path) -> dict[str, tuple[int, str | None]]:
 
 
 def local_copy(folder: epath.Path, pattern: str = "*") -> Path:
-    """A local folder with the same files (not the folders in it): itself, or a copy of what is in
-    a bucket, which stays until the process ends.
+    """The folder itself, or a local copy of a bucket's, which is removed when the process ends.
+
+    Args:
+      folder: only its own files are copied, not those of its subfolders.
+      pattern: glob of the files to copy.
 
     Raises:
-      UserError: it is not there.
+      UserError: the bucket has no such folder.
     """
     if not in_bucket(folder):
         return Path(folder)
@@ -168,15 +176,15 @@ def _copy_of(folder: str, pattern: str) -> tempfile.TemporaryDirectory:
 
 
 def _named(copy: tempfile.TemporaryDirectory, folder: str) -> Path:
-    """The copy's path ends as the original's, because messages name it."""
+    """The copy's path ends as the original's, because messages quote it."""
     return Path(copy.name) / folder.partition("://")[2]
 
 
 @contextmanager
 def atomic_folder(folder: epath.PathLike) -> Iterator[Path]:
-    """A local folder to fill, which takes the place of `folder` when all went well, else goes.
+    """A local folder to fill; it replaces `folder` after success and is removed after an error.
 
-    To a bucket its files are copied, `config.json` last: a folder that has it is whole.
+    In a bucket its files are copied, `config.json` last: a folder that has it is complete.
     """
     if in_bucket(folder):
         with tempfile.TemporaryDirectory() as local:
@@ -204,17 +212,17 @@ def _upload(local: Path, folder: epath.Path) -> None:
 
 
 def check_output_folder(folder: epath.PathLike, overwrite: bool, *inputs: epath.PathLike) -> None:
-    """Makes sure that `folder` may be written: absent, empty, or `--overwrite` was given.
+    """Checks that `folder` may be written: it is absent or empty, or `overwrite` is set.
 
     Args:
-      folder: what will be written.
-      overwrite: what it holds may go.
-      inputs: what is read; never removed.
+      folder: the output.
+      overwrite: its present content may be removed.
+      inputs: files and folders that are read; never removed.
 
     Raises:
-      UserError: it holds something, or one of the inputs.
+      UserError: it is not empty, or contains one of the inputs.
     """
-    folder = epath.Path(folder) if in_bucket(folder) else Path(folder)  # epath passes over `a~`
+    folder = epath.Path(folder) if in_bucket(folder) else Path(folder)  # epath ignores `a~`
     for path in inputs:
         if absolute(path).is_relative_to(absolute(folder)):
             raise UserError(
@@ -226,7 +234,7 @@ def check_output_folder(folder: epath.PathLike, overwrite: bool, *inputs: epath.
 
 
 def claim_output_folder(folder: epath.PathLike, overwrite: bool, *inputs: epath.PathLike) -> None:
-    """`check_output_folder`, and then whatever is there goes."""
+    """`check_output_folder`, then removes what is there."""
     check_output_folder(folder, overwrite, *inputs)
     _remove(epath.Path(folder))
 

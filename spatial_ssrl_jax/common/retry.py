@@ -1,4 +1,4 @@
-"""Waiting for files that are away for a while: a network disk that stalls, a folder unmounted."""
+"""Retries for files that are unavailable: a network disk that stalls, an unmounted folder."""
 
 import errno
 import logging
@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from spatial_ssrl_jax.common.errors import UserError
 
-RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try, a minute in all
-_SAY_EVERY = 10.0  # seconds: many threads meet the same trouble
-_PASSING = {  # what a network file system says while it is away
+RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each retry, a minute in all
+_WARN_EVERY = 10.0  # seconds: many threads meet the same error
+_TRANSIENT = {  # errors of a network file system that is unavailable
     errno.EAGAIN,
     errno.ECONNABORTED,
     errno.ECONNREFUSED,
@@ -30,47 +30,49 @@ _PASSING = {  # what a network file system says while it is away
 }
 
 Value = TypeVar("Value")
-_said = {"at": -_SAY_EVERY}
-_saying = threading.Lock()
+_warned = {"at": -_WARN_EVERY}
+_warning = threading.Lock()
 
 
 def with_retries(read: Callable[[], Value], path: str, listed: bool = True) -> Value:
-    """What `read` gives, tried again with growing waits while its file may only be away.
+    """Calls `read`, with growing delays between retries, and returns its result.
 
-    That is after an error of a network file system, and where a listed file's folder is gone or
-    empty; any other error, a file missing in its folder for one, is raised at once.
+    It retries after a transient error of a network file system, and where a listed file's folder is
+    missing or empty. Any other error, such as a file missing in its folder, is raised at once.
 
     Args:
       read: opens and reads the file anew each time.
       path: the file.
-      listed: it has been seen before, so that its folder should be there.
+      listed: the file was listed before, so its folder should exist.
 
     Raises:
-      UserError: the folder stayed away to the end of the last wait.
-      OSError: the file alone stayed unreadable, or should not be waited for.
+      UserError: the folder is still missing after the last retry.
+      OSError: the file alone is still unreadable, or the error is not transient.
     """
     for wait in RETRY_DELAYS:
         try:
             return read()
         except OSError as error:
-            if not (error.errno in _PASSING or (listed and _folder_is_away(path, error))):
+            if not (error.errno in _TRANSIENT or (listed and _folder_is_missing(path, error))):
                 raise
-            _say(f"{path} cannot be reached ({_reason(error)}): trying again in {wait:.0f} s")
+            _warn(
+                f"{path} cannot be read ({error.strerror or error}): trying again in {wait:.0f} s"
+            )
         time.sleep(wait)
     try:
         return read()
     except OSError as error:
-        if not (listed and _folder_is_away(path, error)):
+        if not (listed and _folder_is_missing(path, error)):
             raise
         raise UserError(
-            f"{os.path.dirname(path)} is gone or empty and was waited for {sum(RETRY_DELAYS):.0f} s: "
-            "mount it again; the same command then resumes."
+            f"{os.path.dirname(path)} is missing or empty after {sum(RETRY_DELAYS):.0f} s of "
+            "retries: mount it again; the same command then resumes."
         ) from error
 
 
-def _folder_is_away(path: str, error: OSError) -> bool:
-    """Whether a file is missing because its whole folder is: unmounted, it is gone or empty."""
-    if error.errno not in (errno.ENOENT, errno.ENOTDIR, *_PASSING):
+def _folder_is_missing(path: str, error: OSError) -> bool:
+    """Whether the file's whole folder is missing or empty, as after an unmount."""
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR, *_TRANSIENT):
         return False
     try:
         with os.scandir(os.path.dirname(path) or ".") as entries:
@@ -79,15 +81,11 @@ def _folder_is_away(path: str, error: OSError) -> bool:
         return True
 
 
-def _say(text: str) -> None:
-    """Warns, once in a while: sources are read in threads and in worker processes."""
-    with _saying:
+def _warn(text: str) -> None:
+    """Logs a warning, at most one in `_WARN_EVERY` seconds over all threads of the process."""
+    with _warning:
         now = time.monotonic()
-        if now - _said["at"] < _SAY_EVERY:
+        if now - _warned["at"] < _WARN_EVERY:
             return
-        _said["at"] = now
+        _warned["at"] = now
     logging.getLogger(__name__).warning(text)
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)

@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.retry import with_retries
+from spatial_ssrl_jax.common.text import error_line
 
 Value = TypeVar("Value")
 
@@ -133,5 +134,4 @@ def _upright_rgb(picture: Image.Image, name: str) -> np.ndarray:
 
 
 def _damaged(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return f"{name}: cannot be read as an image ({reason})."
+    return f"{name}: cannot be read as an image ({error_line(error)})."

@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.common.text import error_line
 
 FPS, MAX_FRAMES = 2.0, 768  # Qwen2.5-VL's own: frames a second, and frames at most
 _FEWEST_FRAMES, _TOGETHER = 4, 2  # at least so many, in multiples of what one patch holds
@@ -97,8 +98,7 @@ def _reading(path: str | os.PathLike) -> Iterator[ModuleType]:
     except FileNotFoundError:
         raise BadImage(f"{path}: there is no such file.") from None
     except (av.FFmpegError, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise BadImage(f"{path}: cannot be read as a video ({reason}).") from error
+        raise BadImage(f"{path}: cannot be read as a video ({error_line(error)}).") from error
 
 
 def _count(av, path: str | os.PathLike) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs as XLA's compiler wants them described, so that it compiles without one."""
+"""Descriptions of NVIDIA GPUs for XLA, which can compile for them without one."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,10 @@ import jax
 from jax.experimental import topologies
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.perf.device_specs import device_spec
+from spatial_ssrl_jax.common.text import error_line
 
-_KIND = """
+_TARGET = """
 gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} }}
   threads_per_block_limit: 1024
@@ -37,18 +39,18 @@ device_description_str: "{name}"
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the compiler asks of a GPU, as its maker and its driver give it.
+    """What XLA's compiler needs to know of a GPU; its memory is that of `device_spec`.
 
     Attributes:
       name: the driver's name.
       major, minor: compute capability.
       cores: streaming multiprocessors.
       units: 32-bit floating-point units of each.
-      threads: that each holds.
-      shared_memory, block_memory: bytes of each, and what one block may ask for.
+      threads: resident threads of each.
+      shared_memory: bytes of each.
+      block_memory: bytes of shared memory that one block may use.
       cache: bytes of the second-level cache.
       clock: GHz.
-      memory, bandwidth: bytes, and bytes/s.
     """
 
     name: str
@@ -61,39 +63,46 @@ class Gpu:
     block_memory: int
     cache: int
     clock: float
-    memory: int
-    bandwidth: int
 
 
 GPUS = {
     "h100": Gpu(
-        "NVIDIA H100 80GB HBM3",
-        *(9, 0, 132, 128, 2048, 233_472, 232_448, 52_428_800, 1.98),
-        *(84_942_979_072, 3_352_320_000_000),
+        "NVIDIA H100 80GB HBM3", 9, 0, 132, 128, 2048, 233_472, 232_448, 52_428_800, 1.98
     ),
     "a100-80gb": Gpu(
-        "NVIDIA A100-SXM4-80GB",
-        *(8, 0, 108, 64, 2048, 167_936, 166_912, 41_943_040, 1.41),
-        *(84_974_239_744, 2_039_000_000_000),
+        "NVIDIA A100-SXM4-80GB", 8, 0, 108, 64, 2048, 167_936, 166_912, 41_943_040, 1.41
     ),
     "rtx4090": Gpu(
-        "NVIDIA GeForce RTX 4090",
-        *(8, 9, 128, 128, 1536, 102_400, 101_376, 75_497_472, 2.52),
-        *(25_266_814_976, 1_008_000_000_000),
+        "NVIDIA GeForce RTX 4090", 8, 9, 128, 128, 1536, 102_400, 101_376, 75_497_472, 2.52
     ),
 }
 
 
+def target_config(gpu: Gpu) -> str:
+    """A GPU's description as XLA reads it.
+
+    Raises:
+      ValueError: its memory is not known.
+    """
+    spec = device_spec(gpu.name)
+    if spec is None or spec.total_memory is None:
+        raise ValueError(f"the memory of {gpu.name} is not known.")
+    return _TARGET.format(**vars(gpu), memory=spec.total_memory, bandwidth=int(spec.bandwidth))
+
+
 def gpu_devices(name: str) -> list[jax.Device]:
-    """One GPU of the kind `name` of `GPUS`, for the compiler alone.
+    """One GPU, for the compiler alone.
+
+    Args:
+      name: a key of `GPUS`.
 
     Raises:
       UserError: JAX's CUDA plugin is missing, or cannot compile here.
     """
-    described = _KIND.format(**vars(GPUS[name]))
+    target = target_config(GPUS[name])
     try:
         found = topologies.get_topology_desc(
-            platform="cuda", topology_name=name, topology="1x1x1", target_config=described
+            platform="cuda", topology_name=name, topology="1x1x1", target_config=target
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Devices to compile for that need not be there: TPU slices or a GPU by name, or this CPU."""
+"""Topologies to compile for without their devices: TPU slices or a GPU by name, or this CPU."""
 
 import importlib.util
 import math
@@ -11,11 +11,12 @@ import jax
 from jax.experimental import topologies
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.parallel.compiler import GPU_OPTIONS, set_compiler_flags
 from spatial_ssrl_jax.perf.device_specs import DeviceSpec, device_spec
 from spatial_ssrl_jax.planning.gpus import GPUS, gpu_devices
 
-# Name of a TPU -> axes of its torus, and what gcloud calls a slice of n chips.
+# Name of a TPU -> axes of its torus, and gcloud's accelerator type of a slice of n chips.
 _TPUS = {
     "v5e": (2, lambda n: f"v5litepod-{n}"),
     "v6e": (2, lambda n: f"v6e-{n}"),
@@ -28,26 +29,27 @@ class Topology:
     """What programs are compiled for.
 
     Attributes:
-      name: as it was asked for.
-      devices: they only have to exist for the compiler.
-      peak: what one of them does at most; None where that is not known.
-      slice_size: devices of each of several slices; None where there is one.
-      compiler_options: what a run there would set for the compiler by its environment.
+      name: as the user wrote it.
+      devices: for the compiler alone, or real ones.
+      spec: peak rates of one device; None where not known.
+      slice_size: devices of each of several slices; None for a single slice.
+      compiler_options: flags that a run on these devices sets through its environment.
     """
 
     name: str
     devices: Sequence[jax.Device]
-    peak: DeviceSpec | None
+    spec: DeviceSpec | None
     slice_size: int | None = None
     compiler_options: dict[str, bool] | None = None
 
     @property
     def slices(self) -> int:
+        """Number of slices."""
         return len(self.devices) // (self.slice_size or len(self.devices))
 
 
 def open_topology(name: str) -> Topology:
-    """The devices of `v5e:4x4`, perhaps with `,slices=2` after it, of a name of `GPUS`, or `cpu`.
+    """The devices of `v5e:4x4`, optionally followed by `,slices=2`; of a key of `GPUS`; or `cpu`.
 
     Raises:
       UserError: there is no such topology, or the TPU compiler is missing.
@@ -56,8 +58,8 @@ def open_topology(name: str) -> Topology:
     if name == "cpu":
         return Topology(name, jax.devices("cpu"), None)
     if name in GPUS:
-        peak = device_spec(GPUS[name].name)
-        return Topology(name, gpu_devices(name), peak, compiler_options=GPU_OPTIONS)
+        spec = device_spec(GPUS[name].name)
+        return Topology(name, gpu_devices(name), spec, compiler_options=GPU_OPTIONS)
     found = re.fullmatch(r"(v\d\w):(\d+(?:x\d+)*)(?:,slices=([1-9]\d*))?", name)
     if found is None or found[1] not in _TPUS:
         raise UserError(
@@ -76,18 +78,18 @@ def open_topology(name: str) -> Topology:
             f"--topology={name} needs the TPU compiler: install it with "
             "pip install 'spatial_ssrl_jax[tpu]'."
         )
-    # Without these, libtpu looks for the machine that it is on.
+    # Without these, libtpu queries the metadata of the machine that it runs on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", accelerator(math.prod(sizes)))
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans at a time, no chip
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # so that several plans can run
     layout = f"{found[1]}:{found[2]}"
-    more = {"num_slices": int(found[3])} if found[3] else {}
+    options = {"num_slices": int(found[3])} if found[3] else {}
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=layout, **more)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=layout, **options)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"--topology={name} cannot be compiled for ({' '.join(str(error).split())[:160]}): "
+            f"--topology={name} cannot be compiled for ({error_line(error, 160)}): "
             "give a slice that is offered, such as v5e:4x4."
         ) from error
     devices = described.devices

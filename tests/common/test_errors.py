@@ -273,7 +273,7 @@ def test_one_sentence_names_the_cause_and_what_to_try(run, places, main, argv, n
     ("error", "words"),
     [
         (OSError(errno.ENOSPC, "no", "/data/x"), ["/data/x: No space left", "free space there"]),
-        (PermissionError(errno.EACCES, "no", "/data/x"), ["/data/x: Permission denied", "mend"]),
+        (PermissionError(errno.EACCES, "no", "/data/x"), ["/data/x: Permission denied", "fix"]),
         (FileNotFoundError(errno.ENOENT, "no", "/data/x"), ["/data/x: No such file", "check"]),
         (MemoryError(), ["memory ran out (MemoryError)", "micro_batch_prompts"]),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of\n memory"), ["Out of memory)", "--prompts"]),

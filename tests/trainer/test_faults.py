@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from spatial_ssrl_jax import config as c
-from spatial_ssrl_jax.common import retry as patience
+from spatial_ssrl_jax.common import retry as retry
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.images import image_size, open_picture
 from spatial_ssrl_jax.data.sources import open_source
@@ -124,8 +124,8 @@ def test_a_tenth_of_the_pictures_is_unreadable(
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits of a few hundredths of a second, and every message."""
-    monkeypatch.setattr(patience, "RETRY_DELAYS", (0.05,) * 6)
-    monkeypatch.setattr(patience, "_SAY_EVERY", 0.0)
+    monkeypatch.setattr(retry, "RETRY_DELAYS", (0.05,) * 6)
+    monkeypatch.setattr(retry, "_WARN_EVERY", 0.0)
 
 
 @pytest.mark.parametrize("how", ["gone", "empty"])
@@ -142,7 +142,7 @@ def test_a_folder_that_is_away_for_a_while_is_waited_for(
     assert source[1].image.shape == (*SIZE, 3)
     back.join()
     assert 1 <= len(caplog.messages) <= 4
-    assert "01.png cannot be reached (No such file" in caplog.text
+    assert "01.png cannot be read (No such file" in caplog.text
     assert "trying again in" in caplog.text
 
 
@@ -150,7 +150,7 @@ def test_a_folder_that_stays_away_ends_the_run_with_a_sentence(tmp_path: Path, q
     save_photos(tmp_path / "photos", 3)
     source = open_source(f"folder:{tmp_path / 'photos'}")
     shutil.rmtree(tmp_path / "photos")
-    with pytest.raises(UserError, match="photos is gone or empty .* mount it again") as error:
+    with pytest.raises(UserError, match="photos is missing or empty .* mount it again") as error:
         source.size(0)
     assert not isinstance(error.value, BadImage)
 
@@ -203,7 +203,7 @@ def test_a_missing_file_and_a_missing_folder_of_a_typo_are_not_waited_for(tmp_pa
         open_picture(tmp_path / "photos" / "07.png")
     with pytest.raises(UserError, match="there is no such folder"):
         open_source(f"folder:{tmp_path / 'fotos'}")
-    assert time.monotonic() - begun < patience.RETRY_DELAYS[0]
+    assert time.monotonic() - begun < retry.RETRY_DELAYS[0]
 
 
 def test_no_room_for_rollouts_and_report_does_not_stop_training(

@@ -7,6 +7,7 @@ import os
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.paths import NEEDS_GCS
+from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.sources.base import Source
 
 
@@ -38,8 +39,9 @@ def open_arrayrecord(spec: str, pattern: str) -> Source:
         rows = ArrayRecordDataSource(files)
         count = len(rows)
     except Exception as error:  # damaged files
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"source '{spec}' cannot be opened ({reason}): write it anew.") from error
+        raise UserError(
+            f"source '{spec}' cannot be opened ({error_line(error)}): write it anew."
+        ) from error
     if not count:
         raise UserError(f"source '{spec}': its files hold no record; write them anew.")
     prefix = os.path.basename(files[0]).partition(".array_record")[0]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.retry import with_retries
+from spatial_ssrl_jax.common.text import error_line
 
 MAX_ASPECT_ERROR = 0.02  # of width/height, between an image and its depth
 _MILLIMETRES = 1e-3
@@ -66,8 +67,7 @@ def _read(path: str) -> np.ndarray:
     except FileNotFoundError as error:
         raise BadImage(f"{path}: there is no such file.") from error
     except Exception as error:  # readers raise nearly anything on a damaged file
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise BadImage(f"{path}: cannot be read as depth ({reason}).") from error
+        raise BadImage(f"{path}: cannot be read as depth ({error_line(error)}).") from error
 
 
 def _read_npy(path: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.images import image_size, open_picture
 from spatial_ssrl_jax.data.sources.parquet import RowGroups, read_paths, read_texts
 from spatial_ssrl_jax.tasks.answers import last_box
@@ -145,7 +146,7 @@ def _read(spec: str, file: Path) -> list[ReleasedQuestion]:
     except UserError:
         raise
     except Exception as error:  # readers raise nearly anything on a damaged file
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+        reason = f"{type(error).__name__}: {error_line(error)}"
         raise UserError(f"{file} cannot be read ({reason}); expected {LAYOUT}.") from error
 
 

@@ -10,6 +10,7 @@ import re
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.paths import NEEDS_GCS
+from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.sources.base import Source
 
 _FORM = re.compile(
@@ -36,10 +37,9 @@ def open_tfds(spec: str, argument: str) -> Source:
     except Exception as error:  # TFDS raises many kinds, with texts of many lines
         if isinstance(error, ImportError) and (form["folder"] or "").startswith("gs://"):
             raise UserError(f"source '{spec}': {NEEDS_GCS}.") from error
-        reason = " ".join(str(error).split())[:200].rstrip(" .") or type(error).__name__
         raise UserError(
-            f"source '{spec}' cannot be opened ({reason}): check name, split and DATA_DIR, or "
-            "write it with the prepare command."
+            f"source '{spec}' cannot be opened ({error_line(error)}): check name, split and "
+            "DATA_DIR, or write it with the prepare command."
         ) from error
     if not len(rows):
         raise UserError(f"source '{spec}': its split {split} holds no record; name another split.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.sources.parquet import RowGroups
 from spatial_ssrl_jax.eval.benchmarks.images import (
     BenchmarkImage,
@@ -83,7 +84,7 @@ class QuestionRow:
                 )
         return tuple(found)
 
-    def pictures(self, column: str = "image_path") -> tuple[BenchmarkImage, ...]:
+    def images(self, column: str = "image_path") -> tuple[BenchmarkImage, ...]:
         """The row's images, from the file itself or else by their paths; raises `BadQuestionRow`."""
         if not self.encoded and not self.get(column):
             raise BadQuestionRow(f"{self.name} has no image: {FIX_HINT}.")
@@ -105,7 +106,7 @@ def read_rows(file: Path) -> list[QuestionRow]:
     except UserError:
         raise
     except Exception as error:  # readers raise nearly anything on a damaged file
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+        reason = f"{type(error).__name__}: {error_line(error)}"
         raise UserError(f"{file} cannot be read ({reason}): download it again.") from error
     if not rows:
         raise UserError(f"{file} holds no row: download it again.")
@@ -142,7 +143,7 @@ class _Cell:
     count: int
     other: str | None
 
-    def pictures(self, file: Path, cells: Mapping[str, "_Cell"]) -> tuple[BenchmarkImage, ...]:
+    def images(self, file: Path, cells: Mapping[str, "_Cell"]) -> tuple[BenchmarkImage, ...]:
         cell = self
         if self.other is not None:
             cell = cells.get(self.other, self)
@@ -179,7 +180,7 @@ def _read_tsv(file: Path) -> list[QuestionRow]:
             start = lines.end
     by_index = {found[i][0].get(_INDEX, ""): cell for i, cell in cells.items()}
     return [
-        QuestionRow(*row, file, i, cells[i].pictures(file, by_index) if i in cells else ())
+        QuestionRow(*row, file, i, cells[i].images(file, by_index) if i in cells else ())
         for i, row in enumerate(found)
     ]
 
@@ -214,6 +215,6 @@ def _read_parquet(file: Path) -> list[QuestionRow]:
         for cell in batch.column(0):
             number, name, value = len(rows), _name(file, len(rows)), cell.as_py()
             holds = value["bytes"] if isinstance(value, dict) else value
-            picture = (ParquetImage(groups, file, number, name),) if holds else ()
-            rows.append(QuestionRow(values[number], name, file, number, picture))
+            image = (ParquetImage(groups, file, number, name),) if holds else ()
+            rows.append(QuestionRow(values[number], name, file, number, image))
     return rows
