@@ -27,7 +27,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     if not Path(path).is_file():
         raise UserError(f"the config file {path} does not exist: give one such as configs/tiny.py.")
     spec = importlib.util.spec_from_file_location("config_file", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file: give one such as configs/tiny.py.")
     module = importlib.util.module_from_spec(spec)
     try:
@@ -113,13 +113,17 @@ def _parse(text: str, kind: type, key: str) -> Any:
         value = (value,)
     if kind is float and type(value) is int:
         value = float(value)
-    if kind is tuple and (not value or any(type(item) is not int for item in value)):
+    if kind is tuple and not _is_whole_numbers(value):
         raise UserError(
             f"config.{key}={text} does not fit: expected whole numbers, such as (1, 2)."
         )
     if type(value) is not kind:
         raise UserError(f"config.{key}={text} does not fit: expected {kind.__name__}.")
     return value
+
+
+def _is_whole_numbers(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(type(item) is int for item in value)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The advantage of a sample: how its reward stands out in its group."""
+"""The advantage of a sample: how its reward compares within its group."""
 
 import numpy as np
 
 
 def group_advantage(reward_BG: np.ndarray, scale_rewards: bool = True) -> np.ndarray:
-    """(r - mean) / (std + 1e-6) in each group, the deviation with G - 1.
+    """(r - mean) / (std + 1e-6) in each group, the standard deviation with G - 1 (GRPO, arXiv
+    2402.03300).
 
     Args:
       reward_BG: [B, G] float rewards.

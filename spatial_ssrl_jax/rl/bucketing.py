@@ -1,4 +1,4 @@
-"""Cutting a step's prompts into pieces of like length, each in the smallest bucket."""
+"""Bucketing by length: a step's prompts as batches of like length, each in the smallest bucket."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from spatial_ssrl_jax.parallel.collectives import all_gather
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a piece is padded to.
+    """What the prompts of a batch are padded to.
 
     Attributes:
       tokens: of each prompt.
@@ -39,17 +39,21 @@ class Buckets:
 
     @classmethod
     def of(cls, config: Config) -> "Buckets":
-        """The config's; widths of responses are multiples of `rollout.kv_block` where none are named.
+        """The config's; without `grpo.response_buckets` multiples of `rollout.kv_block`.
 
-        Widths above `rollout.max_new_tokens` are left out, and the limit itself is always one.
+        Widths above `rollout.max_new_tokens` are left out, and that itself is always one.
         """
-        limit, chunk = config.rollout.max_new_tokens, config.rollout.kv_block
-        named = config.grpo.response_buckets or range(chunk, limit, chunk)
+        limit, block = config.rollout.max_new_tokens, config.rollout.kv_block
+        named = config.grpo.response_buckets or range(block, limit, block)
         response = (*sorted(width for width in named if width < limit), limit)
         return cls(config.data.prompt_buckets, config.data.window_buckets, response)
 
     def shape(self, tokens: int, windows: int, response: int) -> BatchShape:
-        """The smallest shape that holds the given sizes."""
+        """The smallest shape that holds the given sizes.
+
+        Raises:
+          UserError: no bucket does.
+        """
         return BatchShape(
             smallest_bucket(tokens, self.prompt, "data.prompt_buckets"),
             smallest_bucket(windows, self.window, "data.window_buckets"),
@@ -59,7 +63,7 @@ class Buckets:
 
 @dataclass(frozen=True)
 class BatchSlice:
-    """Prompts that go through a program together.
+    """Prompts that go through a program together: a micro-batch, or a rollout batch.
 
     Attributes:
       rows: [r] int64, which of this process's prompts.
@@ -69,30 +73,30 @@ class BatchSlice:
     rows: np.ndarray
     shape: BatchShape
 
-    def places(self, group: int) -> int:
-        """Token places that it computes, prompts and `group` responses each."""
-        return len(self.rows) * (self.shape.tokens + group * self.shape.response)
+    def padded_tokens(self, group_size: int) -> int:
+        """Tokens that it computes, padding included: prompts with `group_size` responses each."""
+        return len(self.rows) * (self.shape.tokens + group_size * self.shape.response)
 
 
 def bucket_by_length(sizes: np.ndarray, rows: int, buckets: Buckets) -> list[BatchSlice]:
-    """Sorts this process's prompts by length and cuts them into pieces.
+    """Sorts this process's prompts by length and splits them into batches.
 
     Prompts of one bucket come together, and among them those whose longest responses are alike: by
-    the sum of both, a short prompt with long responses would share a piece with a long prompt with
+    the sum of both, a short prompt with long responses would share a batch with a long prompt with
     short ones, and be padded twice.
 
     Args:
       sizes: [n, 3] tokens, vision windows, and tokens of the longest response of each prompt.
-      rows: prompts of a piece on this process; divides n.
+      rows: prompts of a batch on this process; divides n.
       buckets: sizes to pad to.
 
     Returns:
-      n / rows pieces, shortest prompts first.
+      n / rows batches, shortest prompts first.
     """
-    tokens = [smallest_bucket(size, buckets.prompt, "data.prompt_buckets") for size in sizes[:, 0]]
-    order = np.lexsort((sizes[:, 2], tokens)).reshape(-1, rows)
+    tokens = [smallest_bucket(n, buckets.prompt, "data.prompt_buckets") for n in sizes[:, 0]]
+    order = np.lexsort((sizes[:, 2], np.array(tokens))).reshape(-1, rows)
     largest = all_gather(sizes[order].max(axis=1)[None]).max(axis=0)
     return [
-        BatchSlice(piece, buckets.shape(*size))
-        for piece, size in zip(order, largest.tolist(), strict=True)
+        BatchSlice(members, buckets.shape(*size))
+        for members, size in zip(order, largest.tolist(), strict=True)
     ]

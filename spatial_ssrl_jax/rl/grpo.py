@@ -20,11 +20,10 @@ from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.model import Params
 from spatial_ssrl_jax.rl.advantages import group_advantage
-from spatial_ssrl_jax.rl.aggregation import sample_weights
 from spatial_ssrl_jax.rl.batch import GroupBatch
 from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
-from spatial_ssrl_jax.rl.losses import GrpoLoss
+from spatial_ssrl_jax.rl.losses import GrpoLoss, sample_weights
 from spatial_ssrl_jax.rl.resampling import resample_groups, zero_variance_groups
 from spatial_ssrl_jax.rl.rewards import score_response
 from spatial_ssrl_jax.rl.step_metrics import (
@@ -96,20 +95,21 @@ class Grpo:
         state: TrainState,
         batch: Batch,
         key: Array,
-        more: Callable[[int], Batch] | None = None,
+        resample: Callable[[int], Batch],
     ) -> tuple[TrainState, Metrics, Batch, ScoredRollout]:
         """Samples groups for the batch's prompts and makes the updates over them.
 
         Args:
-          state: where training stands; donated.
+          state: the state before the step; donated.
           batch: this process's prompts.
           key: the step's key.
-          more: the prompts of refill 1, 2, …, with `filter_zero_variance_groups`.
+          resample: gives the prompts of resample 1, 2, …; called only with
+            `filter_zero_variance_groups`.
 
         Returns:
           The new state, the step's metrics, and the prompts trained on with their scored rollout.
         """
-        clock, refilled = _Clock(), 0
+        clock, resampled = _Clock(), 0
         rollout = self.sample(state.params, batch, key)
         clock.lap("perf/rollout_seconds")
         scored = self._score(batch, rollout)
@@ -117,32 +117,31 @@ class Grpo:
         if self.settings.filter_zero_variance_groups:
 
             def draw(number: int) -> tuple[Batch, ScoredRollout]:
-                drawn = more(number)
-                again = self.sample(state.params, drawn, jax.random.fold_in(key, number))
-                return drawn, self._score(drawn, again)
+                drawn = resample(number)
+                rollout = self.sample(state.params, drawn, jax.random.fold_in(key, number))
+                return drawn, self._score(drawn, rollout)
 
-            batch, scored, refilled = resample_groups(
+            batch, scored, resampled = resample_groups(
                 batch, scored, draw, self.settings.max_resamples
             )
-            rollout = scored.rollout
             clock.lap("perf/refill_seconds")
-        groups, computed = self.micro_batches(state.params, batch, scored)
+        minibatches, padded_tokens = self.micro_batches(state.params, batch, scored)
         clock.lap("perf/reference_seconds")
         updates = []
-        for batches in groups:
-            state, metrics = train_step(self.loss, self.optimizer, state, batches)
+        for micro_batches in minibatches:
+            state, metrics = train_step(self.loss, self.optimizer, state, micro_batches)
             updates.append(metrics)
         metrics = _mean_updates(jax.device_get(updates))
         clock.lap("perf/update_seconds")
         rows = gather_ordered(prompt_rows(batch) | rollout_rows(batch.items, scored))
         tokens = int(rows["prompt_length"].sum() + rows["length"].sum())
         metrics |= rollout_metrics(rows) | prompt_metrics(rows) | clock.laps
-        metrics["perf/update_padding_share"] = 1 - tokens / all_sum(computed)
+        metrics["perf/update_padding_share"] = 1 - tokens / all_sum(padded_tokens)
         metrics["perf/tokens_per_second"] = tokens / clock.total()
         metrics["perf/rollout_tokens_per_second"] = float(
             rows["length"].sum() / clock.laps["perf/rollout_seconds"]
         )
-        metrics["prompt/refilled"] = all_sum(refilled)
+        metrics["prompt/refilled"] = all_sum(resampled)
         return state, metrics, batch, scored
 
     def _score(self, batch: Batch, rollout: Rollout) -> ScoredRollout:
@@ -152,38 +151,36 @@ class Grpo:
 
     def sample(self, params: Params, batch: Batch, key: Array) -> Rollout:
         """Samples the batch's groups, `rollout.batch_prompts` prompts of like length at a time."""
-        weights = self.engine.fill(params)
-        prompts = batch.prompts
+        weights, prompts = self.engine.fill(params), batch.prompts
         sizes = np.stack((prompts.length, windows_of(prompts), 0 * prompts.length), axis=1)
         rows = self.sampling_settings.batch_prompts // jax.process_count()
-        pieces, waves = bucket_by_length(sizes, rows, self.buckets), []
-        for piece in pieces:
-            shape = piece.shape
-            batch_prompts = trim(prompts, piece.rows, shape.tokens, shape.windows)
-            waves.append(
+        slices, rollouts = bucket_by_length(sizes, rows, self.buckets), []
+        for part in slices:
+            rollout_batch = trim(prompts, part.rows, part.shape.tokens, part.shape.windows)
+            rollouts.append(
                 self.engine.generate(
                     params,
                     weights,
-                    self.layout.put_batch(batch_prompts),
+                    self.layout.put_batch(rollout_batch),
                     group_size=self.settings.group_size,
                     max_new_tokens=self.sampling_settings.max_new_tokens,
                     key=key,
-                    prompt_index=self.layout.put_batch(batch.index[piece.rows]),
+                    prompt_index=self.layout.put_batch(batch.index[part.rows]),
                     sampling=Sampling(self.settings.temperature),
                 )
             )
-        return concatenate_rollouts(waves, np.concatenate([piece.rows for piece in pieces]))
+        return concatenate_rollouts(rollouts, np.concatenate([part.rows for part in slices]))
 
     def micro_batches(
         self, params: Params, batch: Batch, scored: ScoredRollout
-    ) -> tuple[list[list[GroupBatch]], int]:
+    ) -> tuple[list[list[GroupBatch[Array]]], int]:
         """Each update's micro-batches, with old and reference log-probabilities filled in.
 
-        Which prompts belong to which update is the batch's order; within an update they are cut by
-        length. Each token's weight is its share of the whole update, so that changes nothing.
+        The batch's order says which prompts belong to which update; within an update they are
+        bucketed by length, which changes nothing, as a token's weight is that in the whole update.
 
         Returns:
-          The micro-batches, and the token places that they hold on this process.
+          The micro-batches of each update, and their tokens on this process, padding included.
         """
         rollout, settings = scored.rollout, self.settings
         sizes = np.stack(
@@ -191,12 +188,11 @@ class Grpo:
         )
         rows = settings.micro_batch_prompts // jax.process_count()
         per_update = len(batch.items) // settings.minibatches_per_rollout
-        recompute_old = settings.recomputes_old_logprobs
         counted = rollout.finished | (not settings.mask_truncated_completions)
         if settings.filter_zero_variance_groups:
             counted &= ~zero_variance_groups(scored)[:, None]
         reference = None if self.reference is None else offload.to_device(self.reference)
-        updates, computed = [], 0
+        updates, padded_tokens = [], 0
         for first in range(0, len(batch.items), per_update):
             mine = slice(first, first + per_update)
             lengths = rollout.length[mine]
@@ -204,19 +200,20 @@ class Grpo:
             weight[mine] = sample_weights(
                 lengths, counted[mine], settings.aggregation, self.sampling_settings.max_new_tokens
             )
-            count, micro = np.float32(all_sum(lengths.sum())), []
-            for piece in bucket_by_length(sizes[mine], rows, self.buckets):
-                piece = replace(piece, rows=piece.rows + first)
-                groups = self.layout.put_batch(_micro_batch(batch, scored, weight, count, piece))
-                micro.append(self._with_logprobs(params, reference, groups, recompute_old))
-                computed += piece.places(settings.group_size)
-            updates.append(micro)
-        return updates, computed
+            tokens, micro_batches = np.float32(all_sum(lengths.sum())), []
+            for part in bucket_by_length(sizes[mine], rows, self.buckets):
+                part = replace(part, rows=part.rows + first)
+                groups = self.layout.put_batch(_micro_batch(batch, scored, weight, tokens, part))
+                micro_batches.append(self._with_logprobs(params, reference, groups))
+                padded_tokens += part.padded_tokens(settings.group_size)
+            updates.append(micro_batches)
+        return updates, padded_tokens
 
     def _with_logprobs(
-        self, params: Params, reference: Params | None, batch: GroupBatch, old: bool
-    ) -> GroupBatch:
-        loss = self.loss
+        self, params: Params, reference: Params | None, batch: GroupBatch[Array]
+    ) -> GroupBatch[Array]:
+        """The batch with the log-probabilities before the update, of trainer and reference."""
+        loss, old = self.loss, self.settings.recomputes_old_logprobs
         program = partial(logprobs_of, loss.config, loss.compute, self.settings.temperature)
         return replace(
             batch,
@@ -226,16 +223,16 @@ class Grpo:
 
 
 def _micro_batch(
-    batch: Batch, scored: ScoredRollout, weight: np.ndarray, count: np.float32, piece: BatchSlice
-) -> GroupBatch:
-    """A piece of the step as NumPy arrays; `weight` is [b, G], `count` the update's tokens."""
-    rows, shape, rollout = piece.rows, piece.shape, scored.rollout
+    batch: Batch, scored: ScoredRollout, weight: np.ndarray, tokens: np.float32, part: BatchSlice
+) -> GroupBatch[np.ndarray]:
+    """A part of the step; `weight` is [b, G], `tokens` the response tokens of the update."""
+    rows, shape, rollout = part.rows, part.shape, scored.rollout
     return GroupBatch(
         prompts=trim(batch.prompts, rows, shape.tokens, shape.windows),
         tokens=rollout.tokens[rows, :, : shape.response],
         length=rollout.length[rows],
         weight=weight[rows],
-        normaliser=count,
+        normaliser=np.asarray(tokens),
         advantage=scored.advantage[rows],
         sampled_logprobs=rollout.logprobs[rows, :, : shape.response],
         old_logprobs=None,
@@ -254,19 +251,19 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name], self._last = now - self._last, now
 
-    def all_sum(self) -> float:
+    def total(self) -> float:
         return self._last - self._start
 
 
 def _mean_updates(updates: list[Metrics]) -> Metrics:
     """Means over a rollout's updates; maxima for `_max`, sums for what was skipped."""
-    joined = {}
+    merged = {}
     for name in updates[0]:
         values = [float(u[name]) for u in updates]
         if name.endswith("_max"):
-            joined[name] = max(values)
+            merged[name] = max(values)
         elif name == "optim/skipped":
-            joined[name] = sum(values)
+            merged[name] = sum(values)
         else:
-            joined[name] = sum(values) / len(values)
-    return joined
+            merged[name] = sum(values) / len(values)
+    return merged

@@ -1,29 +1,34 @@
 """AdamW with a clipped gradient norm and a learning rate that warms up."""
 
+from typing import Any
+
+import jax
 import optax
-from flax import traverse_util
+from jax import Array
 
 from spatial_ssrl_jax.config.schema import OptimSettings, StageSettings
-from spatial_ssrl_jax.qwen_vl.tree import Params, part_of
+from spatial_ssrl_jax.qwen_vl.param_tree import part_of
 
 
 def learning_rate(stage: StageSettings, updates: int) -> optax.Schedule:
     """The learning rate at each of a stage's `updates` optimizer steps."""
-    rise = round(stage.warmup_ratio * updates)
+    warmup = round(stage.warmup_ratio * updates)
     peak = stage.learning_rate
     if stage.schedule == "cosine":
-        rest = optax.cosine_decay_schedule(peak, max(updates - rise, 1))
+        rest = optax.cosine_decay_schedule(peak, max(updates - warmup, 1))
     else:
         rest = optax.constant_schedule(peak)
-    if rise == 0:
+    if warmup == 0:
         return rest
-    return optax.join_schedules([optax.linear_schedule(peak / rise, peak, rise), rest], [rise])
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / warmup, peak, warmup), rest], [warmup]
+    )
 
 
 def make_optimizer(
     optim: OptimSettings, stage: StageSettings, updates: int
 ) -> optax.GradientTransformation:
-    """AdamW as METHOD gives it: decay on all trained weights, gradient norm clipped first."""
+    """AdamW as in the paper (arXiv 2510.27606): decay on all trained weights, clipping first."""
     steps = [
         optax.clip_by_global_norm(optim.max_grad_norm),
         optax.adamw(
@@ -40,16 +45,18 @@ def make_optimizer(
 
 
 def scale_part(part: str, scale: float) -> optax.GradientTransformation:
-    """Multiplies the change of one part's weights, decay included: its learning rate is so scaled.
+    """Scales one part's learning rate: its weights' updates, decay included, are multiplied.
 
     Args:
       part: `vision`, `merger` or `language`.
       scale: the factor.
     """
 
-    def update(changes: Params, _: Params | None) -> Params:
-        flat = traverse_util.flatten_dict(changes, sep="/")
-        scaled = {path: x * scale if part_of(path) == part else x for path, x in flat.items()}
-        return traverse_util.unflatten_dict(scaled, sep="/")
+    def update(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        def scaled(path: tuple[Any, ...], x: Array) -> Array:
+            name = "/".join(key.key for key in path)
+            return x * scale if part_of(name) == part else x
+
+        return jax.tree_util.tree_map_with_path(scaled, updates)
 
     return optax.stateless(update)

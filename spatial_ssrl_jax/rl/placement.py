@@ -1,4 +1,4 @@
-"""TODO: rl.placement."""
+"""How a stage's programs compute and how its arrays are sharded: training and planning share it."""
 
 import jax
 import optax
@@ -19,13 +19,13 @@ def abstract_stage_state(
     layout: Layout,
     stage: StageSettings,
     optimizer: optax.GradientTransformation,
-) -> TrainState:
-    """Shapes and places of what a stage carries from step to step.
+) -> TrainState[jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of what a stage carries from step to step.
 
     Args:
       config: the run.
       model: the model's shape.
-      layout: where weights are.
+      layout: for training.
       stage: its section.
       optimizer: as the stage makes it.
     """
@@ -35,20 +35,25 @@ def abstract_stage_state(
 
 
 def compute_settings(config: Config, layout: Layout) -> Compute:
-    """How the run's programs compute, and where the rows of training's activations are.
+    """How the run's programs compute, and the sharding of training's activations.
 
     Raises:
       UserError: the devices do not have what `model.attention` or `rollout.attention` asks for.
     """
-    model, there = config.model, (config.model.dtype, layout.mesh)
-    kernel = choose_kernel(model.attention, *there)
-    step_kernel = choose_decode_kernel(config.rollout.attention, *there)
-    chunks = (model.attention_chunk, model.vocab_block)
-    return Compute(model.dtype, *chunks, model.remat, kernel, step_kernel, layout.batch_sharding())
+    model = config.model
+    return Compute(
+        dtype=model.dtype,
+        attention_chunk=model.attention_chunk,
+        vocab_block=model.vocab_block,
+        remat=model.remat,
+        attention=choose_kernel(model.attention, model.dtype, layout.mesh),
+        decode_attention=choose_decode_kernel(config.rollout.attention, model.dtype, layout.mesh),
+        batch_sharding=layout.batch_sharding(),
+    )
 
 
 def check_sharding(config: Config, model: QwenVLConfig, layout: Layout) -> Layout:
-    """Refuses weights and batches that cannot be cut over the devices.
+    """Refuses weights and batches that cannot be sharded over the devices.
 
     Args:
       config: the run.
@@ -75,17 +80,16 @@ def check_sharding(config: Config, model: QwenVLConfig, layout: Layout) -> Layou
         raise UserError(
             f"sft.prompts={config.sft.prompts} must be a multiple of the {processes} processes."
         )
-    # What is sampled is prefilled where training is, and decoded in the other layout.
+    # A rollout batch is prefilled in the training layout, and decoded in the other one.
     over = "the devices over rollout.tensor"
-    _check_parts(sampled, rollout.batch_shards, over)
-    _check_parts(sampled | trained, layout.batch_shards, "mesh.data x mesh.fsdp")
+    _check_multiples(sampled, rollout.batch_shards, over)
+    _check_multiples(sampled | trained, layout.batch_shards, "mesh.data x mesh.fsdp")
     return rollout
 
 
-def _check_parts(sizes: dict[str, int], parts: int, by: str) -> None:
+def _check_multiples(sizes: dict[str, int], shards: int, axes: str) -> None:
     for name, value in sizes.items():
-        if value % parts:
+        if value % shards:
             raise UserError(
-                f"{name}={value} must be a multiple of the {parts} parts that {by} cuts a batch "
-                "into."
+                f"{name}={value} must be a multiple of the {shards} shards of a batch over {axes}."
             )

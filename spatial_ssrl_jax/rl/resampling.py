@@ -1,7 +1,8 @@
-"""Groups whose accuracy does not vary teach nothing: other prompts are sampled in their place."""
+"""Dynamic sampling (DAPO, arXiv 2503.14476): other prompts in place of groups without variance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -11,6 +12,8 @@ from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
 from spatial_ssrl_jax.rollout.engine import Rollout
+
+Entry = TypeVar("Entry")
 
 
 def zero_variance_groups(scored: ScoredRollout) -> np.ndarray:
@@ -25,9 +28,9 @@ def resample_groups(
     draw: Callable[[int], tuple[Batch, ScoredRollout]],
     rounds: int,
 ) -> tuple[Batch, ScoredRollout, int]:
-    """Puts groups that vary in the places of those that do not, as far as they are found.
+    """Replaces groups whose accuracy does not vary by others that vary, as far as some are found.
 
-    Each process fills its own places, and all draw until none is left anywhere or the rounds are
+    Each process replaces its own groups, and all draw until none is left anywhere or the rounds are
     used up.
 
     Args:
@@ -40,15 +43,15 @@ def resample_groups(
     """
     sampled = 0
     for number in range(1, rounds + 1):
-        places = np.flatnonzero(zero_variance_groups(scored))
-        if all_sum(len(places)) == 0:
+        replaced = np.flatnonzero(zero_variance_groups(scored))
+        if all_sum(len(replaced)) == 0:
             break
         more, more_scored = draw(number)
         sampled += len(more.items)
         rows = np.flatnonzero(~zero_variance_groups(more_scored))
-        count = min(len(places), len(rows))
+        count = min(len(replaced), len(rows))
         batch, scored = replace_groups(
-            batch, scored, places[:count], more, more_scored, rows[:count]
+            batch, scored, replaced[:count], more, more_scored, rows[:count]
         )
     return batch, scored, sampled
 
@@ -56,26 +59,26 @@ def resample_groups(
 def replace_groups(
     batch: Batch,
     scored: ScoredRollout,
-    places: np.ndarray,
+    replaced: np.ndarray,
     more: Batch,
     more_scored: ScoredRollout,
     rows: np.ndarray,
 ) -> tuple[Batch, ScoredRollout]:
-    """The groups with those at `places` replaced by the `rows` of others, in order."""
+    """The groups with those at `replaced` replaced by the `rows` of `more`, in order."""
     tokens = max(x.prompts.ids.shape[1] for x in (batch, more))
     windows = max(x.prompts.vision.frame.shape[1] for x in (batch, more))
     prompts, others = (widen(x.prompts, tokens, windows) for x in (batch, more))
 
     def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-        joined = np.array(old)
-        joined[places] = np.asarray(new)[rows]
-        return joined
+        merged = np.array(old)
+        merged[replaced] = np.asarray(new)[rows]
+        return merged
 
-    def put_list(old, new) -> list:
-        joined = list(old)
-        for place, row in zip(places, rows, strict=True):
-            joined[place] = new[row]
-        return joined
+    def put_list(old: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
+        merged = list(old)
+        for index, row in zip(replaced, rows, strict=True):
+            merged[index] = new[row]
+        return merged
 
     rollout = Rollout(
         *(

@@ -1,4 +1,4 @@
-"""The verifiable reward: is the answer right, and does the response have the required form."""
+"""The verifiable reward: is the answer right, and does the response have the required format."""
 
 import re
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from spatial_ssrl_jax.tasks.example import Example
 
 _AROUND_TAGS = re.compile(r"\s*([<>/])\s*")
 
-_FORM = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
+_FORMAT = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
 
-_STRICT_FORM = re.compile(r"<think>(?P<thought>.*)</think>(?P<rest>.*)", re.DOTALL)
+_STRICT_FORMATAT = re.compile(r"<think>(?P<thought>.*)</think>(?P<rest>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,26 @@ def score_response(
       example: the question with its task, answer and truth.
       settings: the config's `reward` section.
     """
-    accuracy, form = REWARD_RULES[settings.rule](_AROUND_TAGS.sub(r"\1", response), example.answer)
-    overall = settings.accuracy_weight * accuracy + (1 - settings.accuracy_weight) * form
+    accuracy, has_format = REWARD_RULES[settings.rule](
+        _AROUND_TAGS.sub(r"\1", response), example.answer
+    )
+    overall = settings.accuracy_weight * accuracy + (1 - settings.accuracy_weight) * has_format
     overall *= settings.task_weights.get(example.task, 1.0)
     if settings.length_penalty:
         over = (tokens - settings.length_penalty_start) / settings.length_penalty_span
         overall -= settings.length_penalty * min(max(over, 0.0), 1.0)
-    return Reward(overall, float(accuracy), float(form))
+    return Reward(overall, float(accuracy), float(has_format))
 
 
 def _paper(response: str, answer: str) -> tuple[bool, bool]:
     """The published rule with its looseness: an empty thought and box pass the form, and a box
     inside the thought can earn the accuracy."""
-    return last_box(response) == answer, _FORM.fullmatch(response) is not None
+    return last_box(response) == answer, _FORMAT.fullmatch(response) is not None
 
 
 def _strict(response: str, answer: str) -> tuple[bool, bool]:
     """One thought that is not empty, and after it a box that is not empty; no other box counts."""
-    match = _STRICT_FORM.fullmatch(response)
+    match = _STRICT_FORMAT.fullmatch(response)
     if match is None or not match["thought"].strip() or "<think>" in match["thought"]:
         return False, False
     box = last_box(match["rest"])
@@ -62,7 +64,7 @@ def _tolerant(response: str, answer: str) -> tuple[bool, bool]:
     """The published form; the answer may have spaces, `\\text{…}` or parentheses around it."""
     box = last_box(response)
     right = box is not None and plain_answer(box) == plain_answer(answer)
-    return right, _FORM.fullmatch(response) is not None
+    return right, _FORMAT.fullmatch(response) is not None
 
 
 REWARD_RULES = {"paper": _paper, "strict": _strict, "tolerant": _tolerant}

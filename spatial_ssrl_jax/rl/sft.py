@@ -1,4 +1,4 @@
-"""The cold start: supervised responses in the required form, several examples in a row."""
+"""Supervised fine-tuning: responses in the required format, several examples packed in a row."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from spatial_ssrl_jax.tasks.protocol import response_text
 def encode_responses(items: Sequence[Item], processor: Processor, limit: int) -> list[np.ndarray]:
     """The tokens to learn for each item, end token included.
 
-    A response that the data brings is learned from as it is; else one is made of the example's
+    A response that comes with the data is used as it is; else one is composed of the example's
     reason and answer.
 
     Raises:
@@ -45,33 +45,34 @@ class PackedStep:
 
     Attributes:
       examples: this process's part of the step.
-      parts: the examples of each row of each micro-batch; all processes have equally many rows,
+      rows: the examples of each row of each micro-batch; all processes have equally many rows,
         some perhaps empty.
-      rooms: the rows' shape in each micro-batch.
+      capacities: the rows' shape in each micro-batch.
       normaliser: response tokens of the whole step.
       vision: the vision tower's shape.
       dtype: of the patches; the same on all processes, also on one that has no example.
     """
 
     examples: list[PackedExample]
-    parts: list[list[list[int]]]
-    rooms: list[RowCapacity]
+    rows: list[list[list[int]]]
+    capacities: list[RowCapacity]
     normaliser: float
     vision: VisionConfig
     dtype: np.dtype
 
-    def __iter__(self) -> Iterator[PackedBatch]:
-        """The micro-batches with this process's rows, NumPy arrays."""
+    def __iter__(self) -> Iterator[PackedBatch[np.ndarray]]:
+        """The micro-batches with this process's rows."""
         vision = self.vision
         sizes = vision.patch_dim, vision.window_patches, vision.merge_unit
-        for rows, room in zip(self.parts, self.rooms, strict=True):
-            packed = fill_rows(self.examples, rows, room, *sizes, dtype=self.dtype)
-            yield PackedBatch(packed, np.float32(self.normaliser))
+        for rows, capacity in zip(self.rows, self.capacities, strict=True):
+            packed = fill_rows(self.examples, rows, capacity, *sizes, dtype=self.dtype)
+            yield PackedBatch(packed, np.asarray(self.normaliser, np.float32))
 
     @property
-    def places(self) -> int:
-        """Token places of this process's rows, with and without a token."""
-        return sum(len(r) * m.tokens for r, m in zip(self.parts, self.rooms, strict=True))
+    def padded_tokens(self) -> int:
+        """Tokens of this process's rows, padding included."""
+        pairs = zip(self.rows, self.capacities, strict=True)
+        return sum(len(rows) * capacity.tokens for rows, capacity in pairs)
 
 
 def pack_step(
@@ -90,20 +91,20 @@ def pack_step(
     """
     prompts = (unpad_prompt(batch.prompts, row) for row in range(len(batch.items)))
     examples = [PackedExample(*pair) for pair in zip(prompts, responses, strict=True)]
-    room = RowCapacity(settings.row_tokens, max(settings.row_windows), settings.row_responses)
-    rows = assign_rows([example.size for example in examples], room)
-    height = settings.micro_batch_rows // jax.process_count()
-    count = int(all_gather(np.array([-(-len(rows) // height)])).max())
-    rows += [[] for _ in range(count * height - len(rows))]
-    parts = [rows[first : first + height] for first in range(0, len(rows), height)]
-    windows = [max(sum(examples[i].size.windows for i in r) for r in part) for part in parts]
-    rooms = [
+    row = RowCapacity(settings.row_tokens, max(settings.row_windows), settings.row_responses)
+    rows = assign_rows([example.size for example in examples], row)
+    size = settings.micro_batch_rows // jax.process_count()
+    count = int(all_gather(np.array([-(-len(rows) // size)])).max())
+    rows += [[] for _ in range(count * size - len(rows))]
+    micro_batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+    windows = [max(sum(examples[i].size.windows for i in r) for r in m) for m in micro_batches]
+    capacities = [
         RowCapacity(
-            room.tokens,
-            smallest_bucket(most, settings.row_windows, "sft.row_windows"),
-            room.responses,
+            row.tokens,
+            smallest_bucket(largest, settings.row_windows, "sft.row_windows"),
+            row.responses,
         )
-        for most in all_gather(np.array([windows])).max(axis=0).tolist()
+        for largest in all_gather(np.array([windows])).max(axis=0).tolist()
     ]
     normaliser, dtype = all_sum(sum(map(len, responses))), batch.prompts.vision.patches.dtype
-    return PackedStep(examples, parts, rooms, normaliser, vision, dtype)
+    return PackedStep(examples, micro_batches, capacities, normaliser, vision, dtype)

@@ -3,27 +3,28 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from spatial_ssrl_jax.parallel import offload
 from spatial_ssrl_jax.parallel.mesh import slice_count
-from spatial_ssrl_jax.qwen_vl.tree import Params, merge_params
+from spatial_ssrl_jax.qwen_vl.inputs import Leaf
+from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
 
-TrainBatch = GroupBatch | PackedBatch
+TrainBatch = TypeVar("TrainBatch", GroupBatch[Array], PackedBatch[Array])
 LossFunction = Callable[[Params, TrainBatch], tuple[Array, dict[str, Array]]]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TrainState:
+class TrainState(Generic[Leaf]):
     """What training carries from step to step, and what a checkpoint holds.
 
     Attributes:
@@ -37,8 +38,8 @@ class TrainState:
     trained: Params
     frozen: Params
     opt_state: Any
-    updates: Array
-    skipped: Array
+    updates: Leaf
+    skipped: Leaf
 
     @property
     def params(self) -> Params:
@@ -48,32 +49,32 @@ class TrainState:
 
 def abstract_train_state(
     optimizer: optax.GradientTransformation, trained: Params, frozen: Params
-) -> TrainState:
+) -> TrainState[jax.ShapeDtypeStruct]:
     """A state's shapes, dtypes and shardings, from arrays or from `jax.ShapeDtypeStruct`s.
 
-    The optimizer's moments are where their weights are, counters on every device.
+    The optimizer's moments are sharded as their weights, counters are replicated.
     """
     first = jax.tree.leaves(trained)[0].sharding
-    everywhere = NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else first
+    replicated = NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else first
 
-    def placed(x: Any, sharding: Sharding = everywhere) -> jax.ShapeDtypeStruct:
+    def abstract(x: Any, sharding: Sharding = replicated) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     opt_state = optax.tree.map_params(
         optimizer,
-        lambda x, weight: placed(x, weight.sharding),
+        lambda x, weight: abstract(x, weight.sharding),
         jax.eval_shape(optimizer.init, trained),
         trained,
-        transform_non_params=placed,
+        transform_non_params=abstract,
     )
-    like = partial(jax.tree.map, lambda x: placed(x, x.sharding))
-    count = placed(jax.ShapeDtypeStruct((), jnp.int32))
+    like = partial(jax.tree.map, lambda x: abstract(x, x.sharding))
+    count = abstract(jax.ShapeDtypeStruct((), jnp.int32))
     return TrainState(like(trained), like(frozen), opt_state, count, count)
 
 
 def initial_train_state(
     optimizer: optax.GradientTransformation, trained: Params, frozen: Params | None = None
-) -> TrainState:
+) -> TrainState[Array]:
     """The state before a stage's first step."""
     frozen = frozen or {}
     like = abstract_train_state(optimizer, trained, frozen)
@@ -86,43 +87,45 @@ def initial_train_state(
     return TrainState(trained, frozen, *program(trained))
 
 
-def param_shardings(trained: Params) -> tuple[Sharding, ...]:
-    """Where weights are on a mesh, in the order of their leaves; empty on a device of its own.
+def param_shardings(trained: Params) -> tuple[NamedSharding, ...]:
+    """The shardings of weights on a mesh, in the order of their leaves; empty without a mesh.
 
-    Said in one way: an optimizer step gives back `P()` for `P(None, None)`, and a program that is
-    told another place is compiled anew.
+    Normalised: an optimizer step gives back `P()` for `P(None, None)`, and a program that is given
+    another sharding is compiled again.
     """
     found = [x.sharding for x in jax.tree.leaves(trained)]
-    if not all(isinstance(place, NamedSharding) for place in found):
+    on_mesh = [sharding for sharding in found if isinstance(sharding, NamedSharding)]
+    if len(on_mesh) < len(found):
         return ()
-    return tuple(NamedSharding(place.mesh, _shortest(place.spec)) for place in found)
+    return tuple(NamedSharding(sharding.mesh, _shortest(sharding.spec)) for sharding in on_mesh)
 
 
-def gradient_shardings(trained: Params) -> tuple[Sharding, ...]:
-    """Where gradients are: as their weights, on several TPU slices cut over `data` as well.
+def gradient_shardings(trained: Params) -> tuple[NamedSharding, ...]:
+    """The shardings of gradients: those of their weights, on several TPU slices over `data` too.
 
-    Each slice has whole weights, so that no product waits for the network between them; the sums
-    are not needed whole before the optimizer's step. What does not divide stays as the weight is.
+    Each slice has whole weights, so that no matmul waits for the network between them; the sums are
+    not needed whole before the optimizer's step. What does not divide is sharded as its weight.
     """
-    leaves, places = jax.tree.leaves(trained), param_shardings(trained)
-    if not places or slice_count(places[0].mesh) == 1:
-        return places
-    return tuple(map(_finer, leaves, places))
+    leaves, shardings = jax.tree.leaves(trained), param_shardings(trained)
+    mesh = shardings[0].mesh if shardings else None
+    if not isinstance(mesh, Mesh) or slice_count(mesh) == 1:
+        return shardings
+    return tuple(map(_finer, leaves, shardings))
 
 
-def _finer(weight: Any, place: NamedSharding) -> NamedSharding:
-    sizes, spec = place.mesh.shape, list(place.spec)
+def _finer(weight: Array, sharding: NamedSharding) -> NamedSharding:
+    sizes, spec = sharding.mesh.shape, list(sharding.spec)
     if "fsdp" not in spec:
-        return place
-    at = spec.index("fsdp")
-    if weight.shape[at] % (sizes["fsdp"] * sizes["data"]):
-        return place
-    spec[at] = ("fsdp", "data")
-    return NamedSharding(place.mesh, P(*spec))
+        return sharding
+    axis = spec.index("fsdp")
+    if weight.shape[axis] % (sizes["fsdp"] * sizes["data"]):
+        return sharding
+    spec[axis] = ("fsdp", "data")
+    return NamedSharding(sharding.mesh, P(*spec))
 
 
 def _shortest(spec: P) -> P:
-    """The same without what is not cut at its end."""
+    """The same without unsharded axes at its end."""
     axes = list(spec)
     while axes and axes[-1] is None:
         axes.pop()
@@ -131,11 +134,11 @@ def _shortest(spec: P) -> P:
 
 @partial(jax.jit, static_argnums=(0, 4))
 def micro_gradients(
-    loss: LossFunction,
+    loss: LossFunction[TrainBatch],
     trained: Params,
     frozen: Params,
     batch: TrainBatch,
-    places: tuple[Sharding, ...] = (),
+    shardings: tuple[NamedSharding, ...] = (),
 ) -> tuple[Params, dict[str, Array]]:
     """Gradients of one micro-batch, and its share of the step's metrics.
 
@@ -143,20 +146,21 @@ def micro_gradients(
       loss: as `train_step` takes it.
       trained, frozen: the model.
       batch: the micro-batch.
-      places: `gradient_shardings(trained)`: gradients go there layer by layer, or whole ones pile up.
+      shardings: `gradient_shardings(trained)`: gradients are sharded layer by layer, or whole ones
+        pile up.
     """
 
     def of_trained(trained: Params) -> tuple[Array, dict[str, Array]]:
         return loss(merge_params(trained, frozen), batch)
 
     (_, sums), gradients = jax.value_and_grad(of_trained, has_aux=True)(trained)
-    return _placed(gradients, places), sums
+    return _constrained(gradients, shardings), sums
 
 
-def _placed(gradients: Params, places: tuple[Sharding, ...]) -> Params:
-    if not places:
+def _constrained(gradients: Params, shardings: tuple[NamedSharding, ...]) -> Params:
+    if not shardings:
         return gradients
-    target = jax.tree.unflatten(jax.tree.structure(gradients), places)
+    target = jax.tree.unflatten(jax.tree.structure(gradients), shardings)
     return jax.lax.with_sharding_constraint(gradients, target)
 
 
@@ -169,19 +173,19 @@ def add_gradients(total: Params, more: Params) -> Params:
 @partial(jax.jit, static_argnums=(0, 3), donate_argnums=1)
 def apply_gradients(
     optimizer: optax.GradientTransformation,
-    state: TrainState,
+    state: TrainState[Array],
     gradients: Params,
-    places: tuple[Sharding, ...] = (),
-) -> tuple[TrainState, dict[str, Array]]:
+    shardings: tuple[NamedSharding, ...] = (),
+) -> tuple[TrainState[Array], dict[str, Array]]:
     """The state after an optimizer step, or as it was where the gradients are not finite.
 
     Args:
       optimizer: the gradient transformation.
       state: donated; its frozen weights must be left out.
       gradients: of the whole step.
-      places: `param_shardings(state.trained)`: what is cut finer is put together, and stays so.
+      shardings: `param_shardings(state.trained)`: finer gradients are gathered to them.
     """
-    gradients = _placed(gradients, places)
+    gradients = _constrained(gradients, shardings)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
     changes, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
@@ -201,11 +205,11 @@ def apply_gradients(
 
 
 def train_step(
-    loss: LossFunction,
+    loss: LossFunction[TrainBatch],
     optimizer: optax.GradientTransformation,
-    state: TrainState,
+    state: TrainState[Array],
     batches: Iterable[TrainBatch],
-) -> tuple[TrainState, dict[str, Array]]:
+) -> tuple[TrainState[Array], dict[str, Array]]:
     """One optimizer step: gradients of every micro-batch added up, then applied.
 
     A step whose gradient norm is not finite leaves the state as it was and is counted.
@@ -213,22 +217,23 @@ def train_step(
     Args:
       loss: `(params, batch) -> (loss, metrics)`, hashable; its value is a share of the step's mean.
       optimizer: the gradient transformation.
-      state: where training stands; donated, but for the frozen weights.
+      state: the training state; donated, but for the frozen weights.
       batches: the micro-batches, taken one at a time; buckets may differ.
 
     Returns:
       The new state and the step's metrics: means over the step's tokens (maxima for `_max`).
     """
-    gradients, metrics, places = None, {}, gradient_shardings(state.trained)
+    gradients, metrics = None, {}
+    shardings = gradient_shardings(state.trained)
     for batch in batches:
-        more, sums = micro_gradients(loss, state.trained, state.frozen, batch, places)
+        more, sums = micro_gradients(loss, state.trained, state.frozen, batch, shardings)
         gradients = more if gradients is None else add_gradients(gradients, more)
         for name, value in sums.items():
             merge_params = jnp.maximum if name.endswith("_max") else jnp.add
             metrics[name] = merge_params(metrics[name], value) if name in metrics else value
-    frozen, resting = state.frozen, state.opt_state
+    frozen, stored = state.frozen, state.opt_state
     # Frozen weights are kept out of what is donated: the KL's reference shares them.
-    awake = replace(state, frozen={}, opt_state=offload.to_device(resting))
-    state, more = apply_gradients(optimizer, awake, gradients, param_shardings(state.trained))
-    moments = offload.like(state.opt_state, resting)
+    on_device = replace(state, frozen={}, opt_state=offload.to_device(stored))
+    state, more = apply_gradients(optimizer, on_device, gradients, param_shardings(state.trained))
+    moments = offload.like(state.opt_state, stored)
     return replace(state, frozen=frozen, opt_state=moments), metrics | more

@@ -54,7 +54,7 @@ def logprobs(model, batch, b: int, response: np.ndarray):
 
 
 def sample_loss(logprob, old, reference, advantage: float):
-    """METHOD.md §4 for the tokens of one sample, summed."""
+    """The loss as the paper states it (arXiv 2510.27606), for the tokens of one sample, summed."""
     ratio = torch.exp(torch.clamp(logprob - old, -20, 20))
     policy = torch.maximum(-advantage * ratio, -advantage * torch.clamp(ratio, 0.8, 1.3))
     if advantage < 0:

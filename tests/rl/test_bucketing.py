@@ -20,7 +20,11 @@ def test_hand_worked_pieces():
     assert [piece.shape for piece in pieces] == [
         BatchShape(10, 2, 16), BatchShape(20, 4, 32), BatchShape(40, 4, 32)
     ]  # fmt: skip
-    assert [piece.places(3) for piece in pieces] == [2 * (10 + 48), 2 * (20 + 96), 2 * (40 + 96)]
+    assert [piece.padded_tokens(3) for piece in pieces] == [
+        2 * (10 + 48),
+        2 * (20 + 96),
+        2 * (40 + 96),
+    ]
 
 
 def test_every_prompt_is_in_one_piece_that_holds_it():

@@ -47,7 +47,7 @@ def sample_logprobs(params, prompts, response, temperature):
 @jax.jit
 @jax.value_and_grad
 def plain_loss(params, prompts, response, advantage, old, reference):
-    """METHOD.md §4 for one sample: the sum over its tokens."""
+    """The loss of the paper (arXiv 2510.27606) for one sample: the sum over its tokens."""
     logprob = sample_logprobs(params, prompts, response, TEMPERATURE)
     ratio = jnp.exp(jnp.clip(logprob - old, -20, 20))
     policy = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 0.8, 1.3))

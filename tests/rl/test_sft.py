@@ -74,7 +74,7 @@ def reference(adapted, examples):
 def test_packed_loss_is_the_one_by_one_loss(adapted, examples, reference, rows: int):
     """Adapters and base alike, in micro-batches of one row, or of two with an empty one."""
     step = packed(examples, micro_batch_rows=rows)
-    assert [len(step.parts), sum(step.parts, [])[:3]] == [-(-3 // rows), [[0, 2], [1, 4], [3]]]
+    assert [len(step.rows), sum(step.rows, [])[:3]] == [-(-3 // rows), [[0, 2], [1, 4], [3]]]
     total, gradients = 0.0, jax.tree.map(jnp.zeros_like, adapted)
     for batch in step:
         (value, sums), more = LOSS(adapted, batch)
@@ -88,7 +88,9 @@ def test_packed_loss_is_the_one_by_one_loss(adapted, examples, reference, rows: 
 def test_rows_without_any_token_add_nothing(adapted, examples):
     """What a process runs when only another one still has examples."""
     step = packed(examples, micro_batch_rows=1)
-    (empty,) = sft.PackedStep([], [[[]]], step.rooms[-1:], step.normaliser, step.vision, step.dtype)
+    (empty,) = sft.PackedStep(
+        [], [[[]]], step.capacities[-1:], step.normaliser, step.vision, step.dtype
+    )
     (value, _), gradients = LOSS(adapted, empty)
     assert float(value) == 0
     assert all(not np.asarray(g).any() for g in jax.tree.leaves(gradients))
@@ -100,11 +102,11 @@ def test_processes_agree_on_micro_batches(examples, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sft, "all_gather", lambda x: np.concatenate([x, np.full_like(x, 4)]))
     monkeypatch.setattr(sft, "all_sum", lambda value: value + 7)
     step = packed(examples, micro_batch_rows=2)
-    assert [len(part) for part in step.parts] == [1] * 4 and step.parts[3] == [[]]
-    assert [room.windows for room in step.rooms] == [4] * 4
+    assert [len(part) for part in step.rows] == [1] * 4 and step.rows[3] == [[]]
+    assert [row.windows for row in step.capacities] == [4] * 4
     assert step.normaliser == 23 + 7
     assert [batch.rows.ids.shape for batch in step] == [(1, 56)] * 4
 
 
 def test_padding_is_counted_over_all_rows(examples):
-    assert packed(examples, micro_batch_rows=2).places == 4 * 56
+    assert packed(examples, micro_batch_rows=2).padded_tokens == 4 * 56

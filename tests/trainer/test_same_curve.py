@@ -9,7 +9,7 @@ import pytest
 
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.monitoring.progress import Progress
-from spatial_ssrl_jax.rl.aggregation import sample_weights
+from spatial_ssrl_jax.rl.losses import sample_weights
 from spatial_ssrl_jax.rl.batch import GroupBatch
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.grpo import Grpo, score_rollout
@@ -25,6 +25,10 @@ from spatial_ssrl_jax.trainer.initial_state import StageInitializer
 from spatial_ssrl_jax.trainer.preemption import Preemption
 
 STEPS = 12
+
+
+def no_resample(_: int):
+    raise AssertionError("groups are not filtered here")
 
 
 @dataclass
@@ -161,7 +165,7 @@ def test_sharing_gives_the_same_curve(toy_config, tmp_path: Path, monkeypatch: p
         for step in range(STEPS):
             rows = [(i, items[step * size + i]) for i in range(size)]
             batch, now = run.collate(rows), jax.random.fold_in(key, step)
-            state, shared, _, scored = grpo.step(state, batch, now)
+            state, shared, _, scored = grpo.step(state, batch, now, no_resample)
             with monkeypatch.context() as patch:
                 patch.setattr(engine, "sample_keys", keys_of_groups)
                 other, repeated, rollout = alone.step(other, batch, now)
