@@ -9,8 +9,8 @@ Starts from `runs/sft_3b/export`, which `configs/sft_3b.py` leaves. Published re
 Meant for a TPU v5e-16, weights over `fsdp=16`, sampling over 8 x 2. Compiled for v5e:4x4 with every
 prompt of 4,096 and every response of 2,048 tokens, its tightest program, the gradients of a
 micro-batch, takes 12.4 of 15.75 GiB a chip; BUILD.md has the others. Gradients, log-probabilities
-and prefill are bound by products, decoding by the memory of weights and caches, the copy of the
-weights by the network. One GPU of 80 GB holds it with
+and prefill are bound by compute, decoding by the memory bandwidth of weights and caches, the copy
+of the weights by the network. One GPU of 80 GB holds it with
 
     --config.rollout.tensor=1 --config.rollout.batch_prompts=16 --config.grpo.micro_batch_prompts=1
     --config.eval.batch_prompts=16 --config.optim.offload=True
@@ -20,16 +20,13 @@ minutes there at least: attention's scores go through memory, and cuDNN's kernel
 (`--config.model.attention=cudnn`), which spares that, could not be compiled without a GPU.
 """
 
-import dataclasses
-
 from spatial_ssrl_jax import config as c
 
 
 def get_config() -> c.Config:
-    """360 steps of 256 prompts x 5 samples; what is not named here is the paper's by default."""
-    base = c.Config(name="grpo_3b")
-    return dataclasses.replace(
-        base,
+    """360 steps of 256 prompts x 5 samples; what is not set here is the paper's by default."""
+    return c.Config(
+        name="grpo_3b",
         model=c.ModelSettings(path="runs/sft_3b/export", attention_chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",

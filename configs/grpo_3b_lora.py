@@ -8,17 +8,13 @@ responses. The base in bfloat16 is the KL's reference. Compiled for `rtx4090` (2
 most, 21.1 of 22.3 GiB. It has not been run on the real weights.
 """
 
-import dataclasses
-
 from spatial_ssrl_jax import config as c
-from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 
 
 def get_config() -> c.Config:
     """64 prompts x 5 samples a step, one update."""
-    base = c.Config(name="grpo_3b_lora")
-    return dataclasses.replace(
-        base,
+    return c.Config(
+        name="grpo_3b_lora",
         model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", attention_chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
@@ -33,7 +29,7 @@ def get_config() -> c.Config:
             micro_batch_prompts=1,
             response_buckets=(32, 64, 128, 192, 256, 320, 384),
             learning_rate=1e-5,
-            lora=LoraSettings(rank=64, alpha=128.0),
+            lora=c.LoraSettings(rank=64, alpha=128.0),
         ),
         rollout=c.RolloutSettings(max_new_tokens=512, kv_block=128, batch_prompts=16),
         eval=c.EvalSettings(examples=32, batch_prompts=16, every=10),

@@ -12,29 +12,20 @@ chip. It fits as it stands on v6e:4x4 and v5p:2x2x4 too, and on two slices of v5
 `--config.mesh.data=2`; BUILD.md has the metrics.
 """
 
-import dataclasses
+from dataclasses import replace
+from pathlib import Path
 
 from spatial_ssrl_jax import config as c
 
 
 def get_config() -> c.Config:
-    """360 steps of 256 prompts x 5 samples; what is not named here is the paper's by default."""
-    base = c.Config(name="grpo_7b")
-    return dataclasses.replace(
+    """`grpo_3b.py` with the 7B, sharded over more chips."""
+    base = c.load_config(str(Path(__file__).with_name("grpo_3b.py")))
+    return replace(
         base,
-        model=c.ModelSettings(path="runs/sft_7b/export", attention_chunk=128),
-        data=c.DataSettings(
-            source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
-            min_pixels=262_144,
-            max_pixels=4_194_304,
-            prompt_buckets=(544, 640, 1152, 1216, 1792, 1984, 2368, 4096),
-            window_buckets=(32, 48, 72, 120, 136, 160, 256),
-        ),
-        grpo=c.GrpoSettings(
-            micro_batch_prompts=32,  # one a chip
-            response_buckets=(32, 64, 128, 192, 256, 320, 384, 512, 1024),
-        ),
-        rollout=c.RolloutSettings(batch_prompts=64, tensor=4),
-        eval=c.EvalSettings(examples=64, every=5),
+        name="grpo_7b",
+        model=replace(base.model, path="runs/sft_7b/export", attention_chunk=128),
+        grpo=replace(base.grpo, micro_batch_prompts=32),  # one a chip
+        rollout=replace(base.rollout, tensor=4),
         optim=c.OptimSettings(offload=True),
     )

@@ -5,25 +5,21 @@
 
 Responses are made from the tasks themselves unless `--config.sft.responses=FILE` names the released
 cold-start JSON. Meant for a TPU v5e-16 (compiled: 5.1 of 15.75 GiB a chip), or one 80 GB GPU with
-`--config.sft.micro_batch_rows=1 --config.rollout.tensor=1` (compiled for `a100-80gb`: 12.6 GiB). It has
-not been run on the real weights.
+`--config.sft.micro_batch_rows=1 --config.rollout.tensor=1` (compiled for `a100-80gb`: 12.6 GiB). It
+has not been run on the real weights.
 """
 
-import dataclasses
-
 from spatial_ssrl_jax import config as c
-from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 
 
 def get_config() -> c.Config:
     """75 steps of 256 samples, at most 2,048 + 1,024 tokens, images of 262,144 pixels.
 
     Over the five tasks with COCO and DIODE sizes and synthetic responses, 256 samples take up to 48
-    rows, three micro-batches: 10 % of the token places and 27 % of the windows are padding.
+    rows, three micro-batches: 10 % of the tokens and 27 % of the windows are padding.
     """
-    base = c.Config(name="sft_3b")
-    return dataclasses.replace(
-        base,
+    return c.Config(
+        name="sft_3b",
         model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", attention_chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
@@ -39,7 +35,7 @@ def get_config() -> c.Config:
             row_windows=(240,),
             row_responses=1024,
             micro_batch_rows=16,
-            lora=LoraSettings(rank=128, alpha=256.0),
+            lora=c.LoraSettings(rank=128, alpha=256.0),
         ),
         grpo=c.GrpoSettings(steps=0),
         rollout=c.RolloutSettings(max_new_tokens=1024),

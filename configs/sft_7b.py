@@ -7,40 +7,24 @@ Responses are made from the tasks themselves unless `--config.sft.responses=FILE
 cold-start JSON. Meant for a TPU v5e-32; it has not been run on the real weights.
 """
 
-import dataclasses
+from dataclasses import replace
+from pathlib import Path
 
 from spatial_ssrl_jax import config as c
-from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 
 
 def get_config() -> c.Config:
-    """75 steps of 256 samples, at most 2,048 + 1,024 tokens, images of 262,144 pixels.
+    """`sft_3b.py` with the 7B, sharded over more chips.
 
     Over the five tasks with COCO and DIODE sizes and synthetic responses, 256 samples take up to 48
-    rows, two micro-batches of 32; of full rows, 10 % of the token places and 27 % of the windows
-    are padding.
+    rows, two micro-batches of 32; of full rows, 10 % of the tokens and 27 % of the windows are
+    padding.
     """
-    base = c.Config(name="sft_7b")
-    return dataclasses.replace(
+    base = c.load_config(str(Path(__file__).with_name("sft_3b.py")))
+    return replace(
         base,
-        model=c.ModelSettings(path="Qwen/Qwen2.5-VL-7B-Instruct", attention_chunk=256),
-        data=c.DataSettings(
-            source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
-            min_pixels=56 * 56,
-            max_pixels=262_144,
-            prompt_buckets=(1024, 2048),
-            window_buckets=(32, 128),
-        ),
-        sft=c.SftSettings(
-            steps=75,
-            prompts=256,
-            row_tokens=3328,
-            row_windows=(240,),
-            row_responses=1024,
-            micro_batch_rows=32,  # one a chip
-            lora=LoraSettings(rank=128, alpha=256.0),
-        ),
-        grpo=c.GrpoSettings(steps=0),
-        rollout=c.RolloutSettings(max_new_tokens=1024, tensor=4),
-        checkpoint=c.CheckpointSettings(every=25),
+        name="sft_7b",
+        model=replace(base.model, path="Qwen/Qwen2.5-VL-7B-Instruct"),
+        sft=replace(base.sft, micro_batch_rows=32),  # one a chip
+        rollout=replace(base.rollout, tensor=4),
     )

@@ -1,12 +1,12 @@
-"""Built-in scenes, a Qwen2.5-VL of 3.6 million parameters from scratch: cold start, then GRPO.
+"""Built-in scenes, a Qwen2.5-VL of 3,577,792 parameters from scratch: SFT, then GRPO.
 
     python -m spatial_ssrl_jax.train --config=configs/tiny.py
 
 For two CPU cores and some seven minutes. Of the five tasks one is trained, shuffle with three
-stacked strips: all five are too much for a model of this size in that time, and are in the table
-untrained. Seen on 128 held-out scenes, one run a seed, after the cold start -> after GRPO:
+stacked strips: all five are too much for a model of this size in that time, and
+are in the table untrained. Seen on 128 held-out scenes, one run a seed, after SFT -> after GRPO:
 
-    seed   greedy accuracy    sampled accuracy   form
+    seed   greedy accuracy    sampled accuracy   format
     0      0.438 -> 0.766     0.293 -> 0.736     0.967 -> 0.992
     1      0.938 -> 0.992     0.816 -> 0.945     0.963 -> 0.979
     2      0.805 -> 0.977     0.732 -> 0.943     0.961 -> 0.982
@@ -14,21 +14,18 @@ untrained. Seen on 128 held-out scenes, one run a seed, after the cold start -> 
 At least 0.10 more sampled accuracy, and no less greedy accuracy, is what GRPO is held to.
 """
 
-import dataclasses
+from dataclasses import replace
 
 from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax.tasks import TASKS
 
 
 def get_config() -> c.Config:
     """The tiny run."""
-    base = c.Config(name="tiny")
-    tasks = {
-        name: dataclasses.replace(settings, weight=float(name == "shuffle"))
-        for name, settings in base.tasks.items()
-    }
-    tasks["shuffle"] = dataclasses.replace(tasks["shuffle"], kinds={"3x1": 1.0})
-    return dataclasses.replace(
-        base,
+    tasks = {task.name: task.settings(weight=float(task.name == "shuffle")) for task in TASKS}
+    tasks["shuffle"] = replace(tasks["shuffle"], kinds={"3x1": 1.0})
+    return c.Config(
+        name="tiny",
         model=c.ModelSettings(path="tiny", from_scratch=True, dtype="float32", remat="none"),
         data=c.DataSettings(
             source="scenes",
@@ -40,7 +37,7 @@ def get_config() -> c.Config:
             threads=2,
         ),
         tasks=tasks,
-        # Short on purpose: it ends when the form is there and the answers are still unsure.
+        # Short on purpose: it ends when the format is learned and the answers are still unsure.
         sft=c.SftSettings(
             steps=46,
             prompts=32,

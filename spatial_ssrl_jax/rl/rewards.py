@@ -1,9 +1,10 @@
 """The verifiable reward: is the answer right, and does the response have the required format."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from spatial_ssrl_jax.config.schema import RewardSettings
+from spatial_ssrl_jax.config.schema import RewardRule, RewardSettings
 from spatial_ssrl_jax.tasks.answers import last_box, plain_answer
 from spatial_ssrl_jax.tasks.example import Example
 
@@ -11,7 +12,7 @@ _AROUND_TAGS = re.compile(r"\s*([<>/])\s*")
 
 _FORMAT = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
 
-_STRICT_FORMATAT = re.compile(r"<think>(?P<thought>.*)</think>(?P<rest>.*)", re.DOTALL)
+_STRICT_FORMAT = re.compile(r"<think>(?P<thought>.*)</think>(?P<rest>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -67,4 +68,8 @@ def _tolerant(response: str, answer: str) -> tuple[bool, bool]:
     return right, _FORMAT.fullmatch(response) is not None
 
 
-REWARD_RULES = {"paper": _paper, "strict": _strict, "tolerant": _tolerant}
+REWARD_RULES: dict[RewardRule, Callable[[str, str], tuple[bool, bool]]] = {
+    "paper": _paper,
+    "strict": _strict,
+    "tolerant": _tolerant,
+}

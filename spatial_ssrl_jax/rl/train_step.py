@@ -235,5 +235,5 @@ def train_step(
     # Frozen weights are kept out of what is donated: the KL's reference shares them.
     on_device = replace(state, frozen={}, opt_state=offload.to_device(stored))
     state, more = apply_gradients(optimizer, on_device, gradients, param_shardings(state.trained))
-    moments = offload.like(state.opt_state, stored)
+    moments = offload.move_like(state.opt_state, stored)
     return replace(state, frozen=frozen, opt_state=moments), metrics | more
