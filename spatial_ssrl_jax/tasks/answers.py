@@ -1,9 +1,8 @@
-"""TODO: tasks.answers."""
+"""Answers in responses: the last `\\boxed{…}`, and a normal form to compare them in."""
 
 import re
 
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
-
 _BOX = "\\boxed{"
 
 
@@ -16,7 +15,7 @@ def plain_answer(text: str) -> str:
 
 
 def last_box(text: str) -> str | None:
-    """What the last `\\boxed{…}` with balanced braces holds, stripped; None when there is none."""
+    """The content of the last `\\boxed{…}` with balanced braces, stripped; None without one."""
     start = text.rfind(_BOX)
     while start >= 0:
         depth, begin = 1, start + len(_BOX)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
-from spatial_ssrl_jax.tasks.frame import inner_box
+from spatial_ssrl_jax.tasks.frame import Box, inner_box
 from spatial_ssrl_jax.tasks.patches import difference, thumbnail
 from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.weights import weighted_shuffle
@@ -20,10 +20,10 @@ QUESTION = (
 )
 DISTRACTORS = ("interior", "exterior_25", "exterior_50", "rotate_cw", "rotate_ccw")
 _TURNS = {"rotate_cw": -1, "rotate_ccw": 1}  # quarter turns, counter-clockwise as np.rot90 counts
-_GROWTH = {"answer": 0.0, "exterior_25": 0.25, "exterior_50": 0.5}  # on each side, of the square's
+# Growth on each side, as a fraction of the square's side.
+_GROWTH = {"answer": 0.0, "exterior_25": 0.25, "exterior_50": 0.5}
 
-Box = tuple[int, int, int]  # left, top and side of a square
-Rectangle = tuple[int, int, int, int]  # left, top, right, bottom; the last two exclusive
+Square = tuple[int, int, int]  # left, top and side in pixels
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class CropSettings:
     """Settings of the crop task.
 
     Attributes:
-      weight: share in the training mixture.
-      distractors: share of each kind of wrong option; three distinct ones are drawn.
+      weight: of the task in the training mixture.
+      distractors: weight of each kind of wrong option; three distinct ones are drawn.
       min_difference: options must differ by more than this, in grey levels (see `patches`).
-      min_side: least side of the square in pixels.
+      min_side: minimum side of the square in pixels.
       trim_frame: keep squares and options inside a white or black frame around the image, which
-        would tell them apart.
-      tries: places of the square that are tried, for images with plain parts.
+        would reveal the answer.
+      tries: positions of the square that are tried, for images with plain areas.
     """
 
     weight: float = 20200.0
@@ -49,11 +49,11 @@ class CropSettings:
 
 
 @dataclass(frozen=True)
-class _Scene:
-    """An image, and the part of it that squares and options are taken from."""
+class _FramedImage:
+    """An image, and the box in it that squares and options are taken from."""
 
-    picture: Image.Image
-    inside: Rectangle
+    image: Image.Image
+    inside: Box
 
 
 def make(record: Record, rng: np.random.Generator, settings: CropSettings) -> Example:
@@ -62,41 +62,41 @@ def make(record: Record, rng: np.random.Generator, settings: CropSettings) -> Ex
     size = min(height, width) // 2
     if size < settings.min_side:
         raise Reject("image too small for the square")
-    scene = _Scene(
+    framed = _FramedImage(
         Image.fromarray(record.image),
         inner_box(record.image) if settings.trim_frame else (0, 0, width, height),
     )
-    left, top, right, bottom = scene.inside
+    left, top, right, bottom = framed.inside
     for _ in range(settings.tries):
-        # Drawn until one gives four different options: uniform over the places that do.
+        # Drawn until one gives four different options: uniform over the positions that do.
         x = int(rng.integers(left, right - size + 1))
         y = int(rng.integers(top, bottom - size + 1))
-        box = (x, y, size)
-        wrong = _distractors(scene, box, settings, rng)
+        square = (x, y, size)
+        wrong = _distractors(framed, square, settings, rng)
         if wrong is not None:
             kinds = [str(kind) for kind in rng.permutation(["answer", *wrong])]
-            return _example(record, scene, box, kinds)
+            return _example(record, framed, square, kinds)
     raise Reject("options look alike")
 
 
-def _option(scene: _Scene, box: Box, kind: str) -> np.ndarray:
+def _option(framed: _FramedImage, square: Square, kind: str) -> np.ndarray:
     """One option, [s, s, 3] uint8: the square itself or a distractor of `kind`."""
-    x, y, size = box
+    x, y, size = square
     if kind == "answer" or kind in _TURNS:
-        region = np.asarray(scene.picture.crop((x, y, x + size, y + size)))
+        region = np.asarray(framed.image.crop((x, y, x + size, y + size)))
         return np.ascontiguousarray(np.rot90(region, _TURNS.get(kind, 0)))
     # Cropped first: `resize(box=…)` would blend in pixels from beyond the box.
-    source = scene.picture.crop(_source_box(scene.inside, box, kind))
+    source = framed.image.crop(_source_box(framed.inside, square, kind))
     return np.asarray(source.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def _source_box(inside: Rectangle, box: Box, kind: str) -> Rectangle:
-    """What an option shows, before it is resized: left, top, right, bottom in pixels.
+def _source_box(inside: Box, square: Square, kind: str) -> Box:
+    """The box of the image that an option shows, before it is resized.
 
     A grown square that would reach over the image's edge is moved inside: the released code clips
-    it instead, which changes its aspect and so shows that it is a wrong option.
+    it instead, which changes its aspect and so reveals a wrong option.
     """
-    (left, top, right, bottom), (x, y, size) = inside, box
+    (left, top, right, bottom), (x, y, size) = inside, square
     if kind == "interior":
         low, high = size // 4, 3 * size // 4
         return x + low, y + low, x + high, y + high
@@ -108,21 +108,21 @@ def _source_box(inside: Rectangle, box: Box, kind: str) -> Rectangle:
 
 
 def _distractors(
-    scene: _Scene, box: Box, settings: CropSettings, rng: np.random.Generator
+    framed: _FramedImage, square: Square, settings: CropSettings, rng: np.random.Generator
 ) -> list[str] | None:
     """Three kinds that look different from the answer and one another, or None.
 
-    They are drawn by share without putting back, those that look like an earlier one passed over.
+    They are drawn by weight without replacement; those that look like an earlier one are skipped.
     """
     drawn = weighted_shuffle(rng, settings.distractors)
     if len(drawn) < 3:
-        raise UserError("tasks.crop.distractors must give at least three kinds a share above 0.")
-    taken = {"answer": thumbnail(scene.picture, _source_box(scene.inside, box, "answer"))}
+        raise UserError("tasks.crop.distractors must give at least three kinds a weight above 0.")
+    taken = {"answer": thumbnail(framed.image, _source_box(framed.inside, square, "answer"))}
     for kind in drawn:
         if kind in _TURNS:
             small = np.rot90(taken["answer"], _TURNS[kind])
         else:
-            small = thumbnail(scene.picture, _source_box(scene.inside, box, kind))
+            small = thumbnail(framed.image, _source_box(framed.inside, square, kind))
         if all(difference(small, t) > settings.min_difference for t in taken.values()):
             taken[kind] = small
         if len(taken) == 4:
@@ -130,15 +130,15 @@ def _distractors(
     return None
 
 
-def _example(record: Record, scene: _Scene, box: Box, kinds: list[str]) -> Example:
-    x, y, size = box
+def _example(record: Record, framed: _FramedImage, square: Square, kinds: list[str]) -> Example:
+    x, y, size = square
     holed = record.image.copy()
     holed[y : y + size, x : x + size] = 0
     answer = "ABCD"[kinds.index("answer")]
     return Example(
         task="crop",
         kind="crop",
-        images=(holed, *(_option(scene, box, kind) for kind in kinds)),
+        images=(holed, *(_option(framed, square, kind) for kind in kinds)),
         question=QUESTION,
         answer=answer,
         reason=f"Option {answer} continues the picture.",
@@ -149,7 +149,8 @@ def _example(record: Record, scene: _Scene, box: Box, kinds: list[str]) -> Examp
 
 def sizes(size: Size) -> list[Size]:
     """The image, and four squares of half its shorter side."""
-    return [size, *[(min(size) // 2,) * 2] * 4]
+    side = min(size) // 2
+    return [size, *[(side, side)] * 4]
 
 
 TASK = Task("crop", False, CropSettings, make, sizes, chance=lambda answer: 1 / 4)

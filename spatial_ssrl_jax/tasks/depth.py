@@ -29,15 +29,15 @@ class DepthSettings:
     """Settings of the depth task; pixels are for a shorter side of 768 and scale with the image.
 
     Attributes:
-      weight: share in the training mixture.
+      weight: of the task in the training mixture.
       windows: window widths in pixels, tried in this order.
-      min_window: floor of a window's width in pixels of the image.
+      min_window: minimum width of a window in pixels of the image.
       max_range: a region's depths differ by less than this, in normalised depth.
       min_gap: neighbouring regions are further apart than this, in normalised depth.
-      min_valid: least share of valid pixels in a region; lower it for sparse maps.
+      min_valid: minimum fraction of valid pixels in a region; lower it for sparse maps.
       centre: side in pixels of the image of a region's centre that must be wholly valid.
       marker: radius of a marker in pixels.
-      min_marker: its floor in pixels of the image.
+      min_marker: its minimum in pixels of the image.
     """
 
     weight: float = 20620.0
@@ -98,7 +98,7 @@ def _draw(
 
 
 def _example(record: Record, found: Regions, chosen: np.ndarray, radius: int) -> Example:
-    """The example whose markers 1 to 3 stand on the windows `chosen`."""
+    """The example whose markers 1 to 3 are on the windows `chosen`."""
     points = [found.point(i) for i in chosen]
     depths = [found.mean(i) for i in chosen]
     order = [str(marker + 1) for marker in np.argsort(depths)]

@@ -1,6 +1,6 @@
-"""What is drawn onto images: patch labels with borders, and numbered markers.
+"""Drawing onto images: patch labels with borders, and numbered markers.
 
-Sizes follow the image's shorter side, with floors that keep digits readable at 112 pixels.
+Sizes follow the image's shorter side, with minima that keep digits readable at 112 pixels.
 """
 
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ def draw_labels(image: np.ndarray, rows: int, cols: int) -> np.ndarray:
     height, width = image.shape[0] // rows, image.shape[1] // cols
     short = min(image.shape[:2])
     border, size = max(1, round(short / 250)), max(_MIN_LABEL, round(short / 14))
-    for place in range(rows * cols):
-        row, col = divmod(place, cols)
+    for index in range(rows * cols):
+        row, col = divmod(index, cols)
         x, y = col * width, row * height
         draw.rectangle((x, y, x + width - 1, y + height - 1), outline=RED, width=border)
         at = (x + border + size // 6, y + border)
         outline = max(1, size // 10)
-        draw.text(at, str(place), WHITE, _font(size), stroke_width=outline, stroke_fill=BLACK)
+        draw.text(at, str(index), WHITE, _font(size), stroke_width=outline, stroke_fill=BLACK)
     return np.asarray(canvas)
 
 
@@ -63,7 +63,8 @@ def draw_markers(image: np.ndarray, points: Sequence[tuple[int, int]], radius: i
 @lru_cache(maxsize=256)
 def _marker(digit: int, radius: int) -> Image.Image:
     """One marker as an RGBA stamp of 2·radius + 1 pixels a side."""
-    side = (2 * radius + 1) * _FINE
+    size = 2 * radius + 1
+    side = size * _FINE
     stamp = Image.new("RGBA", (side, side), (*WHITE, 0))
     draw = ImageDraw.Draw(stamp)
     edge = max(_FINE, radius * _FINE // 8)
@@ -72,9 +73,9 @@ def _marker(digit: int, radius: int) -> Image.Image:
     left, top, right, bottom = font.getbbox(text)
     # By the digit's own box: text anchors centre the line, which leaves a digit off the middle.
     draw.text(((side - left - right) / 2, (side - top - bottom) / 2), text, BLACK, font)
-    return stamp.resize((2 * radius + 1,) * 2, Image.Resampling.BOX)
+    return stamp.resize((size, size), Image.Resampling.BOX)
 
 
 @lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

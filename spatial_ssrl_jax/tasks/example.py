@@ -1,8 +1,8 @@
-"""The types every pretext task shares: what it takes, what it gives, and how it declines."""
+"""The types that all pretext tasks share: an example, a task and its settings, a rejection."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,14 +21,14 @@ class Example:
       task: the task's name.
       kind: the variety within the task, for example `2x2_masked` or `near`.
       images: images in prompt order, each [H, W, 3] uint8 RGB.
-      question: the protocol's question. `<imageN>` stands where image N goes; without any such
+      question: the protocol's question. `<imageN>` marks where image N goes; without any such
         mark all images come first.
       answer: the exact string that earns the accuracy reward.
-      reason: one short true sentence that leads to the answer, for cold-start responses.
+      reason: one short true sentence that leads to the answer, for SFT responses.
       truth: enough to check the answer without this code (see `examples.jsonl` in BUILD.md);
         JSON types only, coordinates in pixels [x, y] of the original image.
       source: `{"spec", "record", "image"}` of the original image.
-      response: a whole cold-start response that the data brings; "" where it is made from `reason`.
+      response: a whole SFT response that the data holds; "" where it is built from `reason`.
     """
 
     task: str
@@ -50,25 +50,42 @@ def single_image(size: Size) -> list[Size]:
     return [size]
 
 
-@dataclass(frozen=True)
-class Task:
-    """A pretext task: its name, its settings with the paper's defaults, and its maker.
+class TaskSettings(Protocol):
+    """Settings of a task: a frozen dataclass with at least its weight."""
 
-    `make(record, rng, settings)` returns an `Example` or raises `Reject`. Every draw comes from
-    `rng`, so the same record, generator state and settings give the same example. `sizes` gives the
-    sizes of an example's images from the record's alone, or slightly more where a frame is left
-    off: what is too large for any prompt is dropped by them before it is decoded. `chance` gives
-    how often a guess in the form of the right answer is right; None where that is not known.
+    @property
+    def weight(self) -> float:
+        """Weight in the training mixture; 0 leaves the task out."""
+        ...
+
+
+Settings = TypeVar("Settings", bound=TaskSettings)
+
+
+@dataclass(frozen=True)
+class Task(Generic[Settings]):
+    """A pretext task.
+
+    Attributes:
+      name: key of its settings in a config.
+      needs_depth: whether it needs records with depth.
+      settings: class of its settings, with the paper's defaults.
+      make: (record, rng, settings) -> `Example`, or raises `Reject`. Every draw comes from `rng`,
+        so the same record, generator state and settings give the same example.
+      sizes: sizes of an example's images from the record's size alone, or slightly more where a
+        frame is trimmed: what is too large for any prompt is dropped before it is decoded.
+      chance: right answer -> probability that a random answer in its format is right; None where
+        that is not known.
     """
 
     name: str
     needs_depth: bool
-    settings: type
-    make: Callable[[Record, np.random.Generator, Any], Example]
+    settings: type[Settings]
+    make: Callable[[Record, np.random.Generator, Settings], Example]
     sizes: Callable[[Size], list[Size]] = single_image
     chance: Callable[[str], float] | None = None
 
 
 def source_of(record: Record) -> dict[str, str]:
-    """Where an example came from, as `examples.jsonl` says it."""
+    """Where an example comes from, as `examples.jsonl` stores it."""
     return {"spec": record.spec, "record": record.name, "image": record.path}

@@ -6,7 +6,7 @@ import numpy as np
 
 from spatial_ssrl_jax.tasks.drawing import draw_labels
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
-from spatial_ssrl_jax.tasks.frame import trim
+from spatial_ssrl_jax.tasks.frame import trim_frame
 from spatial_ssrl_jax.tasks.patches import distinct, join_patches, split_patches, thumbnails
 from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.weights import weighted_choice
@@ -26,12 +26,12 @@ class FlipSettings:
     """Settings of the flip task.
 
     Attributes:
-      weight: share in the training mixture.
-      kinds: share of each direction.
+      weight: of the task in the training mixture.
+      kinds: weight of each direction.
       min_difference: a patch and its two flips must differ from one another by more than this, in
         grey levels (see `patches`).
-      min_side: least side of a patch in pixels.
-      trim_frame: leave off a white or black frame around the image, which tells patches' places.
+      min_side: minimum side of a patch in pixels.
+      trim_frame: trim a white or black frame around the image, which reveals patches' positions.
     """
 
     weight: float = 4005.0
@@ -42,14 +42,14 @@ class FlipSettings:
 
 
 def make(record: Record, rng: np.random.Generator, settings: FlipSettings) -> Example:
-    """Flips one of the four patches, uniform over those whose flip can be told."""
+    """Flips one of the four patches, uniform over those whose flip is visible."""
     kind = weighted_choice(rng, settings.kinds)
     axis = DIRECTIONS.index(kind)
-    picture, trimmed = trim(record.image) if settings.trim_frame else (record.image, {})
-    patches = split_patches(picture, 2, 2)
+    image, trimmed = trim_frame(record.image) if settings.trim_frame else (record.image, {})
+    patches = split_patches(image, 2, 2)
     if min(patches[0].shape[:2]) < settings.min_side:
         raise Reject("image too small for the patches")
-    able = [i for i, t in enumerate(thumbnails(patches)) if _can_tell(t, settings.min_difference)]
+    able = [i for i, t in enumerate(thumbnails(patches)) if _is_visible(t, settings.min_difference)]
     if not able:
         raise Reject("every patch looks the same after its flip")
     label = int(rng.choice(able))
@@ -66,12 +66,12 @@ def make(record: Record, rng: np.random.Generator, settings: FlipSettings) -> Ex
     )
 
 
-def _can_tell(small: np.ndarray, least: float) -> bool:
-    """Whether a thumbnail and its two flips all look different.
+def _is_visible(small: np.ndarray, min_difference: float) -> bool:
+    """Whether a thumbnail [16, 16, 3] and its two flips all look different.
 
     The two flips of a patch look alike when half a turn leaves it the same.
     """
-    return distinct(np.stack([small, np.flip(small, 0), np.flip(small, 1)]), least)
+    return distinct(np.stack([small, np.flip(small, 0), np.flip(small, 1)]), min_difference)
 
 
 TASK = Task("flip", False, FlipSettings, make, chance=lambda answer: 1 / 8)

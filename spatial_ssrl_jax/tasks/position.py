@@ -40,21 +40,21 @@ class PositionSettings:
     """Settings of the position task; pixels are for a shorter side of 768 and scale with images.
 
     Attributes:
-      weight: share in the training mixture.
-      kinds: share of pairs at like depth, of pairs clear in depth alone, and clear in both axes. A
-        kind that an image has no pair for gives way to another.
-      headings: share of each heading; even as in the paper (the released code has 30/30/30/10).
+      weight: of the task in the training mixture.
+      kinds: weight of pairs at like depth, of pairs clear in depth alone, and clear in both axes. A
+        kind that an image has no pair for is replaced by another.
+      headings: weight of each heading; even as in the paper (the released code has 30/30/30/10).
       window: window width in pixels.
-      min_window: floor of a window's width in pixels of the image.
+      min_window: minimum width of a window in pixels of the image.
       max_range: a region's depths differ by less than this, in normalised depth.
-      min_valid: least share of valid pixels in a region; lower it for sparse maps.
+      min_valid: minimum fraction of valid pixels in a region; lower it for sparse maps.
       centre: side in pixels of the image of a region's centre that must be wholly valid.
       plane: distance along the image plane, in pixels, above which it is clear.
       depth: distance in normalised depth above which it is clear.
       near_height: a pair at like depth differs by less than this in height, in pixels.
-      least_near_height: its floor in pixels of the image.
+      min_near_height: its minimum in pixels of the image.
       marker: radius of a marker in pixels.
-      min_marker: its floor in pixels of the image.
+      min_marker: its minimum in pixels of the image.
     """
 
     weight: float = 20200.0
@@ -70,7 +70,7 @@ class PositionSettings:
     plane: float = 150.0
     depth: float = 0.25
     near_height: float = 30.0
-    least_near_height: float = 4.0
+    min_near_height: float = 4.0
     marker: float = 19.0
     min_marker: float = 8.0
 
@@ -92,7 +92,7 @@ class View:
     heading: str
 
     def direction(self, plane: float, depth: float) -> str:
-        """Where the other marker is as the camera sees it: `Left`, `Right-Front`, …, perhaps ``.
+        """Where the other marker is as the camera sees it: `Left`, `Right-Front`, … or empty.
 
         Args:
           plane: pixels above which a distance along the image plane is clear.
@@ -159,14 +159,14 @@ def _draw(
 
 
 def _clear(found: Regions, pairs: np.ndarray, kind: str, settings: PositionSettings) -> np.ndarray:
-    """Which pairs [m, 2] are of the kind: [m] bool. A pair clear in neither axis is of none."""
+    """Which pairs [m, 2] are of the kind: [m] bool. A pair clear in neither axis is of no kind."""
     shape = found.depth.shape
     x, y, low, high = (a[pairs] for a in (found.x, found.y, found.low, found.high))
     wide = np.abs(x[:, 0] - x[:, 1]) > scaled(settings.plane, 0, shape)
     if kind == "near":
         # All depths of both windows, so that no direction along the depth can be called clear.
         alike = high.max(axis=1) - low.min(axis=1) <= settings.depth
-        height = scaled(settings.near_height, settings.least_near_height, shape)
+        height = scaled(settings.near_height, settings.min_near_height, shape)
         return alike & wide & (np.abs(y[:, 0] - y[:, 1]) < height)
     gap = np.maximum(low[:, 0] - high[:, 1], low[:, 1] - high[:, 0])
     return (gap > settings.depth) & (wide if kind == "far_combined" else ~wide)

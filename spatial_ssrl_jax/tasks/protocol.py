@@ -1,4 +1,4 @@
-"""Protocol strings that all tasks share, to the letter; each task's questions are in its file."""
+"""Prompt and response strings that all tasks share; each task's questions are in its file."""
 
 FORMAT_PROMPT = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the "
@@ -8,5 +8,5 @@ FORMAT_PROMPT = (
 
 
 def response_text(reason: str, answer: str) -> str:
-    """A response in the required form, as the cold start teaches it."""
+    """A response in the required format, as SFT teaches it."""
     return f"<think>{reason}</think>\\boxed{{{answer}}}"

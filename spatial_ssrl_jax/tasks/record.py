@@ -1,4 +1,4 @@
-"""What a source yields: one image, perhaps with its depth."""
+"""The record of a source: one image, perhaps with its depth."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Record:
       image: [H, W, 3] uint8, upright RGB.
       depth: [H, W] float32 at the image's own size, or None. Larger is farther; metres where the
         source knows them, else up to scale. NaN marks a pixel without a valid depth.
-      name: what identifies the record inside its source: a relative path or an id.
+      name: identifies the record inside its source: a relative path or an id.
       spec: the source's SPEC as the user wrote it, for example `nyu:/data/nyu`.
       path: where the image came from (a file), or its id for a source without files.
     """

@@ -15,20 +15,20 @@ from spatial_ssrl_jax.tasks.record import Record
 
 _REFERENCE = 768  # shorter side in pixels for which the method's pixel constants hold
 _CENTRES = 32_768  # about as many candidates a map, on the grid
-_SAMPLE = 65_536  # about as many pixels are looked at for the percentiles
-_MIN_SAMPLE = 1024  # valid ones among them; else all pixels are looked at
+_SAMPLE = 65_536  # about as many pixels are used for the percentiles
+_MIN_SAMPLE = 1024  # valid ones among them; else all pixels are used
 
 
 @dataclass(frozen=True)
 class WindowLimits:
-    """What a window must fulfil.
+    """What a window must satisfy.
 
     Attributes:
       half: half its width in pixels: the window is [c - half, c + half] on both axes.
       max_range: its valid depths differ by less than this, in normalised depth.
-      min_valid: least share of valid pixels.
+      min_valid: minimum fraction of valid pixels.
       centre: side in pixels of its centre that must be wholly valid, odd.
-      margin: pixels that its centre keeps from the image's edge, at least.
+      margin: minimum distance in pixels of its centre from the image's edge.
     """
 
     half: int
@@ -46,7 +46,7 @@ class Regions:
       depth: [H, W] float32 normalised to [0, 1], NaN where invalid.
       half: half the windows' width in pixels.
       x, y: [n] int64 centres in pixels.
-      low, high: [n] float64 least and largest normalised depth in each window.
+      low, high: [n] float64 minimum and maximum normalised depth in each window.
     """
 
     depth: np.ndarray
@@ -89,7 +89,7 @@ class Regions:
 
 
 def scaled(pixels: float, floor: float, shape: tuple[int, int]) -> float:
-    """A pixel constant of the method for an image of `shape` (H, W), not below `floor`."""
+    """A pixel constant of the method for an image of `shape` (H, W), at least `floor`."""
     return max(floor, pixels * min(shape) / _REFERENCE)
 
 
@@ -102,7 +102,7 @@ def normalised_depth(record: Record) -> np.ndarray:
       [H, W] float32, NaN where invalid.
 
     Raises:
-      Reject: there is no map, or it says nothing about the image.
+      Reject: there is no map, it has another size than the image, or it is constant or invalid.
     """
     depth = record.depth
     if depth is None:
@@ -128,11 +128,11 @@ def normalised_depth(record: Record) -> np.ndarray:
 
 
 def find_regions(depth: np.ndarray, limits: WindowLimits, rng: np.random.Generator) -> Regions:
-    """All windows on a grid with a drawn offset that keep the limits.
+    """All windows on a grid with a drawn offset that satisfy the limits.
 
     Args:
       depth: [H, W] float32 normalised depth, NaN where invalid.
-      limits: what a window must fulfil.
+      limits: what a window must satisfy.
       rng: draws the grid's offset.
     """
     stride = max(1, round(np.sqrt(depth.size / _CENTRES)))
@@ -154,7 +154,7 @@ def _centres(size: int, edge: int, stride: int, rng: np.random.Generator) -> np.
 def _statistics(
     depth: np.ndarray, limits: WindowLimits, y: np.ndarray, x: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Least and largest depth [rows, cols] float64 of each window, and whether it is valid enough.
+    """Min and max depth [rows, cols] float64 of each window, and whether it is valid enough.
 
     Without a valid pixel they are +inf and -inf, and the window counts as not valid enough.
     """
@@ -206,9 +206,9 @@ def _slide(combine: np.ufunc) -> Reduce:
 
 
 def _slide_sum(values: np.ndarray, width: int, axis: int) -> np.ndarray:
-    """Sums of `width` neighbours, put together from sums over powers of two."""
+    """Sums of `width` neighbours, composed of sums over powers of two."""
     size = values.shape[axis] - width + 1
-    total, start, reach = 0, 0, 1
+    total, start, reach = np.zeros((), values.dtype), 0, 1
     while True:
         if width & reach:
             total = total + _take(values, start, size, axis)
@@ -222,5 +222,5 @@ def _slide_sum(values: np.ndarray, width: int, axis: int) -> np.ndarray:
 
 def _take(values: np.ndarray, start: int, size: int, axis: int) -> np.ndarray:
     """A view of `size` entries from `start` on, along one axis of two."""
-    piece = slice(start, start + size)
-    return values[piece] if axis == 0 else values[:, piece]
+    window = slice(start, start + size)
+    return values[window] if axis == 0 else values[:, window]

@@ -7,7 +7,7 @@ import numpy as np
 
 from spatial_ssrl_jax.tasks.drawing import draw_labels
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
-from spatial_ssrl_jax.tasks.frame import trim
+from spatial_ssrl_jax.tasks.frame import trim_frame
 from spatial_ssrl_jax.tasks.patches import distinct, join_patches, split_patches, thumbnails
 from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.weights import weighted_choice
@@ -22,16 +22,16 @@ _MASKED = " One of the four patches is masked completely by white pixels."
 _STRIPS = (
     "The image has been divided into {count} shuffled {direction} strips labeled {labels}. Based "
     "on visual clues such as continuity, alignment, and context, answer the correct arrangement of "
-    "the strips to restore the original image, where the format is '{form}'."
+    "the strips to restore the original image, where the format is '{format}'."
 )
 _LABELS = {3: "0, 1, and 2", 4: "0, 1, 2, and 3"}
-_FORMS = {
+_FORMATS = {
     (1, 3): "Left-Middle-Right",
     (1, 4): "Left-Middle1-Middle2-Right",
     (3, 1): "Top-Middle-Bottom",
     (4, 1): "Top-Middle1-Middle2-Bottom",
 }
-_SHARES = {
+_WEIGHTS = {
     "2x2": 4000.0,
     "2x2_masked": 4028.0,
     "1x3": 2495.5,
@@ -46,26 +46,26 @@ class ShuffleSettings:
     """Settings of the shuffle task.
 
     Attributes:
-      weight: share in the training mixture.
-      kinds: share of each grid, named rows x columns; the paper's counts.
+      weight: of the task in the training mixture.
+      kinds: weight of each grid, named rows x columns; the paper's counts.
       min_difference: patches must differ by more than this, in grey levels (see `patches`).
-      min_side: least side of a patch in pixels.
-      trim_frame: leave off a white or black frame around the image, which tells patches' places.
+      min_side: minimum side of a patch in pixels.
+      trim_frame: trim a white or black frame around the image, which reveals patches' positions.
     """
 
     weight: float = 16028.0
-    kinds: dict[str, float] = field(default_factory=lambda: dict(_SHARES))
+    kinds: dict[str, float] = field(default_factory=lambda: dict(_WEIGHTS))
     min_difference: float = 4.0
     min_side: int = 24
     trim_frame: bool = True
 
 
 def make(record: Record, rng: np.random.Generator, settings: ShuffleSettings) -> Example:
-    """Cuts the image, draws its patches in another order, asks for the original one."""
+    """Splits the image, joins its patches in another order and asks for the original one."""
     kind = weighted_choice(rng, settings.kinds)
     rows, cols = (int(n) for n in kind.removesuffix("_masked").split("x"))
-    picture, trimmed = trim(record.image) if settings.trim_frame else (record.image, {})
-    patches = split_patches(picture, rows, cols)
+    image, trimmed = trim_frame(record.image) if settings.trim_frame else (record.image, {})
+    patches = split_patches(image, rows, cols)
     if min(patches[0].shape[:2]) < settings.min_side:
         raise Reject("image too small for the patches")
     masked = _mask(patches, kind.endswith("_masked"), settings.min_difference, rng)
@@ -100,7 +100,7 @@ def question(rows: int, cols: int, masked: bool) -> str:
         count=rows * cols,
         direction="horizontal" if rows == 1 else "vertical",
         labels=_LABELS[rows * cols],
-        form=_FORMS[rows, cols],
+        format=_FORMATS[rows, cols],
     )
 
 
@@ -114,26 +114,26 @@ def _permutation(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _mask(
-    patches: list[np.ndarray], masked: bool, least: float, rng: np.random.Generator
+    patches: list[np.ndarray], masked: bool, min_difference: float, rng: np.random.Generator
 ) -> int | None:
     """The original patch to paint white, or None for a plain kind.
 
-    Uniform over those after whose masking all patches look different: what the mask hides may look
-    like another patch, but no other patch may look white.
+    Uniform over those with which masked all patches look different: the masked patch may look like
+    another one, but no other patch may look white.
 
     Raises:
       Reject: two patches look alike, whichever is masked.
     """
     small = thumbnails(patches)
     if not masked:
-        if not distinct(small, least):
+        if not distinct(small, min_difference):
             raise Reject("two patches look alike")
         return None
     able = []
     for index in range(len(small)):
         painted = small.copy()
         painted[index] = 255
-        if distinct(painted, least):
+        if distinct(painted, min_difference):
             able.append(index)
     if not able:
         raise Reject("two patches look alike")
@@ -141,7 +141,7 @@ def _mask(
 
 
 def chance(answer: str) -> float:
-    """One in all permutations but the identity."""
+    """One over the number of permutations, the identity excluded."""
     return 1 / (math.factorial(len(answer.split("-"))) - 1)
 
 

@@ -1,4 +1,7 @@
-"""Made-up images and depth maps for the task tests: smooth structure with noise on it."""
+"""Synthetic images and depth maps for the task tests: smooth structure with noise on it."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,15 +36,15 @@ def room(seed: int, height: int, width: int, holes: float = 0.0) -> np.ndarray:
 
 
 def record(
-    seed: int = 0, height: int = 112, width: int = 112, holes: float = 0.0, **changes
+    seed: int = 0, height: int = 112, width: int = 112, holes: float = 0.0, **changes: Any
 ) -> Record:
     """An image with depth; `changes` replace fields."""
     fields = {
         "image": photo(seed, height, width),
         "depth": room(seed, height, width, holes),
-        "name": f"made-{seed}",
-        "spec": "made:",
-        "path": f"/made/{seed}.png",
+        "name": f"synthetic-{seed}",
+        "spec": "synthetic:",
+        "path": f"/synthetic/{seed}.png",
     }
     return Record(**{**fields, **changes})
 
@@ -61,7 +64,7 @@ def depth_ends(depth: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def assert_even(counts: dict, total: int, kinds: int, tolerance: float = 0.3) -> None:
+def assert_even(counts: Mapping[Any, int], total: int, kinds: int, tolerance: float = 0.3) -> None:
     """Every one of `kinds` outcomes came up, about equally often."""
     assert len(counts) == kinds, sorted(counts)
     for name, count in counts.items():

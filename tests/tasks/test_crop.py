@@ -31,7 +31,7 @@ def rebuilt(image, box, kind):
     if kind == "rotate_ccw":
         return square.transpose(1, 0, 2)[::-1]
     if kind == "interior":
-        part = square[s // 4 : 3 * s // 4, s // 4 : 3 * s // 4]
+        shown = square[s // 4 : 3 * s // 4, s // 4 : 3 * s // 4]
     else:
         grow = round(s * int(kind[-2:]) / 100)
         side = min(s + 2 * grow, *image.shape[:2])
@@ -39,9 +39,9 @@ def rebuilt(image, box, kind):
         x -= max(0, x + side - image.shape[1])
         y -= max(0, y + side - image.shape[0])
         x, y = max(x, 0), max(y, 0)
-        part = image[y : y + side, x : x + side]
-        assert part.shape == (side, side, 3)
-    return np.asarray(Image.fromarray(part).resize((s, s), Image.Resampling.BICUBIC))
+        shown = image[y : y + side, x : x + side]
+        assert shown.shape == (side, side, 3)
+    return np.asarray(Image.fromarray(shown).resize((s, s), Image.Resampling.BICUBIC))
 
 
 def block_means(image):
@@ -79,27 +79,27 @@ def test_box_and_options(height, width, seed):
 
 def test_letters_places_and_distractors_are_even():
     small, draws = record(2, 64, 80), 5000
-    letters, wrong, places = Counter(), Counter(), Counter()
+    letters, wrong, positions = Counter(), Counter(), Counter()
     for seed in range(draws):
         example = make(small, seed, min_difference=0.5)
         letters[example.answer] += 1
         wrong.update(k for k in example.truth["options"] if k != "answer")
-        places[example.truth["box"][0]] += 1
+        positions[example.truth["box"][0]] += 1
     assert_even(letters, draws, 4, 0.15)
     assert_even(wrong, 3 * draws, 5, 0.1)
-    assert_even(places, draws, 49, 0.6)
+    assert_even(positions, draws, 49, 0.6)
 
 
 def test_a_distractor_equal_to_the_answer_is_passed_over():
     image = photo(3, 112, 112).astype(int)
-    turned = np.stack([np.rot90(image, k) for k in range(4)]).mean(axis=0)  # same after any turn
-    rec = record(image=turned.astype(np.uint8))
+    symmetric = np.stack([np.rot90(image, k) for k in range(4)]).mean(axis=0)  # same after any turn
+    rec = record(image=symmetric.astype(np.uint8))
     settings_ = crop.CropSettings()
-    scene = crop._Scene(Image.fromarray(rec.image), (0, 0, 112, 112))
+    framed = crop._FramedImage(Image.fromarray(rec.image), (0, 0, 112, 112))
     centred = set()
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        centred |= set(crop._distractors(scene, (28, 28, 56), settings_, rng))
+        centred |= set(crop._distractors(framed, (28, 28, 56), settings_, rng))
     assert centred == {"interior", "exterior_25", "exterior_50"}  # its turns are the answer itself
 
 

@@ -24,14 +24,14 @@ def check(rec, example, min_valid=0.9):
     height, width = rec.depth.shape
     low, high = depth_ends(rec.depth)
     near_far = []
-    for (x, y), said in zip(points, example.truth["depths"], strict=True):
+    for (x, y), depth_mean in zip(points, example.truth["depths"], strict=True):
         assert half <= x < width - half and half <= y < height - half
         window = rec.depth[y - half : y + half + 1, x - half : x + half + 1]
         unit = np.clip((window.astype(float) - low) / (high - low), 0, 1)
         assert np.isfinite(unit).mean() >= min_valid
         unit = unit[np.isfinite(unit)]
         assert unit.max() - unit.min() < 0.15 + ROUNDING
-        assert abs(unit.mean() - said) < ROUNDING
+        assert abs(unit.mean() - depth_mean) < ROUNDING
         near_far.append((unit.min(), unit.max()))
     order = sorted(range(3), key=lambda i: near_far[i])
     assert example.answer == "-".join(str(i + 1) for i in order)

@@ -1,4 +1,4 @@
-"""Flip: undone, it gives the image back; only a patch whose flip can be told is flipped."""
+"""Flip: undone, it restores the image; only a patch whose flip is visible is flipped."""
 
 from collections import Counter
 from unittest import mock

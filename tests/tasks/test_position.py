@@ -54,8 +54,10 @@ def check(rec, example, min_valid=0.9):
     assert set(options.values()) == (COMBINED if combined else SINGLE)
     assert options[example.answer] == right
     camera = truth["camera"]
-    asked = f"camera at position '{camera}' and it's facing {WORDS[truth['heading']]}. According "
-    assert asked in example.question and f"region marker '{3 - camera}'?" in example.question
+    camera_text = (
+        f"camera at position '{camera}' and it's facing {WORDS[truth['heading']]}. According "
+    )
+    assert camera_text in example.question and f"region marker '{3 - camera}'?" in example.question
     (x1, y1), (x2, y2) = truth["points"]
     near = truth["kind"] == "near"
     assert ("ignore the height" in example.question) != near
@@ -75,13 +77,13 @@ def check_regions(rec, truth, half, min_valid):
     height, width = rec.depth.shape
     low, high = depth_ends(rec.depth)
     radius = max(8, round(19 * min(height, width) / 768))
-    for (x, y), said in zip(truth["points"], truth["depths"], strict=True):
+    for (x, y), depth_mean in zip(truth["points"], truth["depths"], strict=True):
         window = rec.depth[y - half : y + half + 1, x - half : x + half + 1]
         assert window.shape == (2 * half + 1,) * 2
         unit = np.clip((window.astype(float) - low) / (high - low), 0, 1)
         assert np.isfinite(unit).mean() >= min_valid
         assert np.nanmax(unit) - np.nanmin(unit) < 0.15 + ROUNDING
-        assert abs(np.nanmean(unit) - said) < ROUNDING
+        assert abs(np.nanmean(unit) - depth_mean) < ROUNDING
         assert radius <= x < width - radius and radius <= y < height - radius
     (x1, y1), (x2, y2) = truth["points"]
     assert np.hypot(x1 - x2, y1 - y2) > 2 * radius
@@ -117,7 +119,7 @@ def test_most_rooms_give_every_kind_at_every_size(size):
 
 @pytest.mark.parametrize("heading", WORDS)
 def test_hand_worked_directions(heading):
-    """2 stands 100 px to the right of 1 and 0.5 after it; the camera is at 1."""
+    """2 is 100 px to the right of 1 and 0.5 farther away; the camera is at 1."""
     view = position.View(((50, 50), (150, 50)), (0.2, 0.7), 1, heading)
     expected = {
         "away": "Right-Front",
@@ -128,8 +130,8 @@ def test_hand_worked_directions(heading):
     assert view.direction(plane=20, depth=0.25) == expected[heading]
     beside = {"away": "Right", "towards": "Left", "left": "Back", "right": "Front"}
     assert view.direction(plane=20, depth=0.6) == beside[heading]
-    behind = {"away": "Front", "towards": "Back", "left": "Right", "right": "Left"}
-    assert view.direction(plane=120, depth=0.25) == behind[heading]
+    farther = {"away": "Front", "towards": "Back", "left": "Right", "right": "Left"}
+    assert view.direction(plane=120, depth=0.25) == farther[heading]
     assert view.direction(plane=120, depth=0.6) == ""
 
 
@@ -146,8 +148,8 @@ def test_shares_of_headings_are_settings():
     released = {"left": 0.3, "right": 0.3, "towards": 0.3, "away": 0.1}
     rec, draws = record(6), 1000
     got = Counter(make(rec, seed, headings=released).truth["heading"] for seed in range(draws))
-    for heading, share in released.items():
-        assert abs(got[heading] / draws - share) < 0.05
+    for heading, fraction in released.items():
+        assert abs(got[heading] / draws - fraction) < 0.05
 
 
 @pytest.mark.parametrize("kind", ["near", "far_single", "far_combined"])

@@ -1,4 +1,4 @@
-"""Shuffle: undone, it gives the image back; its answers are even and never the identity."""
+"""Shuffle: undone, it restores the image; its answers are even and never the identity."""
 
 from collections import Counter
 from unittest import mock
@@ -42,7 +42,7 @@ def restore(image, answer, rows, cols):
     width=st.integers(96, 170),
     seed=st.integers(0, 2**20),
 )
-def test_the_answer_puts_the_picture_together(kind, height, width, seed):
+def test_the_answer_restores_the_image(kind, height, width, seed):
     rec = record(seed % 97, height, width)
     try:
         example = without_labels(rec, seed, kinds={kind: 1.0})
@@ -91,7 +91,7 @@ def test_labels_cover_little_and_stand_by_place_not_by_patch(kind):
         white = (labelled.images[0] >= 240).all(axis=2)
         drawn.append(np.stack([red, white]))  # neither is in a synthetic image
     assert len(permutations) > 1
-    # The same is drawn at the same places whichever patch is there, so that labels tell nothing.
+    # The same is drawn at the same positions whichever patch is there: labels reveal nothing.
     for other in drawn[1:]:
         np.testing.assert_array_equal(other, drawn[0])
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME, drawing, frame
-from spatial_ssrl_jax.tasks import weights as shares
 from spatial_ssrl_jax.tasks.example import Reject
+from spatial_ssrl_jax.tasks.weights import weighted_choice, weighted_shuffle
 from tests.conftest import ROOT
 from tests.helpers.images import photo, record
 from tests.tasks import test_depth, test_position
@@ -61,7 +61,11 @@ def test_form_of_an_example(task):
     np.testing.assert_array_equal(rec.image, before[0])
     np.testing.assert_array_equal(rec.depth, before[1])
     assert example.task == task.name
-    assert example.source == {"spec": "made:", "record": "made-2", "image": "/made/2.png"}
+    assert example.source == {
+        "spec": "synthetic:",
+        "record": "synthetic-2",
+        "image": "/synthetic/2.png",
+    }
     assert json.loads(json.dumps(example.truth)) == example.truth
     assert len(example.reason.split()) <= 14
     for image in example.images:
@@ -72,13 +76,13 @@ def test_form_of_an_example(task):
 def test_settings_are_simple_and_the_weights_are_the_papers(task):
     settings = task.settings()
     paper = {"shuffle": 16028, "flip": 4005, "crop": 20200, "depth": 20620, "position": 20200}
-    assert settings.weight == paper.get(task.name, settings.weight) >= 0  # others: any share
+    assert settings.weight == paper.get(task.name, settings.weight) >= 0  # others: any weight
     for value in dataclasses.asdict(settings).values():
         assert isinstance(value, (int, float, str, bool, tuple, dict))
 
 
 @every_task
-def test_pictures_of_any_size_give_an_example_or_a_reason(task):
+def test_images_of_any_size_give_an_example_or_a_reason(task):
     for size in [(1, 1), (3, 500), (500, 3), (30, 30), (57, 41), (60, 900), (331, 97)]:
         for seed in range(3):
             try:
@@ -140,7 +144,7 @@ def test_a_plain_sky_and_a_night_are_no_frame():
     assert frame.inner_box(np.zeros((1, 1, 3), np.uint8)) == (0, 0, 1, 1)
 
 
-def test_digits_of_markers_and_labels_are_readable_on_small_pictures():
+def test_digits_of_markers_and_labels_are_readable_on_small_images():
     grey = np.full((112, 112, 3), 128, np.uint8)
     marked = drawing.draw_markers(grey, [(30, 30), (80, 80)], 8)
     ink = (marked[26:35, 28:33] < 80).all(axis=2)  # inside the ring around (30, 30)
@@ -156,15 +160,13 @@ def test_digits_of_markers_and_labels_are_readable_on_small_pictures():
 
 def test_shares():
     rng = np.random.default_rng(0)
-    drawn = Counter(
-        shares.weighted_choice(rng, {"a": 3.0, "b": 1.0, "c": 0.0}) for _ in range(2000)
-    )
+    drawn = Counter(weighted_choice(rng, {"a": 3.0, "b": 1.0, "c": 0.0}) for _ in range(2000))
     assert set(drawn) == {"a", "b"} and abs(drawn["a"] / 2000 - 0.75) < 0.04
-    orders = Counter(tuple(shares.weighted_shuffle(rng, {"a": 3.0, "b": 1.0})) for _ in range(2000))
+    orders = Counter(tuple(weighted_shuffle(rng, {"a": 3.0, "b": 1.0})) for _ in range(2000))
     assert abs(orders["a", "b"] / 2000 - 0.75) < 0.04
     for bad in ({"a": 0.0}, {"a": 1.0, "b": -1.0}):
         with pytest.raises(UserError, match="above 0"):
-            shares.weighted_choice(rng, bad)
+            weighted_choice(rng, bad)
 
 
 def real_records():
@@ -192,7 +194,7 @@ def real_record(path, depth):
 
 @every_task
 def test_real_samples(task):
-    """Most draws give an example, and each stands up to the same checks as synthetic images."""
+    """Most draws give an example, and each passes the same checks as synthetic images."""
     checks = {"depth": test_depth.check, "position": test_position.check}
     for rec in real_records():
         made = 0
