@@ -1,4 +1,4 @@
-"""Plans: python -m spatial_ssrl_jax.plan --config=configs/X.py --topology=v5e:4x4"""
+"""Plans a run: python -m spatial_ssrl_jax.plan --config=configs/X.py --topology=v5e:4x4"""
 
 import argparse
 import json
@@ -13,15 +13,15 @@ from spatial_ssrl_jax.config.load import load_config, split_overrides
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.plan",
-        description="Compiles every program of a run for devices that need not be there: memory, "
-        "FLOPs, bytes and the least time of each. Exits with 1 when something does not fit.",
-        epilog="Any setting is changed by --config.SECTION.NAME=VALUE.",
+        description="Compiles every program of a run ahead of time, without the devices: memory, "
+        "FLOPs, bytes and minimum time of each. Exits with 1 when one does not fit.",
+        epilog="--config.SECTION.NAME=VALUE overrides any setting.",
     )
     parser.add_argument("--config", required=True, help="a Python file such as configs/tiny.py")
     parser.add_argument(
         "--topology",
         required=True,
-        help="v5e:4x4, v6e:4x4 or v5p:2x2x4, perhaps with ,slices=2 after it; h100, a100-80gb or "
+        help="v5e:4x4, v6e:4x4 or v5p:2x2x4, optionally followed by ,slices=2; h100, a100-80gb or "
         "rtx4090; or cpu",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -32,9 +32,9 @@ def main(argv: Sequence[str]) -> int:
     from spatial_ssrl_jax.planning.planner import plan
     from spatial_ssrl_jax.planning.report import lines
 
-    report = plan(config, args.topology, say=partial(print, file=sys.stderr, flush=True))
-    print(json.dumps(report) if args.json else "\n".join(lines(report)))
-    return 0 if report["fits"] else 1
+    found = plan(config, args.topology, report=partial(print, file=sys.stderr, flush=True))
+    print(json.dumps(found) if args.json else "\n".join(lines(found)))
+    return 0 if found["fits"] else 1
 
 
 if __name__ == "__main__":

@@ -1,29 +1,28 @@
-"""TODO: parallel.sharding."""
+"""Shardings of weights and batches: the table from logical axes to mesh axes, and `Layout`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.parallel.mesh import _TYPES, AXES, BATCH_AXES
+from spatial_ssrl_jax.parallel.mesh import AXES, AXIS_TYPES, BATCH_AXES
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.layers import Axes
 from spatial_ssrl_jax.qwen_vl.lora import NO_LORA, LoraSettings
 from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params, param_axes
-from spatial_ssrl_jax.qwen_vl.param_tree import select_params
+from spatial_ssrl_jax.qwen_vl.param_tree import flatten_params, select_params, unflatten_params
 
-# Logical axis -> mesh axes, in each layout. What is absent is replicated. The vision tower's inner
-# width, 3420, divides by 4 alone, so only its outer one is cut.
 EMBED_AXIS = "fsdp"  # mesh axis of the model's width while training
+# Logical axis -> mesh axes, in each layout; other axes are replicated. The vision tower's inner
+# width, 3420, divides only by 4, so only its outer width is sharded.
 _BY_TENSOR = {"heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
 
-SHARDING_RULES = {
+SHARDING_RULES: dict[str, Mapping[str, str | tuple[str, ...]]] = {
     "train": {"batch": BATCH_AXES, "embed": EMBED_AXIS} | _BY_TENSOR,
     "rollout": {"batch": BATCH_AXES} | _BY_TENSOR,
 }
@@ -31,29 +30,30 @@ SHARDING_RULES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where arrays are on a mesh.
+    """How arrays are sharded over a mesh.
 
     Attributes:
       mesh: with the axes `AXES`.
-      rules: which of `SHARDING_RULES` holds: `train` or `rollout`.
+      rules: the entry of `SHARDING_RULES` that applies.
     """
 
     mesh: Mesh
-    rules: str = "train"
+    rules: Literal["train", "rollout"] = "train"
 
     @property
     def batch_shards(self) -> int:
-        """Parts that the batch axis is cut into."""
+        """Number of shards of the batch axis."""
         return math.prod(self.mesh.shape[a] for a in BATCH_AXES)
 
     def rollout(self, tensor: int) -> "Layout":
-        """The same devices in the same order as `data` x `tensor`, for sampling.
+        """The layout for sampling: the same devices in the same order, as `data` x `tensor`.
 
         Args:
-          tensor: devices that share one copy of the weights; neighbours, of one process.
+          tensor: number of devices that share one copy of the weights; they are neighbours of one
+            process.
 
         Raises:
-          UserError: the devices cannot be cut so.
+          UserError: `tensor` does not divide the devices of every process.
         """
         devices = self.mesh.devices
         if devices.size % tensor:
@@ -64,13 +64,14 @@ class Layout:
                 f"{devices.size // jax.process_count()} devices of a process."
             )
         grid = devices.reshape(devices.size // tensor, 1, tensor)
-        return Layout(Mesh(grid, AXES, axis_types=_TYPES), "rollout")
+        return Layout(Mesh(grid, AXES, axis_types=AXIS_TYPES), "rollout")
 
     def batch_sharding(self) -> NamedSharding:
-        """Where the rows of a batch are."""
+        """The sharding of arrays [B, ...]: rows over `BATCH_AXES`."""
         return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
     def replicated(self) -> NamedSharding:
+        """A full copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def param_shardings(
@@ -81,14 +82,14 @@ class Layout:
         Raises:
           UserError: an axis of a weight does not divide by its mesh axis.
         """
-        shapes = traverse_util.flatten_dict(abstract_params(config, lora), sep="/")
-        axes = traverse_util.flatten_dict(param_axes(config, lora), sep="/")
+        shapes = flatten_params(abstract_params(config, lora))
+        axes = flatten_params(param_axes(config, lora))
         flat = {
             path: self.sharding(path, axes[path], leaf.shape)
             for path, leaf in shapes.items()
             if path.startswith(part)
         }
-        return traverse_util.unflatten_dict(flat, sep="/")
+        return unflatten_params(flat)
 
     def abstract_params(
         self, config: QwenVLConfig, lora: LoraSettings = NO_LORA, part: str = ""
@@ -101,30 +102,39 @@ class Layout:
         )
 
     def sharding(self, name: str, axes: Axes, shape: Sequence[int]) -> NamedSharding:
-        """Where an array of these logical axes is.
+        """The sharding of an array.
 
-        Fewer key/value heads than parts are replicated: each part keeps them all.
+        Key/value heads are replicated where there are fewer of them than shards.
+
+        Args:
+          name: the array's name, for the error.
+          axes: its logical axes; None is replicated.
+          shape: its sizes.
 
         Raises:
-          UserError: an axis does not divide by the mesh axes that it is cut over; it names both.
+          UserError: an axis does not divide by its mesh axes; the message names both.
         """
         spec = []
         for axis, size in zip(axes, shape, strict=True):
-            target = SHARDING_RULES[self.rules].get(axis)
-            parts = math.prod(self.mesh.shape[a] for a in _names(target))
-            if axis == "kv_heads" and size % parts and parts % size == 0:
-                target, parts = None, 1
-            if size % parts:
+            target = SHARDING_RULES[self.rules].get(axis) if axis else None
+            shards = math.prod(self.mesh.shape[a] for a in _names(target))
+            if axis == "kv_heads" and size % shards and shards % size == 0:
+                target, shards = None, 1
+            if size % shards:
                 section = "mesh" if self.rules == "train" else "rollout"
                 named = " x ".join(f"{section}.{a}" for a in _names(target))
                 raise UserError(
-                    f"{name}: its axis {axis} of {size} does not divide by {named}={parts}."
+                    f"{name}: its axis {axis} of {size} does not divide by {named}={shards}."
                 )
-            spec.append(target if parts > 1 else None)
+            spec.append(target if shards > 1 else None)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def put_batch(self, tree: Any) -> Any:
-        """Host arrays with this process's rows -> global arrays, rows sharded over `BATCH_AXES`."""
+        """NumPy arrays [B / processes, ...] -> global arrays [B, ...]; scalars are replicated.
+
+        Args:
+          tree: this process's rows; rows are sharded over `BATCH_AXES`.
+        """
         sharding = self.batch_sharding()
 
         def put(x: np.ndarray) -> jax.Array:
@@ -133,6 +143,19 @@ class Layout:
             return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
         return jax.tree.map(put, tree)
+
+
+def shard_bytes(tree: Any, itemsize: int | None = None) -> int:
+    """Bytes of one device's shards.
+
+    Args:
+      tree: sharded arrays or `jax.ShapeDtypeStruct`s.
+      itemsize: bytes of a number, in place of those of each dtype.
+    """
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
+        for x in jax.tree.leaves(tree)
+    )
 
 
 def _names(target: str | tuple[str, ...] | None) -> tuple[str, ...]:

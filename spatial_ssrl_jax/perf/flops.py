@@ -1,7 +1,7 @@
-"""FLOPs: those that a step needs, from shapes alone, and those that a program does, from its jaxpr.
+"""FLOPs: those that a step needs, from shapes alone, and those of a program, from its jaxpr.
 
-A multiply-add counts as two. What a step needs leaves out padding and recomputation; it is what
-utilisation is measured by. Norms, activations and softmax are left out: under a hundredth.
+A multiply-add counts as two. What a step needs leaves out padding and recomputation; model FLOPs
+utilisation (MFU) is measured by it. Norms, activations and softmax are left out: under 1 %.
 """
 
 import math
@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend import core
 
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig, VisionConfig
 from spatial_ssrl_jax.qwen_vl.family import member_of
 from spatial_ssrl_jax.qwen_vl.inputs import Grid, PromptBatch
-from spatial_ssrl_jax.qwen_vl.kernels import BLOCKS_RUN
+from spatial_ssrl_jax.qwen_vl.splash import BLOCKS_RUN
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class GroupShape:
     response: int
 
     def alone(self) -> "GroupShape":
-        """One sample with a prompt of its own, as trainers do it that share nothing."""
+        """One sample with a prompt of its own, as in trainers that do not share prompts."""
         return GroupShape(self.prompt, self.grids, 1, self.response)
 
 
 def vision_flops(config: QwenVLConfig, grids: Sequence[Grid]) -> float:
-    """Forward pass of the vision tower over the images of one prompt."""
+    """FLOPs of the vision tower's forward pass over the images of one prompt."""
     if not grids:
         return 0.0
     layout = member_of(config).lay_out_windows(config.vision, grids)
@@ -50,7 +51,12 @@ def vision_flops(config: QwenVLConfig, grids: Sequence[Grid]) -> float:
 
 
 def windows_flops(config: VisionConfig, frame: np.ndarray) -> float:
-    """The same from laid-out windows: [W, P] int, the frame of each patch, -1 where none is."""
+    """FLOPs of the vision tower's forward pass over the windows of one prompt.
+
+    Args:
+      config: the vision tower's shape.
+      frame: [W, S] int32, image or temporal frame of each patch; -1 is padding.
+    """
     width = config.hidden_size
     patches = float((frame >= 0).sum())
     dense = 4 * width**2 + 3 * width * config.intermediate_size
@@ -64,7 +70,7 @@ def windows_flops(config: VisionConfig, frame: np.ndarray) -> float:
 
 
 def dense_flops(config: TextConfig) -> float:
-    """Forward pass of all layers of the language model for one token, attention scores apart."""
+    """FLOPs of all layers for one token's forward pass, without attention scores."""
     heads = config.num_attention_heads + config.num_key_value_heads
     attention = 2 * config.hidden_size * heads * config.head_dim
     mlp = 3 * config.hidden_size * config.intermediate_size
@@ -72,44 +78,53 @@ def dense_flops(config: TextConfig) -> float:
 
 
 def attention_flops(config: TextConfig, queries: int, before: int) -> float:
-    """Scores and their sums in all layers, of `queries` causal tokens after `before` others."""
+    """FLOPs of attention scores and weighted sums in all layers.
+
+    Args:
+      config: the language model's shape.
+      queries: causal tokens.
+      before: tokens before them, which all of them attend to.
+    """
     pairs = queries * before + queries * (queries + 1) / 2
     return 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
 
 
 def head_flops(config: TextConfig) -> float:
-    """The head for one token."""
+    """FLOPs of the head for one token."""
     return 2.0 * config.hidden_size * config.vocab_size
 
 
 def batch_flops(
-    config: QwenVLConfig, prompts: PromptBatch, length_BG: np.ndarray
+    config: QwenVLConfig, prompts: PromptBatch[np.ndarray], length_BG: np.ndarray
 ) -> tuple[float, float]:
-    """One forward pass over prompts, each once, and their responses, without any padding.
+    """FLOPs of one forward pass over prompts, each once, and their responses, without padding.
 
     Args:
       config: the model's shape.
-      prompts: B prompts, NumPy arrays.
-      length_BG: [B, G] tokens of each response.
+      prompts: B prompts.
+      length_BG: [B, G] int32 tokens of each response.
 
     Returns:
       FLOPs of the vision tower and of the language model.
     """
     text = 0.0
-    for prompt, lengths in zip(
-        np.asarray(prompts.length).tolist(), length_BG.tolist(), strict=True
-    ):
+    for prompt, lengths in zip(prompts.length.tolist(), length_BG.tolist(), strict=True):
         text += (prompt + sum(lengths)) * dense_flops(config.text)
         text += attention_flops(config.text, prompt, 0) + sum(lengths) * head_flops(config.text)
         text += sum(attention_flops(config.text, n, prompt) for n in lengths)
-    frames = np.asarray(prompts.vision.frame)
-    return sum(windows_flops(config.vision, frame) for frame in frames), text
+    return sum(windows_flops(config.vision, frame) for frame in prompts.vision.frame), text
 
 
 def group_flops(config: QwenVLConfig, shape: GroupShape, head: bool = True) -> float:
-    """One forward pass over a prompt and its group, the prompt once.
+    """FLOPs of one forward pass over a prompt and its group, the prompt once.
 
-    Sampling the group needs as many, for each token is run once; an update needs three times that.
+    Sampling the group needs as many, for each token is computed once; an update needs three times
+    as many.
+
+    Args:
+      config: the model's shape.
+      shape: the prompt and its group.
+      head: whether the head is computed for the response tokens.
     """
     text = config.text
     tokens = shape.prompt + shape.group * shape.response
@@ -123,20 +138,20 @@ def group_flops(config: QwenVLConfig, shape: GroupShape, head: bool = True) -> f
 
 
 def decode_flops(config: QwenVLConfig, shape: GroupShape) -> float:
-    """All decode steps of a group: every sampled token through the layers and the head."""
+    """FLOPs of all decode steps of a group: every sampled token through the layers and the head."""
     text, tokens = config.text, shape.group * shape.response
     attention = shape.group * attention_flops(text, shape.response, shape.prompt)
     return tokens * (dense_flops(text) + head_flops(text)) + attention
 
 
 def step_flops(config: QwenVLConfig, shape: GroupShape, passes: int, shared: bool) -> float:
-    """A whole GRPO step for one prompt: rollout, `passes` of log-probabilities, and update.
+    """FLOPs of a GRPO step for one prompt: rollout, `passes` of log-probabilities, and update.
 
     Args:
       config: the model's shape.
       shape: the prompt and its group.
       passes: forward passes for old and reference log-probabilities.
-      shared: the prompt once a group; else once a sample, everywhere.
+      shared: whether the prompt is computed once a group; else once a sample, in every part.
     """
     whole = (
         group_flops(config, shape) if shared else shape.group * group_flops(config, shape.alone())
@@ -144,46 +159,51 @@ def step_flops(config: QwenVLConfig, shape: GroupShape, passes: int, shared: boo
     return (1 + passes + 3) * whole
 
 
-def program_flops(function: Callable, *args: Any) -> float:
-    """Matrix-product FLOPs of a jittable function, loop lengths multiplied in.
+def program_flops(function: Callable[..., Any], *args: Any) -> float:
+    """FLOPs of the matmuls of a jittable function, with loops' trip counts multiplied in.
 
-    Of a branch the dearer side counts, of a `while_loop` one turn: neither is known beforehand.
+    A branch counts as its most expensive side and a `while_loop` as one iteration: which side is
+    taken and how many iterations run depend on data.
     """
     return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def jaxpr_flops(
-    jaxpr: core.Jaxpr, turns: float = 1.0, dear_share: float = 1.0, blocks: int | None = None
+    jaxpr: core.Jaxpr,
+    trip_count: float = 1.0,
+    expensive_fraction: float = 1.0,
+    blocks: int | None = None,
 ) -> float:
-    """As `program_flops`, of a program that is traced already.
+    """`program_flops` of a traced program.
 
     Args:
       jaxpr: the program.
-      turns: of each `while_loop`.
-      dear_share: how often a branch takes its dearer side; else it takes the cheapest.
+      trip_count: iterations of each `while_loop`.
+      expensive_fraction: how often a branch takes its most expensive side; else it takes the
+        cheapest.
       blocks: of a row and head that splash attention computes, inside a call of it.
     """
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if not equation.outvars and not equation.effects:
-            continue  # rematerialisation leaves such calls after, and the compiler drops them
+            continue  # rematerialisation leaves such calls, and the compiler drops them
         if name == "dot_general":
-            total += _dot(equation)
+            total += _matmul_flops(equation)
             continue
         found = re.search(BLOCKS_RUN + r"(\d+)", str(equation.source_info.name_stack))
         run = int(found[1]) if found else blocks
         if name == "pallas_call":
             total += _kernel_calls(equation, run) * jaxpr_flops(params["jaxpr"])
             continue
-        inner = [jaxpr_flops(i, turns, dear_share, run) for i in inner_jaxprs(params)]
+        inner = [jaxpr_flops(i, trip_count, expensive_fraction, run) for i in inner_jaxprs(params)]
         if name == "cond":
-            total += max(inner) * dear_share + min(inner) * (1 - dear_share)
-        elif name == "shard_map":  # it is written for one device's part
-            axes = params.get("newly_manual_axes", params.get("manual_axes"))
-            total += sum(inner) * math.prod(params["mesh"].shape[a] for a in axes)
+            total += max(inner) * expensive_fraction + min(inner) * (1 - expensive_fraction)
+        elif name == "shard_map":  # its body is one device's shard
+            key = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"
+            total += sum(inner) * math.prod(params["mesh"].shape[a] for a in params[key])
         else:
-            total += sum(inner) * {"scan": params.get("length"), "while": turns}.get(name, 1)
+            total += sum(inner) * {"scan": params.get("length"), "while": trip_count}.get(name, 1)
     return total
 
 
@@ -197,17 +217,30 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
                 yield item
 
 
+def array_shape(variable: core.Var | core.Literal) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array in a jaxpr.
+
+    Raises:
+      TypeError: it is no array.
+    """
+    if not isinstance(variable.aval, ShapedArray):
+        raise TypeError(f"{variable.aval} is no array.")
+    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
+
+
 def _kernel_calls(equation: core.JaxprEqn, blocks: int | None) -> float:
-    """How often a Pallas kernel's body runs; splash leaves out blocks that its mask hides whole."""
+    """How often a Pallas kernel's body runs; splash skips blocks that its mask hides entirely."""
     whole = float(np.prod(equation.params["grid_mapping"].grid, dtype=float))
-    places = equation.invars[1].aval  # splash's map of blocks, where it has one
-    if blocks is None or not np.issubdtype(places.dtype, np.integer):
+    if blocks is None:
         return whole
-    return whole / float(np.prod(places.shape[-2:])) * blocks
+    block_map = array_shape(equation.invars[1])  # splash's, where it has one
+    if not np.issubdtype(block_map.dtype, np.integer):
+        return whole
+    return whole / float(np.prod(block_map.shape[-2:])) * blocks
 
 
-def _dot(equation: core.JaxprEqn) -> float:
+def _matmul_flops(equation: core.JaxprEqn) -> float:
     (contract, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
+    left, result = array_shape(equation.invars[0]).shape, array_shape(equation.outvars[0]).shape
     summed = np.prod([left[axis] for axis in contract], dtype=float)
-    return 2.0 * float(np.prod(equation.outvars[0].aval.shape, dtype=float)) * float(summed)
+    return 2.0 * float(np.prod(result, dtype=float)) * float(summed)

@@ -1,7 +1,7 @@
-"""What a step needed to compute, over what its devices could have: FLOPs a second, and MFU.
+"""Model FLOP/s of a step, and model FLOPs utilisation (MFU): their fraction of the devices' peak.
 
-Needed are the tokens of prompts, images and responses, each prompt once a group: padding, what is
-computed again in the backward pass, and groups that were sampled and thrown away are left out.
+Tokens of prompts, images and responses count, each prompt once a group; padding, recomputation in
+the backward pass, and groups that were sampled and dropped do not.
 """
 
 import jax
@@ -18,16 +18,16 @@ from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
 def useful_flops(
     config: QwenVLConfig,
     stage: StageSettings,
-    prompts: PromptBatch,
+    prompts: PromptBatch[np.ndarray],
     length_BG: np.ndarray,
 ) -> float:
     """FLOPs that a step of a stage needs, over all processes.
 
     Args:
       config: the model's shape.
-      stage: its section.
-      prompts: this process's prompts, NumPy arrays.
-      length_BG: [B, G] tokens of each response.
+      stage: the stage's settings.
+      prompts: this process's B prompts.
+      length_BG: [B, G] int32 tokens of each response.
     """
     vision, text = batch_flops(config, prompts, length_BG)
     vision_passes, text_passes = forward_passes(stage)
@@ -35,11 +35,11 @@ def useful_flops(
 
 
 def forward_passes(stage: StageSettings) -> tuple[int, int]:
-    """How many forward passes' worth a step takes in the vision tower and in the language model.
+    """Forward passes' worth of a step in the vision tower and in the language model.
 
-    Sampling, the reference's and the old log-probabilities are one each. In an update the forward
-    pass is one, the gradient of what flows one more, and that of the weights one more; neither is
-    needed where nothing trains at or before a layer, and adapters' own products are left out.
+    Sampling, reference and old log-probabilities are one each. An update is one for the forward
+    pass, one for the gradients of activations, and one for those of weights; a layer needs neither
+    gradient where nothing trains at or before it. Adapters' own matmuls are left out.
     """
     forward = 0
     if isinstance(stage, GrpoSettings):
@@ -54,9 +54,9 @@ def forward_passes(stage: StageSettings) -> tuple[int, int]:
 
 
 def mfu_metrics(flops: float, seconds: float) -> dict[str, float]:
-    """FLOPs a second of all devices, and the share of their peak (MFU) where that is known."""
-    rate, peak = flops / seconds, device_spec()
+    """FLOP/s of all devices, and MFU where the devices' peak is known."""
+    rate, spec = flops / seconds, device_spec()
     found = {"perf/flops_per_second": rate}
-    if peak is None:
+    if spec is None:
         return found
-    return found | {"perf/mfu": rate / (peak.flops * jax.device_count())}
+    return found | {"perf/mfu": rate / (spec.flops * jax.device_count())}

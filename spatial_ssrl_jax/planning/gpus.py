@@ -6,8 +6,8 @@ import jax
 from jax.experimental import topologies
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.perf.device_specs import device_spec
 from spatial_ssrl_jax.common.text import error_line
+from spatial_ssrl_jax.perf.device_specs import device_spec
 
 _TARGET = """
 gpu_device_info {{
@@ -66,9 +66,7 @@ class Gpu:
 
 
 GPUS = {
-    "h100": Gpu(
-        "NVIDIA H100 80GB HBM3", 9, 0, 132, 128, 2048, 233_472, 232_448, 52_428_800, 1.98
-    ),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 9, 0, 132, 128, 2048, 233_472, 232_448, 52_428_800, 1.98),
     "a100-80gb": Gpu(
         "NVIDIA A100-SXM4-80GB", 8, 0, 108, 64, 2048, 167_936, 166_912, 41_943_040, 1.41
     ),
@@ -90,7 +88,7 @@ def target_config(gpu: Gpu) -> str:
     return _TARGET.format(**vars(gpu), memory=spec.total_memory, bandwidth=int(spec.bandwidth))
 
 
-def gpu_devices(name: str) -> list[jax.Device]:
+def gpu_devices(name: str) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stubs
     """One GPU, for the compiler alone.
 
     Args:
@@ -107,7 +105,7 @@ def gpu_devices(name: str) -> list[jax.Device]:
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"--topology={name} needs the compiler of JAX's CUDA plugin "
-            f"({' '.join(str(error).split())[:120]}): install it with "
+            f"({error_line(error, 120)}): install it with "
             "pip install 'spatial_ssrl_jax[gpu]'."
         ) from error
     return found.devices

@@ -1,9 +1,9 @@
-"""Compiles every program of a run for devices that need not be there, and says what it would cost.
+"""Compiles every program of a run ahead of time and estimates its memory and its time.
 
-Memory is the compiler's own account of each program, with what else is on the device then. FLOPs
-are counted in the traced program, bytes in the compiled one, loops multiplied in; from them follows
-the least time that the chip's peaks allow. All is at the largest buckets, with every response at
-`rollout.max_new_tokens`: real steps are shorter.
+Memory is the compiler's own account of each program, plus what else is on the device meanwhile.
+FLOPs are counted in the traced program, bytes in the compiled one, with loops' trip counts
+multiplied in; from them and the chip's peak rates follows the minimum time. All is at the largest
+buckets, with every response at `rollout.max_new_tokens`: real steps are shorter.
 """
 
 import re
@@ -18,30 +18,22 @@ from spatial_ssrl_jax.checkpoint.models import read_shape
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.parallel.mesh import make_mesh
-from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.parallel.sharding import Layout, shard_bytes
 from spatial_ssrl_jax.perf.device_specs import DeviceSpec
 from spatial_ssrl_jax.perf.flops import jaxpr_flops
-from spatial_ssrl_jax.planning import hlo
 from spatial_ssrl_jax.planning.gpus import GPUS
-from spatial_ssrl_jax.planning.programs import (
-    PlannedProgram,
-    PlannedStage,
-    planned_stages,
-    shard_bytes,
-)
+from spatial_ssrl_jax.planning.hlo_traffic import largest_arrays, program_traffic
+from spatial_ssrl_jax.planning.programs import PlannedProgram, PlannedStage, planned_stages
 from spatial_ssrl_jax.planning.topology import Topology, open_topology
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.rl.placement import check_sharding
 
-_GIB = 2**30
+_BUFFERS = 4  # largest ones that a program's cost lists
 
-_NAMED = 4  # buffers that are named of a program
-
+# Parts of the compiler's error for a program that does not fit.
 _NEEDS = re.compile(r"[Uu]sed ([\d.]+)([KMG]) of|temporaries \(([\d.]+)([KMG])\)")
-
 _LISTED = re.compile(r"Size: ([\d.]+)([KMG])\s.*?Shape: (\w+\[[\d,]*\])", re.DOTALL)
-
-_UNITS = {"K": 2**10, "M": 2**20, "G": _GIB}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass(frozen=True)
@@ -54,22 +46,23 @@ class Buffer:
 
 @dataclass
 class ProgramCost:
-    """What one run of a program takes of one device.
+    """Cost of one run of a program on one device.
 
     Attributes:
-      name, runs: of the program, and how often a step calls it.
-      argument_bytes, temp_bytes, output_bytes: as the compiler says; results that are in donated
-        arguments are not among the output.
-      beside: bytes that are taken besides, by what takes them.
+      name: of the program.
+      runs: how often a step calls it.
+      beside: bytes of what else is on the device, by what takes them.
+      setting: what to lower if it does not fit.
+      argument_bytes, temp_bytes, output_bytes: from the compiler; results in donated arguments do
+        not count as output.
       flops: of matmuls.
-      bytes_accessed, collective_bytes: moved in the main memory, and sent to other devices of the
-        slice.
+      bytes_accessed: read from and written to the main memory.
+      collective_bytes: sent to other devices of the slice.
       far_bytes: sent to other slices, over the data-centre network.
-      compile_seconds: how long compiling took here.
+      compile_seconds: wall time of compiling it here.
       largest_buffers: of arguments and of temporaries.
-      setting: what to lower where it does not fit.
-      estimated_seconds, bound: the least time, and what it is spent with; None where the peaks are
-        not known.
+      estimated_seconds: minimum time; None where the peak rates are not known.
+      bound: `compute`, `memory` or `network`: which rate bounds it; None likewise.
       fits: whether `peak_bytes` is within the device's memory.
     """
 
@@ -92,16 +85,16 @@ class ProgramCost:
 
     @property
     def peak_bytes(self) -> float:
-        """All that is on the device while the program runs."""
+        """Bytes in use on the device while the program runs."""
         own = self.argument_bytes + self.temp_bytes + self.output_bytes
         return own + sum(self.beside.values())
 
 
 def _without_gpu(config: Config) -> Config:
-    """The run without what must ask the GPU.
+    """The run with XLA's attention in place of kernels that need the GPU to compile.
 
-    cuDNN makes its programs there; how often the Triton kernel's loops turn is in no text, and JAX
-    0.11 wants a GPU to lower it.
+    cuDNN makes its programs there; the trip counts of the Triton kernel's loops are in no text, and
+    JAX 0.11 needs a GPU to lower it.
     """
     for name, refused in (("model", "cudnn"), ("rollout", "triton")):
         if getattr(config, name).attention == refused:
@@ -112,19 +105,19 @@ def _without_gpu(config: Config) -> Config:
     return replace(config, rollout=replace(config.rollout, attention="xla"))
 
 
-def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict[str, Any]:
+def plan(config: Config, topology_name: str, report: Callable[[str], None]) -> dict[str, Any]:
     """Compiles the programs of the config's stages.
 
     Args:
-      config: the run; on a GPU that is not there, all attention is by `xla`.
+      config: the run; for a GPU of `GPUS`, `auto` attention is XLA's.
       topology_name: as `open_topology` takes it.
-      say: told what is being compiled, for that takes minutes.
+      report: called with each program that is being compiled, which takes minutes.
 
     Returns:
-      Plain JSON types; `step` is that of GRPO, or of the cold start where there is no GRPO.
+      Plain JSON types; `step` is that of GRPO, or of SFT without GRPO.
 
     Raises:
-      UserError: no such topology, no model there, sizes that do not go with one another, or
+      UserError: an unknown topology, no model at its path, sizes that do not fit together, or
         attention that needs the GPU.
     """
     if topology_name in GPUS:
@@ -133,12 +126,12 @@ def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict
     model = read_shape(config.model.path)
     layout = Layout(make_mesh(config.mesh, topology.devices))
     planned = planned_stages(config, model, layout, check_sharding(config, model, layout))
-    found = {stage.name: list(program_costs(stage, model, topology, say)) for stage in planned}
+    found = {stage.name: list(program_costs(stage, model, topology, report)) for stage in planned}
     programs, last = [cost for part in found.values() for cost in part], planned[-1]
     return {
         "topology": topology.name,
         "devices": len(topology.devices),
-        "hbm_bytes": topology.peak.memory if topology.peak else None,
+        "hbm_bytes": topology.spec.memory if topology.spec else None,
         "fits": all(cost.fits for cost in programs),
         "programs": [asdict(cost) | {"peak_bytes": cost.peak_bytes} for cost in programs],
         "step": _step(found[last.name], last.tokens, len(topology.devices)),
@@ -146,19 +139,17 @@ def plan(config: Config, topology_name: str, say: Callable[[str], None]) -> dict
 
 
 def _step(programs: list[ProgramCost], tokens: int, devices: int) -> dict[str, float | None]:
-    """The stage's whole step, from how often each of its programs runs."""
-    seconds = [cost.estimated_seconds for cost in programs]
-    if None in seconds:
-        return {"estimated_seconds": None, "tokens_per_second_per_chip": None}
-    whole = sum(cost.runs * second for cost, second in zip(programs, seconds, strict=True))
-    return {
-        "estimated_seconds": whole,
-        "tokens_per_second_per_chip": tokens / whole / devices,
-    }
+    """The stage's whole step, from how often it runs each of its programs."""
+    whole = 0.0
+    for cost in programs:
+        if cost.estimated_seconds is None:
+            return {"estimated_seconds": None, "tokens_per_second_per_chip": None}
+        whole += cost.runs * cost.estimated_seconds
+    return {"estimated_seconds": whole, "tokens_per_second_per_chip": tokens / whole / devices}
 
 
 def program_costs(
-    stage: PlannedStage, model: QwenVLConfig, topology: Topology, say: Callable[[str], None]
+    stage: PlannedStage, model: QwenVLConfig, topology: Topology, report: Callable[[str], None]
 ) -> Iterator[ProgramCost]:
     """Compiles a stage's programs, one after another."""
     programs, result = stage.programs, None
@@ -168,40 +159,48 @@ def program_costs(
             program = programs.send(result)
         except StopIteration:
             return
-        say(f"compiling {program.name}")
+        report(f"compiling {program.name}")
         cost, result = _compiled(program, full, topology)
         yield cost
 
 
 def _compiled(program: PlannedProgram, full: float, topology: Topology) -> tuple[ProgramCost, Any]:
-    """What a program costs, and the shapes of its results; those are None where it does not fit."""
+    """A program's cost, and the shapes of its results; None if it does not even fit alone.
+
+    Args:
+      program: to compile.
+      full: fraction of the vision tower's blocks that attend to whole images: the expensive branch.
+      topology: to compile for.
+    """
     cost = ProgramCost(program.name, program.runs, dict(program.beside), program.setting)
     traced = program.function.trace(*program.args)
     devices = len(topology.devices)
-    cost.flops = jaxpr_flops(traced.jaxpr.jaxpr, program.turns, full) / devices
+    cost.flops = jaxpr_flops(traced.jaxpr.jaxpr, program.trip_count, full) / devices
     cost.largest_buffers = _largest_arguments(program.args)
-    begun, lowered = time.perf_counter(), traced.lower()
+    start, lowered = time.perf_counter(), traced.lower()
     try:
         compiled = lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        cost.compile_seconds = time.perf_counter() - begun
-        _refused(cost, program, str(error))
+        cost.compile_seconds = time.perf_counter() - start
+        _read_refusal(cost, program, str(error))
         return cost, None
-    cost.compile_seconds = time.perf_counter() - begun
+    cost.compile_seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or text is None:
+        raise UserError(f"the compiler for {topology.name} does not report a program's memory.")
     given = shard_bytes(_arrays(program.args))
-    # What a program does not use is no argument of it, but stays where it is.
+    # Arrays that a program does not use are no arguments of it, but stay on the device.
     cost.argument_bytes = max(given, memory.argument_size_in_bytes)
     cost.temp_bytes = memory.temp_size_in_bytes
     cost.output_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    moved = hlo.HloModule(text, topology.slice_size, topology.slices).moved(program.turns, full)
-    cost.bytes_accessed, cost.collective_bytes = moved.memory, moved.network
-    cost.far_bytes = moved.far
-    cost.largest_buffers += [Buffer(name, size) for size, name in hlo.largest_arrays(text, _NAMED)]
-    if topology.peak is not None:
-        _estimate(cost, topology.peak)
+    traffic = program_traffic(text, topology.slice_size, topology.slices, program.trip_count, full)
+    cost.bytes_accessed, cost.collective_bytes = traffic.memory, traffic.network
+    cost.far_bytes = traffic.dcn
+    cost.largest_buffers += [Buffer(name, size) for size, name in largest_arrays(text, _BUFFERS)]
+    if topology.spec is not None:
+        _estimate(cost, topology.spec)
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         lowered.out_info,
@@ -210,22 +209,21 @@ def _compiled(program: PlannedProgram, full: float, topology: Topology) -> tuple
     return cost, shapes
 
 
-def _estimate(cost: ProgramCost, peak: DeviceSpec) -> None:
-    """The least time that the peaks allow, and whether the program fits."""
-    seconds = {
-        "compute": cost.flops / peak.flops,
-        "memory": cost.bytes_accessed / peak.bandwidth,
-        "network": cost.collective_bytes / peak.network if peak.network else 0.0,
-        "far": cost.far_bytes / peak.far if peak.far else 0.0,
-    }
-    longest = max(seconds, key=seconds.get)
-    cost.bound = "network" if longest == "far" else longest
-    cost.estimated_seconds = seconds[longest]
-    cost.fits = peak.memory is None or cost.peak_bytes <= peak.memory
+def _estimate(cost: ProgramCost, spec: DeviceSpec) -> None:
+    """Sets the minimum time that the peak rates allow, and whether the program fits."""
+    seconds, cost.bound = max(
+        (cost.flops / spec.flops, "compute"),
+        (cost.bytes_accessed / spec.bandwidth, "memory"),
+        (cost.collective_bytes / spec.network if spec.network else 0.0, "network"),
+        (cost.far_bytes / spec.dcn if spec.dcn else 0.0, "network"),
+        key=lambda bound: bound[0],
+    )
+    cost.estimated_seconds = seconds
+    cost.fits = spec.memory is None or cost.peak_bytes <= spec.memory
 
 
-def _refused(cost: ProgramCost, program: PlannedProgram, error: str) -> None:
-    """Fills in what the compiler says of a program that does not fit even alone."""
+def _read_refusal(cost: ProgramCost, program: PlannedProgram, error: str) -> None:
+    """Sets the sizes from the compiler's error for a program that does not even fit alone."""
     cost.argument_bytes = shard_bytes(_arrays(program.args))
     if found := _NEEDS.search(error):
         size, unit = found[1] or found[3], found[2] or found[4]
@@ -233,20 +231,20 @@ def _refused(cost: ProgramCost, program: PlannedProgram, error: str) -> None:
         cost.temp_bytes = needs - cost.argument_bytes if found[1] else needs
     cost.largest_buffers += [
         Buffer(shape, float(size) * _UNITS[unit]) for size, unit, shape in _LISTED.findall(error)
-    ][:_NAMED]
+    ][:_BUFFERS]
     cost.fits = False
 
 
-def _arrays(args: tuple) -> list[jax.ShapeDtypeStruct]:
+def _arrays(args: tuple[Any, ...]) -> list[jax.ShapeDtypeStruct]:
     return [x for x in jax.tree.leaves(args) if isinstance(x, jax.ShapeDtypeStruct)]
 
 
-def _largest_arguments(args: tuple) -> list[Buffer]:
-    """The largest arguments by their paths; layers of a cache or of weights count as one."""
+def _largest_arguments(args: tuple[Any, ...]) -> list[Buffer]:
+    """The largest arguments by their paths; all layers of a cache or of weights count as one."""
     sizes: dict[str, float] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(args):
         if isinstance(x, jax.ShapeDtypeStruct):
             name = re.sub(r"\[\d+\]", "[*]", jax.tree_util.keystr(path[1:]))
             sizes[name] = sizes.get(name, 0) + shard_bytes(x)
-    order = sorted(sizes, key=sizes.get, reverse=True)
-    return [Buffer(name, sizes[name]) for name in order[:_NAMED]]
+    order = sorted(sizes.items(), key=lambda item: item[1], reverse=True)
+    return [Buffer(name, size) for name, size in order[:_BUFFERS]]

@@ -1,31 +1,32 @@
-"""The jitted programs of a run's stages at their largest buckets, as shapes on a mesh.
+"""The jitted programs of a run's stages with abstract arguments at the largest buckets.
 
-They are the very functions that training calls. A program that takes another's result is given its
-shapes where the compiler put them, as in training, where nothing moves them in between.
+They are the functions that training calls. A program that takes another's result is given its
+shapes with the shardings that the compiler chose, as in training, where nothing moves them.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax import ShapeDtypeStruct
 
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
-from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.config.schema import Config, GrpoSettings, StageSettings
+from spatial_ssrl_jax.parallel.sharding import Layout, shard_bytes
+from spatial_ssrl_jax.planning.abstract_batches import AbstractBatches
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
-from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch, VisionInput
 from spatial_ssrl_jax.qwen_vl.lora import drop_adapters
-from spatial_ssrl_jax.qwen_vl.tree import Params, merge_params
+from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
 from spatial_ssrl_jax.rl.losses import GrpoLoss, SftLoss
 from spatial_ssrl_jax.rl.optimizer import make_optimizer
 from spatial_ssrl_jax.rl.placement import abstract_stage_state, compute_settings
 from spatial_ssrl_jax.rl.train_step import (
-    LossFunction,
     TrainState,
     add_gradients,
     apply_gradients,
@@ -44,8 +45,9 @@ from spatial_ssrl_jax.rollout.decode import (
     prefill_program,
     reshard_program,
 )
-from spatial_ssrl_jax.rollout.sampling import Sampling, sample_keys
+from spatial_ssrl_jax.rollout.sampling import Sampling
 
+# Bytes of each device by what takes them.
 Held = dict[str, int]
 
 
@@ -54,23 +56,23 @@ class PlannedProgram:
     """One program of a step.
 
     Attributes:
-      name: of the part that it does.
+      name: unique in its run.
       function: jitted.
-      args: what it is called with, arrays as `jax.ShapeDtypeStruct`s.
+      args: its arguments, arrays as `jax.ShapeDtypeStruct`s.
       runs: how often a step calls it.
-      beside: bytes of each device that are taken while it runs, by what takes them; its own
-        arguments are not among them.
-      setting: what to lower where it does not fit.
-      turns: of the loop whose length depends on data.
+      beside: bytes of each device that are in use while it runs, by what takes them, without its
+        own arguments.
+      setting: what to lower if it does not fit.
+      trip_count: of the loop whose length depends on data.
     """
 
     name: str
-    function: Callable
-    args: tuple
+    function: jax.stages.Wrapped
+    args: tuple[Any, ...]
     runs: float
     beside: Held
     setting: str
-    turns: float = 1.0
+    trip_count: float = 1.0
 
 
 # Yields programs and is sent the shapes of their results, None where a program did not compile.
@@ -84,7 +86,7 @@ class PlannedStage:
     Attributes:
       name: `sft` or `grpo`.
       programs: in the order in which a step runs them.
-      tokens: that a step works on at the largest buckets, prompts and responses.
+      tokens: of a step's prompts and responses, at the largest buckets.
     """
 
     name: str
@@ -109,9 +111,9 @@ def planned_stages(
 
 
 def _sft_rows(config: Config) -> int:
-    """Rows of a cold-start step, were every prompt and response the longest; whole micro-batches.
+    """Rows of an SFT step if every prompt and response were the longest; whole micro-batches.
 
-    Rows are as full as the real ones are, so this is what a step costs at most.
+    Real rows are as full, so this is an upper bound of a step's cost.
     """
     sft = config.sft
     longest = max(config.data.prompt_buckets) + config.rollout.max_new_tokens
@@ -127,12 +129,16 @@ class _Planned:
     rollout_layout: Layout
     compute: Compute
 
+    @property
+    def batches(self) -> AbstractBatches:
+        return AbstractBatches(self.config, self.model, self.layout)
+
     def sft(self, rows: int) -> PlannedPrograms:
-        """Gradients, their sum and the optimizer's step of the cold start."""
+        """Gradients, their sum and the optimizer step of SFT."""
         settings, micro = self.config.sft, rows // self.config.sft.micro_batch_rows
         optimizer = make_optimizer(self.config.optim, settings, settings.steps)
         state = self._state(settings, optimizer)
-        batch = PackedBatch(self._packed_rows(settings), self._scalar())
+        batch = self.batches.packed(settings)
         loss = SftLoss(self.model, self.compute)
         yield from self._update(
             "sft_", loss, optimizer, state, batch, micro, 1, {}, "sft.micro_batch_rows"
@@ -152,7 +158,7 @@ class _Planned:
         resting = {} if config.optim.offload else own_reference
         optimizing = self._moments(state)
         yield from self._rollout(state, optimizing | resting)
-        batch = self._groups(settings)
+        batch = self.batches.groups(settings)
         micro = settings.prompts // settings.micro_batch_prompts
         waiting = {"other micro-batches": (micro - 1) * shard_bytes(batch)}
         weights = {"weights": shard_bytes(state.params)}
@@ -162,15 +168,15 @@ class _Planned:
             args = (self.model, self.compute, temperature, params, batch)
             return PlannedProgram(name, logprobs_of, args, micro, beside | waiting, setting)
 
-        old = found = None
-        like = self._rows(*batch.tokens.shape, dtype=np.float32)
-        if settings.minibatches_per_rollout > 1 and settings.needs_old:
+        old = reference_logprobs = None
+        like = self.batches.rows(*batch.tokens.shape, dtype=np.float32)
+        if settings.recomputes_old_logprobs:
             beside = optimizing | own_reference
             old = (yield logprobs("old_logprobs", state.params, beside)) or like
         if reference is not None:
             beside = optimizing | weights
-            found = (yield logprobs("reference_logprobs", reference, beside)) or like
-        batch = replace(batch, old_logprobs=old, reference_logprobs=found)
+            reference_logprobs = (yield logprobs("reference_logprobs", reference, beside)) or like
+        batch = replace(batch, old_logprobs=old, reference_logprobs=reference_logprobs)
         loss = GrpoLoss(self.model, self.compute, settings)
         yield from self._update(
             "",
@@ -184,15 +190,15 @@ class _Planned:
             setting,
         )
 
-    def _rollout(self, state: TrainState, beside: Held) -> PlannedPrograms:
-        """Copying the weights, prefill, and decoding in chunks, the last and widest one."""
+    def _rollout(self, state: TrainState[ShapeDtypeStruct], beside: Held) -> PlannedPrograms:
+        """Copying the weights, prefill, and the last decode chunk, which has the widest cache."""
         config, model, rollout = self.config, self.model, self.config.rollout
         group, limit, setting = (
             config.grpo.group_size,
             rollout.max_new_tokens,
             "rollout.batch_prompts",
         )
-        waves = config.grpo.prompts / rollout.batch_prompts
+        batches = config.grpo.prompts / rollout.batch_prompts
         params = state.params
         args = (model, params, self.compute.dtype)
         weights = yield PlannedProgram(
@@ -205,9 +211,11 @@ class _Planned:
         if weights is None:
             return
         beside = beside | {"rollout copy": shard_bytes(weights)}
-        prompts = self._prompts(rollout.batch_prompts)
+        prompts = self.batches.prompts(rollout.batch_prompts)
         program = prefill_program(model, self.compute, layout)
-        filled = yield PlannedProgram("prefill", program, (params, prompts), waves, beside, setting)
+        filled = yield PlannedProgram(
+            "prefill", program, (params, prompts), batches, beside, setting
+        )
         if filled is None:
             return
         hidden, prefix = filled
@@ -217,26 +225,24 @@ class _Planned:
         before = beside | {"prompts' caches": shard_bytes(prefix)}
         width = max(limit - slots, slots)
         args = (model.text, group, width, limit, hidden, layout)
-        samples = yield PlannedProgram("start", initial_samples, args, waves, before, setting)
+        samples = yield PlannedProgram("start", initial_samples, args, batches, before, setting)
         if samples is not None and chunks > 1:
-            samples = yield from self._grown(samples, width, slots, waves * (chunks - 1), before)
+            samples = yield from self._grown(samples, width, slots, batches * (chunks - 1), before)
         if samples is None:
             return
         sampling = Sampling(config.grpo.temperature)
         stop = (model.eos_token_id,)
         settings = DecodeSettings(sampling, stop, model.vision_tokens, rollout.check_every, layout)
         beside = {name: size for name, size in beside.items() if name != "rollout copy"}
-        keys = self._keys(rollout.batch_prompts, group)
+        keys = self.batches.keys(rollout.batch_prompts, group)
         args = (model, settings, slots, weights, prefix, samples, keys)
-        turns = slots / rollout.check_every
-        yield PlannedProgram(
-            "decode", decode_chunk, args, waves * limit / slots, beside, setting, turns
-        )
+        runs, trip_count = batches * limit / slots, slots / rollout.check_every
+        yield PlannedProgram("decode", decode_chunk, args, runs, beside, setting, trip_count)
 
     def _resharded(
         self, weights: dict[str, Any], beside: Held
     ) -> Generator[PlannedProgram, Any, dict[str, Any] | None]:
-        """Moving the weights for sampling: what is around the layers, then each layer."""
+        """Resharding the weights for sampling: what is around the layers, then each layer."""
         model, layout = self.model, self.rollout_layout
         *_, layer = layers = weights["layers"]
         around = {name: part for name, part in weights.items() if name != "layers"}
@@ -246,7 +252,7 @@ class _Planned:
         if moved is None:
             return None
         copy = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            lambda x, sharding: ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             layer,
             decode_weight_shardings(model, layout)["layers"],
         )
@@ -258,29 +264,29 @@ class _Planned:
         return None if layer is None else moved | {"layers": [layer] * len(layers)}
 
     def _grown(
-        self, samples: DecodeState, width: int, slots: int, times: float, beside: Held
+        self, samples: DecodeState, width: int, slots: int, growths: float, beside: Held
     ) -> Generator[PlannedProgram, Any, DecodeState | None]:
-        """Growing the caches from `width` by `slots`, the last layer's, beside all the others."""
+        """Growing the last layer's cache from `width` by `slots`, beside all the others."""
         layers = len(samples.layers)
         others = shard_bytes(samples.layers[1:]) * (width + slots) // width
         beside = beside | {"samples' caches": others}
-        args, runs = (samples.layers[0], slots, self.rollout_layout), times * layers
+        args, runs = (samples.layers[0], slots, self.rollout_layout), growths * layers
         grown = yield PlannedProgram(
             "grow", grow_layer, args, runs, beside, "rollout.batch_prompts"
         )
         return None if grown is None else replace(samples, layers=(grown,) * layers)
 
-    def _moments(self, state: TrainState) -> Held:
-        """What the optimizer takes while it does nothing."""
+    def _moments(self, state: TrainState[ShapeDtypeStruct]) -> Held:
+        """The optimizer's state on the device outside its step."""
         return {} if self.config.optim.offload else {"optimizer": shard_bytes(state.opt_state)}
 
     def _update(
         self,
         prefix: str,
-        loss: LossFunction,
-        optimizer: Any,
-        state: TrainState,
-        batch: GroupBatch | PackedBatch,
+        loss: SftLoss | GrpoLoss,
+        optimizer: optax.GradientTransformation,
+        state: TrainState[ShapeDtypeStruct],
+        batch: GroupBatch[ShapeDtypeStruct] | PackedBatch[ShapeDtypeStruct],
         micro: int,
         updates: int,
         beside: Held,
@@ -289,15 +295,15 @@ class _Planned:
         """One or several optimizer steps over `micro` micro-batches in all."""
         trained = state.trained
         several = micro > updates
-        if isinstance(batch, GroupBatch):  # those of a cold start are made one after another
+        if isinstance(batch, GroupBatch):  # those of SFT are made one after another
             beside = beside | {"other micro-batches": (micro - 1) * shard_bytes(batch)}
         optimizing = beside | self._moments(state)
-        places = gradient_shardings(trained)
+        shardings = gradient_shardings(trained)
         shapes = jax.tree.leaves(trained)
-        if places:
-            shapes = [x.update(sharding=p) for x, p in zip(shapes, places, strict=True)]
+        if shardings:
+            shapes = [x.update(sharding=s) for x, s in zip(shapes, shardings, strict=True)]
         summed = {"gradients so far": shard_bytes(shapes)} if several else {}
-        args = (loss, trained, state.frozen, batch, places)
+        args = (loss, trained, state.frozen, batch, shardings)
         found = yield PlannedProgram(
             f"{prefix}gradients", micro_gradients, args, micro, optimizing | summed, setting
         )
@@ -315,10 +321,14 @@ class _Planned:
         args = (optimizer, replace(state, frozen={}), gradients, param_shardings(trained))
         yield PlannedProgram(f"{prefix}apply", apply_gradients, args, updates, held, "mesh.fsdp")
 
-    def _state(self, settings: SftSettings | GrpoSettings, optimizer: Any) -> TrainState:
+    def _state(
+        self, settings: StageSettings, optimizer: optax.GradientTransformation
+    ) -> TrainState[ShapeDtypeStruct]:
         return abstract_stage_state(self.config, self.model, self.layout, settings, optimizer)
 
-    def _reference(self, settings: GrpoSettings, state: TrainState) -> Params | None:
+    def _reference(
+        self, settings: GrpoSettings, state: TrainState[ShapeDtypeStruct]
+    ) -> Params | None:
         if not settings.kl_coef:
             return None
         if settings.lora.rank:
@@ -327,68 +337,3 @@ class _Planned:
         return merge_params(
             jax.tree.map(lambda x: x.update(dtype=dtype), state.trained), state.frozen
         )
-
-    def _rows(self, *shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.rows())
-
-    def _scalar(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((), np.float32, sharding=self.layout.replicated())
-
-    def _vision(self, rows: int, windows: int) -> VisionInput:
-        shape = (rows, windows, self.model.vision.window_patches)
-        dtype = jnp.dtype(self.compute.dtype)
-        patches = self._rows(*shape, self.model.vision.patch_dim, dtype=dtype)
-        return VisionInput(patches, self._rows(*shape), self._rows(*shape, 2))
-
-    def _prompts(self, rows: int) -> PromptBatch:
-        tokens = max(self.config.data.prompt_buckets)
-        return PromptBatch(
-            ids=self._rows(rows, tokens),
-            length=self._rows(rows),
-            position=self._rows(rows, 3, tokens),
-            next_position=self._rows(rows),
-            image_index=self._rows(rows, tokens),
-            vision=self._vision(rows, max(self.config.data.window_buckets)),
-        )
-
-    def _packed_rows(self, settings: SftSettings) -> PackedRows:
-        rows, tokens = settings.micro_batch_rows, settings.row_tokens
-        return PackedRows(
-            ids=self._rows(rows, tokens),
-            segment=self._rows(rows, tokens),
-            position=self._rows(rows, 3, tokens),
-            image_index=self._rows(rows, tokens),
-            place=self._rows(rows, settings.row_responses),
-            vision=self._vision(rows, max(settings.row_windows)),
-        )
-
-    def _groups(self, settings: GrpoSettings) -> GroupBatch:
-        rows, group, limit = (
-            settings.micro_batch_prompts,
-            settings.group_size,
-            self.config.rollout.max_new_tokens,
-        )
-        return GroupBatch(
-            prompts=self._prompts(rows),
-            tokens=self._rows(rows, group, limit),
-            length=self._rows(rows, group),
-            weight=self._rows(rows, group, dtype=np.float32),
-            normaliser=self._scalar(),
-            advantage=self._rows(rows, group, dtype=np.float32),
-            sampled_logprobs=self._rows(rows, group, limit, dtype=np.float32),
-            old_logprobs=None,
-            reference_logprobs=None,
-        )
-
-    def _keys(self, rows: int, group: int) -> jax.ShapeDtypeStruct:
-        index = jax.ShapeDtypeStruct((rows,), np.int32)
-        keys = jax.eval_shape(lambda i: sample_keys(jax.random.key(0), i, group), index)
-        return self._rows(*keys.shape, dtype=keys.dtype)
-
-
-def shard_bytes(tree: Any) -> int:
-    """Bytes of one device's part of sharded shapes."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )

@@ -1,13 +1,13 @@
-"""TODO: planning.report."""
+"""A plan as text: a table of its programs, and a sentence for each that does not fit."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from spatial_ssrl_jax.planning.planner import _GIB
+_GIB = 2**30
 
 
 def problems(report: dict[str, Any]) -> list[str]:
-    """A sentence for every program that does not fit: by how much, what takes it, what helps."""
+    """A sentence for every program that does not fit: its size, its largest parts, what helps."""
     found = []
     for cost in report["programs"]:
         if cost["fits"]:
@@ -22,40 +22,39 @@ def problems(report: dict[str, Any]) -> list[str]:
             f"{n} {gib(b)}" for n, b in sorted(parts.items(), key=lambda i: -i[1])[:4]
         )
         largest = max(cost["largest_buffers"], key=lambda b: b["bytes"], default=None)
-        buffer = f"; the largest buffer is {largest['name']}, {gib(largest['bytes'])}"
+        if largest:
+            named += f"; the largest buffer is {largest['name']}, {gib(largest['bytes'])}"
         found.append(
             f"{cost['name']} needs {gib(cost['peak_bytes'])} of {gib(report['hbm_bytes'])} "
-            f"({named}{buffer if largest else ''}): {_help(cost['setting'])}."
+            f"({named}): {_advice(cost['setting'])}."
         )
     return found
 
 
-def _help(setting: str) -> str:
+def _advice(setting: str) -> str:
     if setting == "mesh.fsdp":
         return (
-            "raise mesh.fsdp, use more devices, let moments rest in host memory "
+            "raise mesh.fsdp, use more devices, store moments in host memory "
             "(optim.offload=True), or train adapters alone (lora.rank=64)"
         )
-    other = (
-        "raise rollout.tensor, lower"
-        if setting == "rollout.batch_prompts"
-        else "model.attention_chunk,"
-    )
-    return f"lower {setting}, {other} the largest bucket or rollout.max_new_tokens, or use more devices"
+    sampling = setting == "rollout.batch_prompts"
+    other = "raise rollout.tensor, lower" if sampling else "model.attention_chunk,"
+    sizes = "the largest bucket or rollout.max_new_tokens"
+    return f"lower {setting}, {other} {sizes}, or use more devices"
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, as chips' memory is given."""
+    """A size in bytes as text, in GiB."""
     return f"{size / _GIB:.2f} GiB"
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
-    """The report as a table with a line a program; GiB are of one device."""
-    has = f"{gib(report['hbm_bytes'])} each" if report["hbm_bytes"] else "memory unknown"
-    yield f"{report['topology']}: {report['devices']} devices, {has}; all metrics are a device's"
+    """The plan as a table with a line a program; all numbers are of one device."""
+    memory = f"{gib(report['hbm_bytes'])} each" if report["hbm_bytes"] else "memory unknown"
+    yield f"{report['topology']}: {report['devices']} devices, {memory}; all numbers are a device's"
     yield (
         f"{'program':<20}{'runs':>6}{'peak GiB':>10}{'args':>8}{'temps':>8}{'beside':>8}"
-        f"{'TFLOPs':>9}{'GB moved':>10}{'GB sent':>9}{'far':>7}{'seconds':>10}  {'bound':<8}"
+        f"{'TFLOPs':>9}{'GB moved':>10}{'GB sent':>9}{'DCN':>7}{'seconds':>10}  {'bound':<8}"
         f"{'compiled':>9}"
     )
     for cost in report["programs"]:

@@ -37,10 +37,10 @@ class Topology:
     """
 
     name: str
-    devices: Sequence[jax.Device]
+    devices: Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stubs
     spec: DeviceSpec | None
     slice_size: int | None = None
-    compiler_options: dict[str, bool] | None = None
+    compiler_options: dict[str, str | bool] | None = None
 
     @property
     def slices(self) -> int:
@@ -59,7 +59,7 @@ def open_topology(name: str) -> Topology:
         return Topology(name, jax.devices("cpu"), None)
     if name in GPUS:
         spec = device_spec(GPUS[name].name)
-        return Topology(name, gpu_devices(name), spec, compiler_options=GPU_OPTIONS)
+        return Topology(name, gpu_devices(name), spec, compiler_options={**GPU_OPTIONS})
     found = re.fullmatch(r"(v\d\w):(\d+(?:x\d+)*)(?:,slices=([1-9]\d*))?", name)
     if found is None or found[1] not in _TPUS:
         raise UserError(

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from spatial_ssrl_jax.data.batching import pad_prompts
@@ -15,7 +14,7 @@ from spatial_ssrl_jax.perf.flops import (
     program_flops,
     vision_flops,
 )
-from spatial_ssrl_jax.qwen_vl.compute import AttentionKernel, Compute
+from spatial_ssrl_jax.qwen_vl.compute import AttentionKernel, Compute, Remat
 from spatial_ssrl_jax.qwen_vl.kernels import self_attention
 from spatial_ssrl_jax.qwen_vl.layers import REMAT_POLICIES
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
@@ -24,7 +23,7 @@ from spatial_ssrl_jax.rl.logprobs import response_logprobs
 GRID = (1, 8, 8)  # one full window, so that nothing is padding
 
 
-def test_products_are_counted_with_their_loops():
+def test_matmuls_are_counted_with_their_loops():
     a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
     assert program_flops(lambda a, b: a @ b, a, b) == 2 * 3 * 4 * 5
     looped = lambda a, b: jax.lax.scan(lambda c, _: (c, a @ b), 0, None, length=7)[1]  # noqa: E731
@@ -33,8 +32,8 @@ def test_products_are_counted_with_their_loops():
     assert program_flops(batched, jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))) == 2 * 2 * 3 * 4 * 5
 
 
-def test_a_call_that_rematerialisation_leaves_behind_is_not_counted():
-    """With `dots` the backward pass takes what splash gave; the call of it stays in the text."""
+def test_a_dead_call_that_rematerialisation_leaves_is_not_counted():
+    """With `dots` the backward pass takes splash's saved result; its call stays in the jaxpr."""
     q, k = jnp.ones((1, 128, 4, 64), jnp.bfloat16), jnp.ones((1, 2, 128, 64), jnp.bfloat16)
     segment = jnp.zeros((1, 128), jnp.int32)
     compute = Compute(attention=AttentionKernel("splash", interpret=True))
@@ -42,7 +41,7 @@ def test_a_call_that_rematerialisation_leaves_behind_is_not_counted():
     def attend(q):
         return self_attention(q, k, k, segment, compute, causal=True)
 
-    def of_gradient(remat: str) -> float:
+    def of_gradient(remat: Remat) -> float:
         layer = jax.checkpoint(lambda q: jnp.sin(attend(2 * q)), policy=REMAT_POLICIES[remat])
         return program_flops(jax.grad(lambda q: layer(q).sum()), q)
 
@@ -50,14 +49,14 @@ def test_a_call_that_rematerialisation_leaves_behind_is_not_counted():
 
 
 def test_a_group_needs_what_its_program_does(toy):
-    """The program does the masked half of each causal square as well, and nothing else beside."""
+    """The program also computes the masked half of each causal square, and nothing else."""
     prompt = toy.prompt(0, 14, [GRID])
     length, group, response = len(prompt.ids), 3, 6
     batch = pad_prompts([prompt], (length,), (1,))
-    tokens = np.zeros((1, group, response), np.int32)
+    tokens = jnp.zeros((1, group, response), jnp.int32)
     done = program_flops(
         lambda p: response_logprobs(
-            toy.config, Compute(), p, batch, tokens, np.full((1, group), response), 1.0
+            toy.config, Compute(), p, batch, tokens, jnp.full((1, group), response), 1.0
         ),
         abstract_params(toy.config),
     )

@@ -1,4 +1,4 @@
-"""Bytes from shapes against the metrics known of the 3B and the 7B, and peaks of devices."""
+"""Bytes from shapes against the known sizes of the 3B and the 7B, and peak rates of devices."""
 
 import math
 
@@ -46,9 +46,20 @@ def test_an_update_moves_weights_gradients_and_moments(toy):
     assert update_bytes(toy.config, "bfloat16") == 2 * 2 * read + 32 * every
 
 
-def test_peaks_of_devices():
-    assert device_spec("NVIDIA H100 80GB HBM3").bandwidth == 3.35e12
-    assert device_spec("NVIDIA H100 PCIe").bandwidth == 2.0e12
-    assert device_spec("NVIDIA A100-SXM4-40GB").bandwidth == 1.555e12
-    assert device_spec("TPU v5 lite").flops == 197e12 and device_spec("TPU v5").flops == 459e12
+@pytest.mark.parametrize(
+    ("kind", "flops", "bandwidth"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 3.35e12),
+        ("NVIDIA H100 PCIe", 756e12, 2.0e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 1.555e12),
+        ("TPU v5 lite", 197e12, 819e9),
+        ("TPU v5", 459e12, 2765e9),
+    ],
+)
+def test_peak_rates_of_devices(kind: str, flops: float, bandwidth: float):
+    spec = device_spec(kind)
+    assert spec is not None and (spec.flops, spec.bandwidth) == (flops, bandwidth)
+
+
+def test_an_unknown_device_has_no_peak_rates():
     assert device_spec("cpu") is None

@@ -1,10 +1,10 @@
-"""FLOPs that a step needs and what share of the peak that is, against sums worked by hand."""
+"""FLOPs that a step needs and MFU, against sums computed by hand."""
 
 import jax
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.config.schema import GrpoSettings, SftSettings
+from spatial_ssrl_jax.config.schema import GrpoSettings, SftSettings, StageSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.perf import mfu as module
 from spatial_ssrl_jax.perf.device_specs import DeviceSpec
@@ -17,7 +17,7 @@ GRIDS = ((1, 4, 6), (1, 8, 12))  # neither fills its windows
 
 @pytest.fixture
 def prompts(toy):
-    """Prompts of other lengths, padded well beyond what they hold."""
+    """Prompts of different lengths, with much padding."""
     made = [toy.prompt(0, 9, GRIDS[:1]), toy.prompt(1, 14, GRIDS)]
     return pad_prompts(made, (120,), (9,)), [len(p.ids) for p in made]
 
@@ -61,7 +61,7 @@ def test_every_response_counts_at_its_own_length(toy, prompts):
         (GrpoSettings(freeze=("vision", "merger")), (4, 6)),
     ],
 )
-def test_passes_are_those_that_the_stage_makes(stage, wanted: tuple[int, int]):
+def test_passes_are_those_of_the_stage(stage: StageSettings, wanted: tuple[int, int]):
     assert forward_passes(stage) == wanted
 
 

@@ -1,13 +1,17 @@
 """Bytes in a compiled program's text: by hand on a small text, and on real programs."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from spatial_ssrl_jax.planning.collectives import group_ids, group_size
 from spatial_ssrl_jax.planning.hlo import HloModule, array_bytes
+from spatial_ssrl_jax.planning.hlo_collectives import group_ids, group_size
+from spatial_ssrl_jax.planning.hlo_traffic import program_traffic
 
-# A loop of 3 turns that gathers a layer's quarter, multiplies, and writes one row; as for a TPU.
+# A loop of 3 iterations that gathers a layer's quarter, multiplies, and writes one row; for a TPU.
 TEXT = """HloModule jit_f, is_scheduled=true
 
 %slice_layer (p0: bf16[3,8,8], p1: s32[]) -> bf16[1,8,8] {
@@ -57,14 +61,59 @@ ENTRY %main (x: bf16[3,8,8], y: f32[100,8], z: f32[1,8]) -> f32[100,8] {
 GROUPS = ("[2,4]<=[8]", "{{0,1,2,3},{4,5,6,7}}", "mesh['a'=2,'b'=4] {'b'}")
 
 
+def compiled_text(function: Callable[..., Any], *args: Any) -> str:
+    text = jax.jit(function).lower(*args).compile().as_text()
+    assert text is not None
+    return text
+
+
 @pytest.mark.parametrize("groups", GROUPS)
-def test_a_loop_counts_its_turns_and_only_what_they_touch(groups: str):
-    """From 1 to 4 is 3 turns; a layer of 128 bytes is read each, and a row of 32 read and written;
-    of 4 devices each sends its 128 bytes 3 times. The index, 4 bytes, is read by both fusions, and
-    the condition takes 9: two numbers and a truth value."""
-    moved = HloModule(TEXT.replace("GROUPS", groups)).moved()
-    assert moved.memory == 3 * (128 + 4 + 32 + 32 + 4 + 9)
-    assert moved.network == 3 * 3 * 128
+def test_a_loop_counts_its_iterations_and_only_what_they_touch(groups: str):
+    """From 1 to 4 is 3 iterations; each reads a layer of 128 bytes, and reads and writes a row of
+    32; each of 4 devices sends its 128 bytes 3 times. Both fusions read the index, 4 bytes, and the
+    condition takes 9: two numbers and a truth value."""
+    traffic = program_traffic(TEXT.replace("GROUPS", groups))
+    assert traffic.memory == 3 * (128 + 4 + 32 + 32 + 4 + 9)
+    assert traffic.network == 3 * 3 * 128
+
+
+@pytest.mark.parametrize(
+    ("there", "instead", "trip_count"),
+    [
+        ("compare(%k, %end)", "compare(%k, %end)", 3),
+        ("compare(%k, %end)", "compare(%absent, %end)", None),
+        ("compare(%k, %end)", "compare(%k, %absent)", None),
+        ("%end = s32[] constant(4)", "%end = s32[] constant({...})", None),
+        ("%one = s32[] constant(1)", "%one = s32[] constant({...})", None),
+        ("condition=%cond, ", "", None),
+    ],
+)
+def test_a_trip_count_that_the_text_does_not_give_is_unknown(
+    there: str, instead: str, trip_count: int | None
+):
+    text = TEXT.replace("GROUPS", GROUPS[0])
+    assert there in text
+    module = HloModule(text.replace(there, instead))
+    main = module.computations["main"]
+    assert module.trip_count(main, main.by_name["loop"]) == trip_count
+
+
+def test_a_fused_condition_that_compares_something_absent_has_no_trip_count():
+    """The fusion's second operand is not in the condition's computation."""
+    fused = """%less_than (l0: s32[], l1: s32[]) -> pred[] {
+  %l0 = s32[] parameter(0)
+  %l1 = s32[] parameter(1)
+  ROOT %compared = pred[] compare(%l0, %l1), direction=LT
+}
+
+%body ("""
+    text = TEXT.replace("GROUPS", GROUPS[0]).replace("%body (", fused, 1)
+    call = "fusion(%k, %end), kind=kLoop, calls=%less_than"
+    text = text.replace("compare(%k, %end), direction=LT", call)
+    for wanted, changed in ((3, text), (None, text.replace("(%k, %end)", "(%k, %absent)"))):
+        module = HloModule(changed)
+        main = module.computations["main"]
+        assert module.trip_count(main, main.by_name["loop"]) == wanted
 
 
 @pytest.mark.parametrize(
@@ -96,45 +145,44 @@ def test_groups_of_part_of_an_axis():
         ("channel_id=1", [[0]]),
     ],
 )
-def test_who_takes_part_together(text: str, ids: list):
+def test_the_devices_of_a_collectives_groups(text: str, ids: list[list[int]]):
     assert group_ids(text).tolist() == ids
 
 
-def test_what_goes_between_slices_is_told_apart():
+def test_traffic_between_slices_counts_apart():
     """Four devices gather 128 bytes of each: in slices of 4 nothing leaves them; in slices of 2
-    each also sends its part to the other one; in slices of 1 all goes between slices."""
+    each also sends its shard to the other one; in slices of 1 all goes between slices."""
     text = TEXT.replace("GROUPS", GROUPS[0])
-    for size, near, far in ((4, 3, 0), (2, 3, 1), (1, 0, 3)):
-        moved = HloModule(text, size).moved()
-        assert (moved.network, moved.far) == (3 * 128 * near, 3 * 128 * far)
+    for size, inside, between in ((4, 3, 0), (2, 3, 1), (1, 0, 3)):
+        traffic = program_traffic(text, size)
+        assert (traffic.network, traffic.dcn) == (3 * 128 * inside, 3 * 128 * between)
 
 
-def test_a_real_program_touches_each_layer_once_a_turn():
+def test_a_real_program_touches_each_layer_once_an_iteration():
     """A CPU copies a layer out of the stack and reads the copy: three times its bytes, not 7 x 3 of
-    the whole stack; what else it moves is activations, under a tenth."""
+    the whole stack; the rest of its traffic is activations, under a tenth."""
     weights, x = jnp.zeros((7, 256, 256)), jnp.zeros((2, 256))
 
-    def run(weights, x):
+    def run(weights: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
-    moved = HloModule(jax.jit(run).lower(weights, x).compile().as_text()).moved()
-    assert weights.nbytes <= moved.memory < 3.1 * weights.nbytes and moved.network == 0
+    traffic = program_traffic(compiled_text(run, weights, x))
+    assert weights.nbytes <= traffic.memory < 3.1 * weights.nbytes and traffic.network == 0
 
 
 def test_loops_of_unknown_length_and_branches():
-    def run(x, go, full):
+    def run(x: jax.Array, go: float, full: bool) -> jax.Array:
         branch = lambda x: jax.lax.cond(full, lambda x: jnp.sort(x) + 1, lambda x: x, x)  # noqa: E731
         return jax.lax.while_loop(lambda x: x[0] < go, lambda x: jnp.cumsum(branch(x)), x)
 
-    text = jax.jit(run).lower(jnp.zeros(4096), 1.0, True).compile().as_text()
-    program = HloModule(text)
-    one, ten = (program.moved(turns).memory for turns in (1, 10))
+    text = compiled_text(run, jnp.zeros(4096), 1.0, True)
+    one, ten = (program_traffic(text, trip_count=count).memory for count in (1, 10))
     assert ten > 5 * one
-    assert program.moved(10, dear_share=0.0).memory < ten
+    assert program_traffic(text, trip_count=10, expensive_fraction=0.0).memory < ten
 
 
 @pytest.mark.parametrize(("place", "times"), [("S(1)", 1), ("", 2)])
-def test_a_part_that_is_fetched_beforehand_counts_alone(place: str, times: int):
+def test_a_slice_that_is_prefetched_counts_alone(place: str, times: int):
     """Read once, and written where it does not stay on the chip; not all of its operand."""
     text = f"""HloModule jit_f, is_scheduled=true
 
@@ -144,7 +192,7 @@ ENTRY %main (x: bf16[64,8]) -> bf16[16,8] {{
   ROOT %part = bf16[16,8]{{1,0:T(8,128){place}}} slice-done(%start)
 }}
 """  # noqa: E501
-    assert HloModule(text).moved().memory == times * 16 * 8 * 2
+    assert program_traffic(text).memory == times * 16 * 8 * 2
 
 
 ASYNC = """HloModule jit_f, is_scheduled=true
@@ -188,9 +236,9 @@ ENTRY %main (x: bf16[2,8], y: bf16[100,8]) -> bf16[100,8] {
 
 def test_a_gather_that_runs_beside_other_work_counts_once():
     """32 bytes sent to three others, 128 written; the work reads and writes 1,600, its copy too."""
-    moved = HloModule(ASYNC).moved()
-    assert moved.network == 3 * 32
-    assert moved.memory == 128 + 2 * 1600 + 2 * 1600
+    traffic = program_traffic(ASYNC)
+    assert traffic.network == 3 * 32
+    assert traffic.memory == 128 + 2 * 1600 + 2 * 1600
 
 
 SCATTER = """HloModule jit_f, is_scheduled=true
@@ -211,11 +259,11 @@ ENTRY %main (x: bf16[8,8]) -> bf16[2,8] {
 """  # noqa: E501
 
 
-def test_a_sum_of_which_each_takes_its_part_is_sent_once():
-    assert HloModule(SCATTER).moved().network == 128 * 3 / 4
+def test_an_all_reduce_of_which_each_device_takes_its_shard_is_a_reduce_scatter():
+    assert program_traffic(SCATTER).network == 128 * 3 / 4
 
 
 @pytest.mark.parametrize(("slices", "times"), [(2, 1.0), (4, 1.5)])
-def test_what_hosts_send_between_slices_goes_far(slices: int, times: float):
+def test_what_hosts_send_between_slices_goes_over_the_dcn(slices: int, times: float):
     """A ring of n all-reduces with 2 (n - 1) / n of the bytes."""
-    assert HloModule(SCATTER, 4, slices).moved().far == times * 128
+    assert program_traffic(SCATTER, 4, slices).dcn == times * 128

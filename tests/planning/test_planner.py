@@ -1,4 +1,4 @@
-"""`plan`: the programs that training runs, their memory beside what stays, what does not fit."""
+"""`plan`: the programs that training runs, their memory, what else is there, what does not fit."""
 
 import dataclasses
 import importlib.util
@@ -38,10 +38,10 @@ def toy_plan(toy_folder: Path) -> c.Config:
 @pytest.fixture(scope="module")
 def report(toy_plan: c.Config) -> dict:
     with pytest.MonkeyPatch.context() as patch:
-        peak = DeviceSpec(1e12, 1e9, memory=2**34, network=1e9)
+        spec = DeviceSpec(1e12, 1e9, memory=2**34, network=1e9)
         patch.setattr(
             "spatial_ssrl_jax.planning.planner.open_topology",
-            lambda name: Topology(name, jax.devices("cpu")[:1], peak),
+            lambda name: Topology(name, jax.devices("cpu")[:1], spec),
         )
         return json.loads(json.dumps(plan(toy_plan, "one", lambda _: None)))
 
@@ -50,7 +50,7 @@ def program(report: dict, name: str) -> dict:
     return next(p for p in report["programs"] if p["name"] == name)
 
 
-def test_every_program_of_both_stages_is_there(report: dict):
+def test_every_program_of_both_stages_is_planned(report: dict):
     names = [p["name"] for p in report["programs"]]
     assert names == [
         "sft_gradients", "sft_add", "sft_apply",
@@ -61,8 +61,8 @@ def test_every_program_of_both_stages_is_there(report: dict):
     assert report["fits"] and report["devices"] == 1 and report["hbm_bytes"] == 2**34
 
 
-def test_a_step_is_what_its_programs_come_to(report: dict):
-    """16 prompts are two waves of 8 and two micro-batches, 32 tokens are two chunks of 16."""
+def test_a_step_is_the_sum_of_its_programs(report: dict):
+    """16 prompts are two rollout batches of 8 and two micro-batches, 32 tokens two chunks of 16."""
     runs = {p["name"]: p["runs"] for p in report["programs"]}
     assert runs["prefill"] == runs["gradients"] == runs["apply"] == 2
     assert runs["grow"] == 2 * SMALL_TEXT["num_hidden_layers"]
@@ -74,7 +74,7 @@ def test_a_step_is_what_its_programs_come_to(report: dict):
     assert report["step"]["tokens_per_second_per_chip"] == pytest.approx(tokens / seconds)
 
 
-def test_memory_is_the_weights_and_what_stays_beside_them(report: dict, toy_folder: Path):
+def test_memory_is_the_weights_and_what_else_is_on_the_device(report: dict, toy_folder: Path):
     weights = sum(
         x.size for x in jax.tree.leaves(abstract_params(open_model(str(toy_folder)).config))
     )
@@ -106,10 +106,11 @@ def test_what_does_not_fit_is_named(report: dict):
     assert sentence.startswith("decode needs 9.00 GiB of 16.00 GiB (its temporaries 4.00 GiB")
     assert "[*].layers, 1.00 GiB" in sentence and "lower rollout.batch_prompts" in sentence
     table = list(lines(report))
+    assert " DCN " in table[1]
     assert len(table) == len(report["programs"]) + 3 and table[-1].startswith("a step: ")
 
 
-def test_sizes_that_do_not_go_together_are_refused(toy_plan: c.Config):
+def test_sizes_that_do_not_fit_together_are_refused(toy_plan: c.Config):
     mesh = dataclasses.replace(toy_plan, mesh=c.MeshSettings(data=7))
     with pytest.raises(UserError, match="mesh data=7"):
         plan(mesh, "cpu", lambda _: None)
@@ -121,23 +122,23 @@ def test_sizes_that_do_not_go_together_are_refused(toy_plan: c.Config):
 def test_a_run_that_does_not_fit_exits_with_1(
     toy_plan: c.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    """The cold start alone, on a device of 1 MiB; with 16 GiB the same command exits with 0."""
+    """SFT alone, on a device of 1 MiB; with 16 GiB the same command exits with 0."""
     sft = dataclasses.replace(toy_plan, grpo=c.GrpoSettings(steps=0))
     monkeypatch.setattr("spatial_ssrl_jax.plan.load_config", lambda *_: sft)
     for size, code in ((2**20, 1), (2**34, 0)):
-        peak = DeviceSpec(1e12, 1e9, memory=size, network=1e9)
+        spec = DeviceSpec(1e12, 1e9, memory=size, network=1e9)
         monkeypatch.setattr(
             "spatial_ssrl_jax.planning.planner.open_topology",
-            lambda name, peak=peak: Topology(name, jax.devices("cpu")[:1], peak),
+            lambda name, spec=spec: Topology(name, jax.devices("cpu")[:1], spec),
         )
         assert command.main(["--config=toy", "--topology=one"]) == code
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "sft_gradients needs" in said
-        and "lower sft.micro_batch_rows, model.attention_chunk" in said
+        "sft_gradients needs" in printed
+        and "lower sft.micro_batch_rows, model.attention_chunk" in printed
     )
-    assert "sft_apply needs" in said and "optim.offload=True" in said
-    assert "the largest buffer is [" in said
+    assert "sft_apply needs" in printed and "optim.offload=True" in printed
+    assert "the largest buffer is [" in printed
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Topologies by name: what is refused, and in which words."""
+"""Topologies by name, and the errors for those that are refused."""
 
 import importlib.util
 
@@ -6,13 +6,25 @@ import jax
 import pytest
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.perf.device_specs import device_spec
 from spatial_ssrl_jax.planning import topology
+from spatial_ssrl_jax.planning.gpus import GPUS, Gpu, target_config
 from spatial_ssrl_jax.planning.topology import open_topology
 
 
-def test_the_cpu_is_there():
+def test_the_cpu_is_a_topology():
     found = open_topology("cpu")
-    assert list(found.devices) == jax.devices("cpu") and found.peak is None
+    assert list(found.devices) == jax.devices("cpu") and found.spec is None
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_a_gpus_memory_is_that_of_its_datasheet(gpu: Gpu):
+    spec, target = device_spec(gpu.name), target_config(gpu)
+    assert spec is not None and spec.memory is not None
+    assert f"memory_bandwidth: {spec.bandwidth:.0f}\n" in target
+    assert f"device_memory_size: {spec.total_memory}\n" in target
+    assert spec.memory == int(0.95 * (spec.total_memory or 0))
+    assert f"core_count: {gpu.cores}\n" in target
 
 
 @pytest.mark.parametrize("name", ["v9z:2x2", "v5e", "v5e:4x", "v5e:4x4,slices=0", "tpu", ""])

@@ -1,4 +1,4 @@
-"""What the collectives of a compiled program send, from the devices that take part together."""
+"""Bytes that the collectives of a compiled program send, from their groups of devices."""
 
 import math
 import re
@@ -21,40 +21,41 @@ _COLLECTIVES = (
 
 
 def sent_bytes(
-    opcode: str, given: float, text: str, slice_size: int | None, slices: int = 1
+    opcode: str, operand_bytes: float, text: str, slice_size: int | None, slices: int = 1
 ) -> tuple[float, float]:
-    """Bytes that a device sends within its slice, and to other slices; 0 where nothing is sent.
+    """Bytes that a device sends within its slice, and to other slices; 0 if no collective.
 
-    In a ring of n, gathering sends every shard n - 1 times, reducing to shards sends n - 1 of n
-    parts, and an all-reduce is both. Between slices each device sends what no other one of its
-    slice does. The TPU compiler takes that part apart: hosts `send` it for their devices.
+    In a ring of n, an all-gather sends every shard n - 1 times, a reduce-scatter sends n - 1 of n
+    shards, and an all-reduce is both. Between slices each device sends what no other one of its
+    slice does. The TPU compiler makes that a separate operation: hosts `send` for their devices.
 
     Args:
       opcode: of an instruction, a collective or not.
-      given: bytes of its operands.
+      operand_bytes: bytes of its operands.
       text: its attributes.
-      slice_size: devices of a slice, whose numbers follow one another; None is one slice.
-      slices: how many there are.
+      slice_size: devices of a slice, numbered consecutively; None is one slice.
+      slices: number of slices.
     """
     if opcode == "send" and (found := _BETWEEN_SLICES.search(text)):
-        return 0.0, _factor(found[1].lower().replace("_", "-"), slices) * given
+        return 0.0, _factor(found[1].lower().replace("_", "-"), slices) * operand_bytes
     kind = opcode.removesuffix("-start")
     if kind not in _COLLECTIVES:
         return 0.0, 0.0
-    near, crossed, local = _factor(kind, group_size(text)) * given, 1, 1
+    whole, crossed, local = _factor(kind, group_size(text)) * operand_bytes, 1, 1
     if slice_size is not None:
         groups = group_ids(text)
         crossed = np.unique(groups // slice_size, axis=-1).shape[-1]
         local = max(1, groups.shape[-1] // crossed)
     if crossed == 1:
-        return near, 0.0
+        return whole, 0.0
     if local == 1:
-        return 0.0, near
-    return near, _factor(kind, crossed) * given / (1 if kind == "all-gather" else local)
+        return 0.0, whole
+    shards = 1 if kind == "all-gather" else local
+    return whole, _factor(kind, crossed) * operand_bytes / shards
 
 
 def _factor(kind: str, size: int) -> float:
-    """What each of `size` devices sends of what it is given."""
+    """Bytes that each of `size` devices sends, over the bytes of its operands."""
     if kind in ("collective-permute", "collective-broadcast"):
         return 1.0
     return {"all-gather": size - 1.0, "all-reduce": 2 * (size - 1) / size}.get(
@@ -63,11 +64,11 @@ def _factor(kind: str, size: int) -> float:
 
 
 def group_size(text: str) -> int:
-    """Devices that take part together in a collective, from its attributes."""
+    """Devices of one group of a collective, from its attributes."""
     if found := _GROUPS_MESH.search(text):
         sizes = {name: int(size) for name, size, _ in _MESH_AXIS.findall(found[1]) if size}
         axes = _MESH_AXIS.findall(found[2])
-        return math.prod(int(part) if part else sizes[name] for name, _, part in axes)
+        return math.prod(int(size) if size else sizes[name] for name, _, size in axes)
     if found := _GROUPS_IOTA.search(text):
         return int(found[2])
     if found := _GROUPS_LIST.search(text):
@@ -76,9 +77,10 @@ def group_size(text: str) -> int:
 
 
 def group_ids(text: str) -> np.ndarray:
-    """[groups, size] numbers of the devices that take part together in a collective.
+    """[groups, size] int, the devices of each group of a collective.
 
-    Of groups given by axes of a mesh it is one, which reaches as far as its first axis does.
+    Of groups given by axes of a mesh only the first one is returned: it crosses as many slices as
+    the others.
     """
     if found := _GROUPS_MESH.search(text):
         sizes = {name: int(size) for name, size, _ in _MESH_AXIS.findall(found[1]) if size}
