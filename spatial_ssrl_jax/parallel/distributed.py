@@ -1,104 +1,138 @@
-"""Joining the processes of one run, before any device is asked for."""
+"""Joining the processes of one run, before JAX looks for devices."""
 
 import argparse
 import atexit
 import os
 import time
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
 
 import jax
-from jax._src import distributed  # the only way to the service's shared notes
+from jax._src import distributed  # no public API has the key-value store
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.parallel.compiler import set_compiler_flags
 
-_PARTED = "parted/"
-_PATIENCE = 10  # seconds that process 0 waits for the others' ends
+_SIGNED_OFF = "signed_off/"
+_SIGN_OFF_SECONDS = 10  # that process 0 waits for the others
+
+
+class KeyValueClient(Protocol):
+    """The key-value store that the processes share, in JAX's coordination service."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes that `connect` joined.
+
+    Attributes:
+      client: their key-value store; None for a single process.
+      process_id: this process, from 0.
+      num_processes: how many there are.
+    """
+
+    client: KeyValueClient | None
+    process_id: int
+    num_processes: int
+
+
+def process_group() -> ProcessGroup:
+    """The processes of this run; the only use of JAX's private state."""
+    state = distributed.global_state
+    count = state.num_processes if state.client is not None else 1
+    return ProcessGroup(state.client, state.process_id, count)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what `connect` needs to a command's options."""
+    """Adds the options that `connect` reads to a command."""
     group = parser.add_argument_group("several processes")
     group.add_argument(
         "--distributed", action="store_true", help="join as the TPU VM or SLURM environment says"
     )
-    group.add_argument("--coordinator", help="HOST:PORT of process 0, where nothing else says it")
-    group.add_argument("--processes", type=int, help="how many there are")
-    group.add_argument("--process", type=int, help="which this one is, from 0")
+    group.add_argument("--coordinator", help="HOST:PORT of process 0, without --distributed")
+    group.add_argument("--processes", type=int, help="number of processes")
+    group.add_argument("--process", type=int, help="index of this process, from 0")
     group.add_argument(
         "--join-seconds", type=int, default=300, help="how long to wait for the others (300)"
     )
 
 
-def connect(args: argparse.Namespace, silence: int) -> None:
-    """Joins the other processes; a single process needs nothing.
+def connect(args: argparse.Namespace, heartbeat_timeout: int) -> None:
+    """Joins the other processes; a single process needs no options.
 
     Args:
-      args: what `add_options` added.
-      silence: seconds after which a process that was not heard of counts as lost.
+      args: the options of `add_options`.
+      heartbeat_timeout: seconds without a heartbeat after which a process counts as lost.
 
     Raises:
-      UserError: the options do not belong together, the environment speaks of several processes
-        and no option does, or the others cannot be reached.
+      UserError: the options do not belong together, the environment has several processes and no
+        option joins them, or the others cannot be reached.
     """
     set_compiler_flags()
     explicit = (args.coordinator, args.processes, args.process)
     if all(option is None for option in explicit) and not args.distributed:
-        _check_alone()
+        _check_single_process()
         return
     if any(option is None for option in explicit) and not args.distributed:
         raise UserError("--coordinator, --processes and --process belong together: give all three.")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # `Watch` and `Preemption` do what these would: the one with a sentence, the other by the step.
+    # `Watchdog` and `Preemption` replace these: with a clear message, and between steps.
     jax.config.update("jax_enable_recoverability", True)
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             *explicit,
             initialization_timeout=args.join_seconds,
-            heartbeat_timeout_seconds=2 * silence,
+            heartbeat_timeout_seconds=2 * heartbeat_timeout,
         )
     except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"the processes cannot join ({first}): check --coordinator.") from error
-    atexit.register(_part)
+        raise UserError(
+            f"the processes cannot join ({error_line(error)}): check --coordinator."
+        ) from error
+    atexit.register(_sign_off)
 
 
-def _part() -> None:
-    """Lets process 0 go last: it takes along the service that joined them, and the library aborts
-    whoever signs off from one that is gone."""
-    state = distributed.global_state
-    if state.client is None:
+def _sign_off() -> None:
+    """Lets process 0 end last: it hosts the coordination service, and JAX aborts a process that
+    signs off after the service has ended."""
+    group = process_group()
+    if group.client is None:
         return
-    if state.process_id:
+    if group.process_id:
         with suppress(jax.errors.JaxRuntimeError):
-            state.client.key_value_set(f"{_PARTED}{state.process_id}", "")
+            group.client.key_value_set(f"{_SIGNED_OFF}{group.process_id}", "")
         jax.distributed.shutdown()
         return
-    end = time.monotonic() + _PATIENCE
-    for process in range(1, state.num_processes):
+    end = time.monotonic() + _SIGN_OFF_SECONDS
+    for process in range(1, group.num_processes):
         left = max(0.0, end - time.monotonic())
-        with suppress(jax.errors.JaxRuntimeError):  # it is lost, and has no one to sign off to
-            state.client.blocking_key_value_get(f"{_PARTED}{process}", int(1000 * left))
-    time.sleep(1)  # that a sign-off takes after its note
+        with suppress(jax.errors.JaxRuntimeError):  # that process is lost
+            group.client.blocking_key_value_get(f"{_SIGNED_OFF}{process}", int(1000 * left))
+    time.sleep(1)  # for the `shutdown` that follows a process's key
 
 
-def _check_alone() -> None:
-    """Refuses to be one of several processes that know nothing of each other.
+def _check_single_process() -> None:
+    """Refuses to run as one of several processes that are not joined.
 
     Raises:
-      UserError: SLURM or a TPU slice says that there are several.
+      UserError: the environment of SLURM or of a TPU slice has several processes.
     """
-    steps, hosts = (
-        os.environ.get("SLURM_STEP_NUM_TASKS", ""),
-        os.environ.get("TPU_WORKER_HOSTNAMES", ""),
-    )
+    steps = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     for what, count in (
         ("SLURM's step has", int(steps) if steps.isdigit() else 1),
         ("this TPU slice has", len(hosts.split(","))),
     ):
         if count > 1:
             raise UserError(
-                f"{what} {count} processes, and nothing says that they belong together: give "
-                "--distributed to each of them."
+                f"{what} {count} processes, which no option joins: give --distributed to each of "
+                "them."
             )

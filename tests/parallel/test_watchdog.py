@@ -1,4 +1,4 @@
-"""A process that dies, stops answering, ends on an error or hangs ends the others, in time."""
+"""A process that is lost, stops, fails or hangs ends the others, in time."""
 
 import argparse
 import re
@@ -16,41 +16,43 @@ from spatial_ssrl_jax.parallel.distributed import add_options, connect
 from spatial_ssrl_jax.parallel.watchdog import Watchdog
 from tests.helpers.processes import start_all, until
 
-SILENCE, PATIENCE = 5, 12
-SLACK = 10  # seconds that this machine may be busy with something else
+HEARTBEAT, STEP = 5, 12  # timeouts in seconds
+SLACK = 10  # seconds that a busy machine may add
 
 
 def work(argv: list[str]) -> None:
-    """What a process does: sums over all of them again and again, and perhaps gets stuck."""
+    """What a process does: sums over all of them, step by step, and fails or hangs if told."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fails")
     parser.add_argument("--hangs")
     add_options(parser)
     args = parser.parse_args(argv)
-    settings = MeshSettings(heartbeat_timeout=SILENCE, step_timeout=PATIENCE)
+    settings = MeshSettings(heartbeat_timeout=HEARTBEAT, step_timeout=STEP)
     connect(args, settings.heartbeat_timeout)
     with Watchdog(settings) as watch:
-        for turn in range(10_000):
+        for step in range(10_000):
             assert all_sum(1) == 2
             watch.beat()
-            print("turn", flush=True)
-            if turn == 3 and args.fails == str(args.process):
+            print("step", flush=True)
+            if step == 3 and args.fails == str(args.process):
                 raise UserError("the disk is full: free space there.")
-            while turn == 3 and args.hangs == str(args.process):
+            while step == 3 and args.hangs == str(args.process):
                 time.sleep(0.1)
             time.sleep(0.05)
 
 
-CHILD = "from tests.parallel.test_watchdog import work; from spatial_ssrl_jax.common.errors import run_command; "
-CHILD += "run_command(work)"
+CHILD = (
+    "from tests.parallel.test_watchdog import work; "
+    "from spatial_ssrl_jax.common.errors import run_command; run_command(work)"
+)
 
 
 @pytest.fixture
 def pair(request: pytest.FixtureRequest) -> Iterator[list[subprocess.Popen]]:
-    """Two processes in the midst of their work."""
+    """Two processes that have begun to work."""
     processes = start_all(["-c", CHILD, *getattr(request, "param", [])], 2)
     for process in processes:
-        until(process, "turn")
+        until(process, "step")
     yield processes
     for process in processes:
         process.kill()
@@ -58,7 +60,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[list[subprocess.Popen]]:
 
 
 def ended(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
-    """Exit code and the sentence of a process that ends in time."""
+    """Exit code and message of a process that ends in time."""
     begun = time.monotonic()
     _, errors = process.communicate(timeout=seconds + SLACK)
     print(f"measured: ended after {time.monotonic() - begun:.1f} s with {process.returncode}")
@@ -79,29 +81,31 @@ def ended(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
 )
 def test_a_lost_process_ends_the_other(pair: list[subprocess.Popen], number: int, lost: int):
     pair[lost].send_signal(number)
-    code, said = ended(pair[1 - lost], SILENCE)
-    gone = number == signal.SIGKILL and lost == 0  # with process 0 goes what joins them
+    code, message = ended(pair[1 - lost], HEARTBEAT)
+    gone = number == signal.SIGKILL and lost == 0  # process 0 hosts the service
     assert code == EXIT_PEER_LOST or (gone and code == -signal.SIGABRT)
-    assert re.search(rf"process {lost} of this run was (lost|not heard of)|process was lost", said)
-    assert "the same command resumes" in said
+    assert re.search(
+        rf"process {lost} of this run (was lost|sent no heartbeat)|process was lost", message
+    )
+    assert "the same command resumes" in message
 
 
 @pytest.mark.parametrize(
     "pair", [["--fails=1"], pytest.param(["--fails=0"], marks=pytest.mark.slow)], indirect=True
 )
-def test_an_error_of_one_is_what_the_other_says(pair: list[subprocess.Popen]):
-    found = [ended(process, SILENCE) for process in pair]
+def test_the_others_name_the_error_of_one(pair: list[subprocess.Popen]):
+    found = [ended(process, HEARTBEAT) for process in pair]
     assert (2, "error: the disk is full: free space there.") in found
-    (other,) = (said for code, said in found if code == EXIT_PEER_LOST)
-    assert "ended (the disk is full: free space there), so this one does too" in other
+    (other,) = (message for code, message in found if code == EXIT_PEER_LOST)
+    assert "ended (the disk is full: free space there), so this one ends too" in other
 
 
 @pytest.mark.parametrize("pair", [["--hangs=1"]], indirect=True)
 def test_one_that_hangs_ends_both(pair: list[subprocess.Popen]):
     for process in pair:
-        code, said = ended(process, PATIENCE)
+        code, message = ended(process, STEP)
         assert code == EXIT_PEER_LOST and (
-            "nothing continued for 12 s" in said or "was lost" in said
+            "no progress for 12 s" in message or "was lost" in message
         )
 
 
