@@ -1,4 +1,4 @@
-"""What tells a whole checkpoint from a damaged one: sizes and checksums of its files."""
+"""Sizes and checksums of a checkpoint's files, which tell whether it is damaged."""
 
 import hashlib
 import json
@@ -10,15 +10,15 @@ from etils import epath
 from spatial_ssrl_jax.common.paths import CRC32C, in_bucket, list_tree
 
 FILE = "checksums.json"
-_PIECES, _PIECE = 64, 4096
+_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file, for a fingerprint
 _CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes to it after the rest is complete
 
 
 def write_checksums(folder: epath.PathLike) -> None:
-    """Leaves `checksums.json` in a folder: size and SHA-256 of every file, however deep.
+    """Writes `checksums.json` to a folder: size and SHA-256 of every file below it.
 
-    Of a file in a bucket it holds the cloud's own CRC32C, since reading all back would cost as much
-    as the save itself.
+    In a bucket it holds the cloud's own CRC32C, since reading the files back would cost as much as
+    the save itself.
     """
     folder = epath.Path(folder)
     sums = {
@@ -29,50 +29,50 @@ def write_checksums(folder: epath.PathLike) -> None:
 
 
 def find_damage(folder: epath.PathLike) -> str | None:
-    """What is wrong with a folder, or None.
+    """What is damaged in a folder, or None.
 
-    A folder without `checksums.json`, of an earlier version, is taken as it is. Sizes alone are
-    compared where a folder was copied into a bucket or out of one.
+    A folder without `checksums.json` is not checked. Only sizes are compared where a folder was
+    copied into a bucket or out of one.
     """
     folder = epath.Path(folder)
     if not (folder / FILE).exists():
         return None
     try:
-        noted = json.loads((folder / FILE).read_text())
+        expected = json.loads((folder / FILE).read_text())
     except ValueError:
         return f"{FILE} is damaged"
     found = _files(folder)
-    missing = sorted(noted.keys() - found.keys())
+    missing = sorted(expected.keys() - found.keys())
     if missing:
         return f"{missing[0]} is missing"
-    for name, (size, checksum) in noted.items():
+    for name, (size, checksum) in expected.items():
         if found[name][0] != size:
-            return f"{name} was cut off or grew"
-        alike = checksum and checksum.startswith(CRC32C) == in_bucket(folder)
-        if alike and checksum != (found[name][1] or _sha256(folder / name)):
+            return f"{name} was truncated or grew"
+        comparable = checksum and checksum.startswith(CRC32C) == in_bucket(folder)
+        if comparable and checksum != (found[name][1] or _sha256(folder / name)):
             return f"{name} was altered"
     return None
 
 
 def _files(folder: epath.Path) -> dict[str, tuple[int, str | None]]:
-    left_out = (FILE, _CHANGING)
-    return {k: v for k, v in list_tree(folder).items() if k.rpartition("/")[2] not in left_out}
+    excluded = (FILE, _CHANGING)
+    return {k: v for k, v in list_tree(folder).items() if k.rpartition("/")[2] not in excluded}
 
 
 def fingerprint(files: Mapping[str, epath.PathLike]) -> str:
-    """Tells files from others by their names, their sizes and pieces spread over each of them.
+    """A short hash of files: of their names, sizes, and samples spread over each.
 
     Args:
-      files: paths of local files by the names that count.
+      files: the name that is hashed -> the local path.
     """
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
         size = os.path.getsize(path)
         digest.update(f"{name} {size}\n".encode())
         with open(path, "rb") as file:
-            for piece in range(_PIECES):
-                file.seek(piece * max(size - _PIECE, 0) // (_PIECES - 1))
-                digest.update(file.read(_PIECE))
+            for i in range(_SAMPLES):
+                file.seek(i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""TODO: checkpoint.export."""
+"""Writing a model as a Hugging Face folder, and adapters as a PEFT folder."""
 
 import json
 import shutil
@@ -34,15 +34,15 @@ def write_config(config: QwenVLConfig, folder: Path, dtype: str) -> None:
 
 
 def export(source: ModelFolder, params: Params, folder: epath.PathLike, dtype: str) -> None:
-    """Writes a Hugging Face folder that Transformers and vLLM load; whole or not at all.
+    """Writes a Hugging Face folder that Transformers and vLLM load; atomically.
+
+    Every process calls it. The primary one writes, with the whole model in its host memory.
 
     Args:
-      source: gives the config and the processor's files.
+      source: the model whose config and processor files are written.
       params: the weights.
-      folder: it appears, or is replaced, when it is complete.
+      folder: the output; replaced once the new one is complete.
       dtype: `float32` or `bfloat16`.
-
-    Every process calls it, and one writes: it holds the whole model in host memory then.
     """
     if jax.process_count() > 1:
         params = jax.tree.map(lambda x: gather_to_host(x.astype(dtype)), params)
@@ -57,15 +57,16 @@ def export(source: ModelFolder, params: Params, folder: epath.PathLike, dtype: s
 def export_adapter(
     step: ModelFolder, layout: Layout, folder: epath.PathLike, base: str | None
 ) -> None:
-    """Writes the adapters of a LoRA stage's checkpoint as PEFT has them; whole or not at all.
+    """Writes the adapters of a LoRA stage's checkpoint in PEFT's format; atomically.
 
     Args:
       step: the checkpoint.
-      layout: where its weights are read to.
-      folder: it appears, or is replaced, when it is complete.
-      base: the model they belong to; None when it was drawn and is nowhere.
+      layout: for reading its weights.
+      folder: the output; replaced once the new one is complete.
+      base: the model that the adapters belong to; None when it was trained from scratch.
     """
-    params = load_split(*weight_folders(step.weights), step.config, layout)
+    trained, frozen = weight_folders(step.weights)
+    params = load_split(trained, frozen, step.config, layout)
     adapters = jax.tree.map(gather_to_host, select_adapters(params))
     if not is_primary():
         return

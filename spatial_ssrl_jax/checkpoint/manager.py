@@ -1,13 +1,13 @@
-"""Checkpoints of a run, by Orbax: asynchronous, complete before an older one goes.
+"""Checkpoints of a run, by Orbax: asynchronous; an old one is removed after a new one is complete.
 
 A run's `checkpoints/` holds one folder a step, named by the number of steps done, with the items
-`params` (the weights that train), `training` (optimizer and counters) and `meta` (JSON). Weights
-that a stage does not train, the base under adapters for one, are written once, to `frozen_sft/` or
-`frozen_grpo/`; `meta` says which of them belongs to the step. `model/` has the model's config,
-tokenizer and processor files, so that a step can be served from this folder alone.
+`params` (the trained weights), `training` (optimizer and counters) and `meta` (JSON). Frozen
+weights, such as the base under adapters, are written once, to `frozen_sft/` or `frozen_grpo/`;
+`meta` names the folder that belongs to the step. `model/` has the model's config, tokenizer and
+processor files, so that a step can be served from this folder alone.
 
-Each step's folder holds checksums of its files, written before it gets its name, so that one that
-was damaged later is found and passed over.
+Each step's folder holds checksums of its files, written before Orbax finalises it, so that a
+damaged one is found and skipped.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,39 +15,37 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from spatial_ssrl_jax.checkpoint.checksums import find_damage, write_checksums
 from spatial_ssrl_jax.checkpoint.params import (
-    _META,
+    META,
     PARAMS,
-    _abstract,
-    _first_line,
-    _is_whole,
+    abstract_like,
+    is_complete,
     load_params,
     save_params,
 )
 from spatial_ssrl_jax.common.errors import UserError, bucket_error
 from spatial_ssrl_jax.common.paths import absolute, in_bucket
+from spatial_ssrl_jax.common.text import error_line
+from spatial_ssrl_jax.parallel.collectives import is_primary
 from spatial_ssrl_jax.rl.train_step import TrainState
 
 MODEL = "model"
-
 _TRAINING = "training"
-
 _FROZEN = "frozen_{}"
 
 
 @dataclass
-class _Best:
-    """Orbax's preservation policy for one step, which may change."""
+class _KeepBest:
+    """Orbax's preservation policy for the best step, which may change."""
 
     step: int | None = None
 
-    def should_preserve(self, checkpoints: Sequence, *, context: object) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
         return [info.step == self.step for info in checkpoints]
 
 
@@ -56,15 +54,15 @@ class Checkpoints:
 
     Args:
       folder: the run's `checkpoints/`; may be `gs://…`.
-      keep: newest checkpoints kept.
-      always: steps that are kept whatever their age.
+      keep: number of newest checkpoints kept.
+      always: steps that are always kept.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int, always: Iterable[int] = ()):
         policies = checkpoint_managers
         self.folder = epath.Path(folder)
         self._saving = 0
-        self._best = _Best()
+        self._best = _KeepBest()
         self._manager = ocp.CheckpointManager(
             absolute(self.folder),
             options=ocp.CheckpointManagerOptions(
@@ -72,13 +70,13 @@ class Checkpoints:
                     [policies.LatestN(keep), policies.CustomSteps(list(always)), self._best]
                 ),
                 create=True,
-                # `set_aside_damaged` does: Orbax would beside us, and take away frozen weights
-                # that are just being written, or in a bucket `model/` for an unfinished step.
+                # `set_aside_damaged` removes them: Orbax would also remove frozen weights that are
+                # being written, or in a bucket `model/` as an unfinished step.
                 cleanup_tmp_directories=False,
                 enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._sum),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
             ),
-            item_names=(PARAMS, _TRAINING, _META),
+            item_names=(PARAMS, _TRAINING, META),
         )
 
     def latest(self) -> int | None:
@@ -93,24 +91,24 @@ class Checkpoints:
         meta: dict[str, Any],
         best: int | None = None,
     ) -> None:
-        """Begins to save; returns once the arrays are copied from the devices.
+        """Starts a save; returns once the arrays are copied from the devices.
 
         Args:
           step: steps done in the run.
-          stage: the stage's name; its frozen weights are written at its first checkpoint.
-          state: what to save.
-          meta: JSON that `restore` gives back.
-          best: the step, this one or one before, that stays as the best; None: no such one.
+          stage: the stage's name; its frozen weights are written with its first checkpoint.
+          state: the state to save.
+          meta: JSON that `restore` returns.
+          best: the step that is kept as the best, this one or an earlier one; None keeps none.
 
         Raises:
-          UserError: this one or the one before could not be written.
+          UserError: this save or the previous one failed.
         """
-        with self._explained():
+        with self._explain_save_errors():
             self._manager.wait_until_finished()
             self._saving = step
             self._best.step = best
             frozen = _FROZEN.format(stage) if state.frozen else None
-            if frozen and not _is_whole(self.folder / frozen):
+            if frozen and not is_complete(self.folder / frozen):
                 save_params(self.folder / frozen, state.frozen)
             self._manager.save(
                 step,
@@ -121,25 +119,25 @@ class Checkpoints:
                 ),
             )
 
-    def _sum(self) -> None:
-        """Notes the checksums of the step being saved, before Orbax calls it complete."""
-        if jax.process_index() == 0:
+    def _write_checksums(self) -> None:
+        """Writes the checksums of the step being saved, before Orbax finalises it."""
+        if is_primary():
             name = f"{self._saving}" if in_bucket(self.folder) else f"{self._saving}.*tmp*"
             for folder in self.folder.glob(name):
                 write_checksums(folder)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Says in a sentence why a checkpoint could not be written; older ones stay."""
+    def _explain_save_errors(self) -> Iterator[None]:
+        """Turns an error of a save into a `UserError`; older checkpoints stay."""
         try:
             yield
-        except Exception as error:  # Orbax hands on whatever its writers meet
+        except Exception as error:  # Orbax raises any error of its writers
             good = self._manager.latest_step()
             after = f"resumes after step {good}" if good is not None else "starts anew"
-            local = _first_line(error), "free space there or fix its permissions"
-            why, mend = bucket_error(error) or local
+            local = error_line(error), "free space there or fix its permissions"
+            why, fix = bucket_error(error) or local
             raise UserError(
-                f"step {self._saving} could not be saved to {self.folder} ({why}): {mend}; the "
+                f"step {self._saving} could not be saved to {self.folder} ({why}): {fix}; the "
                 f"same command then {after}."
             ) from error
 
@@ -147,17 +145,17 @@ class Checkpoints:
         """Reads one checkpoint into the shapes, dtypes and shardings of `like`.
 
         Returns:
-          The state and the JSON that was saved with it.
+          The state, and the JSON that was saved with it.
         """
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_abstract(like.trained)),
-                training=ocp.args.StandardRestore(_abstract(_training(like))),
+                params=ocp.args.StandardRestore(abstract_like(like.trained)),
+                training=ocp.args.StandardRestore(abstract_like(_training(like))),
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        frozen, training = restored[_META]["frozen"], restored[_TRAINING]
+        frozen, training = restored[META]["frozen"], restored[_TRAINING]
         state = TrainState(
             trained=restored[PARAMS],
             frozen=load_params(self.folder / frozen, like.frozen) if frozen else {},
@@ -165,25 +163,25 @@ class Checkpoints:
             updates=training["updates"],
             skipped=training["skipped"],
         )
-        return state, restored[_META]["run"]
+        return state, restored[META]["run"]
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """Reads only the JSON of one checkpoint."""
+        """Reads the JSON of one checkpoint alone."""
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)[_META]["run"]
+        return self._manager.restore(step, args=args)[META]["run"]
 
     def wait(self) -> None:
-        """Returns when every save begun is complete.
+        """Waits until every save is complete.
 
         Raises:
-          UserError: one could not be written.
+          UserError: one failed.
         """
-        with self._explained():
+        with self._explain_save_errors():
             self._manager.wait_until_finished()
 
     def settle(self) -> None:
-        """Lets a save under way come to its end before a run ends on an error."""
-        with suppress(Exception):  # what ends the run is said already
+        """Waits for a save before a run ends on an error; its own errors are ignored."""
+        with suppress(Exception):  # the run's error is reported
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -191,13 +189,13 @@ class Checkpoints:
 
 
 def set_aside_damaged(folder: epath.PathLike, say: Callable[[str], None]) -> None:
-    """Renames the newest checkpoints that are not as they were written, until a whole one comes.
+    """Renames damaged checkpoints, from the newest back to the first that is not damaged.
 
-    What was never complete goes; only in a bucket has a step then a name like the others.
+    Unfinished ones are removed; in a bucket they have the same names as finished ones.
 
     Args:
       folder: a run's `checkpoints/`.
-      say: is told of each.
+      say: called with a message for each damaged one.
     """
     folder = epath.Path(folder)
     if not folder.exists():
@@ -206,16 +204,16 @@ def set_aside_damaged(folder: epath.PathLike, say: Callable[[str], None]) -> Non
         unfinished.rmtree()
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
     for step in sorted(steps, reverse=True):
-        if not _is_whole(folder / str(step)):
+        if not is_complete(folder / str(step)):
             (folder / str(step)).rmtree()
             continue
-        wrong = find_damage(folder / str(step))
-        if wrong is None:
+        damage = find_damage(folder / str(step))
+        if damage is None:
             return
         number = sum(p.name.startswith(f"damaged_{step}") for p in folder.iterdir())
         kept = folder / (f"damaged_{step}" + (f"_{number}" if number else ""))
         (folder / str(step)).rename(kept)
-        say(f"the checkpoint of step {step} is damaged ({wrong}): passed over, kept as {kept}")
+        say(f"the checkpoint of step {step} is damaged ({damage}): skipped, kept as {kept}")
 
 
 def _training(state: TrainState) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Opening a model, wherever it is, and writing it out as a Hugging Face folder."""
+"""Opening a model: a Hugging Face folder, a hub id, a checkpoint, here or in a bucket."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from etils import epath
-from flax import traverse_util
 
 from spatial_ssrl_jax.checkpoint.checksums import fingerprint
 from spatial_ssrl_jax.checkpoint.manager import MODEL
@@ -23,7 +22,7 @@ from spatial_ssrl_jax.qwen_vl.lora import (
     select_adapters,
 )
 from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params, init_adapters, init_params
-from spatial_ssrl_jax.qwen_vl.param_tree import merge_params, select_params
+from spatial_ssrl_jax.qwen_vl.param_tree import flatten_params, merge_params, select_params
 from spatial_ssrl_jax.qwen_vl.weights import find_tensors, read_params
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -34,10 +33,10 @@ class ModelFolder:
     """A model that can be loaded.
 
     Attributes:
-      config: its shape.
+      config: the model's shape.
       files: folder with its config, tokenizer and processor files.
-      weights: folder with its weights, safetensors or Orbax; an Orbax one may are in a bucket.
-      name: what it was asked for by.
+      weights: folder with its weights, safetensors or Orbax; Orbax weights may be in a bucket.
+      name: the path or hub id that it was opened by.
     """
 
     config: QwenVLConfig
@@ -46,26 +45,26 @@ class ModelFolder:
     name: str
 
     def load(self, layout: Layout, dtype: str | None = None) -> Params:
-        """Reads the weights straight into the training layout.
+        """Reads the weights directly into their shards.
 
         Args:
-          layout: where each weight goes.
-          dtype: what to keep them in; None keeps what the files hold.
+          layout: the sharding of each weight.
+          dtype: of the result; None keeps the dtypes of the files.
         """
         if (self.weights / PARAMS).is_dir():
             return self._load_orbax(layout, dtype)
         shardings = layout.param_shardings(self.config)
-        flat = traverse_util.flatten_dict(shardings, sep="/")
+        flat = flatten_params(shardings)
 
         def place(path: str, array: np.ndarray) -> jax.Array:
             if dtype is not None and array.dtype != dtype:
                 array = array.astype(dtype)
             return jax.make_array_from_callback(array.shape, flat[path], lambda index: array[index])
 
-        return read_params(self.weights, self.config, place)
+        return read_params(Path(self.weights), self.config, place)
 
     def _load_orbax(self, layout: Layout, dtype: str | None) -> Params:
-        """A step's trained and frozen weights come together, adapters merged, in `dtype`."""
+        """Reads Orbax weights; trained and frozen ones as one tree, adapters merged, in `dtype`."""
         trained, *frozen = weight_folders(self.weights)
         if not frozen:
             like = layout.abstract_params(self.config)
@@ -76,13 +75,13 @@ class ModelFolder:
         return merge_adapters(params, dtype or "float32")
 
     def check_weights(self) -> None:
-        """Refuses weights that are not a model of this shape, by their files' headers alone.
+        """Checks, by the files' headers alone, that the weights are a model of this shape.
 
         Raises:
-          UserError: they are missing, broken or of another shape.
+          UserError: they are missing, damaged or of another shape.
         """
         if not (self.weights / PARAMS).is_dir():
-            find_tensors(self.weights, self.config)
+            find_tensors(Path(self.weights), self.config)
             return
         stored: Params = {}
         for folder in weight_folders(self.weights):
@@ -91,26 +90,26 @@ class ModelFolder:
         shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (stored, whole)]
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"the weights in {self.weights} are not of the shape that "
-                f"{self.files / 'config.json'} asks for: copy both again."
+                f"the weights in {self.weights} do not have the shape that "
+                f"{self.files / 'config.json'} declares: copy both again."
             )
 
     def fingerprint(self) -> str:
-        """Tells these weights from others, wherever they are."""
+        """A hash of the weights that does not depend on where they are."""
         if not (self.weights / PARAMS).is_dir():
             return fingerprint({p.name: p for p in self.weights.glob("*.safetensors")})
         folders = [Path(folder) for folder in weight_folders(self.weights)]
         files = [(folder, p) for folder in folders for p in folder.rglob("*") if p.is_file()]
         return fingerprint({f"{d.name}/{p.relative_to(d)}": p for d, p in files})
 
-    def draw(self, layout: Layout, seed: int) -> Params:
-        """Fresh weights of this shape, float32, in the training layout."""
+    def init(self, layout: Layout, seed: int) -> Params:
+        """Random weights of this shape, float32, in the training layout."""
         shardings = layout.param_shardings(self.config)
         program = jax.jit(init_params, static_argnums=0, out_shardings=shardings)
         return program(self.config, jax.random.key(seed))
 
-    def draw_adapters(self, layout: Layout, lora: LoraSettings, seed: int) -> Params:
-        """Fresh adapters alone, float32, in the training layout."""
+    def init_adapters(self, layout: Layout, lora: LoraSettings, seed: int) -> Params:
+        """Fresh adapters without the base, float32, in the training layout."""
         shardings = select_adapters(layout.param_shardings(self.config, lora))
         program = jax.jit(init_adapters, static_argnums=(0, 1), out_shardings=shardings)
         return program(self.config, lora, jax.random.key(seed))
@@ -119,7 +118,7 @@ class ModelFolder:
 def load_split(
     trained: epath.Path, frozen: epath.Path, config: QwenVLConfig, layout: Layout
 ) -> Params:
-    """Reads the weights that trained and those that did not, in their own dtypes, as one tree.
+    """Reads trained and frozen weights, in their own dtypes, as one tree.
 
     Raises:
       UserError: together they are not a model of this shape.
@@ -128,12 +127,14 @@ def load_split(
     whole = layout.abstract_params(config, adapter_settings(merge_params(*stored)))
     loaded = {}
     for folder, tree in zip((trained, frozen), stored, strict=True):
-        paths = traverse_util.flatten_dict(tree, sep="/")
+        paths = flatten_params(tree)
         loaded = merge_params(
             loaded, load_params(folder, select_params(whole, paths.__contains__), True)
         )
     if jax.tree.structure(loaded) != jax.tree.structure(whole):
-        raise UserError(f"{trained} and {frozen} are together no whole model: copy both again.")
+        raise UserError(
+            f"{trained} and {frozen} are together not a complete model: copy both again."
+        )
     return loaded
 
 
@@ -142,14 +143,14 @@ def open_model(path: epath.PathLike) -> ModelFolder:
 
     Args:
       path: a Hugging Face folder, a folder that `convert to-orbax` wrote, a step of a run's
-        `checkpoints/`, `tiny`, or a hub id (fetched where there is a network). All but the last two
-        may are in a bucket: a Hugging Face folder is copied from there, Orbax reads in place.
+        `checkpoints/`, `tiny`, or a hub id (downloaded if it is not cached). All but the last two
+        may be in a bucket: a Hugging Face folder is copied from there, Orbax reads in place.
 
     Raises:
       UserError: nothing usable is there.
     """
     if path == "tiny":
-        return ModelFolder(read_config(TINY), TINY, epath.Path(TINY), path)
+        return ModelFolder(read_config(TINY), TINY, epath.Path(TINY), "tiny")
     folder, files = _find(str(path))
     files = local_copy(files)
     weights = folder if (folder / PARAMS).is_dir() else epath.Path(files)
@@ -157,7 +158,7 @@ def open_model(path: epath.PathLike) -> ModelFolder:
 
 
 def read_shape(path: str) -> QwenVLConfig:
-    """A model's shape from its `config.json` alone; of a hub id nothing else is fetched.
+    """A model's shape from its `config.json` alone; of a hub id only that file is downloaded.
 
     Raises:
       UserError: nothing usable is there.
@@ -169,7 +170,7 @@ def read_shape(path: str) -> QwenVLConfig:
 
 
 def _find(path: str, allow_patterns: list[str] | None = None) -> tuple[epath.Path, epath.Path]:
-    """The folder of a model's weights and the one of its other files."""
+    """The folder of a model's weights, and the folder of its other files."""
     folder = user_path(path)
     if in_bucket(folder):
         if not folder.exists():
@@ -185,7 +186,7 @@ def _from_hub(path: str, allow_patterns: list[str] | None = None) -> Path:
     missing = f"the model folder {path} does not exist"
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
-            f"{missing}: give a Hugging Face folder, a checkpoint of ours, or a hub id."
+            f"{missing}: give a Hugging Face folder, a checkpoint of a run, or a hub id."
         )
     from huggingface_hub import snapshot_download
 
@@ -193,6 +194,6 @@ def _from_hub(path: str, allow_patterns: list[str] | None = None) -> Path:
         return Path(snapshot_download(path, allow_patterns=allow_patterns))
     except Exception as error:
         raise UserError(
-            f"{missing}, and fetching it from the Hub failed ({type(error).__name__}): "
+            f"{missing}, and its download from the Hub failed ({type(error).__name__}): "
             "check the name and the network."
         ) from error

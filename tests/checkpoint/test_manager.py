@@ -1,4 +1,4 @@
-"""Checkpoints: restored bit for bit, the right ones kept, unfinished ones passed over."""
+"""Checkpoints: restored bit for bit, the right ones kept, unfinished ones skipped."""
 
 import dataclasses
 import resource
@@ -24,7 +24,7 @@ from spatial_ssrl_jax.rl.train_step import TrainState, initial_train_state
 
 
 def state(seed: int, frozen: bool = False) -> TrainState:
-    """A state whose every leaf, optimizer moments and counters too, is drawn from `seed`."""
+    """A state whose every leaf, optimizer moments and counters too, is random."""
     params = {"a": {"kernel": jnp.zeros((3, 4))}, "b": jnp.zeros(5, jnp.bfloat16)}
     empty = initial_train_state(
         optax.adamw(1e-3), params, {"a": {"bias": jnp.zeros(2, jnp.bfloat16)}} if frozen else {}
@@ -137,14 +137,14 @@ def test_the_best_stays_until_another_is(tmp_path: Path):
     assert kept(tmp_path) == [5, 6]
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path):
+def test_a_half_written_checkpoint_is_skipped(tmp_path: Path):
     save(tmp_path, [3], keep=2)
     # What a kill leaves: Orbax writes under a temporary name and renames when all is there.
     shutil.copytree(tmp_path / "3", tmp_path / "6.orbax-checkpoint-tmp")
     shutil.rmtree(tmp_path / "6.orbax-checkpoint-tmp" / "training")
-    said = []
-    set_aside_damaged(tmp_path, said.append)
-    assert not said and kept(tmp_path) == [3] and not list(tmp_path.glob("*tmp*"))
+    messages = []
+    set_aside_damaged(tmp_path, messages.append)
+    assert not messages and kept(tmp_path) == [3] and not list(tmp_path.glob("*tmp*"))
     again = Checkpoints(str(tmp_path), keep=2)
     assert again.latest() == 3
     assert_same(again.restore(3, state(0))[0], state(3))
@@ -164,7 +164,7 @@ def test_what_is_being_written_stays_when_checkpoints_are_opened(tmp_path: Path)
 
 
 DAMAGES = {
-    "cut off": lambda data: data[: len(data) // 2],
+    "truncated": lambda data: data[: len(data) // 2],
     "altered": lambda data: bytes([data[0] ^ 1]) + data[1:],
     "missing": None,
 }
@@ -172,27 +172,32 @@ DAMAGES = {
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("item", ["params", "training", "meta"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, item: str, how: str):
+def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path: Path, item: str, how: str):
     save(tmp_path, [3, 6], keep=3)
     largest = max((tmp_path / "6" / item).rglob("*"), key=lambda p: p.is_file() * p.stat().st_size)
     if DAMAGES[how] is None:
         largest.unlink()
     else:
         largest.write_bytes(DAMAGES[how](largest.read_bytes()))
-    said = []
-    set_aside_damaged(tmp_path, said.append)
-    assert len(said) == 1 and "step 6" in said[0] and item in said[0] and how in said[0]
+    messages = []
+    set_aside_damaged(tmp_path, messages.append)
+    assert (
+        len(messages) == 1
+        and "step 6" in messages[0]
+        and item in messages[0]
+        and how in messages[0]
+    )
     again = Checkpoints(str(tmp_path), keep=3)
     assert again.latest() == 3
     assert_same(again.restore(3, state(0))[0], state(3))
     again.save(6, "sft", state(6), {})
     again.wait()
     again.close()
-    set_aside_damaged(tmp_path, said.append)
-    assert len(said) == 1 and kept(tmp_path) == [3, 6] and (tmp_path / "damaged_6").is_dir()
+    set_aside_damaged(tmp_path, messages.append)
+    assert len(messages) == 1 and kept(tmp_path) == [3, 6] and (tmp_path / "damaged_6").is_dir()
 
 
-def test_a_checkpoint_that_cannot_be_written_is_said_and_the_last_one_stays(tmp_path: Path):
+def test_a_checkpoint_that_cannot_be_written_is_an_error_and_the_last_one_stays(tmp_path: Path):
     checkpoints = Checkpoints(str(tmp_path), keep=3)
     checkpoints.save(3, "sft", state(3), {})
     checkpoints.wait()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from spatial_ssrl_jax.checkpoint import export as export_module
 from spatial_ssrl_jax.checkpoint.export import copy_files, export, write_config
@@ -42,9 +43,9 @@ def assert_same(ours, theirs) -> None:
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def test_draw_follows_the_seed(toy, layout: Layout):
-    model = ModelFolder(toy.config, TINY, TINY, "toy")
-    first, again, other = (model.draw(layout, seed=seed) for seed in (3, 3, 4))
+def test_initial_weights_follow_the_seed(toy, layout: Layout):
+    model = ModelFolder(toy.config, TINY, epath.Path(TINY), "toy")
+    first, again, other = (model.init(layout, seed=seed) for seed in (3, 3, 4))
     assert_same(first, again)
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
     assert any(not np.array_equal(a, b) for a, b in pairs)
@@ -76,7 +77,7 @@ def test_an_export_that_fails_leaves_nothing(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_orbax_folder_keeps_its_dtype_unless_told(
+def test_an_orbax_folder_keeps_its_dtype_unless_one_is_given(
     tmp_path: Path, layout: Layout, params, dtype: str
 ):
     tiny = open_model("tiny")
@@ -114,7 +115,7 @@ def test_a_hub_id_without_a_network_is_named(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
-        UserError, match=r"Qwen/Some-VL does not exist.*hub failed \(ConnectionError\)"
+        UserError, match=r"Qwen/Some-VL does not exist.*Hub failed \(ConnectionError\)"
     ):
         open_model("Qwen/Some-VL")
 

@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_an_unfinished_one_goes(bucket: 
     data = bucket.buckets["bucket"].pop(largest).data
     assert find_damage(folder / "6") == f"{largest.removeprefix('c/6/')} is missing"
     bucket.write("bucket", largest, data[:-1])
-    assert find_damage(folder / "6").endswith("was cut off or grew")
+    assert find_damage(folder / "6").endswith("was truncated or grew")
     bucket.write("bucket", largest, bytes([data[0] ^ 1]) + data[1:])
     del bucket.buckets["bucket"]["c/9/commit_success.txt"]
     del bucket.buckets["bucket"]["c/frozen_sft/commit_success.txt"]
