@@ -1,7 +1,7 @@
-"""A run's metrics: every name there is, and where they go: `metrics.jsonl`, TensorBoard, W&B.
+"""A run's metrics: their names, and writing them to `metrics.jsonl`, TensorBoard and W&B.
 
-In a bucket, where nothing can be appended to, the lines are in `metrics/part_000001.jsonl` and so
-on, of a hundred steps each; the newest part is written anew, whole, with every line.
+A bucket has no append: there the lines are in `metrics/part_000001.jsonl` and so on, of a hundred
+steps each, and the newest part is rewritten with every line.
 """
 
 import difflib
@@ -9,6 +9,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -21,10 +22,10 @@ from spatial_ssrl_jax.monitoring.wandb_run import WandbRun
 
 FILE = "metrics.jsonl"
 PARTS = "metrics"
-_STEPS = 100  # of a part
+_PART_STEPS = 100
 
-# `<task>` and `<benchmark>` stand for the name of one. What depends on the clock or the machine is
-# under perf/ or memory/; all the rest is equal in two equal runs.
+# `<task>` and `<benchmark>` stand for a name. Metrics that depend on the clock or the machine are
+# under perf/ or memory/; all others are equal in two equal runs.
 NAMES = (
     "reward/overall_mean",
     "reward/overall_std",
@@ -98,9 +99,9 @@ class MetricsWriter:
 
     Args:
       workdir: the run's folder; may be `gs://…`.
-      resume_step: the restored step; later lines are removed, each file at once.
-      in_parts: write parts; by default where nothing can be appended to.
-      tracker: W&B, when asked for.
+      resume_step: the restored step; later lines are removed, atomically for each file.
+      in_parts: write parts; by default in a bucket.
+      tracker: W&B, or None.
     """
 
     def __init__(
@@ -117,8 +118,8 @@ class MetricsWriter:
         self._file = None if self._in_parts else (self._folder / FILE).open("a")
         self._events = TensorBoardWriter(self._folder, resume_step + 1)
 
-    def write(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Writes one step.
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Writes one step's metrics; in the file, a value that is not finite is null.
 
         Raises:
           ValueError: a name is not in `NAMES`.
@@ -135,14 +136,15 @@ class MetricsWriter:
             self._append(step, json.dumps(row) + "\n")
             self._events.write(step, row["time"], finite)
         except Exception as error:
-            why, mend = write_failure(error)
-            if why is None:
+            failure = write_failure(error)
+            if failure is None:
                 raise
-            with suppress(Exception):  # the cause is said already
+            why, fix = failure
+            with suppress(Exception):  # the cause is reported below
                 self.close()
             place = self._folder / (PARTS if self._in_parts else FILE)
             raise UserError(
-                f"step {step} could not be written to {place} ({why}): {mend}; the same command "
+                f"step {step} could not be written to {place} ({why}): {fix}; the same command "
                 "then resumes after the newest checkpoint."
             ) from error
         if self._tracker is not None:
@@ -153,8 +155,8 @@ class MetricsWriter:
             self._file.write(line)
             self._file.flush()
             return
-        number = step // _STEPS
-        self._part = (self._part if _last_step(self._part) // _STEPS == number else "") + line
+        number = step // _PART_STEPS
+        self._part = (self._part if _last_step(self._part) // _PART_STEPS == number else "") + line
         write_atomic(_part_path(self._folder, number), self._part)
 
     def close(self) -> None:
@@ -179,10 +181,10 @@ def _last_step(text: str) -> int:
 
 
 def _truncate(folder: epath.Path, step: int) -> str:
-    """Removes the lines after `step`; with 0 all of them, since step 0 is measured again.
+    """Removes the lines after `step`; with 0 all lines, since step 0 is measured again.
 
     Returns:
-      The text of the newest file that is left.
+      The text of the newest file that remains.
     """
     text, files = "", _files(folder)
     for path, rows in zip(files, _rows(files), strict=True):
@@ -196,14 +198,14 @@ def _truncate(folder: epath.Path, step: int) -> str:
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:
-    """The files that hold a run's lines, in the order of the steps."""
+    """The files with a run's lines, in the order of the steps."""
     whole, parts = folder / FILE, folder / PARTS
     found = [whole] if whole.exists() else []
     return found + (sorted(parts.glob("part_*.jsonl")) if parts.exists() else [])
 
 
 def _rows(files: list[epath.Path]) -> list[list[dict[str, Any]]]:
-    """The whole lines of each file."""
+    """The complete lines of each file."""
     return [
         [row for line in data.decode().splitlines() if (row := _row(line)) is not None]
         for data in read_files(files)
@@ -218,6 +220,6 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """Every whole line of a run's metrics, whole or in parts; one cut off by a kill is left out."""
+    """The lines of a run's metrics in the order of steps, without a line that a kill truncated."""
     rows = [row for part in _rows(_files(epath.Path(workdir))) for row in part]
     return sorted(rows, key=lambda row: row["step"])

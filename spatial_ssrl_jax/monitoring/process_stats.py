@@ -1,4 +1,4 @@
-"""What the process itself uses: compilations and memory."""
+"""Compilations and memory of this process."""
 
 import resource
 
@@ -8,25 +8,25 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class CompilationCounter:
-    """Programs that XLA compiles from construction on.
+    """Counts the programs that XLA compiles after construction.
 
     Attributes:
-      count: how many.
-      seconds: how long that took.
+      count: number of compilations.
+      seconds: their total time.
     """
 
     def __init__(self):
         self.count, self.seconds = 0, 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _heard(self, event: str, duration: float, **_) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILED:
             self.count += 1
-            self.seconds += duration
+            self.seconds += duration_secs
 
 
 def memory_metrics() -> dict[str, float]:
-    """Resident bytes of this process, and the most that its first device has held, where known."""
+    """Resident bytes of this process, and peak bytes of its first device, where they are known."""
     found = {}
     try:
         with open("/proc/self/statm") as file:

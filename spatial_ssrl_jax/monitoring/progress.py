@@ -1,7 +1,7 @@
-"""What a person at the terminal sees: a live line a stage, and the table at the end."""
+"""Progress on the terminal: a live line for each stage, and the table of results at the end."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -10,6 +10,7 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -17,75 +18,74 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-_SHOWN = (  # metric, how it is called here, and its format
+from spatial_ssrl_jax.common.text import clock
+
+_SHOWN = (  # metric, its label, and its number format
     ("reward/overall_mean", "reward", "{:.3f}"),
     ("reward/accuracy_mean", "accuracy", "{:.3f}"),
     ("loss/sft", "loss", "{:.4f}"),
     ("response/length_mean", "length", "{:.0f}"),
     ("perf/tokens_per_second", "tokens/s", "{:,.0f}"),
 )
-_PLAIN_SECONDS = 10
-_WIDE = 100  # characters of a terminal that has room for the bar itself
-_SPEED_SECONDS = 7200  # the time left follows the steps of this long; one may take minutes
+_PLAIN_SECONDS = 10  # between two lines where there is no terminal
+_WIDE = 100  # columns of a terminal that has room for the bar
+_SPEED_SECONDS = 7200  # window of the time left; a step may take minutes
 
 
-class _Clock(ProgressColumn):
-    """The time left, and until that is known how long the first step has taken so far."""
+class _TimeLeft(ProgressColumn):
+    """The time left; until the first step is done, the time that it has taken so far."""
 
     def render(self, task: Task) -> Text:
         left = task.time_remaining
         if left is None:
-            return Text(_clock(task.elapsed or 0))
-        return Text(f"{_clock(left)} left")
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+            return Text(clock(task.elapsed or 0))
+        return Text(f"{clock(left)} left")
 
 
 class Progress:
-    """A bar a stage on a terminal; plain lines, one in ten seconds, anywhere else.
+    """A bar for each stage on a terminal; elsewhere plain lines, one in ten seconds.
 
     Args:
-      console: where to print; the terminal unless given.
+      console: where to print; the terminal by default.
       quiet: print nothing.
 
     Attributes:
-      went_on: called whenever something new is done.
+      on_progress: called when new work starts.
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
         self.console = console or Console(quiet=quiet)
-        self.went_on: Callable[[], None] = lambda: None
+        self.on_progress: Callable[[], None] = lambda: None
         self._bar: Bar | None = None
-        self._task, self._in_stage = None, False
+        self._task: TaskID | None = None  # of the stage
         self._stage, self._total, self._last = "", 0, 0.0
         self._done, self._began = 0, 0.0
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def start(self, stage: str, total: int, done: int = 0) -> None:
-        """Begins a stage of `total` steps of which `done` are done."""
+        """Starts a stage of `total` steps, of which `done` are done."""
         self.stop()
         self._stage, self._total, self._last = stage, total, 0.0
         self._done, self._began = done, time.monotonic()
         if not self.console.is_terminal:
             return
-        self._in_stage = True
-        count, figures = MofNCompleteColumn(), TextColumn("{task.fields[metrics]}")
-        columns = [TextColumn("{task.description}"), count, figures, _Clock()]
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            _TimeLeft(),
+        ]
         if self.console.width >= _WIDE:
             columns[1:1] = [SpinnerColumn(), BarColumn(bar_width=16)]
-        self._show(*columns)
-        self._task = self._bar.add_task(stage, total=total, completed=done, figures="")
+        bar = self._show(*columns)
+        self._task = bar.add_task(stage, total=total, completed=done, metrics="")
 
-    def _show(self, *columns: ProgressColumn, transient: bool = False) -> None:
+    def _show(self, *columns: ProgressColumn, transient: bool = False) -> Bar:
         self._bar = Bar(
             *columns,
             console=self.console,
@@ -93,54 +93,62 @@ class Progress:
             speed_estimate_period=_SPEED_SECONDS,
         )
         self._bar.start()
+        return self._bar
 
     def doing(self, text: str) -> None:
-        """What continues until the next step; on a terminal with the seconds that it takes so far."""
-        self.went_on()
+        """Shows what is being done; on a terminal, until the next step and with its time so far."""
+        self.on_progress()
         if not self.console.is_terminal:
             self.say(text)
-        elif self._in_stage:
-            self._bar.update(self._task, figures=text)
+        elif self._bar is not None and self._task is not None:
+            self._bar.update(self._task, metrics=text)
         else:
             self.stop()
-            self._show(SpinnerColumn(), TextColumn(text), TimeElapsedColumn(), transient=True)
-            self._bar.add_task(text, total=None)
+            columns = (SpinnerColumn(), TextColumn(text), TimeElapsedColumn())
+            self._show(*columns, transient=True).add_task(text, total=None)
 
-    def step(self, number: int, metrics: dict[str, float]) -> None:
-        """Shows step `number` of the stage."""
+    def step(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Shows the metrics of step `number` of the stage, by their names in `NAMES`."""
         space = " " if self.console.is_terminal and self.console.width < _WIDE else "  "
-        figures = space.join(
-            f"{name} {form.format(metrics[key])}" for key, name, form in _SHOWN if key in metrics
+        text = space.join(
+            f"{name} {style.format(metrics[key])}" for key, name, style in _SHOWN if key in metrics
         )
-        if self._in_stage:
-            self._bar.update(self._task, completed=number, figures=figures)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=number, metrics=text)
         elif number == self._total or time.monotonic() - self._last > _PLAIN_SECONDS:
             self._last = time.monotonic()
-            line = f"{self._stage} {number}/{self._total}  {figures}{self._left(number)}"
+            line = f"{self._stage} {number}/{self._total}  {text}{self._left(number)}"
             self.console.print(line, highlight=False)
 
     def _left(self, number: int) -> str:
-        """The time left by the stage's mean so far; nothing where it is not known or over."""
+        """The time left by the stage's mean so far; empty where it is unknown or zero."""
         done = number - self._done
         if done <= 0 or number >= self._total:
             return ""
         seconds = (time.monotonic() - self._began) / done * (self._total - number)
-        return f"  {_clock(seconds)} left"
+        return f"  {clock(seconds)} left"
 
     def say(self, text: str) -> None:
-        """One line about what is continuing."""
+        """Prints one line."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar, self._in_stage = None, False
+            self._bar, self._task = None, None
 
-    def table(self, heldout: dict[str, dict], trained: Sequence[str]) -> None:
-        """Prints held-out accuracy and form per task, before training and after each stage."""
+    def table(
+        self, heldout: Mapping[str, Mapping[str, Mapping[str, float]]], trained: Sequence[str]
+    ) -> None:
+        """Prints held-out accuracy and format of each task, before training and after each stage.
+
+        Args:
+          heldout: stage -> task -> metric -> value.
+          trained: the tasks that are trained; they are marked.
+        """
         stages = [s for s in ("untrained", "sft", "grpo") if heldout.get(s)]
-        table = Table(title="held-out images: greedy accuracy, sampled accuracy, form")
+        table = Table(title="held-out images: greedy accuracy, sampled accuracy, format")
         table.add_column("task")
         for stage in stages:
             table.add_column(stage, justify="right")
@@ -153,7 +161,7 @@ class Progress:
         self.console.print(table)
 
 
-def _cell(row: dict[str, float] | None) -> str:
+def _cell(row: Mapping[str, float] | None) -> str:
     if row is None:
         return "-"
     return " ".join(f"{row[k]:.3f}" for k in ("accuracy_greedy", "accuracy_sampled", "format"))

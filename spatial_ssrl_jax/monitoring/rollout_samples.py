@@ -1,4 +1,4 @@
-"""Samples of rollouts that one can look at: JSONL with images beside it."""
+"""Samples of rollouts for people: JSONL files, with the images beside them."""
 
 import io
 import json
@@ -18,8 +18,8 @@ def write_rollouts(workdir: epath.PathLike, step: int, rows: list[dict[str, Any]
     Args:
       workdir: the run's folder.
       step: the run's step.
-      rows: one a prompt, JSON types but for `images`: [H, W, 3] uint8 arrays, which are written
-        as files and replaced by their paths relative to the JSONL.
+      rows: one for each prompt, of JSON types except `images`: [H, W, 3] uint8 arrays, which are
+        written as files and replaced by their paths relative to the JSONL file.
     """
     folder = epath.Path(workdir) / FOLDER
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def write_rollouts(workdir: epath.PathLike, step: int, rows: list[dict[str, Any]
 
 
 def read_rollouts(workdir: epath.PathLike, files: int) -> list[dict[str, Any]]:
-    """The rows of at most `files` files, spread evenly from the first to the newest."""
+    """The rows of at most `files` files, spread evenly from the oldest to the newest."""
     paths = sorted((epath.Path(workdir) / FOLDER).glob("step_*.jsonl"))
     if len(paths) > files:
         last = len(paths) - 1

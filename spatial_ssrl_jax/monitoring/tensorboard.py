@@ -1,13 +1,17 @@
-"""TensorBoard's event file; for a run in a bucket a local one that is copied there."""
+"""TensorBoard's event file; for a run in a bucket, a local file that is copied there."""
 
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue] - protobuf makes it at import
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue] - as above
+)
 from tensorboardX.summary import scalar
 
 from spatial_ssrl_jax.common.paths import in_bucket
@@ -16,26 +20,26 @@ _COPY_SECONDS = 60
 
 
 class TensorBoardWriter:
-    """The metrics of one start of a run, in a file of its own.
+    """Writes the metrics of one start of a run to an event file of its own.
 
-    In a bucket the file appears anew, whole, at most once a minute and at the end: of a run that is
-    killed TensorBoard misses the last minute, which `metrics/` has.
+    In a bucket the whole file is copied at most once a minute and at the end: after a kill
+    TensorBoard lacks the last minute, which `metrics/` has.
 
     Args:
-      folder: where it is left.
-      first: the first step that will come; TensorBoard drops this and later ones seen before.
+      folder: the run's folder.
+      first: the next step; TensorBoard drops this and later steps of earlier files.
     """
 
     def __init__(self, folder: epath.Path, first: int):
-        self._folder = folder if in_bucket(folder) else None
-        self._local = tempfile.TemporaryDirectory() if self._folder else None
+        self._folder = folder
+        self._local = tempfile.TemporaryDirectory() if in_bucket(folder) else None
         place = self._local.name if self._local else os.fspath(folder)
-        # Not SummaryWriter: its thread dies of a full disk, and the next calls wait for it forever.
+        # Not SummaryWriter: a full disk ends its thread, and later calls block forever.
         self._writer = EventsWriter(os.path.join(place, "events"))
         self._writer.write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
         self._copied = time.monotonic()
 
-    def write(self, step: int, when: float, values: dict[str, float]) -> None:
+    def write(self, step: int, when: float, values: Mapping[str, float]) -> None:
         """Writes one step's metrics; `when` is in seconds since 1970."""
         for name, value in values.items():
             self._writer.write_event(Event(wall_time=when, step=step, summary=scalar(name, value)))
@@ -50,7 +54,7 @@ class TensorBoardWriter:
             self._local.cleanup()
 
     def _copy(self) -> None:
-        if self._folder is None:
+        if self._local is None:
             return
         (path,) = Path(self._local.name).iterdir()
         epath.Path(path).copy(self._folder / path.name, overwrite=True)

@@ -1,25 +1,27 @@
-"""Weights & Biases, when `log.wandb` names a project: the same metrics, under the same names."""
+"""Weights & Biases, when `log.wandb` names a project: the same metrics under the same names."""
 
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.paths import in_bucket
+from spatial_ssrl_jax.common.text import error_line
 
 _FILE = "wandb_run.txt"  # the run's id, so that a restart continues in the same curves
 
 
 def check_wandb(project: str) -> None:
-    """Refuses a project without the package, before anything is computed.
+    """Checks that the package is installed when a project is named.
 
     Raises:
       UserError: `wandb` cannot be imported.
     """
     if project:
         try:
-            import wandb  # noqa: F401 - only asked whether it is there
+            import wandb  # noqa: F401  # pyright: ignore[reportMissingImports] - optional
         except ImportError as error:
             raise UserError(
                 f"log.wandb={project} needs W&B: pip install 'spatial_ssrl_jax[wandb]', or leave "
@@ -33,15 +35,15 @@ class WandbRun:
     Args:
       project: the project's name.
       name: the run's name.
-      workdir: the run's folder, where the id is kept, and W&B's own files unless in a bucket.
+      workdir: the run's folder, for the id and, unless in a bucket, W&B's own files.
       config: the config as plain types.
 
     Raises:
-      UserError: it cannot begin.
+      UserError: W&B cannot start.
     """
 
     def __init__(self, project: str, name: str, workdir: epath.PathLike, config: dict[str, Any]):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] - optional
 
         path = epath.Path(workdir) / _FILE
         known = path.read_text().strip() if path.is_file() else None
@@ -54,17 +56,17 @@ class WandbRun:
                 id=known,
                 resume="allow" if known else None,
             )
-        except Exception as error:  # W&B hands on whatever its service meets
+        except Exception as error:  # W&B raises any error of its service
             raise UserError(
-                f"W&B cannot begin ({error}): log in with `wandb login`, set WANDB_MODE=offline, "
-                "or leave log.wandb empty."
+                f"W&B cannot start ({error_line(error)}): log in with `wandb login`, set "
+                "WANDB_MODE=offline, or leave log.wandb empty."
             ) from error
         path.write_text(self._run.id + "\n")
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """One step's metrics. After a restart W&B itself passes over steps that it has."""
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs one step's metrics; after a restart W&B itself ignores steps that it has."""
         self._run.log(values, step=step)
 
     def finish(self) -> None:
-        """Sends what is left."""
+        """Sends the remaining metrics."""
         self._run.finish()

@@ -54,7 +54,7 @@ def test_an_unknown_name_is_refused_and_not_written(tmp_path: Path, name: str):
     assert read_metrics(tmp_path) == []
 
 
-def test_every_listed_name_is_taken(tmp_path: Path):
+def test_every_listed_name_is_accepted(tmp_path: Path):
     writer = MetricsWriter(tmp_path)
     names = [name.replace("<task>", "flip").replace("<benchmark>", "blink") for name in NAMES]
     writer.write("grpo", 1, dict.fromkeys(names, 1.0))
@@ -62,7 +62,7 @@ def test_every_listed_name_is_taken(tmp_path: Path):
     assert len(read_metrics(tmp_path)[0]) == len(NAMES) + 3
 
 
-def test_resume_removes_what_lies_behind_the_restored_step(tmp_path: Path):
+def test_resume_removes_lines_after_the_restored_step(tmp_path: Path):
     write_steps(tmp_path, range(1, 8))
     before = (tmp_path / "metrics.jsonl").read_text().splitlines()
     write_steps(tmp_path, range(5, 7), resume=4)
@@ -77,7 +77,7 @@ def test_a_start_from_nothing_removes_all_lines(tmp_path: Path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
-def test_a_line_cut_off_by_a_kill_is_left_out_and_mended(tmp_path: Path):
+def test_a_truncated_line_is_ignored_and_replaced(tmp_path: Path):
     write_steps(tmp_path, range(1, 4))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
@@ -110,7 +110,7 @@ def test_parts_hold_a_hundred_steps_each_and_nothing_else(tmp_path: Path):
 
 
 @pytest.mark.parametrize("step", [99, 100, 150, 199, 200, 230])
-def test_resume_in_parts_goes_on_behind_the_restored_step(tmp_path: Path, step: int):
+def test_resume_in_parts_continues_after_the_restored_step(tmp_path: Path, step: int):
     write_steps(tmp_path, range(1, 231), in_parts=True)
     write_steps(tmp_path, range(step + 1, step + 4), resume=step, in_parts=True)
     assert [row["step"] for row in read_metrics(tmp_path)] == [*range(1, step + 4)]
@@ -124,7 +124,7 @@ def test_a_start_from_nothing_removes_all_parts(tmp_path: Path):
 
 
 def test_a_part_is_whole_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What is there before each replacement, and what replaces it, are whole lines."""
+    """The files before and after each replacement have complete lines."""
     replace, seen = folders.os.replace, []
 
     def watched(new: Path, old: Path) -> None:

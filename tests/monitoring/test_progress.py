@@ -1,4 +1,4 @@
-"""What a person sees: plain lines into a file, a bar on a terminal, and the table at the end."""
+"""Progress: plain lines into a file, a bar on a terminal, and the table at the end."""
 
 import io
 import re
@@ -32,7 +32,7 @@ def test_plain_lines_are_few_and_the_last_step_is_among_them(monkeypatch: pytest
     assert lines[1].endswith("0:18 left") and lines[-1].endswith("12,346")
 
 
-def test_a_figure_that_is_absent_is_not_shown():
+def test_an_absent_metric_is_not_shown():
     console = recording(terminal=False)
     with Progress(console) as progress:
         progress.start("grpo", total=1)
@@ -48,7 +48,7 @@ def test_a_terminal_gets_a_live_bar():
     assert "5/8" in shown(console) and "reward 0.250" in shown(console)
 
 
-FIGURES = {
+METRICS = {
     "reward/overall_mean": 0.25,
     "reward/accuracy_mean": 0.2,
     "response/length_mean": 211.0,
@@ -62,7 +62,7 @@ def last_line(console: Console) -> str:
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_nothing_is_cut_off_and_slow_steps_have_a_time_left(width: int):
+def test_nothing_is_truncated_and_slow_steps_have_a_time_left(width: int):
     """Two minutes a step, as at the paper's size: longer than Rich looks back by itself."""
     now = [1000.0]
     console = recording(terminal=True, width=width, get_time=lambda: now[0])
@@ -70,13 +70,13 @@ def test_nothing_is_cut_off_and_slow_steps_have_a_time_left(width: int):
         progress.start("grpo", total=360, done=100)
         for number in range(101, 105):
             now[0] += 120
-            progress.step(number, FIGURES)
-    figures = "reward 0.250 accuracy 0.200 length 211 tokens/s 1,800"
-    assert last_line(console).replace("  ", " ").endswith(f"104/360 {figures} 8:32:00 left")
+            progress.step(number, METRICS)
+    text = "reward 0.250 accuracy 0.200 length 211 tokens/s 1,800"
+    assert last_line(console).replace("  ", " ").endswith(f"104/360 {text} 8:32:00 left")
     assert "grpo" in last_line(console)
 
 
-def test_what_goes_on_is_shown_with_its_seconds_until_a_step_is_done():
+def test_current_work_is_shown_with_its_time_until_a_step_is_done():
     now = [1000.0]
     console = recording(terminal=True, get_time=lambda: now[0])
     with Progress(console) as progress:
@@ -92,7 +92,7 @@ def test_what_goes_on_is_shown_with_its_seconds_until_a_step_is_done():
     assert shown(plain) == "compiling\n"
 
 
-def test_text_in_brackets_is_said_as_it_is():
+def test_text_in_brackets_is_printed_unchanged():
     console = recording(terminal=False)
     Progress(console).say("skipped [bold]x.png[/bold] " + "y" * 200)
     assert shown(console) == "skipped [bold]x.png[/bold] " + "y" * 200 + "\n"

@@ -9,21 +9,21 @@ from PIL import Image
 from spatial_ssrl_jax.monitoring.rollout_samples import read_rollouts, write_rollouts
 
 
-def picture(seed: int) -> np.ndarray:
+def image(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)
 
 
-def test_rows_come_back_with_pictures_as_files(tmp_path: Path):
-    images = [picture(0), picture(1)]
-    rows = [{"task": "crop", "images": images}, {"task": "flip", "images": [picture(2)]}]
+def test_rows_come_back_with_images_as_files(tmp_path: Path):
+    images = [image(0), image(1)]
+    rows = [{"task": "crop", "images": images}, {"task": "flip", "images": [image(2)]}]
     path = write_rollouts(tmp_path, 10, rows)
     assert path == tmp_path / "rollouts" / "step_000010.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["task"] for line in lines] == ["crop", "flip"]
     assert all(line["step"] == 10 for line in lines)
     assert [len(line["images"]) for line in lines] == [2, 1]
-    for name, image in zip(lines[0]["images"], images, strict=True):
-        assert np.array_equal(np.asarray(Image.open(path.parent / name)), image)
+    for name, original in zip(lines[0]["images"], images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(path.parent / name)), original)
     assert rows[0]["images"] is images
     assert not list(path.parent.glob("*.partial"))
 
