@@ -154,7 +154,7 @@ def _forward(
     zero = jnp.zeros(hidden_TD.shape[0], jnp.float32)
     lowest = jnp.full_like(zero, jnp.finfo(jnp.float32).min)
     start = (lowest, zero, zero, zero)
-    numbered = (jnp.arange(blocks.count), _split_blocks(blocks, head_VD))
+    numbered = (jnp.arange(blocks.per_shard), _split_blocks(blocks, head_VD))
     (top, whole, spread, chosen), _ = jax.lax.scan(step, start, numbered)
     total = top + jnp.log(whole)
     found = (chosen - total, jnp.log(whole) - spread / whole)
@@ -185,7 +185,7 @@ def _backward(
         return of_hidden, of_head.astype(head.dtype)
 
     start = jnp.zeros(hidden_TD.shape, jnp.float32)
-    numbered = (jnp.arange(blocks.count), _split_blocks(blocks, head_VD))
+    numbered = (jnp.arange(blocks.per_shard), _split_blocks(blocks, head_VD))
     of_hidden, of_head = jax.lax.scan(step, start, numbered)
     return _merge_blocks(blocks, of_head), of_hidden.astype(hidden_TD.dtype), None
 
