@@ -4,6 +4,8 @@ Shape letters: B rows, Q queries, S keys, N query heads, K key/value heads, M = 
 G samples of a group, T prompt tokens, R response tokens.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -28,28 +30,28 @@ def attend(
       k_BKSH, v_BKSH: keys and values.
       segment_BQ, segment_BS: int32 segment of each query and key; -1 is padding.
       causal: also hide keys after the query.
-      chunk: queries handled at a time once there are more, so that scores never exist whole.
+      chunk: queries that attend at a time, so that the scores of all never exist at once.
 
     Returns:
       [B, Q, N, H] in the dtype of `v`.
     """
     batch, queries, heads, size = q_BQNH.shape
     q_BQKMH = q_BQNH.reshape(batch, queries, k_BKSH.shape[1], -1, size)
-    place_S = jnp.arange(k_BKSH.shape[2])
+    index_S = jnp.arange(k_BKSH.shape[2])
 
-    def block(q_BCKMH: Array, segment_BC: Array, place_C: Array) -> Array:
+    def block(q_BCKMH: Array, segment_BC: Array, index_C: Array) -> Array:
         seen = (segment_BC[:, :, None] == segment_BS[:, None]) & (segment_BS[:, None] >= 0)
         if causal:
-            seen &= place_C[:, None] >= place_S
+            seen &= index_C[:, None] >= index_S
         scores = _scores("bqkmh,bksh->bkmqs", q_BCKMH, k_BKSH)
         weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, NEVER), axis=-1)
         return jnp.einsum("bkmqs,bksh->bqkmh", weights.astype(v_BKSH.dtype), v_BKSH)
 
-    places = jnp.arange(queries)
+    index_Q = jnp.arange(queries)
     if queries <= chunk:
-        out = block(q_BQKMH, segment_BQ, places)
+        out = block(q_BQKMH, segment_BQ, index_Q)
     else:
-        out = _over_queries(block, chunk, (1, 1, 0), 1, q_BQKMH, segment_BQ, places)
+        out = _over_queries(block, chunk, (1, 1, 0), 1, q_BQKMH, segment_BQ, index_Q)
     return out.reshape(q_BQNH.shape)
 
 
@@ -66,7 +68,7 @@ def attend_shared(
 ) -> Array:
     """Queries of G samples over the prompt they share and over each sample's own tokens.
 
-    The scores of all G·Q·M query rows against the prompt are one matmuls, and one softmax
+    The scores of all G·Q·M query rows against the prompt are one matmul, and one softmax
     runs over prompt and own tokens together.
 
     Args:
@@ -75,7 +77,7 @@ def attend_shared(
       prefix_valid_BT: bool, which prompt tokens exist.
       own_k_BGKRH, own_v_BGKRH: keys and values of each sample's own tokens.
       own_seen_BGQR: bool, which own tokens each query may see.
-      chunk: queries a sample handled at a time once there are more.
+      chunk: queries of a sample that attend at a time.
 
     Returns:
       [B, G, Q, N, H] in the dtype of the values.
@@ -84,7 +86,7 @@ def attend_shared(
     q = q_BGQNH.reshape(batch, group, queries, prefix_k_BKTH.shape[1], -1, size)
 
     def block(q: Array, seen_BGQR: Array) -> Array:
-        # Each product in the order in which its cache is, else a decode step copies the caches.
+        # Each matmul keeps the axis order of its cache, else a decode step copies the caches.
         prefix = _scores("bgqkmh,bkth->bkgmqt", q, prefix_k_BKTH)
         prefix = jnp.where(prefix_valid_BT[:, None, None, None, None], prefix, NEVER)
         own = _scores("bgqkmh,bgkrh->bgkmqr", q, own_k_BGKRH)
@@ -116,10 +118,17 @@ def _scores(letters: str, q: Array, k: Array) -> Array:
     return scores * q.shape[-1] ** -0.5
 
 
-def _over_queries(block, chunk: int, axes: tuple[int, ...], out_axis: int, *arrays: Array) -> Array:
+def _over_queries(
+    block: Callable[..., Array],
+    chunk: int,
+    axes: tuple[int, ...],
+    out_axis: int,
+    *arrays: Array,
+) -> Array:
     """`block` over slices of `chunk` along each array's query axis, one slice at a time.
 
-    Each slice is rematerialised in the backward pass; a ragged end is padded and cut off again.
+    Each slice is rematerialised in the backward pass; a shorter last one is padded, and the
+    padding dropped.
     """
     queries = arrays[0].shape[axes[0]]
     count = -(-queries // chunk)
@@ -130,8 +139,8 @@ def _over_queries(block, chunk: int, axes: tuple[int, ...], out_axis: int, *arra
         x = jnp.pad(x, pad)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1 :]), axis, 0)
 
-    pieces = tuple(split(x, axis) for x, axis in zip(arrays, axes, strict=True))
-    out = jax.lax.map(jax.checkpoint(lambda piece: block(*piece)), pieces)
+    chunks = tuple(split(x, axis) for x, axis in zip(arrays, axes, strict=True))
+    out = jax.lax.map(jax.checkpoint(lambda one: block(*one)), chunks)
     out = jnp.moveaxis(out, 0, out_axis)
     out = out.reshape(*out.shape[:out_axis], count * chunk, *out.shape[out_axis + 2 :])
     return jax.lax.slice_in_dim(out, 0, queries, axis=out_axis)

@@ -1,4 +1,4 @@
-"""How programs compute, as one value: dtype, memory against recomputation, attention, sharding."""
+"""How programs compute, as one value: dtype, rematerialisation, attention kernels, sharding."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +19,7 @@ class AttentionKernel:
       name: one of `kernels.KERNELS`, or of `kernels.DECODE_KERNELS` for a decode step.
       mesh: the devices; None where arrays are on one. The compiler cannot shard Pallas kernels.
       rows, heads: mesh axes that rows and heads are sharded over.
-      interpret: run a Pallas kernel step by step, to check it where its device is missing.
+      interpret: run a Pallas kernel in interpret mode, to check it where its device is missing.
     """
 
     name: str = "xla"
@@ -37,7 +37,7 @@ class Compute:
     """How programs run, apart from what they compute.
 
     Attributes:
-      dtype: compute dtype, `float32` or `bfloat16`.
+      dtype: compute dtype.
       attention_chunk: queries that attend at a time, by `xla`.
       vocab_block: entries of the vocabulary whose logits exist at a time, for all tokens.
       remat: what the backward pass recomputes of each layer: nothing (`none`), all but matmuls with
@@ -48,16 +48,16 @@ class Compute:
         a mesh would rather shard their widths, as those of the weights are, and sum whole batches.
     """
 
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     attention_chunk: int = 1024
     vocab_block: int = 4096
-    remat: str = "full"
+    remat: Remat = "full"
     attention: AttentionKernel = XLA
     decode_attention: AttentionKernel = XLA
     batch_sharding: NamedSharding | None = None
 
     def constrain(self, x: Array) -> Array:
-        """Activations [rows, …] held to `batch_sharding` inside a jitted program."""
+        """Activations [rows, …] constrained to `batch_sharding` inside a jitted program."""
         if self.batch_sharding is None:
             return x
         return jax.lax.with_sharding_constraint(x, self.batch_sharding)

@@ -1,6 +1,6 @@
-"""The shape of a Qwen-VL model: what the members of the family share."""
+"""The sizes of a Qwen-VL model: what the members of the family share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one patch: channels x frames x height x width."""
+        """Values of one patch: channels x frames x height x width."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -63,6 +63,7 @@ class VisionConfig:
 
     @property
     def window_patches(self) -> int:
+        """Patches of a window."""
         return self.window_side**2 * self.merge_unit
 
     @property
@@ -76,7 +77,7 @@ class QwenVLConfig:
     """A whole model. Token ids are the Hub's.
 
     Attributes:
-      model_type: which member of the family it is, as `config.json` names it.
+      model_type: the member of the family, as `config.json` names it.
       suppressed: further token ids that are never sampled.
     """
 
@@ -90,11 +91,11 @@ class QwenVLConfig:
     vision_end_token_id: int = 151_653
     bos_token_id: int = 151_643
     eos_token_id: int = 151_645
-    suppressed: tuple[int, ...] = field(default=(), compare=True)
+    suppressed: tuple[int, ...] = ()
 
     @property
     def vision_tokens(self) -> tuple[int, ...]:
-        """Ids that stand for vision input and are never sampled."""
+        """Ids that are never sampled: those of vision input and `suppressed`; ascending."""
         known = (
             self.vision_start_token_id,
             self.vision_end_token_id,

@@ -1,54 +1,71 @@
-"""The members of the Qwen-VL family, and what a member brings of its own.
+"""The members of the Qwen-VL family, and in what they differ.
 
-A new member is a file like `qwen2_5.py` and an entry of `MEMBERS`; layers, attention kernels,
-adapters and the reading of weights are shared.
+A new member is a file like `qwen2_5.py` and an entry of `MEMBERS`; the language model, attention
+kernels, adapters and the reading of weights are shared.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-from flax import nnx
+from jax import Array
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl import qwen2_5
-from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
-from spatial_ssrl_jax.qwen_vl.inputs import Grid, WindowLayout
+from spatial_ssrl_jax.qwen_vl.compute import Compute
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, VisionConfig
+from spatial_ssrl_jax.qwen_vl.inputs import Grid, VisionInput, WindowLayout
 from spatial_ssrl_jax.qwen_vl.layers import Init
+
+Vision = TypeVar("Vision", bound=VisionConfig)
+
+
+class VisionEncoder(Protocol):
+    """A vision tower: [B, M, D], one vector of the text model's width a merged token."""
+
+    def __call__(self, vision: VisionInput[Array], compute: Compute) -> Array: ...
 
 
 @dataclass(frozen=True)
-class Member:
+class Member(Generic[Vision]):
     """One model of the family: all in which it differs from the others.
 
     Attributes:
       config_from_dict: builds the config from a parsed `config.json`; the name is used in errors.
-      config_to_dict: the Hub's `config.json` of a config, for weights of a dtype such as `bfloat16`.
+      config_to_dict: the Hub's `config.json` of a config and of weights in a dtype like `bfloat16`.
       vision_tower: makes the vision tower.
       hub_names: our path of each weight or module -> its name on the Hub, `{}` for the layer.
+      hub_shapes: our path -> shape on the Hub, of kernels that are not [out, in] there.
+      renamed: prefixes of names that newer exports give, and what the Hub has instead.
       window_count: windows that the images of a prompt fill.
-      lay_out_windows: where the processor's patches go.
+      lay_out_windows: the windows' contents, of the processor's patches.
       mrope_positions: [3, T] int32 positions of a prompt's tokens.
     """
 
     config_from_dict: Callable[[dict[str, Any], str], QwenVLConfig]
     config_to_dict: Callable[[QwenVLConfig, str], dict[str, Any]]
-    vision_tower: Callable[[Init, Any], nnx.Module]
+    vision_tower: Callable[[Init, Vision], VisionEncoder]
     hub_names: Mapping[str, str]
-    window_count: Callable[[Any, Sequence[Grid]], int]
-    lay_out_windows: Callable[[Any, Sequence[Grid]], WindowLayout]
-    mrope_positions: Callable[[Any, np.ndarray, Sequence[Grid], Sequence[float | None]], np.ndarray]
+    hub_shapes: Callable[[Vision], Mapping[str, tuple[int, ...]]]
+    renamed: tuple[tuple[str, str], ...]
+    window_count: Callable[[Vision, Sequence[Grid]], int]
+    lay_out_windows: Callable[[Vision, Sequence[Grid]], WindowLayout]
+    mrope_positions: Callable[
+        [Vision, np.ndarray, Sequence[Grid], Sequence[float | None]], np.ndarray
+    ]
 
 
-MEMBERS = {
+MEMBERS: dict[str, Member[Any]] = {
     qwen2_5.MODEL_TYPE: Member(
         config_from_dict=qwen2_5.config_from_dict,
         config_to_dict=qwen2_5.config_to_dict,
         vision_tower=qwen2_5.VisionTower,
         hub_names=qwen2_5.HUB_NAMES,
+        hub_shapes=qwen2_5.hub_shapes,
+        renamed=qwen2_5.RENAMED,
         window_count=qwen2_5.window_count,
         lay_out_windows=qwen2_5.lay_out_windows,
         mrope_positions=qwen2_5.mrope_positions,
@@ -56,7 +73,7 @@ MEMBERS = {
 }
 
 
-def member_of(config: QwenVLConfig) -> Member:
+def member_of(config: QwenVLConfig) -> Member[Any]:
     """The member that a config describes."""
     return MEMBERS[config.model_type]
 
@@ -70,7 +87,7 @@ def read_config(folder: Path) -> QwenVLConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: --model needs a Qwen2.5-VL folder as the Hub lays it out."
+            f"{path} is missing: --model needs a folder with the files of Qwen2.5-VL on the Hub."
         )
     try:
         raw = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What programs take: batches of prompts and rows of packed examples, with their images.
+"""The model's inputs: batches of prompts and rows of packed examples, with their images.
 
 Shape letters: B prompts or rows, T tokens, R response tokens, W windows, S patches of a window.
 """
@@ -26,7 +26,7 @@ Grid = tuple[int, int, int]
 class VisionInput(Generic[Leaf]):
     """All images and frames of each prompt, laid out by the host as padded windows.
 
-    A window holds up to 8x8 patches; the four patches of a merged token are neighbours in it.
+    A window holds up to 8x8 patches; the four patches of a merged token are adjacent in it.
 
     Attributes:
       patches: [B, W, S, C·2·14·14] float, normalised pixels.
@@ -49,7 +49,7 @@ class PromptBatch(Generic[Leaf]):
       length: [B] int32 tokens of each prompt.
       position: [B, 3, T] int32 M-RoPE positions.
       next_position: [B] int32 position of the first response token.
-      image_index: [B, T] int32 merged vision token that is at each place, -1 for text.
+      image_index: [B, T] int32 merged vision token at each token, -1 for text.
       vision: the images' windows.
     """
 
@@ -75,8 +75,9 @@ class PackedRows(Generic[Leaf]):
       ids: [B, T] int32 token ids, padded at the end.
       segment: [B, T] int32, which example of the row; -1 is padding.
       position: [B, 3, T] int32 M-RoPE positions, each example's as if it were alone.
-      image_index: [B, T] int32 merged vision token of the row at each place, -1 for text.
-      place: [B, R] int32, the place before each response token, which predicts it; -1 is padding.
+      image_index: [B, T] int32 merged vision token of the row at each token, -1 for text.
+      place: [B, R] int32, index of the token that predicts each response token, the one before it;
+        -1 is padding.
       vision: the windows of all the row's images.
     """
 
@@ -89,7 +90,7 @@ class PackedRows(Generic[Leaf]):
 
     @property
     def labels(self: "PackedRows[Array]") -> Array:
-        """[B, R] int32, the response token that each place predicts."""
+        """[B, R] int32, the response tokens."""
         return jnp.take_along_axis(self.ids, jnp.maximum(self.place, 0) + 1, axis=1)
 
 
@@ -111,5 +112,5 @@ class WindowLayout:
 
 
 def merged_tokens(config: VisionConfig, grid: Grid) -> int:
-    """Tokens that an image takes in the prompt."""
+    """Tokens of an image in the prompt."""
     return grid[0] * grid[1] * grid[2] // config.merge_unit

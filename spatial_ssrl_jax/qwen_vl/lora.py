@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA): which layers have one, and how they become part of the kernel.
+"""Low-rank adapters (LoRA): which layers have one, and how they are merged into the kernel.
 
-An adapter is in the parameter tree beside the kernel it belongs to, as `lora_a`, `lora_b` and
-`lora_scale`. A tree that holds adapters is computed with them, one without is the plain model.
+An adapter is in the parameter tree beside its kernel, as `lora_a`, `lora_b` and `lora_scale`. A
+model computes with the adapters that its tree holds; without any it is the plain model.
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 from jax import Array
 
 from spatial_ssrl_jax.qwen_vl.layers import Init, Linear
-from spatial_ssrl_jax.qwen_vl.param_tree import Params, part_of, select_params
+from spatial_ssrl_jax.qwen_vl.param_tree import Params, flatten_params, part_of, select_params
 
 # The layers of each part that may have an adapter: all but the patches' embedding.
 TARGETS = {
@@ -27,11 +27,11 @@ _LEAVES = (*WEIGHTS, "lora_scale")
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Adapters; dropout is not offered, as the paper trains with none.
+    """Adapters (LoRA, arXiv 2106.09685), without dropout.
 
     Attributes:
-      rank: width of the side path; 0 has no adapters and trains the weights themselves.
-      alpha: the side path is multiplied by alpha / rank; 0 stands for twice the rank.
+      rank: width between `lora_a` and `lora_b`; 0 has no adapters and trains the weights.
+      alpha: an adapter's output is multiplied by alpha / rank; 0 means twice the rank.
       targets: parts whose linear layers have an adapter, of `language`, `vision` and `merger`, or
         single layers such as `language.q`; never the embedding or the head.
     """
@@ -42,7 +42,7 @@ class LoraSettings:
 
     @property
     def scale(self) -> float:
-        """What the side path is multiplied by."""
+        """Factor of an adapter's output."""
         return self.alpha / self.rank if self.alpha else 2.0
 
     def covers(self, layer: str) -> bool:
@@ -70,14 +70,15 @@ def adapt(model: nnx.Module, lora: LoraSettings, key: Array) -> None:
     init = Init(key)
     for path, module in nnx.iter_modules(model):
         name = "/".join(map(str, path))
-        adaptable = isinstance(module, Linear) and name != "vision/patch_embed"
-        if adaptable and lora.covers(layer_name(name)):
+        if not isinstance(module, Linear) or name == "vision/patch_embed":
+            continue
+        if lora.covers(layer_name(name)):
             module.adapt(init, lora.rank, lora.scale)
 
 
 def adapter_settings(params: Params) -> LoraSettings:
     """Which layers of a tree have an adapter; the rank is that of one of them."""
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = flatten_params(params)
     found = {path.removesuffix("/lora_a"): x for path, x in flat.items() if path.endswith("lora_a")}
     if not found:
         return NO_LORA

@@ -1,7 +1,7 @@
-"""Qwen2.5-VL: both towers, and the functions that run them on a batch of prompts.
+"""A Qwen-VL model: both towers, and the functions that run them on a batch of prompts.
 
-Parameters travel as a pure nested dict of arrays; `bind` puts them into the modules. Vision and
-layers are stacked along a leading layer axis.
+Parameters are a pure nested dict of arrays; `bind` puts them into the modules. The layers of either
+tower are stacked along a leading axis.
 """
 
 from functools import cache
@@ -15,7 +15,7 @@ from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.family import member_of
 from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch
-from spatial_ssrl_jax.qwen_vl.layers import Init
+from spatial_ssrl_jax.qwen_vl.layers import Init, Linear
 from spatial_ssrl_jax.qwen_vl.lora import (
     NO_LORA,
     LoraSettings,
@@ -60,14 +60,25 @@ def param_axes(config: QwenVLConfig, lora: LoraSettings = NO_LORA) -> Params:
     return nnx.to_pure_dict(axes)
 
 
+@cache
+def contracted_axes(config: QwenVLConfig) -> dict[str, int]:
+    """Of each linear layer's path, how many leading axes of its kernel belong to the input."""
+    model = nnx.merge(*_abstract(config, NO_LORA))
+    return {
+        "/".join(map(str, path)): module.contract
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Linear)
+    }
+
+
 def init_params(config: QwenVLConfig, key: Array) -> Params:
     """Fresh weights, float32, drawn from `key`."""
     return nnx.to_pure_dict(nnx.state(QwenVL(config, key)))
 
 
 def init_adapters(config: QwenVLConfig, lora: LoraSettings, key: Array) -> Params:
-    """Fresh adapters alone, float32, drawn from `key`; the model with them computes as without."""
-    model = nnx.merge(*_abstract(config, NO_LORA))  # shapes are enough: no base weight is drawn
+    """Fresh adapters alone, float32, drawn from `key`; the model computes the same with them."""
+    model = nnx.merge(*_abstract(config, NO_LORA))  # shapes suffice: no base weight is drawn
     adapt(model, lora, jax.random.fold_in(key, 2))
     return select_adapters(nnx.to_pure_dict(nnx.state(model)))
 
@@ -77,19 +88,21 @@ def bind(config: QwenVLConfig, params: Params) -> QwenVL:
     return nnx.merge(_abstract(config, adapter_settings(params))[0], params)
 
 
-def embed_prompt(model: QwenVL, prompts: PromptBatch | PackedRows, compute: Compute) -> Array:
-    """[B, T, D] token embeddings with the images' vectors in their places."""
+def embed_prompt(
+    model: QwenVL, prompts: PromptBatch[Array] | PackedRows[Array], compute: Compute
+) -> Array:
+    """[B, T, D] token embeddings, those of images from the vision tower."""
     x = compute.constrain(model.text.embed[...][prompts.ids].astype(compute.dtype))
     if prompts.vision.frame.shape[1] == 0:
         return x
     merged = model.vision(prompts.vision, compute)
     index = jnp.maximum(prompts.image_index, 0)[..., None]
-    picture = jnp.take_along_axis(merged, index, axis=1)
-    return jnp.where(prompts.image_index[..., None] >= 0, picture, x)
+    image = jnp.take_along_axis(merged, index, axis=1)
+    return jnp.where(prompts.image_index[..., None] >= 0, image, x)
 
 
 def prefill(
-    config: QwenVLConfig, model: QwenVL, prompts: PromptBatch, compute: Compute
+    config: QwenVLConfig, model: QwenVL, prompts: PromptBatch[Array], compute: Compute
 ) -> tuple[Array, Array, Array]:
     """Encodes images and runs prompts once.
 
@@ -110,7 +123,7 @@ def prefill(
 def response_hidden(
     config: QwenVLConfig,
     model: QwenVL,
-    prompts: PromptBatch,
+    prompts: PromptBatch[Array],
     tokens_BGR: Array,
     length_BG: Array,
     compute: Compute,
@@ -123,7 +136,7 @@ def response_hidden(
       prompts: B prompts, each run once for its whole group.
       tokens_BGR: int32 response tokens.
       length_BG: int32 tokens of each response.
-      compute: dtype, chunks and rematerialisation.
+      compute: how to compute.
 
     Returns:
       [B, G, R, D]: the first from the prompt's last token, the others from the token before.
@@ -147,7 +160,9 @@ def response_hidden(
     return jnp.concatenate((first, own[:, :, :-1]), axis=2)
 
 
-def packed_hidden(config: QwenVLConfig, model: QwenVL, rows: PackedRows, compute: Compute) -> Array:
+def packed_hidden(
+    config: QwenVLConfig, model: QwenVL, rows: PackedRows[Array], compute: Compute
+) -> Array:
     """Hidden states [B, R, D] from which the response tokens of packed rows are predicted."""
     hidden = model.text.packed(
         embed_prompt(model, rows, compute),
@@ -158,5 +173,6 @@ def packed_hidden(config: QwenVLConfig, model: QwenVL, rows: PackedRows, compute
     return jnp.take_along_axis(hidden, jnp.maximum(rows.place, 0)[..., None], axis=1)
 
 
-def _last(hidden_BTD: Array, prompts: PromptBatch) -> Array:
+def _last(hidden_BTD: Array, prompts: PromptBatch[Array]) -> Array:
+    """[B, D], of each prompt's last token."""
     return jnp.take_along_axis(hidden_BTD, (prompts.length - 1)[:, None, None], axis=1)[:, 0]

@@ -1,11 +1,11 @@
-"""What is Qwen2.5-VL's own: its `config.json`, its vision tower, where its patches go, and its names.
+"""Qwen2.5-VL's own parts: `config.json`, vision tower, window layout, M-RoPE positions, Hub names.
 
 Shape letters: B prompts, W windows of a prompt, S patches of a window (64), D width, M merged
 tokens of a window (S/4).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig, VisionConf
 from spatial_ssrl_jax.qwen_vl.inputs import Grid, VisionInput, WindowLayout
 from spatial_ssrl_jax.qwen_vl.kernels import self_attention
 from spatial_ssrl_jax.qwen_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
-from spatial_ssrl_jax.qwen_vl.rope import rotate, vision_rotary
+from spatial_ssrl_jax.qwen_vl.rope import Rotary, rotate, vision_rotary
 
 MODEL_TYPE = "qwen2_5_vl"
 
@@ -82,7 +82,8 @@ def config_from_dict(raw: dict[str, Any], name: str) -> QwenVLConfig:
         vision = raw.get("vision_config", {})
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _refuse_variants(text, vision, rope, name)
-        return QwenVLConfig(
+        tokens = {k: text.get(k, raw.get(k)) for k in _TOKEN_KEYS}
+        config = QwenVLConfig(
             model_type=MODEL_TYPE,
             text=TextConfig(
                 **{k: text[k] for k in _TEXT_KEYS},
@@ -97,12 +98,9 @@ def config_from_dict(raw: dict[str, Any], name: str) -> QwenVLConfig:
             tie_word_embeddings=bool(
                 raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
             ),
-            **{
-                k: _token(text.get(k, raw.get(k)))
-                for k in _TOKEN_KEYS
-                if text.get(k, raw.get(k)) is not None
-            },
         )
+        known = {k: _token(value) for k, value in tokens.items() if value is not None}
+        return dataclasses.replace(config, **known)
     except KeyError as error:
         raise UserError(
             f"{name} lacks the key {error}; expected Qwen2.5-VL's config.json: fetch it again."
@@ -111,8 +109,14 @@ def config_from_dict(raw: dict[str, Any], name: str) -> QwenVLConfig:
         raise UserError(f"{name} holds a wrong value ({error}): fetch it again.") from None
 
 
-def _refuse_variants(text: dict, vision: dict, rope: dict, name: str) -> None:
-    """Stops where the reference would compute something else than we do."""
+def _refuse_variants(
+    text: dict[str, Any], vision: dict[str, Any], rope: dict[str, Any], name: str
+) -> None:
+    """Refuses settings with which the reference computes something else than we do.
+
+    Raises:
+      UserError: it names the setting.
+    """
     settings = {
         "rope type": (rope.get("rope_type", rope.get("type", "mrope")), ("default", "mrope")),
         "hidden_act": (text.get("hidden_act", "silu"), ("silu",)),
@@ -128,13 +132,15 @@ def _refuse_variants(text: dict, vision: dict, rope: dict, name: str) -> None:
 
 
 def _token(value: int | list[int]) -> int:
+    """A token id, the first where there are several."""
     return value if isinstance(value, int) else value[0]
 
 
 def config_to_dict(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
-    """The hub's flat `config.json`, as Transformers and vLLM read it; `dtype` like `bfloat16`."""
+    """The Hub's flat `config.json`, as Transformers and vLLM read it; `dtype` like `bfloat16`."""
     text = dataclasses.asdict(config.text)
     section, theta = list(text.pop("mrope_section")), text.pop("rope_theta")
+    assert isinstance(config.vision, Qwen2_5VisionConfig)
     vision = dataclasses.asdict(config.vision)
     vision["in_chans"] = vision.pop("in_channels")
     vision["spatial_patch_size"] = config.vision.patch_size
@@ -143,7 +149,7 @@ def config_to_dict(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_act": "silu",
         "initializer_range": 0.02,
-        "model_type": "qwen2_5_vl",
+        "model_type": MODEL_TYPE,
         **text,
         "rope_theta": theta,
         "rope_scaling": {"type": "mrope", "mrope_section": section},
@@ -158,7 +164,7 @@ def config_to_dict(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
             **vision,
             "fullatt_block_indexes": list(config.vision.fullatt_block_indexes),
             "hidden_act": "silu",
-            "model_type": "qwen2_5_vl",
+            "model_type": MODEL_TYPE,
         },
     }
 
@@ -182,19 +188,34 @@ class VisionBlock(nnx.Module):
     def __call__(
         self,
         x_BWSD: Array,
-        rotary: tuple[Array, Array],
+        rotary: Rotary,
         segment_window: Array,
         segment_full: Array,
         is_full: Array,
         compute: Compute,
     ) -> Array:
+        """Runs the block.
+
+        Args:
+          x_BWSD: the patches.
+          rotary: their angles, [B, W, S, H/2].
+          segment_window: [B, W, S] int32, 0, or -1 for padding.
+          segment_full: [B, W, S] int32, the image or frame; -1 is padding.
+          is_full: [] bool, whether a patch sees its whole image; else its window.
+          compute: how to compute.
+
+        Returns:
+          [B, W, S, D].
+        """
         batch, windows, size, _ = x_BWSD.shape
         qkv = self.qkv(self.norm1(x_BWSD))
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         q, k = rotate(q, *rotary), rotate(k, *rotary)
 
-        def over(rows: int, segment: Array, compute: Compute):
-            def run(q, k, v):
+        def attention(
+            rows: int, segment: Array, compute: Compute
+        ) -> Callable[[Array, Array, Array], Array]:
+            def run(q: Array, k: Array, v: Array) -> Array:
                 q, k, v = (t.reshape(rows, -1, *t.shape[3:]) for t in (q, k, v))
                 k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
                 segments = segment.reshape(rows, -1)
@@ -203,17 +224,17 @@ class VisionBlock(nnx.Module):
 
             return run
 
-        full = over(batch, segment_full, compute)
+        full = attention(batch, segment_full, compute)
         if compute.attention.name == "splash":  # whose blocks are twice as long as a window
             compute = dataclasses.replace(compute, attention=XLA)
-        window = over(batch * windows, segment_window, compute)
+        window = attention(batch * windows, segment_window, compute)
         mixed = jax.lax.cond(is_full, full, window, q, k, v)
         x_BWSD = x_BWSD + self.proj(mixed)
         return x_BWSD + self.mlp(self.norm2(x_BWSD))
 
 
 class Merger(nnx.Module):
-    """Joins the four patches of a merged token and maps them to the language model's width."""
+    """Concatenates the four patches of a merged token and maps them to the text model's width."""
 
     def __init__(self, init: Init, config: Qwen2_5VisionConfig):
         wide = config.hidden_size * config.merge_unit
@@ -234,7 +255,7 @@ class VisionTower(nnx.Module):
         self.blocks = VisionBlock(init.stacked(config.depth), config)
         self.merger = Merger(init, config)
 
-    def __call__(self, vision: VisionInput, compute: Compute) -> Array:
+    def __call__(self, vision: VisionInput[Array], compute: Compute) -> Array:
         """Encodes the images of B prompts.
 
         Args:
@@ -251,7 +272,7 @@ class VisionTower(nnx.Module):
         segment_window = jnp.where(vision.frame >= 0, 0, -1)
         full = [i in config.fullatt_block_indexes for i in range(config.depth)]
 
-        def step(block: VisionBlock, x: Array, is_full: Array):
+        def step(block: VisionBlock, x: Array, is_full: Array) -> tuple[Array, None]:
             segments = (segment_window, vision.frame)
             x = compute.constrain(x)
             return block(x, rotary, *segments, is_full, compute), None
@@ -262,7 +283,7 @@ class VisionTower(nnx.Module):
         return compute.constrain(self.merger(x))
 
 
-# Where patches go ---------------------------------------------------------------------------------
+# Windows and positions ----------------------------------------------------------------------------
 
 
 def window_count(config: Qwen2_5VisionConfig, grids: Sequence[Grid]) -> int:
@@ -323,13 +344,13 @@ def mrope_positions(
       [3, T] int32: temporal, height and width position of each token.
     """
     position = np.zeros((3, len(is_vision)), np.int32)
-    place, current = 0, 0
+    start, current = 0, 0
     remaining = iter(zip(grids, seconds_per_grid, strict=True))
-    while place < len(is_vision):
-        if not is_vision[place]:
-            end = place + int(np.argmax(np.append(is_vision[place:], True)))
-            position[:, place:end] = current + np.arange(end - place)
-            current += end - place
+    while start < len(is_vision):
+        if not is_vision[start]:
+            end = start + int(np.argmax(np.append(is_vision[start:], True)))
+            position[:, start:end] = current + np.arange(end - start)
+            current += end - start
         else:
             grid, seconds = next(remaining)
             t, h, w = (
@@ -337,17 +358,17 @@ def mrope_positions(
                 grid[1] // config.spatial_merge_size,
                 grid[2] // config.spatial_merge_size,
             )
-            end = place + t * h * w
-            # In float32 like the reference, for a product may round to the next whole position.
+            end = start + t * h * w
+            # In float32 as in the reference: a product may round to the next whole position.
             step = np.float32(1 if seconds is None else config.tokens_per_second)
             step *= np.float32(1 if seconds is None else seconds)
             time = (np.arange(t, dtype=np.float32) * step).astype(np.int64)
             time, row, column = np.meshgrid(time, np.arange(h), np.arange(w), indexing="ij")
-            position[:, place:end] = current + np.stack((time, row, column)).reshape(3, -1)
-            # As in Transformers 5; its first Qwen2.5-VL continued after the last time where that is
-            # later, which differs for a video that is longer than it is large.
+            position[:, start:end] = current + np.stack((time, row, column)).reshape(3, -1)
+            # As in Transformers 5. Transformers 4 continues after the largest of time, row and
+            # column, which differs for a video with more frames than rows and columns.
             current += max(h, w)
-        place = end
+        start = end
     return position
 
 
@@ -379,3 +400,12 @@ HUB_NAMES = {
     "text/norm/scale": "model.norm.weight",
     "text/head": "lm_head.weight",
 }
+
+# Prefixes that Transformers 4.52 and later write, and the Hub's.
+RENAMED = (("model.language_model.", "model."), ("model.visual.", "visual."))
+
+
+def hub_shapes(config: Qwen2_5VisionConfig) -> dict[str, tuple[int, ...]]:
+    """Our path -> shape on the Hub, of kernels that are not [out, in] there: a convolution's."""
+    patch = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
+    return {"vision/patch_embed/kernel": (config.hidden_size, *patch)}

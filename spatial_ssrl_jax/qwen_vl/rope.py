@@ -6,13 +6,15 @@ from jax import Array
 
 from spatial_ssrl_jax.qwen_vl.config import TextConfig, VisionConfig
 
+Rotary = tuple[Array, Array]  # cosine and sine, each [..., H/2] float32
 
-def text_rotary(config: TextConfig, position_B3T: Array) -> tuple[Array, Array]:
+
+def text_rotary(config: TextConfig, position_B3T: Array) -> Rotary:
     """Cosine and sine of M-RoPE.
 
     Args:
-      config: the text model's shape; `mrope_section` says how many of the H/2 frequencies turn
-        with the temporal, height and width position.
+      config: the text model's shape; `mrope_section` is how many of the H/2 frequencies rotate
+        by the temporal, height and width position.
       position_B3T: [..., 3, T] int32 positions (temporal, height, width).
 
     Returns:
@@ -25,7 +27,7 @@ def text_rotary(config: TextConfig, position_B3T: Array) -> tuple[Array, Array]:
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def vision_rotary(config: VisionConfig, coords: Array) -> tuple[Array, Array]:
+def vision_rotary(config: VisionConfig, coords: Array) -> Rotary:
     """Cosine and sine of the vision tower.
 
     Args:
@@ -33,8 +35,8 @@ def vision_rotary(config: VisionConfig, coords: Array) -> tuple[Array, Array]:
       coords: [..., 2] int32 row and column of each patch in its image.
 
     Returns:
-      Two float32 arrays [..., H/2]: the first half of the frequencies turns with the row, the
-      second with the column.
+      Two float32 arrays [..., H/2]: the first half of the frequencies rotates by the row,
+      the second by the column.
     """
     frequency = _frequencies(config.head_dim // 2, 10_000.0)
     angle = coords[..., None].astype(jnp.float32) * frequency
@@ -43,11 +45,11 @@ def vision_rotary(config: VisionConfig, coords: Array) -> tuple[Array, Array]:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the pairs (x[i], x[i + H/2]) of [..., T, heads, H] by angles given as [..., T, H/2]."""
+    """Rotates the pairs (x[i], x[i + H/2]) of [..., T, heads, H] by angles [..., T, H/2]."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
-    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def _frequencies(size: int, theta: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The language model's layers, in the four forms that training and sampling need.
+"""The language model's layers, in the four modes that training and sampling need.
 
 - `prefill`: prompts alone, keeping their keys and values;
 - `packed`: rows of several examples, one after another, for gradients;
@@ -15,21 +15,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from spatial_ssrl_jax.qwen_vl.attention import attend_shared
 from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute
 from spatial_ssrl_jax.qwen_vl.config import TextConfig
 from spatial_ssrl_jax.qwen_vl.kernels import (
     FUSED,
+    KeyValues,
     decode_attention,
     group_attention,
     self_attention,
 )
 from spatial_ssrl_jax.qwen_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
 from spatial_ssrl_jax.qwen_vl.lora import merge_adapters
-from spatial_ssrl_jax.qwen_vl.rope import rotate
-
-Rotary = tuple[Array, Array]
+from spatial_ssrl_jax.qwen_vl.param_tree import Params
+from spatial_ssrl_jax.qwen_vl.rope import Rotary, rotate
 
 
 class TextLayer(nnx.Module):
@@ -55,14 +56,14 @@ class TextLayer(nnx.Module):
         return rotate(self.q(x), *rotary), rotate(self.k(x), *rotary), self.v(x)
 
     def grouped(self, x: Array) -> Array:
-        """[..., K, N/K + 2, H]: of each key/value head its queries, its key, its value; not
-        rotated."""
+        """[..., K, N/K + 2, H]: the queries, the key and the value of each key/value head, before
+        rotation."""
         x = self.norm1(x)
         k = self.k(x)
         return _group_heads(self.q(x), k, self.v(x), k.shape[-2])
 
     def finish(self, x: Array, mixed: Array) -> Array:
-        """Adds what attention mixed ([..., T, N, H]), then the MLP."""
+        """Adds attention's output, projected from `mixed` [..., T, N, H], then the MLP's."""
         x = x + self.o(mixed)
         return x + self.mlp(self.norm2(x))
 
@@ -78,7 +79,7 @@ class TextModel(nnx.Module):
         self.norm = RMSNorm(init, config.hidden_size, config.rms_norm_eps)
         self.head = None if tied else init.normal(shape, axes, scale)
 
-    def head_weight(self, dtype) -> Array:
+    def head_weight(self, dtype: DTypeLike) -> Array:
         """[V, D] in `dtype`; the embedding itself when they are tied."""
         return (self.embed if self.head is None else self.head)[...].astype(dtype)
 
@@ -92,18 +93,19 @@ class TextModel(nnx.Module):
         """Runs prompts.
 
         Args:
-          x_BTD: embedded prompts, images in place.
+          x_BTD: embedded prompts, images included.
           rotary: angles of the prompt's positions, [B, T, H/2].
           valid_BT: bool, which tokens exist.
-          compute: how to compute; nothing is recomputed, for there is no backward pass.
+          compute: how to compute; `remat` has no effect, as there is no backward pass.
 
         Returns:
           Hidden states [B, T, D] after the last norm, keys and values [L, B, K, T, H].
         """
         segment = jnp.where(valid_BT, 0, -1)
         compute = replace(compute, remat="none")
-        x, (keys, values) = self._causal(x_BTD, rotary, segment, compute, keep=True)
-        return x, keys, values
+        x, kept = self._causal(x_BTD, rotary, segment, compute, keep=True)
+        assert kept is not None
+        return x, *kept
 
     def packed(
         self,
@@ -115,7 +117,7 @@ class TextModel(nnx.Module):
         """Runs rows of several examples; a token sees its own example's tokens up to itself.
 
         Args:
-          x_BTD: embedded rows, images in place.
+          x_BTD: embedded rows, images included.
           rotary: angles of each token's position in its own example, [B, T, H/2].
           segment_BT: int32, which example a token belongs to; -1 is padding.
           compute: how to compute.
@@ -132,17 +134,17 @@ class TextModel(nnx.Module):
         segment: Array,
         compute: Compute,
         keep: bool,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    ) -> tuple[Array, KeyValues | None]:
         """Causal layers inside segments; with `keep`, of single prompts, keys and values too."""
 
-        def step(layer: TextLayer, x: Array, _):
+        def step(layer: TextLayer, x: Array, _: None) -> tuple[Array, KeyValues | None]:
             x = compute.constrain(x)
             q, k, v = layer.project(x, rotary)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             mixed = self_attention(q, k, v, segment, compute, causal=True, single=keep)
             return layer.finish(x, mixed), (k, v) if keep else None
 
-        x, kept = scan_layers(self.layers, step, x, remat=compute.remat)
+        x, kept = scan_layers(self.layers, step, x, None, remat=compute.remat)
         return self.norm(x), kept
 
     def group(
@@ -157,8 +159,8 @@ class TextModel(nnx.Module):
     ) -> tuple[Array, Array]:
         """Runs every prompt once, with all its responses after it.
 
-        Dense layers see [prompt | response 1 | … | response G]. The prompt attends to itself, a
-        response to the whole prompt and to itself, never to another response.
+        Dense layers run over [prompt | response 1 | … | response G]. The prompt attends to itself,
+        a response to the whole prompt and to itself, never to another response.
 
         Returns:
           Hidden states after the last norm: [B, T, D] and [B, G, R, D].
@@ -169,14 +171,14 @@ class TextModel(nnx.Module):
         valid = jnp.concatenate((prompt_valid_BT, response_valid_BGR.reshape(batch, -1)), axis=1)
         order = jnp.arange(response)
         seen = (order[:, None] >= order) & response_valid_BGR[:, :, None]
-        rotary = tuple(
+        cos, sin = (
             jnp.concatenate((p, r.reshape(batch, group * response, -1)), axis=1)
             for p, r in zip(prompt_rotary, response_rotary, strict=True)
         )
 
-        def step(layer: TextLayer, x: Array, _):
+        def step(layer: TextLayer, x: Array, _: None) -> tuple[Array, None]:
             x = compute.constrain(x)
-            q, k, v = layer.project(x, rotary)
+            q, k, v = layer.project(x, (cos, sin))
             if compute.attention.name in FUSED:
                 k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
                 mixed = group_attention(
@@ -195,16 +197,16 @@ class TextModel(nnx.Module):
             return layer.finish(x, jnp.concatenate((mixed, own), axis=1)), None
 
         x = jnp.concatenate((prompt_BTD, response_BGRD.reshape(batch, -1, width)), axis=1)
-        x, _ = scan_layers(self.layers, step, x, remat=compute.remat)
+        x, _ = scan_layers(self.layers, step, x, None, remat=compute.remat)
         x = self.norm(x)
         return x[:, :prompt], x[:, prompt:].reshape(response_BGRD.shape)
 
 
 class FusedProjectionLayer(nnx.Module):
-    """A `TextLayer` for decode steps on a GPU: what multiplies the same activations is one weight.
+    """A `TextLayer` for decode steps on a GPU: weights of the same activations are fused into one.
 
-    A step's products are so thin that one alone leaves a part of a GPU idle. A TPU gains nothing,
-    and would keep a second copy of the wide weight in another order.
+    A step's matmuls are so thin that one alone leaves a part of a GPU idle. A TPU gains nothing,
+    and would keep a second copy of the fused weight in another order.
     """
 
     def __init__(self, init: Init, config: TextConfig):
@@ -212,7 +214,7 @@ class FusedProjectionLayer(nnx.Module):
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         self.norm1 = RMSNorm(init, width, config.rms_norm_eps)
         self.norm2 = RMSNorm(init, width, config.rms_norm_eps)
-        # Of each key/value head: the query heads that it serves, its key, its value.
+        # Of each key/value head: its query heads, its key, its value.
         shape, axes = (width, groups, heads // groups + 2, size), ("kv_heads", None, "head_dim")
         self.qkv = Linear(init, shape, ("embed", *axes), bias=True)
         out_axes = ("heads", "head_dim", "embed")
@@ -222,9 +224,10 @@ class FusedProjectionLayer(nnx.Module):
 
     def grouped(self, x_BGD: Array) -> Array:
         """As `TextLayer.grouped`."""
+        assert self.qkv.bias is not None
         kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]
         flat = self.norm1(x_BGD).reshape(-1, kernel.shape[0])
-        # As a vector the bias is added inside of the product.
+        # As a vector the bias is added inside of the matmul.
         flat = jnp.matmul(flat, kernel.reshape(kernel.shape[0], -1)) + bias.reshape(-1)
         return flat.reshape(*x_BGD.shape[:-1], *bias.shape)
 
@@ -235,24 +238,25 @@ class FusedProjectionLayer(nnx.Module):
         return x + self.down(jax.nn.silu(both[:, :, 0]) * both[:, :, 1])
 
 
-def unstack(model: TextModel, dtype, joined: bool) -> list[dict]:
+def unstack(model: TextModel, dtype: str, fused: bool) -> list[Params]:
     """The stacked layers, adapters merged, as one pure dict of arrays a layer, in `dtype`.
 
-    They are a `TextLayer`'s, or, `joined`, a `FusedProjectionLayer`'s.
+    They are a `TextLayer`'s, or, `fused`, a `FusedProjectionLayer`'s.
     """
     weights = nnx.to_pure_dict(nnx.state(model.layers))
     count = jax.tree.leaves(weights)[0].shape[0]
     layers = (jax.tree.map(lambda x, i=i: x[i], weights) for i in range(count))
     # A layer at a time: merging whole stacks would need a float32 copy of each.
     merged = (merge_adapters(layer, dtype) for layer in layers)
-    return [_join(layer) if joined else layer for layer in merged]
+    return [_fuse(layer) if fused else layer for layer in merged]
 
 
-def _join(layer: dict) -> dict:
+def _fuse(layer: Params) -> Params:
     mlp, groups = layer["mlp"], layer["k"]["bias"].shape[0]
 
     def grouped(name: str) -> Array:
-        return _group_heads(*(layer[part][name] for part in ("q", "k", "v")), groups)
+        q, k, v = (layer[projection][name] for projection in ("q", "k", "v"))
+        return _group_heads(q, k, v, groups)
 
     return {
         "norm1": layer["norm1"],
@@ -274,12 +278,12 @@ def decode_layer(
     layer: TextLayer | FusedProjectionLayer,
     x_BGD: Array,
     rotary: Rotary,
-    prefix: tuple[Array, Array],
+    prefix: KeyValues,
     prefix_valid_BT: Array,
-    own: tuple[Array, Array],
+    own: KeyValues,
     cursor: Array,
     kernel: AttentionKernel = XLA,
-) -> tuple[Array, tuple[Array, Array]]:
+) -> tuple[Array, KeyValues]:
     """One layer of one decode step: writes this token's key and value at `cursor`, then attends.
 
     Args:
@@ -290,7 +294,7 @@ def decode_layer(
       prefix_valid_BT: bool, which prompt tokens exist.
       own: the samples' keys and values, each [B, G, K, R, H].
       cursor: int32 slot that every sample writes; the token sees it and those before.
-      kernel: what computes attention.
+      kernel: of attention.
 
     Returns:
       The new hidden state [B, G, D] and the new `own`.

@@ -1,11 +1,12 @@
-"""The one table between our parameters and the Hub's tensors, read in both directions.
+"""Between our parameters and the Hub's tensors: one table, read in both directions.
 
 A hub matrix is [out, in]; ours is [*in, *out], so a matrix is transposed and reshaped, and
-everything else is reshaped only. Our layers are stacked along a leading axis, the Hub's are
-tensors of their own.
+everything else is reshaped only. Our layers are stacked along a leading axis; on the Hub each has
+tensors of its own.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,17 +15,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.family import member_of
-from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params
+from spatial_ssrl_jax.qwen_vl.model import abstract_params, contracted_axes
+from spatial_ssrl_jax.qwen_vl.param_tree import Params, flatten_params, unflatten_params
 
-_AS_IS = ("text/embed", "text/head")
-_RENAMED = (("model.language_model.", "model."), ("model.visual.", "visual."))
+_TABLES = ("text/embed", "text/head")  # [V, D] here and on the Hub
 
 
 @dataclass(frozen=True)
@@ -35,28 +35,20 @@ class Entry:
       path: where it is in the tree, joined by `/`.
       name: the Hub's name, with `{}` for the layer.
       shape: our shape, with the layer axis in front where `layers` is set.
+      hub_shape: shape of each of its tensors on the Hub.
       layers: how many hub tensors are stacked in it, or None.
     """
 
     path: str
     name: str
     shape: tuple[int, ...]
+    hub_shape: tuple[int, ...]
     layers: int | None
 
     @property
     def hub_names(self) -> list[str]:
+        """The names of its tensors on the Hub, a layer after another."""
         return [self.name.format(i) for i in range(self.layers)] if self.layers else [self.name]
-
-    def hub_shape(self, config: QwenVLConfig) -> tuple[int, ...]:
-        """The shape the Hub keeps one of its tensors in."""
-        shape = self.shape[1:] if self.layers else self.shape
-        if self.path == "vision/patch_embed/kernel":
-            v = config.vision
-            return (shape[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-        if not self._is_matrix:
-            return (int(np.prod(shape)),) if self.path not in _AS_IS else shape
-        contract = 2 if self.path.endswith(("blocks/proj/kernel", "layers/o/kernel")) else 1
-        return int(np.prod(shape[contract:])), int(np.prod(shape[:contract]))
 
     @property
     def _is_matrix(self) -> bool:
@@ -68,26 +60,33 @@ class Entry:
             tensor = tensor.reshape(tensor.shape[0], -1).T
         return tensor.reshape(self.shape[1:] if self.layers else self.shape)
 
-    def to_hub(self, array: np.ndarray, config: QwenVLConfig) -> np.ndarray:
+    def to_hub(self, array: np.ndarray) -> np.ndarray:
         """One of our arrays (without the layer axis) in the Hub's shape."""
-        shape = self.hub_shape(config)
         if self._is_matrix:
-            array = array.reshape(-1, shape[0]).T
-        return np.ascontiguousarray(array.reshape(shape))
+            array = array.reshape(-1, self.hub_shape[0]).T
+        return np.ascontiguousarray(array.reshape(self.hub_shape))
 
 
 def entries(config: QwenVLConfig) -> list[Entry]:
     """Every parameter with its hub name, in the tree's order."""
-    flat = traverse_util.flatten_dict(abstract_params(config), sep="/")
-    hub_names, found = member_of(config).hub_names, []
-    for path, leaf in flat.items():
+    member, contracted, found = member_of(config), contracted_axes(config), []
+    hub_names, hub_shapes = member.hub_names, member.hub_shapes(config.vision)
+    for path, leaf in flatten_params(abstract_params(config)).items():
+        module, kind = path.rsplit("/", 1)
         if path in hub_names:
             name = hub_names[path]
         else:
-            module, kind = path.rsplit("/", 1)
             name = f"{hub_names[module]}.{'weight' if kind == 'kernel' else kind}"
         layers = leaf.shape[0] if "{}" in name else None
-        found.append(Entry(path, name, leaf.shape, layers))
+        shape = leaf.shape[1:] if layers else leaf.shape
+        if path in hub_shapes:
+            hub_shape = hub_shapes[path]
+        elif kind == "kernel":
+            count = contracted[module]
+            hub_shape = (math.prod(shape[count:]), math.prod(shape[:count]))
+        else:
+            hub_shape = shape if path in _TABLES else (math.prod(shape),)
+        found.append(Entry(path, name, leaf.shape, hub_shape, layers))
     return found
 
 
@@ -101,8 +100,8 @@ def read_params(
     Args:
       folder: a hub-like folder; single file or shards, either naming style.
       config: the model's shape.
-      place: puts one parameter, given by path and host array in the file's dtype, where it
-        belongs; by default it goes to the default device as it is.
+      place: puts one parameter, given by path and host array in the file's dtype, on devices; by
+        default on the default device.
 
     Returns:
       The parameter tree.
@@ -113,59 +112,61 @@ def read_params(
     place = place or (lambda path, array: jax.numpy.asarray(array))
     stored = find_tensors(Path(folder), config)
     flat = {entry.path: place(entry.path, _read(entry, stored)) for entry in entries(config)}
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return unflatten_params(flat)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where a tensor is: its file, its name there, and its shape."""
+class StoredTensor:
+    """A tensor in a file: the file, the tensor's name there, and its shape."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
 
 
-def _read(entry: Entry, stored: dict[str, Stored]) -> np.ndarray:
+def _read(entry: Entry, stored: dict[str, StoredTensor]) -> np.ndarray:
     """One parameter on the host.
 
-    Its files are opened for it alone: what was read of a mapped file stays in memory until it is
-    closed, and with all of them open the whole model would be there twice.
+    Its files are opened for it alone: the pages read of a mapped file stay in memory until it is
+    closed, so with all files open the whole model would be in memory twice.
     """
-    places = [stored[name] for name in entry.hub_names]
+    tensors = [stored[name] for name in entry.hub_names]
     with ExitStack() as stack:
-        files = {p: stack.enter_context(safe_open(p, "np")) for p in {x.path for x in places}}
-        return _stack((entry.from_hub(files[x.path].get_tensor(x.name)) for x in places), entry)
+        files = {p: stack.enter_context(safe_open(p, "np")) for p in {x.path for x in tensors}}
+        return _stack((entry.from_hub(files[x.path].get_tensor(x.name)) for x in tensors), entry)
 
 
-def _stack(parts: Iterator[np.ndarray], entry: Entry) -> np.ndarray:
+def _stack(layers: Iterator[np.ndarray], entry: Entry) -> np.ndarray:
+    """The parameter, of its tensors in our shape."""
+    first = next(layers)
     if entry.layers is None:
-        return next(parts)
-    whole = None
-    for i, part in enumerate(parts):
-        if whole is None:
-            whole = np.empty(entry.shape, part.dtype)
-        whole[i] = part
-    return whole
+        return first
+    stacked = np.empty(entry.shape, first.dtype)
+    stacked[0] = first
+    del first
+    for i, layer in enumerate(layers, 1):
+        stacked[i] = layer
+    return stacked
 
 
-def canonical_name(name: str) -> str:
-    """The hub's name of a tensor or module that newer exports name otherwise."""
-    for new, old in _RENAMED:
+def canonical_name(config: QwenVLConfig, name: str) -> str:
+    """The Hub's name of a tensor or module, from that or from the name in newer exports."""
+    for new, old in member_of(config).renamed:
         if name.startswith(new):
             return old + name[len(new) :]
     return name
 
 
-def newer_name(name: str) -> str:
-    """The name that Transformers 4.52 and later give what the Hub calls `name`."""
-    for new, old in _RENAMED:
+def newer_name(config: QwenVLConfig, name: str) -> str:
+    """The name in newer exports of a tensor or module, from the Hub's."""
+    for new, old in member_of(config).renamed:
         if name.startswith(old):
             return new + name[len(old) :]
     return name
 
 
-def find_tensors(folder: Path, config: QwenVLConfig) -> dict[str, Stored]:
-    """Where the tensor of each canonical name is, from the files' headers alone.
+def find_tensors(folder: Path, config: QwenVLConfig) -> dict[str, StoredTensor]:
+    """The tensor of each canonical name, from the files' headers alone.
 
     Raises:
       UserError: a missing, extra or wrongly shaped tensor, or a broken file.
@@ -176,7 +177,7 @@ def find_tensors(folder: Path, config: QwenVLConfig) -> dict[str, Stored]:
             with safe_open(path, "np") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     shape = tuple(file.get_slice(name).get_shape())
-                    found[canonical_name(name)] = Stored(path, name, shape)
+                    found[canonical_name(config, name)] = StoredTensor(path, name, shape)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
     _check(folder, config, found)
@@ -197,8 +198,8 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _check(folder: Path, config: QwenVLConfig, stored: dict[str, Stored]) -> None:
-    expected = {n: entry.hub_shape(config) for entry in entries(config) for n in entry.hub_names}
+def _check(folder: Path, config: QwenVLConfig, stored: dict[str, StoredTensor]) -> None:
+    expected = {n: entry.hub_shape for entry in entries(config) for n in entry.hub_names}
     missing = sorted(expected.keys() - stored.keys())
     extra = sorted(stored.keys() - expected.keys())
     if config.tie_word_embeddings and "lm_head.weight" in extra:
@@ -230,12 +231,12 @@ def write_params(
       dtype: what to write, `float32` or `bfloat16`.
       shard_bytes: bytes after which a new shard begins.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = flatten_params(params)
     shards, sizes, names = [{}], [0], {}
     for entry in entries(config):
         array = np.asarray(jax.device_get(flat[entry.path].astype(dtype)))
         for i, name in enumerate(entry.hub_names):
-            tensor = entry.to_hub(array[i] if entry.layers else array, config)
+            tensor = entry.to_hub(array[i] if entry.layers else array)
             if sizes[-1] and sizes[-1] + tensor.nbytes > shard_bytes:
                 _write_shard(folder, len(shards), shards[-1])
                 shards.append({})

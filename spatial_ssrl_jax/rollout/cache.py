@@ -1,25 +1,26 @@
-"""What decoding keeps between steps: the prompt's keys and values once a group, and each sample's.
+"""The state of decoding: the prompt's keys and values once a group, and those of each sample.
 
 One array a layer: a cache carried through a scan over layers would be copied at every step.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding
 
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.config import TextConfig
-
-LayerCache = tuple[Array, Array]
+from spatial_ssrl_jax.qwen_vl.inputs import Leaf
+from spatial_ssrl_jax.qwen_vl.kernels import KeyValues
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Prefix:
-    """The prompts of a rollout, read by every sample and never written.
+class Prefix(Generic[Leaf]):
+    """The prompts of a rollout batch, read by every sample and never written.
 
     Attributes:
       layers: keys and values [B, K, T, H] of each layer.
@@ -27,45 +28,53 @@ class Prefix:
       next_position: [B] int32 position of the first response token.
     """
 
-    layers: tuple[LayerCache, ...]
-    valid: Array
-    next_position: Array
+    layers: tuple[tuple[Leaf, Leaf], ...]
+    valid: Leaf
+    next_position: Leaf
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DecodeState:
-    """B groups of G samples in the middle of being written.
+class DecodeState(Generic[Leaf]):
+    """B groups of G samples that are being decoded.
 
     Attributes:
-      layers: keys and values [B, G, K, C, H] of each layer, C slots so far.
+      layers: keys and values [B, G, K, C, H] of each layer, in C slots.
       hidden: [B, G, D] hidden state that predicts the next token.
-      tokens: [B, G, R] int32.
+      tokens: [B, G, R] int32, zero where none is written.
       logprobs: [B, G, R] float32 log-probability of each token.
       length: [B, G] int32 tokens written, the end token included.
       finished: [B, G] bool, an end token was written.
-      cursor: int32 place of the next token, the same for all.
+      cursor: [] int32 index of the next token, the same for all.
     """
 
-    layers: tuple[LayerCache, ...]
-    hidden: Array
-    tokens: Array
-    logprobs: Array
-    length: Array
-    finished: Array
-    cursor: Array
+    layers: tuple[tuple[Leaf, Leaf], ...]
+    hidden: Leaf
+    tokens: Leaf
+    logprobs: Leaf
+    length: Leaf
+    finished: Leaf
+    cursor: Leaf
 
 
 def kv_token_bytes(config: TextConfig, dtype: str) -> int:
-    """Bytes that one token's keys and values take in all layers."""
+    """Bytes of one token's keys and values in all layers."""
     values = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return 2 * values * jnp.dtype(dtype).itemsize
 
 
 def initial_state(
     config: TextConfig, hidden_BD: Array, group: int, slots: int, limit: int
-) -> DecodeState:
-    """Every sample of every group before its first token, with `slots` cache slots."""
+) -> DecodeState[Array]:
+    """The state before the first token.
+
+    Args:
+      config: the language model's shape.
+      hidden_BD: hidden state after each prompt.
+      group: G.
+      slots: C, cache slots of each sample.
+      limit: R, the most tokens of a response.
+    """
     batch = hidden_BD.shape[0]
     shape = (batch, group, config.num_key_value_heads, slots, config.head_dim)
     rows = (batch, group)
@@ -83,35 +92,36 @@ def initial_state(
     )
 
 
-def extended(cache: LayerCache, slots: int) -> LayerCache:
-    """One layer's keys and values with `slots` more slots after."""
-    return tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, slots), (0, 0)]) for x in cache)
+def append_slots(cache: KeyValues, slots: int) -> KeyValues:
+    """One layer's keys and values with `slots` more slots."""
+    keys, values = (jnp.pad(x, [(0, 0)] * 3 + [(0, slots), (0, 0)]) for x in cache)
+    return keys, values
 
 
-Kept = TypeVar("Kept")
+Tree = TypeVar("Tree")
 _PREFIX = ("batch", "kv_heads", None, None)
 _OWN = ("batch", None, "kv_heads", None, None)
 
 
-def constrained(tree: Kept, layout: Layout | None) -> Kept:
-    """What decoding keeps, held in a layout inside a jitted program; None leaves it as it is.
+def constrain(tree: Tree, layout: Layout | None) -> Tree:
+    """The state of decoding, constrained to a layout inside a jitted program; None leaves it as is.
 
-    Caches, the only arrays of four and five axes, are cut by rows and by key/value heads, all else
-    by rows.
+    Caches, the only arrays of four and five axes, are sharded by rows and by key/value heads, all
+    else by rows.
     """
     if layout is None:
         return tree
 
-    def hold(x: Array) -> Array:
+    def shard(x: Array) -> Array:
         axes = {4: _PREFIX, 5: _OWN}.get(x.ndim, ("batch", None, None)[: x.ndim])
         return jax.lax.with_sharding_constraint(x, layout.sharding("a cache", axes, x.shape))
 
-    return jax.tree.map(hold, tree)
+    return jax.tree.map(shard, tree)
 
 
-def prefix_shardings(config: TextConfig, layout: Layout) -> Prefix:
-    """Where a `Prefix` is in a layout; `layers` stands for every cache."""
+def prefix_shardings(config: TextConfig, layout: Layout) -> Prefix[NamedSharding]:
+    """The sharding of each array of a `Prefix`."""
     shape = (layout.batch_shards, config.num_key_value_heads, 1, 1)
-    return Prefix(
-        layout.sharding("a cache", _PREFIX, shape), layout.batch_sharding(), layout.batch_sharding()
-    )
+    cache = layout.sharding("a cache", _PREFIX, shape)
+    layers = ((cache, cache),) * config.num_hidden_layers
+    return Prefix(layers, layout.batch_sharding(), layout.batch_sharding())

@@ -1,7 +1,7 @@
 """The jitted programs of a rollout: copying the weights, prefill, decoding, growing the caches.
 
-The decode loop is one `while_loop` on the device that looks for the end every few steps; every step
-reads the prompt's keys and values once for the whole group.
+The decode loop is one `while_loop` on the device that checks every few steps whether all samples
+have finished; every step reads the prompt's keys and values once for the whole group.
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
@@ -19,33 +20,36 @@ from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
 from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
-from spatial_ssrl_jax.qwen_vl.layers import Init, cast
-from spatial_ssrl_jax.qwen_vl.model import Params
+from spatial_ssrl_jax.qwen_vl.kernels import KeyValues
+from spatial_ssrl_jax.qwen_vl.layers import Init, cast, rms_norm
+from spatial_ssrl_jax.qwen_vl.param_tree import Params
 from spatial_ssrl_jax.qwen_vl.rope import text_rotary
 from spatial_ssrl_jax.qwen_vl.text import FusedProjectionLayer, TextLayer, decode_layer, unstack
 from spatial_ssrl_jax.rollout.cache import (
     DecodeState,
-    LayerCache,
     Prefix,
-    constrained,
-    extended,
+    append_slots,
+    constrain,
     initial_state,
     prefix_shardings,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling, sample, uniforms
 
+# `layers`: a dict of arrays a layer; `embed`, `head` (None where tied) and `norm`.
+DecodeWeights = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What is fixed when the decode program is compiled.
+    """The static settings of the decode program.
 
     Attributes:
       sampling: temperature and truncation.
       stop_ids: tokens that end a response.
       suppressed: tokens that are never drawn.
-      check_every: steps between looks at whether all have finished.
-      layout: where caches are; None leaves it to the compiler.
-      kernel: what computes attention; where, `layout` says, if there is one.
+      check_every: steps between checks of whether all have finished.
+      layout: the sharding of caches; None leaves it to the compiler.
+      kernel: of attention; a layout's mesh replaces its own.
     """
 
     sampling: Sampling
@@ -58,19 +62,19 @@ class DecodeSettings:
 
 @partial(jax.jit, static_argnums=(0, 2, 3))
 def decode_weights(
-    config: QwenVLConfig, params: Params, dtype: str, joined: bool = False
-) -> dict[str, Any]:
-    """The decode step's own copy of the language model: one dict a layer, in `dtype`.
+    config: QwenVLConfig, params: Params, dtype: str, fused: bool = False
+) -> DecodeWeights:
+    """The decode step's own copy of the language model.
 
     Args:
       config: the model's shape.
       params: the model.
       dtype: of the copy.
-      joined: as a `FusedProjectionLayer` has its weights.
+      fused: in the layout of a `FusedProjectionLayer`; else of a `TextLayer`.
     """
     text = qwen.bind(config, params).text
     return {
-        "layers": unstack(text, dtype, joined),
+        "layers": unstack(text, dtype, fused),
         "embed": text.embed[...].astype(dtype),
         "head": None if text.head is None else text.head[...].astype(dtype),
         "norm": cast(nnx.to_pure_dict(nnx.state(text.norm)), dtype),
@@ -78,62 +82,60 @@ def decode_weights(
 
 
 @cache
-def _layer(config: TextConfig, joined: bool) -> tuple[nnx.GraphDef, nnx.State]:
-    kind = FusedProjectionLayer if joined else TextLayer
+def _abstract_layer(config: TextConfig, fused: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    kind = FusedProjectionLayer if fused else TextLayer
     return nnx.split(nnx.eval_shape(lambda: kind(Init(jax.random.key(0)), config)))
 
 
-def _is_joined(layer: dict[str, Any]) -> bool:
+def _is_fused(layer: Params) -> bool:
     return "qkv" in layer
 
 
 def decode_weight_shardings(
-    config: QwenVLConfig, layout: Layout, joined: bool = False
+    config: QwenVLConfig, layout: Layout, fused: bool = False
 ) -> dict[str, Any]:
-    """Where `decode_weights`' arrays are for sampling; `layers` is one layer's, for all are alike.
+    """The shardings of `decode_weights` for sampling; `layers` is that of one layer, of all alike.
 
     Raises:
       UserError: an axis of a weight does not divide by its mesh axis.
     """
     whole = layout.param_shardings(config, part="text/")["text"]
 
-    def place(path: Any, weight: nnx.Param) -> NamedSharding:
+    def shard(path: tuple[Any, ...], weight: nnx.Param) -> NamedSharding:
         name = "/".join(str(getattr(key, "key", key)) for key in path)
         return layout.sharding(f"layers/{name}", weight.axes, weight.shape)
 
     layer = jax.tree.map_with_path(
-        place, _layer(config.text, joined)[1], is_leaf=lambda x: isinstance(x, nnx.Variable)
+        shard, _abstract_layer(config.text, fused)[1], is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
-    around = {"embed": whole["embed"], "head": whole.get("head"), "norm": whole["norm"]}
-    return around | {"layers": nnx.to_pure_dict(layer)}
+    rest = {"embed": whole["embed"], "head": whole.get("head"), "norm": whole["norm"]}
+    return rest | {"layers": nnx.to_pure_dict(layer)}
 
 
 @cache
 def reshard_program(
-    config: QwenVLConfig, layout: Layout, of_layer: bool, joined: bool = False
+    config: QwenVLConfig, layout: Layout, of_layer: bool, fused: bool = False
 ) -> jax.stages.Wrapped:
-    """Jitted: one layer, or what is around the layers, to where sampling needs it.
+    """Jitted: reshards one layer, or all other weights, for sampling.
 
-    Donated where nothing moves; a part of another size could not take its buffer.
+    Donates them on one device; on several a shard of another size cannot take over the buffer.
     """
-    places = decode_weight_shardings(config, layout, joined)
-    layer = places.pop("layers")
+    rest = decode_weight_shardings(config, layout, fused)
+    layer = rest.pop("layers")
 
-    def reshard(part: dict[str, Any]) -> dict[str, Any]:
-        return part
+    def reshard(weights: Params) -> Params:
+        return weights
 
-    # Between two meshes only where results are asked to are holds; constraints inside may get lost.
+    # Between two meshes only `out_shardings` is certain; constraints inside may get lost.
     donated = 0 if layout.mesh.size == 1 else ()
-    return jax.jit(reshard, out_shardings=layer if of_layer else places, donate_argnums=donated)
+    return jax.jit(reshard, out_shardings=layer if of_layer else rest, donate_argnums=donated)
 
 
-def reshard_weights(
-    config: QwenVLConfig, layout: Layout, weights: dict[str, Any]
-) -> dict[str, Any]:
-    """The decode step's weights from where training has them to where sampling needs them.
+def reshard_weights(config: QwenVLConfig, layout: Layout, weights: DecodeWeights) -> DecodeWeights:
+    """The decode step's weights, from the sharding of training to that of sampling.
 
-    Already cast, so that half as much is sent, and a layer at a time: all at once, the compiler
-    gathers many layers whole before it cuts the first. `weights` is used up.
+    They are cast before, which halves what is sent, and resharded a layer at a time: of all at
+    once, the compiler gathers many layers whole before it shards the first. `weights` is emptied.
 
     Args:
       config: the model's shape.
@@ -142,10 +144,10 @@ def reshard_weights(
     """
     layers = weights.pop("layers")
     moved = reshard_program(config, layout, of_layer=False)(weights)
-    move_layer = reshard_program(config, layout, True, _is_joined(layers[0]))
+    move_layer = reshard_program(config, layout, True, _is_fused(layers[0]))
     weights.clear()
     for i in range(len(layers)):
-        layers[i] = move_layer(layers[i])  # nothing else holds it: its memory is free after that
+        layers[i] = move_layer(layers[i])  # frees the old layer, which nothing else refers to
     return moved | {"layers": layers}
 
 
@@ -155,7 +157,7 @@ def prefill_program(
 ) -> jax.stages.Wrapped:
     """`prefill`, jitted, as a function of parameters and prompts."""
 
-    def prefill(params: Params, prompts: PromptBatch) -> tuple[Array, Prefix]:
+    def prefill(params: Params, prompts: PromptBatch[Array]) -> tuple[Array, Prefix[Array]]:
         model = qwen.bind(config, params)
         hidden, keys, values = qwen.prefill(config, model, prompts, compute)
         layers = tuple((keys[i], values[i]) for i in range(config.text.num_hidden_layers))
@@ -172,17 +174,17 @@ def prefill(
     config: QwenVLConfig,
     compute: Compute,
     params: Params,
-    prompts: PromptBatch,
+    prompts: PromptBatch[np.ndarray] | PromptBatch[Array],
     layout: Layout | None = None,
-) -> tuple[Array, Prefix]:
+) -> tuple[Array, Prefix[Array]]:
     """Encodes images and prompts once.
 
     Args:
       config: the model's shape.
       compute: how to compute.
-      params: the model, laid out for training.
-      prompts: B prompts, likewise.
-      layout: for sampling, where the results go.
+      params: the model, sharded for training.
+      prompts: B prompts, on the host or sharded likewise.
+      layout: for sampling, of the results.
 
     Returns:
       [B, D] hidden state after each prompt, and the prompts' keys and values.
@@ -195,11 +197,11 @@ def decode_chunk(
     config: QwenVLConfig,
     settings: DecodeSettings,
     steps: int,
-    weights: dict[str, Any],
-    prefix: Prefix,
-    state: DecodeState,
+    weights: DecodeWeights,
+    prefix: Prefix[Array],
+    state: DecodeState[Array],
     keys_BG: Array,
-) -> DecodeState:
+) -> DecodeState[Array]:
     """Writes up to `steps` more tokens of every sample; stops when all have finished.
 
     Args:
@@ -209,53 +211,52 @@ def decode_chunk(
       weights: from `decode_weights`.
       prefix: the prompts.
       state: the samples so far; donated. Its caches must hold `steps` more slots.
-      keys_BG: one key a sample.
+      keys_BG: one PRNG key a sample.
     """
     end = state.cursor + steps
-    keys_BG = constrained(keys_BG, settings.layout)
+    keys_BG = constrain(keys_BG, settings.layout)
 
-    def unfinished(state: DecodeState) -> Array:
+    def unfinished(state: DecodeState[Array]) -> Array:
         return (state.cursor < end) & ~state.finished.all()
 
-    def some_steps(state: DecodeState) -> DecodeState:
+    def some_steps(state: DecodeState[Array]) -> DecodeState[Array]:
         body = partial(_decode_step, config, settings, weights, prefix, keys_BG)
         return jax.lax.fori_loop(0, settings.check_every, lambda _, s: body(s), state)
 
-    return constrained(jax.lax.while_loop(unfinished, some_steps, state), settings.layout)
+    return constrain(jax.lax.while_loop(unfinished, some_steps, state), settings.layout)
 
 
 def _decode_step(
     config: QwenVLConfig,
     settings: DecodeSettings,
-    weights: dict[str, Any],
-    prefix: Prefix,
+    weights: DecodeWeights,
+    prefix: Prefix[Array],
     keys_BG: Array,
-    state: DecodeState,
-) -> DecodeState:
+    state: DecodeState[Array],
+) -> DecodeState[Array]:
+    """Draws a token of every sample, and runs it through the layers."""
     state, token = _draw(settings, weights, keys_BG, state)
     x = weights["embed"][token]
     position = (prefix.next_position + state.cursor)[:, None, None]
-    rotary = text_rotary(config.text, jnp.broadcast_to(position, (len(token), 3, 1)))
-    rotary = tuple(angle[:, 0] for angle in rotary)
+    cos, sin = text_rotary(config.text, jnp.broadcast_to(position, (len(token), 3, 1)))
+    rotary = (cos[:, 0], sin[:, 0])
     kernel, layout = settings.kernel, settings.layout
     kernel = kernel if layout is None else replace(kernel, mesh=layout.mesh)
     caches = []
     for layer_weights, shared, own in zip(
         weights["layers"], prefix.layers, state.layers, strict=True
     ):
-        layer = nnx.merge(_layer(config.text, _is_joined(layer_weights))[0], layer_weights)
+        layer = nnx.merge(_abstract_layer(config.text, _is_fused(layer_weights))[0], layer_weights)
         x, own = decode_layer(layer, x, rotary, shared, prefix.valid, own, state.cursor, kernel)
         caches.append(own)
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + config.text.rms_norm_eps)
-    hidden = weights["norm"]["scale"] * x32.astype(x.dtype)
+    hidden = rms_norm(x, weights["norm"]["scale"], config.text.rms_norm_eps)
     return replace(state, layers=tuple(caches), hidden=hidden, cursor=state.cursor + 1)
 
 
 def _draw(
-    settings: DecodeSettings, weights: dict[str, Any], keys_BG: Array, state: DecodeState
-) -> tuple[DecodeState, Array]:
-    """Draws and writes down the next token of every sample that continues."""
+    settings: DecodeSettings, weights: DecodeWeights, keys_BG: Array, state: DecodeState[Array]
+) -> tuple[DecodeState[Array], Array]:
+    """Draws the next token [B, G] of every sample, and records it for those that continue."""
     head = weights["embed"] if weights["head"] is None else weights["head"]
     logits = jnp.einsum("bgd,vd->bgv", state.hidden, head, preferred_element_type=jnp.float32)
     uniform = None if settings.sampling.temperature == 0 else uniforms(keys_BG, state.cursor)
@@ -285,21 +286,21 @@ def initial_samples(
     limit: int,
     hidden: Array,
     layout: Layout | None = None,
-) -> DecodeState:
-    """Every sample before its first token (see `cache.start`)."""
-    return constrained(initial_state(config, hidden, group, slots, limit), layout)
+) -> DecodeState[Array]:
+    """`cache.initial_state`, constrained to a layout."""
+    return constrain(initial_state(config, hidden, group, slots, limit), layout)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def grow_layer(cache: LayerCache, slots: int, layout: Layout | None = None) -> LayerCache:
-    """One layer's cache with `slots` more slots after."""
-    return constrained(extended(cache, slots), layout)
+def grow_layer(cache: KeyValues, slots: int, layout: Layout | None = None) -> KeyValues:
+    """One layer's cache with `slots` more slots."""
+    return constrain(append_slots(cache, slots), layout)
 
 
-def grow(state: DecodeState, slots: int, layout: Layout | None = None) -> DecodeState:
-    """The same samples with `slots` more cache slots after; `state` is used up.
+def grow(state: DecodeState[Array], slots: int, layout: Layout | None = None) -> DecodeState[Array]:
+    """The same samples with `slots` more cache slots; the caches of `state` are deleted.
 
-    A layer at a time, so that old and new caches are not there together.
+    A layer at a time, so that the old and the new caches are not all in memory together.
     """
     layers = []
     for old in state.layers:

@@ -1,16 +1,19 @@
 """Drawing a token: inverse CDF in two levels, one uniform a row.
 
-A cumulative sum over 152k entries is the costly part of sampling, so probabilities are summed in
-blocks, a block is chosen by its sum, and only that block is summed up inside.
+A cumulative sum over 152k entries is the expensive part of sampling. So probabilities are summed in
+blocks, a block is chosen by its sum, and the cumulative sum is taken inside that block alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Sampling:
 
     @property
     def scale(self) -> float:
-        """What logits are divided by before log-probabilities are taken."""
+        """Divisor of the logits, before log-probabilities are taken."""
         return self.temperature or 1.0
 
 
@@ -37,11 +40,11 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def sample_keys(key: Array, prompt_index: Array, group: int) -> Array:
-    """One key for each sample, from the run's key, the prompt's index and the sample's place.
+    """One key for each sample, from the step's key, the prompt's index and that in the group.
 
     Args:
-      key: key of the step.
-      prompt_index: [B] int32, the prompt's place in the step, whatever the batch it is in.
+      key: the step's key.
+      prompt_index: [B] int32, the prompt's index in the step, whatever batch it is in.
       group: G.
 
     Returns:
@@ -53,7 +56,7 @@ def sample_keys(key: Array, prompt_index: Array, group: int) -> Array:
 
 
 def uniforms(keys_BG: Array, step: Array) -> Array:
-    """[B, G] float32 in [0, 1) for response place `step`."""
+    """[B, G] float32 in [0, 1) for the response token of index `step`."""
     flat = keys_BG.reshape(-1)
     draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))
     return draw(flat).reshape(keys_BG.shape)
@@ -75,30 +78,32 @@ def sample(
       suppression and truncation.
     """
     logits = logits if sampling.scale == 1 else logits / sampling.scale
-    left_out = np.array(suppressed, np.int32)
+    never = np.array(suppressed, np.int32)
     allowed = np.ones(logits.shape[-1], bool)
-    allowed[left_out] = False
-    # Few blocks hold tokens that are left out: masking those alone spares a pass over all logits.
-    rows, known = _blocks(logits), _blocks(allowed)
-    mixed = np.flatnonzero(~known.all(axis=-1))
-    masked = jnp.where(known[mixed], rows[..., mixed, :], -jnp.inf)
+    allowed[never] = False
+    # Few blocks hold suppressed tokens: masking those alone saves a pass over all logits.
+    rows, mask = _blocks(logits), _blocks(allowed)
+    mixed = np.flatnonzero(~mask.all(axis=-1))
+    masked = jnp.where(mask[mixed], rows[..., mixed, :], -jnp.inf)
     # The top is an allowed token's: under a far larger suppressed one, all would round to zero.
     tops = rows.max(axis=-1).at[..., mixed].set(masked.max(axis=-1))
     top = tops.max(axis=-1, keepdims=True)
     block_sum = jnp.exp(rows - top[..., None]).sum(axis=-1)
     block_sum = block_sum.at[..., mixed].set(jnp.exp(masked - top[..., None]).sum(axis=-1))
     log_allowed = top + jnp.log(block_sum.sum(axis=-1, keepdims=True))
-    every = jnp.concatenate((log_allowed, logits[..., left_out]), axis=-1)
+    every = jnp.concatenate((log_allowed, logits[..., never]), axis=-1)
     log_total = jax.nn.logsumexp(every, axis=-1)
 
-    def weigh(logits: Array, allowed: Array) -> Array:
+    def weigh(logits: Array, allowed: Array | np.ndarray) -> Array:
         return jnp.where(allowed, jnp.exp(logits - top), 0.0)
 
     if sampling.temperature == 0:
         token = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), axis=-1).astype(jnp.int32)
+    elif uniform is None:
+        raise ValueError("sampling needs uniform draws")
     elif sampling.top_k == 0 and sampling.top_p >= 1.0:
-        # Weights are recomputed inside the block: kept whole they cost more than the sums.
-        inside = lambda b: weigh(_block(rows, b), jnp.asarray(known)[b])  # noqa: E731
+        # Weights are recomputed inside the block: keeping all costs more than the sums.
+        inside = lambda b: weigh(_block(rows, b), jnp.asarray(mask)[b])  # noqa: E731
         token = _inverse_cdf(block_sum, inside, uniform)
     else:
         weight = _blocks(_truncate(weigh(logits, allowed), sampling))
@@ -108,62 +113,61 @@ def sample(
 
 
 def _block_size(size: int) -> int:
-    """Entries of a block: a power of two that divides `size`, where one does, so that none is
-    padded."""
+    """Entries of a block: a power of two, one that divides `size` where possible."""
     return next((n for n in (512, 256, 128, 64) if size % n == 0), 512)
 
 
-def _blocks(x: Array) -> Array:
+def _blocks(x: AnyArray) -> AnyArray:
     """[..., V] -> [..., V / block, block], zeros after the last entry."""
     block = _block_size(x.shape[-1])
     if x.shape[-1] % block:
         padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]
-        x = (jnp if isinstance(x, Array) else np).pad(x, padding)
+        x = np.pad(x, padding) if isinstance(x, np.ndarray) else jnp.pad(x, padding)
     return x.reshape(*x.shape[:-1], -1, block)
 
 
-def _block(blocks: Array, number: Array) -> Array:
-    """Each row's block of the given number."""
-    return jnp.take_along_axis(blocks, number[..., None, None], axis=-2)[..., 0, :]
+def _block(blocks: Array, index: Array) -> Array:
+    """[..., block], each row's block of the given index [...]."""
+    return jnp.take_along_axis(blocks, index[..., None, None], axis=-2)[..., 0, :]
 
 
 def _truncate(weight: Array, sampling: Sampling) -> Array:
-    """Zeroes what top-k and top-p leave out; the likeliest token always stays."""
+    """Zeroes the weights that top-k and top-p exclude; the likeliest token always stays."""
     ordered = jnp.sort(weight, axis=-1)[..., ::-1]
     if sampling.top_k:
         rank = jnp.arange(ordered.shape[-1])
         ordered = jnp.where(rank < sampling.top_k, ordered, 0.0)
     before = jnp.cumsum(ordered, axis=-1) - ordered
     kept = (before < sampling.top_p * ordered.sum(axis=-1, keepdims=True)) & (ordered > 0)
-    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(weight >= least, weight, 0.0)
+    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(weight >= smallest, weight, 0.0)
 
 
 def _inverse_cdf(block_sum: Array, inside: Callable[[Array], Array], uniform: Array) -> Array:
-    """The index at which the running sum of weights passes `uniform` of the whole.
+    """The index [...] int32 at which the cumulative sum of weights exceeds `uniform` of the total.
 
     Args:
       block_sum: [..., N] sum of each block's weights.
-      inside: gives the weights of each row's block of a given number, [..., block].
+      inside: block index [...] -> weights [..., block] of that block in each row.
       uniform: [...] float32 in [0, 1).
     """
     block_end = jnp.cumsum(block_sum, axis=-1)
-    goal = uniform * block_end[..., -1]
-    block = _first_above(block_end, goal, block_sum)
+    target = uniform * block_end[..., -1]
+    block = _first_above(block_end, target, block_sum)
     before = jnp.take_along_axis(block_end, jnp.maximum(block - 1, 0)[..., None], axis=-1)[..., 0]
     before = jnp.where(block > 0, before, 0.0)
     weight = inside(block)
-    place = _first_above(jnp.cumsum(weight, axis=-1), goal - before, weight)
-    return (block * weight.shape[-1] + place).astype(jnp.int32)
+    offset = _first_above(jnp.cumsum(weight, axis=-1), target - before, weight)
+    return (block * weight.shape[-1] + offset).astype(jnp.int32)
 
 
-def _first_above(running: Array, goal: Array, weight: Array) -> Array:
-    """The first place with any weight whose running sum passes the goal.
+def _first_above(running: Array, target: Array, weight: Array) -> Array:
+    """The first index with any weight whose cumulative sum exceeds the target.
 
-    Rounding can leave a parallel running sum short of the goal, or raise it where there is no
-    weight: such places are passed over, and the last one with weight is in at the end.
+    Rounding can leave a parallel cumulative sum short of the target, or raise it where there is no
+    weight: indices without weight are skipped, and the last one with weight is the fallback.
     """
     possible = weight > 0
-    passed = possible & (running > goal[..., None])
+    passed = possible & (running > target[..., None])
     last = weight.shape[-1] - 1 - jnp.argmax(possible[..., ::-1], axis=-1)
     return jnp.where(passed.any(axis=-1), jnp.argmax(passed, axis=-1), last)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config, MeshSettings, ModelSettings, RolloutSettings
@@ -21,15 +22,15 @@ from spatial_ssrl_jax.perf.flops import program_flops
 from spatial_ssrl_jax.planning.topology import open_topology
 from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.attention import attend, attend_shared
-from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute
+from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute, Remat
 from spatial_ssrl_jax.qwen_vl.decode_kernel import attend_decode
 from spatial_ssrl_jax.qwen_vl.kernels import (
-    GroupMask,
     decode_attention,
     group_attention,
     self_attention,
 )
 from spatial_ssrl_jax.qwen_vl.layers import REMAT_POLICIES
+from spatial_ssrl_jax.qwen_vl.splash import GroupMask
 from spatial_ssrl_jax.rl.placement import compute_settings
 from tests.helpers.processes import start_all
 
@@ -48,7 +49,7 @@ def drawn(length: int, heads: int, keys: int, size: int) -> tuple[Array, Array, 
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
 
-def packed_rows(length: int) -> Array:
+def packed_segments(length: int) -> Array:
     """Segments of three examples and padding in one row, of one example in the other."""
     row = np.repeat([0, 1, 2, -1], [length // 2, length // 5, length // 5, length])[:length]
     return jnp.array([row, np.zeros(length, int)])
@@ -78,22 +79,25 @@ def assert_alike(ours, reference, arrays: tuple[Array, ...], counts_BT: Array) -
 )
 def test_splash_is_xlas_attention(causal: bool, heads: int, keys: int, size: int):
     """200 tokens are padded to two blocks, and segments end inside of blocks."""
-    arrays, segment = drawn(200, heads, keys, size), packed_rows(200)
-    forms = [
+    arrays, segment = drawn(200, heads, keys, size), packed_segments(200)
+    functions = [
         partial(self_attention, segment_BT=segment, compute=Compute(attention=k), causal=causal)
         for k in (SPLASH, XLA)
     ]
-    assert_alike(*forms, arrays, segment >= 0)
+    assert_alike(*functions, arrays, segment >= 0)
 
 
 def group_by_xla() -> tuple[Callable, Callable, Array]:
-    """A group's attention by the two calls that XLA makes: the prompt's own, and the responses'
-    over both. With the arguments of `group_attention`, and which tokens count."""
-    place = np.arange(RESPONSE)
+    """A group's attention by two calls of XLA's: the prompt's own, and that of responses over both.
+
+    Returns:
+      It, `group_attention` with its arguments, and which tokens count.
+    """
+    index = np.arange(RESPONSE)
     prompt_valid = jnp.arange(PROMPT) < jnp.array([[PROMPT], [60]])
-    own_valid = place < jnp.array([[[35], [1], [20]], [[7], [35], [0]]])
+    own_valid = index < jnp.array([[[35], [1], [20]], [[7], [35], [0]]])
     valid = jnp.concatenate((prompt_valid, own_valid.reshape(2, -1)), axis=1)
-    causal = (place[:, None] >= place) & own_valid[:, :, None]
+    causal = (index[:, None] >= index) & own_valid[:, :, None]
 
     def by_xla(q: Array, k: Array, v: Array) -> Array:
         segment = jnp.where(prompt_valid, 0, -1)
@@ -114,8 +118,18 @@ def test_splash_is_a_groups_attention():
     assert_alike(partial(by_kernel, kernel=SPLASH), by_xla, drawn(LENGTH, 4, 2, 32), valid)
 
 
-def test_what_a_group_sees():
-    """Prompt of two, two responses of two, and one place of padding."""
+def test_jax_has_the_private_class_that_a_groups_mask_extends():
+    name = "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask._ComputableMask"
+    base = getattr(splash_attention_mask, "_ComputableMask", None)
+    assert base is not None, f"this JAX has no {name}, which GroupMask extends"
+    mask = GroupMask((8, 8), prompt=2, response=2, group=2)
+    assert isinstance(mask, base) and mask.shape == (8, 8), f"GroupMask is not a {name}"
+    needed = {"mask_function", "q_sequence"} - vars(mask).keys()  # read by the kernel
+    assert not needed, f"{name} no longer sets {needed}"
+
+
+def test_which_tokens_a_group_sees():
+    """Prompt of two, two responses of two, and one token of padding."""
     mask = GroupMask((7, 7), prompt=2, response=2, group=2)
     rows = ["1000000", "1100000", "1110000", "1111000", "1100100", "1100110", "1100111"]
     seen = mask[0:7, 0:7]
@@ -123,7 +137,7 @@ def test_what_a_group_sees():
 
 
 def pretend_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets programs with cuDNN's operations be traced, which a GPU alone can compile."""
+    """Lets programs with cuDNN's operations be traced; only a GPU can compile them."""
     library = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{library}.check_cudnn_version", lambda: 91_000)
 
@@ -157,13 +171,13 @@ def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
     library = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     by_cudnn = AttentionKernel("cudnn")
-    packed, padded = packed_rows(51), jnp.where(jnp.arange(51) < jnp.array([[51], [20]]), 0, -1)
+    packed, padded = packed_segments(51), jnp.where(jnp.arange(51) < jnp.array([[51], [20]]), 0, -1)
     for segment, causal, single in (
         (packed, True, False),
         (packed, False, False),
         (padded, True, True),
     ):
-        forms = [
+        functions = [
             partial(
                 self_attention,
                 segment_BT=segment,
@@ -173,10 +187,10 @@ def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
             )
             for kernel in (by_cudnn, XLA)
         ]
-        assert_alike(*forms, drawn(51, 4, 2, 16), segment >= 0)
+        assert_alike(*functions, drawn(51, 4, 2, 16), segment >= 0)
     by_xla, by_kernel, valid = group_by_xla()
     assert_alike(partial(by_kernel, kernel=by_cudnn), by_xla, drawn(LENGTH, 4, 2, 32), valid)
-    # Only of single causal rows the mask is left out; a group's prompts are such.
+    # Only single causal rows have no mask; a group's prompts are such rows.
     assert [no_mask for _, no_mask in called] == [False, False, True, True, False]
     assert {name for name, _ in called} == {"cudnn"}
 
@@ -185,16 +199,16 @@ def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
     "kernel", [AttentionKernel("cudnn"), SPLASH], ids=lambda kernel: kernel.name
 )
 @pytest.mark.parametrize(("remat", "kept"), [("dots", True), ("full", False)])
-def test_dots_keep_what_fused_attention_gives(
+def test_dots_keep_the_results_of_fused_attention(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     kernel: AttentionKernel,
-    remat: str,
+    remat: Remat,
     kept: bool,
 ):
-    """Its results, and the sums of its softmax in float32: else it would all be recomputed.
+    """Its results, and the sums of its softmax in float32: else all of it would be recomputed.
 
-    cuDNN's operation is looked at without being compiled, which needs a GPU.
+    cuDNN's operation is traced and not compiled, which needs a GPU.
     """
     pretend_cudnn(monkeypatch)
     q, keys = jnp.ones((1, 128, 4, 64), jnp.bfloat16), jnp.ones((1, 2, 128, 64), jnp.bfloat16)
@@ -202,17 +216,18 @@ def test_dots_keep_what_fused_attention_gives(
 
     @partial(jax.checkpoint, policy=REMAT_POLICIES[remat])
     def layer(q: Array) -> Array:
-        form = dict(causal=True, chunk=999, kernel=kernel, single=True)
-        return jnp.sin(self_attention(2 * q, keys, keys, segment, **form))
+        compute = Compute(attention=kernel)
+        out = self_attention(2 * q, keys, keys, segment, compute, causal=True, single=True)
+        return jnp.sin(out)
 
     jax.ad_checkpoint.print_saved_residuals(lambda q: layer(q).sum(), q)
-    said = capsys.readouterr().out
-    assert ("f32[1,4,128] output" in said) is kept
-    assert ("bf16[1,128,4,64] output" in said or "bf16[1,4,128,64] output" in said) is kept
+    text = capsys.readouterr().out
+    assert ("f32[1,4,128] output" in text) is kept
+    assert ("bf16[1,128,4,64] output" in text or "bf16[1,4,128,64] output" in text) is kept
 
 
-def one_step(group: int) -> Callable[[AttentionKernel, int], list[Array]]:
-    """A decode step's attention by a kernel at a cursor, as its leaves.
+def decode_step(group: int) -> Callable[[AttentionKernel, int], list[Array]]:
+    """Runs a decode step's attention by a kernel at a cursor; its results as leaves.
 
     Prompts and slots end inside of blocks; a key/value head serves seven query heads.
     """
@@ -228,16 +243,16 @@ def one_step(group: int) -> Callable[[AttentionKernel, int], list[Array]]:
 
     @partial(jax.jit, static_argnums=0)
     def run(kernel: AttentionKernel, cursor: Array) -> tuple[Array, tuple[Array, Array]]:
-        parts = (qkv, tuple(rotary), tuple(prefix), valid, tuple(own), cursor)
-        return decode_attention(*parts, kernel=kernel)
+        args = (qkv, tuple(rotary), tuple(prefix), valid, tuple(own), cursor)
+        return decode_attention(*args, kernel=kernel)
 
     return lambda kernel, cursor: jax.tree.leaves(run(kernel, jnp.int32(cursor)))
 
 
 @pytest.mark.parametrize(("cursor", "group"), [(0, 3), (1, 3), (64, 3), (71, 3), (70, 11)])
-def test_one_steps_kernel_is_xlas(cursor: int, group: int):
-    """Nine samples are as many as a program takes."""
-    run = one_step(group)
+def test_the_decode_kernel_is_xlas(cursor: int, group: int):
+    """A program takes at most nine samples."""
+    run = decode_step(group)
     for ours, reference in zip(run(TRITON, cursor), run(XLA, cursor), strict=True):
         assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
 
@@ -269,20 +284,20 @@ def test_the_whole_model_may_run_on_splash(toy):
         assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max(), jax.tree_util.keystr(path)
 
 
-def test_blocks_that_nobody_sees_cost_nothing():
+def test_masked_blocks_are_not_computed():
     """Prompt and two responses of a block of 256 each: 1 + 2 + 2 of 9 blocks are run."""
     q, k, v = drawn(768, 1, 1, 128)
     valid = jnp.ones((2, 768), bool)
-    form = partial(group_attention, prompt=256, response=256, kernel=SPLASH)
-    done = program_flops(jax.jit(form), q, k, v, valid)
-    assert done == 2 * 5 * 2 * (2 * 256 * 256 * 128)  # two rows, two products
-    both = lambda q: jnp.sum(form(q, k, v, valid))  # noqa: E731
-    # Seven more for gradients: scores and what they are given in each of two passes, dv, dk, dq.
+    attention = partial(group_attention, prompt=256, response=256, kernel=SPLASH)
+    done = program_flops(jax.jit(attention), q, k, v, valid)
+    assert done == 2 * 5 * 2 * (2 * 256 * 256 * 128)  # two rows, two matmuls
+    both = lambda q: jnp.sum(attention(q, k, v, valid))  # noqa: E731
+    # Seven more for gradients: scores and their gradients in each of two passes, dv, dk, dq.
     assert program_flops(jax.grad(both), q) == pytest.approx(done * 9 / 2, rel=1e-3)
 
 
-def cut_over_devices() -> None:
-    """Prints how far kernels on a mesh of eight devices are from XLA on one, gradients too."""
+def run_sharded() -> None:
+    """Prints the error of kernels on a mesh of eight devices against XLA on one, gradients too."""
     mesh = make_mesh(MeshSettings(fsdp=2, tensor=4))
     arrays, segment = drawn(90, 8, 2, 16), jnp.zeros((2, 90), int)
 
@@ -294,17 +309,20 @@ def cut_over_devices() -> None:
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
 
     ours, reference = (jax.tree.leaves(run(k)) for k in (replace(SPLASH, mesh=mesh), XLA))
-    step, wide = one_step(3), make_mesh(MeshSettings(data=2, fsdp=1, tensor=2), jax.devices()[:4])
-    for there in (mesh, wide):
-        ours += step(replace(TRITON, mesh=there), 70)
+    step, wide = (
+        decode_step(3),
+        make_mesh(MeshSettings(data=2, fsdp=1, tensor=2), jax.devices()[:4]),
+    )
+    for devices in (mesh, wide):
+        ours += step(replace(TRITON, mesh=devices), 70)
         reference += step(XLA, 70)
     pairs = zip(ours, reference, strict=True)
     print(max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs))
 
 
-def test_kernels_are_cut_over_rows_and_heads():
-    """Two rows and eight heads on eight devices: two key heads serve four parts, or are two."""
-    command = "from tests.qwen_vl.test_kernels import cut_over_devices as c; c()"
+def test_kernels_are_sharded_over_rows_and_heads():
+    """Two rows and eight heads on eight devices: two key heads serve four shards, or two."""
+    command = "from tests.qwen_vl.test_kernels import run_sharded; run_sharded()"
     (process,) = start_all(["-c", command], 1, devices=8)
     out, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -314,7 +332,7 @@ def test_kernels_are_cut_over_rows_and_heads():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("part", ["group", "vision"])
 def test_splash_compiles_for_a_tpu(part: str):
-    """At the 3B's heads, gradients too, cut over four chips."""
+    """At the 3B's heads, gradients too, sharded over four chips."""
     layout = Layout(make_mesh(MeshSettings(fsdp=2, tensor=2), open_topology("v5e:2x2").devices))
     kernel = AttentionKernel("splash", layout.mesh)
     length, heads, keys, size = (1536, 16, 2, 128) if part == "group" else (2048, 16, 16, 80)
@@ -335,11 +353,23 @@ def test_splash_compiles_for_a_tpu(part: str):
 
 
 @pytest.mark.parametrize(
-    ("setting", "name", "dtype", "device", "said"),
+    ("setting", "name", "dtype", "device", "message"),
     [
-        ("model", "splash", "bfloat16", ("gpu", "9.0"), "runs on TPUs alone, and here is gpu"),
-        ("model", "cudnn", "bfloat16", ("tpu", None), "runs on NVIDIA GPUs alone, and here is tpu"),
-        ("model", "cudnn", "float32", ("gpu", "9.0"), "computes in bfloat16 alone"),
+        (
+            "model",
+            "splash",
+            "bfloat16",
+            ("gpu", "9.0"),
+            "runs only on TPUs, and this device is a g",
+        ),
+        (
+            "model",
+            "cudnn",
+            "bfloat16",
+            ("tpu", None),
+            "runs only on NVIDIA GPUs, and this device is a",
+        ),
+        ("model", "cudnn", "float32", ("gpu", "9.0"), "computes only in bfloat16"),
         ("model", "cudnn", "bfloat16", ("gpu", "7.5"), "needs an NVIDIA GPU of compute capability"),
         ("model", "cudnn", "bfloat16", ("gpu", "8.0"), None),
         ("model", "splash", "float32", ("tpu", None), None),
@@ -349,22 +379,22 @@ def test_splash_compiles_for_a_tpu(part: str):
             "triton",
             "bfloat16",
             ("cpu", None),
-            "runs on NVIDIA GPUs alone, and here is c",
+            "runs only on NVIDIA GPUs, and this device is a c",
         ),
         ("rollout", "triton", "bfloat16", ("gpu", None), "needs an NVIDIA GPU of compute"),
         ("rollout", "triton", "bfloat16", ("gpu", "8.9"), None),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused(
-    setting: str, name: str, dtype: str, device: tuple, said: str | None
+    setting: str, name: str, dtype: str, device: tuple, message: str | None
 ):
     platform, capability = device
-    there = SimpleNamespace(platform=platform, device_kind="Some", compute_capability=capability)
-    if said is None:
-        assert name in kernels_on(there, dtype, {setting: name})
+    found = SimpleNamespace(platform=platform, device_kind="Some", compute_capability=capability)
+    if message is None:
+        assert name in kernels_on(found, dtype, {setting: name})
     else:
-        with pytest.raises(UserError, match=f"{setting}.attention={name} {said}.*set "):
-            kernels_on(there, dtype, {setting: name})
+        with pytest.raises(UserError, match=f"{setting}.attention={name} {message}.*set "):
+            kernels_on(found, dtype, {setting: name})
 
 
 @pytest.mark.parametrize(
@@ -378,36 +408,36 @@ def test_a_kernel_that_cannot_run_is_refused(
         ("cpu", None, "bfloat16", ("xla", "xla")),
     ],
 )
-def test_by_default_devices_have_the_kernels_that_were_tried(
+def test_by_default_devices_have_the_kernels_that_are_tested(
     platform: str, capability: str | None, dtype: str, names: tuple[str, str]
 ):
-    there = SimpleNamespace(platform=platform, compute_capability=capability)
-    assert kernels_on(there, dtype, {}) == names
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert kernels_on(device, dtype, {}) == names
 
 
-def test_several_gpus_have_only_what_was_tried():
-    there = SimpleNamespace(platform="gpu", device_kind="Some", compute_capability="9.0")
-    assert kernels_on(there, "bfloat16", {}, devices=2) == ("xla", "xla")
-    with pytest.raises(UserError, match="cudnn was not tried with heads cut .*attention=xla"):
-        kernels_on(there, "bfloat16", {"model": "cudnn"}, devices=2)
+def test_several_gpus_have_only_the_kernels_that_are_tested():
+    device = SimpleNamespace(platform="gpu", device_kind="Some", compute_capability="9.0")
+    assert kernels_on(device, "bfloat16", {}, devices=2) == ("xla", "xla")
+    with pytest.raises(UserError, match="cudnn is not tested with heads sharded .*attention=xla"):
+        kernels_on(device, "bfloat16", {"model": "cudnn"}, devices=2)
 
 
-def test_heads_that_triton_has_no_product_for_are_refused(toy):
+def test_head_sizes_that_triton_has_no_matmul_for_are_refused(toy):
     odd = [jnp.zeros(shape) for shape in ((1, 1, 1, 3, 8), (1, 4), (1, 4), *[(1, 1, 5, 8)] * 2)]
     own = [jnp.zeros((1, 1, 1, 8, 8))] * 2
-    with pytest.raises(UserError, match="takes heads of 16, .*these are of 8: set rollout"):
+    with pytest.raises(UserError, match="takes heads of size 16, .*these are of 8: set rollout"):
         attend_decode(*odd, jnp.array([5]), *own, jnp.int32(0))
 
 
 def kernels_on(
-    device: SimpleNamespace, dtype: str, asked: dict[str, str], devices: int = 1
+    device: SimpleNamespace, dtype: str, settings: dict[str, str], devices: int = 1
 ) -> tuple[str, str]:
     """Names of the kernels of long attention and of a decode step that a config has on a device."""
     mesh = SimpleNamespace(
         devices=np.array([device] * devices), size=devices, shape={"tensor": devices}
     )
-    layout = SimpleNamespace(mesh=mesh, rows=lambda: None)
-    model = ModelSettings(attention=asked.get("model", "auto"), dtype=dtype)
-    rollout = RolloutSettings(attention=asked.get("rollout", "auto"))
+    layout = SimpleNamespace(mesh=mesh, batch_sharding=lambda: None)
+    model = ModelSettings(attention=settings.get("model", "auto"), dtype=dtype)
+    rollout = RolloutSettings(attention=settings.get("rollout", "auto"))
     compute = compute_settings(Config("x", model=model, rollout=rollout), layout)
     return compute.attention.name, compute.decode_attention.name

@@ -54,8 +54,7 @@ def write_zeros(folder: Path, shared: Path, layers: int, **text) -> int:
     (folder / "config.json").write_text(json.dumps(config_to_dict(config, "bfloat16")))
     total = 0
     for number, entry in enumerate(entries(config)):
-        shape = entry.hub_shape(config)
-        tensors = {name: np.zeros(shape, ml_dtypes.bfloat16) for name in entry.hub_names}
+        tensors = {name: np.zeros(entry.hub_shape, ml_dtypes.bfloat16) for name in entry.hub_names}
         total += sum(x.nbytes for x in tensors.values())
         save_file(tensors, folder / f"part-{number:02d}.safetensors")
     return total

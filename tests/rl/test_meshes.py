@@ -43,8 +43,7 @@ for sizes in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
     alike(gradient_places(put), gradients)
     hidden, prefix = prefill(CONFIG, compute, put, rows.prompts, sampling)
     asked = prefix_shardings(CONFIG.text, sampling)
-    caches = [asked.layers] * len(jax.tree.leaves(prefix.layers))
-    alike([sampling.batch_sharding(), *caches, asked.valid, asked.next_position], (hidden, prefix))
+    alike(jax.tree.leaves((sampling.batch_sharding(), asked)), (hidden, prefix))
     places, state = places_of(put), new_state(optimizer, put)
     state, _ = train_step(loss, optimizer, state, [rows, rows])  # uses the weights up
     alike(places, state.trained)
