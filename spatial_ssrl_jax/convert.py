@@ -67,20 +67,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "LoRA adapter into its base.",
     )
     directions = parser.add_subparsers(dest="direction", required=True)
-    for name, says in (
-        ("to-orbax", "writes weights as Orbax has them"),
+    for name, text in (
+        ("to-orbax", "writes an Orbax checkpoint"),
         ("to-hf", "writes a Hugging Face folder"),
         ("merge-lora", "adds a PEFT adapter to its base and writes a Hugging Face folder"),
     ):
         options = directions.add_parser(
             name,
-            help=says,
+            help=text,
             parents=[shared],
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         options.add_argument("source", help="folder, checkpoint or hub id to read")
         if name == "merge-lora":
-            options.add_argument("adapter", help="folder as PEFT writes it")
+            options.add_argument("adapter", help="a folder in the format of PEFT")
         options.add_argument("target", help="folder to write; all may be gs://…")
     return parser.parse_args(argv)
 

@@ -14,10 +14,10 @@ from spatial_ssrl_jax.eval.predictions import TABLE
 from spatial_ssrl_jax.eval.reports.comparison_page import COMPARED
 from spatial_ssrl_jax.eval.reports.text import print_scores
 from spatial_ssrl_jax.eval.scoring.published import comparable, table_json
-from spatial_ssrl_jax.inference import options
+from spatial_ssrl_jax.inference.options import add_inference_options, check_inference_options
 from spatial_ssrl_jax.parallel import distributed
 
-_DATA = "its question file, or a folder that holds it; with answers that are there, for images"
+_DATA = "its question file, or the folder of it; with --score or --compare, for images"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,18 +27,18 @@ def main(argv: Sequence[str]) -> None:
     elif args.score:
         score_files(args)
     else:
-        _ask(args)
+        _evaluate(args)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.evaluate",
         description="Asks a model a benchmark's questions and scores its answers, or, without a "
-        "model, scores or compares answers that are there already.",
+        "model, scores or compares stored answers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_results(parser)
-    _add_asking(parser)
+    _add_model(parser)
     _add_scoring(parser)
     args = parser.parse_args(argv)
     _check(args)
@@ -60,8 +60,8 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_asking(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("asking a model (the same command resumes after a stop)")
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with a model (the same command resumes after a stop)")
     group.add_argument("--model", help="folder, checkpoint or hub id")
     group.add_argument("--benchmark", metavar="NAME", help=", ".join([*SETS, *SCORED]))
     group.add_argument("--data", type=Path, help=_DATA)
@@ -82,15 +82,15 @@ def _add_asking(parser: argparse.ArgumentParser) -> None:
         help="with the benchmark's own reasoning prompt, where it has one",
     )
     group.add_argument("--max-frames", type=int, help="of a video: by the benchmark")
-    options.add_options(group, new_tokens=None, by="the benchmark")
-    group.add_argument("--prompts", type=int, default=16, help="at a time on each device, at most")
-    group.add_argument("--fsdp", type=int, default=1, help="devices that share the weights")
-    group.add_argument("--tensor", type=int, default=1, help="devices that share each layer")
+    add_inference_options(group, new_tokens=None, by="the benchmark")
+    group.add_argument("--prompts", type=int, default=16, help="max in a batch on each shard")
+    group.add_argument("--fsdp", type=int, default=1, help="devices that shard the weights")
+    group.add_argument("--tensor", type=int, default=1, help="devices that shard each layer")
     distributed.add_options(parser)
 
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("scoring or comparing what was answered")
+    group = parser.add_argument_group("without a model: scoring or comparing stored answers")
     group.add_argument(
         "--score",
         type=Path,
@@ -107,9 +107,9 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises `UserError` where options do not belong together or make no sense."""
+    """Raises `UserError` where options contradict each other or a value is out of range."""
     if args.score and args.compare:
-        raise UserError("--score and --compare are two things: leave one out.")
+        raise UserError("--score and --compare exclude each other: leave one out.")
     if args.score or args.compare:
         what = "--score" if args.score else "--compare"
         given = [n for n in ("model", "benchmark", "source") if getattr(args, n) is not None]
@@ -118,20 +118,20 @@ def _check(args: argparse.Namespace) -> None:
         if args.data and not args.out:
             raise UserError(f"with {what}, --data is for a page's images: give --out=DIR too.")
         return
-    place, other = "data", "source"
+    data, other = "data", "source"
     if args.benchmark == PRETEXT.name:
-        place, other = other, place
-    missing = [n for n in ("benchmark", "model", place, "out") if getattr(args, n) is None]
+        data, other = other, data
+    missing = [n for n in ("benchmark", "model", data, "out") if getattr(args, n) is None]
     if missing:
         raise UserError(
-            f"--{missing[0]} is missing: give --model, --benchmark, --{place} and --out to ask a "
+            f"--{missing[0]} is missing: give --model, --benchmark, --{data} and --out to ask a "
             "model, or --score=predictions.jsonl to score answers."
         )
     if getattr(args, other) is not None:
-        raise UserError(f"{args.benchmark} takes --{place}: leave out --{other}.")
+        raise UserError(f"{args.benchmark} takes --{data}: leave out --{other}.")
     if args.reasoning and args.own_prompt:
         raise UserError("--reasoning and --own-prompt are two prompts: leave one out.")
-    args.sampling = options.check_options(args)
+    args.sampling = check_inference_options(args)
     if args.samples > 1 and args.temperature == 0:
         raise UserError("--samples of a greedy answer are all the same: give a --temperature.")
     if args.max_frames is not None and args.max_frames < 2:
@@ -142,18 +142,18 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--heldout-fraction must be above 0 and below 1.")
 
 
-def _ask(args: argparse.Namespace) -> None:
-    """Asks one benchmark or a set; each answer is kept as soon as it is there."""
-    # Scoring alone needs none of what this takes seconds to import.
-    from spatial_ssrl_jax.eval.command import evaluate_model
+def _evaluate(args: argparse.Namespace) -> None:
+    """Runs one benchmark or a set; each batch's answers are stored at once."""
+    # Takes seconds to import; offline scoring needs none of it.
+    from spatial_ssrl_jax.eval.evaluate_model import evaluate_model
 
     found = evaluate_model(args)
     if found is None:
         return
     several = args.benchmark in SETS
     if several:
-        figures = {scores.benchmark: comparable(scores) for scores in found}
-        write_atomic(args.out / TABLE, json.dumps(table_json(figures), indent=1) + "\n")
+        ours = {scores.benchmark: comparable(scores) for scores in found}
+        write_atomic(args.out / TABLE, json.dumps(table_json(ours), indent=1) + "\n")
     print_scores(found, several, args.json)
 
 

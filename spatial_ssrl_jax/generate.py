@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,11 @@ from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.images import open_image
 from spatial_ssrl_jax.data.processor import Processor, Prompt
 from spatial_ssrl_jax.data.videos import FPS, MAX_FRAMES, open_video
-from spatial_ssrl_jax.inference.options import add_options, check_options
+from spatial_ssrl_jax.inference.options import (
+    add_inference_options,
+    check_inference_options,
+    default_dtype,
+)
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
@@ -34,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     processor = Processor(model.files, model.config, args.min_pixels, args.max_pixels)
     prompt = _prompt(processor, args)
     layout = Layout(make_mesh(MeshSettings(data=1, fsdp=1, tensor=-1)))
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = default_dtype(args.dtype)
     params = model.load(layout, dtype)
     limit = _round_up(args.max_new_tokens, _CHECK_EVERY)
     step_kernel = choose_decode_kernel("auto", dtype, layout.mesh)
@@ -45,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         (_round_up(len(prompt.ids), _PROMPT_STEP),),
         (_round_up(len(prompt.frame), _WINDOW_STEP),),
     )
-    stream = None if args.json else Stream(processor, args.max_new_tokens)
+    stream = None if args.json else TextStream(processor, args.max_new_tokens)
     if args.samples > 1 and not args.json:
         print("--- sample 1")
     rollout = engine.generate(
@@ -66,38 +71,39 @@ def main(argv: Sequence[str]) -> None:
     for number, sample in enumerate(samples, 1):
         if number > 1:
             print(f"--- sample {number}")
-        # What the stream has not shown of the first sample is the end of its text.
-        print(sample["text"][stream.shown if number == 1 else 0 :], end="")
+        shown = stream.shown if stream and number == 1 else 0  # the stream held back the rest
+        print(sample["text"][shown:], end="")
         print("" if sample["finished"] else " […]")
 
 
 def _prompt(processor: Processor, args: argparse.Namespace) -> Prompt:
-    """Reads images and videos, and refuses what the model has no positions for."""
+    """Reads images and videos; raises `UserError` where the prompt exceeds the context length."""
     try:
         images = [open_image(path) for path in args.image]
         videos = [open_video(path, args.fps, args.max_frames) for path in args.video]
     except BadImage as error:
         raise UserError(f"{str(error).rstrip('.')}: give another --image or --video.") from error
     question = f"{args.question} {FORMAT_PROMPT}" if args.reasoning else args.question
-    most = processor.config.text.max_position_embeddings - args.max_new_tokens
+    max_tokens = processor.config.text.max_position_embeddings - args.max_new_tokens
     if args.max_prompt_tokens is not None:
-        most = min(most, args.max_prompt_tokens)
-    return processor.prompt(question, images, videos, most)
+        max_tokens = min(max_tokens, args.max_prompt_tokens)
+    return processor.prompt(question, images, videos, max_tokens)
 
 
-class Stream:
-    """Prints the first sample's text as it comes.
+class TextStream:
+    """Prints the first sample's text while it is generated.
 
     Attributes:
       shown: characters printed so far.
     """
 
-    def __init__(self, processor: Processor, most: int):
-        self._processor, self._most, self.shown = processor, most, 0
+    def __init__(self, processor: Processor, max_tokens: int):
+        self._processor, self._max_tokens, self.shown = processor, max_tokens, 0
 
     def __call__(self, tokens: np.ndarray, length: np.ndarray) -> None:
-        ids = tokens[0, 0, : min(int(length[0, 0]), self._most)]
-        # A character whose bytes are not all there yet decodes to U+FFFD: it is held back.
+        """Prints what is new; tokens [1, G, R] int32 and lengths [1, G] so far."""
+        ids = tokens[0, 0, : min(int(length[0, 0]), self._max_tokens)]
+        # An incomplete UTF-8 character decodes to U+FFFD: it is held back.
         text = self._processor.decode(ids).rstrip("\ufffd")
         print(text[self.shown :], end="", flush=True)
         self.shown = max(self.shown, len(text))
@@ -117,12 +123,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--question", required=True)
     parser.add_argument("--reasoning", action="store_true", help="append the format prompt")
     parser.add_argument(
-        "--max-prompt-tokens", type=int, help="a longer prompt is refused: what the model takes"
+        "--max-prompt-tokens", type=int, help="of a prompt: the model's context length"
     )
-    add_options(parser, new_tokens=512)
+    add_inference_options(parser, new_tokens=512)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    args.sampling = check_options(args)
+    args.sampling = check_inference_options(args)
     if not 0 < args.fps < math.inf or args.max_frames < 2:
         raise UserError("--fps must be above 0, and --max-frames at least 2.")
     if args.max_prompt_tokens is not None and args.max_prompt_tokens < 1:
@@ -130,15 +136,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _sample(processor: Processor, rollout: Rollout, g: int, most: int) -> dict:
-    """One sample's ids (end token included), log-probabilities, text and whether it ended."""
-    length = min(int(rollout.length[0, g]), most)
+def _sample(processor: Processor, rollout: Rollout, g: int, max_tokens: int) -> dict[str, Any]:
+    """Sample g: ids (end token included), log-probabilities, text, and whether it ended."""
+    length = min(int(rollout.length[0, g]), max_tokens)
     ids = rollout.tokens[0, g, :length]
     return {
         "ids": ids.tolist(),
         "logprobs": [float(p) for p in rollout.logprobs[0, g, :length]],
         "text": processor.decode(ids),
-        "finished": bool(rollout.finished[0, g]) and int(rollout.length[0, g]) <= most,
+        "finished": bool(rollout.finished[0, g]) and int(rollout.length[0, g]) <= max_tokens,
     }
 
 

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 
 from spatial_ssrl_jax.common.errors import UserError, run_command
 from spatial_ssrl_jax.common.paths import user_path
+from spatial_ssrl_jax.data.sources.files import FileSource
 
-_NAMED = 10  # skipped images that are named
+_MAX_NAMED = 10  # skipped images in the output
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.prepare",
         description="Writes a folder of images, with depth where the kind has it, as a TFDS data "
-        "set of few large ArrayRecord files.",
+        "set of a few large ArrayRecord files.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     from spatial_ssrl_jax.data.builder.ssrl_pictures import KINDS
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("src", help="the folder that is read")
     parser.add_argument("dst", help="the folder that is written; may begin with gs://")
     parser.add_argument(
-        "--max-bad-fraction", type=float, default=0.2, help="stop above this share of bad images"
+        "--max-bad-fraction", type=float, default=0.2, help="stop above this fraction of bad images"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what was written before")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -43,21 +44,24 @@ def main(argv: Sequence[str]) -> None:
         report = {"source": spec, "folder": folder, "written": written, "skipped": skipped}
         print(json.dumps(report))
         return
-    for reason in skipped[:_NAMED]:
+    for reason in skipped[:_MAX_NAMED]:
         print(f"skipped {reason}")
     print(f"{folder}: {written} images, {len(skipped)} skipped; read it with --source={spec}")
 
 
 def _write(
-    args: argparse.Namespace, source, local: str, remote: str | None = None
+    args: argparse.Namespace, source: FileSource, local: str, remote: str | None = None
 ) -> tuple[int, list[str], str]:
-    """Runs the builder; gives images written, why others were skipped, and the folder.
+    """Runs the builder.
 
     Args:
       args: the command line.
-      source: what is read.
-      local: where the builder writes.
-      remote: where the result is then copied, if anywhere.
+      source: the images.
+      local: folder that the builder writes.
+      remote: folder to copy the result to, or None.
+
+    Returns:
+      The number of images written, why others were skipped, and the folder.
     """
     import tensorflow_datasets as tfds
 
@@ -75,11 +79,11 @@ def _write(
                 f"{target} is there already: choose another folder or give --overwrite."
             )
         target.rmtree()
-    # TFDS makes a folder of downloads though nothing comes, and speaks on stdout.
+    # TFDS makes a folder of downloads though there are none, and prints to stdout.
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
         try:
             builder.download_and_prepare(download_dir=downloads)
-        except AssertionError:  # TFDS's, where not one example came
+        except AssertionError:  # TFDS's, without a single example
             if len(builder.skipped) < len(source):
                 raise
     skipped = builder.skipped

@@ -1,4 +1,4 @@
-"""Shows what will be asked: python -m spatial_ssrl_jax.preview --source=SPEC --out=DIR --count=N"""
+"""Shows training examples: python -m spatial_ssrl_jax.preview --source=SPEC --out=DIR --count=N"""
 
 import argparse
 import html
@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,8 @@ from spatial_ssrl_jax.data.sources.mixture import mixture_parts
 from spatial_ssrl_jax.data.sources.parquet import write_questions
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.example import Example, Reject
+
+Row = dict[str, Any]  # a line of `examples.jsonl`, or a row of `examples.parquet`
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--parquet",
         action="store_true",
-        help="also write examples.parquet in the released data's form, for other trainers",
+        help="also write examples.parquet in the released data's format, for other trainers",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -47,8 +50,8 @@ def main(argv: Sequence[str]) -> None:
 
     source = open_source(args.source)
     tasks = _choose_tasks(args.tasks, source)
-    inputs = [Path(p.source.root) for p in mixture_parts(source) if hasattr(p.source, "root")]
-    claim_output_folder(args.out, args.overwrite, *inputs)
+    roots = [getattr(part.source, "root", None) for part in mixture_parts(source)]
+    claim_output_folder(args.out, args.overwrite, *(Path(root) for root in roots if root))
     (args.out / "images").mkdir(parents=True)
     examples, tries, rejected = _make(tasks, args.count, args.seed)
     if not examples:
@@ -61,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     (args.out / "examples.jsonl").write_text("".join(lines))
     (args.out / "index.html").write_text(_page(args.source, rows, examples, tries, rejected))
     if args.parquet:
-        write_questions(args.out / "examples.parquet", [_released_form(args.out, r) for r in rows])
+        write_questions(args.out / "examples.parquet", [_released_row(args.out, r) for r in rows])
     counts = Counter(example.task for example in examples)
     if args.json:
         report = {"out": str(args.out), "tasks": counts, "tries": tries, "rejected": rejected}
@@ -72,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _choose_tasks(names: str | None, source: AnySource) -> dict[str, list[TaskSource]]:
-    """What the source gives for each task that is asked for, or for each that it can serve."""
+    """The source's examples for each of the tasks in `names`, or for all that it can serve."""
     wanted = list(TASKS_BY_NAME) if names is None else names.split(",")
     chosen = {}
     for name in wanted:
@@ -89,13 +92,15 @@ def _choose_tasks(names: str | None, source: AnySource) -> dict[str, list[TaskSo
 
 def _make(
     tasks: dict[str, list[TaskSource]], count: int, seed: int
-) -> tuple[list[Example], Counter, Counter]:
-    """Examples of the tasks in turn over records drawn at random.
+) -> tuple[list[Example], Counter[str], Counter[str]]:
+    """Examples of the tasks in turn, from records drawn at random.
 
     Returns:
-      The examples, the tries of each task, and how often each reason kept one from being made.
+      The examples, the tries of each task, and the rejected tries of each reason.
     """
-    examples, tries, rejected = [], Counter(), Counter()
+    examples: list[Example] = []
+    tries: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
     names = list(tasks)
     for number in range(50 * count):
         if len(examples) == count:
@@ -103,10 +108,10 @@ def _make(
         name = names[len(examples) % len(names)]
         rng = np.random.default_rng((seed, number))
         tries[name] += 1
-        supply = _choose(tasks[name], rng)
+        source = _choose(tasks[name], rng)
         try:
-            index = supply.indices[int(rng.integers(len(supply.indices)))]
-            examples.append(supply.maker(index, rng))
+            index = source.indices[int(rng.integers(len(source.indices)))]
+            examples.append(source.maker(index, rng))
         except Reject as reason:
             rejected[f"{name}: {reason}"] += 1
         except BadImage as reason:
@@ -114,14 +119,14 @@ def _make(
     return examples, tries, rejected
 
 
-def _choose(found: list[TaskSource], rng: np.random.Generator) -> TaskSource:
-    if len(found) == 1:
-        return found[0]
-    weights = np.array([supply.weight for supply in found])
-    return found[int(rng.choice(len(found), p=weights / weights.sum()))]
+def _choose(sources: list[TaskSource], rng: np.random.Generator) -> TaskSource:
+    if len(sources) == 1:
+        return sources[0]
+    weights = np.array([source.weight for source in sources])
+    return sources[int(rng.choice(len(sources), p=weights / weights.sum()))]
 
 
-def _write(out: Path, number: str, example: Example) -> dict:
+def _write(out: Path, number: str, example: Example) -> Row:
     """Writes one example's images; returns its line of `examples.jsonl`."""
     paths = []
     for i, image in enumerate(example.images):
@@ -138,10 +143,10 @@ def _write(out: Path, number: str, example: Example) -> dict:
     }
 
 
-def _released_form(out: Path, row: dict) -> dict:
+def _released_row(out: Path, row: Row) -> Row:
     """A line of `examples.jsonl` as a row of the released parquet, its images inside.
 
-    Each is called by the image that it was made of, so that `ssrl81k:` can tell which are of one.
+    Each image is named by the record that it was made of, so that `ssrl81k:` can group them.
     """
     record = row["source"]["record"].replace("#", "_")
     images = [
@@ -152,7 +157,7 @@ def _released_form(out: Path, row: dict) -> dict:
 
 
 def _page(
-    spec: str, rows: list[dict], examples: list[Example], tries: Counter, rejected: Counter
+    spec: str, rows: list[Row], examples: list[Example], tries: Counter[str], rejected: Counter[str]
 ) -> str:
     choices = {
         "task": dict.fromkeys(example.task for example in examples),
@@ -167,13 +172,13 @@ def _page(
     return page(title, body, ("filter.js",))
 
 
-def _statistics(examples: list[Example], tries: Counter, rejected: Counter) -> str:
-    """How many examples of each kind there are, how often a try gave one, and why it did not."""
+def _statistics(examples: list[Example], tries: Counter[str], rejected: Counter[str]) -> str:
+    """Tables: examples of each kind, accepted tries of each task, and reasons of rejected ones."""
     made = Counter(example.task for example in examples)
     counts = Counter((e.task, e.kind) for e in examples)
     for task in {e.task for e in examples if e.kind != "released"}:
         for kind in getattr(TASKS_BY_NAME[task].settings(), "kinds", ()):
-            counts[task, kind] += 0  # kinds that none came of are listed too
+            counts[task, kind] += 0  # kinds without an example are listed too
     kinds = sorted(counts.items())
     per_task = [
         (task, tries[task], made[task], f"{made[task] / tries[task]:.0%}") for task in tries
@@ -181,14 +186,14 @@ def _statistics(examples: list[Example], tries: Counter, rejected: Counter) -> s
     per_kind = [(task, kind, n, f"{n / made[task]:.0%}") for (task, kind), n in kinds]
     parts = [
         ("Tries", ("task", "tries", "examples", "accepted"), per_task),
-        ("Kinds", ("task", "kind", "examples", "share of task"), per_kind),
+        ("Kinds", ("task", "kind", "examples", "fraction of task"), per_kind),
         ("Rejected tries", ("reason", "tries"), rejected.most_common()),
     ]
     return "".join(f"<h2>{title}</h2>{table(head, rows)}" for title, head, rows in parts if rows)
 
 
-def _article(row: dict, example: Example) -> str:
-    pictures = "".join(
+def _article(row: Row, example: Example) -> str:
+    images = "".join(
         f'<figure><img src="{path}" alt="image {i}" loading="lazy">'
         f"<figcaption>{i}</figcaption></figure>"
         for i, path in enumerate(row["images"], 1)
@@ -197,7 +202,7 @@ def _article(row: dict, example: Example) -> str:
     kind = html.escape(example.kind)
     return (
         f'<article data-task="{row["task"]}" data-kind="{kind}">'
-        f'<h3>{row["id"]} · {row["task"]} · {kind}</h3><div class="images">{pictures}</div>'
+        f'<h3>{row["id"]} · {row["task"]} · {kind}</h3><div class="images">{images}</div>'
         f"<p>{html.escape(row['question'])}</p><p><b>{html.escape(row['answer'])}</b></p>"
         f'<p class="soft">{html.escape(example.reason)}</p>'
         f"<details><summary>truth</summary><pre>{html.escape(details)}</pre></details></article>"

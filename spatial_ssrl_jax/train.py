@@ -9,7 +9,7 @@ from spatial_ssrl_jax.common.errors import UserError, run_command
 
 
 def main(argv: Sequence[str]) -> None:
-    # Not above, where Ctrl-C during the seconds that they take would show a traceback.
+    # Imported here, where Ctrl-C during the seconds that they take shows no traceback.
     from spatial_ssrl_jax.common.paths import user_path
     from spatial_ssrl_jax.config.load import load_config, split_overrides
     from spatial_ssrl_jax.parallel.distributed import add_options, connect
@@ -18,24 +18,26 @@ def main(argv: Sequence[str]) -> None:
 
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.train",
-        description="Runs a config's stages, from the start or from where the folder stopped.",
+        description="Runs a config's stages, from the start or from the folder's last checkpoint.",
         epilog="Any setting is changed by --config.SECTION.NAME=VALUE.",
     )
     parser.add_argument("--config", required=True, help="a Python file such as configs/tiny.py")
-    parser.add_argument("--workdir", help="where everything is left (runs/NAME); may be gs://…")
+    parser.add_argument(
+        "--workdir", help="folder of everything that is written (runs/NAME); may be gs://…"
+    )
     parser.add_argument("--overwrite", action="store_true", help="empty the folder first")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="say what would go wrong and how large the run is; nothing is written",
+        help="report problems and the size of the run; nothing is written",
     )
-    parser.add_argument("--json", action="store_true", help="of --check: print one JSON object")
+    parser.add_argument("--json", action="store_true", help="with --check: print one JSON object")
     add_options(parser)
     rest, overrides = split_overrides(argv)
     args = parser.parse_args(rest)
     config = load_config(args.config, overrides)
     if args.json and not args.check:
-        raise UserError("--json belongs to --check: a run leaves its metrics in metrics.jsonl.")
+        raise UserError("--json belongs to --check: a run writes its metrics to metrics.jsonl.")
     workdir = user_path(args.workdir or f"runs/{config.name}")
     with exit_on_sigterm():
         keep_freed_memory()

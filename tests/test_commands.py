@@ -42,8 +42,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for name in "ab":
         image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
@@ -62,7 +62,7 @@ def assert_refused(result: tuple[int, str, str], *named: str) -> None:
 # preview
 
 
-def test_preview_leaves_examples_with_their_pictures_and_truth(run, tmp_path: Path):
+def test_preview_leaves_examples_with_their_images_and_truth(run, tmp_path: Path):
     out = tmp_path / "p"
     code, printed, _ = run(
         preview.main, "--source=scenes:30:224x224", f"--out={out}", "--count=10", "--json"
@@ -104,9 +104,9 @@ def test_preview_follows_its_seed(run, tmp_path: Path):
 
 @pytest.mark.parametrize("task", [name for name, task in TASKS_BY_NAME.items() if task.needs_depth])
 def test_preview_of_a_depth_task_without_depth_is_refused(
-    run, pictures: Path, tmp_path: Path, task: str
+    run, images: Path, tmp_path: Path, task: str
 ):
-    source = f"folder:{pictures}"
+    source = f"folder:{images}"
     result = run(preview.main, f"--source={source}", f"--out={tmp_path / 'p'}", f"--tasks={task}")
     assert_refused(result, task, source, "depth")
     assert not (tmp_path / "p").exists()
@@ -120,21 +120,19 @@ def test_preview_names_what_it_does_not_know(run, tmp_path: Path):
     assert_refused(run(preview.main, "--source=scenes", out, "--count=0"), "--count")
 
 
-def test_preview_overwrites_only_when_told_and_never_its_source(
-    run, pictures: Path, tmp_path: Path
-):
+def test_preview_overwrites_only_when_told_and_never_its_source(run, images: Path, tmp_path: Path):
     (tmp_path / "mine.txt").write_text("mine")
     argv = ["--source=scenes:5", f"--out={tmp_path}", "--count=1", "--tasks=shuffle"]
     assert_refused(run(preview.main, *argv), str(tmp_path), "--overwrite")
     assert (tmp_path / "mine.txt").exists()
     assert run(preview.main, *argv, "--overwrite")[0] == 0
     assert not (tmp_path / "mine.txt").exists()
-    argv = [f"--source=folder:{pictures}", f"--out={pictures}", "--overwrite"]
-    assert_refused(run(preview.main, *argv), str(pictures), "holds what is read")
-    assert (pictures / "a.png").is_file()
+    argv = [f"--source=folder:{images}", f"--out={images}", "--overwrite"]
+    assert_refused(run(preview.main, *argv), str(images), "holds what is read")
+    assert (images / "a.png").is_file()
 
 
-def test_preview_counts_an_unreadable_picture_and_goes_on(run, pictures: Path, tmp_path: Path):
+def test_preview_counts_an_unreadable_image_and_continues(run, images: Path, tmp_path: Path):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "bad.png").write_text("no image")
@@ -239,9 +237,9 @@ def test_merge_lora_names_what_is_wrong(run, model: Path, adapter: Path, tmp_pat
 
 
 @pytest.fixture
-def ask(run, model: Path, pictures: Path) -> Callable:
+def ask(run, model: Path, images: Path) -> Callable:
     def call(*argv: str) -> dict:
-        image = f"--image={pictures / 'a.png'}"
+        image = f"--image={images / 'a.png'}"
         code, printed, _ = run(
             generate.main,
             f"--model={model}",
@@ -279,9 +277,9 @@ def test_generate_draws_samples_by_their_seed(ask):
     assert ask(*argv[:2], "--seed=4")["samples"] != first["samples"]
 
 
-def test_generate_takes_several_pictures_and_the_format_prompt(ask, pictures: Path):
+def test_generate_takes_several_images_and_the_format_prompt(ask, images: Path):
     alone = ask()["prompt_ids"]
-    two = ask(f"--image={pictures / 'b.png'}")["prompt_ids"]
+    two = ask(f"--image={images / 'b.png'}")["prompt_ids"]
     assert len(two) == len(alone) + 14  # 12 places and the two marks around them
     assert len(ask("--reasoning")["prompt_ids"]) > len(alone) + 20
 
@@ -292,10 +290,10 @@ def test_generate_reads_an_orbax_folder_alike(ask, run, model: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seconds at 4 frames a second, 56 x 84 pixels."""
     av = pytest.importorskip("av", reason="writes a video, which needs PyAV")
-    path = tmp_path_factory.mktemp("film") / "v.mp4"
+    path = tmp_path_factory.mktemp("clip") / "v.mp4"
     rng = np.random.default_rng(0)
     with av.open(path, "w") as container:
         stream = container.add_stream("mpeg4", rate=4)
@@ -307,22 +305,22 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_generate_takes_pictures_and_a_video(ask, film: Path, model: Path):
+def test_generate_takes_images_and_a_video(ask, clip: Path, model: Path):
     """Four frames of eight are two times of 2 x 3 tokens; all eight are four."""
     token = open_model(str(model)).config.video_token_id
-    answer = ask(f"--video={film}")
+    answer = ask(f"--video={clip}")
     assert answer["prompt_ids"].count(token) == 2 * 6
-    every = ask(f"--video={film}", "--fps=4")
+    every = ask(f"--video={clip}", "--fps=4")
     assert every["prompt_ids"].count(token) == 4 * 6
     assert every["samples"] != answer["samples"]
-    few = ask(f"--video={film}", "--fps=4", "--max-frames=2", "--max-pixels=784")
+    few = ask(f"--video={clip}", "--fps=4", "--max-frames=2", "--max-pixels=784")
     assert few["prompt_ids"].count(token) == 1
 
 
-def test_generate_prints_the_text_as_it_comes(run, ask, model: Path, pictures: Path):
+def test_generate_prints_the_text_as_it_comes(run, ask, model: Path, images: Path):
     """What is streamed and what follows it is each sample's whole text."""
     texts = [sample["text"] for sample in ask("--samples=2", "--temperature=1")["samples"]]
-    argv = [f"--model={model}", f"--image={pictures / 'a.png'}", "--question=Where?"]
+    argv = [f"--model={model}", f"--image={images / 'a.png'}", "--question=Where?"]
     argv += ["--max-new-tokens=16", "--samples=2", "--temperature=1"]
     code, printed, _ = run(generate.main, *argv)
     first, second = printed.removeprefix("--- sample 1\n").split("--- sample 2\n")
@@ -335,7 +333,7 @@ def test_stream_holds_back_half_a_character(capsys: pytest.CaptureFixture):
     tiny = open_model("tiny")
     processor = Processor(tiny.files, tiny.config)
     ids = processor.encode_response("naïve 🙂 \\boxed{↑}")[:-1]
-    stream, parts = generate.Stream(processor, most=len(ids)), []
+    stream, parts = generate.TextStream(processor, max_tokens=len(ids)), []
     for length in range(1, len(ids) + 1):
         stream(ids[None, None], np.array([[length]]))
         parts.append(capsys.readouterr().out)
@@ -343,8 +341,8 @@ def test_stream_holds_back_half_a_character(capsys: pytest.CaptureFixture):
     assert "".join(parts) == "naïve 🙂 \\boxed{↑}" and stream.shown == len("".join(parts))
 
 
-def test_generate_refuses_a_prompt_that_is_too_long(run, model: Path, pictures: Path):
-    argv = [f"--model={model}", f"--image={pictures / 'a.png'}", "--question=Where?"]
+def test_generate_refuses_a_prompt_that_is_too_long(run, model: Path, images: Path):
+    argv = [f"--model={model}", f"--image={images / 'a.png'}", "--question=Where?"]
     most = open_model(str(model)).config.text.max_position_embeddings
     for limit in ("--max-prompt-tokens=20", f"--max-new-tokens={most - 20}"):
         assert_refused(run(generate.main, *argv, limit), "tokens", "12 of them", "at most 20 fit")

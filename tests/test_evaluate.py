@@ -75,13 +75,13 @@ def test_what_was_scored_is_scored_again_to_the_same(run, tmp_path: Path):
     assert first == again
 
 
-def test_the_report_stands_beside_the_papers_rows(run, tmp_path: Path):
+def test_the_report_is_beside_the_papers_rows(run, tmp_path: Path):
     code, printed, _ = run(f"--score={write(tmp_path / 'a.jsonl', LINES)}")
     assert code == 0 and "BLINK: 50.00 [" in printed and "4 questions, 1 without" in printed
     assert "Jigsaw" in printed and "Spatial-SSRL-7B: 56.23" in printed
 
 
-def test_several_benchmarks_make_one_table_in_the_papers_form(run, tmp_path: Path):
+def test_several_benchmarks_make_one_table_in_the_papers_format(run, tmp_path: Path):
     """Missing columns are dashes, and the mean with them; VSI-Bench's column is the paper's own."""
     vsi = {**LINES[0], "benchmark": "vsi_bench", "category": "object_counting", "target": 2}
     given = [
@@ -113,13 +113,13 @@ def test_vsi_bench_names_the_papers_variant(run, tmp_path: Path):
 @pytest.mark.parametrize("name", files.WRITERS)
 def test_records_survive_the_file(name: str, tmp_path: Path):
     benchmark = open_benchmark(name, files.WRITERS[name](tmp_path))
-    records = [
+    predictions = [
         unscored_prediction(question, benchmark.prompt(question), "A\n\u2028\tü")
         for question in benchmark.questions
     ]
     path = tmp_path / "predictions.jsonl"
-    path.write_text("".join(map(as_line, records)), "utf-8")
-    assert read_predictions(path) == records
+    path.write_text("".join(map(as_line, predictions)), "utf-8")
+    assert read_predictions(path) == predictions
 
 
 def test_mmbench_without_answers_becomes_a_submission(run, tmp_path: Path):
@@ -161,7 +161,7 @@ def test_nothing_is_overwritten_unasked(run, tmp_path: Path):
     assert code == 2 and "is what is read" in err
 
 
-def test_a_page_stands_beside_the_scores(run, tmp_path: Path):
+def test_a_page_is_beside_the_scores(run, tmp_path: Path):
     given, out = write(tmp_path / "predictions.jsonl", LINES), tmp_path / "out"
     assert run(f"--score={given}", f"--out={out}")[0] == 0
     page = (out / "results.html").read_text()
@@ -200,7 +200,7 @@ def test_two_models_are_compared(run, tmp_path: Path):
     assert code == 2 and "comparison.html exists" in err
     write(b, LINES[:3])
     code, _, err = run("--compare", a, b)
-    assert code == 2 and "1 question stands (3) only in A" in err and err.count("\n") == 1
+    assert code == 2 and "1 question is (3) only in A" in err and err.count("\n") == 1
     code, printed, err = run("--compare", a, b, "--allow-missing", "--json")
     assert code == 0 and json.loads(printed)["count"] == 3 and "only A or B has them: 1" in err
     code, _, err = run("--compare", tmp_path / "a", b)

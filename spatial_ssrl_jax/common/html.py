@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 
 import numpy as np
@@ -46,7 +46,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return f'<div class="wide"><table>{line(head, "th")}{body}</table></div>'
 
 
-def filters(choices: dict[str, Iterable[object]]) -> str:
+def filters(choices: Mapping[str, Iterable[object]]) -> str:
     """Select boxes by which `filter.js` filters the page's articles by their data fields."""
     selects = []
     for name, values in choices.items():

@@ -103,7 +103,9 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(path) if in_bucket(path) else epath.Path(path).resolve()
 
 
-def write_atomic(path: epath.Path, data: str | bytes, partial: epath.Path | None = None) -> None:
+def write_atomic(
+    path: epath.Path | Path, data: str | bytes, partial: epath.Path | Path | None = None
+) -> None:
     """Replaces a file atomically, as a bucket does with every write.
 
     Args:

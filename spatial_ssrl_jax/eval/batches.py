@@ -1,4 +1,4 @@
-"""Which questions are asked together: prompts alike in size, in few shapes, the largest first."""
+"""Batches of a benchmark's questions: prompts of similar size, few shapes, the largest first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from spatial_ssrl_jax.data.processor import PromptSize
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 
-_TOKENS = 32768  # most prompt tokens at a time on each part of the mesh, padding included
-_GROWTH = 1.5  # from one size to the next; what is between is padded
-_SCORES, _FEWEST = 2**28, 32  # most attention scores at a time, and fewest queries
-_MIN = PromptSize(tokens=128, windows=8)
+_MAX_TOKENS = 32768  # prompt tokens of a batch on each shard, padding included
+_GROWTH = 1.5  # from one shape to the next; sizes between are padded
+_MAX_SCORES, _MIN_QUERIES = 2**28, 32  # attention scores in memory at a time; queries of a chunk
+_MIN_SHAPE = PromptSize(tokens=128, windows=8)
 
 
 @dataclass(frozen=True)
@@ -17,74 +17,74 @@ class QuestionBatch:
     """Questions that are asked together.
 
     Attributes:
-      places: which questions, at most `size`.
-      size: prompts of the batch; a multiple of the mesh's parts.
+      indices: of the questions, at most `size`.
+      size: rows of the batch; a multiple of the batch axis's shards.
       shape: tokens and windows that each prompt is padded to.
     """
 
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     size: int
     shape: PromptSize
 
 
 def plan_batches(
-    extents: Sequence[PromptSize], shards: int, most: int, near: Sequence[str] | None = None
+    sizes: Sequence[PromptSize], shards: int, max_rows: int, groups: Sequence[str] | None = None
 ) -> list[QuestionBatch]:
-    """Sorts questions by the size of their prompts and cuts them into batches.
+    """Sorts questions by the size of their prompts and divides them into batches.
 
-    The largest come first, so that what does not fit into memory is known at once. A shape that
-    would not fill one batch joins the next larger one: each is compiled for itself.
+    The largest come first, so that one that exceeds the memory is known at once. A shape that would
+    not fill one batch joins the next larger one: each shape is compiled for itself.
 
     Args:
-      extents: size of each prompt.
-      shards: parts that the batch axis is cut into.
-      most: prompts at a time on each part.
-      near: questions of one size and one name here are together.
+      sizes: of each prompt.
+      shards: of the batch axis.
+      max_rows: prompts of a batch on each shard.
+      groups: a name for each question; of one size, questions of one name are next to each other.
     """
-    shapes = [_rounded(extent) for extent in extents]
+    shapes = [_bucket(size) for size in sizes]
 
-    def order(i: int) -> tuple:
-        return -shapes[i].windows, -shapes[i].tokens, near[i] if near else "", i
+    def order(i: int) -> tuple[int, int, str, int]:
+        return -shapes[i].windows, -shapes[i].tokens, groups[i] if groups else "", i
 
-    groups: list[tuple[list[int], PromptSize]] = []
-    for i in sorted(range(len(extents)), key=order):
-        if groups and (shapes[i] == groups[-1][1] or _room(groups[-1], shards, most)):
-            places, shape = groups[-1]
-            groups[-1] = ([*places, i], _larger(shape, shapes[i]))
+    buckets: list[tuple[list[int], PromptSize]] = []
+    for i in sorted(range(len(sizes)), key=order):
+        if buckets and (shapes[i] == buckets[-1][1] or _has_room(*buckets[-1], shards, max_rows)):
+            indices, shape = buckets[-1]
+            buckets[-1] = ([*indices, i], _larger(shape, shapes[i]))
         else:
-            groups.append(([i], shapes[i]))
-    return [batch for group in groups for batch in _cut(*group, shards, most)]
+            buckets.append(([i], shapes[i]))
+    return [batch for bucket in buckets for batch in _split(*bucket, shards, max_rows)]
 
 
-def queries_at_a_time(config: QwenVLConfig, shape: PromptSize, rows: int, most: int) -> int:
-    """How many queries attend at a time, so that their scores against all keys fit.
+def attention_chunk(config: QwenVLConfig, shape: PromptSize, rows: int, max_chunk: int) -> int:
+    """Queries that attend at a time, so that their scores against all keys fit into memory.
 
-    A video's frames are keys by the hundred thousand.
+    A video's frames have hundreds of thousands of keys.
 
     Args:
       config: the model's shape.
       shape: of each prompt.
-      rows: prompts on each part of the mesh.
-      most: queries at most.
+      rows: prompts on each shard of the batch.
+      max_chunk: upper limit.
     """
     patches = config.vision.num_heads * shape.windows * config.vision.window_patches
     scores = rows * max(patches, config.text.num_attention_heads * shape.tokens)  # of one query
-    few = max(_SCORES // scores, _FEWEST)
-    return min(1 << few.bit_length() - 1, most)
+    queries = max(_MAX_SCORES // scores, _MIN_QUERIES)
+    return min(1 << queries.bit_length() - 1, max_chunk)
 
 
-def _rounded(extent: PromptSize) -> PromptSize:
+def _bucket(size: PromptSize) -> PromptSize:
     return PromptSize(
-        _step(extent.tokens, _MIN.tokens),
-        _step(extent.windows, _MIN.windows) if extent.windows else 0,
+        _step(size.tokens, _MIN_SHAPE.tokens),
+        _step(size.windows, _MIN_SHAPE.windows) if size.windows else 0,
     )
 
 
-def _step(size: int, least: int) -> int:
-    """The smallest step that holds `size`: multiples of `least`, each half as large again."""
-    step = least
+def _step(size: int, smallest: int) -> int:
+    """The smallest step that holds `size`: multiples of `smallest`, each half as large again."""
+    step = smallest
     while step < size:
-        step = -(-int(step * _GROWTH) // least) * least
+        step = -(-int(step * _GROWTH) // smallest) * smallest
     return step
 
 
@@ -92,19 +92,20 @@ def _larger(a: PromptSize, b: PromptSize) -> PromptSize:
     return PromptSize(max(a.tokens, b.tokens), max(a.windows, b.windows))
 
 
-def _size(shape: PromptSize, shards: int, most: int) -> int:
-    return shards * max(1, min(most, _TOKENS // shape.tokens))
+def _batch_size(shape: PromptSize, shards: int, max_rows: int) -> int:
+    return shards * max(1, min(max_rows, _MAX_TOKENS // shape.tokens))
 
 
-def _room(group: tuple[list[int], PromptSize], shards: int, most: int) -> bool:
-    places, shape = group
-    return len(places) < _size(shape, shards, most)
+def _has_room(indices: list[int], shape: PromptSize, shards: int, max_rows: int) -> bool:
+    return len(indices) < _batch_size(shape, shards, max_rows)
 
 
-def _cut(places: list[int], shape: PromptSize, shards: int, most: int) -> list[QuestionBatch]:
+def _split(
+    indices: list[int], shape: PromptSize, shards: int, max_rows: int
+) -> list[QuestionBatch]:
     needed = shards
-    while needed < len(places):
+    while needed < len(indices):
         needed *= 2
-    size = min(_size(shape, shards, most), needed)
-    parts = [tuple(places[first : first + size]) for first in range(0, len(places), size)]
-    return [QuestionBatch(part, size, shape) for part in parts]
+    size = min(_batch_size(shape, shards, max_rows), needed)
+    starts = range(0, len(indices), size)
+    return [QuestionBatch(tuple(indices[i : i + size]), size, shape) for i in starts]

@@ -1,4 +1,4 @@
-"""Held-out scores of the pretext tasks: greedy and sampled accuracy, form and reward."""
+"""Held-out scores of the pretext tasks: greedy and sampled accuracy, format and reward."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,11 +31,11 @@ HeldoutTable = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class HeldoutEval:
-    """Fixed held-out examples of every task, and what it takes to ask them.
+    """Fixed held-out examples of every task, and what it takes to answer and score them.
 
     Attributes:
       items: held-out items by task.
-      engine, processor, layout: ask and decode.
+      engine, processor, layout: sample responses and decode them.
       collate: pads prompts.
       settings: the config's `eval` section.
       rollout: the config's `rollout` section.
@@ -54,7 +54,7 @@ class HeldoutEval:
     temperature: float
 
     def measure(self, params: Params, trained: Sequence[str], seed: int) -> HeldoutTable:
-        """Asks every held-out question greedily and sampled at the training temperature.
+        """Scores every held-out example, greedily and sampled at the training temperature.
 
         Returns:
           `{task: {"accuracy_greedy", "accuracy_sampled", "format", "reward", "count"}, "mean":
@@ -63,14 +63,14 @@ class HeldoutEval:
         weights = self.engine.fill(params)
         table: HeldoutTable = {}
         for task, items in self.items.items():
-            greedy = self._ask(params, weights, items, 1, GREEDY, seed)
+            greedy = self._rewards(params, weights, items, 1, GREEDY, seed)
             drawn = Sampling(self.temperature)
-            sampled = self._ask(params, weights, items, self.settings.samples, drawn, seed)
-            overall, accuracy, form = sampled.mean(axis=(0, 1))
+            sampled = self._rewards(params, weights, items, self.settings.samples, drawn, seed)
+            overall, accuracy, formatted = sampled.mean(axis=(0, 1))
             table[task] = {
                 "accuracy_greedy": float(greedy[..., 1].mean()),
                 "accuracy_sampled": float(accuracy),
-                "format": float(form),
+                "format": float(formatted),
                 "reward": float(overall),
                 "count": len(items),
             }
@@ -82,42 +82,46 @@ class HeldoutEval:
             table["mean"]["count"] = sum(r["count"] for r in rows)
         return table
 
-    def _ask(
-        self, params, weights, items: list[Item], group: int, sampling: Sampling, seed: int
+    def _rewards(
+        self,
+        params: Params,
+        weights: dict[str, Any],
+        items: list[Item],
+        group_size: int,
+        sampling: Sampling,
+        seed: int,
     ) -> np.ndarray:
-        """Rewards [items, group, 3] of the responses: overall, accuracy, form."""
-        size, share = (
-            self.settings.batch_prompts,
-            self.settings.batch_prompts // jax.process_count(),
-        )
-        first = share * jax.process_index()
+        """[items, group_size, 3] float64 rewards of the responses: overall, accuracy, format."""
+        size = self.settings.batch_prompts
+        rows = size // jax.process_count()
+        first = rows * jax.process_index()
         rewards = []
         for start in range(0, len(items), size):
-            part = items[start : start + size]
-            padded = part + [part[-1]] * (size - len(part))
+            chunk = items[start : start + size]
+            padded = chunk + [chunk[-1]] * (size - len(chunk))
             batch = self.collate(list(enumerate(padded, start)))
-            mine = padded[first : first + share]
+            own = padded[first : first + rows]
             rollout = self.engine.generate(
                 params,
                 weights,
-                self.layout.put_batch(take_rows(batch.prompts, first, share)),
-                group_size=group,
+                self.layout.put_batch(take_rows(batch.prompts, first, rows)),
+                group_size=group_size,
                 max_new_tokens=self.rollout.max_new_tokens,
                 key=jax.random.fold_in(jax.random.key(seed), 2**31 - 1),
-                prompt_index=self.layout.put_batch(batch.index[first : first + share]),
+                prompt_index=self.layout.put_batch(batch.index[first : first + rows]),
                 sampling=sampling,
             )
-            found = [
+            scored = [
                 [self._score(item, ids[:n]) for ids, n in zip(tokens, lengths, strict=True)]
-                for item, tokens, lengths in zip(mine, rollout.tokens, rollout.length, strict=True)
+                for item, tokens, lengths in zip(own, rollout.tokens, rollout.length, strict=True)
             ]
-            rewards.append(all_gather(np.array(found))[: len(part)])
+            rewards.append(all_gather(np.array(scored))[: len(chunk)])
         return np.concatenate(rewards)
 
     def _score(self, item: Item, ids: np.ndarray) -> tuple[float, float, float]:
         text = self.processor.decode(ids)
         reward = score_response(text, len(ids), item.example, self.reward)
-        return reward.overall, reward.accuracy_weight, reward.format
+        return reward.overall, reward.accuracy, reward.format
 
 
 def task_datasets(
@@ -128,9 +132,9 @@ def task_datasets(
     seed: int,
     limit: PromptSize | None = None,
 ) -> dict[str, grain.MapDataset]:
-    """Each task alone over the records `pool` of a source; see `item_dataset`.
+    """A dataset of each task alone, over the records `pool` of a source; see `item_dataset`.
 
-    A task that needs depth is left out where the source has none, and all without a record.
+    Tasks that need depth are left out where the source has none; an empty pool gives no dataset.
     """
     datasets = {}
     for task in TASKS if pool else ():
@@ -142,27 +146,27 @@ def task_datasets(
 
 
 def open_pretext(
-    source: AnySource, processor: Processor, count: int, share: float, seed: int
+    source: AnySource, processor: Processor, count: int, heldout_fraction: float, seed: int
 ) -> Benchmark:
-    """The tasks as a benchmark: the questions that a run of these settings measures itself by,
+    """The tasks as a benchmark: the held-out questions of a training run with these settings,
     where its buckets hold them all.
 
     Args:
       source: of images or of questions.
       processor: measures prompts.
       count: questions a task.
-      share: of the images that is held out; the same as in a run.
+      heldout_fraction: of the images; the same as in the run.
       seed: of the run.
 
     Raises:
       UserError: its held-out images give no question.
     """
-    pool = split_records(source, share).heldout
+    pool = split_records(source, heldout_fraction).heldout
     datasets = task_datasets(source, pool, Config("pretext").tasks, processor, seed + 1)
     questions, left_out = [], []
     for task, items in datasets.items():
         try:
-            examples = [items[i].example for i in range(count)]
+            examples = [item.example for item in _first(items, count)]
         except UserError as error:
             left_out.append(f"{task}: {error}")
             continue
@@ -181,12 +185,17 @@ def heldout_items(
 ) -> dict[str, list[Item]]:
     """The first `count` items of each task's held-out stream.
 
-    A task for which the held-out images give no example is left out, and `say` is told.
+    A task for which the held-out images give no example is left out, and `say` receives why.
     """
     found = {}
     for task, items in datasets.items():
         try:
-            found[task] = [items[i] for i in range(count)]
+            found[task] = _first(items, count)
         except UserError as error:
             say(f"no held-out scores of {task}: {error}")
     return found
+
+
+def _first(items: grain.MapDataset[Item], count: int) -> list[Item]:
+    """The first `count` items of an endless stream, none of which is empty."""
+    return [item for i in range(count) if (item := items[i]) is not None]

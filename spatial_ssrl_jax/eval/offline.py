@@ -1,4 +1,4 @@
-"""Scoring and comparing answers that are there already, without a model."""
+"""Offline scoring: scores and compares stored predictions, without a model."""
 
 import argparse
 import json
@@ -36,33 +36,32 @@ def score_files(args: argparse.Namespace) -> None:
     """Scores the files `args.score`, and writes scores and a page into `args.out`, if given.
 
     Raises:
-      UserError: a file is damaged, or its results have no place.
+      UserError: a file is damaged, or results would replace others.
     """
     files = {path: read_predictions(path) for path in args.score}
     _check_apart(files)
     found: list[Result] = []
-    # Several benchmarks would leave files of one name: each has a folder of its own.
-    apart = args.out is not None and len(files) > 1
-    for path, records in files.items():
-        out = args.out / records[0].benchmark if apart else args.out
+    for path, predictions in files.items():
+        out = _result_folder(args, predictions)
         _check_out(out, (PREDICTIONS, SCORES, SUBMISSION), args.overwrite, path)
-        if for_server(records):
+        if for_server(predictions):
             if out is None:
                 raise UserError(
-                    f"the right answers of {records[0].benchmark}'s test split are not public: "
+                    f"the right answers of {predictions[0].benchmark}'s test split are not public: "
                     f"give --out=DIR for its {SUBMISSION}, or score the dev split."
                 )
-            submit(records, out, partial(print, file=sys.stderr))
+            submit(predictions, out, partial(print, file=sys.stderr))
             continue
-        kept = [r for r in records if r.target or not args.allow_missing]
-        if len(kept) < len(records):
-            print(f"{path}: {len(records) - len(kept)} left out, no target", file=sys.stderr)
+        kept = [p for p in predictions if p.target or not args.allow_missing]
+        if len(kept) < len(predictions):
+            print(f"{path}: {len(predictions) - len(kept)} left out, no target", file=sys.stderr)
         found.append(score_predictions(kept))
     if args.out and found:
         _check_out(args.out, (RESULTS,), args.overwrite)
-        questions = questions_in(args.data, [records for records, _ in found], args.allow_missing)
-        for records, scores in found:
-            write_results(args.out / scores.benchmark if apart else args.out, records, scores)
+        scored = [predictions for predictions, _ in found]
+        questions = questions_in(args.data, scored, args.allow_missing)
+        for predictions, scores in found:
+            write_results(_result_folder(args, predictions) or args.out, predictions, scores)
         write_results_page(args.out / RESULTS, found, questions)
     print_scores([scores for _, scores in found], len(files) > 1, args.json)
 
@@ -75,12 +74,12 @@ def compare_files(args: argparse.Namespace) -> None:
     """
     paths = [predictions_in(path) for path in args.compare]
     _check_out(args.out, (COMPARISON, COMPARED), args.overwrite)
-    records = [read_predictions(path) for path in paths]
-    a, b = in_pairs(*records, args.allow_missing)
-    left = sum(map(len, records)) - len(a) - len(b)
-    if left:
-        print(f"answers left out, as only A or B has them: {left}", file=sys.stderr)
-    found, names = compare(a, b), tuple(map(str, args.compare))
+    first, second = (read_predictions(path) for path in paths)
+    a, b = in_pairs(first, second, args.allow_missing)
+    left_out = len(first) + len(second) - len(a) - len(b)
+    if left_out:
+        print(f"answers left out, as only A or B has them: {left_out}", file=sys.stderr)
+    found, names = compare(a, b), (str(args.compare[0]), str(args.compare[1]))
     if args.out:
         questions = questions_in(args.data, [a], args.allow_missing)
         write_comparison_page(args.out / COMPARISON, found, names, questions)
@@ -88,9 +87,15 @@ def compare_files(args: argparse.Namespace) -> None:
     print(json.dumps(found.as_json()) if args.json else as_text(found, names))
 
 
+def _result_folder(args: argparse.Namespace, predictions: Sequence[Prediction]) -> Path | None:
+    """`args.out`, or for several benchmarks, whose files have the same names, a folder in it."""
+    out: Path | None = args.out
+    return out / predictions[0].benchmark if out and len(set(args.score)) > 1 else out
+
+
 def _check_apart(files: Mapping[Path, Sequence[Prediction]]) -> None:
-    """Raises `UserError` where two files answer one benchmark: their results have one name."""
-    names = [records[0].benchmark for records in files.values()]
+    """Raises `UserError` where two files are of one benchmark: their results share names."""
+    names = [predictions[0].benchmark for predictions in files.values()]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         both = [str(p) for p, name in zip(files, names, strict=True) if name == twice]
@@ -103,8 +108,10 @@ def _check_apart(files: Mapping[Path, Sequence[Prediction]]) -> None:
 def _check_out(
     folder: Path | None, names: Sequence[str], overwrite: bool, read: Path | None = None
 ) -> None:
-    """Raises `UserError` where results would replace others, or what they are made from."""
-    for name in names if folder else ():
+    """Raises `UserError` where results would replace others, or the file that is scored."""
+    if folder is None:
+        return
+    for name in names:
         path = folder / name
         if read is not None and path.exists() and path.resolve() == read.resolve():
             raise UserError(f"{path} is what is read: choose another folder for --out.")

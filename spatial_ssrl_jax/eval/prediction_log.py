@@ -1,9 +1,9 @@
-"""`predictions.jsonl` while it grows: who answers what, and what was answered before a stop."""
+"""`predictions.jsonl` while it grows: resumable predictions of one evaluation."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,36 +20,52 @@ from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Prediction, Questio
 from spatial_ssrl_jax.parallel.collectives import all_gather, is_primary
 
 EVALUATION_FILE = "asked.json"
-_PLACE = "model"  # where the model is says nothing about which it is
+_PATH_KEY = "model"  # a path: the same weights may have moved since
+
+
+class PredictionStore(Protocol):
+    """Where `run_benchmark` keeps predictions: a `PredictionLog`, or a list in memory."""
+
+    predictions: list[Prediction]
+
+    def answered(
+        self, questions: Sequence[Question], prompts: Sequence[BenchmarkPrompt], samples: int, /
+    ) -> np.ndarray:
+        """[n] bool, which of n questions have all their answers; the same on every process."""
+        ...
+
+    def add(self, predictions: Sequence[Prediction], /) -> None:
+        """Appends predictions."""
+        ...
 
 
 class PredictionLog:
-    """The answers in a folder, which one process reads and writes.
+    """The predictions in a folder, which one process reads and writes.
 
     Args:
-      folder: where they are kept; made when the first one comes.
-      about: what decides the answers (model, benchmark, style, …), JSON types; it is in
-        `asked.json`, and answers to anything else are refused.
-      overwrite: what the folder holds of another evaluation may go.
+      folder: of `predictions.jsonl`; made with the first prediction.
+      about: what decides the answers (model, benchmark, style, …), JSON types; stored in
+        `asked.json`, and a folder with another content is refused.
+      overwrite: remove what the folder holds of another evaluation.
 
     Raises:
-      UserError: the folder holds other answers, or damaged ones.
+      UserError: the folder holds predictions of another evaluation, or damaged ones.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], overwrite: bool = False):
         self.folder, self.path = Path(folder), Path(folder) / PREDICTIONS
         self.about = json.loads(json.dumps(about))
-        self.records: list[Prediction] = []
+        self.predictions: list[Prediction] = []
         if not is_primary():
             return
         if overwrite:
             for name in (PREDICTIONS, SCORES, SUBMISSION, EVALUATION_FILE):
                 (self.folder / name).unlink(missing_ok=True)
         self._check()
-        self.records = self._read()
+        self.predictions = self._read()
 
     def _check(self) -> None:
-        """Refuses a folder whose answers are not this evaluation's."""
+        """Refuses a folder whose predictions are not this evaluation's."""
         path, other = self.folder / EVALUATION_FILE, "choose another --out, or give --overwrite"
         if not path.is_file():
             found = [n for n in (PREDICTIONS, SCORES, SUBMISSION) if (self.folder / n).exists()]
@@ -63,7 +79,7 @@ class PredictionLog:
         changed = [
             f"{key} {before.get(key)!r}, not {self.about.get(key)!r}"
             for key in sorted(before.keys() | self.about.keys())
-            if key != _PLACE and before.get(key) != self.about.get(key)
+            if key != _PATH_KEY and before.get(key) != self.about.get(key)
         ]
         if changed:
             raise UserError(
@@ -72,7 +88,7 @@ class PredictionLog:
             )
 
     def _read(self) -> list[Prediction]:
-        """What was answered so far; a last line that was cut off goes."""
+        """The predictions so far; an incomplete last line is removed."""
         if not self.path.is_file():
             return []
         with self.path.open("rb+") as file:
@@ -83,43 +99,44 @@ class PredictionLog:
         return read_predictions(self.path) if whole else []
 
     def answered(
-        self, questions: Sequence[Question], asked: Sequence[BenchmarkPrompt], samples: int
+        self, questions: Sequence[Question], prompts: Sequence[BenchmarkPrompt], samples: int
     ) -> np.ndarray:
         """[n] bool, which questions have all their answers; the same on every process.
 
-        Where a stop left some of a question's answers, they go: it is asked again.
+        A question with only some of its answers loses them, and is answered again.
 
         Args:
-          questions, asked: n questions, and in which words.
+          questions, prompts: n questions and their prompts.
           samples: answers to each.
 
         Raises:
-          UserError: an answer is to a question that is not among them, or in other words.
+          UserError: a prediction is of none of these questions, or of another prompt.
         """
-        places = {question.id: place for place, question in enumerate(questions)}
-        count = np.zeros(len(places), np.int64)
-        for record in self.records:
-            place = places.get(record.id)
-            if place is None or record.question != asked[place].text:
+        index_of = {question.id: index for index, question in enumerate(questions)}
+        count = np.zeros(len(index_of), np.int64)
+        for prediction in self.predictions:
+            index = index_of.get(prediction.id)
+            if index is None or prediction.question != prompts[index].text:
                 raise UserError(
-                    f"{self.path} has an answer to {record.id!r}, which is not asked now or in "
-                    "other words: give the same --data, choose another --out, or give --overwrite."
+                    f"{self.path} has an answer to {prediction.id!r}, which is not asked now "
+                    "or with another prompt: give the same --data, choose another --out, or give "
+                    "--overwrite."
                 )
-            count[place] += 1
-        whole = [r for r in self.records if count[places[r.id]] == samples]
-        if len(whole) < len(self.records):
-            self.records = whole
+            count[index] += 1
+        whole = [p for p in self.predictions if count[index_of[p.id]] == samples]
+        if len(whole) < len(self.predictions):
+            self.predictions = whole
             write_atomic(self.path, "".join(map(as_line, whole)))
         return all_gather(count == samples)[: len(count)]
 
-    def add(self, records: Iterable[Prediction]) -> None:
-        """Appends answers; they are in the file when this returns."""
+    def add(self, predictions: Iterable[Prediction]) -> None:
+        """Appends predictions; they are in the file when this returns."""
         if not is_primary():
             return
-        records = list(records)
+        predictions = list(predictions)
         if not (self.folder / EVALUATION_FILE).is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / EVALUATION_FILE, json.dumps(self.about, indent=1) + "\n")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(map(as_line, records)))
-        self.records += records
+            file.write("".join(map(as_line, predictions)))
+        self.predictions += predictions

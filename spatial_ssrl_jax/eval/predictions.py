@@ -21,10 +21,10 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Prediction))
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Records of a file, scored or not; whatever scoring writes is read anew from the response.
+    """Predictions of a file, scored or not, without the fields that scoring writes.
 
     Raises:
-      UserError: no such file, or a line that is not a record; it names the line.
+      UserError: no such file, or a line that is no prediction; it names the line.
     """
     try:
         lines = path.read_text("utf-8").split("\n")
@@ -33,11 +33,11 @@ def read_predictions(path: Path) -> list[Prediction]:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{path} holds no prediction.")
-    return [_record(f"line {number} of {path}", line) for number, line in numbered]
+    return [_prediction(f"line {number} of {path}", line) for number, line in numbered]
 
 
 def predictions_in(path: Path) -> Path:
-    """A file, or that of a folder; raises `UserError` where it has none."""
+    """The path itself, or `predictions.jsonl` in a folder; raises `UserError` where it has none."""
     if not path.is_dir():
         return path
     if (path / PREDICTIONS).is_file():
@@ -47,7 +47,7 @@ def predictions_in(path: Path) -> Path:
     raise UserError(f"{path} has no {PREDICTIONS}{here}: give the folder that has it.")
 
 
-def _record(name: str, line: str) -> Prediction:
+def _prediction(name: str, line: str) -> Prediction:
     try:
         values: Any = json.loads(line)
     except json.JSONDecodeError as error:
@@ -60,41 +60,47 @@ def _record(name: str, line: str) -> Prediction:
     meta = values.get("meta") or {}
     if not isinstance(meta, dict) or not isinstance(values["response"], str):
         raise UserError(f"{name}: its response must be a text, and its meta an object.")
-    texts = {field: str(values[field]) for field in ("id", "benchmark", "question")}
-    texts["category"] = str(values["category"] or "all")
     target = values["target"]
-    if not isinstance(target, list | None):
-        target = str(target)
-    return Prediction(**texts, target=target, response=values["response"], meta=meta)
+    return Prediction(
+        id=str(values["id"]),
+        benchmark=str(values["benchmark"]),
+        category=str(values["category"] or "all"),
+        question=str(values["question"]),
+        target=target if isinstance(target, list | None) else str(target),
+        response=values["response"],
+        meta=meta,
+    )
 
 
-def as_line(record: Prediction) -> str:
-    """A record as one line, with its end."""
-    values = {field: getattr(record, field) for field in _FIELDS}
+def as_line(prediction: Prediction) -> str:
+    """A prediction as a line of `predictions.jsonl`, with its line break."""
+    values = {field: getattr(prediction, field) for field in _FIELDS}
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def write_results(folder: epath.Path | Path, records: Iterable[Prediction], scores: Scores) -> None:
+def write_results(
+    folder: epath.Path | Path, predictions: Iterable[Prediction], scores: Scores
+) -> None:
     """Writes `predictions.jsonl` and `scores.json` into a folder, each whole or not at all."""
-    write_atomic(folder / PREDICTIONS, "".join(map(as_line, records)))
+    write_atomic(folder / PREDICTIONS, "".join(map(as_line, predictions)))
     write_atomic(folder / SCORES, json.dumps(scores.as_json(), indent=1) + "\n")
 
 
-def submit(records: Sequence[Prediction], folder: Path, say: Callable[[str], None]) -> None:
-    """Writes the file that a benchmark's server scores; of several samples the first counts."""
-    first = [record for record in records if record.meta.get(SAMPLE, 1) == 1]
+def submit(predictions: Sequence[Prediction], folder: Path, say: Callable[[str], None]) -> None:
+    """Writes `submission.tsv` for a benchmark's server, with the first sample of each question."""
+    first = [prediction for prediction in predictions if prediction.meta.get(SAMPLE, 1) == 1]
     write_submission(folder / SUBMISSION, first)
     say(f"{folder / SUBMISSION}: {len(first)} answers without a public target, not scored")
 
 
-def write_submission(path: Path, records: Iterable[Prediction]) -> None:
-    """Writes answers as MMBench's server reads them, one row a rotation (save as xlsx there)."""
+def write_submission(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Writes responses as MMBench's server reads them, one row a rotation (convert it to xlsx)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(["index", "question", "A", "B", "C", "D", "prediction"])
-        for record in records:
-            options = record.meta.get("options", {})
-            text = record.meta.get("text", record.question)
+        for prediction in predictions:
+            options = prediction.meta.get("options", {})
+            text = prediction.meta.get("text", prediction.question)
             letters = [options.get(letter, "") for letter in "ABCD"]
-            writer.writerow([record.id, text, *letters, record.response])
+            writer.writerow([prediction.id, text, *letters, prediction.response])

@@ -1,4 +1,4 @@
-"""One type for the questions of every benchmark, and one for the answers that are kept of them."""
+"""Questions of every benchmark, the prompts made of them, and the predictions that answer them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from spatial_ssrl_jax.eval.benchmarks.images import BenchmarkImage
 
 Target = str | list[str] | None
-SAMPLE = "sample"  # in a record's meta: which of several responses to one question, from 1
+SAMPLE = "sample"  # in a prediction's meta: which of several responses to one question, from 1
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Question:
       text: the question as the file has it.
       target: the right answer; several where any of them will do; None where it is not public.
       options: text of each option by letter; empty where there are none.
-      images: in the order in which they are asked about.
+      images: in the order of their `<image>` marks.
       video: an mp4 file, or None.
-      hint: what is said before the question, or "".
-      meta: whatever else scoring needs, as JSON holds it.
+      hint: text before the question, or "".
+      meta: what else scoring needs, JSON types.
     """
 
     id: str
@@ -33,7 +33,7 @@ class Question:
     text: str
     target: Target
     options: dict[str, str] = field(default_factory=dict)
-    pictures: tuple[BenchmarkImage, ...] = ()
+    images: tuple[BenchmarkImage, ...] = ()
     video: Path | None = None
     hint: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -41,17 +41,17 @@ class Question:
 
 @dataclass(frozen=True)
 class BenchmarkPrompt:
-    """A question in the words in which a model is asked.
+    """A question as the model gets it, in the wording of one style.
 
     Attributes:
-      text: for `Processor.prompt`: images stand where `<image>` is in it, in front where it
-        has no such mark; so does the video.
-      images: in the order of their places.
+      text: for `Processor.prompt`: images go where `<image>` is in it, in front where it has no
+        such mark; so does the video.
+      images: in the order of their marks.
       video: an mp4 file, or None.
     """
 
     text: str
-    pictures: tuple[BenchmarkImage, ...] = ()
+    images: tuple[BenchmarkImage, ...] = ()
     video: Path | None = None
 
 
@@ -61,8 +61,8 @@ class Prediction:
 
     Attributes:
       id, benchmark, category, target: of the question.
-      question: the text that was asked.
-      response: what the model said, without special tokens.
+      question: the prompt's text.
+      response: the model's text, without special tokens.
       meta: of the question, its options among them.
       extracted: the answer found in the response, None where none could be.
       parsed: whether one was found; None before scoring.
@@ -83,19 +83,19 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What scoring says of one response: see `Prediction`."""
+    """The extracted answer and the score of one response: see `Prediction`."""
 
     extracted: str | None
     score: float
 
 
 def unscored_prediction(
-    question: Question, asked: BenchmarkPrompt, response: str, sample: int | None = None
+    question: Question, prompt: BenchmarkPrompt, response: str, sample: int | None = None
 ) -> Prediction:
-    """The record of one answered question, not yet scored.
+    """The prediction of one answered question, not yet scored.
 
     Args:
-      question, asked: what was asked, and in which words.
+      question, prompt: the question and its prompt.
       response: the answer.
       sample: which one of several, from 1; None where it is the only one.
     """
@@ -105,8 +105,15 @@ def unscored_prediction(
         id=question.id,
         benchmark=question.benchmark,
         category=question.category,
-        question=asked.text,
+        question=prompt.text,
         target=question.target,
         response=response,
         meta=meta,
     )
+
+
+def score_of(prediction: Prediction) -> float:
+    """The score of a scored prediction, 0 to 1; raises `ValueError` before scoring."""
+    if prediction.score is None:
+        raise ValueError(f"{prediction.id} is not scored yet")
+    return prediction.score

@@ -1,20 +1,23 @@
-"""Options of the commands that let a model answer, and what they may be."""
+"""Options of the commands that generate with a model: how images are shown and tokens drawn."""
 
 import argparse
 
+import jax
+
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.qwen_vl.compute import Dtype
 from spatial_ssrl_jax.rollout.sampling import Sampling
 
 
-def add_options(
-    parser: argparse.ArgumentParser, new_tokens: int | None, by: str = "the model"
+def add_inference_options(
+    parser: argparse._ActionsContainer, new_tokens: int | None, by: str = "the model"
 ) -> None:
-    """Adds how images are shown and tokens drawn.
+    """Adds `--min-pixels` to `--dtype` to a command.
 
     Args:
-      parser: of the command.
-      new_tokens: default length of a response; None leaves it to the command.
-      by: what decides where an option is not given.
+      parser: of the command, or a group of its options.
+      new_tokens: default max tokens of a response; None leaves it to the command.
+      by: what the help texts name as the source of a default.
     """
     for name in ("--min-pixels", "--max-pixels"):
         parser.add_argument(name, type=int, help=f"area of an image or frame: by {by}")
@@ -27,11 +30,11 @@ def add_options(
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on CPU")
 
 
-def check_options(args: argparse.Namespace) -> Sampling:
-    """How tokens are drawn.
+def check_inference_options(args: argparse.Namespace) -> Sampling:
+    """Checks the options; returns how tokens are drawn.
 
     Raises:
-      UserError: an option's value makes no sense.
+      UserError: a value is out of range.
     """
     if args.samples < 1 or (args.max_new_tokens is not None and args.max_new_tokens < 1):
         raise UserError("--samples and --max-new-tokens must be at least 1.")
@@ -42,3 +45,8 @@ def check_options(args: argparse.Namespace) -> Sampling:
     if not args.temperature >= 0 or not 0 < args.top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1.")
     return Sampling(args.temperature, args.top_p)
+
+
+def default_dtype(dtype: Dtype | None) -> Dtype:
+    """`--dtype`, or where it is not given float32 on CPU and bfloat16 elsewhere."""
+    return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")

@@ -11,7 +11,8 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark, open_benchmark
 from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Prediction, Question
-from spatial_ssrl_jax.eval.runner import EvalOptions, run_benchmark
+from spatial_ssrl_jax.eval.options import EvalOptions
+from spatial_ssrl_jax.eval.runner import run_benchmark
 from spatial_ssrl_jax.eval.scoring.scores import Scores
 from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.monitoring.progress import Progress
@@ -22,17 +23,17 @@ from spatial_ssrl_jax.rollout.engine import Engine
 
 @dataclass
 class _Answers:
-    """A journal for one measurement, which a run that stopped takes anew, whole."""
+    """A `PredictionStore` in memory, for one measurement: a resumed run measures again."""
 
-    records: list[Prediction] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
 
     def answered(
-        self, questions: Sequence[Question], asked: Sequence[BenchmarkPrompt], samples: int
+        self, questions: Sequence[Question], prompts: Sequence[BenchmarkPrompt], samples: int
     ) -> np.ndarray:
         return np.zeros(len(questions), bool)
 
-    def add(self, records: Sequence[Prediction]) -> None:
-        self.records += records
+    def add(self, predictions: Sequence[Prediction]) -> None:
+        self.predictions += predictions
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class BenchmarkEval:
       benchmark: the questions.
       files: folder with the model's tokenizer and processor files.
       engine, layout: ask and decode.
-      how: words and limits.
+      options: style and limits.
     """
 
     benchmark: Benchmark
     files: Path
     engine: Engine
     layout: Layout
-    how: EvalOptions
+    options: EvalOptions
 
     def measure(self, params: Params) -> tuple[list[Prediction], Scores]:
         """Asks every question, greedily; the same on every process.
@@ -59,17 +60,17 @@ class BenchmarkEval:
           The scored answers and their metrics.
         """
         weights = self.engine.fill(params)
-        respondent = Policy(self.files, self.engine, self.layout, params, weights)
+        policy = Policy(self.files, self.engine, self.layout, params, weights)
         quiet = Progress(Console(quiet=True, force_terminal=False))  # the run's own has the screen
-        records, _ = run_benchmark(respondent, self.benchmark, self.how, _Answers(), quiet)
-        return self.benchmark.score(records)
+        predictions, _ = run_benchmark(policy, self.benchmark, self.options, _Answers(), quiet)
+        return self.benchmark.score(predictions)
 
 
 def eval_options(config: Config, layout: Layout) -> EvalOptions:
     """In the run's own limits: its curve is compared with itself, not with the paper."""
     return EvalOptions(
         style=config.eval.benchmark_style,
-        prompts=max(1, config.eval.batch_prompts // layout.batch_shards),
+        batch_prompts=max(1, config.eval.batch_prompts // layout.batch_shards),
         new_tokens=config.rollout.max_new_tokens,
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,

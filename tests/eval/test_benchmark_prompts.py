@@ -1,4 +1,4 @@
-"""What is asked, to the letter, in every style of every benchmark."""
+"""The exact prompts, in every style of every benchmark."""
 
 import hashlib
 from pathlib import Path
@@ -80,15 +80,15 @@ def processor() -> Processor:
 @pytest.mark.parametrize("name", SPECS)
 def test_each_style_to_the_letter(name: str, tmp_path: Path):
     benchmark = open_benchmark(name, files.WRITERS[name](tmp_path))
-    place, direct, reasoning = ASKED[name]
-    question = benchmark.questions[place]
+    index, direct, reasoning = ASKED[name]
+    question = benchmark.questions[index]
     captions = "\n".join(f"{k}: {text}" for k, text in question.options.items())
     assert benchmark.prompt(question).text == direct.replace("{captions}", captions)
     if reasoning is not None:
         for style in ("reasoning", "own"):
-            asked = benchmark.prompt(question, style)
-            assert asked.text == reasoning.replace("{captions}", captions)
-            assert (asked.pictures, asked.video) == (question.pictures, question.video)
+            prompt = benchmark.prompt(question, style)
+            assert prompt.text == reasoning.replace("{captions}", captions)
+            assert (prompt.images, prompt.video) == (question.images, question.video)
 
 
 def test_spatial457_reasons_in_steps(tmp_path: Path):
@@ -125,12 +125,12 @@ def test_the_words_of_qspatial_are_the_published_ones():
 
 @pytest.mark.parametrize("name", [name for name in SPECS if name != "vsi_bench"])
 def test_a_model_can_be_asked(name: str, tmp_path: Path, processor: Processor):
-    """Every prompt has a place for each of its images, in their order."""
+    """Every prompt has a mark for each of its images, in their order."""
     benchmark = open_benchmark(name, files.WRITERS[name](tmp_path))
     for style in ("direct", "reasoning", "own"):
-        asked = benchmark.prompt(benchmark.questions[0], style)
-        images = [picture.open() for picture in asked.pictures]
-        text, order = processor.chat(asked.text, len(images))
+        prompt = benchmark.prompt(benchmark.questions[0], style)
+        images = [image.open() for image in prompt.images]
+        text, order = processor.chat(prompt.text, len(images))
         assert order == [("image", i) for i in range(len(images))]
         assert "<image>" not in text and text.count("<|image_pad|>") == len(images)
 

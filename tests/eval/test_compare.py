@@ -10,7 +10,7 @@ from spatial_ssrl_jax.eval.scoring.compare import change, compare, in_pairs, mcn
 
 
 def answers(benchmark: str, responses: str | list[str], target="A", **more) -> list[Prediction]:
-    """One record a response, numbered from 0."""
+    """One prediction a response, numbered from 0."""
     return [
         Prediction(str(i), benchmark, more.get("category", "all"), "?", target, response, meta)
         for i, response in enumerate(responses)
@@ -109,7 +109,7 @@ def test_questions_of_one_figure_are_not_tested_as_if_independent():
     assert found.difference == pytest.approx((50 + 100 + 50) / 3)
     assert found.p_value is None and "not independent" in found.no_test
     other = [{**m, "figure_id": m["question_id"]} for m in meta]
-    with pytest.raises(UserError, match="which questions belong together"):
+    with pytest.raises(UserError, match="group their questions differently"):
         compare(
             answers("hallusionbench", ["yes"] * 2, "Yes", meta=meta),
             answers("hallusionbench", ["yes"] * 2, "Yes", meta=other),
@@ -125,12 +125,12 @@ def test_pairs_follow_as_order():
 def test_questions_that_one_lacks_are_named_or_left_out():
     a, b = answers("blink", "ABCDEF"), answers("blink", "AB")
     more = [dataclasses.replace(b[0], id="x")]
-    with pytest.raises(UserError, match=r"4 questions stand \(2, 3, 4, …\) only in A: give"):
+    with pytest.raises(UserError, match=r"4 questions are \(2, 3, 4, …\) only in A: give"):
         in_pairs(a, b)
-    with pytest.raises(UserError, match=r"1 question stands \(x\) only in B: .*--allow-missing"):
+    with pytest.raises(UserError, match=r"1 question is \(x\) only in B: .*--allow-missing"):
         in_pairs(a, a + more)
     assert in_pairs(a, b + more, allow_missing=True) == (a[:2], b)
-    with pytest.raises(UserError, match="only in A and 1 question stands"):
+    with pytest.raises(UserError, match="only in A and 1 question is"):
         in_pairs(b, more, allow_missing=True)  # nothing is left
 
 

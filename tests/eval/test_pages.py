@@ -23,11 +23,11 @@ def answered(name: str, folder: Path, responses: list[str]) -> tuple[Result, gal
     """A benchmark's small files, answered in turn."""
     folder.mkdir(exist_ok=True)
     benchmark = open_benchmark(name, files.WRITERS[name](folder))
-    records = [
+    predictions = [
         unscored_prediction(question, benchmark.prompt(question), responses[i % len(responses)])
         for i, question in enumerate(benchmark.questions)
     ]
-    return score_predictions(records), {(name, q.id): q for q in benchmark.questions}
+    return score_predictions(predictions), {(name, q.id): q for q in benchmark.questions}
 
 
 def written(path: Path, *given, **more) -> str:
@@ -59,7 +59,7 @@ def test_one_benchmarks_page(tmp_path: Path):
     assert "<img" not in bare and len(articles(bare)) == 3
 
 
-def test_several_benchmarks_share_a_page_in_the_papers_form(tmp_path: Path):
+def test_several_benchmarks_share_a_page_in_the_papers_format(tmp_path: Path):
     blink, _ = answered("blink", tmp_path / "blink", ["A"])
     vsi, _ = answered("vsi_bench", tmp_path / "vsi", ["3", "B"])
     page = written(tmp_path / "results.html", [blink, vsi])
@@ -67,7 +67,7 @@ def test_several_benchmarks_share_a_page_in_the_papers_form(tmp_path: Path):
     assert "<option>vsi_bench</option>" in page and "<td>56.58</td>" in page
     # 3 for 4 is off by a quarter: the limits from 0.25 to 0.5 hold, but strictly only five of them
     assert ("vsi_bench", "object_counting", "partly right") in articles(page)
-    assert "60 % right" in page and "figure &#x27;paper&#x27; above" in page
+    assert "60 % right" in page and "score &#x27;paper&#x27; above" in page
     assert (
         "<td>this model</td><td>75.00</td>" in page and "<dd>70.00</dd>" in page
     )  # one of three levels
@@ -76,11 +76,11 @@ def test_several_benchmarks_share_a_page_in_the_papers_form(tmp_path: Path):
 def test_thousands_of_questions_stay_small_and_every_kind_is_there(tmp_path: Path):
     """Thousands of long answers, of which one is right: the page is bounded and shows that one."""
     text = "long " * 1000
-    records = [
+    predictions = [
         Prediction(str(i), "blink", f"c{i % 7}", text, "A", "A" if i == 2321 else text)
         for i in range(2500)
     ]
-    page = written(tmp_path / "results.html", [score_predictions(records)])
+    page = written(tmp_path / "results.html", [score_predictions(predictions)])
     assert len(page) < 3_500_000 and "800 of 2,500 questions" in page
     found = articles(page)
     assert len(found) == 800 and [kind for *_, kind in found].count("right") == 1
@@ -101,20 +101,20 @@ class Noise:
         return np.random.default_rng(self.seed).integers(0, 256, (400, 300, 3), np.uint8)
 
 
-def test_pictures_keep_to_their_budget():
+def test_images_keep_to_their_budget():
     def ask(seed: int, count: int) -> Question:
-        pictures = (Noise(seed),) * count
-        return Question(str(seed), "blink", "all", "?", "A", pictures=pictures)
+        images = (Noise(seed),) * count
+        return Question(str(seed), "blink", "all", "?", "A", images=images)
 
     questions = {("blink", str(seed)): ask(seed, 6) for seed in range(-1, 5)}
-    pictures = gallery.Pictures(questions, left=150_000)
-    found = [pictures.of(Prediction(str(i), "blink", "all", "?", "A", "A")) for i in range(-1, 6)]
+    images = gallery.PageImages(questions, left=150_000)
+    found = [images.of(Prediction(str(i), "blink", "all", "?", "A", "A")) for i in range(-1, 6)]
     assert found[0] == "" and found[1].count("<img") == 4 and "and 2 more" in found[1]
     shown = sum("<img" in part for part in found)
     assert 1 <= shown < 5 and sum(map(len, found)) < 150_000 + len(found[1])
-    assert pictures.without == 5 - shown  # the last one is not among the questions
-    assert f"Images of {5 - shown} of the questions" in pictures.note()
-    assert "1 could not be read, the first: noise: cannot be read." in pictures.note()
+    assert images.skipped == 5 - shown  # the last one is not among the questions
+    assert f"Images of {5 - shown} of the questions" in images.note()
+    assert "1 could not be read, the first: noise: cannot be read." in images.note()
 
 
 def test_the_spread_takes_kinds_in_turn():
@@ -151,16 +151,16 @@ def test_a_videos_frames_are_shown(tmp_path: Path):
         stream = container.add_stream("mpeg4", rate=4, options={"g": "4"})  # a key frame a second
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
         for i in range(32):
-            picture = np.full((48, 64, 3), 8 * i, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+            image = np.full((48, 64, 3), 8 * i, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
     question = Question("0", "vsi_bench", "c", "?", "A", video=tmp_path / "clip.mp4")
-    pictures = gallery.Pictures({("vsi_bench", "0"): question})
-    assert pictures.of(Prediction("0", "vsi_bench", "c", "?", "A", "A")).count("<img") == 4
+    images = gallery.PageImages({("vsi_bench", "0"): question})
+    assert images.of(Prediction("0", "vsi_bench", "c", "?", "A", "A")).count("<img") == 4
     brightness = [int(f[20, 30, 0]) for f in gallery.stills(question.video, 4)]
     assert np.allclose(brightness, [0, 64, 128, 192], atol=33)  # within one key frame
     (tmp_path / "clip.mp4").write_bytes(b"clip")
-    assert pictures.of(Prediction("0", "vsi_bench", "c", "?", "A", "A")) == ""
-    assert "clip.mp4: cannot be read as a video" in pictures.note()
+    assert images.of(Prediction("0", "vsi_bench", "c", "?", "A", "A")) == ""
+    assert "clip.mp4: cannot be read as a video" in images.note()

@@ -37,7 +37,7 @@ def real(shared: Path) -> Path:
 
 def linked(real: Path, name: str, folder: Path, media: list[str]) -> Path:
     """A real question file beside one small image under all the names that it asks for."""
-    files.place(folder, media)
+    files.write_media(folder, media)
     (folder / name).symlink_to(real / name)
     return folder / name
 
@@ -56,8 +56,8 @@ def test_the_real_viewspatial_is_read_whole(real: Path, tmp_path: Path):
         "Person-RelativeDirection": 842,
         "Person-SceneSimulation": 1105,
     }
-    pictures = [len(q.pictures) for q in found.questions]
-    assert (len(found.questions), min(pictures), max(pictures)) == (5712, 1, 32)
+    images = [len(q.images) for q in found.questions]
+    assert (len(found.questions), min(images), max(images)) == (5712, 1, 32)
     for row, question in zip(rows, found.questions, strict=True):
         assert f"{question.target}. {question.options[question.target]}" == row["answer"]
 
@@ -136,41 +136,41 @@ def test_whatsup_with_the_real_objects_and_answers_is_read_whole(real: Path, tmp
 @pytest.mark.parametrize("name", SPECS)
 def test_every_format_is_read(name: str, tmp_path: Path):
     """From the file, and from the folder that it is in, alone or below a folder of sets."""
-    place = tmp_path / name
-    place.mkdir()
-    path = files.WRITERS[name](place)
+    own = tmp_path / name
+    own.mkdir()
+    path = files.WRITERS[name](own)
     questions = open_benchmark(name, path).questions
     assert len(questions) == COUNTS.get(name, 4)
-    for folder in (place, tmp_path):
+    for folder in (own, tmp_path):
         again = open_benchmark(name, folder).questions
         assert [q.id for q in again] == [q.id for q in questions]
     assert all(q.benchmark == name and q.target and q.category for q in questions)
     for question in questions:
-        assert (question.video is None) == bool(question.pictures)
-        for picture in pickle.loads(pickle.dumps(question.pictures)):
-            assert picture.open().shape == (30, 40, 3)
+        assert (question.video is None) == bool(question.images)
+        for image in pickle.loads(pickle.dumps(question.images)):
+            assert image.open().shape == (30, 40, 3)
 
 
-def test_each_picture_is_its_rows_own(tmp_path: Path):
+def test_each_image_is_its_rows_own(tmp_path: Path):
     blink = open_benchmark("blink", files.write_blink(tmp_path)).questions
-    assert [[files.seed_of(p.open()) for p in q.pictures] for q in blink] == [
+    assert [[files.seed_of(p.open()) for p in q.images] for q in blink] == [
         [0, 100],
         [1, 101],
         [2, 102],
     ]
     shared = open_benchmark("mmbench", files.write_mmbench(tmp_path)).questions
-    assert [files.seed_of(q.pictures[0].open()) for q in shared] == [241, 241, 252, 252]
+    assert [files.seed_of(q.images[0].open()) for q in shared] == [241, 241, 252, 252]
     parquet = open_benchmark("qspatial_plus", files.write_qspatial(tmp_path)).questions
-    assert [files.seed_of(q.pictures[0].open()) for q in parquet] == [0, 1, 2]
+    assert [files.seed_of(q.images[0].open()) for q in parquet] == [0, 1, 2]
 
 
-def test_a_parquet_row_without_bytes_has_its_picture_beside_it(tmp_path: Path):
+def test_a_parquet_row_without_bytes_has_its_image_beside_it(tmp_path: Path):
     path = files.write_qspatial(tmp_path, held=(0, 2))
     with pytest.raises(UserError, match="row 2 of .*there is no 1.png"):
         open_benchmark("qspatial_plus", path)
-    files.place(tmp_path, ["1.png"])
+    files.write_media(tmp_path, ["1.png"])
     questions = open_benchmark("qspatial_plus", path).questions
-    assert [files.seed_of(q.pictures[0].open()) for q in questions] == [0, 7, 2]
+    assert [files.seed_of(q.images[0].open()) for q in questions] == [0, 7, 2]
 
 
 def test_cells_with_tabs_quotes_and_line_breaks(tmp_path: Path):
@@ -179,18 +179,18 @@ def test_cells_with_tabs_quotes_and_line_breaks(tmp_path: Path):
     questions = open_benchmark("realworldqa", files.write_tsv(tmp_path / "x.tsv", rows)).questions
     assert [q.text for q in questions] == [text.strip()] * 3
     assert [q.options["A"] for q in questions] == ["’s chair\nred"] * 3
-    assert [files.seed_of(q.pictures[0].open()) for q in questions] == [0, 1, 2]
+    assert [files.seed_of(q.images[0].open()) for q in questions] == [0, 1, 2]
 
 
-def test_a_table_with_paths_of_pictures(tmp_path: Path):
+def test_a_table_with_paths_of_images(tmp_path: Path):
     rows = [files.mcq_row(0, image_path="a.png"), files.mcq_row(1, image_path="['a.png', 'b.png']")]
     rows = [{key: value for key, value in row.items() if key != "image"} for row in rows]
-    files.place(tmp_path, ["a.png", "images/b.png"])
+    files.write_media(tmp_path, ["a.png", "images/b.png"])
     questions = open_benchmark("blink", files.write_tsv(tmp_path / "x.tsv", rows)).questions
-    assert [len(q.pictures) for q in questions] == [1, 2]
+    assert [len(q.images) for q in questions] == [1, 2]
 
 
-def test_pictures_are_not_held_in_memory(tmp_path: Path):
+def test_images_are_not_held_in_memory(tmp_path: Path):
     """40 MB of base64 are read, and next to nothing of it is kept."""
     image = "A" * 2_000_000
     path = files.write_tsv(tmp_path / "x.tsv", [files.mcq_row(i, image=image) for i in range(20)])
@@ -292,7 +292,7 @@ def test_a_bad_row_is_named_or_left_out(kind: str, tmp_path: Path):
     assert len(found.left_out) == 1 and re.match(said, found.left_out[0])
 
 
-def test_missing_pictures_and_videos_are_named_or_left_out(tmp_path: Path):
+def test_missing_images_and_videos_are_named_or_left_out(tmp_path: Path):
     view, vsi = files.write_viewspatial(tmp_path), files.write_vsi(tmp_path)
     (tmp_path / "ViewSpatial-Bench/b/1.jpg").unlink()
     refused("viewspatial", view, "row 2 of ViewSpatial-Bench.json: there is no .*b/1.jpg")
@@ -355,8 +355,8 @@ def test_damaged_json_and_unknown_endings_are_refused(tmp_path: Path):
     refused("vsi_bench", tmp_path, "has no file of VSI-Bench: put vsi_bench.json there")
 
 
-def test_a_picture_that_is_none_is_named_when_it_is_opened(tmp_path: Path):
+def test_a_image_that_is_none_is_named_when_it_is_opened(tmp_path: Path):
     path = files.write_tsv(tmp_path / "x.tsv", [files.mcq_row(0, image="x" * 100 + "!")])
-    picture = open_benchmark("blink", path).questions[0].pictures[0]
+    image = open_benchmark("blink", path).questions[0].images[0]
     with pytest.raises(BadImage, match="row 1 of x.tsv"):
-        picture.open()
+        image.open()

@@ -1,4 +1,4 @@
-"""Asking: the same answers whatever the batch and the devices; after a kill; what is refused."""
+"""Running benchmarks: answers independent of batch and devices; resuming after a kill; errors."""
 
 import json
 import os
@@ -39,8 +39,8 @@ def argv(checkpoint: Path, benchmark: str, data: Path, out: Path, *more: str) ->
 def answers(folder: Path) -> dict[str, str]:
     """Responses by question, in the order of the file."""
     lines = (folder / "predictions.jsonl").read_text("utf-8").splitlines()
-    records = map(json.loads, lines)
-    return {f"{r['id']}/{r['meta'].get('sample', 1)}": r["response"] for r in records}
+    predictions = map(json.loads, lines)
+    return {f"{r['id']}/{r['meta'].get('sample', 1)}": r["response"] for r in predictions}
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +61,20 @@ def run(run: Callable) -> Callable:
 def test_each_benchmark_is_asked_and_scored(name: str, one_device: Path, fourteen: Path):
     benchmark = open_benchmark(name, fourteen)
     lines = (one_device / name / "predictions.jsonl").read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    predictions = [json.loads(line) for line in lines]
     fields = "id benchmark category question target response meta extracted parsed score"
-    assert all(list(record) == fields.split() for record in records)
-    assert [record["id"] for record in records] == [q.id for q in benchmark.questions]
-    assert [record["question"] for record in records] == [
+    assert all(list(prediction) == fields.split() for prediction in predictions)
+    assert [prediction["id"] for prediction in predictions] == [q.id for q in benchmark.questions]
+    assert [prediction["question"] for prediction in predictions] == [
         benchmark.prompt(q).text for q in benchmark.questions
     ]
-    assert all(record["response"] for record in records)
+    assert all(prediction["response"] for prediction in predictions)
     scores = json.loads((one_device / name / "scores.json").read_text())
-    assert scores["benchmark"] == name and scores["count"] == len(records)
-    assert scores["unparsed"] == sum(not record["parsed"] for record in records)
+    assert scores["benchmark"] == name and scores["count"] == len(predictions)
+    assert scores["unparsed"] == sum(not prediction["parsed"] for prediction in predictions)
 
 
-def test_a_set_makes_one_table_in_the_papers_form(one_device: Path):
+def test_a_set_makes_one_table_in_the_papers_format(one_device: Path):
     tables = json.loads((one_device / "table.json").read_text())
     for table, names in zip(tables, (SETS["spatial"], SETS["general"]), strict=True):
         ours, theirs = table["rows"][-1], table["rows"][-2]
@@ -130,7 +130,7 @@ def test_the_batch_changes_no_answer(checkpoint: Path, many: Path, whole: Path, 
     assert answers(tmp_path) == answers(whole)
 
 
-def test_after_a_kill_the_same_command_goes_on(
+def test_after_a_kill_the_same_command_resumes(
     run, checkpoint: Path, many: Path, whole: Path, tmp_path: Path, monkeypatch
 ):
     """Killed outright, and its last line cut off: no question is asked twice, and all are there."""
@@ -203,7 +203,7 @@ def test_samples_do_not_depend_on_the_batch(run, checkpoint: Path, tmp_path: Pat
 
 
 def test_what_cannot_be_read_is_named_or_left_out(run, checkpoint: Path, tmp_path: Path):
-    """One image is damaged from its start, and one behind its header, which is met later."""
+    """One image is damaged from its start, and one after its header, which is met later."""
     path = files.write_viewspatial(tmp_path)
     for name, content in (("a/0.jpg", b"nothing"), ("b/1.jpg", files.png(1)[:-30])):
         (tmp_path / "ViewSpatial-Bench" / name).unlink()
@@ -236,16 +236,16 @@ def test_sizes_are_known_from_headers_alone(fourteen: Path, checkpoint: Path):
     model = open_model(str(checkpoint))
     processor = Processor(model.files, model.config, 784, 3136)
     clip = fourteen / "vsi_bench" / "rooms" / "1.mp4"
-    size, video = measure_video(clip, most=4), open_video(clip, most=4)
+    size, video = measure_video(clip, max_frames=4), open_video(clip, max_frames=4)
     assert size == (4, 60, 80) == video.frames.shape[:3]
     for name in ("blink", "qspatial_plus", "viewspatial"):
-        for picture in open_benchmark(name, fourteen).questions[-1].pictures:
-            assert picture.size() == picture.open().shape[:2] == (30, 40)
+        for image in open_benchmark(name, fourteen).questions[-1].images:
+            assert image.size() == image.open().shape[:2] == (30, 40)
     image = np.zeros((30, 40, 3), np.uint8)
     for question in ("Where?", "<video> and <image>"):
-        extent = processor.measure([image.shape[:2]], question, [size])
+        size = processor.measure([image.shape[:2]], question, [size])
         prompt = processor.prompt(question, [image], [video])
-        assert (extent.tokens, extent.windows) == (len(prompt.ids), len(prompt.frame))
+        assert (size.tokens, size.windows) == (len(prompt.ids), len(prompt.frame))
 
 
 def test_a_prompt_that_is_too_long_is_named(run, checkpoint: Path, many: Path, tmp_path: Path):
@@ -263,7 +263,7 @@ def test_a_prompt_that_is_too_long_is_named(run, checkpoint: Path, many: Path, t
     assert not (tmp_path / "out").exists()
 
 
-def test_pretext_tasks_stand_beside_chance(run, checkpoint: Path, tmp_path: Path):
+def test_pretext_tasks_are_beside_chance(run, checkpoint: Path, tmp_path: Path):
     """Asked as in training, over held-out images; what was asked can be scored again."""
     words = [f"--model={checkpoint}", "--benchmark=pretext", "--source=scenes:40:224x224"]
     words += [f"--out={tmp_path / 'out'}", *SMALL, "--examples=3", "--reasoning"]

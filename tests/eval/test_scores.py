@@ -21,20 +21,20 @@ KIT = ("blink", "realworldqa", "seedbench2_plus", "spatialeval", "3dsrbench", "v
 FORMULA = "Handwritten Mathematical Expression Recognition"
 
 
-def record(
+def prediction(
     benchmark: str, target, response: str, category: str = "all", name="0", **meta
 ) -> Prediction:
     return Prediction(name, benchmark, category, "?", target, response, meta)
 
 
-def verdict(*given, **more) -> tuple[str | None, bool, float]:
+def judged(*given, **more) -> tuple[str | None, bool, float]:
     """What one response is found to say, whether it can be read, and its score."""
-    (found,), _ = score_predictions([record(*given, **more)])
+    (found,), _ = score_predictions([prediction(*given, **more)])
     return found.extracted, found.parsed, found.score
 
 
-def numbered(records: list[Prediction]) -> list[Prediction]:
-    return [dataclasses.replace(r, id=str(i)) for i, r in enumerate(records)]
+def numbered(predictions: list[Prediction]) -> list[Prediction]:
+    return [dataclasses.replace(r, id=str(i)) for i, r in enumerate(predictions)]
 
 
 # multiple choice
@@ -43,7 +43,7 @@ def numbered(records: list[Prediction]) -> list[Prediction]:
 @pytest.mark.parametrize("benchmark", [*KIT, "whatsup"])
 def test_choices(benchmark: str):
     def ask(target: str, response: str):
-        return verdict(benchmark, target, response, options=OPTIONS)
+        return judged(benchmark, target, response, options=OPTIONS)
 
     assert ask("A", "A. chair") == ("A", True, 1)
     assert ask("A", r"<think>B? No.</think>\boxed{\text{A. chair}}") == ("A", True, 1)
@@ -59,13 +59,13 @@ def test_choices(benchmark: str):
 
 def test_lines_of_a_question_are_not_taken_for_options():
     asked = "Question: Who was it?\nI. Newton or another?"
-    given = dataclasses.replace(record("blink", "B", "B"), question=asked)
+    given = dataclasses.replace(prediction("blink", "B", "B"), question=asked)
     assert score_predictions([given])[1].score == 100
 
 
 def test_options_are_taken_from_the_prompt_where_meta_has_none():
     asked = "Question: What?\nOptions:\nA. chair\nB. table\nPlease select"
-    given = dataclasses.replace(record("blink", "B", r"\boxed{table}"), question=asked)
+    given = dataclasses.replace(prediction("blink", "B", r"\boxed{table}"), question=asked)
     (found,), _ = score_predictions([given])
     assert (found.extracted, found.score) == ("B", 1)
 
@@ -73,11 +73,11 @@ def test_options_are_taken_from_the_prompt_where_meta_has_none():
 def test_3dsrbench_is_plain_and_also_gives_the_stricter_figures():
     """Two questions; of the second only its mirrored image in one order is answered wrongly."""
     qids = [f"ABCDEF0{q}{kind}" for q in (0, 1) for kind in ("", "-1", "-flip", "-flip-1")]
-    records = [
-        record("3dsrbench", "A", "B" if qid == "ABCDEF01-flip-1" else "A", name=qid, qid=qid)
+    predictions = [
+        prediction("3dsrbench", "A", "B" if qid == "ABCDEF01-flip-1" else "A", name=qid, qid=qid)
         for qid in qids
     ]
-    _, found = score_predictions(records)
+    _, found = score_predictions(predictions)
     assert found.score == found.extra["vanilla"] == 100 * 7 / 8
     assert found.extra["flip"] == 75  # (00, 00-1, 01, 01-1): the last is wrong
     assert found.extra["circular"] == 75  # (00, 00-flip, 01, 01-flip)
@@ -86,16 +86,16 @@ def test_3dsrbench_is_plain_and_also_gives_the_stricter_figures():
 
 def test_mmbench_needs_every_rotation():
     def ask(*responses: tuple[str, str]):
-        return [record("mmbench", "A", said, name=name) for name, said in responses]
+        return [prediction("mmbench", "A", said, name=name) for name, said in responses]
 
-    records = ask(("241", "A"), ("1000241", "A"), ("252", "A"), ("1000252", "B"), ("7", "A"))
-    _, found = score_predictions(records)
+    predictions = ask(("241", "A"), ("1000241", "A"), ("252", "A"), ("1000252", "B"), ("7", "A"))
+    _, found = score_predictions(predictions)
     assert found.score == pytest.approx(100 * 2 / 3)
     assert found.extra == {"vanilla": 80} and found.count == 5
-    by_meta = [dataclasses.replace(r, meta={"group": 1}) for r in numbered(records)]
+    by_meta = [dataclasses.replace(r, meta={"group": 1}) for r in numbered(predictions)]
     assert score_predictions(by_meta)[1].score == 0
     with pytest.raises(UserError, match="its meta has no group"):
-        score_predictions([record("mmbench", "A", "A", name="x1")])
+        score_predictions([prediction("mmbench", "A", "A", name="x1")])
 
 
 # short answers
@@ -124,7 +124,7 @@ def test_mmbench_needs_every_rotation():
     ],
 )
 def test_spatial457(target: str, response: str, extracted: str | None, score: float):
-    found = verdict("spatial457", target, response, "L1_single")
+    found = judged("spatial457", target, response, "L1_single")
     assert found == (extracted, extracted is not None, score)
 
 
@@ -142,15 +142,15 @@ def test_spatial457(target: str, response: str, extracted: str | None, score: fl
 )
 def test_qspatial_plus(length: str, unit: str, score: float, stricter: float):
     said = rf"\scalar{{{length}}} \distance_unit{{{unit}}}"
-    (one,), found = score_predictions([record("qspatial_plus", "50 cm", said)])
+    (one,), found = score_predictions([prediction("qspatial_plus", "50 cm", said)])
     assert (one.score, found.score, one.parsed) == (score, 100 * score, True)
     assert found.extra == {"within_1.5": stricter}
 
 
 def test_qspatial_plus_without_a_unit_is_unparsed():
-    assert verdict("qspatial_plus", "50 cm", "50 cm") == (None, False, 0)
+    assert judged("qspatial_plus", "50 cm", "50 cm") == (None, False, 0)
     with pytest.raises(UserError, match="its target '50' is no length"):
-        verdict("qspatial_plus", "50", r"\scalar{50} \distance_unit{cm}")
+        judged("qspatial_plus", "50", r"\scalar{50} \distance_unit{cm}")
 
 
 # VSI-Bench
@@ -178,17 +178,17 @@ def test_every_limit_counts_once():
 def test_vsi_bench_is_the_mean_of_eight_tasks_and_the_papers_of_all_questions():
     right, wrong = "A", "B"
     easy, medium, hard = (f"object_rel_direction_{x}" for x in ("easy", "medium", "hard"))
-    records = numbered(
+    predictions = numbered(
         [
-            record("vsi_bench", "A", right, easy, options=OPTIONS),
-            record("vsi_bench", "A", right, easy, options=OPTIONS),
-            record("vsi_bench", "A", wrong, medium, options=OPTIONS),
-            record("vsi_bench", "A", wrong, hard, options=OPTIONS),
-            record("vsi_bench", "2", "3", "object_counting"),
-            record("vsi_bench", "A", r"\boxed{A. left}", "route_planning", options=OPTIONS),
+            prediction("vsi_bench", "A", right, easy, options=OPTIONS),
+            prediction("vsi_bench", "A", right, easy, options=OPTIONS),
+            prediction("vsi_bench", "A", wrong, medium, options=OPTIONS),
+            prediction("vsi_bench", "A", wrong, hard, options=OPTIONS),
+            prediction("vsi_bench", "2", "3", "object_counting"),
+            prediction("vsi_bench", "A", r"\boxed{A. left}", "route_planning", options=OPTIONS),
         ]
     )
-    scored, found = score_predictions(records)
+    scored, found = score_predictions(predictions)
     assert [r.score for r in scored] == [1, 1, 0, 0, 0.1, 1]
     assert found.score == pytest.approx(100 * (1 / 3 + 0.1 + 1) / 3)
     assert found.extra["paper"] == pytest.approx(100 * 3 / 6)
@@ -197,17 +197,17 @@ def test_vsi_bench_is_the_mean_of_eight_tasks_and_the_papers_of_all_questions():
 
 def test_vsi_bench_reads_what_its_type_asks_for():
     """The released script takes any single letter for a choice, whatever was asked."""
-    assert verdict("vsi_bench", "4", "A", "object_counting") == (None, False, 0)
-    assert verdict("vsi_bench", "A", "4", "route_planning", options=OPTIONS) == (None, False, 0)
-    assert verdict("vsi_bench", "4", "There are 4 chairs", "object_counting") == ("4", True, 1)
-    assert verdict("vsi_bench", "4", "3 or 4", "object_counting") == (None, False, 0)
+    assert judged("vsi_bench", "4", "A", "object_counting") == (None, False, 0)
+    assert judged("vsi_bench", "A", "4", "route_planning", options=OPTIONS) == (None, False, 0)
+    assert judged("vsi_bench", "4", "There are 4 chairs", "object_counting") == ("4", True, 1)
+    assert judged("vsi_bench", "4", "3 or 4", "object_counting") == (None, False, 0)
     for target, kind, said in (
         ("0", "object_counting", "no number above 0"),
         ("A", "object_counting", "no number above 0"),
         ("A", "color", "not of VSI-Bench's"),
     ):
         with pytest.raises(UserError, match=said):
-            verdict("vsi_bench", target, "1", kind)
+            judged("vsi_bench", target, "1", kind)
 
 
 # general benchmarks
@@ -216,8 +216,8 @@ def test_vsi_bench_reads_what_its_type_asks_for():
 def test_hallusionbench_by_hand():
     """Two scores with two questions each; one answer is wrong and one says nothing."""
     said = {("1", "0"): "Yes", ("1", "1"): "No.", ("2", "0"): "Yes, it is", ("2", "1"): "Perhaps"}
-    records = [
-        record(
+    predictions = [
+        prediction(
             "hallusionbench",
             "Yes" if question == "0" else "No",
             response,
@@ -230,15 +230,15 @@ def test_hallusionbench_by_hand():
         )
         for (figure, question), response in said.items()
     ]
-    _, found = score_predictions(records)
+    _, found = score_predictions(predictions)
     assert found.extra == {"aAcc": 75, "fAcc": 50, "qAcc": 50}
     assert found.score == pytest.approx((75 + 50 + 50) / 3) and found.unparsed == 1
     # The same numbers in another category are another set.
-    meta = {**records[3].meta, "subcategory": "map"}
-    apart = [*records[:3], dataclasses.replace(records[3], meta=meta)]
+    meta = {**predictions[3].meta, "subcategory": "map"}
+    apart = [*predictions[:3], dataclasses.replace(predictions[3], meta=meta)]
     assert score_predictions(apart)[1].extra["fAcc"] == pytest.approx(100 * 2 / 3)
     with pytest.raises(UserError, match="its meta has no set_id, figure_id, question_id"):
-        score_predictions([dataclasses.replace(records[0], meta={})])
+        score_predictions([dataclasses.replace(predictions[0], meta={})])
 
 
 @pytest.mark.parametrize(
@@ -256,12 +256,12 @@ def test_hallusionbench_by_hand():
     ],
 )
 def test_ocrbench(target, response: str, category: str, score: float):
-    assert verdict("ocrbench", target, response, category)[1:] == (True, score)
+    assert judged("ocrbench", target, response, category)[1:] == (True, score)
 
 
 def test_ocrbench_does_not_search_the_reasoning():
     thought = "<think>CENTRE</think>"
-    assert verdict("ocrbench", "CENTRE", thought, "Doc-oriented VQA") == (None, False, 0)
+    assert judged("ocrbench", "CENTRE", thought, "Doc-oriented VQA") == (None, False, 0)
 
 
 def test_relaxed_match_is_relative_to_the_true_number():
@@ -277,18 +277,20 @@ def test_relaxed_match_is_relative_to_the_true_number():
 
 
 def test_chartqa_is_the_mean_of_both_halves():
-    records = numbered(
+    predictions = numbered(
         [
-            record("chartqa", "14", "14.5", split="test_human"),
-            record("chartqa", "14", r"<think>14</think>\boxed{\text{Yes}.}", split="test_human"),
-            record("chartqa", "Yes", "yes.", split="test_human"),
-            record("chartqa", "14", "<think>14", "augmented"),
+            prediction("chartqa", "14", "14.5", split="test_human"),
+            prediction(
+                "chartqa", "14", r"<think>14</think>\boxed{\text{Yes}.}", split="test_human"
+            ),
+            prediction("chartqa", "Yes", "yes.", split="test_human"),
+            prediction("chartqa", "14", "<think>14", "augmented"),
         ]
     )
-    _, found = score_predictions(records)
+    _, found = score_predictions(predictions)
     assert found.score == pytest.approx(100 * (2 / 3 + 0) / 2) and found.unparsed == 1
     with pytest.raises(UserError, match="neither human nor augmented"):
-        score_predictions([record("chartqa", "14", "14", "test")])
+        score_predictions([prediction("chartqa", "14", "14", "test")])
 
 
 # scores
@@ -298,45 +300,47 @@ def test_chartqa_is_the_mean_of_both_halves():
 def test_all_right_and_all_wrong(name: str, tmp_path: Path):
     """From the question files to the scores: right answers give 100, and empty ones 0."""
     benchmark = open_benchmark(name, files.WRITERS[name](tmp_path))
-    records = []
+    predictions = []
     for question in benchmark.questions:
         target = question.target[0] if isinstance(question.target, list) else question.target
         said = rf"\boxed{{{target}}}"
         if name == "qspatial_plus":
             said = r"\scalar{{{}}} \distance_unit{{{}}}".format(*target.split())
-        records.append(unscored_prediction(question, benchmark.prompt(question, "reasoning"), said))
-    scored, found = benchmark.score(records)
+        predictions.append(
+            unscored_prediction(question, benchmark.prompt(question, "reasoning"), said)
+        )
+    scored, found = benchmark.score(predictions)
     assert found.score == pytest.approx(100) and found.ci95 == pytest.approx((100, 100))
-    assert (found.count, found.unparsed) == (len(records), 0)
-    assert sum(part["count"] for part in found.categories.values()) == len(records)
+    assert (found.count, found.unparsed) == (len(predictions), 0)
+    assert sum(part["count"] for part in found.categories.values()) == len(predictions)
     assert all(r.parsed and r.score == 1 for r in scored)
-    empty = [dataclasses.replace(r, response="") for r in records]
+    empty = [dataclasses.replace(r, response="") for r in predictions]
     scored, found = benchmark.score(empty)
-    assert (found.score, found.unparsed, found.ci95) == (0, len(records), (0, 0))
+    assert (found.score, found.unparsed, found.ci95) == (0, len(predictions), (0, 0))
     assert not any(r.parsed or r.score for r in scored)
 
 
 def test_several_samples_give_their_mean():
     """Each sample's figure for itself; a question's samples are drawn together."""
     said = {"4": "AA", "5": "AB", "6": "BB"}
-    records = [
-        record("blink", "A", letter, name=name, options=OPTIONS, sample=number)
+    predictions = [
+        prediction("blink", "A", letter, name=name, options=OPTIONS, sample=number)
         for name, letters in said.items()
         for number, letter in enumerate(letters, 1)
     ]
-    _, found = score_predictions(records)
+    _, found = score_predictions(predictions)
     assert found.score == pytest.approx(50) and (found.count, found.unparsed) == (3, 0)
     assert found.categories == {"all": {"score": pytest.approx(50), "count": 3}}
     # Right in both rotations: in the first sample, and not in the second.
     turned = [
-        record("mmbench", "A", letter, name=name, options=OPTIONS, group=1, sample=number)
+        prediction("mmbench", "A", letter, name=name, options=OPTIONS, group=1, sample=number)
         for number, letters in ((1, "AA"), (2, "AB"))
         for name, letter in zip(("1", "1000001"), letters, strict=True)
     ]
     _, found = score_predictions(turned)
     assert found.score == 50 and found.extra == {"vanilla": 75}
     with pytest.raises(UserError, match="the id '4, sample 2' occurs 2 times"):
-        score_predictions([*records, records[1]])
+        score_predictions([*predictions, predictions[1]])
 
 
 def test_the_pretext_tasks_count_alike_and_stand_beside_chance():
@@ -347,19 +351,19 @@ def test_the_pretext_tasks_count_alike_and_stand_beside_chance():
         ("shuffle", "1x3", "0-2-1", r"\boxed{ 0-2-1 }", 0.2),
         ("shuffle", "2x2", "0-2-1-3", r"\boxed{0-2-3-1}", 1 / 23),
     ]
-    records = numbered(
+    predictions = numbered(
         [
-            record(
+            prediction(
                 "pretext", target, said, f"{t}/{k}", task=t, kind=k, source=source, chance=chance
             )
             for t, k, target, said, chance in rows
         ]
     )
-    _, found = score_predictions(records)
+    _, found = score_predictions(predictions)
     assert found.score == 75 and found.extra["shuffle"] == 50 and found.extra["flip"] == 100
     assert found.extra["chance/shuffle/1x3"] == pytest.approx(20)
     assert found.extra["chance/shuffle"] == pytest.approx(100 * (0.2 + 1 / 23) / 2)
-    short = record(
+    short = prediction(
         "pretext", "A", "A", "crop", task="crop", kind="crop", source=source, chance=0.25
     )
     assert score_predictions([short])[1].score == 100, "asked directly, a short answer will do"
@@ -368,10 +372,10 @@ def test_the_pretext_tasks_count_alike_and_stand_beside_chance():
 
 
 def test_unparsed_is_wrong_and_counted():
-    records = numbered(
-        [record("blink", "A", said, options=OPTIONS) for said in ("A", "B", "?", "")]
+    predictions = numbered(
+        [prediction("blink", "A", said, options=OPTIONS) for said in ("A", "B", "?", "")]
     )
-    _, found = score_predictions(records)
+    _, found = score_predictions(predictions)
     assert (found.score, found.count, found.unparsed) == (25, 4, 2)
 
 
@@ -400,24 +404,30 @@ def test_the_interval_covers_a_mean_of_parts():
 
 
 def test_records_of_several_benchmarks_or_none_are_refused():
-    for records, said in (
+    for predictions, said in (
         ([], "found none"),
-        ([record("blink", "A", "A"), record("chartqa", "1", "1", name="1")], "blink, chartqa"),
-        ([record("blonk", "A", "A")], "unknown benchmark 'blonk'"),
-        ([record("blink", "A", "A"), record("blink", "A", "A")], "the id '0' occurs 2 times"),
-        ([record("blink", None, "A")], "0 has no target"),
-        ([record("blink", "4", "A")], "its target '4' is no letter of an option"),
-        ([record("hallusionbench", "Maybe", "Yes")], "neither Yes nor No"),
+        (
+            [prediction("blink", "A", "A"), prediction("chartqa", "1", "1", name="1")],
+            "blink, chartqa",
+        ),
+        ([prediction("blonk", "A", "A")], "unknown benchmark 'blonk'"),
+        (
+            [prediction("blink", "A", "A"), prediction("blink", "A", "A")],
+            "the id '0' occurs 2 times",
+        ),
+        ([prediction("blink", None, "A")], "0 has no target"),
+        ([prediction("blink", "4", "A")], "its target '4' is no letter of an option"),
+        ([prediction("hallusionbench", "Maybe", "Yes")], "neither Yes nor No"),
     ):
         with pytest.raises(UserError, match=said):
-            score_predictions(records)
+            score_predictions(predictions)
 
 
 def test_the_papers_rows_are_whole():
     """Each row's mean is the published one."""
     means = [45.91, 44.85, 50.54, 52.69, 49.58, 56.58]
-    spatial = [row for row in ROWS if set(row.figures) == set(SPATIAL)]
-    assert [np.mean(list(row.figures.values())) for row in spatial] == pytest.approx(
+    spatial = [row for row in ROWS if set(row.scores) == set(SPATIAL)]
+    assert [np.mean(list(row.scores.values())) for row in spatial] == pytest.approx(
         means, abs=0.01
     )
     assert {*SPATIAL, *GENERAL} == set(SPECS)

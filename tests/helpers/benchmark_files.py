@@ -44,7 +44,7 @@ def write_json(path: Path, rows: list) -> Path:
     return path
 
 
-def place(folder: Path, names: Iterable[str], content: bytes | None = None) -> None:
+def write_media(folder: Path, names: Iterable[str], content: bytes | None = None) -> None:
     """One image (or other content) under each of the names."""
     source = folder / "one.bin"
     source.write_bytes(png(7) if content is None else content)
@@ -81,12 +81,12 @@ def write_mmbench(folder: Path, name: str = "MMBench_DEV_EN_V11.tsv", answer: bo
     """Two questions in two rotations."""
     rows = [
         mcq_row(
-            1_000_000 * turn + q,
-            "AB"[turn] if answer else "",
-            image=encoded(q) if turn == 0 else q,
+            1_000_000 * rotation + q,
+            "AB"[rotation] if answer else "",
+            image=encoded(q) if rotation == 0 else q,
         )
         for q in (241, 252)
-        for turn in range(2)
+        for rotation in range(2)
     ]
     return write_tsv(folder / name, rows)
 
@@ -138,7 +138,7 @@ def write_whatsup(folder: Path, parts: dict[str, list[list[str]]] | None = None)
             for i, options in enumerate(captions)
         ]
         write_json(folder / f"{names[part]}_dataset.json", rows)
-        place(folder, (row["image_path"] for row in rows))
+        write_media(folder, (row["image_path"] for row in rows))
     return folder
 
 
@@ -153,7 +153,7 @@ def write_viewspatial(folder: Path) -> Path:
         }
         for i in range(2)
     ]
-    place(folder, (name for row in rows for name in row["image_path"]))
+    write_media(folder, (name for row in rows for name in row["image_path"]))
     return write_json(folder / "ViewSpatial-Bench.json", rows)
 
 
@@ -177,7 +177,7 @@ def write_vsi(folder: Path) -> Path:
             "B": "B. right",
         },
     ]
-    place(folder, ["rooms/1.mp4"], b"clip")
+    write_media(folder, ["rooms/1.mp4"], b"clip")
     return write_json(folder / "vsi_bench.json", rows)
 
 
@@ -197,7 +197,7 @@ def write_hallusion(folder: Path) -> Path:
         }
         for visual, question in ((0, 0), (1, 0), (1, 1))
     ]
-    place(folder, (row["filename"] for row in rows if row["filename"]))
+    write_media(folder, (row["filename"] for row in rows if row["filename"]))
     return write_json(folder / "HallusionBench.json", rows)
 
 
@@ -219,7 +219,7 @@ def write_ocrbench(folder: Path) -> Path:
             ]
         )
     ]
-    place(folder, (row["image_path"] for row in rows))
+    write_media(folder, (row["image_path"] for row in rows))
     return write_json(folder / "OCRBench.json", rows)
 
 
@@ -237,7 +237,7 @@ def write_chartqa(folder: Path) -> Path:
     return write_tsv(folder / "ChartQA_TEST.tsv", rows)
 
 
-# Of each benchmark: writes its files into a folder and gives what --data takes.
+# Of each benchmark: writes its files into a folder and returns what --data takes.
 WRITERS = {
     "spatial457": write_spatial457,
     "3dsrbench": write_3dsrbench,

@@ -1,15 +1,21 @@
-"""OCRBench and ChartQA: text that is read from images."""
+"""OCRBench and ChartQA: reading text in images."""
 
 import ast
 from collections.abc import Sequence
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks import prompts
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow
 from spatial_ssrl_jax.eval.benchmarks.spec import KIT_PIXELS, BenchmarkSpec, area
-from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Judgement, Prediction, Question
-from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.questions import (
+    BenchmarkPrompt,
+    Judgement,
+    Prediction,
+    Question,
+    score_of,
+)
+from spatial_ssrl_jax.eval.scoring import extract
 from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric
 from spatial_ssrl_jax.tasks.answers import last_box
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
@@ -28,19 +34,19 @@ _TOLERANCE, _ROUNDING = 0.05, 1e-9
 _HALVES = ("human", "augmented")
 
 
-def judge_ocr(record: Prediction) -> Judgement:
-    """Right when any of the answers occurs in what was read."""
-    formula = record.category == _FORMULA
-    box = last_box(record.response)
-    raw = (record.response if box is None else box).strip()
-    answer = answers.final_answer(record.response)
+def judge_ocr(prediction: Prediction) -> Judgement:
+    """Right when any of the answers occurs in the text that was read."""
+    formula = prediction.category == _FORMULA
+    box = last_box(prediction.response)
+    raw = (prediction.response if box is None else box).strip()
+    answer = extract.final_answer(prediction.response)
     # A formula has LaTeX of its own, which is not unwrapped, and may be too long for a box.
     found = raw or None if formula else answer and answer.text
     if found is None:
         return Judgement(None, 0.0)
-    targets = record.target if isinstance(record.target, list) else [str(record.target)]
+    targets = prediction.target if isinstance(prediction.target, list) else [str(prediction.target)]
     plain = _without_space if formula else _on_one_line
-    # What was read may itself have marks around it, so it counts as it stands too.
+    # The text itself may have marks around it, so it also counts unchanged.
     read = (plain(found), plain(raw))
     return Judgement(found, float(any(plain(t) in text for t in targets for text in read)))
 
@@ -70,29 +76,29 @@ def _parse_ocr(row: QuestionRow) -> Question:
         category=kind,
         text=row.words("question"),
         target=target if isinstance(target, str) else [str(t) for t in target if str(t).strip()],
-        pictures=row.pictures(),
+        images=row.images(),
     )
 
 
 def ask_ocr(question: Question, style: Style) -> BenchmarkPrompt:
-    """Formulas are asked for directly in a reasoning run too, as in the paper's."""
-    tail = protocol.DIRECTLY if question.category == _FORMULA else FORMAT_PROMPT
-    return BenchmarkPrompt(protocol.in_style(question.text, style, tail), question.pictures)
+    """Formulas are asked directly in a reasoning run too, as in the paper's."""
+    tail = prompts.DIRECTLY if question.category == _FORMULA else FORMAT_PROMPT
+    return BenchmarkPrompt(prompts.in_style(question.text, style, tail), question.images)
 
 
-def judge_chart(record: Prediction) -> Judgement:
+def judge_chart(prediction: Prediction) -> Judgement:
     """Right within 5 % of the true number, else when the texts are the same."""
-    answer = answers.final_answer(record.response)
+    answer = extract.final_answer(prediction.response)
     found = answer.text.removesuffix(".") if answer else None
-    return Judgement(found, float(found is not None and relaxed(found, str(record.target))))
+    return Judgement(found, float(found is not None and relaxed(found, str(prediction.target))))
 
 
 def relaxed(found: str, target: str) -> bool:
-    """ChartQA's match; percentages are hundredths, as in the benchmark's own."""
-    said, true = _number(found), _number(target)
-    if said is None or true is None:
+    """ChartQA's relaxed match; percentages are hundredths, as in the benchmark's script."""
+    value, true = _number(found), _number(target)
+    if value is None or true is None:
         return found.strip().casefold() == target.strip().casefold()
-    return abs(said - true) <= (_TOLERANCE + _ROUNDING) * abs(true)
+    return abs(value - true) <= (_TOLERANCE + _ROUNDING) * abs(true)
 
 
 def _number(text: str) -> float | None:
@@ -103,16 +109,16 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _cells_chart(records: Sequence[Prediction]) -> list[Cell]:
-    return [(record.id, _half(record), record.score) for record in records]
+def _cells_chart(predictions: Sequence[Prediction]) -> list[Cell]:
+    return [(prediction.id, _half(prediction), score_of(prediction)) for prediction in predictions]
 
 
-def _half(record: Prediction) -> str:
-    split = str(record.meta.get("split") or record.category)
+def _half(prediction: Prediction) -> str:
+    split = str(prediction.meta.get("split") or prediction.category)
     half = next((half for half in _HALVES if half in split.lower()), None)
     if half is None:
         raise UserError(
-            f"{record.id}: its split {split!r} is neither human nor augmented, so it belongs to "
+            f"{prediction.id}: its split {split!r} is neither human nor augmented, so it is in "
             "neither half of ChartQA."
         )
     return half
@@ -126,14 +132,14 @@ def _parse_chart(row: QuestionRow) -> Question:
         category=next((half for half in _HALVES if half in split.lower()), split),
         text=row.words("question"),
         target=row.text("answer"),
-        pictures=row.pictures(),
+        images=row.images(),
         meta={"split": split},
     )
 
 
 def ask_chart(question: Question, style: Style) -> BenchmarkPrompt:
-    text = protocol.in_style(question.text + protocol.CHARTQA, style)
-    return BenchmarkPrompt(text, question.pictures)
+    text = prompts.in_style(question.text + prompts.CHARTQA, style)
+    return BenchmarkPrompt(text, question.images)
 
 
 OCRBENCH = BenchmarkSpec(

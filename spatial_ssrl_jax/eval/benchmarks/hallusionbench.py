@@ -1,14 +1,20 @@
-"""HallusionBench: yes or no; also a figure, and a question over all its scores, at a time."""
+"""HallusionBench: yes or no; accuracy by answer, by figure and by question."""
 
 from collections.abc import Sequence
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks import prompts
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import FIX_HINT, BadQuestionRow, QuestionRow
 from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec
-from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Judgement, Prediction, Question
-from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.questions import (
+    BenchmarkPrompt,
+    Judgement,
+    Prediction,
+    Question,
+    score_of,
+)
+from spatial_ssrl_jax.eval.scoring import extract
 from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric, all_right, mean
 
 _ANSWERS = {"0": "No", "1": "Yes", "no": "No", "yes": "Yes"}
@@ -16,35 +22,39 @@ _TEXT_ONLY = "0"  # visual_input of the rows that have no image
 _GROUPS = ("set_id", "figure_id", "question_id")
 
 
-def judge(record: Prediction) -> Judgement:
-    found = answers.yes_or_no(record.response)
-    right = _ANSWERS.get(str(record.target).strip().casefold())
+def judge(prediction: Prediction) -> Judgement:
+    found = extract.yes_or_no(prediction.response)
+    right = _ANSWERS.get(str(prediction.target).strip().casefold())
     if right is None:
-        raise UserError(f"{record.id}: its target {record.target!r} is neither Yes nor No.")
+        raise UserError(f"{prediction.id}: its target {prediction.target!r} is neither Yes nor No.")
     return Judgement(found, float(found == right))
 
 
-def _cells(records: Sequence[Prediction]) -> list[Cell]:
-    """Answers, scores and questions; a set, which holds whole scores and questions, is drawn."""
-    cells = [(_set(record), "aAcc", record.score) for record in records]
+def _cells(predictions: Sequence[Prediction]) -> list[Cell]:
+    """Answers, figures and questions; sets, which hold whole figures and questions, are drawn."""
+    cells: list[Cell] = [
+        (_set(prediction), "aAcc", score_of(prediction)) for prediction in predictions
+    ]
     for part, column in (("fAcc", "figure_id"), ("qAcc", "question_id")):
-        right = all_right(records, lambda record, c=column: (_set(record), record.meta[c]))
+        right = all_right(
+            predictions, lambda prediction, c=column: (_set(prediction), prediction.meta[c])
+        )
         cells += [(unit, part, value) for (unit, _), value in right.items()]
     return cells
 
 
-def _set(record: Prediction) -> tuple[str, str, str]:
+def _set(prediction: Prediction) -> tuple[str, str, str]:
     """Sets are numbered anew in each category and subcategory."""
-    missing = [column for column in _GROUPS if column not in record.meta]
+    missing = [column for column in _GROUPS if column not in prediction.meta]
     if missing:
         raise UserError(
-            f"{record.id}: its meta has no {', '.join(missing)}, which say what belongs together."
+            f"{prediction.id}: its meta has no {', '.join(missing)}, needed for its groups."
         )
-    return record.category, record.meta.get("subcategory", ""), record.meta["set_id"]
+    return prediction.category, prediction.meta.get("subcategory", ""), prediction.meta["set_id"]
 
 
-def _extra(records: Sequence[Prediction]) -> dict[str, float]:
-    cells = _cells(records)
+def _extra(predictions: Sequence[Prediction]) -> dict[str, float]:
+    cells = _cells(predictions)
     parts = ("aAcc", "fAcc", "qAcc")
     return {part: mean(cell for cell in cells if cell[1] == part) for part in parts}
 
@@ -55,9 +65,8 @@ def _parse(row: QuestionRow) -> Question | None:
         if str(row.get("visual_input")) == _TEXT_ONLY:
             return None
         category, subcategory = row.text("category"), row.text("subcategory")
-        groups = {column: row.text(column) for column in _GROUPS}
-        visual = row.text("visual_input")
-        name = "_".join((category, subcategory, visual, *groups.values()))
+        visual, groups = row.text("visual_input"), [row.text(column) for column in _GROUPS]
+        name = "_".join((category, subcategory, visual, *groups))
         answer, column = row.text("gt_answer"), "filename"
     else:
         name, answer, column = row.text("index"), row.text("answer"), "image_path"
@@ -66,10 +75,9 @@ def _parse(row: QuestionRow) -> Question | None:
             raise UserError(
                 f"{row.name}: its index {name!r} is not of HallusionBench's six fields."
             )
-        category, subcategory, visual = parts[:3]
+        category, subcategory, visual, *groups = parts
         if visual == _TEXT_ONLY:
             return None
-        groups = dict(zip(_GROUPS, parts[3:], strict=True))
     if answer.casefold() not in _ANSWERS:
         raise BadQuestionRow(
             f"{row.name}: its answer {answer!r} is neither yes nor no: {FIX_HINT}."
@@ -80,13 +88,13 @@ def _parse(row: QuestionRow) -> Question | None:
         category=category,
         text=row.words("question"),
         target=_ANSWERS[answer.casefold()],
-        pictures=row.pictures(column),
-        meta={"subcategory": subcategory, **groups},
+        images=row.images(column),
+        meta={"subcategory": subcategory, **dict(zip(_GROUPS, groups, strict=True))},
     )
 
 
 def ask(question: Question, style: Style) -> BenchmarkPrompt:
-    return BenchmarkPrompt(protocol.in_style(question.text, style), question.pictures)
+    return BenchmarkPrompt(prompts.in_style(question.text, style), question.images)
 
 
 HALLUSIONBENCH = BenchmarkSpec(

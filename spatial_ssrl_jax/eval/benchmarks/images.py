@@ -1,4 +1,4 @@
-"""Images of benchmark files, where they are; each is read and decoded when it is opened."""
+"""Images in benchmark files: each is read and decoded when it is opened."""
 
 import ast
 import base64
@@ -15,8 +15,8 @@ from spatial_ssrl_jax.common.errors import BadImage
 from spatial_ssrl_jax.data.images import image_size, open_image
 from spatial_ssrl_jax.data.sources.parquet import RowGroups
 
-# Where the files of a row may are, from the folder of the question file.
-_PLACES = (".", "..", "images", "videos")
+# Folders where a row's files may be, from the folder of the question file.
+_FOLDERS = (".", "..", "images", "videos")
 # One cell may hold several megabytes of base64; the library's own limit is 131,072 characters.
 _LARGEST_CELL = 2**31 - 1
 
@@ -24,14 +24,17 @@ _LARGEST_CELL = 2**31 - 1
 class BenchmarkImage(Protocol):
     """One image of a question; can be pickled, and holds no pixels."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The image in error messages."""
+        ...
 
     def open(self) -> np.ndarray:
         """[H, W, 3] uint8, RGB; raises `BadImage`."""
         ...
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of what `open` gives, from the header alone; raises `BadImage`."""
+        """(height, width) of the opened image, from its header alone; raises `BadImage`."""
         ...
 
 
@@ -49,7 +52,8 @@ class FileImage:
         return open_image(self.path)
 
     def size(self) -> tuple[int, int]:
-        return image_size(self.path)[::-1]
+        width, height = image_size(self.path)
+        return height, width
 
 
 @dataclass(frozen=True)
@@ -60,22 +64,23 @@ class TsvImage:
       file: the TSV file.
       start, length: bytes of the row in it.
       column: of the cell.
-      place: which image of the cell.
-      name: what errors call it.
+      index: of the image in the cell.
+      name: the image in error messages.
     """
 
     file: Path
     start: int
     length: int
     column: int
-    place: int
+    index: int
     name: str
 
     def open(self) -> np.ndarray:
         return open_image(self._encoded(), self.name)
 
     def size(self) -> tuple[int, int]:
-        return image_size(self._encoded(), self.name)[::-1]
+        width, height = image_size(self._encoded(), self.name)
+        return height, width
 
     def _encoded(self) -> bytes:
         with self.file.open("rb") as stream:
@@ -83,7 +88,7 @@ class TsvImage:
             text = stream.read(self.length).decode()
         cell = next(tsv_cells(iter([text])))[self.column]
         try:
-            return base64.b64decode(cell_items(cell)[self.place], validate=True)
+            return base64.b64decode(cell_items(cell)[self.index], validate=True)
         except (binascii.Error, ValueError) as error:
             raise BadImage(f"{self.name}: is not base64 ({error}).") from None
 
@@ -101,7 +106,8 @@ class ParquetImage:
         return open_image(self._encoded(), self.name)
 
     def size(self) -> tuple[int, int]:
-        return image_size(self._encoded(), self.name)[::-1]
+        width, height = image_size(self._encoded(), self.name)
+        return height, width
 
     def _encoded(self) -> bytes:
         cell = self.groups.value(str(self.file), self.row)
@@ -115,7 +121,7 @@ def tsv_cells(lines: Iterator[str]) -> Iterator[list[str]]:
 
 
 def cell_items(cell: str) -> list[str]:
-    """What an image cell holds: one item, or a written-out Python list of several."""
+    """The items of an image cell: one, or those of a Python list that it spells out."""
     if not cell.startswith("["):
         return [cell] if cell else []
     try:
@@ -126,5 +132,5 @@ def cell_items(cell: str) -> list[str]:
 
 def find_file(folder: Path, name: str) -> Path | None:
     """A row's file by its relative path: beside the question file, above it, or below `images`
-    or `videos`; None where it is not."""
-    return next((folder / p / name for p in _PLACES if (folder / p / name).is_file()), None)
+    or `videos`; None where it is missing."""
+    return next((folder / f / name for f in _FOLDERS if (folder / f / name).is_file()), None)

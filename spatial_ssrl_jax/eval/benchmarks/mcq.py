@@ -5,43 +5,51 @@ import string
 from collections.abc import Sequence
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks import prompts
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import FIX_HINT, BadQuestionRow, QuestionRow
 from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec
-from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Judgement, Prediction, Question
-from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.questions import (
+    BenchmarkPrompt,
+    Judgement,
+    Prediction,
+    Question,
+    score_of,
+)
+from spatial_ssrl_jax.eval.scoring import extract
 from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric, all_right, each, mean
 
 _ROTATION = 1_000_000  # MMBench numbers rotations of question i as i + n · 1,000,000
 _FLIP = "-flip"  # 3DSRBench: "ABCDEFGH", mirrored "ABCDEFGH-flip", then "-1" for another order
 
 
-def judge_choice(record: Prediction) -> Judgement:
+def judge_choice(prediction: Prediction) -> Judgement:
     """Right when the chosen letter is the target's; the options come from meta or the prompt."""
-    options = record.meta.get("options") or answers.options_in(record.question)
-    target = answers.choice(str(record.target), options)  # files write "A", "(A)" or "A. chair"
-    if target is None:  # what the prompt seemed to list were not the options
+    options = prediction.meta.get("options") or extract.options_in(prediction.question)
+    target = extract.choice(str(prediction.target), options)  # files write "A", "(A)" or "A. chair"
+    if target is None:  # the lines of the prompt that look like options are none
         options = {}
-        target = answers.choice(str(record.target), options)
+        target = extract.choice(str(prediction.target), options)
     if target is None:
-        raise UserError(f"{record.id}: its target {record.target!r} is no letter of an option.")
-    letter = answers.choice(record.response, options)
+        raise UserError(
+            f"{prediction.id}: its target {prediction.target!r} is no letter of an option."
+        )
+    letter = extract.choice(prediction.response, options)
     return Judgement(letter, float(letter == target))
 
 
 def ask_choice(question: Question, style: Style) -> BenchmarkPrompt:
     """VLMEvalKit's prompt; the format prompt follows its last line, as in the paper's runs."""
-    text = protocol.HINT.format(hint=question.hint) if question.hint else ""
-    text += protocol.QUESTION.format(question=question.text)
+    text = prompts.HINT.format(hint=question.hint) if question.hint else ""
+    text += prompts.QUESTION.format(question=question.text)
     if question.options:
-        text += protocol.OPTIONS
+        text += prompts.OPTIONS
         text += "".join(
-            protocol.OPTION.format(letter=letter, text=option)
+            prompts.OPTION.format(letter=letter, text=option)
             for letter, option in question.options.items()
         )
-        text += protocol.SELECT
-    return BenchmarkPrompt(protocol.in_style(text, style), question.pictures)
+        text += prompts.SELECT
+    return BenchmarkPrompt(prompts.in_style(text, style), question.images)
 
 
 def row_options(row: QuestionRow) -> dict[str, str]:
@@ -60,7 +68,7 @@ def check_target(row: QuestionRow, letter: str, options: dict[str, str]) -> str:
     return letter
 
 
-def _question(name: str, row: QuestionRow, target: str | None, **meta) -> Question:
+def _question(name: str, row: QuestionRow, target: str | None, **meta: str | int) -> Question:
     options = row_options(row)
     return Question(
         id=row.text("index"),
@@ -69,7 +77,7 @@ def _question(name: str, row: QuestionRow, target: str | None, **meta) -> Questi
         text=row.words("question"),
         target=None if target is None else check_target(row, target, options),
         options=options,
-        pictures=row.pictures(),
+        images=row.images(),
         hint=str(row.get("hint")),
         meta=meta,
     )
@@ -95,47 +103,50 @@ def _base(qid: str) -> str:
     return qid.partition("-")[0]
 
 
-def _cells_3dsrbench(records: Sequence[Prediction]) -> list[Cell]:
+def _cells_3dsrbench(predictions: Sequence[Prediction]) -> list[Cell]:
     """Plain accuracy; flips and orders of one question are drawn together."""
-    units = (_base(record.meta.get("qid", record.id)) for record in records)
-    return [(unit, "vanilla", record.score) for unit, record in zip(units, records, strict=True)]
+    units = (_base(prediction.meta.get("qid", prediction.id)) for prediction in predictions)
+    return [
+        (unit, "vanilla", score_of(prediction))
+        for unit, prediction in zip(units, predictions, strict=True)
+    ]
 
 
-def _extra_3dsrbench(records: Sequence[Prediction]) -> dict[str, float]:
-    """The stricter scores: right with the mirrored image, in each order of options, in both."""
-    found = {"vanilla": mean(each(records))}
-    if all("qid" in record.meta for record in records):
+def _extra_3dsrbench(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Stricter scores: right with the mirrored image too, in each order of options, in both."""
+    found = {"vanilla": mean(each(predictions))}
+    if all("qid" in prediction.meta for prediction in predictions):
         groups = {
             "flip": lambda qid: qid.replace(_FLIP, ""),
             "circular": lambda qid: (_base(qid), _FLIP in qid),
             "flip_circular": _base,
         }
         for name, key in groups.items():
-            right = all_right(records, lambda record, key=key: key(record.meta["qid"]))
+            right = all_right(predictions, lambda prediction, key=key: key(prediction.meta["qid"]))
             found[name] = 100 * sum(right.values()) / len(right)
     return found
 
 
 def _parse_mmbench(row: QuestionRow) -> Question:
-    """Rows of the test split have no answer; they are asked for the benchmark's server."""
+    """Rows of the test split have no answer; the benchmark's server scores their responses."""
     target = str(row.get("answer")).strip() or None
     index = row.text("index")
     if not index.isdigit():
         raise UserError(f"{row.name}: its index {index!r} is no number, as MMBench's is.")
-    words = {} if target else {"text": row.words("question")}  # its server wants them back
+    words = {} if target else {"text": row.words("question")}  # its server needs them
     return _question("mmbench", row, target, group=int(index) % _ROTATION, **words)
 
 
-def _group(record: Prediction) -> int:
-    """Rotations of one question have one group, by meta or by their index."""
-    group = record.meta.get("group")
-    if group is None and not record.id.isdigit():
-        raise UserError(f"{record.id}: its meta has no group, and its id is no MMBench index.")
-    return int(record.id) % _ROTATION if group is None else group
+def _group(prediction: Prediction) -> int:
+    """The group of a question's rotations, by meta or by their index."""
+    group = prediction.meta.get("group")
+    if group is None and not prediction.id.isdigit():
+        raise UserError(f"{prediction.id}: its meta has no group, and its id is no MMBench index.")
+    return int(prediction.id) % _ROTATION if group is None else group
 
 
-def _cells_mmbench(records: Sequence[Prediction]) -> list[Cell]:
-    return [(group, "circular", right) for group, right in all_right(records, _group).items()]
+def _cells_mmbench(predictions: Sequence[Prediction]) -> list[Cell]:
+    return [(group, "circular", right) for group, right in all_right(predictions, _group).items()]
 
 
 BLINK = _spec("blink", "BLINK", "BLINK.tsv")
@@ -159,7 +170,7 @@ MMBENCH = BenchmarkSpec(
     parse=_parse_mmbench,
     ask=ask_choice,
     metric=Metric(
-        judge_choice, _cells_mmbench, extra=lambda records: {"vanilla": mean(each(records))}
+        judge_choice, _cells_mmbench, extra=lambda predictions: {"vanilla": mean(each(predictions))}
     ),
     public=False,
 )

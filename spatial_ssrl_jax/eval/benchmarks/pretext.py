@@ -1,15 +1,21 @@
-"""The pretext tasks as a benchmark: accuracy by task and kind, each beside what guessing gives."""
+"""The pretext tasks as a benchmark: accuracy by task and kind, each with its chance level."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks import prompts
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec
-from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Judgement, Prediction, Question
-from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.questions import (
+    BenchmarkPrompt,
+    Judgement,
+    Prediction,
+    Question,
+    score_of,
+)
+from spatial_ssrl_jax.eval.scoring import extract
 from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric, mean
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.answers import last_box
@@ -21,10 +27,10 @@ CHANCE = "chance/"  # in the extra scores, before a task or category
 
 @dataclass(frozen=True)
 class TaskImage:
-    """An image that a task drew.
+    """An image that a task made.
 
     Attributes:
-      name: what errors call it.
+      name: the image in error messages.
       image: [H, W, 3] uint8, RGB.
     """
 
@@ -35,7 +41,8 @@ class TaskImage:
         return self.image
 
     def size(self) -> tuple[int, int]:
-        return self.image.shape[:2]
+        height, width = self.image.shape[:2]
+        return height, width
 
 
 def question_of(example: Example, number: int) -> Question:
@@ -43,7 +50,7 @@ def question_of(example: Example, number: int) -> Question:
 
     Args:
       example: of any task.
-      number: its place among those of its task.
+      number: its index among the examples of its task.
     """
     task, kind = example.task, example.kind
     chance = TASKS_BY_NAME[task].chance
@@ -53,7 +60,7 @@ def question_of(example: Example, number: int) -> Question:
         category=task if kind == task else f"{task}/{kind}",
         text=example.question,
         target=example.answer,
-        pictures=tuple(
+        images=tuple(
             TaskImage(f"image {i} of {task}-{number}", image)
             for i, image in enumerate(example.images, 1)
         ),
@@ -67,36 +74,40 @@ def question_of(example: Example, number: int) -> Question:
     )
 
 
-def judge(record: Prediction) -> Judgement:
-    """Right when the box holds the answer to the letter, as the training's reward has it; asked
-    without the format prompt, a short answer by itself will do."""
-    found = last_box(record.response)
-    if found is None and not record.question.endswith(FORMAT_PROMPT):
-        answer = answers.final_answer(record.response)
+def judge(prediction: Prediction) -> Judgement:
+    """Right when the box holds exactly the answer, as in the training reward; without the format
+    prompt a short answer without a box counts too."""
+    found = last_box(prediction.response)
+    if found is None and not prediction.question.endswith(FORMAT_PROMPT):
+        answer = extract.final_answer(prediction.response)
         found = answer and answer.text
-    return Judgement(found or None, float(found == record.target))
+    return Judgement(found or None, float(found == prediction.target))
 
 
-def _cells(records: Sequence[Prediction]) -> list[Cell]:
-    """Each task counts alike; questions about one image are drawn together."""
-    return [(_picture(record), record.meta["task"], record.score) for record in records]
+def _cells(predictions: Sequence[Prediction]) -> list[Cell]:
+    """Tasks have equal weights; questions about one image are drawn together."""
+    return [
+        (_image_of(prediction), prediction.meta["task"], score_of(prediction))
+        for prediction in predictions
+    ]
 
 
-def _picture(record: Prediction) -> tuple[str, ...]:
-    source = record.meta["source"]
-    return source.get("spec", ""), source.get("record", record.id)
+def _image_of(prediction: Prediction) -> tuple[str, ...]:
+    source = prediction.meta["source"]
+    return source.get("spec", ""), source.get("record", prediction.id)
 
 
-def _extra(records: Sequence[Prediction]) -> dict[str, float]:
-    """Accuracy of each task; and what guessing gives, of all, each task and each category."""
-    tasks = sorted({record.meta["task"] for record in records})
-    found = {task: mean(c for c in _cells(records) if c[1] == task) for task in tasks}
+def _extra(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Accuracy of each task; and the chance level of all, each task and each category."""
+    tasks = sorted({prediction.meta["task"] for prediction in predictions})
+    found = {task: mean(c for c in _cells(predictions) if c[1] == task) for task in tasks}
     chances: dict[str, list[float | None]] = {}
-    for record in records:
-        for name in {record.meta["task"], record.category}:
-            chances.setdefault(name, []).append(record.meta["chance"])
-    for name, known in sorted(chances.items()):
-        if None not in known:
+    for prediction in predictions:
+        for name in {prediction.meta["task"], prediction.category}:
+            chances.setdefault(name, []).append(prediction.meta["chance"])
+    for name, values in sorted(chances.items()):
+        known = [value for value in values if value is not None]
+        if len(known) == len(values):
             found[CHANCE + name] = 100 * float(np.mean(known))
     if all(CHANCE + task in found for task in tasks):
         found["chance"] = float(np.mean([found[CHANCE + task] for task in tasks]))
@@ -104,7 +115,7 @@ def _extra(records: Sequence[Prediction]) -> dict[str, float]:
 
 
 def ask(question: Question, style: Style) -> BenchmarkPrompt:
-    return BenchmarkPrompt(protocol.in_style(question.text, style), question.pictures)
+    return BenchmarkPrompt(prompts.in_style(question.text, style), question.images)
 
 
 PRETEXT = BenchmarkSpec(

@@ -1,7 +1,7 @@
-"""What the benchmarks ask, to the letter; each family's file only puts the pieces together.
+"""The benchmarks' prompts, character by character; each family's file combines them.
 
-Scores compare only where these strings are kept, misspellings and all. Where a run reasons, the
-training format prompt of `tasks/protocol.py` comes last, once.
+Scores are comparable only with these strings, misspellings included. With reasoning, the training
+format prompt of `tasks/protocol.py` comes last, once.
 """
 
 from typing import Literal
@@ -95,10 +95,10 @@ SPATIAL457_JSON = (
 
 
 def followed_by(text: str, tail: str) -> str:
-    """A prompt with one more sentence, after one space where no white space stands yet."""
+    """A prompt with one more sentence, after one space where there is no white space yet."""
     return text + tail if text[-1:].isspace() else f"{text} {tail}"
 
 
 def in_style(text: str, style: Style, tail: str = FORMAT_PROMPT) -> str:
-    """A benchmark's own words; in a run that reasons, followed by `tail`."""
+    """A benchmark's own prompt, followed by `tail` unless it is asked directly."""
     return text if style == "direct" else followed_by(text, tail)

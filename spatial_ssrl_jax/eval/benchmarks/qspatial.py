@@ -4,41 +4,44 @@ import re
 from collections.abc import Sequence
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks import prompts
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import FIX_HINT, BadQuestionRow, QuestionRow
 from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec
 from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Judgement, Prediction, Question
-from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.scoring import extract
 from spatial_ssrl_jax.eval.scoring.scores import Metric
 
 _FACTOR, _STRICTER = 2.0, 1.5
 _TARGET = re.compile(r"([\d.]+)\s*([A-Za-z]+)")
 
 
-def judge(record: Prediction) -> Judgement:
+def judge(prediction: Prediction) -> Judgement:
     """Right when neither length is twice the other."""
-    found = answers.distance(record.response)
+    found = extract.distance(prediction.response)
     extracted = None if found is None else f"{found:g} cm"
-    return Judgement(extracted, float(_within(found, _length(record), _FACTOR)))
+    return Judgement(extracted, float(_within(found, _length(prediction), _FACTOR)))
 
 
 def _within(found: float | None, right: float, factor: float) -> bool:
     return found is not None and found > 0 and max(found / right, right / found) < factor
 
 
-def _length(record: Prediction) -> float:
+def _length(prediction: Prediction) -> float:
     """The target in centimetres."""
-    match = _TARGET.fullmatch(str(record.target).strip())
-    scale = match and answers.centimetres(match[2])
-    if not scale:
-        raise UserError(f"{record.id}: its target {record.target!r} is no length such as '57 cm'.")
+    match = _TARGET.fullmatch(str(prediction.target).strip())
+    scale = extract.centimetres(match[2]) if match else None
+    if match is None or not scale:
+        raise UserError(
+            f"{prediction.id}: its target {prediction.target!r} is no length such as '57 cm'."
+        )
     return float(match[1]) * scale
 
 
-def _stricter(records: Sequence[Prediction]) -> dict[str, float]:
+def _stricter(predictions: Sequence[Prediction]) -> dict[str, float]:
     right = [
-        _within(answers.distance(record.response), _length(record), _STRICTER) for record in records
+        _within(extract.distance(prediction.response), _length(prediction), _STRICTER)
+        for prediction in predictions
     ]
     return {f"within_{_STRICTER}": 100 * sum(right) / len(right)}
 
@@ -49,7 +52,7 @@ def _parse(row: QuestionRow) -> Question:
         positive = float(value) > 0
     except ValueError:
         positive = False
-    if not positive or answers.centimetres(unit) is None:
+    if not positive or extract.centimetres(unit) is None:
         raise BadQuestionRow(f"{row.name}: its answer {value!r} {unit!r} is no length: {FIX_HINT}.")
     return Question(
         id=str(row.get("index")) or str(row.number),
@@ -57,16 +60,16 @@ def _parse(row: QuestionRow) -> Question:
         category=str(row.get("question_type") or "all"),
         text=row.words("question"),
         target=f"{float(value):g} {unit}",
-        pictures=row.pictures(),
+        images=row.images(),
     )
 
 
 def ask(question: Question, style: Style) -> BenchmarkPrompt:
-    """The benchmark's own two prompts, the reasoning one in place of the format prompt."""
+    """The benchmark's own two prompts; the reasoning one replaces the format prompt."""
     direct = style == "direct"
-    template = protocol.QSPATIAL_DIRECT if direct else protocol.QSPATIAL_REASONING
+    template = prompts.QSPATIAL_DIRECT if direct else prompts.QSPATIAL_REASONING
     return BenchmarkPrompt(
-        protocol.QSPATIAL + template.format(question=question.text), question.pictures
+        prompts.QSPATIAL + template.format(question=question.text), question.images
     )
 
 

@@ -1,13 +1,13 @@
 """Rows of a benchmark's question file: TSV, JSON, JSONL or parquet, without the images' bytes.
 
-A row is read once; what its images hold stays in the file until an image is opened.
+A row is read once; its images' bytes stay in the file until an image is opened.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.text import error_line
@@ -22,10 +22,10 @@ from spatial_ssrl_jax.eval.benchmarks.images import (
     tsv_cells,
 )
 
-# What to do about a row that cannot be asked or scored.
+# How an error about a bad row ends.
 FIX_HINT = "fix it, or leave it out (--allow-missing)"
 _IMAGE, _INDEX = "image", "index"
-# VLMEvalKit writes another row's index, never longer than this, where the image is that row's.
+# VLMEvalKit writes another row's index, never longer than this, for that row's image.
 _LONGEST_INDEX = 64
 _ROWS_AT_A_TIME = 16
 
@@ -40,9 +40,9 @@ class QuestionRow:
 
     Attributes:
       values: by column, the images' bytes left out; "" and None are the same as no value.
-      name: what errors call it.
-      file: where it stands.
-      number: its place there, from 0.
+      name: the row in error messages.
+      file: the question file.
+      number: of the row in it, from 0.
       encoded: its images, where the file itself holds them.
     """
 
@@ -53,19 +53,19 @@ class QuestionRow:
     encoded: tuple[BenchmarkImage, ...] = ()
 
     def get(self, column: str) -> Any:
-        """A value as it stands, "" where there is none."""
+        """A value as the file has it, "" where there is none."""
         value = self.values.get(column)
         return "" if value is None else value
 
     def words(self, column: str) -> str:
-        """A value as text, to the letter; raises `BadQuestionRow` where there is none."""
+        """A value as text, unchanged; raises `BadQuestionRow` where there is none."""
         value = str(self.get(column))
         if not value.strip():
             raise BadQuestionRow(f"{self.name} has no {column}: {FIX_HINT}.")
         return value
 
     def text(self, column: str) -> str:
-        """A value as text without white space around it; raises `BadQuestionRow` where there is none."""
+        """`words` without white space around it."""
         return self.words(column).strip()
 
     def find(self, column: str) -> tuple[Path, ...]:
@@ -75,17 +75,19 @@ class QuestionRow:
             names = value if isinstance(value, list) else cell_items(value)
         except ValueError as error:
             raise BadQuestionRow(f"{self.name}: its {column} is {error}: {FIX_HINT}.") from None
-        found = [find_file(self.file.parent, name) for name in names]
-        for name, path in zip(names, found, strict=True):
-            if path is None:
-                raise BadQuestionRow(
-                    f"{self.name}: there is no {name} beside the file: put it there, or leave the "
-                    "row out (--allow-missing)."
-                )
-        return tuple(found)
+        return tuple(self._file(name) for name in names)
+
+    def _file(self, name: str) -> Path:
+        path = find_file(self.file.parent, name)
+        if path is None:
+            raise BadQuestionRow(
+                f"{self.name}: there is no {name} beside the file: put it there, or leave the row "
+                "out (--allow-missing)."
+            )
+        return path
 
     def images(self, column: str = "image_path") -> tuple[BenchmarkImage, ...]:
-        """The row's images, from the file itself or else by their paths; raises `BadQuestionRow`."""
+        """The row's images, from the file itself or by their paths; raises `BadQuestionRow`."""
         if not self.encoded and not self.get(column):
             raise BadQuestionRow(f"{self.name} has no image: {FIX_HINT}.")
         return self.encoded or tuple(FileImage(path) for path in self.find(column))
@@ -118,9 +120,9 @@ def _name(file: Path, number: int) -> str:
 
 
 class _Lines(Iterator[str]):
-    """Lines of an open file, and how far it has been read."""
+    """Lines of an open file; `end` is the byte after the last one read."""
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO):
         self.file, self.end = file, 0
 
     def __next__(self) -> str:
@@ -134,7 +136,15 @@ class _Lines(Iterator[str]):
 
 @dataclass(frozen=True)
 class _Cell:
-    """An image cell seen in passing: where it is, and what it holds."""
+    """An image cell: its row's bytes, its column, and its images or the row that has them.
+
+    Attributes:
+      start, length: bytes of the row in the file.
+      column: of the cell.
+      name: the row in error messages.
+      count: images in the cell.
+      other: index of the row whose images these are; None where they are in the cell.
+    """
 
     start: int
     length: int
@@ -152,8 +162,10 @@ class _Cell:
                     f"{self.name} takes its image from row {self.other!r}, which has none: "
                     "download the file again."
                 )
-        place = (file, cell.start, cell.length, cell.column)
-        return tuple(TsvImage(*place, i, self.name) for i in range(cell.count))
+        return tuple(
+            TsvImage(file, cell.start, cell.length, cell.column, i, self.name)
+            for i in range(cell.count)
+        )
 
 
 def _read_tsv(file: Path) -> list[QuestionRow]:
@@ -161,7 +173,9 @@ def _read_tsv(file: Path) -> list[QuestionRow]:
         lines = _Lines(stream)
         reader = tsv_cells(lines)
         header = next(reader, [])
-        found, cells, start = [], {}, lines.end
+        found: list[tuple[dict[str, str], str]] = []
+        cells: dict[int, _Cell] = {}
+        start = lines.end
         for number, line in enumerate(reader):
             name = _name(file, number)
             if len(line) != len(header):
@@ -173,15 +187,14 @@ def _read_tsv(file: Path) -> list[QuestionRow]:
             image = values.pop(_IMAGE, "")
             if image:
                 other = image if len(image) <= _LONGEST_INDEX and image[0] != "[" else None
-                span = (start, lines.end - start)
                 column, count = header.index(_IMAGE), len(cell_items(image))
-                cells[number] = _Cell(*span, column, name, count, other)
+                cells[number] = _Cell(start, lines.end - start, column, name, count, other)
             found.append((values, name))
             start = lines.end
     by_index = {found[i][0].get(_INDEX, ""): cell for i, cell in cells.items()}
     return [
-        QuestionRow(*row, file, i, cells[i].images(file, by_index) if i in cells else ())
-        for i, row in enumerate(found)
+        QuestionRow(values, name, file, i, cells[i].images(file, by_index) if i in cells else ())
+        for i, (values, name) in enumerate(found)
     ]
 
 
@@ -194,7 +207,7 @@ def _read_jsonl(file: Path) -> list[QuestionRow]:
     return _rows(file, [json.loads(x) for x in file.read_text("utf-8").split("\n") if x.strip()])
 
 
-def _rows(file: Path, values: list) -> list[QuestionRow]:
+def _rows(file: Path, values: Sequence[Any]) -> list[QuestionRow]:
     for number, row in enumerate(values):
         if not isinstance(row, dict):
             raise UserError(f"{_name(file, number)} is no object with named fields.")
@@ -210,11 +223,11 @@ def _read_parquet(file: Path) -> list[QuestionRow]:
     if _IMAGE not in reader.schema_arrow.names:
         return _rows(file, values)
     groups = RowGroups(_IMAGE)
-    rows = []
+    rows: list[QuestionRow] = []
     for batch in reader.iter_batches(_ROWS_AT_A_TIME, columns=[_IMAGE]):
         for cell in batch.column(0):
             number, name, value = len(rows), _name(file, len(rows)), cell.as_py()
-            holds = value["bytes"] if isinstance(value, dict) else value
-            image = (ParquetImage(groups, file, number, name),) if holds else ()
-            rows.append(QuestionRow(values[number], name, file, number, image))
+            content = value["bytes"] if isinstance(value, dict) else value
+            images = (ParquetImage(groups, file, number, name),) if content else ()
+            rows.append(QuestionRow(values[number], name, file, number, images))
     return rows

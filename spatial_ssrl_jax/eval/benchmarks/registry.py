@@ -1,4 +1,4 @@
-"""The fourteen benchmarks by name: opening their files, asking in their words, scoring answers."""
+"""The fourteen benchmarks by name: opening their files, making prompts, scoring predictions."""
 
 import dataclasses
 from collections import Counter
@@ -46,7 +46,7 @@ SPECS = {
         mcq.SEEDBENCH2_PLUS,
     )
 }
-# What records may be of: the fourteen, and the pretext tasks, which have no file.
+# The fourteen, and the pretext tasks, which have no file.
 SCORED = SPECS | {PRETEXT.name: PRETEXT}
 SETS = {"spatial": SPATIAL, "general": GENERAL, "all": SPATIAL + GENERAL}
 
@@ -56,9 +56,9 @@ class Benchmark:
     """An opened benchmark.
 
     Attributes:
-      spec: its files, words, metric and published settings.
+      spec: its files, prompts, metric and published settings.
       questions: in the order of the file; their images are not read yet.
-      left_out: why each row that is missing from them is.
+      left_out: a reason for each row that was left out.
     """
 
     spec: BenchmarkSpec
@@ -70,16 +70,16 @@ class Benchmark:
         return self.spec.name
 
     def prompt(self, question: Question, style: Style = "direct") -> BenchmarkPrompt:
-        """The question in the words of a style."""
+        """The question's prompt in a style."""
         return self.spec.ask(question, style)
 
-    def score(self, records: Sequence[Prediction]) -> tuple[list[Prediction], Scores]:
+    def score(self, predictions: Sequence[Prediction]) -> tuple[list[Prediction], Scores]:
         """See `score_predictions`."""
-        return score_predictions(records)
+        return score_predictions(predictions)
 
 
 def names_of(benchmark: str) -> tuple[str, ...]:
-    """The benchmarks that a name or the name of a set stands for; raises `UserError`."""
+    """A benchmark's name, or the names of a set; raises `UserError` on an unknown one."""
     if benchmark in SETS:
         return SETS[benchmark]
     if benchmark not in SPECS:
@@ -102,9 +102,12 @@ def open_benchmark(name: str, path: Path, allow_missing: bool = False) -> Benchm
         or, unless `allow_missing`, a row that cannot be asked or scored.
     """
     (name,) = names_of(name)
-    spec, found, left_out = SPECS[name], [], []
-    files = _files(spec, Path(path), allow_missing)
-    for row in _rows(spec, files):
+    spec = SPECS[name]
+    if spec.parse is None:
+        raise ValueError(f"the questions of {name} are in no file")
+    found: list[tuple[QuestionRow, Question]] = []
+    left_out: list[str] = []
+    for row in _rows(spec, _files(spec, Path(path), allow_missing)):
         try:
             question = spec.parse(row)
         except BadQuestionRow as reason:
@@ -148,11 +151,11 @@ def _rows(spec: BenchmarkSpec, files: list[Path]) -> Iterator[QuestionRow]:
     for file in files:
         rows = read_rows(file)
         columns = set(rows[0].values)
-        lacking = [sorted(set(form) - columns) for form in spec.columns]
+        lacking = [sorted(set(needed) - columns) for needed in spec.columns]
         if all(lacking):
-            few = min(lacking, key=len)
+            fewest = min(lacking, key=len)
             raise UserError(
-                f"{file} is no file of {spec.title}: its rows have no {', '.join(few)}."
+                f"{file} is no file of {spec.title}: its rows have no {', '.join(fewest)}."
             )
         yield from rows
 
@@ -160,8 +163,8 @@ def _rows(spec: BenchmarkSpec, files: list[Path]) -> Iterator[QuestionRow]:
 def _check_answers(
     questions: list[tuple[QuestionRow, Question]], allow_missing: bool
 ) -> tuple[list[tuple[QuestionRow, Question]], list[str]]:
-    """Those with an answer and why others are left out; all where none has one, as in a split
-    whose answers only a server knows."""
+    """The questions with an answer, and why others are left out; all where none has an answer, as
+    in a split whose answers only a server has."""
     reasons = [
         f"{row.name} has no answer: {FIX_HINT}."
         for row, question in questions
@@ -177,55 +180,59 @@ def _check_answers(
 def _check_ids(ids: Sequence[str], names: Sequence[str]) -> None:
     twice = next((id for id, times in Counter(ids).items() if times > 1), None)
     if twice is not None:
-        places = [name for id, name in zip(ids, names, strict=True) if id == twice]
+        rows = [name for id, name in zip(ids, names, strict=True) if id == twice]
         raise UserError(
-            f"the id {twice!r} occurs {len(places)} times ({places[0]}, {places[1]}, …): keep one."
+            f"the id {twice!r} occurs {len(rows)} times ({rows[0]}, {rows[1]}, …): keep one."
         )
 
 
-def score_predictions(records: Sequence[Prediction]) -> tuple[list[Prediction], Scores]:
-    """Scores answers of one benchmark; nothing but the records is needed.
+def score_predictions(predictions: Sequence[Prediction]) -> tuple[list[Prediction], Scores]:
+    """Scores predictions of one benchmark; no other file is needed.
 
     Returns:
-      The records with `extracted`, `parsed` and `score`, and the benchmark's scores.
+      The predictions with `extracted`, `parsed` and `score`, and the benchmark's scores.
 
     Raises:
-      UserError: there is none, they are of several benchmarks or of one that is not known, an id
-        occurs twice, or a target is missing or not of the benchmark's kind.
+      UserError: there is none, they are of several benchmarks or of an unknown one, an id occurs
+        twice, or a target is missing or not of the benchmark's kind.
     """
-    benchmarks = sorted({record.benchmark for record in records})
+    benchmarks = sorted({prediction.benchmark for prediction in predictions})
     if len(benchmarks) != 1:
         found = ", ".join(benchmarks) or "none"
-        raise UserError(f"expected records of one benchmark and found {found}: score them apart.")
+        raise UserError(
+            f"expected predictions of one benchmark and found {found}: score them apart."
+        )
     if benchmarks[0] not in SCORED:
         known = ", ".join(SCORED)
         raise UserError(f"unknown benchmark {benchmarks[0]!r}: choose among {known}.")
     ids = [
-        f"{record.id}, sample {record.meta[SAMPLE]}" if SAMPLE in record.meta else record.id
-        for record in records
+        f"{prediction.id}, sample {prediction.meta[SAMPLE]}"
+        if SAMPLE in prediction.meta
+        else prediction.id
+        for prediction in predictions
     ]
     _check_ids(ids, [f"line {number}" for number in range(1, len(ids) + 1)])
-    for record in records:
-        if not record.target:
-            raise BadQuestionRow(f"{record.id} has no target: {FIX_HINT}.")
-    scored = [judge_prediction(record) for record in records]
+    for prediction in predictions:
+        if not prediction.target:
+            raise BadQuestionRow(f"{prediction.id} has no target: {FIX_HINT}.")
+    scored = [judge_prediction(prediction) for prediction in predictions]
     return scored, summarise(benchmarks[0], SCORED[benchmarks[0]].metric, scored)
 
 
-def for_server(records: Sequence[Prediction]) -> bool:
-    """Whether the answers are for a benchmark's server, which alone knows what is right."""
+def for_server(predictions: Sequence[Prediction]) -> bool:
+    """Whether only a benchmark's server can score the predictions."""
     private = {name for name, spec in SPECS.items() if not spec.public}
-    return all(r.target is None and r.benchmark in private for r in records)
+    return all(p.target is None and p.benchmark in private for p in predictions)
 
 
-def judge_prediction(record: Prediction) -> Prediction:
-    """A record with `extracted`, `parsed` and `score`; as it is where no target is known."""
-    if not record.target:
-        return record
-    verdict = SCORED[record.benchmark].metric.judge(record)
+def judge_prediction(prediction: Prediction) -> Prediction:
+    """The prediction with `extracted`, `parsed` and `score`; unchanged where no target is known."""
+    if not prediction.target:
+        return prediction
+    judgement = SCORED[prediction.benchmark].metric.judge(prediction)
     return dataclasses.replace(
-        record,
-        extracted=verdict.extracted,
-        parsed=verdict.extracted is not None,
-        score=verdict.score,
+        prediction,
+        extracted=judgement.extracted,
+        parsed=judgement.extracted is not None,
+        score=judgement.score,
     )

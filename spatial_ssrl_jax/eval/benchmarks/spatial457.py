@@ -3,12 +3,12 @@
 import re
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks import prompts
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow
 from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec
 from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Judgement, Prediction, Question
-from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.scoring import extract
 from spatial_ssrl_jax.eval.scoring.scores import Metric
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
@@ -25,15 +25,15 @@ _FIELD = re.compile(r"""Answer['"]?\s*:\s*(?:'([^']*)'|"([^"]*)"|([^'",}\n]+))""
 _MAX_WORDS = 4  # of a direct answer; none of the right ones has more than two
 
 
-def judge(record: Prediction) -> Judgement:
+def judge(prediction: Prediction) -> Judgement:
     """Right when the answer is the target's word, number, yes or no, or a shape of its kind."""
-    found = _extract(record.response)
-    return Judgement(found, float(found is not None and _same(found, str(record.target))))
+    found = _extract(prediction.response)
+    return Judgement(found, float(found is not None and _same(found, str(prediction.target))))
 
 
 def _extract(response: str) -> str | None:
-    """The box, the field `Answer` of the JSON that is asked for, or a short direct answer."""
-    answer = answers.final_answer(response)
+    """The box, the field `Answer` of the prompt's JSON, or a short direct answer."""
+    answer = extract.final_answer(response)
     if answer is None:
         return None
     fields = _FIELD.findall(answer.text)
@@ -44,28 +44,28 @@ def _extract(response: str) -> str | None:
 
 
 def _same(found: str, target: str) -> bool:
-    said, right = _plain(found), _plain(target)
-    if said == right:
+    answer, right = _plain(found), _plain(target)
+    if answer == right:
         return True
     if right == "no":
-        return said == "0"
+        return answer == "0"
     if right == "yes":  # a count answers whether there is any
-        return said.isdigit() and int(said) > 0
-    kind = _KIND_OF.get(said.split(" ")[0])
+        return answer.isdigit() and int(answer) > 0
+    kind = _KIND_OF.get(answer.split(" ")[0])
     return kind is not None and kind == _KIND_OF.get(right.split(" ")[0])
 
 
 def _plain(text: str) -> str:
     text = " ".join(text.casefold().split())
-    return "no" if text == "none" else answers.NUMBER_WORDS.get(text, text)
+    return "no" if text == "none" else extract.NUMBER_WORDS.get(text, text)
 
 
 def _parse(row: QuestionRow) -> Question:
     level = row.text("category")
-    if level not in protocol.SPATIAL457_LEVELS:
+    if level not in prompts.SPATIAL457_LEVELS:
         raise UserError(
             f"{row.name} is of level {level!r}, not of Spatial457's "
-            f"{', '.join(protocol.SPATIAL457_LEVELS)}: is this another benchmark's file?"
+            f"{', '.join(prompts.SPATIAL457_LEVELS)}: is this another benchmark's file?"
         )
     return Question(
         id=row.text("index"),
@@ -73,23 +73,23 @@ def _parse(row: QuestionRow) -> Question:
         category=level,
         text=row.words("question"),
         target=row.text("answer"),
-        pictures=row.pictures(),
+        images=row.images(),
     )
 
 
 def ask(question: Question, style: Style) -> BenchmarkPrompt:
-    """The benchmark's steps, with its JSON in its own style and a box in ours; else the question.
+    """The benchmark's steps, then its JSON in style "own", the format prompt in "reasoning".
 
     The released script repeats the format prompt after each piece of the text; here it comes once.
     """
     if style == "direct":
-        text = protocol.followed_by(question.text, protocol.DIRECTLY)
-        return BenchmarkPrompt(text, question.pictures)
-    what = protocol.SPATIAL457_LEVELS[question.category]
-    text = f"{protocol.SPATIAL457.format(what=what)}<image>{question.text}"
-    text += protocol.SPATIAL457_STEPS
-    text += protocol.SPATIAL457_JSON if style == "own" else FORMAT_PROMPT
-    return BenchmarkPrompt(text, question.pictures)
+        text = prompts.followed_by(question.text, prompts.DIRECTLY)
+        return BenchmarkPrompt(text, question.images)
+    what = prompts.SPATIAL457_LEVELS[question.category]
+    text = f"{prompts.SPATIAL457.format(what=what)}<image>{question.text}"
+    text += prompts.SPATIAL457_STEPS
+    text += prompts.SPATIAL457_JSON if style == "own" else FORMAT_PROMPT
+    return BenchmarkPrompt(text, question.images)
 
 
 SPATIAL457 = BenchmarkSpec(

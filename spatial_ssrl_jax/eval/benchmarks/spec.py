@@ -1,4 +1,4 @@
-"""What makes a benchmark: its files, how a row becomes a question, its words and its metric."""
+"""A benchmark's definition: its files, parser, prompts, metric and published settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow
 from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Question
 from spatial_ssrl_jax.eval.scoring.scores import Metric
 
-_PATCH = 28 * 28  # pixels of a merged token
-KIT_PIXELS = (1280 * _PATCH, 16384 * _PATCH)
+_TOKEN_PIXELS = 28 * 28  # of a merged patch
+KIT_PIXELS = (1280 * _TOKEN_PIXELS, 16384 * _TOKEN_PIXELS)
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,19 @@ class BenchmarkSpec:
     """One benchmark.
 
     Attributes:
-      name: on the command line and in records.
+      name: on the command line and in predictions.
       title: in tables, as the paper writes it.
-      files: names under which it is published: one of each group must be there.
-      columns: what its rows have; of several forms one must be whole.
-      parse: a row as a question, None for a row that the benchmark does not ask; raises `BadRow`.
-        None where its questions come from no file.
-      ask: a question in the words of a style.
+      files: names under which it is published; one of each group is needed.
+      columns: of its rows; one of these groups must be complete.
+      parse: makes a question of a row, None of a row that is not asked; raises
+        `BadQuestionRow`. None where its questions come from no file.
+      ask: makes a question's prompt in a style.
       metric: how it is scored.
-      pixels: smallest and largest area of an image that the published numbers were taken with;
-        None leaves both to the model folder.
-      frames: most frames of a video, likewise.
-      new_tokens: most tokens of a response, likewise.
-      public: whether all rows have an answer; without one they can be asked but not scored.
+      pixels: min and max area of an image in the published evaluation; None takes both from the
+        model folder.
+      frames: max frames of a video, likewise.
+      new_tokens: max tokens of a response, likewise.
+      public: whether all answers are public; without them responses cannot be scored.
     """
 
     name: str
@@ -56,7 +56,7 @@ class BenchmarkSpec:
 
 def area(tokens: int) -> int:
     """Pixels of so many merged tokens."""
-    return tokens * _PATCH
+    return tokens * _TOKEN_PIXELS
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path | None:

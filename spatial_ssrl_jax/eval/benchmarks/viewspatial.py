@@ -1,16 +1,16 @@
 """ViewSpatial-Bench: directions from the camera's and from a person's view, 1 to 32 images."""
 
-from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks import prompts
 from spatial_ssrl_jax.eval.benchmarks.mcq import check_target, judge_choice
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow
 from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec, area
 from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Question
-from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.scoring import extract
 from spatial_ssrl_jax.eval.scoring.scores import Metric
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
-# The file's names for the categories, and the paper's.
+# Category names: the file's, and the paper's.
 _CATEGORIES = {
     "Camera perspective - Relative Direction": "Camera-RelativeDirection",
     "Camera perspective - Object View Orientation": "Camera-ObjectView",
@@ -22,7 +22,7 @@ _CATEGORIES = {
 
 def _parse(row: QuestionRow) -> Question:
     choices, kind = row.words("choices"), row.text("question_type")
-    options = answers.options_in(choices)
+    options = extract.options_in(choices)
     return Question(
         id=str(row.number),
         benchmark="viewspatial",
@@ -30,7 +30,7 @@ def _parse(row: QuestionRow) -> Question:
         text=row.words("question"),
         target=check_target(row, row.text("answer")[0], options),
         options=options,
-        pictures=row.pictures(),
+        images=row.images(),
         meta={"choices": choices},
     )
 
@@ -38,8 +38,8 @@ def _parse(row: QuestionRow) -> Question:
 def ask(question: Question, style: Style) -> BenchmarkPrompt:
     text = f"{question.text}\n{question.meta['choices']}"
     if style == "direct":
-        return BenchmarkPrompt(text + protocol.VIEWSPATIAL_DIRECT, question.pictures)
-    return BenchmarkPrompt(text + protocol.LETTER_LAST + FORMAT_PROMPT, question.pictures)
+        return BenchmarkPrompt(text + prompts.VIEWSPATIAL_DIRECT, question.images)
+    return BenchmarkPrompt(text + prompts.LETTER_LAST + FORMAT_PROMPT, question.images)
 
 
 VIEWSPATIAL = BenchmarkSpec(

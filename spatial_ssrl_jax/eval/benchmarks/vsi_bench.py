@@ -3,13 +3,19 @@
 from collections.abc import Sequence
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks import prompts
 from spatial_ssrl_jax.eval.benchmarks.mcq import check_target, judge_choice, row_options
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import FIX_HINT, BadQuestionRow, QuestionRow
 from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec, area
-from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Judgement, Prediction, Question
-from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.questions import (
+    BenchmarkPrompt,
+    Judgement,
+    Prediction,
+    Question,
+    score_of,
+)
+from spatial_ssrl_jax.eval.scoring import extract
 from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
@@ -22,32 +28,32 @@ _NUMBERS = {
 # The three levels are one task of the eight.
 _DIRECTIONS = tuple(f"object_rel_direction_{level}" for level in ("easy", "medium", "hard"))
 _LETTERS = {*_DIRECTIONS, "object_rel_distance", "obj_appearance_order", "route_planning"}
-# 1 − θ for θ from 0.5 to 0.95, in twentieths, so that no rounding decides at a limit.
+# 1 − θ for θ from 0.5 to 0.95, in twentieths, so that rounding decides at no limit.
 _TWENTIETHS, _ROUNDING = range(1, 11), 1e-9
 
 
-def judge(record: Prediction) -> Judgement:
+def judge(prediction: Prediction) -> Judgement:
     """An exact letter, or the mean relative accuracy of a number."""
-    if _is_number(record.category, record.id):
-        found, right = answers.number(record.response), _true_number(record)
+    if _is_number(prediction.category, prediction.id):
+        found, right = extract.number(prediction.response), _true_number(prediction)
         extracted = None if found is None else f"{found:g}"
         return Judgement(extracted, 0.0 if found is None else relative_accuracy(found, right))
-    return judge_choice(record)
+    return judge_choice(prediction)
 
 
 def relative_accuracy(found: float, right: float, strict: bool = False) -> float:
-    """Share of the θ in {.5, .55, …, .95} with |found − right| / right ≤ 1 − θ, or < if strict."""
+    """Fraction of θ in {.5, .55, …, .95} with |found − right| / right ≤ 1 − θ, or < if strict."""
     off, margin = 20 * abs(found - right) / right, -_ROUNDING if strict else _ROUNDING
     return sum(off < limit + margin for limit in _TWENTIETHS) / len(_TWENTIETHS)
 
 
-def _true_number(record: Prediction) -> float:
+def _true_number(prediction: Prediction) -> float:
     try:
-        right = float(str(record.target))
+        right = float(str(prediction.target))
     except ValueError:
         right = 0.0
     if right <= 0:
-        raise UserError(f"{record.id}: its target {record.target!r} is no number above 0.")
+        raise UserError(f"{prediction.id}: its target {prediction.target!r} is no number above 0.")
     return right
 
 
@@ -58,20 +64,22 @@ def _is_number(kind: str, name: str) -> bool:
     return kind in _NUMBERS
 
 
-def _cells(records: Sequence[Prediction]) -> list[Cell]:
-    return [(record.id, record.category, record.score) for record in records]
+def _cells(predictions: Sequence[Prediction]) -> list[Cell]:
+    return [
+        (prediction.id, prediction.category, score_of(prediction)) for prediction in predictions
+    ]
 
 
-def _paper(records: Sequence[Prediction]) -> dict[str, float]:
-    """The mean over questions with a strict limit, which the paper's script takes."""
+def _paper(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The mean over questions with a strict limit, as in the paper's script."""
     total = 0.0
-    for record in records:
-        found = answers.number(record.response) if record.category in _NUMBERS else None
+    for prediction in predictions:
+        found = extract.number(prediction.response) if prediction.category in _NUMBERS else None
         if found is None:
-            total += record.score
+            total += score_of(prediction)
         else:
-            total += relative_accuracy(found, _true_number(record), strict=True)
-    return {"paper": 100 * total / len(records)}
+            total += relative_accuracy(found, _true_number(prediction), strict=True)
+    return {"paper": 100 * total / len(predictions)}
 
 
 def _parse(row: QuestionRow) -> Question:
@@ -97,16 +105,16 @@ def _parse(row: QuestionRow) -> Question:
 
 
 def ask(question: Question, style: Style) -> BenchmarkPrompt:
-    """Options stand on lines of their own; the released script runs them on, with two letters."""
+    """Options are on lines of their own; the released script joins them, with two letters each."""
     options = "".join(
-        "\n" + protocol.OPTION.format(letter=letter, text=text).rstrip("\n")
+        "\n" + prompts.OPTION.format(letter=letter, text=text).rstrip("\n")
         for letter, text in question.options.items()
     )
-    text = protocol.VSI + question.text + options
+    text = prompts.VSI + question.text + options
     if style == "direct":
-        last = protocol.VSI_LETTER_DIRECT if options else protocol.VSI_NUMBER_DIRECT
+        last = prompts.VSI_LETTER_DIRECT if options else prompts.VSI_NUMBER_DIRECT
         return BenchmarkPrompt(text + last, video=question.video)
-    last = protocol.LETTER_LAST if options else protocol.VSI_NUMBER_LAST
+    last = prompts.LETTER_LAST if options else prompts.VSI_NUMBER_LAST
     return BenchmarkPrompt(text + last + FORMAT_PROMPT, video=question.video)
 
 
@@ -118,7 +126,7 @@ VSI_BENCH = BenchmarkSpec(
     parse=_parse,
     ask=ask,
     metric=Metric(judge, _cells, dict.fromkeys(_DIRECTIONS, 1 / 3), _paper),
-    pixels=(area(128), area(768)),  # of a frame, as the model family's own reader limits them
+    pixels=(area(128), area(768)),  # of a frame, as in the model family's own reader
     frames=128,
     new_tokens=4096,
 )

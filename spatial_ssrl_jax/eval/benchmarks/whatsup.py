@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from spatial_ssrl_jax.eval.benchmarks import prompts as protocol
+from spatial_ssrl_jax.eval.benchmarks import prompts
 from spatial_ssrl_jax.eval.benchmarks.mcq import judge_choice
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import FIX_HINT, BadQuestionRow, QuestionRow
@@ -19,7 +19,7 @@ _SEED, _CAPTIONS = 0, 4
 
 
 def _parse(row: QuestionRow) -> Question:
-    """The first caption is the right one: they are shuffled, each question by its own id alone."""
+    """The first caption is the right one; they are shuffled with a seed of the question's id."""
     captions = row.get("caption_options")
     if not isinstance(captions, list) or len(captions) != _CAPTIONS or not all(captions):
         raise BadQuestionRow(f"{row.name} has no {_CAPTIONS} caption_options: {FIX_HINT}.")
@@ -34,20 +34,20 @@ def _parse(row: QuestionRow) -> Question:
         text="",
         target=string.ascii_uppercase[order.tolist().index(0)],
         options=options,
-        pictures=row.pictures(),
+        images=row.images(),
     )
 
 
 def ask(question: Question, style: Style) -> BenchmarkPrompt:
-    """Captions below the instruction; when reasoning the format prompt comes behind them, not
-    between them and the instruction as in the released script."""
+    """Captions after the instruction; with reasoning the format prompt comes last, not between
+    instruction and captions as in the released script."""
     captions = "\n".join(
-        protocol.WHATSUP_OPTION.format(letter=letter, text=caption)
+        prompts.WHATSUP_OPTION.format(letter=letter, text=caption)
         for letter, caption in question.options.items()
     )
     if style == "direct":
-        return BenchmarkPrompt(protocol.WHATSUP_DIRECT + captions, question.pictures)
-    return BenchmarkPrompt(f"{protocol.WHATSUP}\n\n{captions}\n{FORMAT_PROMPT}", question.pictures)
+        return BenchmarkPrompt(prompts.WHATSUP_DIRECT + captions, question.images)
+    return BenchmarkPrompt(f"{prompts.WHATSUP}\n\n{captions}\n{FORMAT_PROMPT}", question.images)
 
 
 WHATSUP = BenchmarkSpec(

@@ -1,4 +1,4 @@
-"""A comparison for people: text for the terminal, and `comparison.html` with what changed."""
+"""Reports of a comparison: text for the terminal, and `comparison.html` with what changed."""
 
 import html
 from collections import Counter
@@ -8,12 +8,12 @@ from spatial_ssrl_jax.common.html import filters, page, table
 from spatial_ssrl_jax.eval.benchmarks.registry import SCORED
 from spatial_ssrl_jax.eval.questions import Prediction
 from spatial_ssrl_jax.eval.reports import gallery
-from spatial_ssrl_jax.eval.reports.gallery import Bar, Pictures, Questions
-from spatial_ssrl_jax.eval.reports.results_page import RIGHT, verdict
+from spatial_ssrl_jax.eval.reports.gallery import Bar, PageImages, Questions
+from spatial_ssrl_jax.eval.reports.results_page import RIGHT, outcome
 from spatial_ssrl_jax.eval.scoring.compare import CHANGES, GAINED, LOST, Comparison
 
 COMPARISON, COMPARED = "comparison.html", "comparison.json"
-_LISTED = 8  # changed questions that the terminal names
+_MAX_NAMED = 8  # changed questions in the terminal's text
 
 
 def write_comparison_page(
@@ -22,13 +22,13 @@ def write_comparison_page(
     names: tuple[str, str],
     questions: Questions | None = None,
 ) -> None:
-    """Writes a page that needs no other file.
+    """Writes a self-contained page.
 
     Args:
       path: the page.
       found: the comparison.
-      names: where A and B are.
-      questions: where the images are; None leaves them out.
+      names: paths of A and B.
+      questions: with the images; None leaves images out.
     """
     title = f"{SCORED[found.scores[0].benchmark].title}: B against A"
     categories = [
@@ -38,16 +38,16 @@ def write_comparison_page(
     body = (
         f"<h1>{html.escape(title)}</h1>"
         f'<p class="soft">A: {html.escape(names[0])}<br>B: {html.escape(names[1])}</p>'
-        f"{_figures(found)}<h2>Categories</h2>"
+        f"{_scores(found)}<h2>Categories</h2>"
         f"{table(('category', 'A', 'B', 'B − A', 'questions'), categories)}"
-        f"{_changed(found, Pictures(questions or {}))}"
+        f"{_changed(found, PageImages(questions or {}))}"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(title, body, ("filter.js",)), "utf-8")
 
 
 def in_words(found: Comparison) -> str:
-    """What the difference is worth, in a sentence."""
+    """The difference, its interval and its significance, in a sentence."""
     low, high = found.ci95
     text = f"B − A: {found.difference:+.2f} [{low:+.2f}, {high:+.2f}] (95 %, paired bootstrap); "
     if found.p_value is None:
@@ -56,7 +56,7 @@ def in_words(found: Comparison) -> str:
 
 
 def as_text(found: Comparison, names: tuple[str, str]) -> str:
-    """Both scores, what their difference is worth, the categories, and what changed."""
+    """Both scores, their difference and its significance, the categories, and what changed."""
     a, b = found.scores
     lines = [f"{SCORED[a.benchmark].title}, {a.count} questions answered by both"]
     for letter, name, scores in zip("AB", names, (a, b), strict=True):
@@ -73,36 +73,36 @@ def as_text(found: Comparison, names: tuple[str, str]) -> str:
     lines.append(", ".join(f"{counts[change]} {change}" for change in CHANGES if counts[change]))
     for change in (GAINED, LOST):
         ids = found.ids(change)
-        more = f", … ({len(ids) - _LISTED} more: --out, --json)" if len(ids) > _LISTED else ""
-        lines += [f"  {change}: {', '.join(ids[:_LISTED])}{more}"] if ids else []
+        more = f", … ({len(ids) - _MAX_NAMED} more: --out, --json)" if len(ids) > _MAX_NAMED else ""
+        lines += [f"  {change}: {', '.join(ids[:_MAX_NAMED])}{more}"] if ids else []
     return "\n".join(lines)
 
 
-def _figures(found: Comparison) -> str:
+def _scores(found: Comparison) -> str:
     a, b = found.scores
     rows = [
         Bar(name, scores.score, f"{scores.score:.2f}", scores.ci95, ours=name == "B")
         for name, scores in (("A", a), ("B", b))
     ]
     counts = Counter(found.changes)
-    figures = {"B − A": f"{found.difference:+.2f}"}
+    shown = {"B − A": f"{found.difference:+.2f}"}
     if found.p_value is not None:
-        figures["McNemar's p"] = f"{found.p_value:.3g}"
-    figures |= {change: f"{counts[change]:,}" for change in CHANGES if counts[change]}
-    return f"{gallery.tiles(figures)}{gallery.bars(rows)}<p>{html.escape(in_words(found))}</p>"
+        shown["McNemar's p"] = f"{found.p_value:.3g}"
+    shown |= {change: f"{counts[change]:,}" for change in CHANGES if counts[change]}
+    return f"{gallery.tiles(shown)}{gallery.bars(rows)}<p>{html.escape(in_words(found))}</p>"
 
 
-def _changed(found: Comparison, pictures: Pictures) -> str:
+def _changed(found: Comparison, images: PageImages) -> str:
     """The browser of questions that B answers better or worse than A."""
-    places = [i for i, change in enumerate(found.changes) if change in (GAINED, LOST)]
-    if not places:
+    changed = [i for i, change in enumerate(found.changes) if change in (GAINED, LOST)]
+    if not changed:
         return "<h2>Changed answers</h2><p>No question is scored differently.</p>"
-    kinds = [(found.a[i].category, found.changes[i]) for i in places]
-    chosen = [places[i] for i in gallery.spread(kinds, gallery.SHOWN // 2)]
-    articles = {i: _article(found.a[i], found.b[i], found.changes[i], pictures) for i in chosen}
-    note = pictures.note()
-    if len(chosen) < len(places):
-        few = f"{len(chosen):,} of {len(places):,}; comparison.json names all."
+    kinds = [(found.a[i].category, found.changes[i]) for i in changed]
+    chosen = [changed[i] for i in gallery.spread(kinds, gallery.SHOWN // 2)]
+    articles = {i: _article(found.a[i], found.b[i], found.changes[i], images) for i in chosen}
+    note = images.note()
+    if len(chosen) < len(changed):
+        few = f"{len(chosen):,} of {len(changed):,}; comparison.json names all."
         note = f"{few} {note}"
     choices = {
         "category": sorted({found.a[i].category for i in chosen}),
@@ -114,13 +114,13 @@ def _changed(found: Comparison, pictures: Pictures) -> str:
     )
 
 
-def _article(a: Prediction, b: Prediction, change: str, pictures: Pictures) -> str:
+def _article(a: Prediction, b: Prediction, change: str, images: PageImages) -> str:
     answers = "".join(
-        gallery.answer("right" if verdict(r) == RIGHT else "wrong", f"{name}: {verdict(r)}", r)
-        for name, r in (("A", a), ("B", b))
+        gallery.answer("right" if outcome(p) == RIGHT else "wrong", f"{name}: {outcome(p)}", p)
+        for name, p in (("A", a), ("B", b))
     )
     return (
         f'<article data-category="{html.escape(a.category)}" data-change="{change}">'
-        f"<h3>{html.escape(gallery.title_of(a, change))}</h3>{pictures.of(a)}"
+        f"<h3>{html.escape(gallery.title_of(a, change))}</h3>{images.of(a)}"
         f"<pre>{html.escape(gallery.shortened(a.question))}</pre>{answers}</article>"
     )

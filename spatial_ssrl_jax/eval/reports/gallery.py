@@ -1,4 +1,4 @@
-"""What the pages of answers are made of, bounded: a spread of questions, small images, bars."""
+"""Parts of the pages of answers: a sample of questions, small images within a budget, bars."""
 
 import html
 from collections import Counter
@@ -13,124 +13,126 @@ from spatial_ssrl_jax.common.html import image_uri
 from spatial_ssrl_jax.data.videos import stills
 from spatial_ssrl_jax.eval.benchmarks.pretext import PRETEXT
 from spatial_ssrl_jax.eval.benchmarks.registry import open_benchmark
-from spatial_ssrl_jax.eval.questions import SAMPLE, Prediction, Question
+from spatial_ssrl_jax.eval.questions import SAMPLE, Prediction, Question, Target
 
-SHOWN = 800  # questions of a page
-_LETTERS = 1500  # of a text; what is longer is cut in its middle
-_BYTES = 3_000_000  # of all images of a page
-_SIDE, _QUALITY = 240, 70  # pixels of an image's longer side, and what JPEG keeps
-_PICTURES = 4  # of a question
+SHOWN = 800  # questions on a page
+_MAX_CHARACTERS = 1500  # of a text; a longer one loses its middle
+_MAX_BYTES = 3_000_000  # of all images on a page
+_SIDE, _QUALITY = 240, 70  # longer side of an image in pixels; JPEG quality
+_MAX_IMAGES = 4  # of a question
 
 Questions = Mapping[tuple[str, str], Question]  # by benchmark and id
 
 
 def questions_in(
-    data: Path | None, answers: Sequence[Sequence[Prediction]], allow_missing: bool
+    data: Path | None, answered: Sequence[Sequence[Prediction]], allow_missing: bool
 ) -> Questions:
-    """The questions of each benchmark's answers, for their images; none without `data`.
+    """The questions of each benchmark's predictions, for their images; none without `data`.
 
     Raises:
-      UserError: `data` cannot be opened, or holds none of the questions that were answered.
+      UserError: `data` cannot be opened, or has none of the questions that were answered.
     """
     found: dict[tuple[str, str], Question] = {}
-    for records in answers if data else ():
-        name = records[0].benchmark
+    if data is None:
+        return found
+    for predictions in answered:
+        name = predictions[0].benchmark
         if name == PRETEXT.name:
             raise UserError("the images of the pretext tasks are in no file: leave out --data.")
         opened = open_benchmark(name, data, allow_missing)
         known = {(name, question.id): question for question in opened.questions}
-        if not any((name, record.id) in known for record in records):
+        if not any((name, prediction.id) in known for prediction in predictions):
             raise UserError(
                 f"{data} has none of the questions that were answered (the first is "
-                f"{records[0].id}): give the --data that was asked."
+                f"{predictions[0].id}): give the --data of that evaluation."
             )
         found |= known
     return found
 
 
-def title_of(record: Prediction, *words: str) -> str:
+def title_of(prediction: Prediction, *words: str) -> str:
     """A question's name, category and right answer, with `words` in between."""
-    sample = [f"sample {record.meta[SAMPLE]}"] if SAMPLE in record.meta else []
-    target = f"right answer {words_of(record.target)}"
-    return shortened(" · ".join([record.id, *sample, record.category, *words, target]), 300)
+    sample = [f"sample {prediction.meta[SAMPLE]}"] if SAMPLE in prediction.meta else []
+    target = f"right answer {target_text(prediction.target)}"
+    return shortened(" · ".join([prediction.id, *sample, prediction.category, *words, target]), 300)
 
 
-def spread(kinds: Sequence[Hashable], most: int) -> list[int]:
-    """Places of at most so many things: the first of each kind, then the second of each, …"""
+def spread(kinds: Sequence[Hashable], count: int) -> list[int]:
+    """Indices of at most `count` items: the first of each kind, then the second of each, …"""
     seen: Counter[Hashable] = Counter()
-    rounds = []
+    rounds: list[int] = []
     for kind in kinds:
         rounds.append(seen[kind])
         seen[kind] += 1
-    return sorted(range(len(kinds)), key=rounds.__getitem__)[:most]
+    return sorted(range(len(kinds)), key=rounds.__getitem__)[:count]
 
 
-def shortened(text: str, most: int = _LETTERS) -> str:
-    """A text whose middle is left out where it is too long, which it then says."""
-    if len(text) <= most:
+def shortened(text: str, max_characters: int = _MAX_CHARACTERS) -> str:
+    """A text, its middle replaced by a note where it is too long."""
+    if len(text) <= max_characters:
         return text
-    half = most // 2
+    half = max_characters // 2
     return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters …]\n{text[-half:]}"
 
 
-def words_of(target: str | Sequence[str] | None) -> str:
-    """A right answer; of several any will do."""
+def target_text(target: Target) -> str:
+    """The right answer, or several joined by "or"."""
     if isinstance(target, str):
         return target
     return " or ".join(target) if target else "–"
 
 
 @dataclass
-class Pictures:
-    """The small images of a page, as far as its budget goes.
+class PageImages:
+    """The small images of a page, within a budget of bytes.
 
     Attributes:
-      questions: where their images are; without any a page has none.
-      left: bytes that more images may take.
-      without: questions whose images did not fit in.
+      questions: whose images are shown; without any a page has none.
+      left: bytes of the budget that are left.
+      skipped: questions whose images exceeded it.
       broken: why some could not be read.
     """
 
     questions: Questions
-    left: int = _BYTES
-    without: int = 0
+    left: int = _MAX_BYTES
+    skipped: int = 0
     broken: list[str] = field(default_factory=list)
 
-    def of(self, record: Prediction) -> str:
+    def of(self, prediction: Prediction) -> str:
         """HTML of a question's images, "" where there is none."""
-        question = self.questions.get((record.benchmark, record.id))
+        question = self.questions.get((prediction.benchmark, prediction.id))
         if question is None:
             return ""
         if self.left <= 0:
-            self.without += 1
+            self.skipped += 1
             return ""
         found, more = self._read(question)
-        figures = "".join(
+        code = "".join(
             f'<figure><img src="{image_uri(image, _SIDE, _QUALITY)}" alt=""></figure>'
             for image in found
         )
-        self.left -= len(figures)
-        figures += f'<p class="soft">and {more} more</p>' if figures and more > 0 else ""
-        return f'<div class="images">{figures}</div>' if figures else ""
+        self.left -= len(code)
+        code += f'<p class="soft">and {more} more</p>' if code and more > 0 else ""
+        return f'<div class="images">{code}</div>' if code else ""
 
     def _read(self, question: Question) -> tuple[list[np.ndarray], int]:
-        """Some of a question's images, or of its video's frames; and how many more it has."""
-        some, found = question.pictures[:_PICTURES], []
+        """The first images of a question, or frames of its video; and how many more it has."""
+        some, found = question.images[:_MAX_IMAGES], []
         try:
             if question.video is not None:
-                return stills(question.video, _PICTURES), 0
-            for picture in some:
-                found.append(picture.open())
+                return stills(question.video, _MAX_IMAGES), 0
+            for image in some:
+                found.append(image.open())
         except BadImage as reason:
             self.broken.append(str(reason))
-        return found, len(question.pictures) - len(some)
+        return found, len(question.images) - len(some)
 
     def note(self) -> str:
-        """What a page has to say of its images, in sentences."""
+        """Sentences on images that are left out or broken."""
         notes = []
-        if self.without:
+        if self.skipped:
             notes.append(
-                f"Images of {self.without:,} of the questions here are left out, to keep the "
+                f"Images of {self.skipped:,} of the questions here are left out, to keep the "
                 "page small."
             )
         if self.broken:
@@ -140,14 +142,14 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Bar:
-    """One figure drawn as a bar.
+    """A score drawn as a bar.
 
     Attributes:
       name: plain text.
       value: 0 to 100.
-      words: what is beside it.
+      words: text beside the bar.
       interval: drawn over it.
-      ours: whether it stands out.
+      ours: whether it is highlighted.
     """
 
     name: str
@@ -158,7 +160,7 @@ class Bar:
 
 
 def bars(rows: Iterable[Bar]) -> str:
-    """A table with one bar a line."""
+    """A table with one bar a row."""
     lines = []
     for row in rows:
         name = html.escape(row.name).replace("_", "_<wbr>")  # where it may break
@@ -174,20 +176,22 @@ def bars(rows: Iterable[Bar]) -> str:
     return f'<div class="wide"><table class="bars">{"".join(lines)}</table></div>'
 
 
-def tiles(figures: Mapping[str, str]) -> str:
+def tiles(scores: Mapping[str, str]) -> str:
     """Scores by name, as the tiles at the top of a page."""
     cells = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(words)}</dd></div>"
-        for name, words in figures.items()
+        for name, words in scores.items()
     )
     return f'<dl class="tiles">{cells}</dl>'
 
 
-def answer(kind: str, verdict: str, record: Prediction) -> str:
-    """HTML of one response: how it was judged, what was found in it, and what it says."""
-    found = "nothing can be read" if record.extracted is None else f"answer {record.extracted}"
+def answer(kind: str, outcome: str, prediction: Prediction) -> str:
+    """HTML of one response: its outcome, the extracted answer and the text."""
+    found = (
+        "nothing can be read" if prediction.extracted is None else f"answer {prediction.extracted}"
+    )
     return (
-        f'<div class="response {kind}"><div><b>{html.escape(verdict)}</b>'
+        f'<div class="response {kind}"><div><b>{html.escape(outcome)}</b>'
         f"<small>{html.escape(shortened(found))}</small></div>"
-        f"<pre>{html.escape(shortened(record.response))}</pre></div>"
+        f"<pre>{html.escape(shortened(prediction.response))}</pre></div>"
     )

@@ -1,4 +1,4 @@
-"""What the terminal shows of scores: a report of one benchmark, or a table of several."""
+"""Scores in the terminal: a report of one benchmark, or a table of several."""
 
 import json
 from collections.abc import Sequence
@@ -52,6 +52,6 @@ def _report(scores: Scores) -> str:
 
 
 def _chance(scores: Scores, category: str) -> str:
-    """What guessing gives in a category, where that is known."""
+    """A category's chance level, where it is known."""
     chance = scores.extra.get(CHANCE + category)
     return "" if chance is None else f"  (chance {chance:.2f})"

@@ -1,7 +1,7 @@
-"""The rows that the paper publishes (arXiv 2510.27606 v2), to are beside a score.
+"""The paper's rows (arXiv 2510.27606 v2), to compare a score with.
 
-"✗" is a model that answers directly. The general benchmarks are given for four models; the first
-four of them were asked directly, the last three with the format prompt for Spatial-SSRL only.
+"✗" is a model that answers directly. The general benchmarks have four models; on the first four of
+them they were asked directly, on the last three with the format prompt for Spatial-SSRL only.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,11 +40,11 @@ class PublishedRow:
     """
 
     model: str
-    figures: dict[str, float]
+    scores: dict[str, float]
 
 
-def _row(model: str, names: tuple[str, ...], *figures: float) -> PublishedRow:
-    return PublishedRow(model, dict(zip(names, figures, strict=True)))
+def _row(model: str, names: tuple[str, ...], *scores: float) -> PublishedRow:
+    return PublishedRow(model, dict(zip(names, scores, strict=True)))
 
 
 ROWS = (
@@ -59,29 +59,29 @@ ROWS = (
     _row("Qwen2.5-VL-7B", GENERAL, 82.23, 55.87, 52.26, 68.63, 88.5, 86.44, 70.93),
     _row("Spatial-SSRL-7B", GENERAL, 82.60, 56.23, 53.18, 69.28, 89.6, 88.08, 71.85),
 )
-# Which figure of `Scores.extra` is the paper's, where it is not the score itself.
+# Which value of `Scores.extra` is the paper's, where it is not the score itself.
 VARIANT = {"vsi_bench": "paper"}
 
-# The paper gives a mean over the spatial ones alone.
+# The paper has a mean of the spatial benchmarks only.
 _MEAN = {SPATIAL: ("mean",), GENERAL: ()}
 
 
 def published(benchmark: str) -> dict[str, float]:
     """The paper's scores of one benchmark, by model."""
-    return {row.model: row.figures[benchmark] for row in ROWS if benchmark in row.figures}
+    return {row.model: row.scores[benchmark] for row in ROWS if benchmark in row.scores}
 
 
 def comparable(scores: Scores) -> float:
-    """The figure that the paper's is to be compared with."""
+    """The value to compare with the paper's."""
     variant = VARIANT.get(scores.benchmark)
     return scores.extra[variant] if variant else scores.score
 
 
-def blocks(figures: Mapping[str, float], titles: Mapping[str, str]) -> list[list[tuple[str, ...]]]:
-    """The paper's tables with one more row, of each of the two that has a figure.
+def blocks(ours: Mapping[str, float], titles: Mapping[str, str]) -> list[list[tuple[str, ...]]]:
+    """The paper's tables with one more row, those of the two for which there is a score.
 
     Args:
-      scores: ours by benchmark, see `comparable`.
+      ours: scores by benchmark, see `comparable`.
       titles: of the columns by benchmark.
 
     Returns:
@@ -92,52 +92,51 @@ def blocks(figures: Mapping[str, float], titles: Mapping[str, str]) -> list[list
             ("", *(titles[name] for name in names), *_MEAN[names]),
             *(_cells(row, names) for row in rows),
         ]
-        for names, rows in _tables(figures)
+        for names, rows in _tables(ours)
     ]
 
 
-def table(figures: Mapping[str, float], titles: Mapping[str, str]) -> str:
+def table(ours: Mapping[str, float], titles: Mapping[str, str]) -> str:
     """`blocks` as text, aligned."""
     texts = []
-    for lines in blocks(figures, titles):
+    for lines in blocks(ours, titles):
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         texts.append("\n".join(_aligned(line, widths) for line in lines))
     return "\n\n".join(texts)
 
 
-def table_json(figures: Mapping[str, float]) -> list[dict[str, Any]]:
+def table_json(ours: Mapping[str, float]) -> list[dict[str, Any]]:
     """The same tables as JSON types: the rows' scores by benchmark, and their mean where the
-    paper gives it; null where there is none."""
+    paper has one; null where a score is missing."""
     return [
         {"rows": [{"model": row.model, "figures": _by_column(row, names)} for row in rows]}
-        for names, rows in _tables(figures)
+        for names, rows in _tables(ours)
     ]
 
 
 def _by_column(row: PublishedRow, names: tuple[str, ...]) -> dict[str, float | None]:
-    return dict(zip((*names, *_MEAN[names]), _row_figures(row, names), strict=True))
+    return dict(zip((*names, *_MEAN[names]), _row_scores(row, names), strict=True))
 
 
-def _tables(figures: Mapping[str, float]) -> Iterator[tuple[tuple[str, ...], list[PublishedRow]]]:
-    """Of each of the paper's tables that has a figure, its columns, and its rows with ours."""
+def _tables(ours: Mapping[str, float]) -> Iterator[tuple[tuple[str, ...], list[PublishedRow]]]:
+    """Columns and rows, ours the last, of each of the paper's tables with a score of ours."""
     for names in (SPATIAL, GENERAL):
-        ours = PublishedRow(
-            "this model", {name: figures[name] for name in names if name in figures}
-        )
-        if ours.figures:
-            yield names, [*(row for row in ROWS if set(row.figures) == set(names)), ours]
+        last = PublishedRow("this model", {name: ours[name] for name in names if name in ours})
+        if last.scores:
+            yield names, [*(row for row in ROWS if set(row.scores) == set(names)), last]
 
 
-def _row_figures(row: PublishedRow, names: tuple[str, ...]) -> list[float | None]:
-    figures = [row.figures.get(name) for name in names]
+def _row_scores(row: PublishedRow, names: tuple[str, ...]) -> list[float | None]:
+    scores = [row.scores.get(name) for name in names]
+    known = [score for score in scores if score is not None]
     if _MEAN[names]:
-        figures.append(None if None in figures else sum(figures) / len(figures))
-    return [None if figure is None else round(figure, 4) for figure in figures]
+        scores.append(sum(known) / len(known) if len(known) == len(names) else None)
+    return [None if score is None else round(score, 4) for score in scores]
 
 
 def _cells(row: PublishedRow, names: tuple[str, ...]) -> tuple[str, ...]:
-    figures = _row_figures(row, names)
-    return row.model, *("–" if figure is None else f"{figure:.2f}" for figure in figures)
+    scores = _row_scores(row, names)
+    return row.model, *("–" if score is None else f"{score:.2f}" for score in scores)
 
 
 def _aligned(line: tuple[str, ...], widths: list[int]) -> str:

@@ -1,7 +1,7 @@
-"""Finding the answer in a response: from its last `\\boxed{…}`, or from a short direct answer.
+"""Extracts the answer of a response: from its last `\\boxed{…}`, or from a short direct answer.
 
-A response that reasons is never searched for a letter or a number as a whole: whatever is in
-the reasoning would decide. Where nothing can be found, nothing is guessed.
+A response that reasons is never searched for a letter or a number as a whole: its reasoning may
+hold several. Without an answer nothing is guessed.
 """
 
 import re
@@ -13,7 +13,7 @@ from spatial_ssrl_jax.tasks.answers import last_box
 _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}"
 )
-# Pairs of marks around an answer that say nothing: emphasis, code, quotes, LaTeX.
+# Pairs of marks around an answer without a meaning: emphasis, code, quotes, LaTeX.
 _PAIRS = (("*", "*"), ("_", "_"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"))
 _LATEX = (("$", "$"), ("\\(", "\\)"))
 _REASONED = ("<think>", "</think>", "\\boxed")
@@ -52,7 +52,7 @@ class Answer:
 
     Attributes:
       text: its words, `\\text{…}` and marks around it removed.
-      boxed: whether it stood in a box.
+      boxed: whether it was in a box.
     """
 
     text: str
@@ -99,7 +99,7 @@ def choice(response: str, options: Mapping[str, str]) -> str | None:
     none, or where the letter is of no option.
 
     Args:
-      response: what the model said.
+      response: the model's text.
       options: text of each option by letter; where it is empty, any of A to Z may be chosen.
     """
     answer = final_answer(response)
@@ -131,11 +131,11 @@ def _written_letter(text: str) -> str | None:
 
 
 def _by_text(text: str, options: Mapping[str, str]) -> str | None:
-    said = _plain(text)
+    plain = _plain(text)
     same = [
         letter
         for letter, option in options.items()
-        if said in (_plain(option), _plain(f"{letter} {option}"))
+        if plain in (_plain(option), _plain(f"{letter} {option}"))
     ]
     return same[0] if len(same) == 1 else None
 
@@ -153,9 +153,9 @@ def yes_or_no(response: str) -> str | None:
     """ "Yes" or "No": by the first word, or where only one of them occurs."""
     answer = final_answer(response)
     words = re.findall(r"\w+", answer.text.casefold()) if answer else []
-    said = [word for word in words if word in ("yes", "no")]
-    leads = said and words[0] == said[0] and words[1:2] != ["or"]
-    return said[0].capitalize() if leads or len(set(said)) == 1 else None
+    found = [word for word in words if word in ("yes", "no")]
+    leads = found and words[0] == found[0] and words[1:2] != ["or"]
+    return found[0].capitalize() if leads or len(set(found)) == 1 else None
 
 
 def number(response: str) -> float | None:
@@ -178,7 +178,7 @@ def _numbers(text: str) -> list[float]:
 def distance(response: str) -> float | None:
     """Centimetres from the last `\\scalar{…} \\distance_unit{…}`; of a range the middle.
 
-    QSpatial-plus asks for this form with or without reasoning, so that a box is not looked for.
+    QSpatial-plus asks for this format with or without reasoning, so a box is not looked for.
     """
     text = _without_text(response)
     scalars = re.findall(r"scalar\s*\{([^{}]*)\}", text)

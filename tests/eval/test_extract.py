@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from spatial_ssrl_jax.eval.scoring import answers
+from spatial_ssrl_jax.eval.scoring import extract
 
 OPTIONS = {"A": "chair", "B": "table", "C": "left of the sofa"}
 
@@ -42,7 +42,7 @@ OPTIONS = {"A": "chair", "B": "table", "C": "left of the sofa"}
     ],
 )
 def test_a_choice_is_found(response: str, letter: str):
-    assert answers.choice(response, OPTIONS) == letter
+    assert extract.choice(response, OPTIONS) == letter
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_choice_is_found(response: str, letter: str):
     ],
 )
 def test_nothing_is_guessed(response: str):
-    assert answers.choice(response, OPTIONS) is None
+    assert extract.choice(response, OPTIONS) is None
 
 
 words = st.text(string.ascii_letters + " .,\n()", max_size=80)
@@ -75,21 +75,21 @@ words = st.text(string.ascii_letters + " .,\n()", max_size=80)
 def test_the_box_decides_whatever_is_thought(letter: str, thought: str, form: str):
     inside = form.format(letter, OPTIONS[letter]) if form.count("{}") == 2 else form.format(letter)
     response = rf"<think>{thought}</think>\boxed{{{inside}}}"
-    assert answers.choice(response, OPTIONS) == letter
+    assert extract.choice(response, OPTIONS) == letter
 
 
 @given(words)
 def test_a_thought_without_a_box_answers_nothing(thought: str):
     response = f"<think>{thought}</think>"
-    assert answers.choice(response, OPTIONS) is None
-    assert answers.number(response) is None
-    assert answers.yes_or_no(response) is None
+    assert extract.choice(response, OPTIONS) is None
+    assert extract.number(response) is None
+    assert extract.yes_or_no(response) is None
 
 
 @given(st.text(max_size=60))
 def test_a_letter_that_is_found_is_of_an_option(response: str):
-    assert answers.choice(response, OPTIONS) in (None, *OPTIONS)
-    assert answers.choice(rf"\boxed{{{response}}}", OPTIONS) in (None, *OPTIONS)
+    assert extract.choice(response, OPTIONS) in (None, *OPTIONS)
+    assert extract.choice(rf"\boxed{{{response}}}", OPTIONS) in (None, *OPTIONS)
 
 
 @given(st.text(string.ascii_letters + " ", min_size=1), st.integers(0, 4))
@@ -98,12 +98,12 @@ def test_unwrapping_undoes_text(text: str, depth: int):
     wrapped = text
     for _ in range(depth):
         wrapped = rf"\text{{{wrapped}}}"
-    assert answers.unwrap(wrapped) == text.strip()
+    assert extract.unwrap(wrapped) == text.strip()
 
 
 def test_marks_of_one_side_belong_to_the_answer():
-    assert answers.unwrap("$5") == "$5" and answers.unwrap("$5$") == "5"
-    assert answers.unwrap('12 inch"') == '12 inch"'
+    assert extract.unwrap("$5") == "$5" and extract.unwrap("$5$") == "5"
+    assert extract.unwrap('12 inch"') == '12 inch"'
 
 
 @pytest.mark.parametrize(
@@ -121,18 +121,18 @@ def test_marks_of_one_side_belong_to_the_answer():
     ],
 )
 def test_a_number_is_found(response: str, value: float):
-    assert answers.number(response) == value
+    assert extract.number(response) == value
 
 
 @pytest.mark.parametrize("response", ["", "2 to 3", "3-4", "1/2", "none", "<think>3", r"\boxed{x}"])
 def test_no_number_is_guessed(response: str):
-    assert answers.number(response) is None
+    assert extract.number(response) is None
 
 
 @given(st.floats(0.01, 1e6).map(lambda x: round(x, 3)))
 def test_any_number_is_read_back(value: float):
-    assert answers.number(f"{value:.3f} m") == pytest.approx(value)
-    assert answers.number(rf"\boxed{{{value:,.3f}}}") == pytest.approx(value)
+    assert extract.number(f"{value:.3f} m") == pytest.approx(value)
+    assert extract.number(rf"\boxed{{{value:,.3f}}}") == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_any_number_is_read_back(value: float):
     ],
 )
 def test_yes_or_no(response: str, said: str | None):
-    assert answers.yes_or_no(response) == said
+    assert extract.yes_or_no(response) == said
 
 
 @pytest.mark.parametrize(
@@ -168,5 +168,5 @@ def test_yes_or_no(response: str, said: str | None):
     ],
 )
 def test_distances_in_centimetres(response: str, length: float | None):
-    found = answers.distance(response)
+    found = extract.distance(response)
     assert found == (length if length is None else pytest.approx(length))

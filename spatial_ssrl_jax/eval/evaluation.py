@@ -1,4 +1,4 @@
-"""Asking a model one benchmark or a set of them, and scoring what it says."""
+"""Evaluates a model on one benchmark or a set: opens questions, runs, scores, writes results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +12,11 @@ from spatial_ssrl_jax.eval.benchmarks.registry import (
     names_of,
     open_benchmark,
 )
+from spatial_ssrl_jax.eval.options import EvalOptions
 from spatial_ssrl_jax.eval.prediction_log import PredictionLog
 from spatial_ssrl_jax.eval.predictions import submit, write_results
 from spatial_ssrl_jax.eval.questions import Prediction
-from spatial_ssrl_jax.eval.runner import EvalOptions, in_order, run_benchmark
+from spatial_ssrl_jax.eval.runner import in_order, run_benchmark
 from spatial_ssrl_jax.eval.scoring.scores import Scores
 from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.monitoring.progress import Progress
@@ -25,13 +26,13 @@ from spatial_ssrl_jax.parallel.collectives import is_primary
 def open_set(
     name: str, data: Path, allow_missing: bool, say: Callable[[str], None]
 ) -> list[Benchmark]:
-    """Opens a benchmark, or all those of a set before any is asked.
+    """Opens a benchmark, or all of a set before any is run.
 
     Args:
       name: of a benchmark, or `spatial`, `general` or `all`.
       data: a question file, or a folder with the files of each; see `open_benchmark`.
       allow_missing: leave out rows, and of a set benchmarks, whose files are missing.
-      say: told what is left out.
+      say: receives what is left out.
 
     Raises:
       UserError: see `open_benchmark`.
@@ -53,9 +54,9 @@ def open_set(
 
 def run_and_score(
     benchmark: Benchmark,
-    how: EvalOptions,
-    journal: PredictionLog,
-    respondent: Callable[[], Policy],
+    options: EvalOptions,
+    log: PredictionLog,
+    open_policy: Callable[[], Policy],
     progress: Progress,
     allow_missing: bool = False,
 ) -> tuple[list[Prediction], Scores] | None:
@@ -63,34 +64,34 @@ def run_and_score(
 
     Args:
       benchmark: the questions.
-      how: words, sampling and limits.
-      journal: the folder of the answers.
-      respondent: opens the model; not called where everything is answered.
-      progress: shows how far it is.
+      options: style, sampling and limits.
+      log: the folder of the predictions.
+      open_policy: opens the model; not called where everything is answered.
+      progress: shows how many questions are answered.
       allow_missing: leave out questions whose image or video cannot be read.
 
     Returns:
-      The scored answers and their scores; None where the answers are for a server, and on
-      processes that do not write.
+      The scored predictions and their scores; None where they are for a server, and on processes
+      that do not write.
 
     Raises:
       UserError: see `run_benchmark`.
     """
-    asked = [benchmark.prompt(question, how.style) for question in benchmark.questions]
-    if journal.answered(benchmark.questions, asked, how.samples).all():
-        records = in_order(journal.records, benchmark.questions)
+    prompts = [benchmark.prompt(question, options.style) for question in benchmark.questions]
+    if log.answered(benchmark.questions, prompts, options.samples).all():
+        predictions = in_order(log.predictions, benchmark.questions)
     else:
-        records, left_out = run_benchmark(
-            respondent(), benchmark, how, journal, progress, allow_missing
+        predictions, left_out = run_benchmark(
+            open_policy(), benchmark, options, log, progress, allow_missing
         )
         report_left_out(left_out, benchmark.spec.title, progress.say)
     if not is_primary():
         return None
-    if for_server(records):
-        submit(records, journal.folder, progress.say)
+    if for_server(predictions):
+        submit(predictions, log.folder, progress.say)
         return None
-    scored, scores = benchmark.score(records)
-    write_results(journal.folder, scored, scores)
+    scored, scores = benchmark.score(predictions)
+    write_results(log.folder, scored, scores)
     return scored, scores
 
 
@@ -98,19 +99,19 @@ def prediction_logs(
     benchmarks: Sequence[Benchmark],
     out: Path,
     about: Mapping[str, Any],
-    how: EvalOptions,
+    options: EvalOptions,
     overwrite: bool,
     apart: bool,
 ) -> list[PredictionLog]:
-    """A journal for each benchmark; `apart`, in a folder of its own below `out`.
+    """A log for each benchmark; `apart`, in a folder of its own below `out`.
 
     Raises:
-      UserError: one of them holds other answers.
+      UserError: one of them holds predictions of another evaluation.
     """
     return [
         PredictionLog(
             out / benchmark.name if apart else out,
-            {**about, "benchmark": benchmark.name, **how.of(benchmark.spec).about()},
+            {**about, "benchmark": benchmark.name, **options.of(benchmark.spec).about()},
             overwrite,
         )
         for benchmark in benchmarks
