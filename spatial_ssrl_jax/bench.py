@@ -8,6 +8,9 @@ from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError, run_command
 
+# What `ArgumentParser.add_subparsers` returns.
+Commands = argparse._SubParsersAction
+
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
@@ -28,33 +31,26 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _lines(found: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """A line a figure, nested names joined by dots, and a line for each row of a table."""
+    """A line a metric, nested names joined by dots."""
     for name, value in found.items():
         if isinstance(value, dict):
             yield from _lines(value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            for row in value:
-                shown = ", ".join(f"{key} {_shown(item)}" for key, item in row.items())
-                yield f"{prefix}{name:<24} {shown}"
         else:
-            yield f"{prefix}{name:<24} {_shown(value)}"
+            shown = f"{value:,.4g}" if isinstance(value, float) else value
+            yield f"{prefix}{name:<24} {shown}"
 
 
-def _shown(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
-def _add_tasks(commands: Any) -> None:
+def _add_tasks(commands: Commands) -> None:
     parser = commands.add_parser(
         "tasks",
         help="milliseconds an image of each task, and images a second of the whole pipeline",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--source", help="images; built-in scenes if left out")
+    parser.add_argument("--source", help="images; default built-in scenes")
     parser.add_argument("--repeats", type=int, default=30, help="examples a task that are timed")
     parser.add_argument("--model", default="tiny", help="folder whose processor makes prompts")
     parser.add_argument("--batch", type=int, default=16, help="prompts a batch of the pipeline")
-    parser.add_argument("--batches", type=int, default=4, help="batches that are timed; 0: none")
+    parser.add_argument("--batches", type=int, default=4, help="batches that are timed; 0 for none")
     parser.add_argument("--threads", type=int, default=8, help="as data.threads")
     parser.add_argument("--workers", type=int, default=0, help="as data.workers")
     parser.add_argument(
@@ -80,44 +76,49 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _add_padding(commands: Any) -> None:
+def _add_padding(commands: Commands) -> None:
     parser = commands.add_parser(
         "padding",
-        help="share of an update's token places that a config would pad, from sizes alone",
+        help="fraction of padded tokens in an update under a config, from sizes alone",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="a config file; --config.a.b=v overrides")
-    parser.add_argument("--model", help="folder whose processor makes prompts; the config's")
-    parser.add_argument("--source", help="images; built-in scenes if left out")
+    parser.add_argument(
+        "--model", help="folder whose processor makes prompts; default the config's"
+    )
+    parser.add_argument("--source", help="images; default built-in scenes")
     parser.add_argument("--steps", type=int, default=200, help="GRPO steps")
-    parser.add_argument("--mean", type=float, default=200.0, help="tokens of a drawn response")
-    parser.add_argument("--spread", type=float, default=0.3, help="sigma of its logarithm")
+    parser.add_argument("--mean", type=float, default=200.0, help="mean tokens of a drawn response")
+    parser.add_argument("--spread", type=float, default=0.3, help="sigma of their logarithm")
     parser.set_defaults(run=_padding, lines=_lines)
 
 
 def _padding(args: argparse.Namespace) -> dict[str, Any]:
     from spatial_ssrl_jax.benchmarking.padding import measure_padding
+    from spatial_ssrl_jax.checkpoint.models import open_model
     from spatial_ssrl_jax.config.load import load_config, split_overrides
     from spatial_ssrl_jax.data.lengths import Lengths
+    from spatial_ssrl_jax.data.processor import Processor
 
     rest, overrides = split_overrides(args.rest)
     if rest:
         raise UserError(f"{rest[0]} is no option of bench padding: see --help.")
     config = load_config(args.config, overrides)
-    return measure_padding(
-        config, Lengths.open(config, args.model, args.source), args.steps, args.mean, args.spread
-    )
+    model, limits = open_model(args.model or config.model.path), config.data
+    processor = Processor(model.files, model.config, limits.min_pixels, limits.max_pixels)
+    lengths = Lengths.open(config, processor, args.source)
+    return measure_padding(config, lengths, args.steps, args.mean, args.spread)
 
 
-def _add_flops(commands: Any) -> None:
+def _add_flops(commands: Commands) -> None:
     parser = commands.add_parser(
         "flops",
         help="FLOPs of a GRPO step that shares a group's prompt, and of one that repeats it, at "
-        "the five tasks' prompt sizes; nothing is run",
+        "the five tasks' prompt sizes; computed, not measured",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="folder, checkpoint or hub id; no weights")
-    parser.add_argument("--processor", help="folder with tokenizer files; the model's if left out")
+    parser.add_argument("--processor", help="folder with tokenizer files; default the model's")
     parser.add_argument("--group", type=int, default=5, help="samples a prompt")
     parser.set_defaults(run=_flops, lines=_flops_lines)
 
@@ -140,22 +141,24 @@ def _flops_lines(found: dict[str, Any]) -> Sequence[str]:
     return sharing_lines(found)
 
 
-def _add_device_parts(commands: Any) -> None:
+def _add_device_parts(commands: Commands) -> None:
     """The parts that run on devices; they import neither Grain nor TFDS."""
-    from spatial_ssrl_jax.benchmarking import step as timing
+    from spatial_ssrl_jax.benchmarking.rollout_timing import add_rollout_options, bench_rollout
+    from spatial_ssrl_jax.benchmarking.training_timing import bench_step, bench_update
+    from spatial_ssrl_jax.benchmarking.workload import add_options, within_memory
 
     for name, run, text in (
-        ("rollout", timing.bench_rollout, "sampling alone; every sample runs to --new tokens"),
-        ("update", timing.bench_update, "one optimizer step without KL"),
-        ("step", timing.bench_step, "rollout, reference log-probabilities and update"),
+        ("rollout", bench_rollout, "sampling alone; every sample runs to --new tokens"),
+        ("update", bench_update, "one optimizer step without KL"),
+        ("step", bench_step, "rollout, reference log-probabilities and update"),
     ):
         parser = commands.add_parser(
             name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        timing.add_options(parser)
+        add_options(parser)
         if name == "rollout":
-            timing.add_rollout_options(parser)
-        parser.set_defaults(run=timing.within_memory(run), lines=_lines)
+            add_rollout_options(parser)
+        parser.set_defaults(run=within_memory(run), lines=_lines)
 
 
 if __name__ == "__main__":

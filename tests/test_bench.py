@@ -11,7 +11,7 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.tasks import TASKS
 from tests.conftest import ROOT
 
-LIMITS = {task.name: 40 if task.needs_depth else 8 for task in TASKS}  # milliseconds aimed at
+LIMITS = {task.name: 40 if task.needs_depth else 8 for task in TASKS}  # target in milliseconds
 
 
 def run(capsys: pytest.CaptureFixture, *argv: str) -> dict:
@@ -32,34 +32,34 @@ def test_every_task_is_timed_and_fast_enough(capsys: pytest.CaptureFixture):
         assert row["size"] == ("1024x768" if LIMITS[name] == 40 else "640x480")
         assert 0 < row["ms"] <= row["ms_p90"] and 0 < row["accepted"] <= 1
         print(f"measured {name}: {row['ms']} ms")
-        assert row["ms"] < 2 * LIMITS[name]  # twice the aim, for busy machines
+        assert row["ms"] < 2 * LIMITS[name]  # twice the target, for busy machines
 
 
 def test_the_pipeline_is_timed_as_a_step_waits_for_it(capsys: pytest.CaptureFixture):
     argv = ["--repeats=1", "--batches=2", "--batch=2", "--threads=1", "--source=scenes:9:112x112"]
     report = run(capsys, *argv)["pipeline"]
-    assert report["wait_share"] > 0.9 and report["prompts_per_s"] <= report["pictures_per_s"]
+    assert report["wait_share"] > 0.9 and report["prompts_per_s"] <= report["images_per_s"]
     waited = run(capsys, *argv, "--step-seconds=1")["pipeline"]
     assert waited["step_seconds"] == 1 and waited["wait_share"] < 0.9
 
 
 @pytest.mark.parametrize("flag", ["--repeats=0", "--batch=0", "--threads=0", "--workers=-1"])
-def test_what_makes_no_sense_is_refused(flag: str):
+def test_numbers_out_of_range_are_refused(flag: str):
     with pytest.raises(UserError, match=flag.split("=")[0]):
         bench.main(["tasks", "--repeats=1", "--source=scenes:4", flag])
 
 
 def test_padding_of_a_config(capsys: pytest.CaptureFixture):
-    """The tiny run's two lengths have each a bucket; overrides count."""
+    """The tiny run's two lengths have a bucket each; overrides apply."""
     argv = [f"--config={ROOT / 'configs' / 'tiny.py'}", "--steps=5", "--source=scenes:6:112x112"]
     argv += ["--mean=20", "--spread=0"]
     report = run_command(capsys, "padding", *argv)
     assert report["config"] == "tiny" and report["steps"] == 5
-    assert 0 < report["made"]["padding_share"] < 0.5
-    assert report["drawn"]["programs"] == report["made"]["programs"] == 1
+    assert 0 < report["synthetic"]["padding_share"] < 0.5
+    assert report["drawn"]["programs"] == report["synthetic"]["programs"] == 1
     argv += ["--config.data.prompt_buckets=400", "--config.sft.row_tokens=432"]
     wide = run_command(capsys, "padding", *argv)
-    assert wide["made"]["padding_share"] > report["made"]["padding_share"]
+    assert wide["synthetic"]["padding_share"] > report["synthetic"]["padding_share"]
 
 
 def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture):

@@ -1,4 +1,4 @@
-"""How long the tasks take an image, and whether training would wait for the pipeline."""
+"""Time of the tasks for each image, and of the data pipeline for each batch."""
 
 import dataclasses
 import time
@@ -18,9 +18,9 @@ from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Reject, Task
 from spatial_ssrl_jax.tasks.record import Record
 
-_PICTURES = 3  # decoded before the timing, used in turn
+_IMAGES = 3  # decoded before the timing, used in turn
 _WARM_UP = 2  # fonts and stamps are drawn once and kept
-_PIXELS = (262_144, 1_048_576)  # area that a timed prompt's images are brought between
+_PIXELS = (262_144, 1_048_576)  # min and max area of a timed prompt's images
 
 
 def time_tasks(spec: str | None, repeats: int) -> dict[str, dict[str, Any]]:
@@ -32,11 +32,11 @@ def time_tasks(spec: str | None, repeats: int) -> dict[str, dict[str, Any]]:
       repeats: examples a task.
 
     Returns:
-      By task: `size` of the first image, `ms` (median) and `ms_p90` of processor time a try that
-      gave an example, and the share of tries that did, `accepted`.
+      By task: `size` of the first image; `ms` (median) and `ms_p90`, CPU milliseconds of a try that
+      yields an example; and `accepted`, the fraction of tries that do.
 
     Raises:
-      UserError: `repeats` is below 1, or a task that the source can serve gave no example.
+      UserError: `repeats` is below 1, or a task that the source has images for yields no example.
     """
     if repeats < 1:
         raise UserError("--repeats must be at least 1.")
@@ -53,10 +53,13 @@ def time_tasks(spec: str | None, repeats: int) -> dict[str, dict[str, Any]]:
 def _records(spec: str, task: Task) -> list[Record]:
     """A few decoded images that a task can use; none where the source has no images for it."""
     source = open_source(spec)
-    found = task_sources(source, range(len(source)), task, task.settings())
-    pictures = [supply for supply in found if isinstance(supply.maker, ImageExampleMaker)]
-    each = -(-_PICTURES // max(len(pictures), 1))
-    return [s.maker.source[i] for s in pictures for i in s.indices[:each]]
+    parts = [
+        (part.maker.source, part.indices)
+        for part in task_sources(source, range(len(source)), task, task.settings())
+        if isinstance(part.maker, ImageExampleMaker)
+    ]
+    each = -(-_IMAGES // max(len(parts), 1))
+    return [images[index] for images, indices in parts for index in indices[:each]]
 
 
 def _time_task(task: Task, records: list[Record], repeats: int) -> dict[str, Any]:
@@ -94,8 +97,8 @@ def time_pipeline(
 ) -> dict[str, Any]:
     """Takes batches as a run does, with a step of a given length in between.
 
-    All tasks that the source serves are mixed by the paper's shares. The first batch, for which
-    workers start, is reported apart.
+    All tasks that the source has records for are mixed by the paper's weights. The first batch, for
+    which workers start, is timed apart.
 
     Args:
       spec: where images come from, read and decoded as in a run.
@@ -103,24 +106,27 @@ def time_pipeline(
       batch: prompts a batch.
       batches: batches that are timed.
       threads, workers: as in the config's section `data`.
-      step_seconds: what a training step takes; 0 measures the pipeline alone.
+      step_seconds: length of a training step; 0 measures the pipeline alone.
 
     Returns:
-      `pictures_per_s` and `prompts_per_s` of ready batches, and `wait_share`, the part of a step's
-      whole time that it waited for its batch.
+      `images_per_s` and `prompts_per_s` of ready batches, and `wait_share`, the fraction of the
+      whole time that steps waited for their batch.
+
+    Raises:
+      UserError: a number is out of range.
     """
     if batches < 0 or step_seconds < 0:
         raise UserError("--batches and --step-seconds must be at least 0.")
     stream = _stream(spec, model, batch, threads, workers)
     start = time.perf_counter()
     next(stream)
-    first, waits, pictures = time.perf_counter() - start, [], 0
+    first, waits, images = time.perf_counter() - start, [], 0
     start = time.perf_counter()
     for _ in range(batches):
-        begun = time.perf_counter()
+        waiting = time.perf_counter()
         ready = next(stream)
-        waits.append(time.perf_counter() - begun)
-        pictures += sum(len(item.example.images) for item in ready.items)
+        waits.append(time.perf_counter() - waiting)
+        images += sum(len(item.example.images) for item in ready.items)
         time.sleep(step_seconds)
     seconds = time.perf_counter() - start
     stream.close()
@@ -131,14 +137,14 @@ def time_pipeline(
         "workers": workers,
         "first_batch_seconds": round(first, 2),
         "prompts_per_s": round(batch * batches / seconds, 2),
-        "pictures_per_s": round(pictures / seconds, 2),
+        "images_per_s": round(images / seconds, 2),
         "step_seconds": step_seconds,
         "wait_share": round(sum(waits) / seconds, 3),
     }
 
 
 def _stream(spec: str, model: str, batch: int, threads: int, workers: int):
-    """Batches over all tasks that the source serves."""
+    """Batches of all tasks that the source has records for."""
     if min(batch, threads) < 1 or workers < 0:
         raise UserError("--batch and --threads must be at least 1, and --workers at least 0.")
     source, folder = open_source(spec), open_model(model)

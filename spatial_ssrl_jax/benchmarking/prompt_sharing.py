@@ -1,4 +1,4 @@
-"""What sharing a group's prompt saves: FLOPs of a GRPO step at the tasks' real prompt sizes."""
+"""FLOPs of a GRPO step with and without sharing a group's prompt, at the tasks' prompt sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.processor import Processor
-from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.perf.flops import GroupShape, step_flops
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import Grid
@@ -19,8 +19,8 @@ from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 LENGTHS = (50, 100, 200, 400, 800, 1600, 2048)
 MIX = "mix"
 _COCO, _DIODE = (480, 640), (768, 1024)  # height and width of the paper's images
-_PASSES = 2  # old log-probabilities, as two updates a rollout need them, and the reference's
-_QUESTIONS = "scenes:20:448x448"  # small images that only give a question's words
+_PASSES = 2  # old log-probabilities, which two updates a rollout need, and the reference's
+_QUESTIONS = "scenes:20:448x448"  # small images of which only the question's words are used
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class TaskPrompt:
     """The prompt of one task.
 
     Attributes:
-      share: the task's weight in the paper's mixture.
+      weight: the task's weight in the paper's mixture.
       tokens: those of images included.
       grids: patch grids of its images.
     """
 
-    share: float
+    weight: float
     tokens: int
     grids: tuple[Grid, ...]
 
@@ -41,7 +41,10 @@ class TaskPrompt:
 def task_prompts(processor: Processor) -> dict[str, TaskPrompt]:
     """Each task's prompt for an image of 640x480, or of 1024x768 where it needs depth.
 
-    Sizes are those that `Processor.measure` gives; no image of these sizes is made.
+    `Processor.measure` computes the sizes; no image of these sizes is made.
+
+    Raises:
+      UserError: a task yields no example, whose words are needed.
     """
     found = {}
     for task in TASKS:
@@ -54,13 +57,13 @@ def task_prompts(processor: Processor) -> dict[str, TaskPrompt]:
 
 
 def _example(task: Task) -> Example:
-    source = open_source(_QUESTIONS)
+    source = open_scenes(_QUESTIONS, _QUESTIONS.partition(":")[2])
     for index in range(len(source)):
         try:
             return task.make(source[index], np.random.default_rng(index), task.settings())
         except Reject:
             continue
-    raise UserError(f"{source.spec} gave no {task.name} example, so its words are not known.")
+    raise UserError(f"{_QUESTIONS} gave no {task.name} example, so its words are not known.")
 
 
 def sharing_curve(
@@ -72,8 +75,7 @@ def sharing_curve(
     """FLOPs a prompt of a whole GRPO step, with the prompt once a group and once a sample.
 
     A step is the rollout, one pass each for old and reference log-probabilities, and an update of
-    three passes, vision tower and head included (see `step_flops`). Once a sample means in every
-    one of these.
+    three passes, vision tower and head included (see `step_flops`).
 
     Args:
       config: the model's shape.
@@ -83,17 +85,17 @@ def sharing_curve(
 
     Returns:
       By task and then response length, `shared` and `per_sample` FLOPs and their `ratio`; under
-      `mix` the mean over tasks by their shares, and the ratio of the means.
+      `mix` the mean over tasks by their weights, and the ratio of the means.
     """
     curve: dict[str, dict[int, dict[str, float]]] = {name: {} for name in (*prompts, MIX)}
-    shares = np.array([prompt.share for prompt in prompts.values()])
+    weights = np.array([prompt.weight for prompt in prompts.values()])
     for length in lengths:
         costs = []
         for name, prompt in prompts.items():
             shape = GroupShape(prompt.tokens, prompt.grids, group, length)
             costs.append([step_flops(config, shape, _PASSES, shared) for shared in (True, False)])
             curve[name][length] = _point(*costs[-1])
-        curve[MIX][length] = _point(*(shares @ np.array(costs) / shares.sum()))
+        curve[MIX][length] = _point(*(weights @ np.array(costs) / weights.sum()))
     return curve
 
 
@@ -106,7 +108,7 @@ def _point(shared: float, per_sample: float) -> dict[str, float]:
 
 
 def sharing_report(config: QwenVLConfig, processor: Processor, group: int) -> dict[str, Any]:
-    """`sharing_curve` at the tasks' real prompts, with what those are.
+    """`sharing_curve` at the tasks' real prompts, with their weights and sizes.
 
     Raises:
       UserError: a group below 1.
@@ -114,15 +116,15 @@ def sharing_report(config: QwenVLConfig, processor: Processor, group: int) -> di
     if group < 1:
         raise UserError(f"--group={group} must be at least 1.")
     prompts = task_prompts(processor)
-    total = sum(prompt.share for prompt in prompts.values())
+    total = sum(prompt.weight for prompt in prompts.values())
     return {
         "group": group,
         "prompts": {
             name: {
-                "share": prompt.share / total,
+                "weight": prompt.weight / total,
                 "tokens": prompt.tokens,
                 "patches": int(sum(np.prod(grid) for grid in prompt.grids)),
-                "pictures": len(prompt.grids),
+                "images": len(prompt.grids),
             }
             for name, prompt in prompts.items()
         },
@@ -133,7 +135,7 @@ def sharing_report(config: QwenVLConfig, processor: Processor, group: int) -> di
 def sharing_lines(report: dict[str, Any]) -> list[str]:
     """The report as a table: FLOPs in units of 10^12, a column a response length."""
     curve = report["flops"]
-    head = f"{'task':<10}{'share':>6}{'tokens':>8}{'patches':>9}  {'TFLOPs a prompt':<16}"
+    head = f"{'task':<10}{'weight':>6}{'tokens':>8}{'patches':>9}  {'TFLOPs a prompt':<16}"
     lines = [head + "".join(f"{length:>9}" for length in curve[MIX])]
     for name, points in curve.items():
         rows = {
@@ -143,7 +145,7 @@ def sharing_lines(report: dict[str, Any]) -> list[str]:
         }
         lead = f"{name:<10}"
         if prompt := report["prompts"].get(name):
-            lead += f"{prompt['share']:>6.0%}{prompt['tokens']:>8}{prompt['patches']:>9}"
+            lead += f"{prompt['weight']:>6.0%}{prompt['tokens']:>8}{prompt['patches']:>9}"
         for label, values in rows.items():
             lines.append(f"{lead:<33}  {label:<16}{''.join(values)}")
             lead = ""

@@ -222,15 +222,15 @@ class _TrafficCounter:
 
     def _written(self, body: Computation, result: Instruction) -> float:
         """Bytes that a fused computation's result writes."""
-        parts = [body.by_name[o] for o in result.operands if o in body.by_name]
+        operands = [body.by_name[o] for o in result.operands if o in body.by_name]
         if result.opcode == "parameter" or result.name in self.repeated:
             return 0.0
         if result.opcode == "tuple":
-            return sum(self._written(body, part) for part in parts)
-        if result.opcode == "bitcast" and parts:
-            return self._written(body, parts[0])
+            return sum(self._written(body, part) for part in operands)
+        if result.opcode == "bitcast" and operands:
+            return self._written(body, operands[0])
         if result.opcode == "dynamic-update-slice":
-            return array_bytes(without_layout(parts[1].shape))
+            return array_bytes(without_layout(operands[1].shape))
         if result.opcode == "fusion":
             inner = self.module.computations[result.called[0]]
             return self._written(inner, inner.root)

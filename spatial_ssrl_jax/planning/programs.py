@@ -178,26 +178,14 @@ class _Planned:
             reference_logprobs = (yield logprobs("reference_logprobs", reference, beside)) or like
         batch = replace(batch, old_logprobs=old, reference_logprobs=reference_logprobs)
         loss = GrpoLoss(self.model, self.compute, settings)
-        yield from self._update(
-            "",
-            loss,
-            optimizer,
-            state,
-            batch,
-            micro,
-            settings.minibatches_per_rollout,
-            resting,
-            setting,
-        )
+        updates = settings.minibatches_per_rollout
+        yield from self._update("", loss, optimizer, state, batch, micro, updates, resting, setting)
 
     def _rollout(self, state: TrainState[ShapeDtypeStruct], beside: Held) -> PlannedPrograms:
         """Copying the weights, prefill, and the last decode chunk, which has the widest cache."""
         config, model, rollout = self.config, self.model, self.config.rollout
-        group, limit, setting = (
-            config.grpo.group_size,
-            rollout.max_new_tokens,
-            "rollout.batch_prompts",
-        )
+        group, limit = config.grpo.group_size, rollout.max_new_tokens
+        setting = "rollout.batch_prompts"
         batches = config.grpo.prompts / rollout.batch_prompts
         params = state.params
         args = (model, params, self.compute.dtype)

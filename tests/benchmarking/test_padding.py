@@ -1,4 +1,4 @@
-"""The share of padding that a config would have, worked by hand."""
+"""The fraction of padding under a config, computed by hand."""
 
 from dataclasses import replace
 
@@ -30,28 +30,30 @@ def one(tokens: int, words: int, response: int) -> TaskLengths:
 
 def test_a_mix_of_two_lengths():
     found = measure_padding(CONFIG, Lengths((one(40, 8, 12), one(80, 16, 12))), 50, 20.0, 0.0)
-    short = (found["prompt_tokens_mean"] - 96) / (48 - 96)  # the share of short prompts drawn
+    short = (found["prompt_tokens_mean"] - 96) / (48 - 96)  # fraction of short prompts drawn
     assert 0.4 < short < 0.6
     needed = found["prompt_tokens_mean"]
     computed = 128 - 64 * short
-    made, drawn = found["made"], found["drawn"]
-    assert made["padding_share"] == pytest.approx(1 - (needed + 24) / (computed + 32), abs=1e-4)
+    synthetic, drawn = found["synthetic"], found["drawn"]
+    assert synthetic["padding_share"] == pytest.approx(
+        1 - (needed + 24) / (computed + 32), abs=1e-4
+    )
     assert drawn["padding_share"] == pytest.approx(1 - (needed + 40) / (computed + 128), abs=1e-4)
-    assert made["min_share"] == drawn["min_share"] == 0
-    assert made["in_order_share"] > made["padding_share"] + 0.1
+    assert synthetic["min_share"] == drawn["min_share"] == 0
+    assert synthetic["in_order_share"] > synthetic["padding_share"] + 0.1
     windows = 4 * short + 8 * (1 - short)
-    assert made["window_padding_share"] == pytest.approx(1 - windows / windows, abs=1e-4)
-    assert made["programs"] == drawn["programs"] == 2
+    assert synthetic["window_padding_share"] == pytest.approx(1 - windows / windows, abs=1e-4)
+    assert synthetic["programs"] == drawn["programs"] == 2
 
 
 def test_responses_spread_within_groups():
     found = measure_padding(CONFIG, Lengths((one(40, 8, 12),)), 200, 20.0, 0.3)
     assert found["drawn"]["response_tokens_mean"] == pytest.approx(20, rel=0.03)
     assert 0 < found["drawn"]["min_share"] < found["drawn"]["padding_share"]
-    assert found["made"]["min_share"] == 0
+    assert found["synthetic"]["min_share"] == 0
 
 
 @pytest.mark.parametrize("values", [(0, 20.0, 0.3), (1, 0.0, 0.3), (1, 20.0, -1.0)])
-def test_what_makes_no_sense_is_refused(values):
+def test_numbers_out_of_range_are_refused(values: tuple[int, float, float]):
     with pytest.raises(UserError, match="--steps and --mean must be at least 1"):
         measure_padding(CONFIG, Lengths((one(40, 8, 12),)), *values)

@@ -1,4 +1,4 @@
-"""What sharing saves: the real prompts' sizes, the curve by hand, and the command."""
+"""What sharing a prompt saves: the real prompts' sizes, the curve by hand, and the command."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from spatial_ssrl_jax.qwen_vl.family import read_config
 from spatial_ssrl_jax.tasks import TASKS
 
 COCO, DIODE = 34 * 46, 54 * 74  # patches
-SQUARE = 38 * 38  # an option of 240 pixels, grown to the least area
+SQUARE = 38 * 38  # an option of 240 pixels, grown to the min area
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def test_the_prompts_are_the_papers(report: dict):
         assert 100 < words < 250, name
     weights = {task.name: task.settings().weight for task in TASKS}
     for name, prompt in report["prompts"].items():
-        assert prompt["share"] == pytest.approx(weights[name] / 81_053)
+        assert prompt["weight"] == pytest.approx(weights[name] / 81_053)
 
 
-def test_the_mix_is_the_mean_by_share(shared: Path):
+def test_the_mix_is_the_mean_by_weight(shared: Path):
     config = read_config(shared / "qwen2_5_vl" / "7b")
     prompts = {
         "a": TaskPrompt(3.0, 400, ((1, 34, 46),)),
@@ -73,7 +73,7 @@ def test_the_table_has_a_column_a_length(shared: Path, capsys: pytest.CaptureFix
     assert [row.split()[0] for row in rows[::3]] == [*(task.name for task in TASKS), MIX]
 
 
-def test_what_makes_no_sense_is_refused(shared: Path):
+def test_a_group_or_model_that_does_not_fit_is_refused(shared: Path):
     folder = shared / "qwen2_5_vl"
     with pytest.raises(UserError, match="--group=0 must be at least 1"):
         bench.main(["flops", "--model=tiny", "--group=0"])
