@@ -214,7 +214,7 @@ def test_two_files_of_one_benchmark_are_not_mixed(run, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", "holds no prediction"),
         ("{", "line 1 of .*a.jsonl is not JSON"),
@@ -225,11 +225,11 @@ def test_two_files_of_one_benchmark_are_not_mixed(run, tmp_path: Path):
         (json.dumps(LINES[0]) + "\n" + json.dumps(LINES[0]), "the id '0' occurs 2 times"),
     ],
 )
-def test_bad_predictions_are_refused(run, content: str, said: str, tmp_path: Path):
+def test_bad_predictions_are_refused(run, content: str, message: str, tmp_path: Path):
     (tmp_path / "a.jsonl").write_text(content)
     code, out, err = run(f"--score={tmp_path / 'a.jsonl'}")
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
-    assert re.search(said, err)
+    assert re.search(message, err)
 
 
 def test_the_module_is_a_command(tmp_path: Path):

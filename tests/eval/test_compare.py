@@ -143,7 +143,7 @@ def test_what_cannot_be_compared_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "said"),
+    ("a", "b", "expected"),
     [
         (0.0, 0.1, "gained"),
         (1.0, 0.9, "lost"),
@@ -152,5 +152,5 @@ def test_what_cannot_be_compared_is_refused():
         (0.3, 0.3, "both partly right"),
     ],
 )
-def test_change(a: float, b: float, said: str):
-    assert change(a, b) == said
+def test_change(a: float, b: float, expected: str):
+    assert change(a, b) == expected

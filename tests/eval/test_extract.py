@@ -136,7 +136,7 @@ def test_any_number_is_read_back(value: float):
 
 
 @pytest.mark.parametrize(
-    ("response", "said"),
+    ("response", "expected"),
     [
         ("Yes", "Yes"),
         ("No, there is no such thing.", "No"),
@@ -148,8 +148,8 @@ def test_any_number_is_read_back(value: float):
         ("Nothing", None),
     ],
 )
-def test_yes_or_no(response: str, said: str | None):
-    assert extract.yes_or_no(response) == said
+def test_yes_or_no(response: str, expected: str | None):
+    assert extract.yes_or_no(response) == expected
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_the_real_ocrbench_is_read_whole(real: Path, tmp_path: Path):
 
 
 def test_whatsup_with_the_real_objects_and_answers_is_read_whole(real: Path, tmp_path: Path):
-    """The published lists could not be had: their captions are made again of the re-worded copy."""
+    """Captions are made of a re-worded copy; the published lists are not available."""
     captions = {"A": [], "B": []}
     for part, found in captions.items():
         sides = (
@@ -283,13 +283,13 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_a_bad_row_is_named_or_left_out(kind: str, tmp_path: Path):
-    change, said = BAD_ROWS[kind]
+    change, message = BAD_ROWS[kind]
     rows = [files.mcq_row(0), {**files.mcq_row(1), **change}, files.mcq_row(2)]
     path = files.write_tsv(tmp_path / "x.tsv", rows)
-    refused("blink", path, f"{said}.*allow-missing")
+    refused("blink", path, f"{message}.*allow-missing")
     found = open_benchmark("blink", path, allow_missing=True)
     assert [q.id for q in found.questions] == ["0", "2"]
-    assert len(found.left_out) == 1 and re.match(said, found.left_out[0])
+    assert len(found.left_out) == 1 and re.match(message, found.left_out[0])
 
 
 def test_missing_images_and_videos_are_named_or_left_out(tmp_path: Path):
@@ -328,7 +328,7 @@ def test_an_id_that_occurs_twice_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "holds no row"),
         (b"index\tquestion\n", "holds no row"),
@@ -337,20 +337,20 @@ def test_an_id_that_occurs_twice_is_refused(tmp_path: Path):
         (b"index\tquestion\timage\n1\ta\t7\n", "row 1 .*takes its image from row '7'"),
     ],
 )
-def test_damaged_tables_are_refused(content: bytes, said: str, tmp_path: Path):
+def test_damaged_tables_are_refused(content: bytes, message: str, tmp_path: Path):
     (tmp_path / "x.tsv").write_bytes(content)
-    refused("blink", tmp_path / "x.tsv", said)
+    refused("blink", tmp_path / "x.tsv", message)
 
 
 def test_damaged_json_and_unknown_endings_are_refused(tmp_path: Path):
-    for name, content, said in (
+    for name, content, message in (
         ("x.json", "[{", "cannot be read"),
         ("x.json", "[1]", "row 1 of x.json is no object"),
         ("x.xlsx", "", "expected a file that ends in .tsv"),
         ("x.parquet", "PAR1", "cannot be read"),
     ):
         (tmp_path / name).write_text(content)
-        refused("vsi_bench", tmp_path / name, said)
+        refused("vsi_bench", tmp_path / name, message)
     refused("vsi_bench", tmp_path / "none", "there is no such file or folder")
     refused("vsi_bench", tmp_path, "has no file of VSI-Bench: put vsi_bench.json there")
 

@@ -106,8 +106,8 @@ def test_eight_devices_answer_the_same(
     for name in SPECS:
         assert answers(tmp_path / name) == answers(one_device / name), name
     assert "this model" in out and "Spatial-SSRL-7B" in out
-    said = [response for name in SPECS for response in answers(tmp_path / name).values()]
-    assert len(set(said)) > len(said) / 2, "answers do not depend on what is asked"
+    responses = [response for name in SPECS for response in answers(tmp_path / name).values()]
+    assert len(set(responses)) > len(responses) / 2, "answers do not depend on what is asked"
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_3dsrbench_is_plain_and_also_gives_the_stricter_figures():
 
 def test_mmbench_needs_every_rotation():
     def ask(*responses: tuple[str, str]):
-        return [prediction("mmbench", "A", said, name=name) for name, said in responses]
+        return [prediction("mmbench", "A", response, name=name) for name, response in responses]
 
     predictions = ask(("241", "A"), ("1000241", "A"), ("252", "A"), ("1000252", "B"), ("7", "A"))
     _, found = score_predictions(predictions)
@@ -141,8 +141,8 @@ def test_spatial457(target: str, response: str, extracted: str | None, score: fl
     ],
 )
 def test_qspatial_plus(length: str, unit: str, score: float, stricter: float):
-    said = rf"\scalar{{{length}}} \distance_unit{{{unit}}}"
-    (one,), found = score_predictions([prediction("qspatial_plus", "50 cm", said)])
+    response = rf"\scalar{{{length}}} \distance_unit{{{unit}}}"
+    (one,), found = score_predictions([prediction("qspatial_plus", "50 cm", response)])
     assert (one.score, found.score, one.parsed) == (score, 100 * score, True)
     assert found.extra == {"within_1.5": stricter}
 
@@ -201,12 +201,12 @@ def test_vsi_bench_reads_what_its_type_asks_for():
     assert judged("vsi_bench", "A", "4", "route_planning", options=OPTIONS) == (None, False, 0)
     assert judged("vsi_bench", "4", "There are 4 chairs", "object_counting") == ("4", True, 1)
     assert judged("vsi_bench", "4", "3 or 4", "object_counting") == (None, False, 0)
-    for target, kind, said in (
+    for target, kind, message in (
         ("0", "object_counting", "no number above 0"),
         ("A", "object_counting", "no number above 0"),
         ("A", "color", "not of VSI-Bench's"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             judged("vsi_bench", target, "1", kind)
 
 
@@ -214,8 +214,13 @@ def test_vsi_bench_reads_what_its_type_asks_for():
 
 
 def test_hallusionbench_by_hand():
-    """Two scores with two questions each; one answer is wrong and one says nothing."""
-    said = {("1", "0"): "Yes", ("1", "1"): "No.", ("2", "0"): "Yes, it is", ("2", "1"): "Perhaps"}
+    """Two figures with two questions each; one answer is wrong and one has neither yes nor no."""
+    responses = {
+        ("1", "0"): "Yes",
+        ("1", "1"): "No.",
+        ("2", "0"): "Yes, it is",
+        ("2", "1"): "Perhaps",
+    }
     predictions = [
         prediction(
             "hallusionbench",
@@ -228,7 +233,7 @@ def test_hallusionbench_by_hand():
             figure_id=figure,
             question_id=question,
         )
-        for (figure, question), response in said.items()
+        for (figure, question), response in responses.items()
     ]
     _, found = score_predictions(predictions)
     assert found.extra == {"aAcc": 75, "fAcc": 50, "qAcc": 50}
@@ -303,11 +308,11 @@ def test_all_right_and_all_wrong(name: str, tmp_path: Path):
     predictions = []
     for question in benchmark.questions:
         target = question.target[0] if isinstance(question.target, list) else question.target
-        said = rf"\boxed{{{target}}}"
+        response = rf"\boxed{{{target}}}"
         if name == "qspatial_plus":
-            said = r"\scalar{{{}}} \distance_unit{{{}}}".format(*target.split())
+            response = r"\scalar{{{}}} \distance_unit{{{}}}".format(*target.split())
         predictions.append(
-            unscored_prediction(question, benchmark.prompt(question, "reasoning"), said)
+            unscored_prediction(question, benchmark.prompt(question, "reasoning"), response)
         )
     scored, found = benchmark.score(predictions)
     assert found.score == pytest.approx(100) and found.ci95 == pytest.approx((100, 100))
@@ -321,11 +326,11 @@ def test_all_right_and_all_wrong(name: str, tmp_path: Path):
 
 
 def test_several_samples_give_their_mean():
-    """Each sample's figure for itself; a question's samples are drawn together."""
-    said = {"4": "AA", "5": "AB", "6": "BB"}
+    """Each sample has a score of its own; a question's samples are drawn together."""
+    responses = {"4": "AA", "5": "AB", "6": "BB"}
     predictions = [
         prediction("blink", "A", letter, name=name, options=OPTIONS, sample=number)
-        for name, letters in said.items()
+        for name, letters in responses.items()
         for number, letter in enumerate(letters, 1)
     ]
     _, found = score_predictions(predictions)
@@ -354,9 +359,16 @@ def test_the_pretext_tasks_count_alike_and_stand_beside_chance():
     predictions = numbered(
         [
             prediction(
-                "pretext", target, said, f"{t}/{k}", task=t, kind=k, source=source, chance=chance
+                "pretext",
+                target,
+                response,
+                f"{t}/{k}",
+                task=t,
+                kind=k,
+                source=source,
+                chance=chance,
             )
-            for t, k, target, said, chance in rows
+            for t, k, target, response, chance in rows
         ]
     )
     _, found = score_predictions(predictions)
@@ -373,7 +385,7 @@ def test_the_pretext_tasks_count_alike_and_stand_beside_chance():
 
 def test_unparsed_is_wrong_and_counted():
     predictions = numbered(
-        [prediction("blink", "A", said, options=OPTIONS) for said in ("A", "B", "?", "")]
+        [prediction("blink", "A", response, options=OPTIONS) for response in ("A", "B", "?", "")]
     )
     _, found = score_predictions(predictions)
     assert (found.score, found.count, found.unparsed) == (25, 4, 2)
@@ -404,7 +416,7 @@ def test_the_interval_covers_a_mean_of_parts():
 
 
 def test_records_of_several_benchmarks_or_none_are_refused():
-    for predictions, said in (
+    for predictions, message in (
         ([], "found none"),
         (
             [prediction("blink", "A", "A"), prediction("chartqa", "1", "1", name="1")],
@@ -419,7 +431,7 @@ def test_records_of_several_benchmarks_or_none_are_refused():
         ([prediction("blink", "4", "A")], "its target '4' is no letter of an option"),
         ([prediction("hallusionbench", "Maybe", "Yes")], "neither Yes nor No"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             score_predictions(predictions)
 
 
@@ -427,9 +439,7 @@ def test_the_papers_rows_are_whole():
     """Each row's mean is the published one."""
     means = [45.91, 44.85, 50.54, 52.69, 49.58, 56.58]
     spatial = [row for row in ROWS if set(row.scores) == set(SPATIAL)]
-    assert [np.mean(list(row.scores.values())) for row in spatial] == pytest.approx(
-        means, abs=0.01
-    )
+    assert [np.mean(list(row.scores.values())) for row in spatial] == pytest.approx(means, abs=0.01)
     assert {*SPATIAL, *GENERAL} == set(SPECS)
     assert len(published("spatial457")) == 6 and len(published("blink")) == 4
     assert published("ocrbench")["Spatial-SSRL-7B"] == 89.6
