@@ -1,9 +1,9 @@
-"""Makes `assets/tiny`: the tiny model's config, tokenizer and processor files, in the Hub's form.
+"""Makes `assets/tiny`: the tiny model's config, tokenizer and processor files, in the Hub's format.
 
     python -m spatial_ssrl_jax.assets.make_tiny
 
-The tokenizer is a byte-level BPE in Qwen2's file form, trained on the project's own questions and
-cold-start responses, so that a question costs about one token a word.
+The tokenizer is a byte-level BPE in Qwen2's file format, trained on the project's own questions
+and SFT responses, so that a question costs about one token a word.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
 from spatial_ssrl_jax.qwen_vl.family import config_to_dict
 from spatial_ssrl_jax.qwen_vl.qwen2_5 import Qwen2_5VisionConfig
@@ -32,7 +32,7 @@ SPECIAL = (
     "<|video_pad|>",
 )
 VOCAB = 1024
-_SPLIT = (  # how Qwen2 cuts text before merging: words with their space, single digits, signs
+_SPLIT = (  # how Qwen2 splits text before merging: words with their space, single digits, signs
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -50,8 +50,8 @@ _TEMPLATE = (
 
 
 def corpus(examples: int = 300) -> Iterator[str]:
-    """Questions and responses of every task over built-in scenes."""
-    source = open_source("scenes")
+    """Questions and responses of every task over synthetic scenes."""
+    source = open_scenes("scenes", "")
     for number in range(examples):
         rng = np.random.default_rng(number)
         for task in TASKS:

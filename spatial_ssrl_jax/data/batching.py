@@ -28,7 +28,7 @@ def pad_prompts(
     prompt_buckets: Sequence[int],
     window_buckets: Sequence[int],
     dtype: str = "float32",
-) -> PromptBatch:
+) -> PromptBatch[np.ndarray]:
     """Stacks prompts as NumPy arrays, padded to the smallest buckets that hold all of them.
 
     Args:
@@ -36,6 +36,9 @@ def pad_prompts(
       prompt_buckets, window_buckets: tokens and vision windows to choose from.
       dtype: of the patches: the compute dtype, to which the model rounds them first in any case.
         They are the larger part of a batch.
+
+    Raises:
+      UserError: no bucket holds the longest prompt.
     """
     tokens = smallest_bucket(
         max(len(p.ids) for p in prompts), prompt_buckets, "data.prompt_buckets"
@@ -44,7 +47,9 @@ def pad_prompts(
         max(len(p.frame) for p in prompts), window_buckets, "data.window_buckets"
     )
 
-    def stack(name: str, length: int, axis: int = 0, fill: int = 0, dtype=None) -> np.ndarray:
+    def stack(
+        name: str, length: int, axis: int = 0, fill: int = 0, dtype: np.dtype | None = None
+    ) -> np.ndarray:
         padded = []
         for prompt in prompts:
             array = np.asarray(getattr(prompt, name), dtype)
@@ -67,8 +72,8 @@ def pad_prompts(
     )
 
 
-def widen(prompts: PromptBatch, tokens: int, windows: int) -> PromptBatch:
-    """The same prompts, NumPy arrays, in a bucket that is at least as large."""
+def widen(prompts: PromptBatch[np.ndarray], tokens: int, windows: int) -> PromptBatch[np.ndarray]:
+    """The same prompts in a bucket of T=`tokens` and W=`windows`, at least as large as theirs."""
 
     def pad(x: np.ndarray, size: int, axis: int, fill: int = 0) -> np.ndarray:
         width = [(0, 0)] * x.ndim
@@ -89,27 +94,31 @@ def widen(prompts: PromptBatch, tokens: int, windows: int) -> PromptBatch:
     )
 
 
-def windows_of(prompts: PromptBatch) -> np.ndarray:
-    """[B] int64 vision windows that each prompt fills."""
+def windows_of(prompts: PromptBatch[np.ndarray]) -> np.ndarray:
+    """[B] int64, vision windows of each prompt, without padding."""
     return (prompts.vision.frame >= 0).any(axis=-1).sum(axis=1)
 
 
-def trim(prompts: PromptBatch, rows: np.ndarray, tokens: int, windows: int) -> PromptBatch:
-    """Some of the prompts, NumPy arrays, in a smaller bucket; the reverse of `widen`.
+def trim(
+    prompts: PromptBatch[np.ndarray], rows: np.ndarray, tokens: int, windows: int
+) -> PromptBatch[np.ndarray]:
+    """Some of the prompts in a smaller bucket; the reverse of `widen`.
 
-    Rows and bucket are taken at once, so that of the patches no more is copied than is kept.
+    Rows and bucket are sliced at once, so that only the patches that are kept are copied.
 
     Args:
       prompts: B prompts.
-      rows: [r] which of them.
-      tokens, windows: the bucket; holds them.
+      rows: [r] int, which of them.
+      tokens, windows: the bucket.
 
     Raises:
-      ValueError: it does not.
+      ValueError: the bucket does not hold them.
     """
     vision = prompts.vision
     if prompts.length[rows].max() > tokens or (vision.frame[rows, windows:] >= 0).any():
-        raise ValueError(f"a bucket of {tokens} tokens and {windows} windows cuts prompts off.")
+        raise ValueError(
+            f"a bucket of {tokens} tokens and {windows} windows is too small for the prompts."
+        )
     return PromptBatch(
         ids=prompts.ids[rows, :tokens],
         length=prompts.length[rows],
@@ -125,19 +134,19 @@ def trim(prompts: PromptBatch, rows: np.ndarray, tokens: int, windows: int) -> P
 
 
 def pad_responses(
-    responses: Sequence[Sequence[np.ndarray]], limit: int
+    responses: Sequence[Sequence[np.ndarray]], max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pads the responses of B groups of G.
 
     Args:
       responses: B lists of G arrays [r] int32.
-      limit: R, tokens to pad to.
+      max_tokens: R, tokens to pad to.
 
     Returns:
       [B, G, R] int32 tokens and [B, G] int32 lengths.
     """
     length = np.array([[len(r) for r in group] for group in responses], np.int32)
-    tokens = np.zeros((*length.shape, limit), np.int32)
+    tokens = np.zeros((*length.shape, max_tokens), np.int32)
     for b, group in enumerate(responses):
         for g, response in enumerate(group):
             tokens[b, g, : len(response)] = response

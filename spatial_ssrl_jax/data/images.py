@@ -1,4 +1,4 @@
-"""Reading images: whatever a file holds, upright 8-bit RGB comes out, or a `BadImage`."""
+"""Reading images: from any file an upright 8-bit RGB image, or a `BadImage`."""
 
 import io
 import os
@@ -21,7 +21,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 def open_image(
-    path_or_bytes: str | os.PathLike | bytes, name: str = "", listed: bool = False
+    path_or_bytes: str | os.PathLike[str] | bytes, name: str = "", listed: bool = False
 ) -> np.ndarray:
     """Reads one image, turned upright by its EXIF orientation; of an animation the first frame.
 
@@ -29,21 +29,21 @@ def open_image(
 
     Args:
       path_or_bytes: a file, or an encoded image.
-      name: what errors call the image; the path unless given.
-      listed: a source has seen the file, so that it is waited for when its folder is away.
+      name: names the image in errors; the path by default.
+      listed: a source has listed the file: it is retried while its folder is unavailable.
 
     Returns:
       [H, W, 3] uint8, RGB, writable and contiguous.
 
     Raises:
-      BadPicture: the file is missing, no image, cut short, empty, or larger than `MAX_PIXELS`.
-      UserError: its folder was away for long.
+      BadImage: the file is missing, no image, truncated, empty, or larger than `MAX_PIXELS`.
+      UserError: its folder stays unavailable.
     """
-    return _use(path_or_bytes, name or _name(path_or_bytes), listed, _upright_rgb)
+    return _read(path_or_bytes, name or _name(path_or_bytes), listed, _upright_rgb)
 
 
-def open_picture(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> np.ndarray:
-    """`open_image` for a source: refuses more than `SOURCE_PIXELS` before it decodes anything."""
+def open_source_image(path_or_bytes: str | os.PathLike[str] | bytes, name: str = "") -> np.ndarray:
+    """`open_image` for a source: rejects more than `SOURCE_PIXELS` pixels before decoding."""
     name = name or _name(path_or_bytes)
     width, height = image_size(path_or_bytes, name, listed=True)
     if width * height > SOURCE_PIXELS:
@@ -54,27 +54,27 @@ def open_picture(path_or_bytes: str | os.PathLike | bytes, name: str = "") -> np
 
 
 def image_size(
-    path_or_bytes: str | os.PathLike | bytes, name: str = "", listed: bool = False
+    path_or_bytes: str | os.PathLike[str] | bytes, name: str = "", listed: bool = False
 ) -> tuple[int, int]:
-    """The (width, height) that `open_image` would give, from the header alone.
+    """(width, height) in pixels of the image that `open_image` returns, from the header alone.
 
     Raises:
-      BadPicture: as `open_image`, save that damage after the header is not noticed.
+      BadImage: as `open_image`, except that damage after the header is not detected.
     """
-    return _use(path_or_bytes, name or _name(path_or_bytes), listed, _upright_size)
+    return _read(path_or_bytes, name or _name(path_or_bytes), listed, _upright_size)
 
 
-def _use(
-    path_or_bytes: str | os.PathLike | bytes,
+def _read(
+    path_or_bytes: str | os.PathLike[str] | bytes,
     name: str,
     listed: bool,
-    use: Callable[[Image.Image, str], Value],
+    convert: Callable[[Image.Image, str], Value],
 ) -> Value:
-    """What `use` makes of the open image and its name; waits for a file that is away."""
+    """`convert` of the open image and its name; retries while the file is unavailable."""
 
     def read() -> Value:
-        with _open(path_or_bytes, name) as picture:
-            return use(picture, name)
+        with _open(path_or_bytes, name) as image:
+            return convert(image, name)
 
     try:
         if isinstance(path_or_bytes, bytes):
@@ -88,49 +88,50 @@ def _use(
         raise BadImage(_damaged(name, error)) from error
 
 
-def _name(path_or_bytes: str | os.PathLike | bytes) -> str:
-    is_bytes = isinstance(path_or_bytes, bytes)
-    return f"an image of {len(path_or_bytes)} bytes" if is_bytes else os.fspath(path_or_bytes)
+def _name(path_or_bytes: str | os.PathLike[str] | bytes) -> str:
+    if isinstance(path_or_bytes, bytes):
+        return f"an image of {len(path_or_bytes)} bytes"
+    return os.fspath(path_or_bytes)
 
 
-def _open(path_or_bytes: str | os.PathLike | bytes, name: str) -> Image.Image:
-    """Opens lazily: reads the header only, and refuses what should not be decoded."""
-    is_bytes = isinstance(path_or_bytes, bytes)
+def _open(path_or_bytes: str | os.PathLike[str] | bytes, name: str) -> Image.Image:
+    """Opens lazily: reads the header only, and rejects what should not be decoded."""
+    file = io.BytesIO(path_or_bytes) if isinstance(path_or_bytes, bytes) else path_or_bytes
     try:
-        picture = Image.open(io.BytesIO(path_or_bytes) if is_bytes else path_or_bytes)
+        image = Image.open(file)
     except UnidentifiedImageError as error:
         raise BadImage(f"{name}: not an image in a format that Pillow reads.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(f"{name}: larger than {MAX_PIXELS:,} pixels; shrink it first.") from error
-    width, height = picture.size
+    width, height = image.size
     if width * height > MAX_PIXELS or width * height == 0:
-        picture.close()
-        what = (
+        image.close()
+        problem = (
             "empty" if width * height == 0 else f"more than {MAX_PIXELS:,} pixels; shrink it first"
         )
-        raise BadImage(f"{name}: {width}x{height} pixels is {what}.")
-    return picture
+        raise BadImage(f"{name}: {width}x{height} pixels is {problem}.")
+    return image
 
 
-def _upright_size(picture: Image.Image, name: str) -> tuple[int, int]:
-    """(width, height) of an open image as it is looked at."""
-    # The base class's method: that of PNG decodes the whole image to look after it.
-    orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
-    width, height = picture.size
+def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
+    """(width, height) of an open image after its EXIF rotation."""
+    # The base class's method: that of PNG decodes the whole image to find it.
+    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    width, height = image.size
     return (height, width) if orientation in _SIDEWAYS else (width, height)
 
 
-def _upright_rgb(picture: Image.Image, name: str) -> np.ndarray:
+def _upright_rgb(image: Image.Image, name: str) -> np.ndarray:
     """Decodes an open image to [H, W, 3] uint8."""
-    if picture.mode == "F":
-        raise BadImage(f"{name}: holds floating-point values, not an image to look at.")
-    picture.load()  # before the EXIF is asked for, which in a PNG may stand after the pixels
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode in _SIXTEEN_BIT:
-        grey = np.asarray(picture).astype(np.float32) / 257.0  # 65535 -> 255
+    if image.mode == "F":
+        raise BadImage(f"{name}: holds floating-point values, not an 8-bit or 16-bit image.")
+    image.load()  # before the EXIF is read, which in a PNG may follow the pixels
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BIT:
+        grey = np.asarray(image).astype(np.float32) / 257.0  # 65535 -> 255
         grey = np.rint(grey.clip(0, 255)).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
-    return np.array(picture.convert("RGB"))
+    return np.array(image.convert("RGB"))
 
 
 def _damaged(name: str, error: Exception) -> str:

@@ -1,12 +1,12 @@
 """Examples and their prompts as an endless Grain stream, by index.
 
 Every index yields an item: the task, the part of a mixture, the record and every draw follow from
-(seed, index), and a record that gives no valid example is replaced, inside the index, by another
-one drawn from the index's own generator.
+(seed, index). A record without a valid example is replaced, within the index, by another one drawn
+from the index's own generator.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from spatial_ssrl_jax.data.processor import Processor, Prompt, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, QuestionSource, Source
 from spatial_ssrl_jax.data.sources.mixture import mixture_parts
 from spatial_ssrl_jax.tasks import TASKS
-from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task
+from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, TaskSettings
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 TOO_LONG = "prompt above the largest of data.prompt_buckets or data.window_buckets"
@@ -28,7 +28,7 @@ _TRIES = 50
 
 @dataclass(frozen=True)
 class SkippedRecord:
-    """A record that gave no example: its name, why, and whether its file was bad."""
+    """A record without an example: its name, the reason, and whether its file is bad."""
 
     name: str
     reason: str
@@ -37,12 +37,12 @@ class SkippedRecord:
 
 @dataclass(frozen=True)
 class Item:
-    """One example and the prompt made of it.
+    """One example and its prompt.
 
     Attributes:
       example: question, answer, images, truth.
       prompt: tokens, patches and indices; None once it is part of a batch.
-      skipped: records that were tried before and gave nothing.
+      skipped: records that were tried before, without an example.
     """
 
     example: Example
@@ -50,7 +50,7 @@ class Item:
     skipped: tuple[SkippedRecord, ...]
 
 
-# Grain hands the arrays of a worker's items over in shared memory when it finds them as leaves.
+# Grain passes the arrays of a worker's items through shared memory if they are pytree leaves.
 # Pickled with their patches, items fill a worker's pipe, and it cannot be stopped.
 for _kind, _arrays in (
     (Item, ("example", "prompt")),
@@ -64,11 +64,18 @@ for _kind, _arrays in (
 class ExampleMaker(Protocol):
     """Makes examples of one task from the records of one source; can be pickled."""
 
-    source: Source | QuestionSource
-    task: str
+    @property
+    def source(self) -> Source | QuestionSource:
+        """Where the records come from."""
+        ...
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        ...
 
     def sizes(self, index: int) -> list[Size]:
-        """Sizes of an example's images before any pixel is read; raises `BadImage`."""
+        """Sizes of the example's images, from headers alone; raises `BadImage`."""
         ...
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
@@ -78,11 +85,11 @@ class ExampleMaker(Protocol):
 
 @dataclass(frozen=True)
 class ImageExampleMaker:
-    """Examples that a task makes of images."""
+    """Examples that a task builds from images."""
 
     source: Source
-    maker: Task
-    settings: Any
+    maker: Task[Any]
+    settings: TaskSettings
 
     @property
     def task(self) -> str:
@@ -111,12 +118,12 @@ class QuestionExampleMaker:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """What one part of a source gives for one task.
+    """The records of one part of a source for one task.
 
     Attributes:
       maker: makes examples.
       indices: the part's own record indices to draw from.
-      weight: the part's share.
+      weight: of the part in the mixture.
     """
 
     maker: ExampleMaker
@@ -125,10 +132,11 @@ class TaskSource:
 
 
 def task_sources(
-    source: AnySource, pool: Sequence[int], task: Task, settings: Any
+    source: AnySource, pool: Sequence[int], task: Task[Any], settings: TaskSettings
 ) -> list[TaskSource]:
     """The parts of a source, and their records within `pool`, that a task can draw from."""
     found, wanted = [], set(pool)
+    maker: ExampleMaker
     for part in mixture_parts(source):
         indices = [i - part.start for i in part.indices if i in wanted]
         if isinstance(part.source, QuestionSource):
@@ -144,11 +152,11 @@ def task_sources(
 
 
 class MakeItem(grain.transforms.RandomMap):
-    """Record index -> `Item`, trying other records of the pool when one gives nothing.
+    """Record index -> `Item`, trying other records of the pool when one has no example.
 
     Args:
       maker: makes examples of one task from one source.
-      pool: indices that are drawn from when one gives nothing.
+      pool: indices that replacements are drawn from.
       processor: makes prompts.
       limit: the largest prompt; a larger one is dropped, and counted as any other skip.
     """
@@ -161,9 +169,12 @@ class MakeItem(grain.transforms.RandomMap):
         limit: PromptSize | None = None,
     ):
         self.maker, self.pool, self.processor, self.limit = maker, pool, processor, limit
-        self._words = processor.measure((), FORMAT_PROMPT).tokens  # in every prompt
+        self._text_tokens = processor.measure((), FORMAT_PROMPT).tokens  # in every prompt
 
-    def random_map(self, element: int, rng: np.random.Generator) -> Item:
+    # Grain's base declares no type.
+    def random_map(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, element: int, rng: np.random.Generator
+    ) -> Item:
         skipped, index = [], int(element)
         for _ in range(_TRIES):
             try:
@@ -171,11 +182,11 @@ class MakeItem(grain.transforms.RandomMap):
             except (Reject, BadImage) as error:
                 bad = isinstance(error, BadImage)
                 skipped.append(SkippedRecord(self.maker.source.name(index), str(error), bad))
-            index = int(self.pool[rng.integers(len(self.pool))])
+            index = int(self.pool[int(rng.integers(len(self.pool)))])
         reasons = "; ".join(sorted({skip.reason for skip in skipped})[:3])
         task = self.maker.task
         raise UserError(
-            f"{self.maker.source.spec} gave no valid {task} example in {_TRIES} tries "
+            f"{self.maker.source.spec} has no valid {task} example in {_TRIES} tries "
             f"({reasons}): set tasks.{task}.weight=0 or use other images."
         )
 
@@ -183,29 +194,27 @@ class MakeItem(grain.transforms.RandomMap):
         self, index: int, rng: np.random.Generator, skipped: tuple[SkippedRecord, ...]
     ) -> Item:
         """The item of one record; a prompt that is too long is found before pixels are read."""
-        pictures = self.processor.measure(self.maker.sizes(index))
-        self._check(PromptSize(pictures.tokens + self._words, pictures.windows))
+        images = self.processor.measure(self.maker.sizes(index))
+        self._check(PromptSize(images.tokens + self._text_tokens, images.windows))
         example = self.maker(index, rng)
         question = f"{example.question} {FORMAT_PROMPT}"
         sizes = [image.shape[:2] for image in example.images]
         self._check(self.processor.measure(sizes, question))
         return Item(example, self.processor.prompt(question, example.images), skipped)
 
-    def _check(self, extent: PromptSize) -> None:
-        if self.limit is None:
-            return
-        if not _fits(extent, self.limit):
+    def _check(self, size: PromptSize) -> None:
+        if self.limit is not None and not _fits(size, self.limit):
             raise Reject(TOO_LONG)
 
 
 def item_dataset(
     source: AnySource,
     pool: Sequence[int],
-    tasks: dict[str, Any],
+    tasks: Mapping[str, TaskSettings],
     processor: Processor,
     seed: int,
     limit: PromptSize | None = None,
-) -> grain.MapDataset:
+) -> grain.MapDataset[Item]:
     """An endless stream of items, mixed by the tasks' weights and the weights of a mixture's parts.
 
     Args:
@@ -217,77 +226,80 @@ def item_dataset(
       limit: the largest prompt, in tokens and in vision windows.
 
     Raises:
-      UserError: a task with weight needs depth and the source has none, or has no question of it.
+      UserError: a task with a weight above 0 finds no record: the source has no depth, or no
+        question of it.
     """
-    datasets, weights = [], []
+    streams, weights = [], []
     for number, task in enumerate(TASKS):
         settings = tasks[task.name]
         if settings.weight <= 0:
             continue
-        parts, shares = [], []
-        for place, supply in enumerate(task_sources(source, pool, task, settings)):
-            part = grain.MapDataset.source(supply.indices).seed(_seed(seed, number, place))
-            transform = MakeItem(supply.maker, supply.indices, processor, limit)
-            parts.append(part.shuffle().repeat().random_map(transform))
-            shares.append(supply.weight)
+        parts, part_weights = [], []
+        for n, found in enumerate(task_sources(source, pool, task, settings)):
+            records = grain.MapDataset.source(found.indices).seed(_seed(seed, number, n))
+            transform = MakeItem(found.maker, found.indices, processor, limit)
+            parts.append(records.shuffle().repeat().random_map(transform))
+            part_weights.append(found.weight)
         if not parts:
             raise UserError(
                 f"{unusable(source, task)}: set --config.tasks.{task.name}.weight=0 or use another "
                 "source."
             )
-        datasets.append(_mixed(parts, shares))
+        streams.append(_mixed(parts, part_weights))
         weights.append(settings.weight)
-    return _mixed(datasets, weights)
+    return _mixed(streams, weights)
 
 
 def check_fits(
     source: AnySource,
     pool: Sequence[int],
-    tasks: dict[str, Any],
+    tasks: Mapping[str, TaskSettings],
     processor: Processor,
     limit: PromptSize,
 ) -> None:
-    """Looks whether any of a task's first images fits the buckets, from sizes alone.
+    """Checks that some of each task's first prompts fit the buckets, from sizes alone.
 
     Args:
       source, pool, tasks, processor, limit: as for `item_dataset`.
 
     Raises:
-      UserError: none of them does, for a task with weight.
+      UserError: none of them does, for a task with a weight above 0.
     """
     for task in TASKS:
         if tasks[task.name].weight <= 0:
             continue
-        extents = []
-        for supply in task_sources(source, pool, task, tasks[task.name]):
-            extents += _extents(supply, processor)
-        if extents and not any(_fits(extent, limit) for extent in extents):
-            least = min(extents, key=lambda extent: (extent.tokens, extent.windows))
+        sizes = []
+        for found in task_sources(source, pool, task, tasks[task.name]):
+            sizes += _min_sizes(found, processor)
+        if sizes and not any(_fits(size, limit) for size in sizes):
+            smallest = min(sizes, key=lambda size: (size.tokens, size.windows))
             raise UserError(
                 f"no {task.name} prompt of {source.spec} fits {limit.tokens} tokens and "
-                f"{limit.windows} windows (the smallest seen takes {least.tokens} and "
-                f"{least.windows}): add a larger one to data.prompt_buckets or "
+                f"{limit.windows} windows (the smallest takes {smallest.tokens} and "
+                f"{smallest.windows}): add a larger one to data.prompt_buckets or "
                 "data.window_buckets, or lower data.max_pixels."
             )
 
 
-def _extents(supply: TaskSource, processor: Processor) -> list[PromptSize]:
-    """What the first prompts of a supply take at least: images and the words of every prompt."""
-    found = []
-    for index in supply.indices[:_TRIES]:
+def _min_sizes(source: TaskSource, processor: Processor) -> list[PromptSize]:
+    """Lower bounds of the first prompts' sizes: images, and the text that every prompt has."""
+    sizes = []
+    for index in source.indices[:_TRIES]:
         try:
-            found.append(processor.measure(supply.maker.sizes(index), FORMAT_PROMPT))
+            sizes.append(processor.measure(source.maker.sizes(index), FORMAT_PROMPT))
         except BadImage:
             continue
-    return found
+    return sizes
 
 
-def _fits(extent: PromptSize, limit: PromptSize) -> bool:
-    return extent.tokens <= limit.tokens and extent.windows <= limit.windows
+def _fits(size: PromptSize, limit: PromptSize) -> bool:
+    return size.tokens <= limit.tokens and size.windows <= limit.windows
 
 
-def _mixed(parts: list[grain.MapDataset], weights: list[float]) -> grain.MapDataset:
-    return grain.MapDataset.mix(parts, np.array(weights) / np.sum(weights))
+def _mixed(
+    streams: Sequence[grain.MapDataset[Item]], weights: Sequence[float]
+) -> grain.MapDataset[Item]:
+    return grain.MapDataset.mix(streams, np.array(weights) / np.sum(weights))
 
 
 def _seed(seed: int, task: int, part: int) -> int:
@@ -295,9 +307,9 @@ def _seed(seed: int, task: int, part: int) -> int:
     return (seed * len(TASKS) + task + part * 1_000_003) % 2**32
 
 
-def unusable(source: AnySource, task: Task) -> str:
-    """What a source lacks for a task, as the beginning of a sentence."""
+def unusable(source: AnySource, task: Task[Any]) -> str:
+    """Why a task finds no record in a source, as the beginning of a sentence."""
     ready = any(isinstance(part.source, QuestionSource) for part in mixture_parts(source))
     if task.needs_depth and not ready:
         return f"the task {task.name} needs depth and {source.spec} has none"
-    return f"the task {task.name} finds nothing in {source.spec}"
+    return f"the task {task.name} finds no record in {source.spec}"

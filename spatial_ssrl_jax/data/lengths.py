@@ -1,23 +1,23 @@
-"""How long the tasks' prompts and cold-start responses are, without decoding every image."""
+"""Lengths of the tasks' prompts and SFT responses, without decoding every image."""
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
-from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.items import ImageExampleMaker, TaskSource, task_sources
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.tasks import TASKS
-from spatial_ssrl_jax.tasks.example import Reject, Task
+from spatial_ssrl_jax.tasks.example import Reject, Size, Task, TaskSettings
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
 
-_MADE = 24  # examples a task that are made for their words
-_TRIES = 20 * _MADE
-_DEPTH, _PLAIN = "scenes:9:1024x768", "scenes:9:640x480"  # DIODE's size, and COCO's commonest
+_EXAMPLES = 24  # examples a task whose text is tokenized
+_TRIES = 20 * _EXAMPLES
+_DEPTH, _PLAIN = "scenes:9:1024x768", "scenes:9:640x480"  # the sizes of DIODE and of most of COCO
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class TaskLengths:
     """One task's lengths.
 
     Attributes:
-      weight: its share among the tasks.
-      images: [n, 2] tokens and vision windows of the images of one example of each record.
-      words: [m] tokens of the rest of the prompt, of examples that were made.
-      responses: [m] tokens of their cold-start responses.
+      weight: of the task in the mixture.
+      images: [n, 2] int64 tokens and vision windows of the images of one example of each record.
+      text: [m] int64 tokens of the rest of the prompt, of a few examples.
+      responses: [m] int64 tokens of their SFT responses.
     """
 
     weight: float
-    pictures: np.ndarray
-    words: np.ndarray
+    images: np.ndarray
+    text: np.ndarray
     responses: np.ndarray
 
 
@@ -44,90 +44,85 @@ class Lengths:
     tasks: tuple[TaskLengths, ...]
 
     @classmethod
-    def open(cls, config: Config, model: str | None = None, spec: str | None = None) -> "Lengths":
+    def open(cls, config: Config, processor: Processor, spec: str | None = None) -> "Lengths":
         """Measures the config's trained tasks.
 
         Sizes of images are those of every record, by `Processor.measure` alone; only a few
-        examples a task are made, for the words of their questions and responses.
+        examples a task are built, for the text of their questions and responses.
 
         Args:
-          config: tasks, limits on an image's area, and the model.
-          model: a folder whose processor is taken in place of the config's model.
+          config: its tasks are measured.
+          processor: measures prompts.
           spec: where images come from; None takes built-in scenes, 1024x768 for the tasks that
             need depth and 640x480 for the others.
 
         Raises:
-          UserError: the source has nothing for a task, or gives no example of it.
+          UserError: the source has no image for a task, or no example of it.
         """
-        folder = open_model(model or config.model.path)
-        data = config.data
-        processor = Processor(folder.files, folder.config, data.min_pixels, data.max_pixels)
         found = []
         for task in TASKS:
             if config.tasks[task.name].weight > 0:
-                place = spec or (_DEPTH if task.needs_depth else _PLAIN)
-                found.append(_measure(task, config.tasks[task.name], place, processor))
+                source = spec or (_DEPTH if task.needs_depth else _PLAIN)
+                found.append(_measure(task, config.tasks[task.name], source, processor))
         return cls(tuple(found))
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """[count, 2] tokens and windows of prompts, and [count] tokens of their responses."""
+        """[count, 2] int64 tokens and windows of prompts, and [count] tokens of their responses."""
         weights = np.array([task.weight for task in self.tasks])
-        extents, responses = np.zeros((count, 2), np.int64), np.zeros(count, np.int64)
+        sizes, responses = np.zeros((count, 2), np.int64), np.zeros(count, np.int64)
         drawn = rng.choice(len(self.tasks), count, p=weights / weights.sum())
         for number, task in enumerate(self.tasks):
             mine = np.flatnonzero(drawn == number)
-            made = rng.integers(len(task.words), size=len(mine))
-            extents[mine] = task.pictures[rng.integers(len(task.pictures), size=len(mine))]
-            extents[mine, 0] += task.words[made]
-            responses[mine] = task.responses[made]
-        return extents, responses
+            example = rng.integers(len(task.text), size=len(mine))
+            sizes[mine] = task.images[rng.integers(len(task.images), size=len(mine))]
+            sizes[mine, 0] += task.text[example]
+            responses[mine] = task.responses[example]
+        return sizes, responses
 
 
-def _measure(task: Task, settings, spec: str, processor: Processor) -> TaskLengths:
+def _measure(
+    task: Task[Any], settings: TaskSettings, spec: str, processor: Processor
+) -> TaskLengths:
     source = open_source(spec)
     found = [
-        supply
-        for supply in task_sources(source, range(len(source)), task, settings)
-        if isinstance(supply.maker, ImageExampleMaker)
+        part
+        for part in task_sources(source, range(len(source)), task, settings)
+        if isinstance(part.maker, ImageExampleMaker)
     ]
     if not found:
         raise UserError(f"{spec} has no images for {task.name}: give another --source.")
 
     @cache
-    def pictures(sizes: tuple[tuple[int, int], ...]) -> PromptSize:
+    def measure(sizes: tuple[Size, ...]) -> PromptSize:
         return processor.measure(sizes)
 
-    extents = [
-        pictures(tuple(map(tuple, supply.maker.sizes(index))))
-        for supply in found
-        for index in supply.indices
-    ]
-    words, responses = _made(found, spec, processor)
+    images = [measure(tuple(part.maker.sizes(i))) for part in found for i in part.indices]
+    text, responses = _text_lengths(found, spec, processor)
     return TaskLengths(
-        settings.weight, np.array([(e.tokens, e.windows) for e in extents]), words, responses
+        settings.weight, np.array([(i.tokens, i.windows) for i in images]), text, responses
     )
 
 
-def _made(
+def _text_lengths(
     found: list[TaskSource], spec: str, processor: Processor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the words of a few examples' prompts, and of their cold-start responses."""
-    rng, words, responses = np.random.default_rng(0), [], []
+    """Tokens of the text of a few examples' prompts, and of their SFT responses."""
+    rng, text, responses = np.random.default_rng(0), [], []
     for number in range(_TRIES):
-        supply = found[number % len(found)]
+        part = found[number % len(found)]
         try:
-            example = supply.maker(supply.indices[number % len(supply.indices)], rng)
+            example = part.maker(part.indices[number % len(part.indices)], rng)
         except Reject:
             continue
         sizes = [image.shape[:2] for image in example.images]
         whole = processor.measure(sizes, f"{example.question} {FORMAT_PROMPT}").tokens
-        words.append(whole - processor.measure(sizes).tokens)
-        text = response_text(example.reason, example.answer)
-        responses.append(len(processor.encode_response(text)))
-        if len(words) == _MADE:
+        text.append(whole - processor.measure(sizes).tokens)
+        response = response_text(example.reason, example.answer)
+        responses.append(len(processor.encode_response(response)))
+        if len(text) == _EXAMPLES:
             break
-    if not words:
+    if not text:
         raise UserError(
-            f"{spec} gave no {found[0].maker.task} example in {_TRIES} tries: use other images."
+            f"{spec} has no {found[0].maker.task} example in {_TRIES} tries: use other images."
         )
-    return np.array(words), np.array(responses)
+    return np.array(text), np.array(responses)

@@ -1,4 +1,4 @@
-"""Packing examples: prompt and response of several, one after another, in rows of one shape."""
+"""Packing examples: prompts and responses of several, concatenated in rows of one shape."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch, VisionInput
 
 @dataclass(frozen=True)
 class RowCapacity:
-    """What a row holds at most.
+    """Maximum content of a row, or the content of an example.
 
     Attributes:
       tokens: of prompts and responses together.
@@ -30,7 +30,7 @@ class PackedExample:
     """A prompt with the response to learn.
 
     Attributes:
-      prompt: as it is before padding.
+      prompt: without padding.
       response: [r] int32 tokens, the end token included.
     """
 
@@ -39,13 +39,13 @@ class PackedExample:
 
     @property
     def size(self) -> RowCapacity:
-        """What it takes of a row."""
+        """Its content of a row."""
         response = len(self.response)
         return RowCapacity(len(self.prompt.ids) + response, len(self.prompt.frame), response)
 
 
-def unpad_prompt(prompts: PromptBatch, row: int) -> Prompt:
-    """One prompt of a padded batch, NumPy arrays, as it was before padding; views, not copies."""
+def unpad_prompt(prompts: PromptBatch[np.ndarray], row: int) -> Prompt:
+    """One prompt of a padded batch, without its padding; views, not copies."""
     tokens, vision = int(prompts.length[row]), prompts.vision
     windows = int((vision.frame[row] >= 0).any(axis=1).sum())  # no window is without a patch
     return Prompt(
@@ -59,12 +59,12 @@ def unpad_prompt(prompts: PromptBatch, row: int) -> Prompt:
     )
 
 
-def assign_rows(sizes: Sequence[RowCapacity], room: RowCapacity) -> list[list[int]]:
-    """Which examples share a row: first fit, in the order of falling token counts.
+def assign_rows(sizes: Sequence[RowCapacity], capacity: RowCapacity) -> list[list[int]]:
+    """Which examples share a row: first-fit decreasing, by token count.
 
     Args:
-      sizes: what each example takes.
-      room: what a row holds.
+      sizes: content of each example.
+      capacity: of a row.
 
     Returns:
       The numbers of the examples in each row; each example is in one row.
@@ -74,10 +74,10 @@ def assign_rows(sizes: Sequence[RowCapacity], room: RowCapacity) -> list[list[in
     """
     rows: list[list[int]] = []
     left: list[np.ndarray] = []
-    whole, needs = _numbers(room), [_numbers(size) for size in sizes]
+    empty, needs = _numbers(capacity), [_numbers(size) for size in sizes]
     for example in sorted(range(len(sizes)), key=lambda i: -sizes[i].tokens):
         need = needs[example]
-        if (need > whole).any():
+        if (need > empty).any():
             raise UserError(
                 f"an example of {need[0]} tokens, {need[1]} windows and {need[2]} response tokens "
                 "does not fit a row: raise sft.row_tokens, sft.row_windows or sft.row_responses."
@@ -85,60 +85,61 @@ def assign_rows(sizes: Sequence[RowCapacity], room: RowCapacity) -> list[list[in
         row = next((i for i, free in enumerate(left) if (need <= free).all()), len(rows))
         if row == len(rows):
             rows.append([])
-            left.append(whole.copy())
+            left.append(empty.copy())
         rows[row].append(example)
         left[row] -= need
     return rows
 
 
-def _numbers(room: RowCapacity) -> np.ndarray:
-    return np.array([room.tokens, room.windows, room.responses])
+def _numbers(capacity: RowCapacity) -> np.ndarray:
+    return np.array([capacity.tokens, capacity.windows, capacity.responses])
 
 
 def fill_rows(
     examples: Sequence[PackedExample],
     rows: Sequence[Sequence[int]],
-    room: RowCapacity,
+    capacity: RowCapacity,
     patch_dim: int,
     window_patches: int,
     merge_unit: int,
     dtype: str | np.dtype = "float32",
-) -> PackedRows:
-    """Lays examples out in rows, padded to `room`; NumPy arrays.
+) -> PackedRows[np.ndarray]:
+    """Lays examples out in rows, padded to `capacity`.
 
     Args:
-      examples: all that the rows speak of.
-      rows: the examples of each row, in their order; a row may be empty.
-      room: what a row holds.
-      patch_dim, window_patches, merge_unit: numbers of a patch, patches of a window and patches of
+      examples: all examples of the rows.
+      rows: indices of each row's examples, in their order; a row may be empty.
+      capacity: of a row.
+      patch_dim, window_patches, merge_unit: values in a patch, patches in a window and patches in
         a merged token.
       dtype: of the patches.
     """
     count = len(rows)
-    window = (count, room.windows, window_patches)
-    out = PackedRows(
-        ids=np.zeros((count, room.tokens), np.int32),
-        segment=np.full((count, room.tokens), -1, np.int32),
-        position=np.zeros((count, 3, room.tokens), np.int32),
-        image_index=np.full((count, room.tokens), -1, np.int32),
-        place=np.full((count, room.responses), -1, np.int32),
-        vision=VisionInput(
-            patches=np.zeros((*window, patch_dim), dtype),
-            frame=np.full(window, -1, np.int32),
-            coords=np.zeros((*window, 2), np.int32),
-        ),
+    window = (count, capacity.windows, window_patches)
+    vision: VisionInput[np.ndarray] = VisionInput(
+        patches=np.zeros((*window, patch_dim), dtype),
+        frame=np.full(window, -1, np.int32),
+        coords=np.zeros((*window, 2), np.int32),
+    )
+    out: PackedRows[np.ndarray] = PackedRows(
+        ids=np.zeros((count, capacity.tokens), np.int32),
+        segment=np.full((count, capacity.tokens), -1, np.int32),
+        position=np.zeros((count, 3, capacity.tokens), np.int32),
+        image_index=np.full((count, capacity.tokens), -1, np.int32),
+        place=np.full((count, capacity.responses), -1, np.int32),
+        vision=vision,
     )
     for row, members in enumerate(rows):
         start, frames = RowCapacity(0, 0, 0), 0
         for segment, example in enumerate(members):
             _put(out, row, segment, start, frames, examples[example], window_patches // merge_unit)
-            start = _behind(start, examples[example].size)
+            start = _after(start, examples[example].size)
             frames += int(examples[example].prompt.frame.max(initial=-1)) + 1
     return out
 
 
 def _put(
-    out: PackedRows,
+    out: PackedRows[np.ndarray],
     row: int,
     segment: int,
     start: RowCapacity,
@@ -146,12 +147,12 @@ def _put(
     example: PackedExample,
     merged: int,
 ) -> None:
-    """Writes one example after those that fill `start` of its row and have `frames` frames."""
-    prompt, response, end = example.prompt, example.response, _behind(start, example.size)
-    cut, answer = slice(start.tokens, end.tokens), end.tokens - len(response)
+    """Writes one example after those that take `start` of its row and have `frames` frames."""
+    prompt, response, end = example.prompt, example.response, _after(start, example.size)
+    whole, answer = slice(start.tokens, end.tokens), end.tokens - len(response)
     text = slice(start.tokens, answer)
-    out.ids[row, cut] = np.concatenate((prompt.ids, response))
-    out.segment[row, cut] = segment
+    out.ids[row, whole] = np.concatenate((prompt.ids, response))
+    out.segment[row, whole] = segment
     out.position[row, :, text] = prompt.position
     out.position[row, :, answer : end.tokens] = prompt.next_position + np.arange(len(response))
     index = prompt.image_index
@@ -164,7 +165,7 @@ def _put(
     vision.coords[row, windows] = prompt.coords
 
 
-def _behind(start: RowCapacity, size: RowCapacity) -> RowCapacity:
+def _after(start: RowCapacity, size: RowCapacity) -> RowCapacity:
     return RowCapacity(
         start.tokens + size.tokens,
         start.windows + size.windows,

@@ -22,30 +22,35 @@ _WORKER_BUFFER = 4  # items each worker process makes ahead
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's part of a step.
+    """This process's rows of a step's global batch.
 
     Attributes:
       items: b examples.
-      prompts: the same, padded; NumPy arrays.
-      index: [b] int32 place of each in the step's global batch.
+      prompts: their prompts, padded.
+      index: [b] int32 index of each in the global batch.
     """
 
     items: tuple[Item, ...]
-    prompts: PromptBatch
+    prompts: PromptBatch[np.ndarray]
     index: np.ndarray
 
 
 class _ProcessRows(grain.sources.RandomAccessDataSource):
     """The rows of every global batch that belong to one process, one after another.
 
-    A batch is cut into blocks (micro-batches), and each process has an equal part of every block,
-    so that a micro-batch holds the same prompts whatever the number of processes.
+    A batch is split into micro-batches, and each process has an equal number of rows of each, so
+    that a micro-batch holds the same prompts whatever the number of processes.
     """
 
     def __init__(
-        self, items: grain.MapDataset, batch: int, block: int, process: int, processes: int
+        self,
+        items: grain.MapDataset[Item],
+        batch: int,
+        micro_batch: int,
+        process: int,
+        processes: int,
     ):
-        self.items, self.batch, self.block = items, batch, block
+        self.items, self.batch, self.micro_batch = items, batch, micro_batch
         self.process, self.processes = process, processes
 
     def __len__(self) -> int:
@@ -53,32 +58,33 @@ class _ProcessRows(grain.sources.RandomAccessDataSource):
 
     def __getitem__(self, index: int) -> tuple[int, Item]:
         step, row = divmod(int(index), self.batch // self.processes)
-        share = self.block // self.processes
-        place = row // share * self.block + self.process * share + row % share
-        return place, self.items[step * self.batch + place]
+        rows = self.micro_batch // self.processes
+        number = row // rows * self.micro_batch + self.process * rows + row % rows
+        item = self.items[step * self.batch + number]
+        assert item is not None  # only where a stream filters
+        return number, item
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Items with their places -> `Batch`; as `pad_prompts` takes them."""
+    """Pads items, with their indices in the global batch, to a `Batch`; see `pad_prompts`."""
 
     prompt_buckets: tuple[int, ...]
     window_buckets: tuple[int, ...]
     dtype: str = "float32"
 
     def __call__(self, rows: Sequence[tuple[int, Item]]) -> Batch:
-        places, items = zip(*rows, strict=True)
-        buckets = self.prompt_buckets, self.window_buckets
-        prompts = pad_prompts([i.prompt for i in items], *buckets, self.dtype)
-        # Their patches are the larger part of a batch: they are not kept twice.
-        items = tuple(dataclasses.replace(item, prompt=None) for item in items)
-        return Batch(items, prompts, np.array(places, np.int32))
+        prompts = [item.prompt for _, item in rows if item.prompt is not None]
+        padded = pad_prompts(prompts, self.prompt_buckets, self.window_buckets, self.dtype)
+        # Patches are the larger part of a batch: they are not kept twice.
+        items = tuple(dataclasses.replace(item, prompt=None) for _, item in rows)
+        return Batch(items, padded, np.array([index for index, _ in rows], np.int32))
 
 
 def batches(
-    items: grain.MapDataset,
+    items: grain.MapDataset[Item],
     batch: int,
-    block: int,
+    micro_batch: int,
     collate: Collate,
     *,
     start: int,
@@ -86,48 +92,49 @@ def batches(
     workers: int = 0,
     process: int,
     processes: int,
-) -> grain.DatasetIterator:
-    """Batches of a stage from step `start` on, made ahead; `start` is the pipeline's whole state.
+) -> grain.DatasetIterator[Batch]:
+    """Batches of a stage from step `start` on, prefetched; `start` is the pipeline's whole state.
 
     Args:
       items: the stream.
       batch: prompts a step, over all processes.
-      block: prompts a micro-batch, over all processes; divides `batch`.
-      collate: pads the items, to the smallest buckets that hold this process's part of a batch.
+      micro_batch: prompts a micro-batch, over all processes; divides `batch`.
+      collate: pads the items, to the smallest buckets that hold this process's rows of a batch.
       start: the first step.
       threads: threads that make items, in each worker.
       workers: processes that make items; 0 makes them in this one.
-      process, processes: which part of each block is this process's.
+      process, processes: index of this process, and their number.
 
     Raises:
-      UserError: the number of processes does not divide `block`.
+      UserError: the number of processes does not divide `micro_batch`.
     """
-    if block % processes:
+    if micro_batch % processes:
         raise UserError(
-            f"a micro-batch of {block} prompts does not divide over {processes} processes."
+            f"a micro-batch of {micro_batch} prompts does not divide over {processes} processes."
         )
-    rows = grain.MapDataset.source(_ProcessRows(items, batch, block, process, processes))
-    share = batch // processes
+    rows = grain.MapDataset.source(_ProcessRows(items, batch, micro_batch, process, processes))
+    local_batch = batch // processes
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    stream = rows[start * share :].to_iter_dataset(options)
+    stream = rows[start * local_batch :].to_iter_dataset(options)
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain's workers ask for flags that only absl.app parses
+        if not flags.FLAGS.is_parsed():  # Grain's workers read flags that only absl.app parses
             flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, _WORKER_BUFFER))
-    stream = stream.batch(share, drop_remainder=True, batch_fn=collate)
+    stream = stream.batch(local_batch, drop_remainder=True, batch_fn=collate)
     return iter(grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=1))
 
 
 def batch_at(
-    items: grain.MapDataset,
+    items: grain.MapDataset[Item],
     batch: int,
-    block: int,
+    micro_batch: int,
     collate: Collate,
     number: int,
     *,
     process: int,
     processes: int,
 ) -> Batch:
-    """Batch `number` of a stream alone, made when asked for; arguments as those of `batches`."""
-    rows, share = _ProcessRows(items, batch, block, process, processes), batch // processes
-    return collate([rows[number * share + i] for i in range(share)])
+    """Batch `number` of a stream alone, made in this thread; arguments as those of `batches`."""
+    rows = _ProcessRows(items, batch, micro_batch, process, processes)
+    local_batch = batch // processes
+    return collate([rows[number * local_batch + i] for i in range(local_batch)])

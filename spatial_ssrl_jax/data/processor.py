@@ -1,10 +1,11 @@
-"""From question, images and videos to what the model reads: text, tokens, patches, indices."""
+"""From question, images and videos to the model's inputs: text, tokens, patches, indices."""
 
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -33,9 +34,8 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "generation_config.json",
 )
-_MARK = re.compile(r"<(image|video)(\d*)>")
-_PLURAL = {"image": "pictures", "video": "videos"}
-# An image or video of a prompt: "image" or "video", and its place among those of its kind.
+_PLACEHOLDER = re.compile(r"<(image|video)(\d*)>")
+# An image or video of a prompt: "image" or "video", and its index among those of its kind.
 MediaSlot = tuple[str, int]
 
 
@@ -44,10 +44,10 @@ class Prompt:
     """One prompt before padding.
 
     Attributes:
-      ids: [T] int32 token ids, each image's or video's places filled in.
+      ids: [T] int32 token ids, one for each merged vision token of an image or video.
       position: [3, T] int32 M-RoPE positions.
       next_position: position of the first response token.
-      image_index: [T] int32 merged vision token at each place, -1 for text.
+      image_index: [T] int32 merged vision token at each position, -1 for text.
       patches: [W, S, C·2·14·14] float32 normalised pixels in windows.
       frame: [W, S] int32, which image or temporal frame; -1 is padding.
       coords: [W, S, 2] int32, row and column of each patch.
@@ -97,40 +97,40 @@ class Processor:
                 raise UserError(
                     f"{self.folder / name} is missing: copy it from the model's hub page."
                 )
-        words = ("tokenizer.json", "vocab.json", "merges.txt")
-        there = [(self.folder / name).is_file() for name in words]
-        if not (there[0] or all(there[1:])):  # Transformers would continue with no words at all
+        vocabulary = ("tokenizer.json", "vocab.json", "merges.txt")
+        exists = [(self.folder / name).is_file() for name in vocabulary]
+        if not (exists[0] or all(exists[1:])):  # Transformers would continue without a vocabulary
             raise UserError(
                 f"{self.folder} has neither tokenizer.json nor vocab.json with merges.txt: copy "
                 "them from the model's hub page."
             )
         self.tokenizer = _read_tokenizer(self.folder)
         self._template = self._read_template()
-        self._images = self._picture_settings("preprocessor_config.json", min_pixels, max_pixels)
+        self._images = self._image_settings("preprocessor_config.json", min_pixels, max_pixels)
         own = "video_preprocessor_config.json"  # folders without it treat frames like images
         name = own if (self.folder / own).is_file() else "preprocessor_config.json"
-        self._frames = self._picture_settings(name, min_pixels, max_pixels)
+        self._frames = self._image_settings(name, min_pixels, max_pixels)
         self.stop_ids = self._read_stop_ids()
 
-    def _picture_settings(
+    def _image_settings(
         self, name: str, min_pixels: int | None, max_pixels: int | None
     ) -> Qwen2VLImageProcessorPil:
         settings, vision = _read_json(self.folder / name), self.config.vision
         size = settings.get("size", {})
-        least = min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
-        most = max_pixels or settings.get("max_pixels") or size.get("longest_edge")
-        if not (least and most and "image_mean" in settings and "image_std" in settings):
+        smallest = min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
+        largest = max_pixels or settings.get("max_pixels") or size.get("longest_edge")
+        if not (smallest and largest and "image_mean" in settings and "image_std" in settings):
             raise UserError(
                 f"{self.folder / name} lacks the image's size, image_mean or image_std: copy it "
                 "from the model's hub page."
             )
-        if least > most:
+        if smallest > largest:
             raise UserError(
-                f"the smallest image area, {least} pixels, is above the largest, {most}: "
+                f"the smallest image area, {smallest} pixels, is above the largest, {largest}: "
                 "change min_pixels or max_pixels."
             )
         return Qwen2VLImageProcessorPil(
-            size={"shortest_edge": least, "longest_edge": most},
+            size={"shortest_edge": smallest, "longest_edge": largest},
             image_mean=settings["image_mean"],
             image_std=settings["image_std"],
             patch_size=vision.patch_size,
@@ -142,8 +142,11 @@ class Processor:
         path = self.folder / "chat_template.json"
         if path.is_file():
             return _read_json(path).get("chat_template", "")
-        if self.tokenizer.chat_template:
-            return self.tokenizer.chat_template
+        template = self.tokenizer.chat_template
+        if isinstance(template, dict):  # several, by name
+            template = template.get("default")
+        if template:
+            return template
         raise UserError(f"{path} is missing: copy it from the model's hub page.")
 
     def _read_stop_ids(self) -> tuple[int, ...]:
@@ -157,7 +160,7 @@ class Processor:
         """The patch grid of an image, from its size in pixels alone.
 
         Raises:
-          BadPicture: one side is more than 200 times the other.
+          BadImage: one side is more than 200 times the other.
         """
         return self._grid(self._images, 1, height, width)
 
@@ -186,15 +189,15 @@ class Processor:
         question: str | None = None,
         videos: Sequence[tuple[int, int, int]] = (),
     ) -> PromptSize:
-        """How large a prompt will be, from the sizes of its images and videos alone.
+        """Size of a prompt, from the sizes of its images and videos alone.
 
         Args:
           sizes: (height, width) of each image in pixels.
-          question: the user's text; without it only what the images take is counted.
+          question: the user's text; without it only images and videos are counted.
           videos: (frames, height, width) of each video.
 
         Raises:
-          BadPicture: an image's aspect is too extreme.
+          BadImage: an image's aspect is too extreme.
         """
         grids = {
             "image": [self.grid(*size) for size in sizes],
@@ -210,7 +213,7 @@ class Processor:
         return PromptSize(len(self._expand(text, order, [grids[k][i] for k, i in order])), windows)
 
     def patches(self, image: np.ndarray) -> tuple[np.ndarray, Grid]:
-        """Resizes, normalises and cuts one image.
+        """Resizes and normalises one image, and splits it into patches.
 
         Args:
           image: [H, W, 3] uint8.
@@ -218,54 +221,57 @@ class Processor:
         Returns:
           [h·w, C·2·14·14] float32 patches, merged token by merged token, and the grid.
         """
-        return self._cut(self._images, image), self.grid(*image.shape[:2])
+        return self._image_patches(self._images, image), self.grid(*image.shape[:2])
 
     def video_patches(self, video: Video) -> tuple[np.ndarray, Grid]:
-        """Resizes, normalises and cuts one video; an odd last frame is taken twice.
+        """As `patches`, of one video; an odd last frame is repeated.
 
         Returns:
-          [t·h·w, C·2·14·14] float32 patches, time by time, each as in an image; and the grid.
+          [t·h·w, C·2·14·14] float32 patches, pair of frames by pair, each as in an image;
+          and the grid.
         """
         vision = self.config.vision
         grid = self.video_grid(*video.frames.shape[:3])
-        together = vision.temporal_patch_size
-        cut = []
-        for first in range(0, grid[0] * together, together):
-            places = np.minimum(np.arange(first, first + together), len(video.frames) - 1)
-            # Each frame cut as an image fills every temporal slot: keep its own one.
-            parts = [
-                self._cut(self._frames, video.frames[place]).reshape(
-                    grid[1] * grid[2], vision.in_channels, together, -1
+        depth = vision.temporal_patch_size
+        patches = []
+        for first in range(0, grid[0] * depth, depth):
+            indices = np.minimum(np.arange(first, first + depth), len(video.frames) - 1)
+            # A frame processed as an image fills every temporal slot: keep its own one.
+            slots = [
+                self._image_patches(self._frames, video.frames[index]).reshape(
+                    grid[1] * grid[2], vision.in_channels, depth, -1
                 )[:, :, slot]
-                for slot, place in enumerate(places)
+                for slot, index in enumerate(indices)
             ]
-            cut.append(np.stack(parts, axis=2).reshape(grid[1] * grid[2], -1))
-        return np.concatenate(cut), grid
+            patches.append(np.stack(slots, axis=2).reshape(grid[1] * grid[2], -1))
+        return np.concatenate(patches), grid
 
     @staticmethod
-    def _cut(settings: Qwen2VLImageProcessorPil, image: np.ndarray) -> np.ndarray:
+    def _image_patches(settings: Qwen2VLImageProcessorPil, image: np.ndarray) -> np.ndarray:
         out = settings(images=[image], return_tensors="np", input_data_format="channels_last")
         return np.asarray(out["pixel_values"], np.float32)
 
     def chat(self, question: str, images: int, videos: int = 0) -> tuple[str, list[MediaSlot]]:
         """The chat text up to the assistant's turn, with one token an image or video.
 
-        Images stand where `<image>` (the next one) or `<image2>` (the second one) is in the
-        question, videos likewise at `<video>`; those of a kind without a mark are in front.
+        An image goes where the question has `<image>` (the next one) or `<image2>` (the second
+        one), a video likewise at `<video>`; those of a kind without a placeholder come first.
 
         Returns:
-          The text, and the images and videos in the order of their places in it.
+          The text, and the images and videos in their order in it.
 
         Raises:
-          UserError: the question's places are not those of the images and videos given.
+          UserError: the question's placeholders do not match the images and videos given.
         """
-        content, order = _places(question, {"image": images, "video": videos})
+        content, order = _chat_content(question, {"image": images, "video": videos})
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            # Its annotation knows no content of several parts.
+            [{"role": "user", "content": content}],  # pyright: ignore[reportArgumentType]
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=True,
         )
+        assert isinstance(text, str)  # as it is not tokenized
         return text, order
 
     def prompt(
@@ -273,7 +279,7 @@ class Processor:
         question: str,
         images: Sequence[np.ndarray] = (),
         videos: Sequence[Video] = (),
-        most: int | None = None,
+        max_tokens: int | None = None,
     ) -> Prompt:
         """Builds the whole prompt of one question.
 
@@ -281,11 +287,11 @@ class Processor:
           question: the user's text; see `chat` for where images and videos go.
           images: [H, W, 3] uint8 each, in the order that the question numbers them.
           videos: likewise.
-          most: tokens at most; None sets no limit.
+          max_tokens: limit of the prompt's tokens; None sets none.
 
         Raises:
-          UserError: more than `most` tokens, found before any image is cut; or see `chat`.
-          BadPicture: an image too long and thin.
+          UserError: more than `max_tokens` tokens, checked before any pixel is read; or see `chat`.
+          BadImage: an image too long and thin.
         """
         vision = self.config.vision
         text, order = self.chat(question, len(images), len(videos))
@@ -297,10 +303,10 @@ class Processor:
         ]
         ids = self._expand(text, order, grids)
         is_vision = np.isin(ids, (self.config.image_token_id, self.config.video_token_id))
-        if most is not None and len(ids) > most:
+        if max_tokens is not None and len(ids) > max_tokens:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, {is_vision.sum()} of them of images, but at "
-                f"most {most} fit: use smaller images, fewer frames or a shorter question."
+                f"most {max_tokens} fit: use smaller images, fewer frames or a shorter question."
             )
         seconds = [
             vision.temporal_patch_size / videos[i].fps if kind == "video" else None
@@ -310,16 +316,16 @@ class Processor:
         layout = self._member.lay_out_windows(vision, grids)
         image_index = np.full(len(ids), -1, np.int32)
         image_index[is_vision] = layout.merged
-        cut = [
+        patches = [
             (self.patches(images[i]) if kind == "image" else self.video_patches(videos[i]))[0]
             for kind, i in order
         ]
-        flat = np.concatenate([*cut, np.zeros((1, vision.patch_dim), np.float32)])
+        flat = np.concatenate([*patches, np.zeros((1, vision.patch_dim), np.float32)])
         return Prompt(
             ids=ids,
             position=position,
-            # After the last word, as the reference's passes and `generate` continue, which after a
-            # long video is not the largest position that its rope delta goes by.
+            # After the last text token, as the reference's forward passes and `generate` continue.
+            # After a long video it is not the largest position, which its rope delta is based on.
             next_position=int(position[0, -1]) + 1,
             image_index=image_index,
             patches=flat[layout.source],
@@ -328,14 +334,14 @@ class Processor:
         )
 
     def _expand(self, text: str, order: list[MediaSlot], grids: list[Grid]) -> np.ndarray:
-        """Token ids with each image or video token repeated as often as its grid asks for."""
+        """[T] int32 ids, each image or video token repeated for each merged token of its grid."""
         token = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-        places = np.flatnonzero(np.isin(ids, list(token.values())))
-        if ids[places].tolist() != [token[kind] for kind, _ in order]:
+        indices = np.flatnonzero(np.isin(ids, list(token.values())))
+        if ids[indices].tolist() != [token[kind] for kind, _ in order]:
             raise UserError("the question's text itself holds an image token; leave it out.")
         repeat = np.ones(len(ids), np.int64)
-        repeat[places] = [merged_tokens(self.config.vision, grid) for grid in grids]
+        repeat[indices] = [merged_tokens(self.config.vision, grid) for grid in grids]
         return np.repeat(ids, repeat)
 
     def encode_response(self, text: str) -> np.ndarray:
@@ -345,17 +351,21 @@ class Processor:
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of response tokens, without special tokens."""
-        return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+        text = self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+        assert isinstance(text, str)  # a list only for a batch
+        return text
 
 
-def _places(question: str, given: dict[str, int]) -> tuple[list[dict], list[MediaSlot]]:
-    """The chat's content parts, and the images and videos in the order that they are in it.
+def _chat_content(
+    question: str, given: dict[str, int]
+) -> tuple[list[dict[str, str]], list[MediaSlot]]:
+    """The chat message's content parts, and its images and videos in their order.
 
     Args:
-      question: with or without marks; see `Processor.chat`.
-      given: how many there are of each kind.
+      question: with or without placeholders; see `Processor.chat`.
+      given: number of images and of videos.
     """
-    marks = list(_MARK.finditer(question))
+    marks = list(_PLACEHOLDER.finditer(question))
     marked = {mark[1] for mark in marks}
     order = [(kind, i) for kind in given if kind not in marked for i in range(given[kind])]
     content, end = [{"type": kind} for kind, _ in order], 0
@@ -368,12 +378,12 @@ def _places(question: str, given: dict[str, int]) -> tuple[list[dict], list[Medi
         end = mark.end()
     content.append({"type": "text", "text": question[end:]})
     for kind, count in given.items():
-        places = [i for of, i in order if of == kind]
-        if sorted(places) != list(range(count)):
-            named = ", ".join(str(i + 1) for i in places) or "none"
+        indices = [i for of, i in order if of == kind]
+        if sorted(indices) != list(range(count)):
+            numbers = ", ".join(str(i + 1) for i in indices) or "none"
             raise UserError(
-                f"the question has places for {len(places)} {_PLURAL[kind]} (number {named}), "
-                f"but {count} were given: give as many as it has places for."
+                f"the question has placeholders for {len(indices)} {kind}s (number {numbers}), "
+                f"but {count} were given: give as many as it has placeholders for."
             )
     return content, order
 
@@ -381,13 +391,13 @@ def _places(question: str, given: dict[str, int]) -> tuple[list[dict], list[Medi
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # Transformers hands on whatever its parsers meet
+    except Exception as error:  # Transformers passes on any error of its parsers
         raise UserError(
             f"the tokenizer in {folder} cannot be read ({error}): copy its files again."
         ) from error
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except ValueError as error:

@@ -57,7 +57,7 @@ class _FramedImage:
 
 
 def make(record: Record, rng: np.random.Generator, settings: CropSettings) -> Example:
-    """Blackens a square and offers it among three distractors made from the same image."""
+    """Blackens a square and offers it among three distractors from the same image."""
     height, width = record.image.shape[:2]
     size = min(height, width) // 2
     if size < settings.min_side:
@@ -116,7 +116,7 @@ def _distractors(
     """
     drawn = weighted_shuffle(rng, settings.distractors)
     if len(drawn) < 3:
-        raise UserError("tasks.crop.distractors must give at least three kinds a weight above 0.")
+        raise UserError("tasks.crop.distractors needs at least three kinds with a weight above 0.")
     taken = {"answer": thumbnail(framed.image, _source_box(framed.inside, square, "answer"))}
     for kind in drawn:
         if kind in _TURNS:

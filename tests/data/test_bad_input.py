@@ -1,4 +1,4 @@
-"""Folders with every kind of bad file: what can be used is, the rest is skipped and named."""
+"""Folders with every kind of bad file: usable files are used, the rest is skipped and named."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +37,7 @@ def narrow(path: Path) -> None:
     Image.fromarray(photo(1, 50, 50)).resize((24_000, 100)).save(path)
 
 
-BAD_PICTURES: dict[str, tuple[Save, str]] = {
+BAD_IMAGES: dict[str, tuple[Save, str]] = {
     "empty.png": (lambda path: path.write_bytes(b""), "not an image"),
     "text.jpg": (lambda path: path.write_text("404 Not Found"), "not an image"),
     "cut.jpg": (truncated, "cannot be read"),
@@ -64,24 +64,24 @@ def items_of(spec: str, processor: Processor, task: str, count: int) -> list[Ite
     return [items[i] for i in range(count)]
 
 
-def test_bad_pictures_are_skipped_and_named(tmp_path: Path, processor: Processor):
+def test_bad_images_are_skipped_and_named(tmp_path: Path, processor: Processor):
     whole(tmp_path / "good.png")
     animated(tmp_path / "moving.png")
-    for name, (save, _) in BAD_PICTURES.items():
+    for name, (save, _) in BAD_IMAGES.items():
         save(tmp_path / name)
-    made = items_of(f"folder:{tmp_path}", processor, "shuffle", 24)
-    assert {item.example.source["record"] for item in made} == {"good.png", "moving.png"}
-    skips = {skip.name: skip for item in made for skip in item.skipped}
-    assert set(skips) == set(BAD_PICTURES)
+    items = items_of(f"folder:{tmp_path}", processor, "shuffle", 24)
+    assert {item.example.source["record"] for item in items} == {"good.png", "moving.png"}
+    skips = {skip.name: skip for item in items for skip in item.skipped}
+    assert set(skips) == set(BAD_IMAGES)
     assert all(skip.bad for skip in skips.values())
 
 
-@pytest.mark.parametrize("name", BAD_PICTURES)
-def test_each_bad_picture_says_why(tmp_path: Path, processor: Processor, name: str):
-    save, said = BAD_PICTURES[name]
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_each_bad_image_says_why(tmp_path: Path, processor: Processor, name: str):
+    save, message = BAD_IMAGES[name]
     save(tmp_path / name)
     source = open_source(f"folder:{tmp_path}")
-    with pytest.raises(BadImage, match=said) as error:
+    with pytest.raises(BadImage, match=message) as error:
         processor.grid(*source[0].image.shape[:2])
     assert str(error.value).count(".\n") == 0 and str(error.value).endswith(".")
 
@@ -90,11 +90,11 @@ def depth_file(change: Callable[[np.ndarray], np.ndarray]) -> Save:
     return lambda path: save_depth(path, change(room(1, *SIZE)))
 
 
-def filled(value: float, share: float) -> Save:
-    """A room of whose rows a share holds `value`."""
+def filled(value: float, fraction: float) -> Save:
+    """A room in which a fraction of the rows holds `value`."""
 
     def change(depth: np.ndarray) -> np.ndarray:
-        depth[: round(share * len(depth))] = value
+        depth[: round(fraction * len(depth))] = value
         return depth
 
     return depth_file(change)
@@ -122,10 +122,10 @@ def test_bad_depths_are_skipped_and_named(tmp_path: Path, processor: Processor, 
     for name, save in (BAD_DEPTHS | USABLE_DEPTHS).items():
         whole(tmp_path / f"{name}.png")
         save(tmp_path / f"{name}_depth.npy")
-    made = items_of(f"rgbd:{tmp_path}", processor, task, 33)
-    used = {item.example.source["record"].removesuffix(".png") for item in made}
+    items = items_of(f"rgbd:{tmp_path}", processor, task, 33)
+    used = {item.example.source["record"].removesuffix(".png") for item in items}
     assert used == set(USABLE_DEPTHS)
-    skips = {skip.name.removesuffix(".png") for item in made for skip in item.skipped if skip.bad}
+    skips = {skip.name.removesuffix(".png") for item in items for skip in item.skipped if skip.bad}
     assert skips == set(BAD_DEPTHS)
 
 
@@ -140,12 +140,12 @@ def test_a_constant_map_is_rejected_but_not_bad(tmp_path: Path, processor: Proce
     }
 
 
-def test_a_run_stops_above_its_share_of_bad_pictures():
-    said: list[str] = []
+def test_a_run_stops_above_its_fraction_of_bad_images():
+    lines: list[str] = []
     run = SimpleNamespace(
         config=Config("test"),
         source=SimpleNamespace(spec="folder:x"),
-        progress=SimpleNamespace(say=said.append),
+        progress=SimpleNamespace(say=lines.append),
         bad=0,
         tried=0,
     )
@@ -153,7 +153,7 @@ def test_a_run_stops_above_its_share_of_bad_pictures():
         Item(None, None, skipped) for skipped in ((), (SkippedRecord("a.png", "cut.", True),))
     )
     training._count_bad(run, SimpleNamespace(items=[good] * 30 + [bad] * 5))
-    assert (run.bad, run.tried) == (5, 40) and said == ["skipped a.png: cut."] * 5
+    assert (run.bad, run.tried) == (5, 40) and lines == ["skipped a.png: cut."] * 5
     with pytest.raises(UserError, match=r"data\.max_bad_fraction") as error:
         training._count_bad(run, SimpleNamespace(items=[bad] * 10))
     assert "of 60 images from folder:x" in str(error.value)

@@ -1,4 +1,4 @@
-"""Buckets of a batch: trimming undoes widening, and cuts nothing off."""
+"""Buckets of a batch: trimming undoes widening, and truncates nothing."""
 
 import jax
 import numpy as np
@@ -39,5 +39,5 @@ def test_trim_undoes_widen_and_picks_rows(prompts):
 @pytest.mark.parametrize(("tokens", "windows"), [(-1, 0), (0, -1)])
 def test_a_bucket_that_is_too_small_is_refused(prompts, tokens, windows):
     batch = pad_prompts(prompts, (64,), (9,))
-    with pytest.raises(ValueError, match="cuts prompts off"):
+    with pytest.raises(ValueError, match="too small for the prompts"):
         trim(batch, np.arange(3), len(prompts[2].ids) + tokens, len(prompts[2].frame) + windows)

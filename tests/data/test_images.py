@@ -1,4 +1,4 @@
-"""Every kind of image comes out as upright [H, W, 3] uint8; every bad one as `BadImage`."""
+"""Every kind of image is read as upright [H, W, 3] uint8; every bad one raises `BadImage`."""
 
 import io
 import struct
@@ -22,11 +22,11 @@ def rgb() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
-def check(picture: np.ndarray, expected: np.ndarray, tolerance: int = 0) -> None:
-    assert picture.dtype == np.uint8
-    assert picture.shape == expected.shape
-    assert picture.flags.c_contiguous and picture.flags.writeable
-    assert np.abs(picture.astype(int) - expected.astype(int)).max() <= tolerance
+def check(image: np.ndarray, expected: np.ndarray, tolerance: int = 0) -> None:
+    assert image.dtype == np.uint8
+    assert image.shape == expected.shape
+    assert image.flags.c_contiguous and image.flags.writeable
+    assert np.abs(image.astype(int) - expected.astype(int)).max() <= tolerance
 
 
 @pytest.mark.parametrize("ending", ["png", "bmp", "webp"])
@@ -137,12 +137,12 @@ def png_of_size(width: int, height: int) -> bytes:
 
 
 def bad_files() -> dict[str, bytes]:
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8))
     whole = {}
-    for form in ("JPEG", "PNG", "WEBP"):
+    for format in ("JPEG", "PNG", "WEBP"):
         buffer = io.BytesIO()
-        picture.save(buffer, form)
-        whole[form] = buffer.getvalue()
+        image.save(buffer, format)
+        whole[format] = buffer.getvalue()
     floats = io.BytesIO()
     Image.fromarray(np.zeros((4, 4), np.float32)).save(floats, "TIFF")
     return {
@@ -159,7 +159,7 @@ def bad_files() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", bad_files())
-def test_bad_pictures_are_named(tmp_path, name):
+def test_bad_images_are_named(tmp_path, name):
     content = bad_files()[name]
     (tmp_path / name).write_bytes(content)
     for call in (
@@ -172,7 +172,7 @@ def test_bad_pictures_are_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["empty.jpg", "text.jpg", "zero.png", "huge.png"])
-def test_size_of_bad_pictures(tmp_path, name):
+def test_size_of_bad_images(tmp_path, name):
     (tmp_path / name).write_bytes(bad_files()[name])
     with pytest.raises(BadImage, match=name):
         image_size(tmp_path / name)
@@ -200,7 +200,7 @@ def test_the_limit_is_on_pixels(tmp_path, rgb, monkeypatch):
     [("eg1", (375, 500)), ("eg2", (640, 427)), ("eg3", (640, 426)), ("eg4", (640, 480))],
 )
 def test_real_photos(name, size):
-    picture = open_image(PHOTOS / f"{name}.jpg")
-    assert picture.shape == (size[1], size[0], 3)
-    assert picture.std() > 20
+    image = open_image(PHOTOS / f"{name}.jpg")
+    assert image.shape == (size[1], size[0], 3)
+    assert image.std() > 20
     assert image_size(PHOTOS / f"{name}.jpg") == size

@@ -10,7 +10,7 @@ from spatial_ssrl_jax.data.sources import OPENERS, open_source
 from spatial_ssrl_jax.data.sources.mixture import split_spec
 from spatial_ssrl_jax.data.split import split_records
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
-from tests.data.test_sources import save_picture
+from tests.data.test_sources import save_image
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from tests.data.test_sources import save_picture
         ("arrayrecord:/x/*-of-*+2*scenes", [("arrayrecord:/x/*-of-*", 1), ("scenes", 2)]),
     ],
 )
-def test_the_written_form(spec: str, parts: list):
+def test_the_written_format(spec: str, parts: list):
     assert split_spec(spec, list(OPENERS)) == parts
 
 
@@ -36,11 +36,11 @@ def test_a_weight_of_zero_is_refused():
 @pytest.fixture
 def mixture(tmp_path):
     for name in "abcd":
-        save_picture(tmp_path / f"{name}.png")
+        save_image(tmp_path / f"{name}.png")
     return open_source(f"2*folder:{tmp_path}+scenes:10")
 
 
-def test_records_stand_one_after_another(mixture):
+def test_records_are_concatenated(mixture):
     again = pickle.loads(pickle.dumps(mixture))
     assert len(again) == 14 and again.has_depth
     assert [again.name(i) for i in (0, 3, 4, 13)] == [
@@ -68,7 +68,7 @@ def test_depth_tasks_draw_from_parts_with_depth(mixture):
     assert [s.indices for s in kept] == [[0, 2], [1]]
 
 
-def test_each_part_holds_records_out(mixture):
+def test_each_part_has_held_out_records(mixture):
     split = split_records(mixture, 0.2)
     assert not set(split.train) & set(split.heldout)
     assert sorted(split.train + split.heldout) == list(range(14))

@@ -15,59 +15,61 @@ from spatial_ssrl_jax.data.packing import (
     unpad_prompt,
 )
 
-ROOM = RowCapacity(tokens=64, windows=9, responses=20)
+CAPACITY = RowCapacity(tokens=64, windows=9, responses=20)
 
 
 @st.composite
 def sizes(draw) -> list[RowCapacity]:
-    """Up to forty examples, each within `ROOM`."""
+    """Up to forty examples, each within `CAPACITY`."""
     found = []
     for _ in range(draw(st.integers(0, 40))):
-        response = draw(st.integers(1, ROOM.responses))
-        prompt = draw(st.integers(1, ROOM.tokens - response))
-        found.append(RowCapacity(prompt + response, draw(st.integers(0, ROOM.windows)), response))
+        response = draw(st.integers(1, CAPACITY.responses))
+        prompt = draw(st.integers(1, CAPACITY.tokens - response))
+        found.append(
+            RowCapacity(prompt + response, draw(st.integers(0, CAPACITY.windows)), response)
+        )
     return found
 
 
 def taken(sizes: list[RowCapacity], row: list[int]) -> tuple[int, ...]:
-    parts = [(sizes[i].tokens, sizes[i].windows, sizes[i].responses) for i in row]
-    return tuple(np.sum(parts, axis=0))
+    sums = [(sizes[i].tokens, sizes[i].windows, sizes[i].responses) for i in row]
+    return tuple(np.sum(sums, axis=0))
 
 
 @settings(deadline=None, max_examples=200)
 @given(sizes())
 def test_each_example_is_in_one_row_that_holds_it(sizes: list[RowCapacity]):
-    rows = assign_rows(sizes, ROOM)
+    rows = assign_rows(sizes, CAPACITY)
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
-    limit = ROOM.tokens, ROOM.windows, ROOM.responses
+    limits = CAPACITY.tokens, CAPACITY.windows, CAPACITY.responses
     for row in rows:
-        assert all(have <= most for have, most in zip(taken(sizes, row), limit, strict=True))
-    assert rows == assign_rows(sizes, ROOM)
+        assert all(have <= limit for have, limit in zip(taken(sizes, row), limits, strict=True))
+    assert rows == assign_rows(sizes, CAPACITY)
 
 
 @settings(deadline=None, max_examples=100)
 @given(sizes())
-def test_no_row_opens_while_another_has_room(sizes: list[RowCapacity]):
+def test_no_row_opens_while_another_fits(sizes: list[RowCapacity]):
     """First fit: the example that opens a row fits none of the rows before it."""
-    rows = assign_rows(sizes, ROOM)
-    limit = ROOM.tokens, ROOM.windows, ROOM.responses
+    rows = assign_rows(sizes, CAPACITY)
+    limits = CAPACITY.tokens, CAPACITY.windows, CAPACITY.responses
     for number, row in enumerate(rows):
         for earlier in rows[:number]:
             both = taken(sizes, [*earlier, row[0]])
-            assert any(have > most for have, most in zip(both, limit, strict=True))
+            assert any(have > limit for have, limit in zip(both, limits, strict=True))
 
 
 def test_rows_by_hand():
     """In the order 40, 30, 20, 20, 10 tokens: 40+20, 30+20+10; responses of 15 share no row."""
     tokens = [20, 40, 10, 30, 20]
-    assert assign_rows([RowCapacity(n, 1, 2) for n in tokens], ROOM) == [[1, 0], [3, 4, 2]]
-    assert assign_rows([RowCapacity(20, 1, 15)] * 2, ROOM) == [[0], [1]]
-    assert assign_rows([RowCapacity(20, 5, 2)] * 2, ROOM) == [[0], [1]]
+    assert assign_rows([RowCapacity(n, 1, 2) for n in tokens], CAPACITY) == [[1, 0], [3, 4, 2]]
+    assert assign_rows([RowCapacity(20, 1, 15)] * 2, CAPACITY) == [[0], [1]]
+    assert assign_rows([RowCapacity(20, 5, 2)] * 2, CAPACITY) == [[0], [1]]
 
 
 def test_an_example_larger_than_a_row_names_the_settings():
     with pytest.raises(UserError, match="65 tokens, 1 windows .* raise sft.row_tokens"):
-        assign_rows([RowCapacity(65, 1, 2)], ROOM)
+        assign_rows([RowCapacity(65, 1, 2)], CAPACITY)
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +80,18 @@ def examples(toy) -> list[PackedExample]:
     return [PackedExample(p, np.arange(3 + i, dtype=np.int32)) for i, p in enumerate(prompts)]
 
 
-def test_cutting_takes_the_padding_off(examples):
+def test_unpadding_takes_the_padding_off(examples):
     batch = pad_prompts([e.prompt for e in examples], (80,), (7,))
     for row, example in enumerate(examples):
         for name, value in vars(example.prompt).items():
             np.testing.assert_array_equal(getattr(unpad_prompt(batch, row), name), value)
 
 
-def test_each_example_lies_as_if_alone(toy, examples):
-    room, vision = RowCapacity(100, 8, 14), toy.config.vision
+def test_each_example_is_laid_out_as_if_alone(toy, examples):
+    capacity, vision = RowCapacity(100, 8, 14), toy.config.vision
     sizes = vision.patch_dim, vision.window_patches, vision.merge_unit
     merged = vision.window_patches // vision.merge_unit
-    rows = fill_rows(examples, [[2, 1, 0], []], room, *sizes)
+    rows = fill_rows(examples, [[2, 1, 0], []], capacity, *sizes)
     assert (rows.segment[1] == -1).all() and (rows.place[1] == -1).all()
     assert (rows.vision.frame[1] == -1).all()
     vectors = rows.vision.patches[0].reshape(-1, merged, vision.merge_unit * vision.patch_dim)
@@ -107,14 +109,14 @@ def test_each_example_lies_as_if_alone(toy, examples):
         after = prompt.next_position + np.arange(len(response))
         assert (position[:, len(prompt.ids) :] == after).all()
         index = rows.image_index[0, mine]
-        pictured = prompt.image_index >= 0
+        is_vision = prompt.image_index >= 0
         assert (index[len(prompt.ids) :] == -1).all()
-        assert np.array_equal(index[: len(prompt.ids)] >= 0, pictured)
-        alone = prompt.patches.reshape(-1, vectors.shape[-1])[prompt.image_index[pictured]]
+        assert np.array_equal(index[: len(prompt.ids)] >= 0, is_vision)
+        alone = prompt.patches.reshape(-1, vectors.shape[-1])[prompt.image_index[is_vision]]
         assert np.array_equal(vectors[index[index >= 0]], alone)
         slots = index[index >= 0]
         found = rows.vision.frame[0].reshape(-1, vision.merge_unit)[slots, 0]
         assert not frames & set(found.tolist())
         frames |= set(found.tolist())
     assert len(frames) == 3
-    assert (rows.segment[0] == -1).sum() == room.tokens - sum(e.size.tokens for e in examples)
+    assert (rows.segment[0] == -1).sum() == capacity.tokens - sum(e.size.tokens for e in examples)

@@ -49,12 +49,12 @@ def take(iterator, count: int) -> list[Batch]:
 
 @pytest.fixture(scope="module")
 def stream(processor: Processor):
-    """Batches of 4 in blocks of 2 over flip and shuffle; keywords change how they are made."""
+    """Batches of 4 in micro-batches of 2 over flip and shuffle; keywords change the arguments."""
     items = item_dataset(SCENES, range(40), weights(flip=1.0, shuffle=2.0), processor, seed=5)
 
     def make(**changed):
-        how = {"start": 0, "threads": 1, "process": 0, "processes": 1} | changed
-        return batches(items, 4, 2, COLLATE, **how)
+        arguments = {"start": 0, "threads": 1, "process": 0, "processes": 1} | changed
+        return batches(items, 4, 2, COLLATE, **arguments)
 
     return make
 
@@ -75,19 +75,19 @@ def test_threads_do_not_change_the_stream(stream):
         assert_same(a, b)
 
 
-def test_the_stream_goes_on_changing(stream):
+def test_the_stream_keeps_changing(stream):
     found = [word for batch in take(stream(), 5) for word in words(batch)]
     assert len(set(found)) > 15
 
 
-def test_processes_share_every_batch_and_every_block(stream):
+def test_processes_divide_every_batch_and_every_micro_batch(stream):
     whole = take(stream(), 3)
     parts = [take(stream(process=p, processes=2), 3) for p in range(2)]
     for step, batch in enumerate(whole):
         rows = {}
         for part in parts:
             place = part[step].index
-            assert len(place) == 2 and sorted(place // 2) == [0, 1]  # one row of each block
+            assert len(place) == 2 and sorted(place // 2) == [0, 1]  # one row of each micro-batch
             ids = part[step].prompts.ids
             for row, word in enumerate(words(part[step])):
                 rows[int(place[row])] = word, ids[row]
@@ -106,11 +106,11 @@ def test_a_start_at_k_equals_skipping_k(stream):
 @settings(deadline=None, max_examples=6)
 @given(start=st.integers(0, 10_000), threads=st.integers(1, 4), processes=st.sampled_from([1, 2]))
 def test_a_resume_anywhere_gives_the_same_step(stream, start: int, threads: int, processes: int):
-    """The state is the number of the next step; how many share the work does not matter."""
+    """The state is the number of the next step; the number of processes does not matter."""
     (whole,) = take(stream(start=start), 1)
     for process in range(processes):
-        how = {"start": start, "threads": threads, "process": process, "processes": processes}
-        (part,) = take(stream(**how), 1)
+        arguments = {"start": start, "threads": threads, "process": process, "processes": processes}
+        (part,) = take(stream(**arguments), 1)
         assert words(part) == [words(whole)[place] for place in part.index]
         np.testing.assert_array_equal(part.prompts.ids, whole.prompts.ids[part.index])
 
@@ -132,28 +132,28 @@ def test_a_seed_of_its_own_gives_a_stream_of_its_own(processor: Processor):
     assert (first.source, first.question) != (second.source, second.question)
 
 
-def test_tasks_come_in_the_shares_of_their_weights(processor: Processor):
+def test_tasks_come_in_proportion_to_their_weights(processor: Processor):
     items = item_dataset(SCENES, range(40), weights(flip=1.0, shuffle=3.0), processor, seed=0)
     names = [items[i].example.task for i in range(40)]
     assert names.count("shuffle") == 30 and names.count("flip") == 10
 
 
-def test_the_number_of_processes_divides_a_block(stream):
+def test_the_number_of_processes_divides_a_micro_batch(stream):
     with pytest.raises(UserError, match="2 prompts does not divide over 4 processes"):
         stream(processes=4)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.99])
-def test_held_out_and_training_records_are_disjoint_and_all(share: float):
-    split = split_records(SCENES, share)
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.99])
+def test_held_out_and_training_records_are_disjoint_and_all(fraction: float):
+    split = split_records(SCENES, fraction)
     assert not set(split.train) & set(split.heldout)
     assert sorted(split.train + split.heldout) == list(range(40))
-    assert len(split.heldout) == (0 if share == 0 else min(round(40 * share), 39))
+    assert len(split.heldout) == (0 if fraction == 0 else min(round(40 * fraction), 39))
 
 
-@pytest.mark.parametrize("share", [0.001, 0.5, 1.0])
-def test_two_records_leave_one_on_each_side(share: float):
-    split = split_records(open_source("scenes:2"), share)
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 1.0])
+def test_two_records_leave_one_on_each_side(fraction: float):
+    split = split_records(open_source("scenes:2"), fraction)
     assert (len(split.train), len(split.heldout)) == (1, 1)
 
 
@@ -188,47 +188,47 @@ class Damaged:
 
     def __getitem__(self, index: int) -> Record:
         if index in self.bad:
-            raise BadImage(f"{self.name(index)} is cut short.")
+            raise BadImage(f"{self.name(index)} is truncated.")
         return self.scenes[index]
 
 
-def test_a_bad_picture_is_replaced_inside_its_index_and_named(processor: Processor):
+def test_a_bad_image_is_replaced_inside_its_index_and_named(processor: Processor):
     few = open_source("scenes:6")
     whole, damaged = (
         item_dataset(source, range(6), weights(flip=1.0), processor, seed=0)
         for source in (few, Damaged(few, bad=(1, 4)))
     )
-    struck = 0
+    replaced = 0
     for index in range(12):
         before, item = whole[index].example.source["record"], damaged[index]
         assert item.example.source["record"] not in ("scene-000001", "scene-000004")
         if before in ("scene-000001", "scene-000004"):
-            struck += 1
+            replaced += 1
             first = item.skipped[0]
             assert (first.name, first.bad) == (before, True)
-            assert first.reason == f"{before} is cut short."
+            assert first.reason == f"{before} is truncated."
         else:
             assert item.skipped == () and item.example.source["record"] == before
             assert np.array_equal(item.prompt.ids, whole[index].prompt.ids)
-    assert struck == 4  # two epochs over six records, two of them bad
+    assert replaced == 4  # two epochs over six records, two of them bad
     again = item_dataset(Damaged(few, bad=(1, 4)), range(6), weights(flip=1.0), processor, seed=0)
     assert [again[i].skipped for i in range(12)] == [damaged[i].skipped for i in range(12)]
 
 
-def test_nothing_but_bad_pictures_is_an_error_with_the_reason(processor: Processor):
+def test_nothing_but_bad_images_is_an_error_with_the_reason(processor: Processor):
     source = Damaged(open_source("scenes:2"), bad=(0, 1))
     items = item_dataset(source, range(2), weights(flip=1.0), processor, seed=0)
-    with pytest.raises(UserError, match=r"folder:damaged gave no valid flip example.*is cut short"):
+    with pytest.raises(UserError, match=r"folder:damaged has no valid flip example.*is truncated"):
         items[0]
 
 
-def test_parts_of_a_mixture_come_in_the_shares_of_their_weights(processor: Processor):
+def test_parts_of_a_mixture_come_in_proportion_to_their_weights(processor: Processor):
     source = open_source("3*scenes:30+scenes:20:56x56")
     pool = range(len(source))
     items = item_dataset(source, pool, weights(shuffle=1.0, depth=1.0), processor, seed=0)
-    made = [items[i].example for i in range(80)]
+    examples = [items[i].example for i in range(80)]
     for task in ("shuffle", "depth"):
-        specs = [example.source["spec"] for example in made if example.task == task]
+        specs = [example.source["spec"] for example in examples if example.task == task]
         assert len(specs) == 40 and specs.count("scenes:30") == 30
 
 
@@ -279,19 +279,21 @@ def test_the_question_counts_too(processor: Processor):
 
 
 def test_buckets_that_hold_no_prompt_are_refused_beforehand(processor: Processor):
-    """From sizes alone, of images and of the words that every prompt has."""
-    least = processor.measure([(112, 112)], FORMAT_PROMPT)
+    """From sizes alone, of images and of the text that every prompt has."""
+    smallest = processor.measure([(112, 112)], FORMAT_PROMPT)
     fits = partial(check_fits, SCENES, range(4), weights(flip=1.0), processor)
-    fits(PromptSize(least.tokens, least.windows))
-    said = f"no flip prompt .* takes {least.tokens} and {least.windows}.*data.prompt_buckets"
-    for limit in (PromptSize(least.tokens - 1, 8), PromptSize(9999, least.windows - 1)):
-        with pytest.raises(UserError, match=said):
+    fits(PromptSize(smallest.tokens, smallest.windows))
+    message = (
+        f"no flip prompt .* takes {smallest.tokens} and {smallest.windows}.*data.prompt_buckets"
+    )
+    for limit in (PromptSize(smallest.tokens - 1, 8), PromptSize(9999, smallest.windows - 1)):
+        with pytest.raises(UserError, match=message):
             fits(limit)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
 @pytest.mark.parametrize("size", [(112, 112), (97, 160), (224, 150)])
-def test_the_sizes_of_a_tasks_pictures_are_known_beforehand(task, size):
+def test_the_sizes_of_a_tasks_images_are_known_beforehand(task, size):
     rec = record(2, *size)
     example = task.make(rec, np.random.default_rng(0), task.settings())
     known = task.sizes(size)
@@ -304,15 +306,15 @@ def test_released_responses_are_learned_from_as_they_are(processor: Processor, t
     Image.fromarray(record(1).image).save(tmp_path / "a.png")
     output = "<think>By the edges.</think>\\boxed{2-0}"
     row = {"instruction": QUESTION, "input": "", "output": output, "images": ["a.png"]}
-    (tmp_path / "cold.json").write_text(json.dumps([row]))
-    source = open_source(f"ssrl81k:{tmp_path / 'cold.json'}")
+    (tmp_path / "sft.json").write_text(json.dumps([row]))
+    source = open_source(f"ssrl81k:{tmp_path / 'sft.json'}")
     items = item_dataset(source, range(1), weights(flip=1.0), processor, seed=0)
     batch = COLLATE(list(enumerate([items[0], items[1]])))
     learned = encode_responses(batch.items, processor, limit=64)
     assert [processor.decode(tokens) for tokens in learned] == [output, output]
     with pytest.raises(UserError, match="rollout.max_new_tokens=.8,. has no bucket"):
         encode_responses(batch.items, processor, limit=8)
-    with pytest.raises(UserError, match="shuffle finds nothing in ssrl81k"):
+    with pytest.raises(UserError, match="shuffle finds no record in ssrl81k"):
         item_dataset(source, range(1), weights(shuffle=1.0), processor, seed=0)
 
 

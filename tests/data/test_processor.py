@@ -1,10 +1,12 @@
 """Prompts: the chat text, image tokens, patches and padding, and what is refused."""
 
+import importlib
 import json
 import shutil
 
 import numpy as np
 import pytest
+import transformers
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.batching import pad_prompts, pad_responses, smallest_bucket
@@ -13,7 +15,7 @@ from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.qwen_vl.family import read_config
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
@@ -27,7 +29,7 @@ def processor(shared, config):
     return Processor(shared / "qwen2_5_vl", config)
 
 
-def picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -35,10 +37,10 @@ def picture(height, width, seed=0):
     "question, images, content",
     [
         ("Where?", 0, "Where?"),
-        ("Where?", 2, PICTURE + PICTURE + "Where?"),
-        ("<image>Where?", 1, PICTURE + "Where?"),
-        ("From <image> to <image>.", 2, f"From {PICTURE} to {PICTURE}."),
-        ("A: <image1>\nB: <image2>", 2, f"A: {PICTURE}\nB: {PICTURE}"),
+        ("Where?", 2, IMAGE + IMAGE + "Where?"),
+        ("<image>Where?", 1, IMAGE + "Where?"),
+        ("From <image> to <image>.", 2, f"From {IMAGE} to {IMAGE}."),
+        ("A: <image1>\nB: <image2>", 2, f"A: {IMAGE}\nB: {IMAGE}"),
     ],
 )
 def test_chat_text(processor, question, images, content):
@@ -49,64 +51,68 @@ def test_chat_text(processor, question, images, content):
 @pytest.mark.parametrize(
     "question, images", [("<image> and <image>", 1), ("<image>", 2), ("<image>", 0)]
 )
-def test_places_must_match_pictures(processor, question, images):
-    with pytest.raises(UserError, match=rf"has places for \d images .* but {images} were given"):
+def test_placeholders_must_match_images(processor, question, images):
+    with pytest.raises(
+        UserError, match=rf"has placeholders for \d images .* but {images} were given"
+    ):
         processor.chat(question, images)
 
 
-def test_pictures_and_videos_stand_where_the_question_says(processor):
-    """By number where marks have one; a kind without marks in front, images first."""
-    asked = {
-        "Where?": (PICTURE * 2 + VIDEO + "Where?", [("image", 0), ("image", 1), ("video", 0)]),
+def test_images_and_videos_go_where_the_question_has_them(processor):
+    """By number where placeholders have one; a kind without any in front, images first."""
+    expected = {
+        "Where?": (IMAGE * 2 + VIDEO + "Where?", [("image", 0), ("image", 1), ("video", 0)]),
         "<image2> or <image1>?": (
-            f"{VIDEO}{PICTURE} or {PICTURE}?",
+            f"{VIDEO}{IMAGE} or {IMAGE}?",
             [("video", 0), ("image", 1), ("image", 0)],
         ),
         "In <video>?": (
-            f"{PICTURE * 2}In {VIDEO}?",
+            f"{IMAGE * 2}In {VIDEO}?",
             [("image", 0), ("image", 1), ("video", 0)],
         ),
     }
-    for question, (content, order) in asked.items():
+    for question, (content, order) in expected.items():
         text, found = processor.chat(question, 2, 1)
         assert text == f"{SYSTEM}<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
         assert found == order
     for question in ("<image1> and <image1>", "<image1> and <image3>", "<image0><image1>"):
-        with pytest.raises(UserError, match=r"places for 2 images \(number .*\), but 2 were"):
+        with pytest.raises(UserError, match=r"placeholders for 2 images \(number .*\), but 2 were"):
             processor.chat(question, 2)
-    with pytest.raises(UserError, match="places for 1 videos"):
+    with pytest.raises(UserError, match="placeholders for 1 videos"):
         processor.chat("<video>", 0)
 
 
-def test_numbered_pictures_keep_their_pixels(processor):
-    first, second = picture(56, 84, 1), picture(112, 56, 2)
-    turned = processor.prompt("<image2> or <image1>?", (first, second))
+def test_numbered_images_keep_their_pixels(processor):
+    first, second = random_image(56, 84, 1), random_image(112, 56, 2)
+    swapped = processor.prompt("<image2> or <image1>?", (first, second))
     straight = processor.prompt("<image> or <image>?", (second, first))
-    np.testing.assert_array_equal(turned.ids, straight.ids)
-    np.testing.assert_array_equal(turned.patches, straight.patches)
+    np.testing.assert_array_equal(swapped.ids, straight.ids)
+    np.testing.assert_array_equal(swapped.patches, straight.patches)
 
 
-def test_picture_token_in_the_question_is_refused(processor):
+def test_image_token_in_the_question_is_refused(processor):
     with pytest.raises(UserError, match="itself holds an image token"):
-        processor.prompt("What is <|image_pad|>?", (picture(56, 56),))
+        processor.prompt("What is <|image_pad|>?", (random_image(56, 56),))
 
 
-def test_each_picture_takes_its_tokens(processor, config):
-    """56x84 and 112x56 pixels are 2x3 and 4x2 tokens, between their marks."""
-    prompt = processor.prompt("From <image> to <image>!", (picture(56, 84), picture(112, 56)))
+def test_each_image_takes_its_tokens(processor, config):
+    """56x84 and 112x56 pixels are 2x3 and 4x2 tokens, between their marker tokens."""
+    prompt = processor.prompt(
+        "From <image> to <image>!", (random_image(56, 84), random_image(112, 56))
+    )
     pad = "<|image_pad|>"
     text, _ = processor.chat("From <image> to <image>!", 2)
     text = text.replace(pad, "#" * 6, 1).replace(pad, "#" * 8, 1).replace("#", pad)
     np.testing.assert_array_equal(prompt.ids, processor.tokenizer(text)["input_ids"])
-    is_picture = prompt.ids == config.image_token_id
-    assert is_picture.sum() == 14
-    np.testing.assert_array_equal(prompt.image_index >= 0, is_picture)
-    assert len(set(prompt.image_index[is_picture])) == 14
+    is_image = prompt.ids == config.image_token_id
+    assert is_image.sum() == 14
+    np.testing.assert_array_equal(prompt.image_index >= 0, is_image)
+    assert len(set(prompt.image_index[is_image])) == 14
     assert prompt.position.shape == (3, len(prompt.ids))
     assert prompt.next_position == prompt.position[:, -1].max() + 1 < len(prompt.ids)
 
 
-def test_prompt_without_pictures(processor):
+def test_prompt_without_images(processor):
     prompt = processor.prompt("Why?", ())
     assert prompt.patches.shape == (0, 64, 1176) and prompt.frame.shape == (0, 64)
     assert (prompt.image_index == -1).all()
@@ -115,23 +121,23 @@ def test_prompt_without_pictures(processor):
 
 def test_patches_by_hand(processor):
     """A patch is channel, frame (twice the same), row, column; four make a merged token."""
-    image = picture(84, 140)
+    image = random_image(84, 140)
     patches, grid = processor.patches(image)
     assert grid == (1, 6, 10) and patches.shape == (60, 1176)
     mean = np.array([0.48145466, 0.4578275, 0.40821073])
     std = np.array([0.26862954, 0.26130258, 0.27577711])
     pixels = (image / 255 - mean) / std
     for token, row, column in ((0, 0, 0), (1, 0, 1), (5, 1, 0), (14, 2, 4)):
-        for part, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        for patch, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
             y, x = 28 * row + 14 * i, 28 * column + 14 * j
             expected = pixels[y : y + 14, x : x + 14].transpose(2, 0, 1)[:, None].repeat(2, axis=1)
-            found = patches[4 * token + part].reshape(3, 2, 14, 14)
+            found = patches[4 * token + patch].reshape(3, 2, 14, 14)
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("frames", [1, 4, 7])
 def test_video_patches_by_hand(processor, frames):
-    """A patch holds two frames in turn, of an odd video the last one twice; time by time."""
+    """A patch holds two frames in turn, of an odd video the last one twice; pair by pair."""
     rng = np.random.default_rng(frames)
     video = Video(rng.integers(0, 256, (frames, 56, 84, 3), np.uint8), fps=2.0)
     patches, grid = processor.video_patches(video)
@@ -142,17 +148,17 @@ def test_video_patches_by_hand(processor, frames):
     pixels = (video.frames / 255 - mean) / std
     for time in range(times):
         for token, row, column in ((0, 0, 0), (2, 0, 2), (4, 1, 1)):
-            for part, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+            for patch, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
                 y, x = 28 * row + 14 * i, 28 * column + 14 * j
-                found = patches[24 * time + 4 * token + part].reshape(3, 2, 14, 14)
+                found = patches[24 * time + 4 * token + patch].reshape(3, 2, 14, 14)
                 for slot in (0, 1):
                     frame = pixels[min(2 * time + slot, frames - 1), y : y + 14, x : x + 14]
                     np.testing.assert_allclose(found[:, slot], frame.transpose(2, 0, 1), atol=1e-5)
 
 
-def test_a_still_video_is_its_picture_again_and_again(processor):
+def test_a_still_video_is_its_image_repeated(processor):
     """Resized alike: a size that is not a multiple of two patches."""
-    still = picture(75, 130)
+    still = random_image(75, 130)
     patches, grid = processor.video_patches(Video(np.stack([still] * 4), fps=1.0))
     expected, one = processor.patches(still)
     assert grid == (2, *one[1:])
@@ -162,15 +168,15 @@ def test_a_still_video_is_its_picture_again_and_again(processor):
 def test_video_prompt(processor, config):
     """Frames at 1 a second: two seconds between times, two positions a second."""
     video = Video(np.zeros((5, 56, 84, 3), np.uint8), fps=1.0)
-    prompt = processor.prompt("From <image> to <video>!", (picture(56, 56),), (video,))
-    places = np.flatnonzero(prompt.ids == config.video_token_id)
-    assert len(places) == 3 * 6 and (prompt.ids == config.image_token_id).sum() == 4
-    assert (prompt.image_index[places] >= 0).all()
-    time, row, column = prompt.position[:, places] - prompt.position[0, places[0]]
+    prompt = processor.prompt("From <image> to <video>!", (random_image(56, 56),), (video,))
+    indices = np.flatnonzero(prompt.ids == config.video_token_id)
+    assert len(indices) == 3 * 6 and (prompt.ids == config.image_token_id).sum() == 4
+    assert (prompt.image_index[indices] >= 0).all()
+    time, row, column = prompt.position[:, indices] - prompt.position[0, indices[0]]
     assert time.tolist() == [0] * 6 + [4] * 6 + [8] * 6
     assert row.tolist() == [0, 0, 0, 1, 1, 1] * 3 and column.tolist() == [0, 1, 2] * 6
-    behind = prompt.position[:, places[-1] + 1] - prompt.position[0, places[0]]
-    assert behind.tolist() == [3, 3, 3]  # the longer side, as in an image
+    after = prompt.position[:, indices[-1] + 1] - prompt.position[0, indices[0]]
+    assert after.tolist() == [3, 3, 3]  # the longer side, as in an image
     assert prompt.next_position == prompt.position[0, -1] + 1
     assert set(prompt.frame[prompt.frame >= 0]) == {0, 1, 2, 3}
 
@@ -194,25 +200,27 @@ def test_limits_that_cross_are_refused(shared, config):
         Processor(shared / "qwen2_5_vl", config, 999, 998)
 
 
-def test_a_prompt_too_long_is_refused_before_anything_is_cut(processor, monkeypatch):
-    length = len(processor.prompt("Where?", (picture(112, 112),)).ids)
-    assert len(processor.prompt("Where?", (picture(112, 112),), most=length).ids) == length
+def test_a_prompt_too_long_is_refused_before_pixels_are_read(processor, monkeypatch):
+    length = len(processor.prompt("Where?", (random_image(112, 112),)).ids)
+    assert (
+        len(processor.prompt("Where?", (random_image(112, 112),), max_tokens=length).ids) == length
+    )
 
     def refuse(*_):
-        raise AssertionError("cut")
+        raise AssertionError("pixels were read")
 
-    monkeypatch.setattr(processor, "_cut", refuse)
+    monkeypatch.setattr(processor, "_image_patches", refuse)
     with pytest.raises(UserError, match=rf"{length} tokens, 16 of them .* most {length - 1} fit"):
-        processor.prompt("Where?", (picture(112, 112),), most=length - 1)
+        processor.prompt("Where?", (random_image(112, 112),), max_tokens=length - 1)
 
 
-def test_prompt_patches_stand_in_their_windows(processor):
+def test_prompt_patches_are_in_their_windows(processor):
     """The patch at each slot is the one that its frame and coordinates name."""
-    images = (picture(140, 84, 1), picture(56, 252, 2))
+    images = (random_image(140, 84, 1), random_image(56, 252, 2))
     prompt = processor.prompt("?", images)
-    held = np.argwhere(prompt.frame >= 0)
-    assert len(held) == 10 * 6 + 4 * 18
-    for window, slot in held[::7]:
+    filled = np.argwhere(prompt.frame >= 0)
+    assert len(filled) == 10 * 6 + 4 * 18
+    for window, slot in filled[::7]:
         row, column = 14 * prompt.coords[window, slot]
         pixel = images[prompt.frame[window, slot]][row + 3, column + 5, 1]
         value = prompt.patches[window, slot].reshape(3, 2, 14, 14)[1, 0, 3, 5]
@@ -235,12 +243,12 @@ def test_sizes_stay_within_limits(shared, config):
 def test_settings_come_from_the_folder(processor):
     assert processor.stop_ids == (151_645, 151_643)
     assert processor.grid(28, 28) == (1, 4, 4)  # raised to 3136 pixels
-    high, wide = processor.grid(4000, 5000)[1:]  # brought below 12,845,056
+    high, wide = processor.grid(4000, 5000)[1:]  # lowered below 12,845,056
     assert 0.98 < high * wide * 14 * 14 / 12_845_056 <= 1
 
 
 @pytest.mark.parametrize("height, width", [(10, 3000), (3000, 14)])
-def test_extreme_shapes_are_bad_pictures(processor, height, width):
+def test_extreme_shapes_are_bad_images(processor, height, width):
     with pytest.raises(BadImage, match=f"an image of {width}x{height} pixels cannot be used"):
         processor.grid(height, width)
 
@@ -260,7 +268,7 @@ def test_missing_file_is_named(copied, config, name):
 
 
 def test_chat_template_in_either_place(copied, config, processor):
-    """In its own file, or in the tokenizer's settings; in neither, it is missed."""
+    """In its own file, or in the tokenizer's settings; without both it is missing."""
     (copied / "chat_template.json").unlink()
     assert Processor(copied, config).chat("<image>?", 1) == processor.chat("<image>?", 1)
     path = copied / "tokenizer_config.json"
@@ -283,6 +291,17 @@ def test_responses_end_with_the_end_token(processor, config):
     ids = processor.encode_response("<think>left</think> \\boxed{2}")
     assert ids.dtype == np.int32 and ids[-1] == config.eos_token_id
     assert processor.decode(ids) == "<think>left</think> \\boxed{2}"
+
+
+def test_transformers_has_the_image_processor():
+    """`Qwen2VLImageProcessorPil` and `smart_resize` are not exported by `transformers` itself."""
+    module = "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl"
+    names = ("Qwen2VLImageProcessorPil", "smart_resize")
+    try:
+        missing = [name for name in names if not hasattr(importlib.import_module(module), name)]
+    except ImportError as error:
+        pytest.fail(f"Transformers {transformers.__version__} has no module {module}: {error}")
+    assert not missing, f"Transformers {transformers.__version__}: {module} has no {missing}"
 
 
 def test_buckets():

@@ -147,7 +147,7 @@ def test_rooms_are_plausible():
         assert set(p.wall for p in scene.panels) <= set(FACES)
 
 
-def test_solids_stand_in_the_room_without_touching():
+def test_solids_are_in_the_room_without_touching():
     for index in range(300):
         scene = draw_scene(index)
         assert 2 <= len(scene.solids) <= 5
@@ -161,7 +161,7 @@ def test_solids_stand_in_the_room_without_touching():
             assert bottom < 1e-9 or any(abs(bottom - t) < 1e-9 for t in tops)
 
 
-def test_pictures_tell_up_from_down_and_left_from_right():
+def test_images_tell_up_from_down_and_left_from_right():
     """Ceilings are brighter than floors; right walls, which face the lamp, than left ones."""
     source = open_source("scenes")
     luma = np.stack([source[i].image.mean(2) for i in range(60)])

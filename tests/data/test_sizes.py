@@ -95,13 +95,13 @@ sys.modules["torch"] = sys.modules["torchvision"] = None
 from pathlib import Path
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.qwen_vl.family import read_config
-from tests.data.test_sizes import picture_and_video
+from tests.data.test_sizes import image_and_video
 folder = Path(sys.argv[1])
-print(picture_and_video(Processor(folder, read_config(folder / "3b"))))
+print(image_and_video(Processor(folder, read_config(folder / "3b"))))
 """
 
 
-def picture_and_video(processor: Processor) -> str:
+def image_and_video(processor: Processor) -> str:
     """A prompt's ids and the sum of its patches, as text."""
     rng = np.random.default_rng(0)
     video = Video(rng.integers(0, 256, (3, 56, 56, 3), np.uint8), 2.0)
@@ -114,5 +114,5 @@ def test_torch_is_not_needed(folder):
     root = ROOT
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
-    expected = picture_and_video(Processor(folder, read_config(folder / "3b")))
+    expected = image_and_video(Processor(folder, read_config(folder / "3b")))
     assert done.stdout.strip() == expected

@@ -18,7 +18,7 @@ SHARED = ROOT.parent / "shared"
 HEIGHT, WIDTH = 12, 16
 
 
-def save_picture(path: Path, size=(HEIGHT, WIDTH)) -> None:
+def save_image(path: Path, size=(HEIGHT, WIDTH)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(len(path.name)).integers(0, 256, (*size, 3), np.uint8)
     Image.fromarray(values).save(path)
@@ -59,7 +59,7 @@ def test_unknown_kinds_name_the_nearest_and_all(spec, nearest):
     assert all(kind in str(caught.value).split("Kinds:")[1] for kind in OPENERS)
 
 
-def test_a_bare_path_is_told_apart_from_a_kind(tmp_path):
+def test_a_bare_path_is_not_taken_for_a_kind(tmp_path):
     with pytest.raises(UserError, match=f"did you mean 'folder:{tmp_path}'"):
         open_source(str(tmp_path))
 
@@ -87,7 +87,7 @@ def test_missing_and_empty_folders(tmp_path, kind):
 def test_folder_lists_recursively_and_sorted(tmp_path):
     names = ["b.JPG", "a/z.png", "a/b/c.webp", "c.bmp", "a.jpeg"]
     for name in names:
-        save_picture(tmp_path / name)
+        save_image(tmp_path / name)
     for name in ("readme.txt", "a/x.npy", ".hidden.png", ".thumbs/t.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -105,7 +105,7 @@ def test_folder_lists_recursively_and_sorted(tmp_path):
 
 
 def test_folder_follows_links_but_not_round_in_circles(tmp_path):
-    save_picture(tmp_path / "real" / "a.png")
+    save_image(tmp_path / "real" / "a.png")
     (tmp_path / "data").mkdir()
     os.symlink(tmp_path / "real", tmp_path / "data" / "link")
     os.symlink(tmp_path / "data", tmp_path / "data" / "circle")
@@ -113,7 +113,7 @@ def test_folder_follows_links_but_not_round_in_circles(tmp_path):
     assert [source.name(i) for i in range(len(source))] == ["link/a.png"]
 
 
-def test_folder_reads_no_pixels_until_asked(tmp_path):
+def test_folder_reads_no_pixels_until_access(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     source = open_source(f"folder:{tmp_path}")
     assert source.name(0) == "broken.jpg"
@@ -125,17 +125,17 @@ def test_folder_reads_no_pixels_until_asked(tmp_path):
 
 
 @pytest.mark.parametrize("ending, tolerance", [(".png", 6e-4), (".npy", 0.0), (".h5", 0.0)])
-@pytest.mark.parametrize("picture", ["a.jpg", "room/a.png"])
-def test_rgbd_depth_files(tmp_path, picture, ending, tolerance):
-    save_picture(tmp_path / picture)
-    save_depth(tmp_path / picture.replace(Path(picture).suffix, f"_depth{ending}"), ramp())
+@pytest.mark.parametrize("image", ["a.jpg", "room/a.png"])
+def test_rgbd_depth_files(tmp_path, image, ending, tolerance):
+    save_image(tmp_path / image)
+    save_depth(tmp_path / image.replace(Path(image).suffix, f"_depth{ending}"), ramp())
     source = pickle.loads(pickle.dumps(open_source(f"rgbd:{tmp_path}")))
-    assert (len(source), source.has_depth, source.name(0)) == (1, True, picture)
+    assert (len(source), source.has_depth, source.name(0)) == (1, True, image)
     check_ramp(source[0].depth, tolerance)
 
 
 def test_rgbd_h5_takes_depth_else_the_first_data_set(tmp_path):
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     save_depth(tmp_path / "a_depth.h5", ramp(), name="other")
     check_ramp(open_source(f"rgbd:{tmp_path}")[0].depth)
     with h5py.File(tmp_path / "a_depth.h5", "a") as file:
@@ -145,7 +145,7 @@ def test_rgbd_h5_takes_depth_else_the_first_data_set(tmp_path):
 
 
 def test_rgbd_mask(tmp_path):
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     save_depth(tmp_path / "a_depth.npy", ramp() + 1)
     mask = np.ones((HEIGHT, WIDTH, 1), bool)
     mask[3:5] = False
@@ -157,9 +157,9 @@ def test_rgbd_mask(tmp_path):
         open_source(f"rgbd:{tmp_path}")[0]
 
 
-def test_rgbd_a_picture_without_depth_is_named(tmp_path):
-    save_picture(tmp_path / "a.png")
-    save_picture(tmp_path / "b.jpg")
+def test_rgbd_a_image_without_depth_is_named(tmp_path):
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "b.jpg")
     with pytest.raises(UserError, match="found no image"):  # none has depth: the wrong kind
         open_source(f"rgbd:{tmp_path}")
     save_depth(tmp_path / "a_depth.png", ramp())
@@ -206,7 +206,7 @@ def test_the_aspect_may_differ_by_two_percent(tmp_path):
 
 
 def bad_depths(folder: Path) -> dict[str, str]:
-    """Bad depth files by name, and a part of what is said of each."""
+    """Bad depth files by name, and a part of each one's message."""
     save_depth(folder / "zero.npy", np.zeros((HEIGHT, WIDTH), np.float32))
     save_depth(folder / "nan.npy", np.full((HEIGHT, WIDTH), np.nan, np.float32))
     save_depth(folder / "turned.npy", ramp((WIDTH, HEIGHT)))
@@ -246,7 +246,7 @@ def test_bad_depth_files_are_named(tmp_path):
 
 
 def test_diode_needs_its_mask(tmp_path):
-    save_picture(tmp_path / "s" / "a.png")
+    save_image(tmp_path / "s" / "a.png")
     save_depth(tmp_path / "s" / "a_depth.npy", ramp()[..., None])
     source = open_source(f"diode:{tmp_path}")
     with pytest.raises(BadImage, match="a_depth_mask.npy: there is no such file"):
@@ -261,8 +261,8 @@ def test_diode_needs_its_mask(tmp_path):
 def test_megadepth_layout_and_ordinal_maps(tmp_path):
     scene = tmp_path / "0001" / "dense0"
     for name in ("a", "b", "c"):
-        save_picture(scene / "imgs" / f"{name}.jpg")
-    save_picture(scene / "elsewhere" / "d.jpg")
+        save_image(scene / "imgs" / f"{name}.jpg")
+    save_image(scene / "elsewhere" / "d.jpg")
     save_depth(scene / "depths" / "a.h5", ramp())
     ordinal = ramp()
     ordinal[4] = -1
@@ -280,7 +280,7 @@ def test_megadepth_layout_and_ordinal_maps(tmp_path):
 
 def test_nyu_pairs_by_number(tmp_path):
     for number in ("00001", "00002"):
-        save_picture(tmp_path / "room" / f"rgb_{number}.jpg")
+        save_image(tmp_path / "room" / f"rgb_{number}.jpg")
         save_depth(tmp_path / "room" / f"sync_depth_{number}.png", ramp())
     source = pickle.loads(pickle.dumps(open_source(f"nyu:{tmp_path}")))
     assert [source.name(i) for i in range(2)] == ["room/rgb_00001.jpg", "room/rgb_00002.jpg"]
@@ -297,7 +297,7 @@ def test_nyu_pairs_by_number(tmp_path):
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is missing")
 @pytest.mark.parametrize(
     "spec, count, shape, invalid, bounds",
-    [  # share of invalid pixels, and the range of valid depth
+    [  # fraction of invalid pixels, and the range of valid depth
         ("diode:rgbd/diode", 1, (768, 1024), (0.05, 0.6), (0.2, 300)),
         ("rgbd:rgbd/diode", 1, (768, 1024), (0.05, 0.6), (0.2, 300)),
         ("megadepth:rgbd/megadepth", 1, (1064, 1600), (0.33, 0.35), (1e-3, 800)),

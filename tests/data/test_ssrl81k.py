@@ -1,4 +1,4 @@
-"""Ready-made questions in the forms of the released data, and the sets that preview writes."""
+"""Ready-made questions in the formats of the released data, and the sets that preview writes."""
 
 import io
 import json
@@ -34,32 +34,32 @@ def encoded(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def as_cell(form: str, folder: Path, seed: int):
+def as_cell(layout: str, folder: Path, seed: int):
     """An image as one of the forms that `images` holds."""
-    if form == "bytes":
+    if layout == "bytes":
         return encoded(seed)
     (folder / "images").mkdir(exist_ok=True)
     path = f"images/{seed}.png"
     (folder / path).write_bytes(encoded(seed))
-    if form == "path":
+    if layout == "path":
         return path
-    return {"bytes": encoded(seed) if form == "struct" else None, "path": path}
+    return {"bytes": encoded(seed) if layout == "struct" else None, "path": path}
 
 
-def write_parquet(folder: Path, form: str) -> Path:
+def write_parquet(folder: Path, layout: str) -> Path:
     rows, seed = [], 0
     for problem, answer, count in QUESTIONS.values():
-        cells = [as_cell(form, folder, seed + i) for i in range(count)]
+        cells = [as_cell(layout, folder, seed + i) for i in range(count)]
         rows.append({"problem": problem, "answer": answer, "images": cells})
         seed += count
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=2)
     return folder / "train.parquet"
 
 
-@pytest.mark.parametrize("form", ["bytes", "struct", "struct-path", "path"])
+@pytest.mark.parametrize("layout", ["bytes", "struct", "struct-path", "path"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_parquet(tmp_path: Path, form: str, whole: bool):
-    file = write_parquet(tmp_path, form)
+def test_parquet(tmp_path: Path, layout: str, whole: bool):
+    file = write_parquet(tmp_path, layout)
     source = open_source(f"ssrl81k:{tmp_path if whole else file}")
     source = pickle.loads(pickle.dumps(source))
     assert len(source) == 5 and not source.has_depth
@@ -87,11 +87,11 @@ def write_json(folder: Path, **changes) -> Path:
         "output": output,
         "images": [as_cell("path", folder, 7)],
     }
-    (folder / "cold.json").write_text(json.dumps([row | changes]))
-    return folder / "cold.json"
+    (folder / "sft.json").write_text(json.dumps([row | changes]))
+    return folder / "sft.json"
 
 
-def test_cold_start_json(tmp_path: Path):
+def test_sft_json(tmp_path: Path):
     source = open_source(f"ssrl81k:{write_json(tmp_path)}")
     example = source[0]
     assert example.question == f"<image>{SHUFFLE['1x3']}"  # the pipeline appends the format prompt
@@ -101,7 +101,7 @@ def test_cold_start_json(tmp_path: Path):
     assert example.source["image"] == str(tmp_path / "images/7.png")
 
 
-def test_a_bad_picture_is_named(tmp_path: Path):
+def test_a_bad_image_is_named(tmp_path: Path):
     file = write_json(tmp_path, images=["gone.png"])
     with pytest.raises(BadImage, match=r"gone\.png"):
         open_source(f"ssrl81k:{file}")[0]
@@ -114,14 +114,14 @@ def test_a_bad_picture_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"output": "no box"}, "has no .boxed answer"),
         ({"instruction": "What colour is the sky?"}, "question 0 .* none of the tasks"),
     ],
 )
-def test_bad_questions_are_named(tmp_path: Path, changes: dict, said: str):
-    with pytest.raises(UserError, match=said):
+def test_bad_questions_are_named(tmp_path: Path, changes: dict, message: str):
+    with pytest.raises(UserError, match=message):
         open_source(f"ssrl81k:{write_json(tmp_path, **changes)}")
 
 
@@ -134,24 +134,24 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"x\.parquet cannot be read"):
         open_source(f"ssrl81k:{tmp_path}")
     (tmp_path / "empty").mkdir()
-    for path, said in (("gone", "no such file"), ("empty", "found no question")):
-        with pytest.raises(UserError, match=said):
+    for path, message in (("gone", "no such file"), ("empty", "found no question")):
+        with pytest.raises(UserError, match=message):
             open_source(f"ssrl81k:{tmp_path / path}")
 
 
-@pytest.mark.parametrize("form", ["json", "struct", "path", "bytes"])
-def test_questions_of_one_picture_are_held_out_together(tmp_path: Path, form: str):
-    """12 questions of 6 images, twice each; bytes alone do not say of which."""
-    file = tmp_path / ("cold.json" if form == "json" else "train.parquet")
+@pytest.mark.parametrize("layout", ["json", "struct", "path", "bytes"])
+def test_questions_of_one_image_are_held_out_together(tmp_path: Path, layout: str):
+    """12 questions of 6 images, twice each; bytes alone do not name the image."""
+    file = tmp_path / ("sft.json" if layout == "json" else "train.parquet")
     rows = []
     for number in range(12):
-        cell = as_cell("path" if form == "json" else form, tmp_path, number % 6)
-        if form == "json":
+        cell = as_cell("path" if layout == "json" else layout, tmp_path, number % 6)
+        if layout == "json":
             texts = {"instruction": FLIP, "output": "<think>.</think>\\boxed{3-0}"}
         else:
             texts = {"problem": FLIP, "answer": "3-0"}
         rows.append(texts | {"images": [cell]})
-    if form == "json":
+    if layout == "json":
         file.write_text(json.dumps(rows))
     else:
         pq.write_table(pa.Table.from_pylist(rows), file)
@@ -159,22 +159,22 @@ def test_questions_of_one_picture_are_held_out_together(tmp_path: Path, form: st
     split = split_records(source, 0.34)
     assert sorted(split.train + split.heldout) == list(range(12)) and len(split.heldout) == 4
     shared = {i % 6 for i in split.train} & {i % 6 for i in split.heldout}
-    assert bool(shared) == (form == "bytes")
-    assert len({source.origin(i) for i in range(12)}) == (12 if form == "bytes" else 6)
+    assert bool(shared) == (layout == "bytes")
+    assert len({source.origin(i) for i in range(12)}) == (12 if layout == "bytes" else 6)
 
 
-def test_origins_are_learnt_without_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file, asked = write_parquet(tmp_path, "struct"), []
+def test_origins_are_learnt_without_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file, columns_read = write_parquet(tmp_path, "struct"), []
     original = pq.ParquetFile.read
 
     def watched(reader, columns):
-        asked.extend(columns)
+        columns_read.extend(columns)
         return original(reader, columns)
 
     monkeypatch.setattr(pq.ParquetFile, "read", watched)
     source = open_source(f"ssrl81k:{file}")
     assert source.origin(1) == "images/1.png"
-    assert asked == ["images.list.element.path"]
+    assert columns_read == ["images.list.element.path"]
 
 
 def test_preview_writes_what_the_source_reads(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -193,7 +193,7 @@ def test_preview_writes_what_the_source_reads(tmp_path: Path, capsys: pytest.Cap
         for image, path in zip(example.images, row["images"], strict=True):
             with Image.open(out / path) as written:
                 np.testing.assert_array_equal(image, np.asarray(written))
-    # Ready-made questions can be looked at too.
+    # Ready-made questions can be previewed too.
     argv = [f"--source=ssrl81k:{out / 'examples.parquet'}", f"--out={tmp_path / 'again'}"]
     preview.main([*argv, "--count=4", "--tasks=depth,crop", "--json"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"] == {"depth": 2, "crop": 2}

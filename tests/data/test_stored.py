@@ -19,7 +19,7 @@ from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.stored import StoredSource
 from tests.conftest import ROOT
-from tests.data.test_sources import HEIGHT, WIDTH, ramp, save_depth, save_picture
+from tests.data.test_sources import HEIGHT, WIDTH, ramp, save_depth, save_image
 from tests.helpers.fake_storage import Storage
 
 
@@ -27,9 +27,9 @@ from tests.helpers.fake_storage import Storage
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two RGB-D images, one of them JPEG with its depth of another size, and a damaged one."""
     folder = tmp_path_factory.mktemp("in")
-    save_picture(folder / "a.jpg")
+    save_image(folder / "a.jpg")
     save_depth(folder / "a_depth.npy", ramp((6, 8)))
-    save_picture(folder / "room" / "b.png")
+    save_image(folder / "room" / "b.png")
     save_depth(folder / "room" / "b_depth.png", ramp())
     (folder / "c.png").write_bytes(b"no image")
     save_depth(folder / "c_depth.npy", ramp())
@@ -53,13 +53,13 @@ def specs(prepared: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("which", range(3))
-def test_what_is_read_back_is_what_the_folder_gives(folder: Path, prepared: Path, which: int):
+def test_what_is_read_back_equals_the_folder(folder: Path, prepared: Path, which: int):
     original = open_source(f"rgbd:{folder}")
     kept = [i for i in range(len(original)) if original.name(i) != "c.png"]
     source = pickle.loads(pickle.dumps(open_source(specs(prepared)[which])))
     assert len(source) == len(kept) == 2 and source.has_depth
-    for index, place in enumerate(kept):
-        before, after = original[place], source[index]
+    for index, number in enumerate(kept):
+        before, after = original[number], source[index]
         np.testing.assert_array_equal(after.image, before.image)
         np.testing.assert_array_equal(after.depth, before.depth)
         assert source.size(index) == before.image.shape[:2]
@@ -67,7 +67,7 @@ def test_what_is_read_back_is_what_the_folder_gives(folder: Path, prepared: Path
     assert source.name(0) != source.name(1)
 
 
-def test_a_size_decodes_neither_picture_nor_depth(prepared: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_size_decodes_neither_image_nor_depth(prepared: Path, monkeypatch: pytest.MonkeyPatch):
     source = open_source(specs(prepared)[0])
     decoded = []
 
@@ -98,7 +98,7 @@ def test_a_record_out_of_range_is_an_index_error(prepared: Path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("tfds:", "cannot be understood"),
         ("tfds:no_such_set@OUT", "no_such_set not found"),
@@ -107,12 +107,12 @@ def test_a_record_out_of_range_is_an_index_error(prepared: Path):
         ("arrayrecord:OUT/*.array_record", "features.json is missing"),
     ],
 )
-def test_what_cannot_be_opened_is_named(prepared: Path, tmp_path: Path, spec: str, said: str):
+def test_what_cannot_be_opened_is_named(prepared: Path, tmp_path: Path, spec: str, message: str):
     out = prepared
-    if "features" in said:
+    if "features" in message:
         (tmp_path / "a.array_record").write_bytes(b"x")
         out = tmp_path
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         open_source(spec.replace("OUT", str(out)))
     assert spec.split(":")[0] in str(error.value) and not isinstance(error.value, BadImage)
 
@@ -150,12 +150,12 @@ def test_prepare_stops_when_too_much_is_bad(folder: Path, tmp_path: Path):
 
 
 def test_coco_keeps_the_files_bytes_and_needs_no_depth(tmp_path: Path):
-    save_picture(tmp_path / "in" / "a.jpg")
+    save_image(tmp_path / "in" / "a.jpg")
     prepare.main(["coco", str(tmp_path / "in"), str(tmp_path / "out")])
     source = open_source(f"tfds:ssrl_pictures/coco@{tmp_path / 'out'}")
     assert not source.has_depth and source[0].depth is None
-    with Image.open(tmp_path / "in" / "a.jpg") as picture:
-        np.testing.assert_array_equal(source[0].image, np.asarray(picture))
+    with Image.open(tmp_path / "in" / "a.jpg") as image:
+        np.testing.assert_array_equal(source[0].image, np.asarray(image))
 
 
 def test_the_layout_of_coco_in_the_catalogue(tmp_path: Path):
@@ -176,7 +176,7 @@ def test_the_layout_of_coco_in_the_catalogue(tmp_path: Path):
             ),
         }
     )
-    save_picture(tmp_path / "a.jpg")
+    save_image(tmp_path / "a.jpg")
     things = {"id": 7, "area": 5, "bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0), "label": 3}
     row = {
         "image": (tmp_path / "a.jpg").read_bytes(),
@@ -189,8 +189,8 @@ def test_the_layout_of_coco_in_the_catalogue(tmp_path: Path):
     assert source.size(0) == (HEIGHT, WIDTH) and not source.has_depth
     record = source[0]
     assert (record.path, record.name) == ("000000000009.jpg", "coco/2017:1.1.0/train/00000000")
-    with Image.open(tmp_path / "a.jpg") as picture:
-        np.testing.assert_array_equal(record.image, np.asarray(picture))
+    with Image.open(tmp_path / "a.jpg") as image:
+        np.testing.assert_array_equal(record.image, np.asarray(image))
 
 
 def test_tensorflow_is_never_imported(prepared: Path):

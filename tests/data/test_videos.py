@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
-from spatial_ssrl_jax.data.videos import open_video, sample_places
+from spatial_ssrl_jax.data.videos import open_video, sample_frame_indices
 
 HEIGHT, WIDTH = 84, 112
 
@@ -29,9 +29,9 @@ def film(av, tmp_path_factory):
             if turned:
                 stream.set_display_rotation(turned)
             for i in range(frames):
-                picture = np.full((HEIGHT, WIDTH, 3), 20 * i % 256, np.uint8)
-                picture[:24, :24] = (255, 0, 0)
-                for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                image = np.full((HEIGHT, WIDTH, 3), 20 * i % 256, np.uint8)
+                image[:24, :24] = (255, 0, 0)
+                for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
                     container.mux(packet)
             for packet in stream.encode():
                 container.mux(packet)
@@ -55,7 +55,7 @@ def test_frames_are_taken_evenly(film, name):
     assert video.fps == pytest.approx(2)
     every = open_video(film(name), fps=4)
     assert grey(every) == list(range(12)) and every.fps == pytest.approx(4)
-    few = open_video(film(name), most=4)
+    few = open_video(film(name), max_frames=4)
     assert grey(few) == [0, 3, 6, 9] and few.fps == pytest.approx(4 / 3)
 
 
@@ -70,24 +70,24 @@ def test_frames_are_turned_upright(film, turned, corner):
 
 
 @pytest.mark.parametrize(
-    "total, native, fps, most, expected",
+    "total, native, fps, max_frames, expected",
     [
         (12, 4, 2, 768, [0, 2, 4, 6, 8, 10]),
-        (10, 30, 2, 768, [0, 2, 5, 7]),  # a third of a second: four frames at least
+        (10, 30, 2, 768, [0, 2, 5, 7]),  # a third of a second: at least four frames
         (7, 2, 2, 768, [0, 1, 2, 3, 4, 5]),  # an even number
         (3, 1, 2, 768, [0, 1]),
         (1, 25, 2, 768, [0]),
         (9000, 30, 2, 4, [0, 2250, 4500, 6750]),
     ],
 )
-def test_places(total, native, fps, most, expected):
-    assert sample_places(total, native, fps, most).tolist() == expected
+def test_sampled_frames(total, native, fps, max_frames, expected):
+    assert sample_frame_indices(total, native, fps, max_frames).tolist() == expected
 
 
 def test_a_video_cut_short_is_named(film):
     path = film("cut.avi", frames=40)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(BadImage, match=r"cut\.avi: is cut short \(\d+ of 40 frames\)"):
+    with pytest.raises(BadImage, match=r"cut\.avi: is truncated \(\d+ of 40 frames\)"):
         open_video(path)
 
 

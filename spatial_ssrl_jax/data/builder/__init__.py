@@ -1,1 +1,1 @@
-"""The project's TFDS builder; TFDS wants a builder in a package folder of its own."""
+"""The project's TFDS builder; TFDS needs a builder in a package of its own."""

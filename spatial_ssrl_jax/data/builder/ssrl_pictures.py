@@ -25,14 +25,17 @@ KINDS = {
 
 
 class SsrlPictures(tfds.core.GeneratorBasedBuilder):
-    """`ssrl_pictures/KIND`: name, image as its file holds it, depth as the source gives it.
+    """`ssrl_pictures/KIND`: name, image as its file holds it, depth as its source has it.
 
-    Depth is stored in float32 at the image's size with NaN where invalid, so that what is read
-    back equals what the folder gives, to the bit.
+    Depth is stored in float32 at the image's size with NaN where invalid, so that the data set
+    equals the folder, to the bit.
 
     Args:
-      source: what to write; None to read a data set that is written.
-      kwargs: `config` (a kind), `data_dir`, `file_format` and what else TFDS takes.
+      source: to write; None to read a data set.
+      kwargs: of TFDS's builder: `config` (a kind), `data_dir`, `file_format`, ….
+
+    Attributes:
+      skipped: reason of each bad image that was skipped.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -40,7 +43,7 @@ class SsrlPictures(tfds.core.GeneratorBasedBuilder):
 
     def __init__(self, *, source: Source | None = None, **kwargs: Any):
         self._source = source
-        self.skipped: list[str] = []  # why each bad image was left out
+        self.skipped: list[str] = []
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -48,7 +51,7 @@ class SsrlPictures(tfds.core.GeneratorBasedBuilder):
             "name": tfds.features.Text(),
             "image": tfds.features.Image(shape=(None,) * 2 + (3,)),
         }
-        if self.builder_config.name != "coco":
+        if self.builder_config is None or self.builder_config.name != "coco":
             features["depth"] = tfds.features.Tensor(
                 shape=(None, None), dtype=np.float32, encoding="zlib"
             )
@@ -59,13 +62,16 @@ class SsrlPictures(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,  # keeps the source's order; the pipeline shuffles
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {"train": self._generate_examples()}
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        assert self._source is not None  # only to read
+        return {"train": self._generate_examples(self._source)}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index in range(len(self._source)):
+    def _generate_examples(self, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index in range(len(source)):
             try:
-                record = self._source[index]
+                record = source[index]
             except BadImage as reason:
                 self.skipped.append(str(reason))
                 continue

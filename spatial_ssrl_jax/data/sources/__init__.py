@@ -16,7 +16,7 @@ from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource, open_ssrl81k
 from spatial_ssrl_jax.data.sources.tfds import open_tfds
 
-# Each takes the whole SPEC and what stands after its first colon.
+# Each takes the whole SPEC, and the argument after its first colon.
 OPENERS = {
     "scenes": open_scenes,
     "folder": open_folder,
@@ -42,8 +42,8 @@ def open_source(spec: str) -> AnySource:
     Raises:
       UserError: a kind is unknown, or its argument holds nothing of that kind.
     """
-    pieces = split_spec(spec, list(OPENERS))
-    opened = [(_open_one(piece), weight) for piece, weight in pieces]
+    parts = split_spec(spec, list(OPENERS))
+    opened = [(_open_one(part), weight) for part, weight in parts]
     return opened[0][0] if len(opened) == 1 else mix(spec, opened)
 
 

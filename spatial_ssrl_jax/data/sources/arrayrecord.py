@@ -1,6 +1,6 @@
-"""`arrayrecord:GLOB`: ArrayRecord files that TFDS wrote, taken as they are, from gs:// too.
+"""`arrayrecord:GLOB`: ArrayRecord files that TFDS wrote, read in place, from gs:// too.
 
-Beside the first file is its `features.json`, as TFDS leaves it.
+The folder of the first file also holds `features.json`, as TFDS writes it.
 """
 
 import os

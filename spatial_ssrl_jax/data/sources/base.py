@@ -10,7 +10,7 @@ class Source(Protocol):
 
     Attributes:
       spec: the SPEC that opened it, as the user wrote it.
-      has_depth: whether its records carry depth (a single record without is a `BadPicture`).
+      has_depth: whether its records have depth (a single record without it is a `BadImage`).
     """
 
     spec: str
@@ -25,9 +25,9 @@ class Source(Protocol):
         ...
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of a record's image from its header; raises `BadPicture`."""
+        """(height, width) of a record's image from its header; raises `BadImage`."""
         ...
 
     def __getitem__(self, index: int) -> Record:
-        """Reads one record; raises `BadPicture` naming the file where it cannot be used."""
+        """Reads one record; raises `BadImage` naming the file where it cannot be used."""
         ...

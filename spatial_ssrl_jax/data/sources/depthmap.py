@@ -1,4 +1,4 @@
-"""Depth files of every kind, read into one form: float32 at the image's size, NaN = invalid."""
+"""Depth files of every kind, read as one format: float32 at the image's size, NaN = invalid."""
 
 import os
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ def read_depth(
       path: the depth file.
       size: (height, width) of the image.
       mask_path: a `.npy` of the depth's own shape, non-zero where it is valid.
-      no_negatives: whether a value below 0 says that the file holds no depth (MegaDepth).
+      no_negatives: whether a value below 0 means that the file holds no depth (MegaDepth).
 
     Returns:
       [H, W] float32, NaN where invalid, resampled to the nearest pixel.
 
     Raises:
-      BadPicture: a file is missing, cannot be read, has another shape than its image or no
+      BadImage: a file is missing, cannot be read, has another shape than its image or no
         valid pixel.
     """
     depth = _plane(_read(path), path)
@@ -47,17 +47,17 @@ def read_depth(
     return _resample(np.where(valid, depth, np.float32(np.nan)), size, path)
 
 
-def first_existing(paths: Sequence[str], picture: str) -> str:
+def first_existing(paths: Sequence[str], image_path: str) -> str:
     """The first path that exists; raises `BadImage` naming the image and what it lacks."""
     for path in paths:
         if os.path.isfile(path):
             return path
     wanted = " or ".join(os.path.basename(path) for path in paths)
-    raise BadImage(f"{picture}: has no depth; expected {wanted} in {os.path.dirname(paths[0])}.")
+    raise BadImage(f"{image_path}: has no depth; expected {wanted} in {os.path.dirname(paths[0])}.")
 
 
 def _read(path: str) -> np.ndarray:
-    """The numbers of one file, any shape; PNG scaled to metres. Waits for a file that is away."""
+    """The values of one file, any shape; PNG scaled to metres. Retries an unavailable file."""
     ending = os.path.splitext(path)[1]
     read = {".png": _read_png, ".h5": _read_h5}.get(ending, _read_npy)
     try:
@@ -75,18 +75,19 @@ def _read_npy(path: str) -> np.ndarray:
 
 
 def _read_png(path: str) -> np.ndarray:
-    with Image.open(path) as picture:
-        if not picture.mode.startswith("I"):
-            raise BadImage(f"{path}: is {picture.mode}, not 16-bit grey in millimetres.")
-        return np.asarray(picture).astype(np.float32) * np.float32(_MILLIMETRES)
+    with Image.open(path) as image:
+        if not image.mode.startswith("I"):
+            raise BadImage(f"{path}: is {image.mode}, not 16-bit grey in millimetres.")
+        return np.asarray(image).astype(np.float32) * np.float32(_MILLIMETRES)
 
 
 def _read_h5(path: str) -> np.ndarray:
     with h5py.File(path, "r") as file:
-        names = [name for name in file if isinstance(file[name], h5py.Dataset)]
-        if not names:
+        items = {name: file[name] for name in file}
+        found = {name: item for name, item in items.items() if isinstance(item, h5py.Dataset)}
+        if not found:
             raise BadImage(f"{path}: holds no data set; expected one named 'depth'.")
-        return file["depth" if "depth" in names else names[0]][()]
+        return found["depth" if "depth" in found else next(iter(found))][()]
 
 
 def _plane(values: np.ndarray, path: str) -> np.ndarray:
@@ -108,7 +109,7 @@ def _read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _resample(depth: np.ndarray, size: tuple[int, int], path: str) -> np.ndarray:
-    """Takes for each pixel of the image the depth pixel that its centre falls in."""
+    """Nearest-pixel resampling: the depth pixel that holds the centre of each image pixel."""
     if depth.shape == size:
         return depth
     (height, width), (rows, cols) = size, depth.shape

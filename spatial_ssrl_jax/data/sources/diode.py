@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from spatial_ssrl_jax.data.sources.depthmap import first_existing, read_depth
-from spatial_ssrl_jax.data.sources.files import FileSource, list_files, require_pictures
+from spatial_ssrl_jax.data.sources.files import FileSource, list_files, require_images
 
 LAYOUT = "DIODE's NAME.png with NAME_depth.npy and NAME_depth_mask.npy beside it"
 
@@ -18,14 +18,14 @@ def open_diode(spec: str, path: str) -> FileSource:
     """Lists DIODE's images below `path`; raises `UserError` if there are none."""
     root, files = list_files(spec, path, LAYOUT)
     stems = {file.removesuffix("_depth.npy") for file in files if file.endswith("_depth.npy")}
-    pictures = [file for file in files if file.endswith(".png")]
-    if not any(file.removesuffix(".png") in stems for file in pictures):
-        pictures = []
-    return FileSource(spec, root, require_pictures(spec, root, pictures, LAYOUT), diode_depth)
+    images = [file for file in files if file.endswith(".png")]
+    if not any(file.removesuffix(".png") in stems for file in images):
+        images = []
+    return FileSource(spec, root, require_images(spec, root, images, LAYOUT), diode_depth)
 
 
-def diode_depth(picture: str, size: tuple[int, int]) -> np.ndarray:
-    """Depth of the image at path `picture`: [H, W] float32 metres, NaN = invalid."""
-    stem = os.path.splitext(picture)[0]
-    depth = first_existing([stem + "_depth.npy"], picture)
+def diode_depth(image_path: str, size: tuple[int, int]) -> np.ndarray:
+    """Depth of the image at path `image_path`: [H, W] float32 metres, NaN = invalid."""
+    stem = os.path.splitext(image_path)[0]
+    depth = first_existing([stem + "_depth.npy"], image_path)
     return read_depth(depth, size, stem + "_depth_mask.npy")

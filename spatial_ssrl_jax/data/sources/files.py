@@ -1,18 +1,19 @@
-"""What all kinds that read a folder share: the listing, and a source over the files found."""
+"""Sources that read a folder: the listing of its files, and a source over them."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.retry import with_retries
-from spatial_ssrl_jax.data.images import image_size, open_picture
+from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.tasks.record import Record
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class FileSource:
       root: the folder.
       files: the images' paths relative to `root` with `/`, sorted; they are the records' names.
       depth_of: (image's path, (height, width)) -> [H, W] float32, NaN where invalid, raising
-        `BadPicture`; None for images without depth. A module's function, so that it pickles.
+        `BadImage`; None for images without depth. A module's function, so that it pickles.
     """
 
     spec: str
@@ -49,18 +50,18 @@ class FileSource:
     def __getitem__(self, index: int) -> Record:
         name = self.files[index]
         path = os.path.join(self.root, name)
-        image = open_picture(path)
+        image = open_source_image(path)
         depth = None if self.depth_of is None else self.depth_of(path, image.shape[:2])
         return Record(image=image, depth=depth, name=name, spec=self.spec, path=path)
 
 
 def list_files(spec: str, path: str, layout: str) -> tuple[str, list[str]]:
-    """Lists all files below a folder, through links too; names that begin with a dot are left out.
+    """Lists all files below a folder, through links too; names that begin with a dot are skipped.
 
     Args:
       spec: the SPEC, for errors.
       path: the folder; `~` is expanded.
-      layout: what the kind expects to find there, for errors.
+      layout: of the files that the kind expects, for errors.
 
     Returns:
       The folder, and paths relative to it with `/`, sorted.
@@ -71,9 +72,9 @@ def list_files(spec: str, path: str, layout: str) -> tuple[str, list[str]]:
     root = os.path.expanduser(path)
     _wait_for(root)
     if not path or not os.path.isdir(root):
-        what = "is a file, not a folder" if os.path.isfile(root) else "there is no such folder"
-        what = what if path else "the folder's path is missing"
-        raise UserError(f"source '{spec}': {what}; expected {layout}.")
+        problem = "is a file, not a folder" if os.path.isfile(root) else "there is no such folder"
+        problem = problem if path else "the folder's path is missing"
+        raise UserError(f"source '{spec}': {problem}; expected {layout}.")
     try:
         return root, with_retries(lambda: sorted(_walk(root)), root, listed=False)
     except OSError as error:
@@ -81,26 +82,26 @@ def list_files(spec: str, path: str, layout: str) -> tuple[str, list[str]]:
         raise UserError(f"source '{spec}': cannot read the folder {where} ({why}).") from error
 
 
-def require_pictures(spec: str, root: str, files: list[str], layout: str) -> tuple[str, ...]:
+def require_images(spec: str, root: str, files: list[str], layout: str) -> tuple[str, ...]:
     """The files as a tuple; raises `UserError` naming the expected layout if there are none."""
     if not files:
         raise UserError(f"source '{spec}': found no image below {root}; expected {layout}.")
     return tuple(files)
 
 
-def is_picture(file: str) -> bool:
-    """Whether a file's ending says that it is an image."""
-    return file.lower().endswith(PICTURES)
+def is_image(file: str) -> bool:
+    """Whether a file's name ends as that of an image."""
+    return file.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _wait_for(root: str) -> None:
-    """Returns when a folder can be asked about; that it does not exist is an answer."""
+    """Returns when a folder is available, or is known not to exist."""
     with suppress(OSError):
         with_retries(lambda: os.stat(root), root, listed=False)
 
 
 def _walk(root: str) -> Iterator[str]:
-    def refuse(error: OSError):
+    def refuse(error: OSError) -> NoReturn:
         raise error
 
     seen = set()  # real folders, so that a link to a parent ends the walk

@@ -1,6 +1,6 @@
 """`folder:PATH`: every image below a folder, without depth."""
 
-from spatial_ssrl_jax.data.sources.files import FileSource, is_picture, list_files, require_pictures
+from spatial_ssrl_jax.data.sources.files import FileSource, is_image, list_files, require_images
 
 LAYOUT = "a folder with .jpg, .jpeg, .png, .webp or .bmp images, at any depth of folders"
 
@@ -8,5 +8,5 @@ LAYOUT = "a folder with .jpg, .jpeg, .png, .webp or .bmp images, at any depth of
 def open_folder(spec: str, path: str) -> FileSource:
     """Lists the images below `path`; raises `UserError` if there are none."""
     root, files = list_files(spec, path, LAYOUT)
-    pictures = [file for file in files if is_picture(file)]
-    return FileSource(spec, root, require_pictures(spec, root, pictures, LAYOUT))
+    images = [file for file in files if is_image(file)]
+    return FileSource(spec, root, require_images(spec, root, images, LAYOUT))

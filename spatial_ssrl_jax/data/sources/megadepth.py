@@ -1,7 +1,7 @@
 """`megadepth:PATH`: MegaDepth as it is unpacked, or any folder of it: depth up to scale.
 
 SCENE/denseN/imgs/NAME.jpg goes with SCENE/denseN/depths/NAME.h5 (data set `depth`, 0 = invalid).
-Some of its files hold ordinal maps, which have negative values: they are no depth.
+Some of its files hold ordinal maps, which have negative values: they are rejected.
 """
 
 import os
@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from spatial_ssrl_jax.data.sources.depthmap import first_existing, read_depth
-from spatial_ssrl_jax.data.sources.files import FileSource, is_picture, list_files, require_pictures
+from spatial_ssrl_jax.data.sources.files import FileSource, is_image, list_files, require_images
 
 LAYOUT = "MegaDepth's SCENE/denseN/imgs/NAME.jpg with SCENE/denseN/depths/NAME.h5"
 
@@ -17,15 +17,15 @@ LAYOUT = "MegaDepth's SCENE/denseN/imgs/NAME.jpg with SCENE/denseN/depths/NAME.h
 def open_megadepth(spec: str, path: str) -> FileSource:
     """Lists MegaDepth's images below `path`; raises `UserError` if there are none."""
     root, files = list_files(spec, path, LAYOUT)
-    pictures = [file for file in files if is_picture(file) and _in_imgs(root, file)]
-    return FileSource(spec, root, require_pictures(spec, root, pictures, LAYOUT), megadepth_depth)
+    images = [file for file in files if is_image(file) and _in_imgs(root, file)]
+    return FileSource(spec, root, require_images(spec, root, images, LAYOUT), megadepth_depth)
 
 
-def megadepth_depth(picture: str, size: tuple[int, int]) -> np.ndarray:
-    """Depth of the image at path `picture`: [H, W] float32 up to scale, NaN = invalid."""
-    folder, file = os.path.split(os.path.abspath(picture))
+def megadepth_depth(image_path: str, size: tuple[int, int]) -> np.ndarray:
+    """Depth of the image at path `image_path`: [H, W] float32 up to scale, NaN = invalid."""
+    folder, file = os.path.split(os.path.abspath(image_path))
     name = os.path.splitext(file)[0] + ".h5"
-    depth = first_existing([os.path.join(os.path.dirname(folder), "depths", name)], picture)
+    depth = first_existing([os.path.join(os.path.dirname(folder), "depths", name)], image_path)
     return read_depth(depth, size, no_negatives=True)
 
 

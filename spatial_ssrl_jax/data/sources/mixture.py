@@ -23,7 +23,7 @@ class MixturePart:
 
     Attributes:
       source: images, or ready-made questions.
-      weight: its share.
+      weight: of the source in the mixture.
       start: index of its first record in the whole.
     """
 
@@ -77,7 +77,7 @@ def mixture_parts(source: Source | QuestionSource | Mixture) -> tuple[MixturePar
 
 
 def mix(spec: str, sources: Sequence[tuple[Source | QuestionSource, float]]) -> Mixture:
-    """Puts opened sources with their weights one after another."""
+    """Concatenates opened sources with their weights."""
     parts, start = [], 0
     for source, weight in sources:
         parts.append(MixturePart(source, weight, start))
@@ -86,7 +86,7 @@ def mix(spec: str, sources: Sequence[tuple[Source | QuestionSource, float]]) -> 
 
 
 def split_spec(spec: str, kinds: Sequence[str]) -> list[tuple[str, float]]:
-    """The SPECs of a mixture with their weights; one, with weight 1, where it is none.
+    """The SPECs of a mixture with their weights; any other SPEC alone, with weight 1.
 
     A `+` joins only where a kind, perhaps with a weight, follows, so that paths may hold one.
 
@@ -97,10 +97,11 @@ def split_spec(spec: str, kinds: Sequence[str]) -> list[tuple[str, float]]:
     return list(_weighted(spec, re.split(rf"\s*\+\s*{follows}", spec)))
 
 
-def _weighted(spec: str, pieces: list[str]) -> Iterator[tuple[str, float]]:
-    for piece in pieces:
-        given = re.match(_WEIGHT, piece)[0]
+def _weighted(spec: str, parts: list[str]) -> Iterator[tuple[str, float]]:
+    for part in parts:
+        match = re.match(_WEIGHT, part)
+        given = match[0] if match else ""
         weight = float(given[:-1]) if given else 1.0
         if weight <= 0:
-            raise UserError(f"source '{spec}': the weight of '{piece}' must be above 0.")
-        yield piece.removeprefix(given), weight
+            raise UserError(f"source '{spec}': the weight of '{part}' must be above 0.")
+        yield part.removeprefix(given), weight

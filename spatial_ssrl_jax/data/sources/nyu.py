@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from spatial_ssrl_jax.data.sources.depthmap import first_existing, read_depth
-from spatial_ssrl_jax.data.sources.files import FileSource, is_picture, list_files, require_pictures
+from spatial_ssrl_jax.data.sources.files import FileSource, is_image, list_files, require_images
 
 LAYOUT = "NYU Depth v2's rgb_N.jpg with sync_depth_N.png beside it"
 
@@ -16,15 +16,15 @@ LAYOUT = "NYU Depth v2's rgb_N.jpg with sync_depth_N.png beside it"
 def open_nyu(spec: str, path: str) -> FileSource:
     """Lists the frames below `path`; raises `UserError` if there are none."""
     root, files = list_files(spec, path, LAYOUT)
-    frames = [file for file in files if is_picture(file) and _is_frame(file)]
-    return FileSource(spec, root, require_pictures(spec, root, frames, LAYOUT), nyu_depth)
+    frames = [file for file in files if is_image(file) and _is_frame(file)]
+    return FileSource(spec, root, require_images(spec, root, frames, LAYOUT), nyu_depth)
 
 
-def nyu_depth(picture: str, size: tuple[int, int]) -> np.ndarray:
-    """Depth of the frame at path `picture`: [H, W] float32 metres, NaN = invalid."""
-    folder, file = os.path.split(picture)
+def nyu_depth(image_path: str, size: tuple[int, int]) -> np.ndarray:
+    """Depth of the frame at path `image_path`: [H, W] float32 metres, NaN = invalid."""
+    folder, file = os.path.split(image_path)
     number = os.path.splitext(file)[0].removeprefix("rgb_")
-    depth = first_existing([os.path.join(folder, f"sync_depth_{number}.png")], picture)
+    depth = first_existing([os.path.join(folder, f"sync_depth_{number}.png")], image_path)
     return read_depth(depth, size)
 
 

@@ -1,20 +1,23 @@
-"""Parquet files of questions: columns of text, rows with images at random, and writing them."""
+"""Parquet files of questions: text columns, random access to rows with images, and writing."""
 
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spatial_ssrl_jax.common.retry import with_retries
 
-_KEPT = 4  # row groups a thread keeps: they are decoded whole, for a single row too
+if TYPE_CHECKING:
+    from pyarrow.parquet import ColumnSchema, ParquetFile
+
+_KEPT = 4  # row groups a thread caches: they are decoded whole, for a single row too
 _GROUP = 16  # questions in a row group that is written, a few megabytes
 
 
 class RowGroups:
-    """Single rows of a column; pickles without what it has read.
+    """Single rows of a column; pickles without its cache.
 
     Args:
       column: its name.
@@ -28,16 +31,16 @@ class RowGroups:
         return {"column": self.column}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["column"])
+        self.column, self._local = state["column"], threading.local()
 
     def value(self, file: str, row: int) -> Any:
-        """The value of one row, as Python types; waits for a file that is away."""
+        """The value of one row, as Python types; retries an unavailable file."""
 
         def read() -> Any:
             try:
                 return self._value(file, row)
             except OSError:
-                self._local.__dict__.setdefault("files", {}).pop(file, None)  # opened anew
+                self._local.__dict__.setdefault("files", {}).pop(file, None)  # reopened
                 raise
 
         return with_retries(read, file)
@@ -56,8 +59,8 @@ class RowGroups:
         return groups[file, group][row - int(starts[group])].as_py()
 
 
-def _open(file: str) -> tuple[Any, np.ndarray]:
-    """An open file and the first row of each of its row groups."""
+def _open(file: str) -> tuple["ParquetFile", np.ndarray]:
+    """An open file and [row groups] int64, the first row of each of its row groups."""
     import pyarrow.parquet as pq
 
     reader = pq.ParquetFile(file)
@@ -66,7 +69,7 @@ def _open(file: str) -> tuple[Any, np.ndarray]:
 
 
 def read_texts(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Rows of some columns of text; nothing else of the file is read."""
+    """Rows of some text columns; nothing else of the file is read."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(file, columns=list(columns))
@@ -90,20 +93,20 @@ def read_paths(file: Path, column: str) -> list[str]:
     return [(cell["path"] if isinstance(cell, dict) else cell) or "" for cell in firsts]
 
 
-def _is_path(leaf: Any, column: str) -> bool:
-    """Whether a leaf of the schema holds paths: the texts of a list, or the `path` of its parts."""
-    place = leaf.path.split(".")  # column, list, its element's name, perhaps a part's name
+def _is_path(leaf: "ColumnSchema", column: str) -> bool:
+    """Whether a leaf of the schema holds paths: strings of a list, or the `path` of its structs."""
+    path = leaf.path.split(".")  # column, list, its element's name, perhaps a field's name
     is_text = leaf.logical_type.type == "STRING"
-    return place[0] == column and is_text and place[3:] in ([], ["path"])
+    return path[0] == column and is_text and path[3:] in ([], ["path"])
 
 
 def write_questions(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes `problem, answer, images` as the released data has them.
+    """Writes `problem, answer, images` in the format of the released data.
 
     Args:
       file: to write.
       rows: each with `problem`, `answer`, and `images`: a list of `{"bytes", "path"}`, an encoded
-        image and what it is called.
+        image and its name.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,7 +1,7 @@
 """`scenes`: built-in small ray-cast rooms with exact depth; seeded by index, no files, no network.
 
 `scenes`, `scenes:COUNT`, `scenes:WIDTHxHEIGHT` or `scenes:COUNT:WIDTHxHEIGHT`; 100,000 scenes of
-112x112 pixels unless said otherwise. Scene i is the same room at every size and count.
+112x112 pixels by default. Scene i is the same room at every size and count.
 """
 
 import re
@@ -15,12 +15,12 @@ from spatial_ssrl_jax.tasks.record import Record
 DEFAULT_COUNT = 100_000
 DEFAULT_SIZE = (112, 112)  # width, height
 _SIDES = range(16, 4097)
-_FORM = re.compile(r"(\d+)?((?:^|:)\d+x\d+)?")
+_ARGUMENT = re.compile(r"(\d+)?((?:^|:)\d+x\d+)?")
 
 
 @dataclass(frozen=True)
 class SceneSource:
-    """Rooms 0 … count-1, drawn and rendered when asked for.
+    """Rooms 0 … count-1, drawn and rendered on access.
 
     Attributes:
       spec: the SPEC as the user wrote it.
@@ -66,10 +66,10 @@ def open_scenes(spec: str, argument: str) -> SceneSource:
 
 def _parse(spec: str, argument: str) -> tuple[int, tuple[int, int]]:
     count, size = DEFAULT_COUNT, DEFAULT_SIZE
-    match = _FORM.fullmatch(argument)
+    match = _ARGUMENT.fullmatch(argument)
     if match is None:
-        forms = "scenes, scenes:COUNT, scenes:WIDTHxHEIGHT or scenes:COUNT:WIDTHxHEIGHT"
-        raise UserError(f"source '{spec}' cannot be understood; write {forms}.")
+        formats = "scenes, scenes:COUNT, scenes:WIDTHxHEIGHT or scenes:COUNT:WIDTHxHEIGHT"
+        raise UserError(f"source '{spec}' cannot be understood; write {formats}.")
     if match[1]:
         count = int(match[1])
     if match[2]:

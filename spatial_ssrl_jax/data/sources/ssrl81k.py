@@ -1,13 +1,13 @@
-"""`ssrl81k:PATH`: ready-made questions, in the two forms of the released data.
+"""`ssrl81k:PATH`: ready-made questions, in the two formats of the released data.
 
-PATH is a parquet file with `problem, answer, images`, a cold-start JSON file with `instruction,
-input, output, images`, or a folder with files of one of the forms. `images` holds, a question, a
-list of images: encoded bytes, `{"bytes", "path"}`, or paths relative to the file. They enter the
-pipeline as examples of the task whose question they ask, so that the tasks' weights hold for them
-as for images; the tasks' other settings do not.
+PATH is a parquet file with `problem, answer, images`, an SFT JSON file with `instruction,
+input, output, images`, or a folder with files of one of the formats. `images` holds a list of
+images for each question: encoded bytes, `{"bytes", "path"}`, or paths relative to the file.
+Questions enter the pipeline as examples of their task: the tasks' weights apply to them as to
+images, the tasks' other settings do not.
 
-Questions whose first images bear one path are of one image, and are held out together; so are
-those whose paths agree up to a `#`, as in the files that `preview` writes.
+Questions whose first images have the same path are of one image, and are held out together; so
+are those whose paths agree up to a `#`, as in the files that `preview` writes.
 """
 
 import json
@@ -18,15 +18,15 @@ from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.text import error_line
-from spatial_ssrl_jax.data.images import image_size, open_picture
+from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.data.sources.parquet import RowGroups, read_paths, read_texts
 from spatial_ssrl_jax.tasks.answers import last_box
 from spatial_ssrl_jax.tasks.example import Example
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 LAYOUT = "parquet with problem, answer, images, or JSON with instruction, input, output, images"
-# What each task's question says and no other's; the released texts differ in small things.
-_SAID = {
+# A phrase of each task's question that no other's has; the released texts vary a little.
+_PHRASES = {
     "shuffle": "shuffled",
     "flip": "flipped",
     "crop": "missing part",
@@ -43,11 +43,11 @@ class ReleasedQuestion:
       task: the task that it belongs to.
       text: the question without the format prompt.
       answer: the exact right answer.
-      response: a whole response to learn from, or "" where the data brings none.
-      file: where it stands.
-      row: its place there.
+      response: a whole SFT response, or "" where the data holds none.
+      file: path of its file.
+      row: its index in the file.
       images: images as paths or bytes; None where they are read from `file` when needed.
-      path: of the first image, as it is there; "" where none is given.
+      path: of the first image, as in the file; "" where none is given.
     """
 
     task: str
@@ -61,12 +61,12 @@ class ReleasedQuestion:
 
 
 class QuestionSource:
-    """Questions of one or more files; images are read when asked for.
+    """Questions of one or more files; images are read on access.
 
     Args:
       spec: the SPEC as the user wrote it.
       root: names are relative to this folder.
-      questions: in order; their tasks need no depth, as they are made.
+      questions: in order; their tasks need no depth, as their images are complete.
     """
 
     has_depth = False
@@ -83,7 +83,7 @@ class QuestionSource:
         return f"{os.path.relpath(question.file, self.root)}#{question.row}"
 
     def origin(self, index: int) -> str:
-        """The image that a question was made of, as far as its row says; else its own name."""
+        """The path of the image that a question is about, if its row has one; else its own name."""
         return self.questions[index].path.partition("#")[0] or self.name(index)
 
     def task(self, index: int) -> str:
@@ -91,28 +91,29 @@ class QuestionSource:
 
     def sizes(self, index: int) -> list[tuple[int, int]]:
         name = self.name(index)
-        return [
-            image_size(picture, _called(picture, name), listed=True)[::-1]
-            for picture in self._pictures(index)
-        ]
+        sizes = []
+        for image in self._images(index):
+            width, height = image_size(image, _image_name(image, name), listed=True)
+            sizes.append((height, width))
+        return sizes
 
     def __getitem__(self, index: int) -> Example:
         question, name = self.questions[index], self.name(index)
-        pictures = self._pictures(index)
+        images = self._images(index)
         return Example(
             task=question.task,
             kind="released",
-            images=tuple(open_picture(picture, _called(picture, name)) for picture in pictures),
+            images=tuple(open_source_image(image, _image_name(image, name)) for image in images),
             question=question.text,
             answer=question.answer,
             reason=f"The answer is {question.answer}.",
             truth={},
-            source={"spec": self.spec, "record": name, "image": _called(pictures[0], name)},
+            source={"spec": self.spec, "record": name, "image": _image_name(images[0], name)},
             response=question.response,
         )
 
-    def _pictures(self, index: int) -> list[str | bytes]:
-        """The question's images, paths complete."""
+    def _images(self, index: int) -> list[str | bytes]:
+        """The question's images, encoded or as complete paths."""
         question = self.questions[index]
         cells = question.images
         if cells is None:
@@ -122,19 +123,19 @@ class QuestionSource:
 
 
 def open_ssrl81k(spec: str, path: str) -> QuestionSource:
-    """Reads the questions' texts; raises `UserError` if PATH holds none, or one of no task."""
-    where = Path(path).expanduser()
-    if not path or not where.exists():
+    """Reads the questions' texts; raises `UserError` if PATH has none, or one of no known task."""
+    location = Path(path).expanduser()
+    if not path or not location.exists():
         raise UserError(f"source '{spec}': there is no such file or folder; expected {LAYOUT}.")
-    files = [where] if where.is_file() else _of_one_form(where)
+    files = [location] if location.is_file() else _question_files(location)
     questions = [q for file in files for q in _read(spec, file)]
     if not questions:
-        raise UserError(f"source '{spec}': found no question there; expected {LAYOUT}.")
-    root = where if where.is_dir() else where.parent
+        raise UserError(f"source '{spec}': found no question; expected {LAYOUT}.")
+    root = location if location.is_dir() else location.parent
     return QuestionSource(spec, os.fspath(root), tuple(questions))
 
 
-def _of_one_form(folder: Path) -> list[Path]:
+def _question_files(folder: Path) -> list[Path]:
     """All parquet files below a folder, else all JSON files."""
     return sorted(folder.rglob("*.parquet")) or sorted(folder.rglob("*.json"))
 
@@ -179,23 +180,23 @@ def _question(
     images: tuple[str, ...] | None,
     path: str,
 ) -> ReleasedQuestion:
-    task = next((name for name, said in _SAID.items() if said in text), None)
+    task = next((name for name, phrase in _PHRASES.items() if phrase in text), None)
     if task is None:
         raise UserError(
             f"source '{spec}': question {row} of {file} is of none of the tasks "
-            f"{', '.join(_SAID)}; remove it."
+            f"{', '.join(_PHRASES)}; remove it."
         )
     # The pipeline appends the format prompt to every question.
     text = text.replace(FORMAT_PROMPT, "").strip()
     return ReleasedQuestion(task, text, str(answer), response, file, row, images, path)
 
 
-def _cell(cell: Any) -> str | bytes:
-    """An image of a parquet list: what it is encoded as, else its path."""
+def _cell(cell: dict[str, Any] | str | bytes) -> str | bytes:
+    """An image of a parquet list: its encoded bytes, else its path."""
     if isinstance(cell, dict):
         return cell.get("bytes") or cell.get("path") or ""
     return cell
 
 
-def _called(picture: str | bytes, name: str) -> str:
-    return picture if isinstance(picture, str) else name
+def _image_name(image: str | bytes, name: str) -> str:
+    return image if isinstance(image, str) else name

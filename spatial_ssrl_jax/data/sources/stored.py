@@ -1,29 +1,36 @@
-"""Images stored many to a file, as TFDS writes them: encoded images, perhaps with depth."""
+"""Record files as TFDS writes them: encoded images, perhaps with depth."""
 
 import threading
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
-from spatial_ssrl_jax.data.images import image_size, open_picture
+from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.tasks.record import Record
 
 DEPTH = "depth"
-_NAMES = ("name", "image/filename")  # ours, and COCO's in the catalogue
+_NAMES = ("name", "image/filename")  # our builder's, and COCO's in the catalogue
+
+
+class EncodedRecords(Protocol):
+    """Random access to encoded records."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> bytes: ...
 
 
 class StoredSource:
     """Records of a TFDS data set.
 
-    They are named by their place, so that naming them reads nothing.
+    They are named by their index, so that naming them reads nothing.
 
     Args:
       spec: the SPEC as the user wrote it.
-      prefix: is before the place in a record's name.
-      rows: random access to the records as TFDS encodes them, bytes; can be pickled.
+      prefix: precedes the index in a record's name.
+      rows: random access to the records as TFDS encodes them; can be pickled.
       features: of the data set.
 
     Raises:
@@ -31,12 +38,20 @@ class StoredSource:
     """
 
     def __init__(
-        self, spec: str, prefix: str, rows: Sequence[bytes], features: tfds.features.FeaturesDict
+        self,
+        spec: str,
+        prefix: str,
+        rows: EncodedRecords,
+        features: tfds.features.FeatureConnector | None,
     ):
+        if not isinstance(features, tfds.features.FeaturesDict):
+            raise UserError(
+                f"source '{spec}': its records have no named features; use another one."
+            )
         self.spec, self.prefix, self._rows = spec, prefix, rows
-        self._picture = _picture_key(spec, features)
-        self._features = _some(features, self._picture, DEPTH, *_NAMES)  # no other is decoded
-        self._sized = _some(features, self._picture)
+        self._image = _image_key(spec, features)
+        self._features = _select(features, self._image, DEPTH, *_NAMES)  # no other is decoded
+        self._sized = _select(features, self._image)
         self.has_depth = DEPTH in features
         self._last = threading.local()
 
@@ -55,42 +70,44 @@ class StoredSource:
 
     def size(self, index: int) -> tuple[int, int]:
         row = self._decode(self._sized, self._bytes(index))
-        width, height = image_size(row[self._picture], self.name(index))
+        width, height = image_size(row[self._image], self.name(index))
         return height, width
 
     def __getitem__(self, index: int) -> Record:
         name, row = self.name(index), self._decode(self._features, self._bytes(index))
-        image = open_picture(row[self._picture], name)
+        image = open_source_image(row[self._image], name)
         path = next((row[key].decode() for key in _NAMES if key in row), name)
         depth = _clean(row[DEPTH], image.shape[:2], name) if self.has_depth else None
         return Record(image=image, depth=depth, name=name, spec=self.spec, path=path)
 
     def _bytes(self, index: int) -> bytes:
-        """A record as it is stored; the last one of each thread is kept, as `size` asks first."""
+        """A record as it is stored; each thread caches its last one, as `size` precedes reading."""
         if getattr(self._last, "index", None) != index:
             self._last.bytes, self._last.index = self._rows[index], index
         return self._last.bytes
 
     def _decode(self, features: tfds.features.FeaturesDict, stored: bytes) -> dict[str, Any]:
-        # The image stays encoded: we decode it as images of folders, with the same errors.
-        decoders = {self._picture: tfds.decode.SkipDecoding()}
-        return features.deserialize_example_np(stored, decoders=decoders)
+        # The image stays encoded: it is decoded as images of folders are, with the same errors.
+        decoders = {self._image: tfds.decode.SkipDecoding()}
+        row = features.deserialize_example_np(stored, decoders=decoders)
+        assert isinstance(row, dict)  # as that of every FeaturesDict
+        return row
 
 
-def _some(features: tfds.features.FeaturesDict, *names: str) -> tfds.features.FeaturesDict:
-    """Those of the features that bear one of the names."""
+def _select(features: tfds.features.FeaturesDict, *names: str) -> tfds.features.FeaturesDict:
+    """The features with one of the names."""
     return tfds.features.FeaturesDict({k: features[k] for k in names if k in features})
 
 
-def _picture_key(spec: str, features: tfds.features.FeaturesDict) -> str:
-    """Which feature holds the image: `image`, or the first that is one."""
-    pictures = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
-    if not pictures:
+def _image_key(spec: str, features: tfds.features.FeaturesDict) -> str:
+    """Name of the feature that holds the image: `image`, or the first image feature."""
+    images = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
+    if not images:
         raise UserError(
             f"source '{spec}': its records hold no image, only {', '.join(features)}; "
             "use another data set."
         )
-    return "image" if "image" in pictures else pictures[0]
+    return "image" if "image" in images else images[0]
 
 
 def _clean(depth: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:

@@ -1,41 +1,48 @@
 """`tfds:NAME[:SPLIT][@DATA_DIR]`: a TFDS data set in ArrayRecord files, read without TensorFlow.
 
-NAME is what `prepare` says, or any prepared data set of the catalogue that holds images, such as
-coco/2017. One that is not in DATA_DIR (TFDS's own default unless given) is fetched and prepared,
-where its builder can do that without TensorFlow. SPLIT is `train` unless given, and may be a slice
-such as train[:10%]. DATA_DIR may begin with gs://.
+NAME is the one that `prepare` prints, or any prepared data set of the catalogue that holds images,
+such as coco/2017. One that is not in DATA_DIR (TFDS's own default unless given) is downloaded and
+prepared, if its builder needs no TensorFlow for it. SPLIT is `train` unless given, and may be a
+slice such as train[:10%]. DATA_DIR may begin with gs://.
 """
 
 import re
+from typing import TYPE_CHECKING
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.paths import NEEDS_GCS
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.sources.base import Source
 
-_FORM = re.compile(
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
+
+_ARGUMENT = re.compile(
     r"(?P<name>[^:@]+(:(\d+|\*)\.(\d+|\*)\.(\d+|\*))?)(:(?P<split>[^@]+))?(@(?P<folder>.+))?"
 )
 
 
 def open_tfds(spec: str, argument: str) -> Source:
     """Opens a split; raises `UserError` if there is no such data set or it cannot be read."""
-    import tensorflow_datasets as tfds  # half a second, which other sources need not wait for
+    import tensorflow_datasets as tfds  # half a second, which other sources do not need
 
     from spatial_ssrl_jax.data.sources.stored import StoredSource
 
-    form = _FORM.fullmatch(argument)
-    if form is None:
+    match = _ARGUMENT.fullmatch(argument)
+    if match is None:
         raise UserError(
             f"source '{spec}' cannot be understood; write tfds:NAME[:SPLIT][@DATA_DIR]."
         )
-    split = form["split"] or "train"
+    split = match["split"] or "train"
     try:
-        builder = _builder(form["name"], form["folder"])
+        builder = _builder(match["name"], match["folder"])
         method = tfds.decode.DeserializeMethod.RAW_BYTES
-        rows = builder.as_data_source(split, deserialize_method=method)
+        rows = builder.as_data_source(
+            split,  # pyright: ignore[reportCallIssue]  # TFDS's decorator hides the parameter
+            deserialize_method=method,
+        )
     except Exception as error:  # TFDS raises many kinds, with texts of many lines
-        if isinstance(error, ImportError) and (form["folder"] or "").startswith("gs://"):
+        if isinstance(error, ImportError) and (match["folder"] or "").startswith("gs://"):
             raise UserError(f"source '{spec}': {NEEDS_GCS}.") from error
         raise UserError(
             f"source '{spec}' cannot be opened ({error_line(error)}): check name, split and "
@@ -46,8 +53,8 @@ def open_tfds(spec: str, argument: str) -> Source:
     return StoredSource(spec, f"{builder.info.full_name}/{split}", rows, builder.info.features)
 
 
-def _builder(name: str, folder: str | None):
-    """Reads what is prepared from its files alone: many builders' code asks for TensorFlow."""
+def _builder(name: str, folder: str | None) -> "DatasetBuilder":
+    """A prepared data set from its files alone, as the code of many builders needs TensorFlow."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 

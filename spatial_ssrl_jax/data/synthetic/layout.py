@@ -1,6 +1,6 @@
-"""What is in a built-in scene: a room, a camera, solids, wall panels and a lamp, drawn by seed.
+"""The content of a synthetic scene: room, camera, solids, wall panels and lamp, drawn by seed.
 
-Metres; x to the right, y up, z away from the camera, which stands above the origin.
+Metres; x to the right, y up, z away from the camera, which is above the origin.
 """
 
 import colorsys
@@ -11,7 +11,7 @@ import numpy as np
 
 Vector = tuple[float, float, float]
 
-_SALT = 0x5CE9E5  # parts these draws from others that are seeded by a record's index
+_SALT = 0x5CE9E5  # separates these draws from others that are seeded by a record's index
 _PATTERNS = ("plain", "plain", "bands", "checks")
 
 
@@ -84,7 +84,7 @@ class Surface:
 
 @dataclass(frozen=True)
 class Scene:
-    """A room and all in it.
+    """A room and its content.
 
     Attributes:
       low, high: corners of the room, a box parallel to the axes; `low[2]` is behind the camera.
@@ -114,7 +114,7 @@ class Scene:
 
 
 def draw_scene(index: int) -> Scene:
-    """Draws scene `index`: the same one always, and whatever the image's size."""
+    """Draws scene `index`: always the same one, whatever the image's size."""
     rng = np.random.default_rng((_SALT, index))
     low = (-rng.uniform(1.3, 2.8), 0.0, -2.0)
     high = (rng.uniform(1.3, 2.8), rng.uniform(2.4, 3.2), rng.uniform(4.0, 7.5))
@@ -151,16 +151,20 @@ def _colour(hue: float, saturation: float, value: float) -> Vector:
     return colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
 
 
+def _scale(vector: Vector, factor: float) -> Vector:
+    return factor * vector[0], factor * vector[1], factor * vector[2]
+
+
 def _draw_walls(rng: np.random.Generator) -> list[Surface]:
     """Left, right and back: pale tints of hues that are apart, some striped."""
     hue = rng.random()
     surfaces = []
-    for turn in (0.0, rng.uniform(0.2, 0.45), rng.uniform(0.55, 0.8)):
+    for shift in (0.0, rng.uniform(0.2, 0.45), rng.uniform(0.55, 0.8)):
         saturation, value = rng.uniform(0.15, 0.45), rng.uniform(0.72, 0.95)
         surfaces.append(
             Surface(
-                colour=_colour(hue + turn, saturation, value),
-                accent=_colour(hue + turn, saturation + 0.15, value - 0.22),
+                colour=_colour(hue + shift, saturation, value),
+                accent=_colour(hue + shift, saturation + 0.15, value - 0.22),
                 pattern=str(rng.choice(["plain", "stripes"])),
                 period=rng.uniform(0.5, 0.9),
             )
@@ -216,7 +220,7 @@ def _draw_panel_colours(rng: np.random.Generator, kind: str) -> tuple[Vector, Ve
         return (0.95, 0.95, 0.93), green, _colour(0.57, rng.uniform(0.15, 0.45), 1.0)
     if kind == "door":
         wood = _colour(rng.uniform(0.03, 0.1), rng.uniform(0.3, 0.7), rng.uniform(0.35, 0.7))
-        return tuple(0.6 * c for c in wood), wood, wood
+        return _scale(wood, 0.6), wood, wood
     frame = _colour(0.09, rng.uniform(0.2, 0.7), rng.uniform(0.2, 0.6))
     hue = rng.random()
     return frame, _colour(hue, 0.7, 0.55), _colour(hue + rng.uniform(0.3, 0.7), 0.5, 0.95)
@@ -249,11 +253,12 @@ def _draw_solid(
     """One solid on the floor, somewhere in the camera's view, perhaps where it does not fit."""
     kind = "sphere" if rng.random() < 0.4 else "box"
     if kind == "sphere":
-        half = (shrink * rng.uniform(0.22, 0.55),) * 3
+        radius = shrink * rng.uniform(0.22, 0.55)
+        half = (radius, radius, radius)
     else:
         tall = rng.random() < 0.35
         up = rng.uniform(0.5, 0.95) if tall else rng.uniform(0.15, 0.45)
-        half = tuple(shrink * s for s in (rng.uniform(0.2, 0.5), up, rng.uniform(0.2, 0.5)))
+        half = _scale((rng.uniform(0.2, 0.5), up, rng.uniform(0.2, 0.5)), shrink)
     z = rng.uniform(1.9, high[2] - 0.4)
     x = z * math.tan(camera.yaw + math.atan(rng.uniform(-0.9, 0.9) * camera.slope))
     saturation, value = rng.uniform(0.55, 0.9), rng.uniform(0.65, 0.95)
@@ -275,7 +280,7 @@ def _radius(solid: Solid) -> float:
 
 
 def _fits(solid: Solid, others: list[Solid], low: Vector, high: Vector) -> bool:
-    """Whether a solid stands free of the walls, of the camera and of the others."""
+    """Whether a solid is clear of the walls, of the camera and of the others."""
     x, _, z = solid.centre
     radius = _radius(solid) + 0.03
     if not (low[0] + radius < x < high[0] - radius and 1.2 + radius < z < high[2] - radius):
@@ -287,9 +292,9 @@ def _fits(solid: Solid, others: list[Solid], low: Vector, high: Vector) -> bool:
 
 
 def _put_on(base: Solid, solid: Solid) -> Solid:
-    """`solid`, shrunk to stand on top of the box `base`, at most 0.9 m high."""
+    """`solid`, shrunk and moved to the top of the box `base`, at most 0.9 m high."""
     scale = min(1.0, 0.9 * min(base.half[0], base.half[2]) / _radius(solid), 0.45 / solid.half[1])
-    half = tuple(scale * s for s in solid.half)
+    half = _scale(solid.half, scale)
     up = base.centre[1] + base.half[1] + half[1]
     centre, period = (base.centre[0], up, base.centre[2]), max(0.1, scale * solid.period)
     return replace(solid, centre=centre, half=half, period=period)

@@ -1,6 +1,6 @@
-"""The colours of a built-in scene: textures of the floor, the walls, their panels and the solids.
+"""The colours of a synthetic scene: textures of the floor, the walls, their panels and the solids.
 
-Key: N points; coordinates are as [3, N] metres, colours as [3, N] in 0..1.
+Key: N points; coordinates are [3, N] float64 metres, colours [3, N] float64 in 0..1.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ _FRAME = 0.07  # metres
 
 
 def paint_room(scene: Scene, face: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Colours [3, N] of points on a face of the room, and the least light [N] that they show."""
+    """Colours [3, N] of points on a face of the room, and the minimum light [N] on them."""
     x, y, z = points
     dark = np.zeros(x.shape)
     if face == "floor":
@@ -31,10 +31,10 @@ def paint_solid(solid: Solid, inside: np.ndarray, normals: np.ndarray) -> np.nda
     if solid.pattern == "plain":
         mix = np.zeros(inside.shape[1])
     elif solid.pattern == "bands":
-        flat = np.abs(normals[1]) > 0.99  # a top is of one colour
+        flat = np.abs(normals[1]) > 0.99  # a top has one colour
         mix = _alternate((inside[1] + solid.half[1]) / solid.period) * ~flat
     else:
-        # A hair off the centre, so that faces do not are on the border of two cells.
+        # Slightly off the centre, so that faces are not on the border of two cells.
         cells = np.floor((inside + 0.013) / solid.period).sum(0)
         mix = cells % 2
     return _blend(solid.colour, solid.accent, mix)
@@ -75,7 +75,7 @@ def _paint_panel(
 
 
 def _floor_mix(floor: Surface, x: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """How much [N] of the floor's accent shows at points of the floor."""
+    """Weight [N] of the floor's accent at points of the floor."""
     if floor.pattern == "checks":
         return (np.floor(x / floor.period) + np.floor(z / floor.period)) % 2
     if floor.pattern == "tiles":

@@ -1,7 +1,7 @@
-"""Casts one ray a pixel into a built-in scene: exact depth, and a shaded image.
+"""Casts one ray a pixel into a synthetic scene: exact depth, and a shaded image.
 
 Rays have length 1 along the optical axis, so that a ray's parameter is the depth z itself.
-Key: N pixels; vectors are as [3, N], float64.
+Key: N pixels; vectors are [3, N] float64.
 """
 
 import math
@@ -53,7 +53,7 @@ def camera_rays(camera: Camera, width: int, height: int) -> np.ndarray:
 def _cast(
     scene: Scene, eye: np.ndarray, rays: np.ndarray, squares: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Depth [N], and what was hit [N]: a face of the room, or `len(FACES)` + a solid's index."""
+    """Depth [N], and the object hit [N]: a face of the room, or `len(FACES)` + a solid's index."""
     depth, hit = _cast_room(scene, eye, rays)
     for i, solid in enumerate(scene.solids):
         index, t = _cast_solid(solid, eye, rays, squares)
@@ -101,7 +101,7 @@ def _near(solid: Solid, start: np.ndarray, rays: np.ndarray, squares: np.ndarray
 
 
 def to_solid(solid: Solid, vectors: np.ndarray) -> np.ndarray:
-    """Turns vectors [3, N] of the room into the solid's own axes."""
+    """Rotates vectors [3, N] of the room into the solid's own axes."""
     cos, sin = math.cos(solid.yaw), math.sin(solid.yaw)
     x, y, z = vectors
     return np.stack([cos * x - sin * z, y, sin * x + cos * z])
