@@ -243,9 +243,9 @@ def test_sizes_are_known_from_headers_alone(fourteen: Path, checkpoint: Path):
             assert image.size() == image.open().shape[:2] == (30, 40)
     image = np.zeros((30, 40, 3), np.uint8)
     for question in ("Where?", "<video> and <image>"):
-        size = processor.measure([image.shape[:2]], question, [size])
+        planned = processor.measure([image.shape[:2]], question, [size])
         prompt = processor.prompt(question, [image], [video])
-        assert (size.tokens, size.windows) == (len(prompt.ids), len(prompt.frame))
+        assert (planned.tokens, planned.windows) == (len(prompt.ids), len(prompt.frame))
 
 
 def test_a_prompt_that_is_too_long_is_named(run, checkpoint: Path, many: Path, tmp_path: Path):
