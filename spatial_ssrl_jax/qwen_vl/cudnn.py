@@ -54,15 +54,16 @@ def attend_cudnn(
       [B, T, N, H] in the dtype of `q`.
     """
     length, keys = q_BTNH.shape[1], k_BKTH.shape[2]
-    more, more_keys = (0, length % 2), (0, keys % 2)  # JAX gives gradients of even lengths only
-    q = jnp.pad(q_BTNH, ((0, 0), more, (0, 0), (0, 0)))
+    # JAX gives gradients of even lengths only.
+    padding, key_padding = (0, length % 2), (0, keys % 2)
+    q = jnp.pad(q_BTNH, ((0, 0), padding, (0, 0), (0, 0)))
     k, v = (
-        jnp.pad(x.swapaxes(1, 2), ((0, 0), more_keys, (0, 0), (0, 0))) for x in (k_BKTH, v_BKTH)
+        jnp.pad(x.swapaxes(1, 2), ((0, 0), key_padding, (0, 0), (0, 0))) for x in (k_BKTH, v_BKTH)
     )
     if seen_BTT is not None:
         # Padding keys are seen by no query; padding queries see all other keys.
-        seen_BTT = jnp.pad(seen_BTT, ((0, 0), more, (0, 0)), constant_values=True)
-        seen_BTT = jnp.pad(seen_BTT, ((0, 0), (0, 0), more_keys))[:, None]
+        seen_BTT = jnp.pad(seen_BTT, ((0, 0), padding, (0, 0)), constant_values=True)
+        seen_BTT = jnp.pad(seen_BTT, ((0, 0), (0, 0), key_padding))[:, None]
     out = jax.nn.dot_product_attention(
         q, k, v, mask=seen_BTT, is_causal=causal, implementation="cudnn"
     )

@@ -139,9 +139,7 @@ def _read_settings(folder: Path) -> tuple[int, float]:
     more += ["bias"] if raw.get("bias", "none") != "none" else []
     if raw.get("peft_type") != "LORA" or more or rank < 1:
         problem = f"sets {more[0]}" if more else f"is a {raw.get('peft_type')} adapter, rank {rank}"
-        raise UserError(
-            f"{path} {problem}: only plain LoRA is supported; merge it with PEFT."
-        )
+        raise UserError(f"{path} {problem}: only plain LoRA is supported; merge it with PEFT.")
     return rank, alpha / (rank**0.5 if raw.get("use_rslora") else rank)
 
 

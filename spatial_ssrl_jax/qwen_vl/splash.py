@@ -80,7 +80,7 @@ def attend_splash(
         with jax.named_scope(f"{BLOCKS_RUN}{blocks}"):
             ids = splash.SegmentIds(segment_BT, segment_BT)
             out = jax.vmap(run)(q_BNTH, k_BKTH, v_BKTH, ids)
-        assert isinstance(out, Array)  # with residuals, which are not asked for, it is a tuple
+        assert isinstance(out, Array)  # a tuple only with `save_residuals`
         return out
 
     if mesh:

@@ -56,7 +56,7 @@ def concatenate_rollouts(rollouts: Sequence[Rollout], index: np.ndarray) -> Roll
 
     Args:
       rollouts: those of the rollout batches.
-      index: [B] int, the place in the batch of each of their prompts, in the rollouts' order.
+      index: [B] int, the row in the batch of each of their prompts, in the rollouts' order.
     """
     fields, order = ("tokens", "logprobs", "length", "finished"), np.argsort(index)
     return Rollout(*(np.concatenate([getattr(r, f) for r in rollouts])[order] for f in fields))

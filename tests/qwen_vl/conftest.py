@@ -1,4 +1,4 @@
-"""Random checkpoints that Transformers writes, at real head sizes, to hold our model against."""
+"""Random checkpoints that Transformers writes, at real head sizes, to compare our model with."""
 
 import shutil
 from collections.abc import Callable
@@ -29,7 +29,7 @@ SHAPES = {
         vocab=151_936,
         theta=1e6,
     ),
-    # Seven query heads a key/value head and a head of its own, as in the 7B.
+    # Seven query heads a key/value head and an untied head, as in the 7B.
     "grouped": dict(
         text=dict(hidden_size=896, num_attention_heads=7, num_key_value_heads=1),
         section=(16, 24, 24),
@@ -51,7 +51,7 @@ SHAPES = {
         tied=True,
         vocab=151_936,
         theta=1e6,
-        scale=2,  # wide sums are large as they are; more would blow rounding up to the limit
+        scale=2,  # wide sums are large already; with more, rounding errors reach the limit
     ),
 }
 MINI = dict(
@@ -67,7 +67,7 @@ SPECIAL = ("bos", "eos", "vision_start", "vision_end", "vision", "image", "video
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One folder as both sides have it.
+    """One folder, as Transformers and as our code reads it.
 
     Attributes:
       folder: config, weights, tokenizer and image settings.
@@ -148,32 +148,32 @@ def mini(request, tmp_path_factory) -> Checkpoint:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One question: images as (height, width), videos as (frames, height, width, fps).
+class PromptMedia:
+    """The media of one prompt: images as (height, width), videos as (frames, height, width, fps).
 
     Pixels are random. All sides are multiples of 28, so that nothing is resized.
     """
 
-    pictures: tuple[tuple[int, int], ...] = ()
+    images: tuple[tuple[int, int], ...] = ()
     videos: tuple[tuple[int, int, int, float], ...] = ()
     kinds: tuple[str, ...] = ()
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The kind at each place."""
-        return self.kinds or ("image",) * len(self.pictures) + ("video",) * len(self.videos)
+        """The kind of each medium, in prompt order."""
+        return self.kinds or ("image",) * len(self.images) + ("video",) * len(self.videos)
 
 
 PROMPTS = {
-    "one": Asked(((196, 252),)),
-    "five": Asked(((28, 28), (56, 140), (112, 112), (140, 84), (252, 196))),
-    "dot": Asked(((28, 28),)),
-    "strip": Asked(((28, 700),)),
-    "ragged": Asked(((364, 252),)),
-    "none": Asked(),
-    "mixed": Asked(((56, 84), (28, 28)), ((7, 84, 112, 2.0),), ("image", "video", "image")),
+    "one": PromptMedia(((196, 252),)),
+    "five": PromptMedia(((28, 28), (56, 140), (112, 112), (140, 84), (252, 196))),
+    "dot": PromptMedia(((28, 28),)),
+    "strip": PromptMedia(((28, 700),)),
+    "ragged": PromptMedia(((364, 252),)),
+    "none": PromptMedia(),
+    "mixed": PromptMedia(((56, 84), (28, 28)), ((7, 84, 112, 2.0),), ("image", "video", "image")),
     **{
-        f"video of {frames} at {fps}": Asked((), ((frames, *size, fps),))
+        f"video of {frames} at {fps}": PromptMedia((), ((frames, *size, fps),))
         for frames, size in ((4, (112, 168)), (7, (140, 84)), (16, (56, 56)))
         for fps in (1, 2)
     },
@@ -182,7 +182,7 @@ PROMPTS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt of ours, and the same for Transformers, built without our code.
+    """A prompt from our processor, and the same for Transformers, built without our code.
 
     Attributes:
       prompt: from our processor.
@@ -225,8 +225,14 @@ def patches_by_hand(frames: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return np.array(patches, np.float32), [count // 2, height // 14, width // 14]
 
 
-def ask_reference(checkpoint: Checkpoint, text: str, asked: Asked, pictures, videos) -> dict:
-    """What Transformers' processor does, whose class cannot be made without torchvision.
+def reference_inputs(
+    checkpoint: Checkpoint,
+    text: str,
+    media: PromptMedia,
+    images: list[np.ndarray],
+    videos: list[Video],
+) -> dict[str, Any]:
+    """What Transformers' processor computes, whose class cannot be made without torchvision.
 
     Returns:
       The fields of `Question` but for `prompt`.
@@ -236,26 +242,26 @@ def ask_reference(checkpoint: Checkpoint, text: str, asked: Asked, pictures, vid
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder, min_pixels=28 * 28)
-    cut = {"image": [], "video": []}
-    for picture in pictures:
-        out = processor(images=[picture], return_tensors="np")
-        cut["image"].append((out["pixel_values"], out["image_grid_thw"][0].tolist()))
-    cut["video"] = [patches_by_hand(video.frames) for video in videos]
+    patched = {"image": [], "video": []}
+    for image in images:
+        out = processor(images=[image], return_tensors="np")
+        patched["image"].append((out["pixel_values"], out["image_grid_thw"][0].tolist()))
+    patched["video"] = [patches_by_hand(video.frames) for video in videos]
 
-    def joined(items: list) -> tuple:
+    def concatenated(items: list) -> tuple:
         patches = torch.tensor(np.concatenate([patches for patches, _ in items]))
         return patches, torch.tensor([grid for _, grid in items])
 
-    inputs, left = {}, {kind: iter(items) for kind, items in cut.items()}
-    if pictures:
-        inputs["pixel_values"], inputs["image_grid_thw"] = joined(cut["image"])
+    inputs, left = {}, {kind: iter(items) for kind, items in patched.items()}
+    if images:
+        inputs["pixel_values"], inputs["image_grid_thw"] = concatenated(patched["image"])
     if videos:
-        inputs["pixel_values_videos"], inputs["video_grid_thw"] = joined(cut["video"])
+        inputs["pixel_values_videos"], inputs["video_grid_thw"] = concatenated(patched["video"])
         inputs["second_per_grid_ts"] = torch.tensor([2 / video.fps for video in videos])
-    items = [next(left[kind]) for kind in asked.order]
+    items = [next(left[kind]) for kind in media.order]
     marks = "".join(
         f"<|vision_start|>{f'<|{kind}_pad|>' * (int(np.prod(grid)) // 4)}<|vision_end|>"
-        for kind, (_, grid) in zip(asked.order, items, strict=True)
+        for kind, (_, grid) in zip(media.order, items, strict=True)
     )
     chat = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{marks}"
     chat += f"{text}<|im_end|>\n<|im_start|>assistant\n"
@@ -263,7 +269,7 @@ def ask_reference(checkpoint: Checkpoint, text: str, asked: Asked, pictures, vid
     config = checkpoint.config
     types = (ids == config.image_token_id) + 2 * (ids == config.video_token_id)
     inputs |= {"input_ids": ids, "mm_token_type_ids": types.to(torch.int32)}
-    patches, grids = joined(items) if items else (None, None)
+    patches, grids = concatenated(items) if items else (None, None)
     return dict(inputs=inputs, patches=patches, grids=grids)
 
 
@@ -272,16 +278,16 @@ def questions(checkpoint: Checkpoint) -> dict[str, Question]:
     """Every prompt of `PROMPTS` from both sides."""
     processor = Processor(checkpoint.folder, checkpoint.config, min_pixels=28 * 28)
     found = {}
-    for seed, (name, asked) in enumerate(PROMPTS.items()):
+    for seed, (name, media) in enumerate(PROMPTS.items()):
         rng = np.random.default_rng(seed)
-        pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in asked.pictures]
+        images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in media.images]
         videos = [
-            Video(rng.integers(0, 256, (*size, 3), np.uint8), fps) for *size, fps in asked.videos
+            Video(rng.integers(0, 256, (*size, 3), np.uint8), fps) for *size, fps in media.videos
         ]
         text = f"What changed, {name}? Answer in words."
-        marks = "".join(f"<{kind}>" for kind in asked.kinds)
-        reference = ask_reference(checkpoint, text, asked, pictures, videos)
-        found[name] = Question(processor.prompt(marks + text, pictures, videos), **reference)
+        marks = "".join(f"<{kind}>" for kind in media.kinds)
+        reference = reference_inputs(checkpoint, text, media, images, videos)
+        found[name] = Question(processor.prompt(marks + text, images, videos), **reference)
     return found
 
 

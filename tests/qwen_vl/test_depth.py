@@ -37,7 +37,7 @@ SCANNED = ("prefill", "logprobs", "gradient")
 
 @pytest.fixture(scope="module")
 def lower(toy) -> Callable[[str, int], jax.stages.Lowered]:
-    """A program of a model of the toy's widths with so many text layers, not yet compiled."""
+    """A program of a model with the toy's widths and a number of text layers, not yet compiled."""
     batch = pad_prompts([toy.prompt(i, 20, [(1, 4, 6)]) for i in range(PROMPTS)], (TOKENS,), (2,))
     tokens = jax.ShapeDtypeStruct((PROMPTS, GROUP, RESPONSE), jnp.int32)
     length = jax.ShapeDtypeStruct((PROMPTS, GROUP), jnp.int32)
@@ -101,8 +101,8 @@ def cache_bytes(config: QwenVLConfig, depth: int) -> int:
 def test_programs_do_not_grow_with_depth(lower, name):
     """As many matmuls for 7 layers as for 3, and no more text but prefill's caches."""
     few, many = (lower(name, depth).as_text() for depth in (3, 7))
-    products = few.count("stablehlo.dot_general")
-    assert products > 10 and many.count("stablehlo.dot_general") == products
+    matmuls = few.count("stablehlo.dot_general")
+    assert matmuls > 10 and many.count("stablehlo.dot_general") == matmuls
     if name == "prefill":  # each layer's keys and values leave as arrays of their own
         assert len(many.splitlines()) - len(few.splitlines()) <= 4 * 4 * 2
     else:

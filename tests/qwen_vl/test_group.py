@@ -35,7 +35,7 @@ def responses():
 
 @pytest.fixture(scope="module")
 def weights():
-    """What each response token counts in the loss."""
+    """The weight of each response token in the loss."""
     rng = np.random.default_rng(5)
     held = np.arange(LIMIT) < np.array(LENGTHS)[..., None]
     return np.where(held, rng.normal(size=held.shape), 0).astype(np.float32)
@@ -49,7 +49,7 @@ def logprobs_of(model, hidden, tokens):
 
 @partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def shared(config, compute, params, batch, tokens, length, weights):
-    """Log-probabilities [B, G, R] from the group-shared form, and the gradient of their sum."""
+    """Log-probabilities [B, G, R] of groups that share their prompt, and their sum's gradient."""
 
     def loss(params):
         model = qwen.bind(config, params)
@@ -70,8 +70,8 @@ def one_by_one(config, params, batch, start, tokens, weights):
         x = qwen.embed_prompt(model, batch, PLAIN)
         rotary = text_rotary(config.text, batch.position)
         hidden, _, _ = model.text.prefill(x, rotary, batch.valid, PLAIN)
-        place = jnp.minimum(start[:, None] - 1 + jnp.arange(LIMIT), hidden.shape[1] - 1)
-        hidden = jnp.take_along_axis(hidden, place[..., None], axis=1)
+        index = jnp.minimum(start[:, None] - 1 + jnp.arange(LIMIT), hidden.shape[1] - 1)
+        hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
         found = logprobs_of(model, hidden, tokens)
         return jnp.sum(weights * found), found
 
@@ -159,7 +159,7 @@ def test_responses_do_not_see_each_other(run_shared, responses, grouped):
     np.testing.assert_array_equal(found[1], before[1])
 
 
-def test_a_token_depends_on_what_is_before_it_alone(run_shared, responses, grouped):
+def test_a_token_depends_only_on_those_before_it(run_shared, responses, grouped):
     changed = [list(group) for group in responses]
     changed[1][1] = changed[1][1].copy()
     changed[1][1][4] += 1
@@ -169,14 +169,14 @@ def test_a_token_depends_on_what_is_before_it_alone(run_shared, responses, group
 
 
 def test_attention_in_chunks(chunk=3):
-    """Both forms, with a ragged last chunk and padded keys, against all queries at once."""
+    """Both functions, with a shorter last chunk and padded keys, against all queries at once."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     q, k, v = draw(2, 7, 4, 6), draw(2, 2, 7, 6), draw(2, 2, 7, 6)
     segment = jnp.array([[0, 0, 1, 1, 1, -1, -1], [0] * 7])
     whole = attend(q, k, v, segment, segment, causal=True, chunk=99)
-    pieces = attend(q, k, v, segment, segment, causal=True, chunk=chunk)
-    np.testing.assert_allclose(pieces, whole, atol=1e-6)
+    chunked = attend(q, k, v, segment, segment, causal=True, chunk=chunk)
+    np.testing.assert_allclose(chunked, whole, atol=1e-6)
 
     own_q, own_k, own_v = draw(2, 3, 7, 4, 6), draw(2, 3, 2, 7, 6), draw(2, 3, 2, 7, 6)
     seen = jnp.broadcast_to(jnp.tril(jnp.ones((7, 7), bool)), (2, 3, 7, 7))

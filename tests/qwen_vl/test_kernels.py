@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +225,10 @@ def test_dots_keep_the_results_of_fused_attention(
     text = capsys.readouterr().out
     assert ("f32[1,4,128] output" in text) is kept
     assert ("bf16[1,128,4,64] output" in text or "bf16[1,4,128,64] output" in text) is kept
+
+
+def test_every_remat_has_a_policy():
+    assert set(REMAT_POLICIES) == set(get_args(Remat))
 
 
 def decode_step(group: int) -> Callable[[AttentionKernel, int], list[Array]]:

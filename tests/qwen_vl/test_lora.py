@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, the same as merged weights later, and only where they were asked."""
+"""Adapters: no effect at first, the same as merged weights later, and on the targets alone."""
 
 import jax
 import jax.numpy as jnp
@@ -96,15 +96,15 @@ def test_fresh_adapters_change_nothing(toy, fresh, logprobs):
     np.testing.assert_array_equal(logprobs(merge_params(toy.params, fresh)), logprobs(toy.params))
 
 
-def test_merged_weights_compute_what_the_side_path_computes(toy, adapted, logprobs, measure):
+def test_merged_weights_compute_the_same_as_adapters(toy, adapted, logprobs, measure):
     merged = merge_adapters(adapted, "float32")
     assert adapter_settings(merged) == NO_LORA
-    beside, inside, before = (logprobs(p) for p in (adapted, merged, toy.params))
-    assert np.abs(beside - before).max() > 0.1
-    assert measure("merged against side path", inside, beside) < 1e-5
+    apart, inside, before = (logprobs(p) for p in (adapted, merged, toy.params))
+    assert np.abs(apart - before).max() > 0.1
+    assert measure("merged against adapters", inside, apart) < 1e-5
 
 
-def test_a_merged_kernel_is_the_product_written_out(toy, adapted):
+def test_a_merged_kernel_is_the_matmul_written_out(toy, adapted):
     merged = merge_adapters(adapted, "float32")["text"]["layers"]["o"]["kernel"]
     layer = {k: np.asarray(x[1], np.float64) for k, x in adapted["text"]["layers"]["o"].items()}
     change = np.einsum("nhr,rd->nhd", layer["lora_a"], layer["lora_b"]) * 4.0
@@ -125,10 +125,10 @@ def test_alpha_is_twice_the_rank_unless_given():
 
 
 def test_a_bfloat16_base_is_merged_in_float32(toy, adapted):
-    held = merge_params(
+    mixed = merge_params(
         jax.tree.map(lambda x: x.astype(jnp.bfloat16), toy.params), select_adapters(adapted)
     )
-    kernel = merge_adapters(held, "float32")["text"]["layers"]["q"]["kernel"]
+    kernel = merge_adapters(mixed, "float32")["text"]["layers"]["q"]["kernel"]
     base = toy.params["text"]["layers"]["q"]["kernel"].astype(jnp.bfloat16).astype(jnp.float32)
     change = merge_adapters(adapted, "float32")["text"]["layers"]["q"]["kernel"]
     change = change - toy.params["text"]["layers"]["q"]["kernel"]

@@ -1,4 +1,4 @@
-"""Weights go into the sharded layout without standing in host memory twice."""
+"""Weights are loaded into the sharded layout without being in host memory twice."""
 
 import json
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 GIB = 1 << 30
-# The high-water mark of the process's own memory map: what `getrusage` says may be the parent's.
+# The high-water mark of the process's own memory map: that of `getrusage` may be the parent's.
 LOAD = """
 import sys
 import jax
@@ -61,7 +61,7 @@ def write_zeros(folder: Path, shared: Path, layers: int, **text) -> int:
 
 
 def load(folder: Path) -> tuple[int, int, int, float]:
-    """Bytes before loading, at the peak and of the weights; the largest share of one device."""
+    """Bytes before loading, at the peak and of the weights; the largest fraction on one device."""
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", LOAD, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)

@@ -20,8 +20,8 @@ from spatial_ssrl_jax.rollout.sampling import GREEDY
 
 torch = pytest.importorskip("torch", reason="compares with Transformers, which needs torch")
 
-PICTURES = ("one", "five", "dot", "strip", "ragged", "none")
-BATCHED = (*PICTURES, "mixed", "video of 16 at 1")
+IMAGES = ("one", "five", "dot", "strip", "ragged", "none")
+BATCHED = (*IMAGES, "mixed", "video of 16 at 1")
 NAMES = (*BATCHED, *(f"video of {n}" for n in ("4 at 1", "4 at 2", "7 at 1", "7 at 2", "16 at 2")))
 COMPUTE = Compute(attention_chunk=1024)
 BUCKETS = ((192,), (16,))
@@ -87,11 +87,11 @@ def test_prompt_is_the_processors(checkpoint, questions, name):
     prompt, inputs, grids = question.prompt, question.inputs, question.grids
     np.testing.assert_array_equal(prompt.ids, inputs["input_ids"][0])
     model = checkpoint.torch_model.model
-    about = {k: v for k, v in inputs.items() if not k.startswith("pixel_values")}
-    position, delta = model.get_rope_index(**about)
+    described = {k: v for k, v in inputs.items() if not k.startswith("pixel_values")}
+    position, delta = model.get_rope_index(**described)
     np.testing.assert_array_equal(prompt.position, position[:, 0])
     assert prompt.position.max() + 1 == int(delta) + len(prompt.ids)
-    response = {k: v for k, v in question.followed_by([5]).items() if k in about}
+    response = {k: v for k, v in question.followed_by([5]).items() if k in described}
     assert prompt.next_position == int(model.get_rope_index(**response)[0][0, 0, -1])
     if grids is not None:
         layout = lay_out_windows(checkpoint.config.vision, [tuple(g) for g in grids.tolist()])
@@ -102,7 +102,7 @@ def test_prompt_is_the_processors(checkpoint, questions, name):
 
 
 @pytest.mark.parametrize("seconds", [[0.5, 1.0], [2.0, 1.3], [2 / 29.97, 2 / 3], [0.35, 1.9]])
-def test_positions_of_pictures_and_videos(checkpoint, seconds):
+def test_positions_of_images_and_videos(checkpoint, seconds):
     """A prompt that mixes images and videos, whose frames are spaced by their seconds."""
     config = checkpoint.config
     grids, kinds = [(1, 4, 6), (4, 6, 4), (1, 2, 8), (3, 4, 4)], [1, 2, 1, 2]
@@ -158,7 +158,7 @@ def check_prefill(found, row, length, expected, measure, name):
 
 @partial(jax.jit, static_argnums=0)
 def run_layers(config, params, prompts):
-    """What goes into the first layer, and what comes out of the last norm."""
+    """The first layer's input, and the last norm's output."""
     model = qwen.bind(config, params)
     x = qwen.embed_prompt(model, prompts, COMPUTE)
     rotary = text_rotary(config.text, prompts.position)
@@ -167,17 +167,20 @@ def run_layers(config, params, prompts):
 
 @pytest.mark.parametrize("name", ["five", "mixed"])
 def test_hidden_states_of_every_layer(checkpoint, questions, measure, as_numpy, name):
-    """The model cut off after each of its layers, at every token."""
+    """The model truncated after each of its layers, at every token."""
     model, config = checkpoint.torch_model.model, checkpoint.config
     with torch.no_grad():
         out = model(**questions[name].inputs, output_hidden_states=True)
-        behind = [*map(model.language_model.norm, out.hidden_states[1:-1]), out.hidden_states[-1]]
+        expected_of = [
+            *map(model.language_model.norm, out.hidden_states[1:-1]),
+            out.hidden_states[-1],
+        ]
     length, text = len(questions[name].prompt.ids), checkpoint.params["text"]
-    for depth, expected in enumerate(behind, 1):
-        cut = replace(config, text=replace(config.text, num_hidden_layers=depth))
+    for depth, expected in enumerate(expected_of, 1):
+        truncated = replace(config, text=replace(config.text, num_hidden_layers=depth))
         layers = jax.tree.map(lambda x, depth=depth: x[:depth], text["layers"])
         params = {**checkpoint.params, "text": {**text, "layers": layers}}
-        first, found = run_layers(cut, params, pad(questions, [name]))
+        first, found = run_layers(truncated, params, pad(questions, [name]))
         value = measure(f"hidden {depth} {name}", found[0, :length], as_numpy(expected[0]))
         assert value < LIMIT
     embedded = as_numpy(out.hidden_states[0][0])

@@ -1,4 +1,4 @@
-"""The PEFT layout: bit-exact there and back, read by peft itself, refused when it misfits."""
+"""The PEFT layout: bit-exact there and back, read by peft itself, refused when it does not fit."""
 
 import dataclasses
 import json
@@ -93,7 +93,7 @@ def test_rank_stabilised_scale(toy, folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"r": 4}, r"k_proj.lora_A.weight has shape \(3, 48\), but \(4, 48\) fits"),
         ({"use_dora": True}, "sets use_dora: only plain LoRA"),
@@ -102,9 +102,9 @@ def test_rank_stabilised_scale(toy, folder: Path):
         ({"r": "many"}, "cannot be read"),
     ],
 )
-def test_settings_that_cannot_be_merged_are_named(toy, folder: Path, changes: dict, said: str):
+def test_settings_that_cannot_be_merged_are_named(toy, folder: Path, changes: dict, message: str):
     edit(folder, **changes)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_adapter(folder, toy.config)
 
 
@@ -115,7 +115,7 @@ def test_a_tensor_that_is_missing_or_of_another_base_is_named(toy, folder: Path)
     ):
         read_adapter(folder, dataclasses.replace(toy.config, text=other))
     short = dataclasses.replace(toy.config.text, num_hidden_layers=1)
-    with pytest.raises(UserError, match=r"adapts model.layers.1.* which this base has not"):
+    with pytest.raises(UserError, match=r"adapts model.layers.1.* which this base does not have"):
         read_adapter(folder, dataclasses.replace(toy.config, text=short))
     rename(folder, lambda name: None if name == f"{PREFIX}.lora_B.weight" else name)
     with pytest.raises(UserError, match="lacks the tensor model.layers.0.self_attn.q_proj.lora_B"):
@@ -130,7 +130,7 @@ def test_a_folder_without_an_adapter_and_a_broken_file_are_named(toy, folder: Pa
         read_adapter(folder, toy.config)
 
 
-def test_peft_computes_what_we_merge(tmp_path: Path):
+def test_peft_computes_the_same_as_merged_weights(tmp_path: Path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     from transformers import Qwen2_5_VLForConditionalGeneration as Reference

@@ -38,7 +38,7 @@ def processor_order(grids):
     return np.array(listed)
 
 
-def test_every_patch_stands_once_with_its_place(config, grids):
+def test_every_patch_is_there_once_with_its_coordinates(config, grids):
     layout, listed = lay_out_windows(config, grids), processor_order(grids)
     held = layout.source >= 0
     assert layout.source.shape[1] == 64
@@ -53,9 +53,11 @@ def test_a_window_is_8_by_8_patches_of_one_frame(config, grids):
     seen = set()
     for source, frame, coords in zip(layout.source, layout.frame, layout.coords, strict=True):
         held = source >= 0
-        places = {(f, *rc) for f, rc in zip(frame[held], (coords[held] // 8).tolist(), strict=True)}
-        assert len(places) == 1, "a window is empty or mixes"
-        seen |= places
+        windows = {
+            (f, *rc) for f, rc in zip(frame[held], (coords[held] // 8).tolist(), strict=True)
+        }
+        assert len(windows) == 1, "a window is empty or mixes"
+        seen |= windows
     assert len(seen) == len(layout.source) == window_count(config, grids)
 
 
@@ -81,14 +83,14 @@ def test_same_windows_as_transformers(config, grids):
     np.testing.assert_array_equal(same(found), same(expected))
 
 
-def test_no_pictures(config):
+def test_no_images(config):
     layout = lay_out_windows(config, [])
     assert layout.source.shape == layout.frame.shape == (0, 64)
     assert layout.coords.shape == (0, 64, 2) and layout.merged.shape == (0,)
     assert window_count(config, []) == 0
 
 
-def test_positions_of_a_picture_by_hand(config):
+def test_positions_of_an_image_by_hand(config):
     """Two words, an image of 2x3 tokens, two words: text continues after the longer side."""
     is_vision = np.array([0, 0, 1, 1, 1, 1, 1, 1, 0, 0], bool)
     found = mrope_positions(config, is_vision, [(1, 4, 6)], [None])
@@ -100,7 +102,7 @@ def test_positions_of_a_picture_by_hand(config):
 
 
 def test_positions_of_a_video_by_hand(config):
-    """Frames 0.7 s apart at 2 positions a second: 0, 1.4, 2.8, cut to whole positions."""
+    """Frames 0.7 s apart at 2 positions a second: 0, 1.4, 2.8, rounded down."""
     is_vision = np.array([0] + [1] * 6 + [0], bool)
     found = mrope_positions(config, is_vision, [(3, 2, 4)], [0.7])
     assert found.tolist() == [
@@ -115,6 +117,6 @@ def test_positions_of_text_count_up(config):
     assert found.tolist() == [[0, 1, 2, 3, 4]] * 3
 
 
-def test_fewer_grids_than_pictures_is_an_error(config):
+def test_fewer_grids_than_images_is_an_error(config):
     with pytest.raises((StopIteration, ValueError)):
         mrope_positions(config, np.array([1, 1, 0, 1], bool), [(1, 2, 4)], [None])

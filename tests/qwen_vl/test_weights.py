@@ -53,7 +53,7 @@ def test_tree_is_the_declared_one(mini):
     assert ranks == jax.tree.map(lambda x: x.ndim, expected)
 
 
-def test_matrices_lie_as_declared(mini):
+def test_matrices_are_stored_as_declared(mini):
     """Row h·H+i of the Hub's q_proj is column (h, i) of ours; qkv comes as q, k and v."""
     hub, text = read_all(mini.folder), mini.params["text"]
     size = mini.config.text.head_dim

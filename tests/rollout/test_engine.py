@@ -1,4 +1,4 @@
-"""Rollouts: their log-probabilities, where they stop, and what the draws depend on."""
+"""Rollouts: log-probabilities, where responses end, and what the draws depend on."""
 
 from functools import partial
 
@@ -33,24 +33,24 @@ def prompts(toy):
 
 @pytest.fixture(scope="module")
 def generate(toy, prompts):
-    """A rollout of the prompts at the given places in the step."""
+    """A rollout of the prompts at the given indices in the step."""
 
     def run(
-        places=range(4), chunk=12, check_every=4, bucket=BUCKET, group=GROUP, shards=1, **settings
+        index=range(4), chunk=12, check_every=4, bucket=BUCKET, group=GROUP, shards=1, **settings
     ):
         params = settings.pop("params", toy.params)
         stops = settings.pop("stops", STOPS)
-        compute = Compute(attention_chunk=16, decode_attention=settings.pop("step_kernel", XLA))
+        compute = Compute(attention_chunk=16, decode_attention=settings.pop("decode_kernel", XLA))
         layout = settings.pop("layout", None)
         made = Engine(toy.config, compute, stops, chunk, check_every, shards, layout)
-        places = list(places)
+        index = list(index)
         return made.generate(
             params,
             made.fill(params),
-            pad_prompts([prompts[i] for i in places], (bucket[0],), (bucket[1],)),
+            pad_prompts([prompts[i] for i in index], (bucket[0],), (bucket[1],)),
             group_size=group,
             **{"max_new_tokens": LIMIT, "key": jax.random.key(5), "sampling": WARM, **settings},
-            prompt_index=np.array(places) + 100,
+            prompt_index=np.array(index) + 100,
         )
 
     return run
@@ -76,10 +76,10 @@ def test_responses_end_where_they_should(rollout):
 
 
 def test_the_gpus_kernel_draws_the_same(generate, rollout):
-    """Step by step, without a GPU, its joined weights laid out as in training; caches are written
-    in place and grow by chunks."""
+    """In interpret mode, without a GPU, its fused weights sharded as in training; caches are
+    written in place and grow by chunks."""
     layout = Layout(make_mesh(MeshSettings())).rollout(1)
-    found = generate(step_kernel=AttentionKernel("triton", interpret=True), layout=layout)
+    found = generate(decode_kernel=AttentionKernel("triton", interpret=True), layout=layout)
     assert np.array_equal(found.tokens, rollout.tokens)
     assert np.abs(found.logprobs - rollout.logprobs).max() < 1e-5
 
@@ -124,11 +124,11 @@ def test_draws_do_not_depend_on_how_it_is_run(generate, rollout, settings):
 
 def test_draws_do_not_depend_on_the_batch(generate, rollout):
     """A prompt alone, and two in another order, with fewer samples."""
-    assert_same(generate([2], group_size=2, chunk=24), rollout, [2], group=2)
-    assert_same(generate([3, 0], group_size=2, chunk=24), rollout, [3, 0], group=2)
+    assert_same(generate([2], group=2, chunk=24), rollout, [2], group=2)
+    assert_same(generate([3, 0], group=2, chunk=24), rollout, [3, 0], group=2)
 
 
-def test_the_batch_shrinks_to_the_groups_that_go_on(generate, monkeypatch):
+def test_the_batch_shrinks_to_the_unfinished_groups(generate, monkeypatch):
     """Groups leave as they finish, and what is sampled stays the same."""
     sizes = []
     decode = engine.decode_chunk
@@ -147,8 +147,8 @@ def test_the_batch_shrinks_to_the_groups_that_go_on(generate, monkeypatch):
     assert_same(shrunk, whole, group=2)
 
 
-def test_tokens_are_shown_as_they_come(generate, rollout):
-    """Every `check_every` steps, across chunks; looking on changes nothing."""
+def test_tokens_are_shown_as_they_are_drawn(generate, rollout):
+    """Every `check_every` steps, across chunks; the callback changes nothing."""
     seen = []
     found = generate(chunk=12, check_every=4, on_tokens=lambda *now: seen.append(now))
     assert_same(found, rollout)
@@ -197,7 +197,7 @@ def test_vision_tokens_are_never_written(toy, generate, sampling):
     head[image], head[video] = row, -row
     params = {**toy.params, "text": {**toy.params["text"], "head": jnp.asarray(head)}}
     found = generate(params=params, sampling=sampling, stops=(), chunk=24)
-    assert np.median(found.logprobs) < -300, "the vision tokens were not ahead"
+    assert np.median(found.logprobs) < -300, "the vision tokens were not the likeliest"
     assert not np.isin(found.tokens, toy.config.vision_tokens).any()
     assert (found.tokens < toy.config.text.vocab_size).all()
     if sampling == GREEDY:

@@ -40,7 +40,7 @@ def random_logits(size, scale=2.0):
 
 @pytest.mark.parametrize("size", [7, 512, 700])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_every_token_gets_its_share(draw, size, temperature):
+def test_every_token_is_drawn_in_proportion(draw, size, temperature):
     """N evenly spaced uniforms give token v N·p(v) times, to within two."""
     logits = random_logits(size)
     token, logprob = draw(logits, evenly(), Sampling(temperature))
@@ -49,7 +49,7 @@ def test_every_token_gets_its_share(draw, size, temperature):
     assert len(counts) == size
     assert np.abs(counts - DRAWS * expected).max() < 2
     np.testing.assert_allclose(logprob, np.log(expected)[token], atol=2e-5)
-    assert (np.diff(token) >= 0).all(), "the inverse of a running sum rises with the uniform"
+    assert (np.diff(token) >= 0).all(), "the inverse of a cumulative sum increases with the uniform"
 
 
 @pytest.mark.parametrize("size", [7, 700])
@@ -63,7 +63,7 @@ def test_first_and_last_uniform(draw, size):
 
 
 def test_tokens_without_weight_are_never_drawn(draw):
-    """Rounding in the running sums must not reach a suppressed token, wherever it is."""
+    """Rounding in the cumulative sums must not reach a suppressed token, wherever it is."""
     rng = np.random.default_rng(1)
     suppressed = tuple(np.flatnonzero(rng.random(700) < 0.7).tolist()) + tuple(range(500, 560))
     uniform = np.concatenate((rng.random(10_000), [0.0, LARGEST])).astype(np.float32)
@@ -83,8 +83,8 @@ def test_suppressed_token_with_the_largest_logit(draw, lead, sampling):
     if sampling == GREEDY:
         assert set(token.tolist()) == {int(order[1])}
     elif sampling.top_p == 1:
-        share = np.mean(token == order[1])
-        assert share == pytest.approx(softmax(without).max(), abs=2e-3)
+        fraction = np.mean(token == order[1])
+        assert fraction == pytest.approx(softmax(without).max(), abs=2e-3)
         assert len(set(token.tolist())) > 100
     assert not (token == order[0]).any()
     with np.errstate(divide="ignore"):
@@ -106,7 +106,7 @@ def test_greedy_tells_near_ties_apart(draw):
 
 @pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (0, 0.4), (0, 1e-6), (40, 0.7)])
 def test_truncation(draw, top_k, top_p):
-    """The kept tokens share everything in proportion; log-probabilities are of the whole."""
+    """The kept tokens are drawn in proportion; log-probabilities are of all tokens."""
     logits = random_logits(700)
     whole = softmax(logits)
     kept = np.argsort(-whole)[: top_k or None]
@@ -115,8 +115,8 @@ def test_truncation(draw, top_k, top_p):
     token, logprob = draw(logits, evenly(), Sampling(top_k=top_k, top_p=top_p))
     counts = np.bincount(token, minlength=700)
     assert set(np.flatnonzero(counts)) == set(kept.tolist())
-    share = whole[kept] / whole[kept].sum()
-    assert np.abs(counts[kept] - DRAWS * share).max() < 2
+    expected = whole[kept] / whole[kept].sum()
+    assert np.abs(counts[kept] - DRAWS * expected).max() < 2
     np.testing.assert_allclose(logprob, np.log(whole)[token], atol=2e-5)
 
 
