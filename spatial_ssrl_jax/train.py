@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 def _show(report: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
 
-    from spatial_ssrl_jax.trainer.preflight import print_report
+    from spatial_ssrl_jax.trainer.preflight_report import print_report
 
     if as_json:
         print(json.dumps(report))

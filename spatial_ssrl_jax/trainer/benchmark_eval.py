@@ -10,8 +10,8 @@ from rich.console import Console
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark, open_benchmark
-from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Prediction, Question
 from spatial_ssrl_jax.eval.options import EvalOptions
+from spatial_ssrl_jax.eval.questions import BenchmarkPrompt, Prediction, Question
 from spatial_ssrl_jax.eval.runner import run_benchmark
 from spatial_ssrl_jax.eval.scoring.scores import Scores
 from spatial_ssrl_jax.inference.policy import Policy

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is its best: by a benchmark's score, or by held-out accuracy."""
+"""The best checkpoint of a run: by a benchmark's score, or by held-out accuracy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class BestCheckpoint:
     """The best step so far.
 
     Attributes:
-      step: of the run; its checkpoint stays.
-      metric: what it was chosen by, a name of `metrics.jsonl`.
-      value: of that metric.
+      step: the run's step; its checkpoint is kept.
+      metric: the metric that chose it, by its name in `metrics.jsonl`.
+      value: the metric's value.
     """
 
     step: int
@@ -25,7 +25,7 @@ class BestCheckpoint:
 
 
 def best_metric(config: Config) -> str | None:
-    """The metric that `checkpoint.best` stands for; None when no best is kept."""
+    """The metric that `checkpoint.best` selects; None when no best checkpoint is kept."""
     by = config.checkpoint.best
     if by == "none":
         return None
@@ -37,8 +37,10 @@ def best_metric(config: Config) -> str | None:
 def improved(
     best: BestCheckpoint | None, step: int, metrics: Mapping[str, float], metric: str | None
 ) -> BestCheckpoint | None:
-    """This step as the best, None where it is not better than the best so far or not measured."""
-    value = metrics.get(metric) if metric else None
+    """This step if it is measured and better than the best so far, else None."""
+    if metric is None:
+        return None
+    value = metrics.get(metric)
     if value is None or (best is not None and best.metric == metric and value <= best.value):
         return None
     return BestCheckpoint(step, metric, value)

@@ -1,4 +1,4 @@
-"""Everything a run holds while it continues, and opening it: what cannot work is refused here."""
+"""A run's components and state, and opening them with all checks before any computation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.paths import check_bucket
 from spatial_ssrl_jax.config.load import to_dict
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings, StageSettings
 from spatial_ssrl_jax.data.items import check_fits, item_dataset
 from spatial_ssrl_jax.data.pipeline import Collate, batches
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
@@ -35,12 +35,12 @@ from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval, eval_options,
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from spatial_ssrl_jax.trainer.initial_state import check_initial_weights
 from spatial_ssrl_jax.trainer.preemption import Preemption
-from spatial_ssrl_jax.trainer.workdir import _claim, _describe_model
+from spatial_ssrl_jax.trainer.workdir import claim_workdir, write_model_files
 
 
 @dataclass
 class RunComponents:
-    """What a run is made of, opened and found to fit together; nothing is written for it."""
+    """The components of a run, opened and checked to fit together; nothing is written."""
 
     config: Config
     layout: Layout
@@ -56,7 +56,16 @@ class RunComponents:
 
 @dataclass
 class Run(RunComponents):
-    """Everything a run holds while it continues; built once by `open_run`."""
+    """A run's components, its writers, and its mutable state; built once by `open_run`.
+
+    Attributes:
+      heldout: held-out metrics, stage -> task -> metric.
+      best: the best step so far.
+      seconds: time spent, by stage and measurement.
+      tried: images tried so far, over all processes.
+      bad: how many of them could not be used.
+      unwritten: files for people whose last write failed.
+    """
 
     workdir: epath.Path
     engine: Engine
@@ -72,18 +81,19 @@ class Run(RunComponents):
     seconds: dict[str, float] = field(default_factory=dict)
     tried: int = 0
     bad: int = 0
-    unwritten: set[str] = field(default_factory=set)  # files for people that could not be written
+    unwritten: set[str] = field(default_factory=set)
 
     @property
     def total(self) -> int:
+        """Steps of both stages."""
         return self.config.sft.steps + self.config.grpo.steps
 
 
 def open_components(config: Config) -> RunComponents:
-    """Opens model, source and devices; refuses what does not fit together.
+    """Opens model, source and devices, and checks that they fit together.
 
     Raises:
-      UserError: something is missing, or does not belong together.
+      UserError: something is missing, or does not fit.
     """
     model = open_model(config.model.path)
     check_initial_weights(config, model)
@@ -94,9 +104,9 @@ def open_components(config: Config) -> RunComponents:
     data = config.data
     processor = Processor(model.files, model.config, data.min_pixels, data.max_pixels)
     split = split_records(source, data.heldout_fraction)
-    items_of(config, source, split.train, processor, config.seed)  # refuses tasks without depth
+    items_of(config, source, split.train, processor, config.seed)  # checks the tasks' needs
     check_fits(source, split.train, config.tasks, processor, _limit(config))
-    if config.sft.steps and config.sft.responses != "made":
+    if config.sft.steps and config.sft.responses != "synthetic":
         open_source(f"ssrl81k:{config.sft.responses}")
     rollout_layout = check_sharding(config, model.config, layout)
     collate = Collate(data.prompt_buckets, data.window_buckets, config.model.dtype)
@@ -109,46 +119,57 @@ def open_components(config: Config) -> RunComponents:
 def open_run(
     config: Config, workdir: epath.Path, overwrite: bool, preemption: Preemption, progress: Progress
 ) -> Run:
-    """Opens model, source and checkpoints; refuses what cannot work before anything is computed."""
+    """Opens components, checkpoints and writers; all checks come before any computation.
+
+    Args:
+      config: the run.
+      workdir: its folder, created or resumed.
+      overwrite: empty the folder first.
+      preemption: receives the signals.
+      progress: shows what is done.
+
+    Raises:
+      UserError: something is missing, or does not fit.
+    """
     check_bucket(workdir)
-    parts = open_components(config)
-    model, layout, processor = parts.model, parts.layout, parts.processor
+    components = open_components(config)
+    model, layout, processor = components.model, components.layout, components.processor
     if is_primary():
-        _claim(config, workdir, overwrite)
-        _describe_model(model, workdir / "checkpoints" / MODEL)
+        claim_workdir(config, workdir, overwrite)
+        write_model_files(model, workdir / "checkpoints" / MODEL)
         set_aside_damaged(workdir / "checkpoints", progress.say)
     barrier("the run's folder")
     rollout = config.rollout
     engine = Engine(
         model.config,
-        parts.compute,
+        components.compute,
         processor.stop_ids,
         rollout.kv_block,
         rollout.check_every,
-        parts.rollout_layout.batch_shards,
-        parts.rollout_layout,
+        components.rollout_layout.batch_shards,
+        components.rollout_layout,
     )
     checkpoints = Checkpoints(
         workdir / "checkpoints", config.checkpoint.keep, always=[config.sft.steps]
     )
-    train, heldout = (len(pool) for pool in (parts.split.train, parts.split.heldout))
-    progress.say(f"{train} training and {heldout} held-out images from {parts.source.spec}")
+    train, heldout = (len(pool) for pool in (components.split.train, components.split.heldout))
+    progress.say(f"{train} training and {heldout} held-out images from {components.source.spec}")
     return Run(
-        **vars(parts),
+        **vars(components),
         workdir=workdir,
         engine=engine,
         evaluation=HeldoutEval(
-            heldout_items(heldout_datasets(parts), config.eval.examples, progress.say),
+            heldout_items(heldout_datasets(components), config.eval.examples, progress.say),
             engine,
             processor,
             layout,
-            parts.collate,
+            components.collate,
             config.eval,
             config.rollout,
             config.reward,
             config.grpo.temperature,
         ),
-        benchmark=_benchmark(parts, engine),
+        benchmark=_benchmark(components, engine),
         checkpoints=checkpoints,
         progress=progress,
         preemption=preemption,
@@ -157,24 +178,26 @@ def open_run(
     )
 
 
-def _benchmark(parts: RunComponents, engine: Engine) -> BenchmarkEval | None:
-    if parts.questions is None:
+def _benchmark(components: RunComponents, engine: Engine) -> BenchmarkEval | None:
+    if components.questions is None:
         return None
-    how = eval_options(parts.config, parts.layout)
-    return BenchmarkEval(parts.questions, parts.model.files, engine, parts.layout, how)
+    options = eval_options(components.config, components.layout)
+    return BenchmarkEval(
+        components.questions, components.model.files, engine, components.layout, options
+    )
 
 
 def newest_step(run: Run) -> int:
-    """The newest checkpoint's step, 0 where there is none; every process must see the same.
+    """The newest checkpoint's step, or 0.
 
     Raises:
-      UserError: they do not.
+      UserError: the processes see different checkpoints.
     """
     seen = all_gather(np.array([run.checkpoints.latest() or 0]))
     if len(set(seen.tolist())) > 1:
         raise UserError(
             f"the processes see different checkpoints in {run.workdir} (steps "
-            f"{', '.join(map(str, seen.tolist()))}): give a --workdir that all of them share."
+            f"{', '.join(map(str, seen.tolist()))}): give a --workdir on a shared file system."
         )
     return int(seen[0])
 
@@ -186,29 +209,35 @@ def _metrics(config: Config, workdir: epath.Path, step: int) -> MetricsWriter:
     return MetricsWriter(workdir, step, tracker=tracker)
 
 
-def heldout_datasets(parts: RunComponents) -> dict[str, grain.MapDataset]:
-    """Each task alone over the held-out records."""
-    config, pool = parts.config, parts.split.heldout
-    processor, limit = parts.processor, _limit(config)
-    return task_datasets(parts.source, pool, config.tasks, processor, config.seed + 1, limit)
+def heldout_datasets(components: RunComponents) -> dict[str, grain.MapDataset]:
+    """Each task's examples of the held-out records."""
+    config, pool = components.config, components.split.heldout
+    processor, limit = components.processor, _limit(config)
+    return task_datasets(components.source, pool, config.tasks, processor, config.seed + 1, limit)
 
 
 def pipeline(
-    parts: RunComponents, settings: SftSettings | GrpoSettings, start: int
+    components: RunComponents, settings: StageSettings, start: int
 ) -> grain.DatasetIterator:
-    """The batches of a stage, given by its section, from its step `start` on."""
-    config = parts.config
+    """A stage's batches for this process, from the stage's step `start`.
+
+    Args:
+      components: the run.
+      settings: the stage's section.
+      start: steps already done.
+    """
+    config = components.config
     seed = config.seed * 2 + (settings is config.grpo)
-    source, pool = parts.source, parts.split.train
-    if settings is config.sft and settings.responses != "made":
+    source, pool = components.source, components.split.train
+    if isinstance(settings, SftSettings) and settings.responses != "synthetic":
         source = open_source(f"ssrl81k:{settings.responses}")
         pool = range(len(source))
-    items = items_of(config, source, pool, parts.processor, seed)
+    items = items_of(config, source, pool, components.processor, seed)
     return batches(
         items,
         settings.prompts,
         settings.micro_batch_prompts if isinstance(settings, GrpoSettings) else settings.prompts,
-        parts.collate,
+        components.collate,
         start=start,
         threads=config.data.threads,
         workers=config.data.workers,
@@ -217,15 +246,15 @@ def pipeline(
     )
 
 
-def check_bad_fraction(parts: RunComponents, bad: int, tried: int) -> None:
-    """Refuses a source of which too many images could not be used.
+def check_bad_fraction(components: RunComponents, bad: int, tried: int) -> None:
+    """Checks the fraction of images that could not be used.
 
     Raises:
-      UserError: of at least twenty, more than `data.max_bad_fraction`.
+      UserError: it exceeds `data.max_bad_fraction`, of at least twenty images.
     """
-    if tried >= 20 and bad > parts.config.data.max_bad_fraction * tried:
+    if tried >= 20 and bad > components.config.data.max_bad_fraction * tried:
         raise UserError(
-            f"{bad} of {tried} images from {parts.source.spec} could not be used: "
+            f"{bad} of {tried} images from {components.source.spec} could not be used: "
             "fix the source, or raise data.max_bad_fraction."
         )
 
@@ -233,10 +262,10 @@ def check_bad_fraction(parts: RunComponents, bad: int, tried: int) -> None:
 def items_of(
     config: Config, source: AnySource, pool: Sequence[int], processor: Processor, seed: int
 ) -> grain.MapDataset:
-    """The config's tasks over the records `pool` of a source, as an endless stream."""
+    """An endless stream of the config's tasks over the records `pool` of a source."""
     return item_dataset(source, pool, config.tasks, processor, seed, _limit(config))
 
 
 def _limit(config: Config) -> PromptSize:
-    """The largest prompt that the buckets hold."""
+    """The largest prompt that fits the buckets."""
     return PromptSize(max(config.data.prompt_buckets), max(config.data.window_buckets))

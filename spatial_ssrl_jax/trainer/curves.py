@@ -1,27 +1,27 @@
-"""Curves over steps, as SVG figures."""
+"""Metrics over steps, as SVG figures."""
 
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 Points = list[tuple[int, float]]
 
 _WIDTH, _HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 352, 8, 166
-_POINTS = 300  # points of a curve; of a longer one means over neighbours are drawn
-COLOURS = 6  # that the page's style has, as --s0 and so on
+_POINTS = 300  # of a curve; a longer one is drawn as means over neighbours
+COLOURS = 6  # in the page's style, as --s0 and so on
 
 
 def figure(title: str, series: dict[str, Points], starts: dict[str, int]) -> str:
-    """A figure with one curve a series, and the values under the pointer.
+    """A figure with one curve for each series, and the values under the pointer.
 
     Args:
       title: plain text.
       series: (step, value) of each curve, steps rising; a single curve is named "".
       starts: first step of each stage; all but the first are marked.
     """
-    series, bin_size = _thinned(series)
+    series, bin_size = _downsample(series)
     steps = sorted({step for points in series.values() for step, _ in points})
     values = [value for points in series.values() for _, value in points]
     ticks = nice_ticks(min(values), max(values))
@@ -35,7 +35,7 @@ def figure(title: str, series: dict[str, Points], starts: dict[str, int]) -> str
 
     grid = "".join(
         f'<path class="grid" d="M{_LEFT} {up(t):.1f}H{_RIGHT}"/>'
-        f'<text x="{_LEFT - 6}" y="{up(t) + 4:.1f}" text-anchor="end">{_written(t, ticks)}</text>'
+        f'<text x="{_LEFT - 6}" y="{up(t) + 4:.1f}" text-anchor="end">{_label(t, ticks)}</text>'
         for t in ticks
     )
     lines = []
@@ -58,7 +58,7 @@ def figure(title: str, series: dict[str, Points], starts: dict[str, int]) -> str
 
 
 def legend(names: Sequence[str]) -> str:
-    """Colours of the series or parts named, in their order."""
+    """The colours of the series, in their order."""
     return "".join(
         f'<span class="key"><i style="background:var(--s{i % COLOURS})"></i>'
         f"{html.escape(name)}</span>"
@@ -67,7 +67,7 @@ def legend(names: Sequence[str]) -> str:
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers that span about low to high."""
+    """Three to six round numbers that span about `low` to `high`."""
     if high <= low:
         spread = abs(low) or 1.0
         low, high = low - spread / 2, high + spread / 2
@@ -79,7 +79,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
     return [step * n for n in range(first, last + 1)]
 
 
-def _written(tick: float, ticks: list[float]) -> str:
+def _label(tick: float, ticks: list[float]) -> str:
     step = ticks[1] - ticks[0]
     if abs(tick) >= 1e5 or (0 < max(map(abs, ticks)) < 1e-3):
         return f"{tick:.1e}".replace("e-0", "e-").replace("e+0", "e")
@@ -87,26 +87,26 @@ def _written(tick: float, ticks: list[float]) -> str:
     return f"{tick:.{digits + (round(step * 10**digits, 6) % 1 > 0)}f}"
 
 
-def _thinned(series: dict[str, Points]) -> tuple[dict[str, Points], int]:
-    """Means over as many neighbours as leave no curve too many points."""
+def _downsample(series: dict[str, Points]) -> tuple[dict[str, Points], int]:
+    """Curves of at most `_POINTS` means over neighbours, and how many steps each mean covers."""
     size = max(1, -(-max(map(len, series.values())) // _POINTS))
     if size == 1:
         return series, 1
-    thin = {}
+    means = {}
     for name, points in series.items():
         bins = [points[i : i + size] for i in range(0, len(points), size)]
-        thin[name] = [(b[-1][0], sum(v for _, v in b) / len(b)) for b in bins]
-    return thin, size
+        means[name] = [(b[-1][0], sum(v for _, v in b) / len(b)) for b in bins]
+    return means, size
 
 
 def _readings(series: dict[str, Points], steps: list[int]) -> str:
-    """What the page's script reads under the pointer; null where a curve has no value."""
+    """The data of the page's script, as JSON; null where a curve has no value."""
     values = {name: [dict(points).get(step) for step in steps] for name, points in series.items()}
     return json.dumps({"steps": steps, "series": values, "left": _LEFT, "right": _RIGHT})
 
 
-def _stages(starts: dict[str, int], steps: list[int], across) -> str:
-    """Where a later stage begins."""
+def _stages(starts: dict[str, int], steps: list[int], across: Callable[[float], float]) -> str:
+    """Marks at the first step of each later stage."""
     marks = []
     for name, step in starts.items():
         if steps[0] < step <= steps[-1]:

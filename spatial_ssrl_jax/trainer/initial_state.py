@@ -1,4 +1,4 @@
-"""What each stage of a run starts from, anew or from a checkpoint."""
+"""The initial state of each stage: new weights, a model, or a checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,13 +10,13 @@ from spatial_ssrl_jax.checkpoint.checksums import find_damage
 from spatial_ssrl_jax.checkpoint.manager import Checkpoints
 from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.config.schema import Config, StageSettings
 from spatial_ssrl_jax.parallel import offload
 from spatial_ssrl_jax.parallel.collectives import all_sum, is_primary
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.layers import cast
 from spatial_ssrl_jax.qwen_vl.lora import drop_adapters
-from spatial_ssrl_jax.qwen_vl.tree import Params, merge_params, select_params
+from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params, select_params
 from spatial_ssrl_jax.rl.placement import abstract_stage_state
 from spatial_ssrl_jax.rl.train_step import TrainState, initial_train_state
 from spatial_ssrl_jax.rl.trainable import Trainable
@@ -24,14 +24,14 @@ from spatial_ssrl_jax.rl.trainable import Trainable
 
 @dataclass(frozen=True)
 class StageInitializer:
-    """Reads and draws weights for a run's stages.
+    """Reads or initialises the weights and states of a run's stages.
 
     Attributes:
       config: the run.
-      model: the model it names.
-      layout: where weights are.
-      checkpoints: the run's.
-      say: tells the user what is read.
+      model: the model of `model.path`.
+      layout: the sharding of weights.
+      checkpoints: the run's checkpoints.
+      say: called with messages for the user.
     """
 
     config: Config
@@ -40,26 +40,26 @@ class StageInitializer:
     checkpoints: Checkpoints
     say: Callable[[str], None]
 
-    def first(self) -> SftSettings | GrpoSettings:
-        """The section of the stage that the run begins with."""
+    def first(self) -> StageSettings:
+        """The section of the run's first stage."""
         return self.config.sft if self.config.sft.steps else self.config.grpo
 
-    def params(self, stage: SftSettings | GrpoSettings) -> Params:
-        """The model that a stage starts from: drawn, read, or the cold start's result."""
+    def params(self, stage: StageSettings) -> Params:
+        """The weights that a stage starts from: random, a model's, or the result of SFT."""
         dtype = self._dtype(stage)
         model = self.base(stage)
         if model is None:
-            return cast(self.model.draw(self.layout, self.config.seed), dtype)
+            return cast(self.model.init(self.layout, self.config.seed), dtype)
         if stage is not self.first():
-            _check_whole(model)
+            _check_undamaged(model)
         self.say(f"reading {model.name}")
         return model.load(self.layout, dtype)
 
-    def base(self, stage: SftSettings | GrpoSettings) -> ModelFolder | None:
-        """Where the weights that a stage starts from are; None when they are drawn."""
+    def base(self, stage: StageSettings) -> ModelFolder | None:
+        """The model whose weights a stage starts from; None when they are random."""
         config = self.config
         if stage is not self.first():
-            self.checkpoints.wait()  # the cold start's last one may still be on its way
+            self.checkpoints.wait()  # SFT's last save may not be complete
             return open_model(self.checkpoints.folder / str(config.sft.steps))
         if stage is config.grpo and config.grpo.init_from:
             return open_model(config.grpo.init_from)
@@ -67,38 +67,36 @@ class StageInitializer:
 
     def state(
         self,
-        stage: SftSettings | GrpoSettings,
+        stage: StageSettings,
         optimizer: optax.GradientTransformation,
         params: Params,
     ) -> TrainState:
-        """A stage's state before its first step; it takes the arrays of `params` over."""
+        """A stage's state before its first step; it takes over the arrays of `params`."""
         if stage.lora.rank:
             seed = 2 * self.config.seed + (stage is self.config.grpo)
-            adapters = self.model.draw_adapters(self.layout, stage.lora, seed)
+            adapters = self.model.init_adapters(self.layout, stage.lora, seed)
             params = merge_params(params, adapters)
         split = Trainable.of(stage).split(params, self.config.model.dtype)
-        return self._rested(self._told(initial_train_state(optimizer, *split)))
+        return self._offloaded(self._reported(initial_train_state(optimizer, *split)))
 
     def restored(
         self,
-        stage: SftSettings | GrpoSettings,
+        stage: StageSettings,
         optimizer: optax.GradientTransformation,
         step: int,
     ) -> TrainState:
-        """A stage's state as the checkpoint of the run's step `step` has it."""
+        """A stage's state from the checkpoint of the run's step `step`."""
         like = abstract_stage_state(self.config, self.model.config, self.layout, stage, optimizer)
         state, _ = self.checkpoints.restore(step, like)
-        return self._rested(self._told(state))
+        return self._offloaded(self._reported(state))
 
-    def reference(
-        self, stage: SftSettings | GrpoSettings, state: TrainState, fresh: bool
-    ) -> Params:
-        """The weights that a stage started from, for the KL; shares what is frozen.
+    def reference(self, stage: StageSettings, state: TrainState, fresh: bool) -> Params:
+        """The weights that a stage starts from, as the KL's reference; frozen ones are shared.
 
         Args:
           stage: its section.
-          state: where it stands.
-          fresh: that is before its first step.
+          state: the stage's state.
+          fresh: whether that is the state before the first step.
         """
         if stage.lora.rank:
             return drop_adapters(state.frozen)
@@ -108,18 +106,18 @@ class StageInitializer:
             offload.to_host(copy) if self.config.optim.offload else copy, state.frozen
         )
 
-    def _rested(self, state: TrainState) -> TrainState:
-        """The state, its moments in host memory where `optim.offload` says so."""
+    def _offloaded(self, state: TrainState) -> TrainState:
+        """The state, with its moments in host memory if `optim.offload` is set."""
         if not self.config.optim.offload:
             return state
         return replace(state, opt_state=offload.to_host(state.opt_state))
 
-    def _dtype(self, stage: SftSettings | GrpoSettings) -> str:
-        """Master weights are float32; a base that only adapters are trained over needs no more
-        than the compute dtype."""
+    def _dtype(self, stage: StageSettings) -> str:
+        """Master weights are float32; the frozen base of adapters has the compute dtype."""
         return self.config.model.dtype if stage.lora.rank else "float32"
 
-    def _told(self, state: TrainState) -> TrainState:
+    def _reported(self, state: TrainState) -> TrainState:
+        """The same state; reports how many weights train."""
         trained, frozen = (
             sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.trained, state.frozen)
         )
@@ -127,30 +125,30 @@ class StageInitializer:
         return state
 
 
-def _check_whole(step: ModelFolder) -> None:
-    """Refuses a kept checkpoint that is not as it was written; every process calls it.
+def _check_undamaged(step: ModelFolder) -> None:
+    """Checks a checkpoint's checksums; every process calls it.
 
     Raises:
-      UserError: says what is wrong with it.
+      UserError: it is damaged.
     """
-    wrong = find_damage(step.weights) if is_primary() else None
-    if all_sum(wrong is not None):
+    damage = find_damage(step.weights) if is_primary() else None
+    if all_sum(damage is not None):
         raise UserError(
-            f"the cold start's checkpoint {step.name} is damaged ({wrong or 'see process 0'}): "
-            "copy it back from where it is whole, or train anew in another --workdir."
+            f"the SFT checkpoint {step.name} is damaged ({damage or 'see process 0'}): "
+            "restore it from a copy, or train again in another --workdir."
         )
 
 
 def _copy(params: Params, dtype: str) -> Params:
-    """Arrays of their own: the update donates the originals."""
+    """A copy in `dtype`: the update donates the originals."""
     return jax.jit(lambda p: cast(jax.tree.map(lambda x: x + 0, p), dtype))(params)
 
 
 def check_initial_weights(config: Config, model: ModelFolder) -> None:
-    """Refuses weights that a run cannot start from, by their files' headers alone.
+    """Checks the weights that a run starts from, by their files' headers alone.
 
     Raises:
-      UserError: nothing usable is there, or `grpo.init_from` is a model of another shape.
+      UserError: they are missing or damaged, or `grpo.init_from` is a model of another shape.
     """
     path = config.grpo.init_from
     first = open_model(path) if path else model

@@ -1,22 +1,22 @@
-"""Looks a run over before it starts, writing nothing: what would go wrong, and how large it is."""
+"""Checks a run before it starts, without writing: its sizes, and problems that would stop it."""
 
 import shutil
 import statistics
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
 from etils import epath
-from rich.console import Console
-from rich.table import Table
 
 from spatial_ssrl_jax.common.paths import check_bucket, in_bucket, list_tree, user_path
-from spatial_ssrl_jax.config.schema import StageSettings, Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.common.text import byte_size
+from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings, StageSettings
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.eval.heldout import heldout_items
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
+from spatial_ssrl_jax.parallel.sharding import shard_bytes
 from spatial_ssrl_jax.perf.device_specs import device_memory_bytes
 from spatial_ssrl_jax.rl.optimizer import make_optimizer
 from spatial_ssrl_jax.rl.placement import abstract_stage_state
@@ -33,41 +33,49 @@ from spatial_ssrl_jax.trainer.context import (
 )
 from spatial_ssrl_jax.trainer.workdir import check_workdir
 
-_EXAMPLES = 32  # of the cold start that each process makes
-_RECENT = 50  # steps whose median says how long one takes
+_EXAMPLES = 32  # of SFT that each process makes
+_RECENT = 50  # steps whose median is the time of a step
+
+
+class Disk(TypedDict):
+    """Bytes of the run's checkpoints, of those present, and free; None in a bucket."""
+
+    checkpoints_bytes: int
+    there_bytes: int
+    free_bytes: int | None
 
 
 def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> dict[str, Any]:
-    """Opens everything as `train` does, makes the first prompts of each stage, and measures.
+    """Opens everything as `train` does, and measures the first prompts of each stage.
 
     Args:
       config: the run.
-      workdir: where it would be left; it stays as it is.
+      workdir: its folder; nothing is changed.
       overwrite: as for `train`.
 
     Returns:
-      Plain JSON types: what the run is made of, its stages, bytes, seconds, and `problems`:
-      sentences that say why it would not run through; empty when it would.
+      Plain JSON types: the run's components, stages, bytes and seconds, and `problems`: sentences
+      that say why it would not complete; empty when there are none.
 
     Raises:
-      UserError: it would not begin.
+      UserError: the run could not start.
     """
     workdir = user_path(workdir)
     check_bucket(workdir)
-    parts = open_components(config)
-    goes_on = check_workdir(config, workdir, overwrite)
-    done = _steps_done(workdir) if goes_on else 0
+    components = open_components(config)
+    resumes = check_workdir(config, workdir, overwrite)
+    done = _steps_done(workdir) if resumes else 0
     notes: list[str] = []
-    heldout_items(heldout_datasets(parts), 1, notes.append)
-    if not parts.split.heldout:
+    heldout_items(heldout_datasets(components), 1, notes.append)
+    if not components.split.heldout:
         notes.append("no image is held out, so there are no held-out metrics")
     stages, first = {}, 0
     for name, settings in (("sft", config.sft), ("grpo", config.grpo)):
         left = min(max(first + settings.steps - done, 0), settings.steps)
         first += settings.steps
         if left:
-            stages[name] = _stage(parts, settings, left, notes)
-            stages[name]["seconds_a_step"] = _seconds(workdir, name) if goes_on else None
+            stages[name] = _stage_sizes(components, settings, left, notes)
+            stages[name]["seconds_a_step"] = _seconds(workdir, name) if resumes else None
     disk = _disk(config, workdir, stages)
     limit = device_memory_bytes()
     return {
@@ -81,9 +89,9 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
         },
         "model": config.model.path,
         "source": {
-            "spec": parts.source.spec,
-            "train": len(parts.split.train),
-            "heldout": len(parts.split.heldout),
+            "spec": components.source.spec,
+            "train": len(components.split.train),
+            "heldout": len(components.split.heldout),
         },
         "stages": stages,
         "disk": disk,
@@ -93,14 +101,14 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     }
 
 
-def _stage(
-    parts: RunComponents, settings: StageSettings, left: int, notes: list[str]
+def _stage_sizes(
+    components: RunComponents, settings: StageSettings, left: int, notes: list[str]
 ) -> dict[str, Any]:
-    """One stage's size, from its first prompts and from the model's shapes."""
-    batch = _first_prompts(parts, settings)
+    """One stage's sizes, from its first prompts and the model's shapes; appends to `notes`."""
+    batch = _first_prompts(components, settings)
     skips = [skip for item in batch.items for skip in item.skipped]
     bad = sum(skip.bad for skip in skips)
-    check_bad_fraction(parts, bad, bad + len(batch.items))
+    check_bad_fraction(components, bad, bad + len(batch.items))
     if skips:
         seen, reason = len(batch.items) + len(skips), skips[0].reason
         notes.append(f"{len(skips)} of {seen} records gave no prompt (the first: {reason})")
@@ -108,19 +116,22 @@ def _stage(
     bucket, windows = batch.prompts.ids.shape[1], batch.prompts.vision.frame.shape[1]
     padding = 1 - prompts / (len(batch.items) * bucket)
     if isinstance(settings, SftSettings):
-        tokens = encode_responses(batch.items, parts.processor, parts.config.rollout.max_new_tokens)
+        tokens = encode_responses(
+            batch.items, components.processor, components.config.rollout.max_new_tokens
+        )
         count = sum(map(len, tokens))
-        packed = pack_step(batch, tokens, settings, parts.model.config.vision)
-        padding = 1 - (prompts + count) / packed.places
+        packed = pack_step(batch, tokens, settings, components.model.config.vision)
+        padding = 1 - (prompts + count) / packed.padded_tokens
         responses = {"response_tokens": round(count * scale)}
     else:
-        most = settings.prompts * settings.group_size * parts.config.rollout.max_new_tokens
-        responses = {"response_tokens_at_most": most}
-    optimizer = make_optimizer(parts.config.optim, settings, 1)
+        samples = settings.prompts * components.config.grpo.group_size
+        limit = samples * components.config.rollout.max_new_tokens
+        responses = {"response_tokens_at_most": limit}
+    optimizer = make_optimizer(components.config.optim, settings, 1)
     state = abstract_stage_state(
-        parts.config, parts.model.config, parts.layout, settings, optimizer
+        components.config, components.model.config, components.layout, settings, optimizer
     )
-    memory = _memory(parts, settings, state)
+    memory = _memory(components, settings, state)
     return {
         "steps": settings.steps,
         "steps_left": left,
@@ -129,32 +140,39 @@ def _stage(
         **responses,
         "measured_prompts": len(batch.items),
         "bucket": [bucket, windows],
-        "batch_bytes": round(_whole(batch.prompts) * scale / jax.process_count()),
+        "batch_bytes": round(_total_bytes(batch.prompts) * scale / jax.process_count()),
         "padding_share": round(padding, 3),
         "trained": _count(state.trained),
         "frozen": _count(state.frozen),
-        "memory_bytes_a_device": memory | {"sum": _most(memory, parts.config.optim.offload)},
-        "checkpoint_bytes": _whole(replace(state, frozen={})),
-        "frozen_bytes": _whole(state.frozen),
+        "memory_bytes_a_device": memory | {"sum": _peak(memory, components.config.optim.offload)},
+        "checkpoint_bytes": _total_bytes(replace(state, frozen={})),
+        "frozen_bytes": _total_bytes(state.frozen),
     }
 
 
-def _first_prompts(parts: RunComponents, settings: StageSettings) -> Batch:
-    """A stage's first micro-batch, by the pipeline that training reads, pixels and all.
+def _first_prompts(components: RunComponents, settings: StageSettings) -> Batch:
+    """A stage's first micro-batch, with pixels, from the pipeline of training.
 
     A whole batch at the paper's size can take tens of gigabytes and minutes.
     """
-    name = "sft" if isinstance(settings, SftSettings) else "grpo"
-    few = min(settings.prompts, _EXAMPLES * jax.process_count())
-    small = replace(settings, prompts=settings.micro_batch_prompts if name == "grpo" else few)
-    parts = replace(parts, config=replace(parts.config, **{name: small}))
-    with closing(pipeline(parts, small, start=0)) as stream:
+    config = components.config
+    if isinstance(settings, SftSettings):
+        few = min(settings.prompts, _EXAMPLES * jax.process_count())
+        config = replace(config, sft=replace(config.sft, prompts=few))
+        small: StageSettings = config.sft
+    else:
+        config = replace(config, grpo=replace(config.grpo, prompts=config.grpo.micro_batch_prompts))
+        small = config.grpo
+    components = replace(components, config=config)
+    with closing(pipeline(components, small, start=0)) as stream:
         return next(stream)
 
 
-def _memory(parts: RunComponents, settings: StageSettings, state: TrainState) -> dict[str, int]:
-    """Bytes of each device by what takes them, at the largest buckets; no activations."""
-    config, text = parts.config, parts.model.config.text
+def _memory(
+    components: RunComponents, settings: StageSettings, state: TrainState
+) -> dict[str, int]:
+    """Bytes of each device by use, at the largest buckets, without activations."""
+    config, text = components.config, components.model.config.text
     size = np.dtype(config.model.dtype).itemsize
     prompt, limit = max(config.data.prompt_buckets), config.rollout.max_new_tokens
     tokens = config.eval.batch_prompts * (prompt + config.eval.samples * limit)
@@ -162,44 +180,37 @@ def _memory(parts: RunComponents, settings: StageSettings, state: TrainState) ->
     if isinstance(settings, GrpoSettings):
         tokens = max(tokens, config.rollout.batch_prompts * (prompt + settings.group_size * limit))
         if settings.kl_coef and not settings.lora.rank:
-            reference = _own(state.trained, size)
+            reference = shard_bytes(state.trained, size)
     return {
-        "weights": _own(state.trained) + _own(state.frozen),
-        "optimizer": _own(state.opt_state),
+        "weights": shard_bytes(state.trained) + shard_bytes(state.frozen),
+        "optimizer": shard_bytes(state.opt_state),
         "reference": reference,
-        "rollout_copy": _own(
-            parts.rollout_layout.abstract_params(parts.model.config, part="text/"), size
+        "rollout_copy": shard_bytes(
+            components.rollout_layout.abstract_params(components.model.config, part="text/"), size
         ),
-        "caches": tokens * kv_token_bytes(text, config.model.dtype) // _cache_parts(parts),
-        "gradients": 2 * _own(state.trained),  # the sum and what is added to it
+        "caches": tokens * kv_token_bytes(text, config.model.dtype) // _cache_shards(components),
+        "gradients": 2 * shard_bytes(state.trained),  # the sum and the micro-batch's
     }
 
 
-def _cache_parts(parts: RunComponents) -> int:
-    """Parts that the caches are cut into while sampling, by rows and by key/value heads."""
-    rows, tensor = parts.rollout_layout.batch_shards, parts.config.rollout.tensor
-    return rows if parts.model.config.text.num_key_value_heads % tensor else rows * tensor
+def _cache_shards(components: RunComponents) -> int:
+    """Shards of the sampling caches, over rows and over key/value heads."""
+    rows, tensor = components.rollout_layout.batch_shards, components.config.rollout.tensor
+    return rows if components.model.config.text.num_key_value_heads % tensor else rows * tensor
 
 
-def _most(memory: dict[str, int], offload: bool) -> int:
-    """What is there at once: sampling's own part is freed before the update's comes."""
+def _peak(memory: dict[str, int], offload: bool) -> int:
+    """Peak bytes: sampling's memory is freed before the update allocates its own."""
     sampling, gradients = memory["rollout_copy"] + memory["caches"], memory["gradients"]
-    rests = memory["optimizer"] + memory["reference"]
+    resident = memory["optimizer"] + memory["reference"]
     if offload:
         updating = memory["optimizer"] + gradients // 2
         return memory["weights"] + max(sampling, gradients, updating)
-    return memory["weights"] + rests + max(sampling, gradients)
+    return memory["weights"] + resident + max(sampling, gradients)
 
 
-def _own(tree: Any, itemsize: int | None = None) -> int:
-    """Bytes of one device's part of sharded shapes."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * (itemsize or x.dtype.itemsize)
-        for x in jax.tree.leaves(tree)
-    )
-
-
-def _whole(tree: Any) -> int:
+def _total_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes, over all devices."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -214,7 +225,7 @@ def _steps_done(workdir: epath.Path) -> int:
 
 
 def _seconds(workdir: epath.Path, stage: str) -> float | None:
-    """The median of the newest steps of a stage in this folder; None where there are none."""
+    """The median time of a stage's newest steps in this folder; None where there are none."""
     seconds = [
         row["perf/step_seconds"]
         for row in read_metrics(workdir)
@@ -223,22 +234,20 @@ def _seconds(workdir: epath.Path, stage: str) -> float | None:
     return round(statistics.median(seconds[-_RECENT:]), 3) if seconds else None
 
 
-def _seconds_left(stages: dict[str, dict]) -> float | None:
-    seconds = [stage["seconds_a_step"] for stage in stages.values()]
-    if None in seconds:
+def _seconds_left(stages: dict[str, dict[str, Any]]) -> float | None:
+    """The time of the remaining steps; None where a stage has no measured step."""
+    if any(stage["seconds_a_step"] is None for stage in stages.values()):
         return None
-    return sum(s * stage["steps_left"] for s, stage in zip(seconds, stages.values(), strict=True))
+    return sum(stage["seconds_a_step"] * stage["steps_left"] for stage in stages.values())
 
 
-def _disk(config: Config, workdir: epath.Path, stages: dict[str, dict]) -> dict[str, int | None]:
-    """Bytes that the run's checkpoints come to, those there are, and those free beside them; None
-    in a bucket, which has no end."""
+def _disk(config: Config, workdir: epath.Path, stages: dict[str, dict[str, Any]]) -> Disk:
     free = None
     if not in_bucket(workdir):
-        place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-        free = shutil.disk_usage(place).free
+        nearest = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+        free = shutil.disk_usage(nearest).free
     largest = max((s["checkpoint_bytes"] for s in stages.values()), default=0)
-    # A new one is complete before an old one goes; the best and the cold start's last one stay.
+    # An old one is removed after a new one is complete; the best and the last of SFT are kept.
     measured = max(config.eval.every, config.eval.benchmark_every) > 0
     best = measured and best_metric(config) is not None
     count = config.checkpoint.keep + 1 + best + bool(config.sft.steps)
@@ -250,92 +259,21 @@ def _disk(config: Config, workdir: epath.Path, stages: dict[str, dict]) -> dict[
     }
 
 
-def _problems(stages: dict[str, dict], disk: dict[str, int | None], limit: int | None) -> list[str]:
+def _problems(stages: dict[str, dict[str, Any]], disk: Disk, limit: int | None) -> list[str]:
+    """Why the run would not complete: too little memory or disk."""
     found = []
     for name, stage in stages.items():
         needs = stage["memory_bytes_a_device"]["sum"]
         if limit is not None and needs > limit:
             found.append(
-                f"{name} needs {_size(needs)} a device before any activation, and a device has "
-                f"{_size(limit)}: use more devices (mesh.fsdp), LoRA, a smaller rollout.batch_prompts or "
-                "shorter limits."
+                f"{name} needs {byte_size(needs)} a device without activations, and a device has "
+                f"{byte_size(limit)}: use more devices (mesh.fsdp), LoRA, a smaller "
+                "rollout.batch_prompts or shorter limits."
             )
     needs, free = disk["checkpoints_bytes"] - disk["there_bytes"], disk["free_bytes"]
     if free is not None and needs > free:
         found.append(
-            f"the checkpoints come to {_size(needs)} more and only {_size(free)} is "
+            f"the checkpoints need {byte_size(needs)} more and only {byte_size(free)} is "
             "free: free space, choose another --workdir, or lower checkpoint.keep."
         )
     return found
-
-
-def print_report(report: dict[str, Any], console: Console) -> None:
-    """Prints a report of `preflight` as a short list."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, text in _lines(report):
-        table.add_row(name, text)
-    console.print(table, soft_wrap=True)
-    for note in report["notes"]:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    if not report["problems"]:
-        console.print("it would run", highlight=False)
-
-
-def _lines(report: dict[str, Any]):
-    devices, source, disk = report["devices"], report["source"], report["disk"]
-    has = devices["memory_bytes"]
-    yield "model", report["model"]
-    yield (
-        "source",
-        f"{source['spec']}: {source['train']:,} training, {source['heldout']:,} held out",
-    )
-    yield (
-        "devices",
-        f"{devices['count']} x {devices['kind']}, {devices['processes']} process(es), memory "
-        + (f"{_size(has)} each" if has else "unknown"),
-    )
-    done = report["steps_done"]
-    yield "folder", report["workdir"] + (f", resumes after step {done}" if done else "")
-    for name, stage in report["stages"].items():
-        yield from ((f"{name}: {what}", text) for what, text in _stage_lines(stage))
-    yield (
-        "checkpoints",
-        f"{_size(disk['checkpoints_bytes'])} in all, {_size(disk['there_bytes'])} there"
-        + ("" if disk["free_bytes"] is None else f", {_size(disk['free_bytes'])} free"),
-    )
-    left = report["seconds_left"]
-    yield "time left", "unknown until some steps are done" if left is None else _time(left)
-
-
-def _stage_lines(stage: dict[str, Any]):
-    most = stage.get("response_tokens_at_most")
-    response = f"at most {most:,}" if most else f"{stage['response_tokens']:,}"
-    left = f", {stage['steps_left']:,} left" if stage["steps_left"] < stage["steps"] else ""
-    tokens, windows = stage["bucket"]
-    padding = f"{stage['padding_share']:.0%} padding"
-    memory = dict(stage["memory_bytes_a_device"])
-    whole = _size(memory.pop("sum"))
-    parts = ", ".join(f"{n.replace('_', ' ')} {_size(b)}" for n, b in memory.items() if b)
-    yield "steps", f"{stage['steps']:,} of {stage['prompts']:,} prompts{left}"
-    yield "tokens a step", f"{stage['prompt_tokens']:,} of prompts, {response} of responses"
-    yield (
-        f"first {stage['measured_prompts']} prompts",
-        f"bucket of {tokens:,} tokens and {windows:,} windows, {padding}",
-    )
-    yield "host memory", f"{_size(stage['batch_bytes'])} a batch in that bucket"
-    yield "parameters", f"{stage['trained']:,} trained, {stage['frozen']:,} frozen"
-    yield "memory a device", f"about {whole} without activations, an estimate: {parts}"
-    yield "a checkpoint", _size(stage["checkpoint_bytes"])
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
-
-
-def _time(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -1,4 +1,4 @@
-"""`report.html`: one file, readable without a server, refreshed during the run."""
+"""`report.html`: one file that needs no server, rewritten during the run."""
 
 import html
 import io
@@ -20,8 +20,8 @@ from spatial_ssrl_jax.trainer.curves import COLOURS, figure, legend
 
 Rows = list[dict[str, Any]]
 
-_FILES = 12  # samples of rollouts that the page shows, spread over the run
-_CURVES = (  # title and the metrics drawn together; a * takes every task
+_FILES = 12  # files of rollout samples on the page, spread over the run
+_CURVES = (  # title, and the metrics drawn together; * stands for every task or benchmark
     ("Reward", {"": "reward/overall_mean"}),
     ("Accuracy per task", {"*": "task/*/accuracy"}),
     ("Held-out accuracy, greedy", {"*": "heldout/*/accuracy_greedy"}),
@@ -42,7 +42,7 @@ _CURVES = (  # title and the metrics drawn together; a * takes every task
     ("Sampler against trainer (nats a token)", {"mean": "mismatch/logprob_mean"}),
 )
 _PHASES = ("rollout", "reward", "refill", "reference", "update", "input_wait")
-_TILES = (  # metric of the newest step, what it is called here, and its format
+_TILES = (  # metric of the newest step, its label, and its number format
     ("reward/overall_mean", "reward", "{:.3f}"),
     ("reward/accuracy_mean", "accuracy", "{:.3f}"),
     ("loss/sft", "loss", "{:.4f}"),
@@ -54,11 +54,11 @@ _TILES = (  # metric of the newest step, what it is called here, and its format
     ("memory/host_bytes", "host memory", "{:,.2f} GB"),
     ("memory/device_bytes", "device memory", "{:,.2f} GB"),
 )
-_LABELS = {"untrained": "untrained", "sft": "cold start", "grpo": "GRPO"}
+_LABELS = {"untrained": "untrained", "sft": "SFT", "grpo": "GRPO"}
 
 
 def write_report(workdir: epath.PathLike, config: dict[str, Any], title: str) -> None:
-    """Writes the report from what the run's folder holds.
+    """Writes the report from the files in the run's folder.
 
     Args:
       workdir: the run's folder, with `metrics.jsonl` and `rollouts/`.
@@ -84,14 +84,14 @@ def write_report(workdir: epath.PathLike, config: dict[str, Any], title: str) ->
 
 
 def warnings(rows: list[dict[str, Any]]) -> list[str]:
-    """What in the metrics should worry a reader, in words."""
+    """Problems that the metrics show, as sentences."""
     grpo = [r for r in rows if r["stage"] == "grpo" and "reward/overall_mean" in r]
     if len(grpo) < 10:
         return []
     found, late = [], grpo[-5:]
 
-    def mean(name: str, part: list[dict]) -> float:
-        values = [r[name] for r in part if r.get(name) is not None]
+    def mean(name: str, steps: Rows) -> float:
+        values = [r[name] for r in steps if r.get(name) is not None]
         return sum(values) / len(values) if values else 0.0
 
     def check(broken: bool, text: str) -> None:
@@ -101,42 +101,46 @@ def warnings(rows: list[dict[str, Any]]) -> list[str]:
     early = grpo[:5]
     flat = mean("advantage/zero_variance_share", late)
     check(
-        flat > 0.8, f"{flat:.0%} of the groups have no variance in reward: little is learned now."
+        flat > 0.8, f"{flat:.0%} of the groups have no variance in reward: they give no gradient."
     )
     entropy = mean("policy/entropy", late), mean("policy/entropy", early)
-    check(entropy[0] < 0.1 * entropy[1], "The entropy fell below a tenth of what it was.")
+    check(entropy[0] < 0.1 * entropy[1], "The entropy is below a tenth of its first value.")
     length = mean("response/length_mean", late), mean("response/length_mean", early)
-    check(length[0] < 0.3 * length[1], "Responses are shorter than a third of what they were.")
+    check(length[0] < 0.3 * length[1], "Responses are shorter than a third of the first ones.")
     gap, before = mean("mismatch/logprob_mean", late), mean("mismatch/logprob_mean", early)
-    grown = f", {gap / before:.0f} times as much as at first" if gap > 3 * before > 0 else ""
+    grown = f", {gap / before:.0f} times the first value" if gap > 3 * before > 0 else ""
     check(
         gap > 0.05 or bool(grown and gap > 0.005),
         f"Sampler and trainer differ by {gap:.3f} nats a token{grown}.",
     )
-    cut = mean("response/clipped_share", late)
-    check(cut > 0.2, f"{cut:.0%} of the responses are cut off at the limit.")
+    clipped = mean("response/clipped_share", late)
+    check(clipped > 0.2, f"{clipped:.0%} of the responses are truncated at the limit.")
     dropped = mean("prompt/dropped", late)
     kept = sum(mean(f"task/{task}/count", late) for task in TASKS_BY_NAME)
     check(
         dropped > kept > 0,
-        f"Of {dropped + kept:.0f} prompts a step {dropped:.0f} are dropped, as too long or as "
-        "images that give no example.",
+        f"Of {dropped + kept:.0f} prompts a step {dropped:.0f} are dropped: they are too "
+        "long, or their image yields no example.",
     )
     skipped = sum(r.get("optim/skipped") or 0 for r in grpo)
-    check(skipped > 0, f"{skipped:.0f} updates were skipped, for their gradient was not finite.")
+    check(skipped > 0, f"{skipped:.0f} updates were skipped because of a non-finite gradient.")
     return found
 
 
+def _label(stage: str) -> str:
+    return _LABELS.get(stage, stage)
+
+
 def _summary(config: dict[str, Any], rows: Rows) -> str:
-    """What is being trained on what, how far it is, and when this was written."""
+    """The model, its data, the progress, and the time of the newest step."""
     trained = [name for name, task in config["tasks"].items() if task["weight"] > 0]
     model = config["model"]["path"] + (" from scratch" if config["model"]["from_scratch"] else "")
     total = config["sft"]["steps"] + config["grpo"]["steps"]
     text = f"{model} on {config['data']['source']}: {', '.join(trained)}."
-    where = "Not begun."
+    where = "Not started."
     if rows:
         stage, step = rows[-1]["stage"], rows[-1]["step"]
-        where = f"{_LABELS.get(stage, stage)}, step {step} of {total}. "
+        where = f"{_label(stage)}, step {step} of {total}. "
         where += time.strftime("Newest step at %Y-%m-%d %H:%M UTC.", time.gmtime(rows[-1]["time"]))
     return f'<p>{html.escape(text)}</p><p class="soft">{where}</p>'
 
@@ -145,18 +149,18 @@ def _tiles(rows: Rows) -> str:
     if not rows:
         return ""
     cells = []
-    for key, name, form in _TILES:
+    for key, name, style in _TILES:
         value = rows[-1].get(key)
         if value is not None:
             value = value / 1e9 if key.startswith("memory/") else value
-            cells.append(f"<div><dt>{name}</dt><dd>{form.format(value)}</dd></div>")
+            cells.append(f"<div><dt>{name}</dt><dd>{style.format(value)}</dd></div>")
     return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
 def _curves(rows: Rows) -> list[str]:
     starts: dict[str, int] = {}
     for row in rows:
-        starts.setdefault(_LABELS.get(row["stage"], row["stage"]), row["step"])
+        starts.setdefault(_label(row["stage"]), row["step"])
     figures = []
     for title, names in _CURVES:
         series = {}
@@ -170,7 +174,7 @@ def _curves(rows: Rows) -> list[str]:
 
 
 def _expanded(names: dict[str, str], rows: Rows) -> dict[str, str]:
-    """Metrics by label, with a * replaced by each task or benchmark that the rows have."""
+    """Metrics by label, with * replaced by each task or benchmark in the rows."""
     found = {}
     for label, key in names.items():
         for each in (*TASKS_BY_NAME, *SPECS) if label == "*" else ("",):
@@ -181,7 +185,7 @@ def _expanded(names: dict[str, str], rows: Rows) -> dict[str, str]:
 
 
 def _timing(rows: Rows) -> str:
-    """Where a step's seconds go, as the mean of the last ten GRPO steps."""
+    """The seconds of each phase of a step, as the mean of the last ten GRPO steps."""
     late = [r for r in rows if r.get("perf/rollout_seconds") is not None][-10:]
     if not late:
         return ""
@@ -203,15 +207,15 @@ def _timing(rows: Rows) -> str:
 
 
 def _heldout(rows: Rows) -> str:
-    """The newest held-out metrics of each stage, a line a task."""
+    """The newest held-out metrics of each stage, one line for each task."""
     measured = [row for row in rows if any(k.startswith("heldout/") for k in row)]
     newest = {row["stage"] if row["step"] else "untrained": row for row in measured}
     if not newest:
         return ""
     head = ["task"]
     for stage, row in newest.items():
-        name = f"{_LABELS.get(stage, stage)}, step {row['step']}"
-        head += [f"{name}: greedy", "sampled", "form"]
+        name = f"{_label(stage)}, step {row['step']}"
+        head += [f"{name}: greedy", "sampled", "format"]
     lines = []
     for task in TASKS_BY_NAME:
         values = [
@@ -225,14 +229,16 @@ def _heldout(rows: Rows) -> str:
 
 
 def _benchmark(rows: Rows) -> str:
-    """The newest score of each stage and the best one, a line each."""
+    """The newest score of each stage and the best one, one line each."""
     name = next((k for row in rows for k in row if re.fullmatch(r"benchmark/\w+/score", k)), None)
+    if name is None:
+        return ""
     measured = [row for row in rows if row.get(name) is not None]
     if not measured:
         return ""
     newest = {row["stage"] if row["step"] else "untrained": row for row in measured}
     lines = [
-        (f"{_LABELS.get(stage, stage)}, step {row['step']}", f"{row[name]:.2f}")
+        (f"{_label(stage)}, step {row['step']}", f"{row[name]:.2f}")
         for stage, row in newest.items()
     ]
     trained = [row for row in measured if row["step"]]
@@ -250,19 +256,20 @@ def _rollouts(workdir: epath.Path, rows: Rows) -> str:
         "step": dict.fromkeys(row["step"] for row in rows),
         "answers": dict.fromkeys(_answers(row) for row in rows),
     }
-    pictures = iter(read_files(workdir / FOLDER / path for row in rows for path in row["images"]))
-    articles = "".join(_article(row, [next(pictures) for _ in row["images"]]) for row in rows)
+    images = iter(read_files(workdir / FOLDER / path for row in rows for path in row["images"]))
+    articles = "".join(_article(row, [next(images) for _ in row["images"]]) for row in rows)
     return f"<h2>Rollouts</h2>{filters(choices)}{articles}"
 
 
-def _answers(row: dict) -> str:
-    """By accuracy, which of the reward's parts the group agrees on."""
+def _answers(row: dict[str, Any]) -> str:
+    """Whether the answers of a group are all right, all wrong or mixed."""
     right = sum(response["accuracy"] > 0 for response in row["responses"])
     return "all wrong" if not right else "mixed" if right < len(row["responses"]) else "all right"
 
 
-def _article(row: dict, files: list[bytes]) -> str:
-    pictures = "".join(_picture(file) for file in files)
+def _article(row: dict[str, Any], files: list[bytes]) -> str:
+    """One prompt with its images and responses."""
+    images = "".join(_image(file) for file in files)
     responses = "".join(
         f'<div class="response {"right" if r["accuracy"] > 0 else "wrong"}">'
         f"<div><b>{r['reward']:.2f}</b><small>{r['advantage']:+.2f} advantage</small>"
@@ -273,12 +280,12 @@ def _article(row: dict, files: list[bytes]) -> str:
     return (
         f'<article data-task="{task}" data-step="{row["step"]}" data-answers="{_answers(row)}">'
         f"<h3>step {row['step']} · {task} · {html.escape(row['kind'])} · answer "
-        f'{html.escape(row["answer"])}</h3><div class="images">{pictures}</div>'
+        f'{html.escape(row["answer"])}</h3><div class="images">{images}</div>'
         f"<details><summary>question</summary><pre>{html.escape(row['question'])}</pre></details>"
         f"{responses}</article>"
     )
 
 
-def _picture(file: bytes) -> str:
+def _image(file: bytes) -> str:
     with Image.open(io.BytesIO(file)) as image:
         return f'<img src="{image_uri(image)}" alt="">'

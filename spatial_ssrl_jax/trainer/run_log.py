@@ -1,6 +1,6 @@
-"""What is written for people during a run: sampled rollouts and the report.
+"""Files for people, written during a run: sampled rollouts, benchmark answers and the report.
 
-Training does not end when they cannot be written: it is said, once until it works again.
+A failed write does not end the training: it is reported once until a write succeeds again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from spatial_ssrl_jax.trainer.context import Run
 from spatial_ssrl_jax.trainer.report import write_report
 
 BENCHMARK = "benchmark"  # folder of the answers to `eval.benchmark`
-# What a GRPO step trained on: prompts, and their rollout with rewards.
+# Prompts that a GRPO step trains on, and their rollout with rewards.
 Sampled = tuple[Batch, ScoredRollout]
 
 
@@ -31,7 +31,7 @@ def log_step(run: Run, number: int, first: int, sampled: Sampled | None) -> None
       run: the run.
       number: the run's step.
       first: steps before this stage.
-      sampled: what a GRPO step trained on; None in the cold start.
+      sampled: prompts and rollout of a GRPO step; None in SFT.
     """
     log = run.config.log
     if sampled is not None and log.rollouts_every and (number - first) % log.rollouts_every == 0:
@@ -41,10 +41,10 @@ def log_step(run: Run, number: int, first: int, sampled: Sampled | None) -> None
         refresh_report(run)
 
 
-def log_benchmark(run: Run, number: int, records: Sequence[Prediction], scores: Scores) -> None:
-    """Writes what a benchmark was answered at a step, as `evaluate` leaves it."""
+def log_benchmark(run: Run, number: int, predictions: Sequence[Prediction], scores: Scores) -> None:
+    """Writes the answers to a benchmark at a step, in the format of `evaluate`."""
     folder = run.workdir / BENCHMARK / f"step_{number:06d}"
-    _write(run, BENCHMARK, lambda: write_results(folder, records, scores))
+    _write(run, BENCHMARK, lambda: write_results(folder, predictions, scores))
 
 
 def _rollout_rows(batch: Batch, scored: ScoredRollout, count: int) -> Iterator[dict[str, Any]]:
@@ -62,7 +62,7 @@ def _rollout_rows(batch: Batch, scored: ScoredRollout, count: int) -> Iterator[d
                 {
                     "text": scored.texts[b][g],
                     "reward": reward.overall,
-                    "accuracy": reward.accuracy_weight,
+                    "accuracy": reward.accuracy,
                     "format": reward.format,
                     "advantage": float(scored.advantage[b, g]),
                     "length": int(rollout.length[b, g]),
@@ -74,7 +74,7 @@ def _rollout_rows(batch: Batch, scored: ScoredRollout, count: int) -> Iterator[d
 
 
 def refresh_report(run: Run) -> None:
-    """Writes `report.html` anew from what the folder holds."""
+    """Rewrites `report.html` from the files in the run's folder."""
     config = to_dict(run.config)
     _write(run, "report.html", lambda: write_report(run.workdir, config, config["name"]))
 
@@ -83,12 +83,13 @@ def _write(run: Run, what: str, write: Callable[[], object]) -> None:
     try:
         write()
     except Exception as error:
-        why, mend = write_failure(error)
-        if why is None:
+        failure = write_failure(error)
+        if failure is None:
             raise
+        why, fix = failure
         if what not in run.unwritten:
             run.progress.say(
-                f"{run.workdir / what} cannot be written ({why}): training continues without; {mend}"
+                f"{run.workdir / what} cannot be written ({why}): training continues; {fix}"
             )
         run.unwritten.add(what)
     else:

@@ -1,7 +1,8 @@
-"""A whole run: the config's stages, from the start or from where the folder stopped."""
+"""Training: the config's stages and their loop over steps, from the start or a checkpoint."""
 
 import json
 import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,9 +14,9 @@ from etils import epath
 
 from spatial_ssrl_jax.checkpoint.export import export, export_adapter
 from spatial_ssrl_jax.checkpoint.models import open_model
-from spatial_ssrl_jax.common.errors import UserError, disk_explained
+from spatial_ssrl_jax.common.errors import UserError, explain_write_errors
 from spatial_ssrl_jax.common.paths import user_path, write_atomic
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.config.schema import Config, GrpoSettings, StageSettings
 from spatial_ssrl_jax.data.batching import widen
 from spatial_ssrl_jax.data.pipeline import Batch, batch_at
 from spatial_ssrl_jax.monitoring.process_stats import memory_metrics
@@ -46,32 +47,35 @@ from spatial_ssrl_jax.trainer.run_log import Sampled, log_step, refresh_report
 from spatial_ssrl_jax.trainer.validation import validate
 
 UNTRAINED, SFT, GRPO = "untrained", "sft", "grpo"
-_REFILL_SEED = 1_000_001  # apart from the seeds of both stages
-_NAMED = 10  # unusable images that are named; the rest is only counted
+_RESAMPLE_SEED = 1_000_001  # apart from the seeds of both stages
+_NAMED = 10  # unusable images that are reported by name; the others are only counted
+
+# (number in the stage from 0, state, batch) -> new state, metrics, samples of a GRPO step.
+Step = Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, float], Sampled | None]]
 
 
 def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> bool:
-    """Trains to the end, or until a signal asks to stop.
+    """Trains to the end, or until a signal requests a stop.
 
     Args:
       config: the run.
-      workdir: where everything is left, here or in a bucket; a run that stopped there continues.
+      workdir: the run's folder, here or in a bucket; a run that stopped there resumes.
       overwrite: empty the folder first.
 
     Returns:
       True when the run is complete, False when it stopped early with its state saved.
 
     Raises:
-      UserError: something the user can fix.
+      UserError: an error that the user can fix.
     """
     workdir = user_path(workdir)
     with (
         Preemption() as preemption,
         Watchdog(config.mesh) as watch,
         Progress(quiet=not is_primary()) as progress,
-        disk_explained(workdir),
+        explain_write_errors(workdir),
     ):
-        preemption.say, progress.went_on = progress.say, watch.beat
+        preemption.say, progress.on_progress = progress.say, watch.beat
         progress.doing("opening the model and the images")
         run = open_run(config, workdir, overwrite, preemption, progress)
         start = StageInitializer(config, run.model, run.layout, run.checkpoints, progress.say)
@@ -88,19 +92,19 @@ def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> b
         elif run.metrics is not None:
             refresh_report(run)
         _close(run)
-        barrier("the end")  # none goes before what one of them writes is whole
+        barrier("the end")  # no process ends before the primary has written all files
         return finished
 
 
 def _close(run: Run) -> None:
-    """Hands on the last metrics; how the run ended is said already."""
+    """Closes the metric writers; their errors are ignored, since the run's outcome is reported."""
     if run.metrics is not None:
         with suppress(Exception):
             run.metrics.close()
 
 
 def _run_stages(run: Run, start: StageInitializer, done: int) -> bool:
-    """Runs what is left of both stages; False when a signal stopped it."""
+    """Runs the remaining steps of both stages; False when a signal stopped the run."""
     config = run.config
     if done:
         meta = run.checkpoints.read_meta(done)
@@ -108,23 +112,23 @@ def _run_stages(run: Run, start: StageInitializer, done: int) -> bool:
         run.best = BestCheckpoint(**meta["best"]) if meta.get("best") else None
         run.progress.say(f"resuming after step {done}")
     if config.sft.steps and done < config.sft.steps:
-        if _stopped(run, done) or not _sft_stage(run, start, done):
+        if _stop_requested(run, done) or not _sft_stage(run, start, done):
             return False
         done = config.sft.steps
     if config.grpo.steps and done < run.total:
-        return not _stopped(run, done) and _grpo_stage(run, start, done)
+        return not _stop_requested(run, done) and _grpo_stage(run, start, done)
     return True
 
 
 def _begin(
     run: Run,
     start: StageInitializer,
-    settings: SftSettings | GrpoSettings,
+    settings: StageSettings,
     optimizer: optax.GradientTransformation,
     done: int,
 ) -> TrainState:
-    """A stage's state, new or as step `done` left it; measures the model before the first step."""
-    run.progress.went_on()
+    """A stage's state, new or after step `done`; measures the model before the run's first step."""
+    run.progress.on_progress()
     if done > (0 if settings is start.first() else run.config.sft.steps):
         return start.restored(settings, optimizer, done)
     params = start.params(settings)
@@ -136,19 +140,22 @@ def _begin(
 
 
 def _sft_stage(run: Run, start: StageInitializer, done: int) -> bool:
+    """Runs the SFT stage after the run's step `done`; False when a signal stopped it."""
     settings = run.config.sft
     optimizer = make_optimizer(run.config.optim, settings, settings.steps)
     loss = SftLoss(run.model.config, run.compute)
     state = _begin(run, start, settings, optimizer, done)
     rates = learning_rate(settings, settings.steps)
 
-    def step(number: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict, None]:
+    def step(
+        number: int, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, float], None]:
         begun = time.perf_counter()
         responses = encode_responses(batch.items, run.processor, run.config.rollout.max_new_tokens)
         packed = pack_step(batch, responses, settings, run.model.config.vision)
-        rate = float(rates(number))
-        micro = map(run.layout.put_batch, packed)
-        state, metrics = train_step(loss, optimizer, state, micro)
+        rate = float(np.asarray(rates(number)))
+        micro_batches = map(run.layout.put_batch, packed)
+        state, metrics = train_step(loss, optimizer, state, micro_batches)
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - begun
         length = np.array([len(response) for response in responses])
@@ -157,7 +164,7 @@ def _sft_stage(run: Run, start: StageInitializer, done: int) -> bool:
         more = {
             "optim/learning_rate": rate,
             "response/length_mean": float(rows["length"].mean()),
-            "perf/update_padding_share": 1 - tokens / all_sum(packed.places),
+            "perf/update_padding_share": 1 - tokens / all_sum(packed.padded_tokens),
             "perf/update_seconds": seconds,
             "perf/tokens_per_second": tokens / seconds,
             "perf/useful_flops": useful_flops(
@@ -170,6 +177,7 @@ def _sft_stage(run: Run, start: StageInitializer, done: int) -> bool:
 
 
 def _grpo_stage(run: Run, start: StageInitializer, done: int) -> bool:
+    """Runs the GRPO stage after the run's step `done`; False when a signal stopped it."""
     config, settings = run.config, run.config.grpo
     first = config.sft.steps
     updates = settings.steps * settings.minibatches_per_rollout
@@ -193,15 +201,14 @@ def _grpo_stage(run: Run, start: StageInitializer, done: int) -> bool:
     rates = learning_rate(settings, updates)
     key = jax.random.key(config.seed)
 
-    def step(number: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict, Sampled]:
-        rate = float(rates(number * settings.minibatches_per_rollout))
-        refill = (
-            partial(_refill, run, settings, number)
-            if settings.filter_zero_variance_groups
-            else None
+    def step(
+        number: int, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, float], Sampled]:
+        rate = float(np.asarray(rates(number * settings.minibatches_per_rollout)))
+        resample = partial(_resample, run, settings, number)
+        state, metrics, trained_on, scored = grpo.step(
+            state, batch, jax.random.fold_in(key, number), resample
         )
-        state, metrics, *sampled = grpo.step(state, batch, jax.random.fold_in(key, number), refill)
-        trained_on, scored = sampled
         needed = useful_flops(run.model.config, settings, trained_on.prompts, scored.rollout.length)
         more = {"optim/learning_rate": rate, "perf/useful_flops": needed}
         return state, metrics | more, (trained_on, scored)
@@ -212,11 +219,11 @@ def _grpo_stage(run: Run, start: StageInitializer, done: int) -> bool:
 def _loop(
     run: Run,
     stage: str,
-    settings: SftSettings | GrpoSettings,
+    settings: StageSettings,
     state: TrainState,
     done: int,
     first: int,
-    step,
+    step: Step,
 ) -> TrainState | None:
     """Steps of one stage: data, step, metrics, rollouts, checkpoint, report.
 
@@ -224,52 +231,43 @@ def _loop(
       run: the run.
       stage: its name in the metrics.
       settings: the stage's section.
-      state: where training stands.
+      state: the state after step `done`.
       done: steps done in the whole run.
       first: steps before this stage.
-      step: `(number in the stage, state, batch) -> (state, metrics, what was sampled or None)`.
+      step: makes one step.
 
     Returns:
       The last state, or None when a signal stopped the run.
     """
     last = first + settings.steps
-    if _stopped(run, done):
+    if _stop_requested(run, done):
         return None
     with closing(pipeline(run, settings, start=done - first)) as stream:
         run.progress.start(stage, settings.steps, done - first)
         begun = time.perf_counter()
         for number in range(done + 1, last + 1):
-            waited = time.perf_counter()
-            batch = _agreed(next(stream))
-            waited = time.perf_counter() - waited
             if number == done + 1:
                 run.progress.doing(f"compiling the programs of {stage} (first step)")
-            started, compiled = time.perf_counter(), run.compilations.count
-            state, metrics, sampled = step(number - first - 1, state, batch)
+            compiled = run.compilations.count
+            state, metrics, sampled, batch = _timed_step(
+                run, step, number - first - 1, state, stream
+            )
             compiled = run.compilations.count - compiled
-            seconds = time.perf_counter() - started + waited
-            metrics |= memory_metrics() | mfu_metrics(metrics["perf/useful_flops"], seconds)
-            metrics |= {
-                "perf/step_seconds": seconds,
-                "perf/input_wait_seconds": waited,
-                "perf/compilations": float(run.compilations.count),
-                "perf/compile_seconds": run.compilations.seconds,
-            }
             _count_bad(run, batch)
             is_best = False
             if number == last or stage == GRPO:
-                place = None if number == last else number - first
-                measured, is_best = validate(run, stage, number, state.params, place)
+                steps_done = None if number == last else number - first
+                measured, is_best = validate(run, stage, number, state.params, steps_done)
                 metrics |= measured
             if run.metrics is not None:
                 run.metrics.write(stage, number, metrics)
                 run.progress.step(number - first, metrics)
                 log_step(run, number, first, sampled)
-            run.progress.went_on()
+            run.progress.on_progress()
             if compiled and number > done + 1:
-                run.progress.say(f"step {number} had sizes not met before: {compiled} compilations")
+                run.progress.say(f"step {number} has new sizes: {compiled} compilations")
             _check_skipped(run, stage, number, state)
-            stop = _asked_to_stop(run)
+            stop = _signalled(run)
             due = (number - first) % run.config.checkpoint.every == 0
             if number == last or due or is_best or stop:
                 elapsed = time.perf_counter() - begun + run.seconds.get(stage, 0.0)
@@ -278,37 +276,56 @@ def _loop(
                     run.seconds[stage] = round(elapsed, 2)
             if stop and number < run.total:
                 run.checkpoints.wait()
-                _say_stopped(run, number)
+                _report_stop(run, number)
                 return None
     return state
 
 
-def _asked_to_stop(run: Run) -> bool:
-    """Whether a signal reached any of the processes."""
+def _timed_step(
+    run: Run, step: Step, number: int, state: TrainState, stream: Iterator[Batch]
+) -> tuple[TrainState, dict[str, float], Sampled | None, Batch]:
+    """Reads a batch and makes a step; adds times, memory, MFU and compilations to its metrics."""
+    begun = time.perf_counter()
+    batch = widen_to_common(next(stream))
+    waited = time.perf_counter() - begun
+    state, metrics, sampled = step(number, state, batch)
+    seconds = time.perf_counter() - begun
+    metrics |= memory_metrics() | mfu_metrics(metrics["perf/useful_flops"], seconds)
+    metrics |= {
+        "perf/step_seconds": seconds,
+        "perf/input_wait_seconds": waited,
+        "perf/compilations": float(run.compilations.count),
+        "perf/compile_seconds": run.compilations.seconds,
+    }
+    return state, metrics, sampled, batch
+
+
+def _signalled(run: Run) -> bool:
+    """Whether any of the processes has received a signal."""
     return all_sum(run.preemption.requested) > 0
 
 
-def _stopped(run: Run, done: int) -> bool:
-    """Whether a signal asks to stop where nothing is left to save."""
-    stop = _asked_to_stop(run)
+def _stop_requested(run: Run, done: int) -> bool:
+    """Whether to stop before a step, where there is nothing to save; reports it."""
+    stop = _signalled(run)
     if stop:
-        _say_stopped(run, done)
+        _report_stop(run, done)
     return stop
 
 
-def _say_stopped(run: Run, done: int) -> None:
+def _report_stop(run: Run, done: int) -> None:
     run.progress.say(f"stopped after step {done}; the same command resumes from here")
 
 
-def _refill(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
-    """The prompts of refill `number`, from 1, of a GRPO step: a stream of their own."""
+def _resample(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
+    """The prompts of resample `number`, from 1, of a GRPO step, from a separate stream."""
     batch = batch_at(
         items_of(
             run.config,
             run.source,
             run.split.train,
             run.processor,
-            run.config.seed * 2 + _REFILL_SEED,
+            run.config.seed * 2 + _RESAMPLE_SEED,
         ),
         settings.prompts,
         settings.micro_batch_prompts,
@@ -317,18 +334,18 @@ def _refill(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
         process=jax.process_index(),
         processes=jax.process_count(),
     )
-    return _agreed(batch)
+    return widen_to_common(batch)
 
 
-def _agreed(batch: Batch) -> Batch:
-    """The batch in the largest bucket that any process needs for its part of the step."""
+def widen_to_common(batch: Batch) -> Batch:
+    """Pads the batch to the largest bucket that any process needs in this step."""
     tokens, windows = batch.prompts.ids.shape[1], batch.prompts.vision.frame.shape[1]
     tokens, windows = all_gather(np.array([[tokens, windows]])).max(axis=0)
     return replace(batch, prompts=widen(batch.prompts, int(tokens), int(windows)))
 
 
 def _count_bad(run: Run, batch: Batch) -> None:
-    """Names the first unusable images, and stops when there are too many."""
+    """Reports the first unusable images; raises a `UserError` when there are too many."""
     skips = [skip for item in batch.items for skip in item.skipped if skip.bad]
     for skip in skips[: max(0, _NAMED - run.bad)]:
         run.progress.say(f"skipped {skip.name}: {skip.reason}")
@@ -338,13 +355,14 @@ def _count_bad(run: Run, batch: Batch) -> None:
 
 
 def _check_skipped(run: Run, stage: str, number: int, state: TrainState) -> None:
+    """Saves and raises a `UserError` after too many skipped optimizer steps in a row."""
     skipped = int(state.skipped)
     if skipped >= run.config.optim.max_skipped_steps:
         _save(run, stage, number, state, run.seconds)
         run.checkpoints.wait()
         raise UserError(
             f"{skipped} optimizer steps in a row had a non-finite gradient (step {number} is "
-            "saved): lower the learning rate or look at the data."
+            "saved): lower the learning rate or check the data."
         )
 
 
@@ -355,7 +373,7 @@ def _save(run: Run, stage: str, number: int, state: TrainState, seconds: dict[st
 
 
 def _finish(run: Run, start: StageInitializer) -> None:
-    """Leaves the summary, the report and the exported model, and prints the table."""
+    """Writes the summary, the report and the exported model, and prints the table."""
     run.progress.stop()
     config = run.config
     summary = {
@@ -382,7 +400,7 @@ def _finish(run: Run, start: StageInitializer) -> None:
     )
     if run.best and run.best.step < run.total:
         run.progress.say(
-            f"the best by {run.best.metric} was step {run.best.step}, kept as "
-            f"{run.checkpoints.folder / str(run.best.step)}: convert to-hf makes a folder of it"
+            f"the best step by {run.best.metric} is {run.best.step}, kept as "
+            f"{run.checkpoints.folder / str(run.best.step)}: convert to-hf exports it"
         )
     run.checkpoints.close()

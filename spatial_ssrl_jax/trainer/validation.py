@@ -1,36 +1,37 @@
-"""Measuring a model while it trains: held-out images, a benchmark, and which step is the best."""
+"""Validation during training: held-out images, a benchmark, and the choice of the best step."""
 
 import time
 
 from spatial_ssrl_jax.eval.heldout import HeldoutTable
 from spatial_ssrl_jax.parallel.collectives import is_primary
 from spatial_ssrl_jax.qwen_vl.model import Params
+from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval
 from spatial_ssrl_jax.trainer.best_checkpoint import best_metric, improved
 from spatial_ssrl_jax.trainer.context import Run
 from spatial_ssrl_jax.trainer.run_log import log_benchmark
 
 
 def validate(
-    run: Run, stage: str, number: int, params: Params, place: int | None = None
+    run: Run, stage: str, number: int, params: Params, steps_done: int | None = None
 ) -> tuple[dict[str, float], bool]:
-    """Measures what is due, and notes whether this step is the best so far.
+    """Runs the measurements that are due, and checks whether this step is the best so far.
 
     Args:
-      run: the run; its tables, seconds and best step are brought up to date.
-      stage: under which the table has the metrics.
+      run: the run; its tables, seconds and best step are updated.
+      stage: the table's key for the metrics.
       number: the run's step.
       params: the model.
-      place: steps done in the stage; None at the end of a stage and before the first, where
-        everything is measured.
+      steps_done: steps done in the stage; None at the end of a stage and before the first step,
+        where everything is measured.
 
     Returns:
       The metrics, and whether the step is the best so far.
     """
     metrics: dict[str, float] = {}
-    if _due(place, run.config.eval.every):
+    if _due(steps_done, run.config.eval.every):
         metrics |= _heldout_metrics(_heldout(run, stage, number, params))
-    if run.benchmark is not None and _due(place, run.config.eval.benchmark_every):
-        metrics |= _benchmark(run, stage, number, params)
+    if run.benchmark is not None and _due(steps_done, run.config.eval.benchmark_every):
+        metrics |= _benchmark(run, run.benchmark, stage, number, params)
     found = improved(run.best, number, metrics, best_metric(run.config)) if number else None
     if found is not None:
         run.best = found
@@ -38,8 +39,8 @@ def validate(
     return metrics, found is not None
 
 
-def _due(place: int | None, every: int) -> bool:
-    return place is None or (every > 0 and place % every == 0)
+def _due(steps_done: int | None, every: int) -> bool:
+    return steps_done is None or (every > 0 and steps_done % every == 0)
 
 
 def _heldout(run: Run, stage: str, number: int, params: Params) -> HeldoutTable:
@@ -49,24 +50,26 @@ def _heldout(run: Run, stage: str, number: int, params: Params) -> HeldoutTable:
     run.progress.doing(f"measuring held-out images ({stage}, step {number})")
     start = time.perf_counter()
     run.heldout[stage] = run.evaluation.measure(params, run.config.trained_tasks, run.config.seed)
-    _spend(run, "heldout", start)
+    _add_seconds(run, "heldout", start)
     return run.heldout[stage]
 
 
-def _benchmark(run: Run, stage: str, number: int, params: Params) -> dict[str, float]:
-    benchmark = run.benchmark.benchmark
+def _benchmark(
+    run: Run, evaluation: BenchmarkEval, stage: str, number: int, params: Params
+) -> dict[str, float]:
+    benchmark = evaluation.benchmark
     count, title = len(benchmark.questions), benchmark.spec.title
-    run.progress.doing(f"asking {count} questions of {title} ({stage}, step {number})")
+    run.progress.doing(f"measuring {count} questions of {title} ({stage}, step {number})")
     start = time.perf_counter()
-    records, scores = run.benchmark.measure(params)
-    _spend(run, "benchmark", start)
+    predictions, scores = evaluation.measure(params)
+    _add_seconds(run, "benchmark", start)
     if is_primary():
-        log_benchmark(run, number, records, scores)
-    names = {"score": scores.score, "unparsed_share": scores.unparsed / len(records)}
+        log_benchmark(run, number, predictions, scores)
+    names = {"score": scores.score, "unparsed_share": scores.unparsed / len(predictions)}
     return {f"benchmark/{benchmark.name}/{name}": value for name, value in names.items()}
 
 
-def _spend(run: Run, name: str, start: float) -> None:
+def _add_seconds(run: Run, name: str, start: float) -> None:
     spent = run.seconds.get(name, 0.0) + time.perf_counter() - start
     run.seconds[name] = round(spent, 2)
 

@@ -1,4 +1,4 @@
-"""TODO: trainer.workdir."""
+"""A run's folder: whether it is free or holds the same run, and its first files."""
 
 import json
 import os
@@ -20,10 +20,8 @@ from spatial_ssrl_jax.common.paths import (
 from spatial_ssrl_jax.config.load import to_dict
 from spatial_ssrl_jax.config.schema import Config
 
-# Changing these between two starts of one run changes neither what was trained before nor, but for
-# rounding, what is trained from there.
-_SAFE_TO_CHANGE = ("checkpoint", "log", "mesh")
-
+# Sections and keys that may change when a run resumes: they change the results by rounding alone.
+_SAFE_SECTIONS = ("checkpoint", "log", "mesh")
 _SAFE_KEYS = (
     "grpo.steps",
     "data.threads",
@@ -35,20 +33,20 @@ _SAFE_KEYS = (
 
 
 def check_workdir(config: Config, workdir: epath.Path, overwrite: bool) -> bool:
-    """Refuses a folder that cannot be this run's; changes nothing.
+    """Checks that a folder can be this run's; changes nothing.
 
     Returns:
-      Whether the same run stopped there, so that it continues.
+      Whether the same run stopped there, and resumes.
 
     Raises:
-      UserError: it cannot be written to, is not empty, or holds another run.
+      UserError: it is not writable, is not empty, or holds another run.
     """
     if not in_bucket(workdir):
-        place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-        if not place.is_dir() or not os.access(place, os.W_OK):
-            why = "is not writable" if place.is_dir() else "is a file"
+        nearest = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            why = "is not writable" if nearest.is_dir() else "is a file"
             raise UserError(
-                f"nothing can be written to {workdir} ({place} {why}): change --workdir."
+                f"nothing can be written to {workdir} ({nearest} {why}): change --workdir."
             )
     path = workdir / "config.json"
     if overwrite or not path.is_file():
@@ -64,30 +62,35 @@ def check_workdir(config: Config, workdir: epath.Path, overwrite: bool) -> bool:
     return True
 
 
-def _claim(config: Config, workdir: epath.Path, overwrite: bool) -> None:
-    """Makes the folder this run's: new, or one where the same run stopped."""
+def claim_workdir(config: Config, workdir: epath.Path, overwrite: bool) -> None:
+    """Creates the folder or resumes in it, and writes `config.json`.
+
+    Raises:
+      UserError: as `check_workdir`.
+    """
     if not check_workdir(config, workdir, overwrite):
         claim_output_folder(workdir, overwrite)
-    # Beside the folder: one that holds nothing but a part of it would be taken for another's.
+    # Beside the folder, so that an interrupted write does not leave a folder that is not empty.
     partial = workdir.parent / f".{workdir.name}-config.partial"
     text = json.dumps(to_dict(config), indent=2) + "\n"
     write_atomic(workdir / "config.json", text, partial)
 
 
-def _check_same(before: dict, now: dict, workdir: epath.Path) -> None:
+def _check_same(before: dict[str, Any], now: dict[str, Any], workdir: epath.Path) -> None:
     changed = [key for key in _differences(before, now) if not _is_safe(key)]
     if changed:
         raise UserError(
             f"{workdir} holds a run with another config ({', '.join(changed[:4])} changed): "
-            "continue with the old values, choose another --workdir, or give --overwrite."
+            "resume with the old values, choose another --workdir, or give --overwrite."
         )
 
 
 def _is_safe(key: str) -> bool:
-    return key.split(".")[0] in _SAFE_TO_CHANGE or key in _SAFE_KEYS
+    return key.split(".")[0] in _SAFE_SECTIONS or key in _SAFE_KEYS
 
 
-def _differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
+def _differences(a: object, b: object, path: str = "") -> Iterator[str]:
+    """The keys whose values differ between two nested dicts."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
             yield from _differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
@@ -95,7 +98,8 @@ def _differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def _describe_model(model: ModelFolder, folder: epath.Path) -> None:
+def write_model_files(model: ModelFolder, folder: epath.Path) -> None:
+    """Writes the model's config, tokenizer and processor files, unless they are there."""
     if (folder / "config.json").exists():
         return
     with atomic_folder(folder) as partial:

@@ -87,7 +87,7 @@ def one_step(config: c.Config, workdir: Path) -> Arrays:
 
 def _cold_start(run: Run, start: StageInitializer) -> Arrays:
     settings = run.config.sft
-    batch = training._agreed(next(pipeline(run, settings, start=0)))
+    batch = training.widen_to_common(next(pipeline(run, settings, start=0)))
     responses = encode_responses(batch.items, run.processor, run.config.rollout.max_new_tokens)
     packed = pack_step(batch, responses, settings, run.model.config.vision)
     loss = SftLoss(run.model.config, run.compute)
@@ -111,7 +111,7 @@ def _grpo(run: Run, start: StageInitializer) -> Arrays:
         run.processor,
         start.params(config.sft),
     )
-    batch, key = training._agreed(next(pipeline(run, settings, start=0))), jax.random.key(0)
+    batch, key = training.widen_to_common(next(pipeline(run, settings, start=0))), jax.random.key(0)
     scored = stage._score(batch, stage.sample(state.params, batch, key))
     updates, _ = stage.micro_batches(state.params, batch, scored)
     found = _summed("grpo", loss, state.params, updates[0])

@@ -51,7 +51,7 @@ def metrics(workdir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
 
 
-def test_the_cold_starts_merged_weights_are_grpos_base_and_reference(
+def test_the_merged_weights_of_sft_are_grpos_base_and_reference(
     lora_config: Config, lora_base: Path, lora_run: Path, layout: Layout
 ):
     start = open_model(str(lora_base)).load(layout)
@@ -144,7 +144,7 @@ def test_another_model_to_start_from_is_refused(
         check_initial_weights(start.config, start.model)
 
 
-def test_a_damaged_checkpoint_of_the_cold_start_is_no_reference(
+def test_a_damaged_sft_checkpoint_is_no_reference(
     lora_config: Config, lora_run: Path, tmp_path: Path
 ):
     shutil.copytree(lora_run / "checkpoints", tmp_path / "checkpoints")
@@ -154,5 +154,5 @@ def test_a_damaged_checkpoint_of_the_cold_start_is_no_reference(
     checkpoints = SimpleNamespace(folder=tmp_path / "checkpoints", wait=lambda: None)
     model = open_model(lora_config.model.path)
     start = StageInitializer(lora_config, model, None, checkpoints, lambda _: None)
-    with pytest.raises(UserError, match="cold start's checkpoint .*2 is damaged .*was altered"):
+    with pytest.raises(UserError, match="SFT checkpoint .*2 is damaged .*was altered"):
         start.params(lora_config.grpo)

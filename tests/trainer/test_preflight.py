@@ -137,7 +137,7 @@ def test_the_command_prints_a_list_or_one_object(tmp_path: Path, fresh, capsys, 
     listed = capsys.readouterr().out
     command.main([*argv, "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert "it would run" in listed and "an estimate" in listed
+    assert "the run can start" in listed and "an estimate" in listed
     assert f"{found['stages']['grpo']['trained']:,} trained" in listed
     with pytest.raises(UserError, match="--json belongs to --check"):
         command.main(["--config=x.py", "--json"])

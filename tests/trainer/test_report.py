@@ -37,19 +37,19 @@ def grpo_steps(count: int, **last: float) -> list[dict]:
     ("last", "words"),
     [
         ({"advantage__zero_variance_share": 0.9}, "90% of the groups have no variance"),
-        ({"policy__entropy": 0.05}, "entropy fell below a tenth"),
+        ({"policy__entropy": 0.05}, "entropy is below a tenth"),
         ({"response__length_mean": 5.0}, "shorter than a third"),
         (
             {"mismatch__logprob_mean": 0.08},
             "Sampler and trainer differ by 0.080 nats a token, 80 times",
         ),
-        ({"response__clipped_share": 0.25}, "25% of the responses are cut off"),
-        ({"mismatch__logprob_mean": 0.01}, "0.010 nats a token, 10 times as much as at first"),
+        ({"response__clipped_share": 0.25}, "25% of the responses are truncated"),
+        ({"mismatch__logprob_mean": 0.01}, "0.010 nats a token, 10 times the first value"),
         ({"prompt__dropped": 5.0, "task__flip__count": 3.0}, "Of 8 prompts a step 5 are dropped"),
         ({"optim__skipped": 1.0}, "5 updates were skipped"),
     ],
 )
-def test_what_should_worry_is_said_in_words(last: dict, words: str):
+def test_problems_are_named(last: dict, words: str):
     found = warnings(grpo_steps(20, **last))
     assert len(found) == 1 and words in found[0]
 
@@ -133,7 +133,7 @@ def test_each_figure_has_its_curve_through_every_step(page: str):
 
 
 def test_figures_in_words(page: str):
-    assert '<p class="warning">50% of the responses are cut off' in page
+    assert '<p class="warning">50% of the responses are truncated' in page
     assert "rollout 3.00 s" in page and "update 1.00 s" in page and "width:75.0%" in page
     assert "GRPO, step 15 of 360" in page
     assert "<td>flip</td><td>0.625</td><td>–</td><td>–</td>" in page
@@ -165,4 +165,4 @@ def test_the_best_score_of_a_benchmark_is_named(tmp_path: Path):
 def test_a_run_that_has_not_begun_has_a_report(tmp_path: Path):
     write_report(tmp_path, CONFIG, "demo")
     page = (tmp_path / "report.html").read_text()
-    assert "Not begun" in page and "<article" not in page
+    assert "Not started" in page and "<article" not in page

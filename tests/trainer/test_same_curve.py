@@ -9,12 +9,11 @@ import pytest
 
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.monitoring.progress import Progress
-from spatial_ssrl_jax.rl.losses import sample_weights
 from spatial_ssrl_jax.rl.batch import GroupBatch
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.grpo import Grpo, score_rollout
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
-from spatial_ssrl_jax.rl.losses import GrpoLoss
+from spatial_ssrl_jax.rl.losses import GrpoLoss, sample_weights
 from spatial_ssrl_jax.rl.optimizer import make_optimizer
 from spatial_ssrl_jax.rl.train_step import TrainState, train_step
 from spatial_ssrl_jax.rollout import engine
