@@ -35,7 +35,7 @@ def keep_freed_memory() -> None:
 
 def _only_cpu() -> bool:
     """Whether JAX will find no accelerator; does not initialise its backends."""
-    platforms = jax.config.read("jax_platforms")
+    platforms = getattr(jax.config, "jax_platforms", None)
     if platforms:
         return platforms == "cpu"
     return not find_spec("libtpu") and not entry_points(group="jax_plugins")
