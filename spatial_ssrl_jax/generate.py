@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
     dtype = default_dtype(args.dtype)
     params = model.load(layout, dtype)
     limit = _round_up(args.max_new_tokens, _CHECK_EVERY)
-    step_kernel = choose_decode_kernel("auto", dtype, layout.mesh)
-    compute = Compute(dtype, decode_attention=step_kernel)
+    decode_kernel = choose_decode_kernel("auto", dtype, layout.mesh)
+    compute = Compute(dtype, decode_attention=decode_kernel)
     engine = Engine(model.config, compute, processor.stop_ids, min(limit, 256), _CHECK_EVERY)
     batch = pad_prompts(
         [prompt],

@@ -65,7 +65,7 @@ def corpus(examples: int = 300) -> Iterator[str]:
 
 
 def tiny_config(tokens: int) -> QwenVLConfig:
-    """A Qwen2.5-VL of 4.5 million parameters whose special tokens end a vocabulary of `tokens`."""
+    """A Qwen2.5-VL of 3,577,792 parameters whose special tokens end a vocabulary of `tokens`."""
     ids = {name: tokens - len(SPECIAL) + i for i, name in enumerate(SPECIAL)}
     return QwenVLConfig(
         text=TextConfig(

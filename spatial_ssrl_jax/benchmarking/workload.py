@@ -105,7 +105,7 @@ class Workload:
         layout = Layout(make_mesh(MeshSettings()))
         dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         kernel = choose_kernel(args.attention, dtype, layout.mesh, "--attention")
-        step_kernel = choose_decode_kernel(
+        decode_kernel = choose_decode_kernel(
             args.step_attention, dtype, layout.mesh, "--step-attention"
         )
         params = model.init(layout, 0) if args.random_weights else model.load(layout, "float32")
@@ -114,7 +114,7 @@ class Workload:
             args,
             model.config,
             layout,
-            Compute(dtype, remat=args.remat, attention=kernel, decode_attention=step_kernel),
+            Compute(dtype, remat=args.remat, attention=kernel, decode_attention=decode_kernel),
             layout.put_batch(batch),
             GroupShape(len(prompt.ids), (grid,), args.group, args.new),
         )

@@ -112,7 +112,7 @@ def _open_policy(model: ModelFolder, args: argparse.Namespace, progress: Progres
     dtype = default_dtype(args.dtype)
     params = model.load(layout, dtype)
     stops = Processor(model.files, model.config).stop_ids
-    step_kernel = choose_decode_kernel("auto", dtype, layout.mesh)
-    compute = Compute(dtype, decode_attention=step_kernel)
+    decode_kernel = choose_decode_kernel("auto", dtype, layout.mesh)
+    compute = Compute(dtype, decode_attention=decode_kernel)
     engine = Engine(model.config, compute, stops, shards=layout.batch_shards)
     return Policy(model.files, engine, layout, params, engine.fill(params))

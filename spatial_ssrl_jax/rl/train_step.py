@@ -229,8 +229,8 @@ def train_step(
         more, sums = micro_gradients(loss, state.trained, state.frozen, batch, shardings)
         gradients = more if gradients is None else add_gradients(gradients, more)
         for name, value in sums.items():
-            merge_params = jnp.maximum if name.endswith("_max") else jnp.add
-            metrics[name] = merge_params(metrics[name], value) if name in metrics else value
+            combine = jnp.maximum if name.endswith("_max") else jnp.add
+            metrics[name] = combine(metrics[name], value) if name in metrics else value
     frozen, stored = state.frozen, state.opt_state
     # Frozen weights are kept out of what is donated: the KL's reference shares them.
     on_device = replace(state, frozen={}, opt_state=offload.to_device(stored))

@@ -1,4 +1,4 @@
-"""One step on several meshes: `python -m tests.helpers.equality` prints how far apart the numbers are.
+"""One step on several meshes: `python -m tests.helpers.equality` prints the differences.
 
 A cold-start step and a GRPO step of the toy model with random weights, from data to new weights.
 """

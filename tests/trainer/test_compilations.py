@@ -1,4 +1,4 @@
-"""A long run stays as it is: no late compilation, no file left open, no memory that grows."""
+"""A long run is steady: no late compilation, no file left open, no growing memory."""
 
 import os
 import time
@@ -9,19 +9,21 @@ import pytest
 
 from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
-from tests.trainer.test_training import start, write_config
+from tests.helpers.processes import start_all
+from tests.trainer.test_training import finish, start, write_config
 
-_LOOK = 0.05  # seconds between two looks at a run's open files
+_POLL = 0.05  # seconds between two counts of a run's open files
 GROWTH = 1.05
 
 
-def steady(toy_config, steps: int, every: int) -> c.Config:
+def steady(toy_config, steps: int, every: int, **sections) -> c.Config:
     """GRPO alone, with all that a step may do: saves, rollouts, the report, held-out metrics.
 
-    Caches have one width: a batch that shrinks once most responses have ended is a program of its
-    own, compiled whenever that first happens.
+    Caches have one width: a batch that shrinks once most responses have ended is another program,
+    compiled when that first happens.
     """
     return toy_config(
+        **sections,
         sft=c.SftSettings(),
         grpo=c.GrpoSettings(
             steps=steps,
@@ -38,8 +40,16 @@ def steady(toy_config, steps: int, every: int) -> c.Config:
     )
 
 
+def metrics_of(folder: Path, config: c.Config, processes: int) -> list[dict]:
+    """The metrics of a run's steps, in processes of their own."""
+    path = write_config(folder, config)
+    command = ["-m", "spatial_ssrl_jax.train", f"--config={path}", f"--workdir={folder / 'run'}"]
+    finish(*start_all(command, processes))
+    return [row for row in read_metrics(folder / "run") if row["step"]]
+
+
 def watched(toy_config, folder: Path, steps: int, every: int) -> tuple[list[dict], dict[int, int]]:
-    """Runs in a process of its own.
+    """Runs in a process of its own and counts its open files.
 
     Returns:
       The metrics of its steps, and at each step the fewest files seen open: a save under way holds
@@ -57,7 +67,7 @@ def watched(toy_config, folder: Path, steps: int, every: int) -> tuple[list[dict
         if count and rows and rows[-1]["step"]:  # one that has just ended has none
             step = rows[-1]["step"]
             opened[step] = min(count, opened.get(step, count))
-        time.sleep(_LOOK)
+        time.sleep(_POLL)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     return [row for row in read_metrics(folder / "run") if row["step"]], opened
@@ -76,6 +86,16 @@ def test_nothing_compiles_late_and_no_file_stays_open(toy_config, tmp_path: Path
     rows, opened = watched(toy_config, tmp_path, 24, 4)
     assert {row["perf/compilations"] for row in rows} == {rows[0]["perf/compilations"]}
     assert fewest(opened, range(17, 25)) <= fewest(opened, range(5, 13))
+
+
+def test_nothing_compiles_late_in_two_processes(toy_config, tmp_path: Path):
+    """A program that is made anew for each batch would compile at every step."""
+    config = steady(toy_config, 6, 2, mesh=c.MeshSettings(fsdp=2))
+    rows = metrics_of(tmp_path, config, 2)
+    # The first held-out measurement of a stage is at step 0, the first save at step 2.
+    assert len({row["perf/compilations"] for row in rows}) == 1, [
+        row["perf/compilations"] for row in rows
+    ]
 
 
 @needs_proc

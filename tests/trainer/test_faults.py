@@ -17,9 +17,9 @@ from PIL import Image
 from rich.console import Console
 
 from spatial_ssrl_jax import config as c
-from spatial_ssrl_jax.common import retry as retry
+from spatial_ssrl_jax.common import retry
 from spatial_ssrl_jax.common.errors import BadImage, UserError
-from spatial_ssrl_jax.data.images import image_size, open_picture
+from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.monitoring import metrics as metrics_file
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
@@ -192,7 +192,7 @@ def test_a_file_that_alone_stays_unreadable_is_a_bad_picture(
     save_photos(tmp_path / "photos", 2)
     opened = Failing(monkeypatch, Image, "open", *[errno.EIO] * 7)
     with pytest.raises(BadImage, match="00.png: cannot be read .*Input/output error"):
-        open_picture(tmp_path / "photos" / "00.png")
+        open_source_image(tmp_path / "photos" / "00.png")
     assert opened.calls == 7
 
 
@@ -200,7 +200,7 @@ def test_a_missing_file_and_a_missing_folder_of_a_typo_are_not_waited_for(tmp_pa
     save_photos(tmp_path / "photos", 1)
     begun = time.monotonic()
     with pytest.raises(BadImage, match="there is no such file"):
-        open_picture(tmp_path / "photos" / "07.png")
+        open_source_image(tmp_path / "photos" / "07.png")
     with pytest.raises(UserError, match="there is no such folder"):
         open_source(f"folder:{tmp_path / 'fotos'}")
     assert time.monotonic() - begun < retry.RETRY_DELAYS[0]

@@ -12,7 +12,7 @@ import pytest
 
 from spatial_ssrl_jax import bench
 from spatial_ssrl_jax import config as c
-from spatial_ssrl_jax.benchmarking import step as timing
+from spatial_ssrl_jax.benchmarking import training_timing as timing
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.trainer import training

@@ -13,8 +13,11 @@ class Source(Protocol):
       has_depth: whether its records have depth (a single record without it is a `BadImage`).
     """
 
-    spec: str
-    has_depth: bool
+    @property
+    def spec(self) -> str: ...
+
+    @property
+    def has_depth(self) -> bool: ...
 
     def __len__(self) -> int:
         """Number of records."""
