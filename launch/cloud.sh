@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Asking Google Cloud: the state of a queued resource, commands on all of its workers, the bucket.
+# Google Cloud: the state of a queued resource, commands on all of its workers, the bucket.
 
-INTERRUPTED=75   # the exit code where `resume` goes on
-ERRORS=$(mktemp) # what gcloud said last on stderr
-WORKERS=         # how many there are, once counted
-ANSWERS=         # what they said last
+INTERRUPTED=75   # the exit code after which `resume` continues
+ERRORS=$(mktemp) # the last stderr of gcloud
+WORKERS=         # number of workers, once counted
+ANSWERS=         # the last output of the workers
 trap 'rm -f "$ERRORS"' EXIT
 
 queued() {
@@ -22,8 +22,8 @@ no_capacity() {
   grep -qiE 'no more capacity|(not enough|insufficient) (resources|capacity)|stockout' "$ERRORS"
 }
 
-# Prints the request's state: NONE where there is none, UNKNOWN where gcloud cannot tell; a dry run
-# takes it to be $1.
+# Prints the request's state: NONE where there is none, UNKNOWN where gcloud fails; a dry run
+# prints $1.
 state() {
   local now
   if now=$(queued describe --format='value(state.state)' 2>"$ERRORS"); then
@@ -36,7 +36,7 @@ state() {
   fi
 }
 
-# The names that the cloud gives to the slices' nodes.
+# The names of the slices' nodes.
 nodes() {
   if ((SLICES == 1)); then
     echo "$NAME"
@@ -47,7 +47,7 @@ nodes() {
 
 tpu_vm() { run gcloud compute tpus tpu-vm "$1" "$2" --project="$PROJECT" --zone="$ZONE" "${@:3}"; }
 
-# Whether the request or one of its nodes was taken away: nodes are gone before the request says so.
+# Whether the request or one of its nodes was preempted: nodes go before its state changes.
 preempted() {
   local node
   case $(state ACTIVE) in
@@ -77,8 +77,8 @@ count_workers() {
   done
 }
 
-# Runs one of vm.sh's verbs on every worker; 0 when all answered ok, 1 when one failed, 2 when one
-# cannot be reached in ATTEMPTS tries (or $2).
+# Runs a subcommand of vm.sh on every worker; returns 0 when all are ok, 1 when one failed, 2 when
+# one cannot be reached in ATTEMPTS tries (or $2).
 everywhere() {
   local try tries=${2:-$ATTEMPTS}
   for ((try = 1; try <= tries; try++)); do
@@ -103,18 +103,18 @@ interrupted() {
   exit "$INTERRUPTED"
 }
 
-# The same, or stops with the reason and the command to run next: this step's.
+# The same, or stops with the reason and the command to run next.
 must_everywhere() {
   local code=0
   everywhere "$2" || code=$?
   case $code in
-    1) stop "a worker failed at $1 (its sentence is above): mend it, then run $(next "$1")" ;;
+    1) stop "a worker failed at $1 (its error is above): fix it, then run $(next "$1")" ;;
     2) unreached "$1" ;;
   esac
 }
 
 unreached() {
-  ! preempted || interrupted "$NAME was preempted or is gone: go on with $(next resume)"
+  ! preempted || interrupted "$NAME was preempted or is gone: continue with $(next resume)"
   printf '%s\n' "$ANSWERS" | tail -n 5 >&2
   stop "not every worker of $NAME answers over ssh:" \
     "try ssh-add ~/.ssh/google_compute_engine, then $(next "$1")"
@@ -122,8 +122,8 @@ unreached() {
 
 in_bucket() { run gcloud storage ls "gs://$BUCKET/$1" >/dev/null 2>&1; }
 
-# What the newest line of the run's metrics in the bucket says.
-figures() {
+# The newest line of the run's metrics in the bucket, in short.
+newest_metrics() {
   local part line
   part=$(run gcloud storage ls "gs://$BUCKET/runs/$RUN/metrics/" 2>/dev/null | tail -n 1)
   [[ $part == *.jsonl ]] && line=$(run gcloud storage cat "$part" 2>/dev/null | tail -n 1)

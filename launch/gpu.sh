@@ -4,7 +4,7 @@
 #   launch/gpu.sh [--config=configs/X.py] [--setting=value …] [--config.a.b=v …] [--dry-run]
 #
 # Makes a virtual environment where there is none, checks that JAX sees the GPUs, and trains in
-# runs/RUN; the same command goes on from where that stopped. Settings are in launch/settings.sh.
+# runs/RUN; the same command resumes a run that stopped. Settings are in launch/settings.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 LAUNCH=launch
@@ -19,7 +19,7 @@ install() {
   run python3 -m venv "$VENV" ||
     stop "$VENV cannot be made: install python3-venv, or give --venv=FOLDER."
   run "$VENV/bin/python" -m pip install --quiet -e '.[gpu]' ||
-    stop "the package cannot be installed: mend what is said above, and remove $VENV."
+    stop "the package cannot be installed: fix the error above, and remove $VENV."
 }
 
 main() {
@@ -29,7 +29,7 @@ main() {
   [[ -x $VENV/bin/python ]] || install
   run "$VENV/bin/python" -c 'import jax; jax.devices("gpu")' ||
     stop "JAX sees no GPU: run $VENV/bin/python -m pip install -e '.[gpu]'."
-  # What XLA leaves to others by default is a quarter; what `plan` counts with is this.
+  # By default XLA leaves a quarter to other processes; `plan` assumes this fraction.
   export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.95}
   local words=(--config="$CONFIG" --workdir="runs/$RUN")
   [[ ! $SOURCE ]] || words+=(--config.data.source="$SOURCE")

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts of this folder share: flags, dry runs, messages, and the table of topologies.
+# Shared by the scripts of this folder: flags, dry runs, messages, and the table of topologies.
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "error: bash $BASH_VERSION is too old: install bash 4.4 or newer." >&2
@@ -9,9 +9,9 @@ fi
 DRY=
 FLAGS=()     # the flags as they were given, for the commands that messages name
 OVERRIDES=() # --config.SECTION.NAME=VALUE, for training
-exec 3>&1    # what people read; also from inside $(…)
+exec 3>&1    # messages for people; also from inside $(…)
 
-# Tells people what happens; a dry run prints commands alone.
+# Prints a message; a dry run prints only commands.
 say() { [[ $DRY ]] || echo "$*" >&3; }
 
 stop() {
@@ -84,7 +84,7 @@ topologies() {
 # Sets ACCELERATOR, CHIPS and, unless it is given, RUNTIME_VERSION for TOPOLOGY.
 look_up_topology() {
   local found
-  found=$(topologies | awk -v asked="$TOPOLOGY" '$1 == asked')
+  found=$(topologies | awk -v wanted="$TOPOLOGY" '$1 == wanted')
   [[ $found ]] ||
     stop "unknown topology $TOPOLOGY: give one of $(topologies | cut -d' ' -f1 | paste -sd' ')."
   read -r _ ACCELERATOR CHIPS <<<"$found"

@@ -13,8 +13,8 @@ TOPOLOGY=v5e:4x4 # chips of one slice; `launch/tpu.sh topologies` lists them
 SLICES=1         # slices, joined over the data-centre network
 CAPACITY=spot    # spot (cheaper, may be taken away) or on-demand
 RUNTIME_VERSION= # the VMs' image; empty: the one that belongs to the topology
-SERVICE_ACCOUNT= # whom the VMs act as; empty: the project's default
-WAIT=60          # seconds between two looks or tries
+SERVICE_ACCOUNT= # account of the VMs; empty: the project's default
+WAIT=60          # seconds between two polls or tries
 PATIENCE=86400   # seconds to wait for capacity
 ATTEMPTS=5       # tries where the cloud refuses (capacity, ssh, deletion)
 RESUMES=20       # interruptions after which `all` gives up
@@ -22,10 +22,10 @@ RESUMES=20       # interruptions after which `all` gives up
 # The run.
 CONFIG=configs/grpo_3b.py # a file of configs/
 RUN=                      # its name, and its folder's below runs/; empty: the config's file name
-MODEL=                    # where it starts: a hub id, a folder, gs://…; empty: the config's own
-PICTURES=                 # what `prepare` packs: KIND=FOLDER words, as "coco=/d/coco nyu=/d/nyu"
+MODEL=                    # initial model: a hub id, a folder, gs://…; empty: the config's own
+PICTURES=                 # images for `prepare`: KIND=FOLDER words, as "coco=/d/coco nyu=/d/nyu"
 SOURCE=                   # data.source; empty: what `prepare` packs, or the config's own
-OUT=                      # local folder for what a run leaves; empty: runs/RUN
+OUT=                      # local folder for the files of a run; empty: runs/RUN
 
 # GPUs.
 VENV=.venv # the virtual environment that gpu.sh makes and slurm.sbatch uses

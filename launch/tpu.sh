@@ -3,19 +3,19 @@
 #
 #   launch/tpu.sh SUBCOMMAND [--setting=value …] [--config.a.b=v …] [--dry-run]
 #
-#   prepare     packs pictures of this machine (PICTURES) into the bucket
-#   create      asks for the TPU as a queued resource, and waits until it is there
+#   prepare     packs images of this machine (PICTURES) into the bucket
+#   create      requests the TPU as a queued resource, and waits until it is active
 #   setup       Python and the package on every worker; credentials and chips checked
-#   train       starts training on every worker; it goes on when this machine is switched off
-#   watch       shows how training stands until it ends
-#   resume      goes on after a preemption: what is left is removed, then create, setup, train
+#   train       starts training on every worker; it continues without this machine
+#   watch       shows the progress of training until it ends
+#   resume      continues after a preemption: removes what is left, then create, setup, train
 #   fetch       copies the trained model and the report here
-#   delete      gives the TPU back
+#   delete      releases the TPU
 #   all         prepare, create, setup, train, watch and resume until it is complete, fetch, delete
-#   topologies  what --topology may be, with gcloud's name for it and the number of chips
+#   topologies  values of --topology, with gcloud's name and the number of chips
 #
 # Settings and their defaults are in launch/settings.sh; each is a flag as well. --dry-run prints
-# the commands and runs none of them. Exit codes: 0 done, 75 interrupted (resume goes on), 1 else.
+# the commands and runs none of them. Exit codes: 0 done, 75 interrupted (resume continues), 1 error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 LAUNCH=launch
@@ -29,7 +29,7 @@ source "$LAUNCH/cloud.sh"
 prepare() {
   local word kind
   if [[ ! $PICTURES ]]; then
-    say "PICTURES names nothing to pack."
+    say "PICTURES is empty: nothing to pack."
     return
   fi
   make_bucket
@@ -42,7 +42,7 @@ prepare() {
       say "gs://$BUCKET/data has $kind already."
     else
       run python -m spatial_ssrl_jax.prepare "$kind" "${word#*=}" "gs://$BUCKET/data" ||
-        stop "$kind was not packed: mend what is said above, then run $(next prepare)"
+        stop "$kind was not packed: fix the error above, then run $(next prepare)"
     fi
   done
 }
@@ -55,7 +55,7 @@ create() {
     ((try == 1)) || sleep "$WAIT"
     now=$(state "${1:-NONE}")
     case $now in
-      UNKNOWN) stop "gcloud cannot tell of $NAME ($(error_line)): mend that, then $(next create)" ;;
+      UNKNOWN) stop "gcloud cannot describe $NAME ($(error_line)): fix it, then $(next create)" ;;
       FAILED | SUSPENDING | SUSPENDED | DELETING) must_remove && now=NONE ;;
     esac
     if [[ $now != NONE ]] || request; then
@@ -82,12 +82,12 @@ request() {
 
 # Fails where the last error is a lack of capacity, and stops at any other.
 refused() {
-  no_capacity || stop "gcloud refuses $NAME ($(error_line)): mend that, then run $(next create)"
+  no_capacity || stop "gcloud refuses $NAME ($(error_line)): fix that, then run $(next create)"
   say "no capacity for $ACCELERATOR in $ZONE"
   return 1
 }
 
-# Waits for the TPU; fails where it is not granted, stops when patience is over.
+# Waits for the TPU; fails where it is not granted, stops after PATIENCE seconds.
 until_active() {
   local now before='' begun=$SECONDS
   while ((SECONDS - begun <= PATIENCE)); do
@@ -104,7 +104,7 @@ until_active() {
     esac
     sleep "$WAIT"
   done
-  stop "$NAME is $now after $PATIENCE seconds: go on waiting with $(next create)"
+  stop "$NAME is $now after $PATIENCE seconds: continue to wait with $(next create)"
 }
 
 setup() {
@@ -112,9 +112,9 @@ setup() {
   make_bucket
   run tar -czf "$packed" --exclude=__pycache__ \
     pyproject.toml README.md LICENSE spatial_ssrl_jax configs launch ||
-    stop "the code cannot be packed to $packed: mend what is said above, then run $(next setup)"
+    stop "the code cannot be packed to $packed: fix the error above, then run $(next setup)"
   run gcloud storage cp "$packed" "$archive" ||
-    stop "the code cannot be copied to $archive: mend what is said above, then run $(next setup)"
+    stop "the code cannot be copied to $archive: fix the error above, then run $(next setup)"
   run rm "$packed"
   must_everywhere setup "rm -rf code.new && mkdir code.new && \
 gcloud storage cat $archive | tar -xzC code.new && bash code.new/launch/vm.sh stop && \
@@ -122,7 +122,7 @@ rm -rf code && mv code.new code && bash code/launch/vm.sh setup gs://$BUCKET"
   must_everywhere setup "bash code/launch/vm.sh check $((CHIPS * SLICES))"
 }
 
-# data.source: as given, or all that `prepare` packs.
+# data.source: SOURCE, or everything that `prepare` packs.
 source_spec() {
   local word spec=$SOURCE
   [[ $spec ]] || for word in $PICTURES; do
@@ -138,26 +138,26 @@ train() {
   [[ ! $MODEL ]] || words+=(--config.model.path="$MODEL")
   words+=("${OVERRIDES[@]}")
   must_everywhere train "bash code/launch/vm.sh train $(quoted "${words[@]}")"
-  say "training began: see it with $(next watch)"
+  say "training started: watch it with $(next watch)"
 }
 
-# Shows how training stands until it is complete; ends with INTERRUPTED where it can be resumed.
+# Shows the progress of training until it is complete; exits with INTERRUPTED where it can resume.
 watch() {
   while :; do
     everywhere "bash code/launch/vm.sh status" || unreached watch
     say "$(date +%H:%M:%S) $(grep '^ok ' <<<"$ANSWERS" | sort | head -n 1)"
-    say "         in the bucket: $(figures)"
+    say "         in the bucket: $(newest_metrics)"
     grep -qE '^ok [^ ]+ running' <<<"$ANSWERS" || break
     sleep "$WAIT"
   done
   if grep -qE '^ok [^ ]+ idle' <<<"$ANSWERS"; then
-    stop "nothing trains on $NAME: begin with $(next train)"
+    stop "nothing trains on $NAME: start with $(next train)"
   elif grep -qE '^ok [^ ]+ exit [1-9]' <<<"$ANSWERS" && ! grep -q ' exit lost' <<<"$ANSWERS"; then
     echo "$ANSWERS" >&2
-    stop "training ended with an error (above): mend it, then run $(next resume)"
+    stop "training ended with an error (above): fix it, then run $(next resume)"
   fi
   in_bucket "runs/$RUN/summary.json" ||
-    interrupted "training was interrupted and is not complete: go on with $(next resume)"
+    interrupted "training was interrupted and is not complete: continue with $(next resume)"
   say "training is complete: copy it with $(next fetch)"
 }
 
@@ -207,7 +207,7 @@ delete() {
 fetch() {
   local part from=gs://$BUCKET/runs/$RUN
   in_bucket "runs/$RUN/export/config.json" ||
-    stop "$from/export is not there: see how training stands with $(next watch)"
+    stop "$from/export does not exist: check the progress with $(next watch)"
   for part in export adapter metrics; do
     in_bucket "runs/$RUN/$part/" || continue # only runs with LoRA leave an adapter
     run mkdir -p "$OUT/$part"
@@ -232,7 +232,7 @@ all() {
       *) exit "$code" ;;
     esac
   done
-  stop "training was interrupted $RESUMES times: go on with $(next all)"
+  stop "training was interrupted $RESUMES times: continue with $(next all)"
 }
 
 # At the end of every subcommand: what is charged, and how to stop that.
@@ -244,9 +244,9 @@ remind() {
   case $now in
     NONE) ;;
     ACTIVE) say "$NAME ($SLICES x $ACCELERATOR, $CAPACITY) is charged until: $(next delete)" ;;
-    UNKNOWN) say "$NAME may be there and charged, gcloud cannot tell; remove it: $(next delete)" ;;
+    UNKNOWN) say "$NAME may exist and be charged (no state); remove it: $(next delete)" ;;
     FAILED | SUSPENDED) say "$NAME is $now and holds no TPU; remove it: $(next delete)" ;;
-    *) say "$NAME is $now and is charged once it is ACTIVE; take it back: $(next delete)" ;;
+    *) say "$NAME is $now and is charged once it is ACTIVE; cancel it: $(next delete)" ;;
   esac
   exit "$code"
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What runs on each TPU VM. launch/tpu.sh calls it over ssh and counts the answers, because ssh to
-# many workers may lose one without an error: each verb but `stop` and `job` ends in one line,
+# Runs on each TPU VM. launch/tpu.sh calls it over ssh and counts the answers, because ssh to many
+# workers may lose one without an error: each subcommand except `stop` and `job` ends in one line,
 # `ok HOST …` or `failed HOST …`.
 set -euo pipefail
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +16,7 @@ failed() {
   exit 1
 }
 
-# Python 3.11 or newer: the system's, or one that uv fetches.
+# Python 3.11 or newer: the system's, or one that uv downloads.
 make_venv() {
   [[ -x $VENV/bin/python ]] && return
   if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' && python3 -m venv "$VENV"; then
@@ -26,17 +26,17 @@ make_venv() {
   python3 -m pip install --quiet --user uv && python3 -m uv venv --seed --python 3.11 "$VENV"
 }
 
-# Installs the package, and writes to the bucket as training will.
+# Installs the package, and checks the bucket as training uses it.
 setup() {
-  local said
+  local output
   make_venv || failed "no Python 3.11: install it, or choose a newer RUNTIME_VERSION."
   "$VENV/bin/python" -m pip install --quiet -e "${CODE}[tpu,gcs]" ||
     failed "the dependencies cannot be installed: see the lines above."
-  said=$(try_bucket "$1/probes/$HOST") || failed "${said##*$'\n'}"
+  output=$(try_bucket "$1/probes/$HOST") || failed "${output##*$'\n'}"
   ok "set up with $("$VENV/bin/python" --version)"
 }
 
-# Asks for every permission that training needs, and writes and removes a file.
+# Checks every permission that training needs, and writes and removes a file.
 try_bucket() {
   "$VENV/bin/python" - "$1" 2>&1 <<'PYTHON'
 from spatial_ssrl_jax.common.errors import run_command
@@ -70,7 +70,7 @@ running() {
 train() {
   if running; then
     [[ $* == "$(cat "$JOB/arguments")" ]] ||
-      failed "still trains with $(cat "$JOB/arguments"): wait for its end, or stop it by setup."
+      failed "still training with $(cat "$JOB/arguments"): wait for its end, or stop it by setup."
     ok "is training already"
     return
   fi
@@ -78,10 +78,10 @@ train() {
   echo "$*" >"$JOB/arguments"
   setsid bash "$CODE/launch/vm.sh" job "$@" >>"$JOB/log" 2>&1 </dev/null &
   echo $! >"$JOB/pid"
-  ok "began to train"
+  ok "started training"
 }
 
-# Trains, and notes the exit code. The group's SIGTERM is for Python, which then saves.
+# Trains, and records the exit code. The group's SIGTERM is for Python, which then saves.
 job() {
   local code=0
   trap : TERM
@@ -90,7 +90,7 @@ job() {
   echo "$code" >"$JOB/exit"
 }
 
-# How training stands: idle, running, or its exit code; with the last line of its log.
+# The state of training: idle, running, or its exit code; with the last line of its log.
 status() {
   local code=lost
   if running; then
@@ -104,9 +104,9 @@ status() {
   fi
 }
 
-last_line() { tail -n 20 "$JOB/log" | { grep -v '^ *$' || echo "no word yet"; } | tail -n 1; }
+last_line() { tail -n 20 "$JOB/log" | { grep -v '^ *$' || echo "no output yet"; } | tail -n 1; }
 
-# Asks what trains here to save and end, waits ten minutes for it, and forgets how it ended.
+# Signals the training to save and end, waits ten minutes, and clears its exit code.
 stop() {
   local try
   ! running || kill -TERM -- "-$(cat "$JOB/pid")"

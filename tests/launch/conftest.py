@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 
-# A worker's Python: notes what it is asked, and does to `train` as the file `training` says.
+# A worker's Python: records its arguments; `train` behaves as the file `training` says.
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$STANDIN_CLOUD/python"
 case $* in

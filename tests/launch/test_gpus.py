@@ -11,7 +11,7 @@ from tests.launch.conftest import PYTHON, ROOT, Cloud, write_script
 
 @pytest.fixture
 def venv(cloud: Cloud) -> Path:
-    """An environment whose Python only notes what it is asked."""
+    """An environment whose Python only records its arguments."""
     cloud.training("")
     write_script(cloud.folder / "venv/bin/python", PYTHON)
     return cloud.folder / "venv"

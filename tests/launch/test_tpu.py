@@ -69,7 +69,7 @@ def test_create_asks_for_the_slices(cloud: Cloud, flags: list[str], words: list[
         (["--project="], "PROJECT is not set"),
     ],
 )
-def test_wrong_settings_are_refused_before_anything_is_asked(cloud: Cloud, flags, says):
+def test_wrong_settings_are_refused_before_any_request(cloud: Cloud, flags, says):
     done = cloud.tpu("create", *flags)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {says}") and done.stderr.count("\n") == 1
@@ -91,15 +91,15 @@ def test_all_goes_from_nothing_to_the_model_and_leaves_no_tpu(cloud: Cloud):
     assert [json.loads(line)["step"] for line in lines] == [99, 100]
     assert cloud.state is None and "is charged until" not in done.stdout
     assert "gs://b stays and is charged" in done.stdout
-    asked = (cloud.folder / "python").read_text()
-    assert "-m spatial_ssrl_jax.prepare coco /images gs://b/data" in asked
+    calls = (cloud.folder / "python").read_text()
+    assert "-m spatial_ssrl_jax.prepare coco /images gs://b/data" in calls
     assert (
         "-m spatial_ssrl_jax.train --config=configs/grpo_3b.py --workdir=gs://b/runs/grpo_3b "
         "--distributed --config.data.source=tfds:ssrl_pictures/coco@gs://b/data "
         "--config.model.path=gs://b/runs/sft_3b/export --config.grpo.steps=2 "
         "--config.tasks.shuffle.kinds={'3x1': 1.0}"
-    ) in asked
-    assert asked.count("spatial_ssrl_jax.train") == 2  # once a worker
+    ) in calls
+    assert calls.count("spatial_ssrl_jax.train") == 2  # once a worker
 
     planned = [shlex.split(line)[1:] for line in plan.stdout.splitlines() if line[:6] == "gcloud"]
     optional = ("buckets create", "adapter", "storage cp /tmp")
@@ -107,9 +107,9 @@ def test_all_goes_from_nothing_to_the_model_and_leaves_no_tpu(cloud: Cloud):
     assert all(any(name in " ".join(words) for name in optional) for words in missing)
 
 
-@pytest.mark.parametrize("told", ["at once", "later"])
-def test_no_capacity_is_tried_again_and_then_nothing_is_left(cloud: Cloud, told: str):
-    if told == "at once":
+@pytest.mark.parametrize("refusal", ["at once", "later"])
+def test_no_capacity_is_tried_again_and_then_nothing_is_left(cloud: Cloud, refusal: str):
+    if refusal == "at once":
         cloud.fault(CREATE, NO_CAPACITY, times=2)
     else:
         cloud.fault(CREATE, state="FAILED", code=0, times=2)
@@ -142,7 +142,7 @@ def test_a_request_that_waits_is_named_when_patience_is_over(cloud: Cloud):
     done = cloud.tpu("create", "--patience=0", "--wait=1")
     assert done.returncode == 1 and cloud.count(CREATE) == 0
     assert "continue waiting with launch/tpu.sh create" in done.stderr
-    assert "is charged once it is ACTIVE; take it back: launch/tpu.sh delete" in done.stdout
+    assert "is charged once it is ACTIVE; cancel it: launch/tpu.sh delete" in done.stdout
 
 
 def test_two_slices_are_one_machine(cloud: Cloud):
@@ -192,7 +192,7 @@ def test_a_worker_that_fails_says_why(cloud: Cloud, file: str, text: str, says: 
     assert "fix it, then run launch/tpu.sh setup" in done.stderr
 
 
-def test_preemption_is_told_apart_and_resumed(cloud: Cloud):
+def test_preemption_is_recognised_and_resumed(cloud: Cloud):
     cloud.training(HANGS)
     for verb in ("create", "setup", "train"):
         assert cloud.tpu(verb).returncode == 0
@@ -252,7 +252,9 @@ def test_a_second_start_changes_nothing_and_setup_lets_training_save(cloud: Clou
     assert cloud.tpu("train").returncode == 0
     assert "every worker is training already" in cloud.tpu("resume").stdout
     other = cloud.tpu("train", "--config=configs/sft_3b.py")
-    assert other.returncode == 1 and "still trains with --config=configs/grpo_3b.py" in other.stdout
+    assert (
+        other.returncode == 1 and "still training with --config=configs/grpo_3b.py" in other.stdout
+    )
     assert (cloud.folder / "python").read_text().count("spatial_ssrl_jax.train") == 2
     assert cloud.tpu("setup").returncode == 0
     cloud.wait_for("saved")
@@ -283,15 +285,15 @@ def test_a_deletion_is_tried_again(cloud: Cloud):
     assert cloud.tpu("delete").returncode == 0 and cloud.state is None
 
 
-def test_a_state_that_cannot_be_told_is_said(cloud: Cloud):
+def test_an_unknown_state_is_reported(cloud: Cloud):
     cloud.start("ACTIVE")
     cloud.fault("queued-resources describe", "ERROR: PERMISSION_DENIED: no", times=9)
     done = cloud.tpu("create")
     assert done.returncode == 1 and "PERMISSION_DENIED" in done.stderr
-    assert "ssrl may be there and charged, gcloud cannot tell" in done.stdout
+    assert "ssrl may exist and be charged (no state)" in done.stdout
 
 
 def test_fetch_before_the_end_names_watch(cloud: Cloud):
     done = cloud.tpu("fetch")
     assert done.returncode == 1
-    assert "export is not there: see how training stands with launch/tpu.sh watch" in done.stderr
+    assert "export does not exist: check the progress with launch/tpu.sh watch" in done.stderr
