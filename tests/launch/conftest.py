@@ -102,7 +102,7 @@ def write_script(path: Path, text: str) -> None:
 @pytest.fixture
 def cloud(tmp_path: Path) -> Iterator[Cloud]:
     """A cloud that grants at once, with two workers whose training completes at once."""
-    gcloud = (HERE / "standin_gcloud.py").read_text()
+    gcloud = (HERE / "fake_gcloud.py").read_text()
     write_script(tmp_path / "bin/gcloud", f"#!{sys.executable} -S\n{gcloud}")
     write_script(tmp_path / "bin/python", PYTHON)
     for worker in ("worker0", "worker1"):
