@@ -23,7 +23,7 @@ RESUMES=20       # interruptions after which `all` gives up
 CONFIG=configs/grpo_3b.py # a file of configs/
 RUN=                      # its name, and its folder's below runs/; empty: the config's file name
 MODEL=                    # initial model: a hub id, a folder, gs://…; empty: the config's own
-PICTURES=                 # images for `prepare`: KIND=FOLDER words, as "coco=/d/coco nyu=/d/nyu"
+IMAGES=                   # images for `prepare`: KIND=FOLDER words, as "coco=/d/coco nyu=/d/nyu"
 SOURCE=                   # data.source; empty: what `prepare` packs, or the config's own
 OUT=                      # local folder for the files of a run; empty: runs/RUN
 

@@ -3,7 +3,7 @@
 #
 #   launch/tpu.sh SUBCOMMAND [--setting=value …] [--config.a.b=v …] [--dry-run]
 #
-#   prepare     packs images of this machine (PICTURES) into the bucket
+#   prepare     packs images of this machine (IMAGES) into the bucket
 #   create      requests the TPU as a queued resource, and waits until it is active
 #   setup       Python and the package on every worker; credentials and chips checked
 #   train       starts training on every worker; it continues without this machine
@@ -28,15 +28,15 @@ source "$LAUNCH/cloud.sh"
 
 prepare() {
   local word kind
-  if [[ ! $PICTURES ]]; then
-    say "PICTURES is empty: nothing to pack."
+  if [[ ! $IMAGES ]]; then
+    say "IMAGES is empty: nothing to pack."
     return
   fi
   make_bucket
   run gcloud auth application-default print-access-token >/dev/null 2>&1 ||
     stop "Python has no credentials for the bucket:" \
       "run gcloud auth application-default login, then $(next prepare)"
-  for word in $PICTURES; do
+  for word in $IMAGES; do
     kind=${word%%=*}
     if in_bucket "data/ssrl_pictures/$kind/" && [[ ! $DRY ]]; then
       say "gs://$BUCKET/data has $kind already."
@@ -104,7 +104,7 @@ until_active() {
     esac
     sleep "$WAIT"
   done
-  stop "$NAME is $now after $PATIENCE seconds: continue to wait with $(next create)"
+  stop "$NAME is $now after $PATIENCE seconds: continue waiting with $(next create)"
 }
 
 setup() {
@@ -125,7 +125,7 @@ rm -rf code && mv code.new code && bash code/launch/vm.sh setup gs://$BUCKET"
 # data.source: SOURCE, or everything that `prepare` packs.
 source_spec() {
   local word spec=$SOURCE
-  [[ $spec ]] || for word in $PICTURES; do
+  [[ $spec ]] || for word in $IMAGES; do
     spec+="${spec:+"+"}tfds:ssrl_pictures/${word%%=*}@gs://$BUCKET/data"
   done
   echo "$spec"
