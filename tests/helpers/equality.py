@@ -38,8 +38,8 @@ from tests.helpers.toy_runs import ROWS, make_config
 
 Arrays = dict[str, np.ndarray]
 
-# name -> processes, devices of each, and the mesh over all of them; the first is what others are
-# held to.
+# name -> processes, devices of each, and the mesh over all of them; the first is the
+# reference.
 LAYOUTS: dict[str, tuple[int, int, dict[str, int]]] = {
     "1 device": (1, 1, {}),
     "fsdp=8": (1, 8, {"fsdp": 8}),
@@ -67,7 +67,7 @@ def equality_config(folder: Path) -> c.Config:
 
 
 def by_length(text: str, *_) -> Reward:
-    """Random weights answer nothing right: what is rewarded is the length."""
+    """Rewards the length: random weights answer nothing right."""
     return Reward(overall=len(text) / 100, accuracy=0.0, format=0.0)
 
 
@@ -82,10 +82,10 @@ def one_step(config: c.Config, workdir: Path) -> Arrays:
     with Preemption() as preemption, Progress(quiet=True) as progress:
         run = open_run(config, workdir, False, preemption, progress)
     start = StageInitializer(config, run.model, run.layout, run.checkpoints, lambda _: None)
-    return _cold_start(run, start) | _grpo(run, start)
+    return _sft(run, start) | _grpo(run, start)
 
 
-def _cold_start(run: Run, start: StageInitializer) -> Arrays:
+def _sft(run: Run, start: StageInitializer) -> Arrays:
     settings = run.config.sft
     batch = training.widen_to_common(next(pipeline(run, settings, start=0)))
     responses = encode_responses(batch.items, run.processor, run.config.rollout.max_new_tokens)
@@ -126,22 +126,22 @@ def _grpo(run: Run, start: StageInitializer) -> Arrays:
 
 def _summed(name: str, loss, params, batches) -> Arrays:
     """A step's metrics and gradients, over its micro-batches."""
-    gradients, figures, places = None, {}, gradient_shardings(params)
+    gradients, total, shardings = None, {}, gradient_shardings(params)
     for batch in batches:
-        more, sums = micro_gradients(loss, params, {}, batch, places)
+        more, sums = micro_gradients(loss, params, {}, batch, shardings)
         gradients = more if gradients is None else add_gradients(gradients, more)
         for key, value in sums.items():
-            figures[key] = figures.get(key, 0.0) + float(value)
-    losses = {k: np.float64(v) for k, v in figures.items() if k.startswith("loss/")}
+            total[key] = total.get(key, 0.0) + float(value)
+    losses = {k: np.float64(v) for k, v in total.items() if k.startswith("loss/")}
     return {f"{name} {k}": v for k, v in losses.items()} | flat(f"{name} gradient", gradients)
 
 
-def apart(ours: Arrays, theirs: Arrays, begins: str, least: float = 0.0) -> float:
-    """The largest max|a - b| / max|b| of arrays of some names; `least` bounds the divisor."""
+def apart(ours: Arrays, theirs: Arrays, begins: str, smallest: float = 0.0) -> float:
+    """The largest max|a - b| / max|b| of arrays of some names; `smallest` bounds the divisor."""
     names = [name for name in theirs if name.startswith(begins)]
     assert names and ours.keys() == theirs.keys()
     return max(
-        float(np.abs(ours[n] - theirs[n]).max() / max(np.abs(theirs[n]).max(), least, 1e-30))
+        float(np.abs(ours[n] - theirs[n]).max() / max(np.abs(theirs[n]).max(), smallest, 1e-30))
         for n in names
     )
 
@@ -161,7 +161,7 @@ MEASURES: dict[str, Callable[[Arrays, Arrays], float]] = {
 
 
 def measured(folder: Path, config: c.Config, name: str) -> Arrays:
-    """What a layout gives, from processes of its own."""
+    """The step's arrays on a layout, from processes of its own."""
     processes, devices, mesh = LAYOUTS[name]
     place = folder / str(list(LAYOUTS).index(name))
     place.mkdir()
@@ -176,7 +176,7 @@ def measured(folder: Path, config: c.Config, name: str) -> Arrays:
 
 
 def table(found: dict[str, Arrays]) -> list[str]:
-    """Markdown: a row a figure, a column a layout."""
+    """Markdown: one row for each measure, one column for each layout."""
     first, *others = found
     lines = [f"| largest difference to {first} | " + " | ".join(others) + " |"]
     lines.append("|---|" + "---|" * len(others))
@@ -188,7 +188,7 @@ def table(found: dict[str, Arrays]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--step", type=Path, help="take the step that is in this folder")
+    parser.add_argument("--step", type=Path, help="make the step of this folder")
     add_options(parser)
     args = parser.parse_args(argv)
     if args.step is None:

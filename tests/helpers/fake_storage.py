@@ -1,4 +1,4 @@
-"""A stand-in for Google Cloud Storage, in memory: what the libraries ask of its JSON API.
+"""A fake Google Cloud Storage, in memory: the part of its JSON API that the libraries use.
 
 gcsfs, google-cloud-storage, TensorStore and ArrayRecord talk to it as to the cloud when
 `environment` is set. It has no accounts: `denied` holds the permissions that the caller lacks, and
@@ -23,7 +23,7 @@ _CLOCK = itertools.count(1)  # generations: each write has a higher one
 
 @dataclass
 class Object:
-    """What is under a name."""
+    """An object."""
 
     data: bytes
     generation: int = field(default_factory=lambda: next(_CLOCK))
@@ -69,14 +69,14 @@ class Storage:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that lead the libraries here."""
+        """Environment variables that point the libraries here."""
         return {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,  # ArrayRecord's reader
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "anyone",
-            "NO_GCE_CHECK": "true",  # nobody asks the metadata server for credentials
-            # Bucket types are asked for over gRPC, which is not spoken here.
+            "NO_GCE_CHECK": "true",  # no request to the metadata server for credentials
+            # Bucket types are requested over gRPC, which is not available here.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
 
@@ -92,7 +92,7 @@ class Storage:
             self.buckets[bucket][name] = Object(data)
 
     def answer(self, method: str, target: str, headers, body: bytes) -> Answer:
-        """What the cloud would say."""
+        """The cloud's answer."""
         with self.lock:
             self.asked.append(f"{method} {unquote(target)}")
             self.watch(self.asked[-1])
@@ -200,7 +200,7 @@ def fails_condition(options: dict[str, str], stored: Object | None) -> bool:
 
 
 def content(stored: Object, asked: str | None) -> Answer:
-    """The bytes, or the range of them that was asked for."""
+    """The bytes, or the requested range of them."""
     about = {"x-goog-generation": str(stored.generation)}
     if asked is None:
         return Answer(stored.data, headers=about)
@@ -304,4 +304,4 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _serve  # noqa: N815 - the library's names
 
     def log_message(self, *_) -> None:
-        """Tests read what they need from `Storage.asked`."""
+        """No log: tests read `Storage.asked`."""

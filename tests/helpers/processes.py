@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 
 
 def free_port() -> int:
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -18,13 +19,13 @@ def free_port() -> int:
 def start_all(
     command: Sequence[str], count: int, devices: int = 1, join: bool = True, **env: str
 ) -> list[subprocess.Popen]:
-    """Starts `python *command` as `count` processes, told to join where there are several.
+    """Starts `python *command` as `count` processes, with options to join where there are several.
 
     Args:
       command: after `python`.
       count: processes.
       devices: of each.
-      join: tell them by options where process 0 is.
+      join: give them the options that name process 0.
       env: further variables; `{process}` in a value becomes the process's number.
     """
     port, own = free_port(), {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
@@ -47,7 +48,7 @@ def start_all(
 
 
 def printed(script: str, devices: int) -> list[float]:
-    """The numbers that a Python script prints, run in a process with so many devices."""
+    """The numbers that a Python script prints in a process with `devices` devices."""
     (process,) = start_all(["-c", script], 1, devices)
     out, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -55,7 +56,7 @@ def printed(script: str, devices: int) -> list[float]:
 
 
 def until(process: subprocess.Popen, begins: str) -> None:
-    """Reads what a process says up to a line; the library that joins them says something, too."""
+    """Reads a process's output up to a line that begins so; libraries print lines too."""
     for line in process.stdout:
         if line.startswith(begins):
             return

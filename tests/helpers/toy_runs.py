@@ -1,4 +1,4 @@
-"""A run that is over in seconds: a toy model with the shipped tokenizer, two stages, two tasks."""
+"""A run of seconds: a toy model with the shipped tokenizer, two stages, two tasks."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ def make_config(model: c.ModelSettings, **sections) -> c.Config:
             learning_rate=1e-3,
         ),
         rollout=c.RolloutSettings(max_new_tokens=32, kv_block=16, check_every=8, batch_prompts=8),
-        # A large epsilon: else Adam makes whole steps of gradients that are nothing but rounding.
+        # A large epsilon: otherwise Adam makes full steps of gradients that are only rounding.
         optim=c.OptimSettings(eps=1e-2),
         checkpoint=c.CheckpointSettings(every=1, keep=2),
         log=c.LogSettings(rollouts_every=2, rollouts_count=2, report_every=2),
@@ -63,7 +63,7 @@ def make_config(model: c.ModelSettings, **sections) -> c.Config:
 
 @pytest.fixture(scope="session")
 def taught_config(toy_folder: Path) -> c.Config:
-    """A cold start of the toy from scratch, long enough for some form."""
+    """SFT of the toy from scratch, long enough to learn some of the format."""
     return make_config(
         c.ModelSettings(str(toy_folder), True, "float32", "none"),
         sft=c.SftSettings(steps=110, learning_rate=1e-2, **ROWS),
@@ -76,7 +76,7 @@ def taught_config(toy_folder: Path) -> c.Config:
 
 @pytest.fixture(scope="session")
 def taught(taught_config: c.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of that cold start."""
+    """The folder of that run."""
     workdir = tmp_path_factory.mktemp("taught") / "run"
     assert train(taught_config, workdir)
     return workdir
@@ -137,7 +137,7 @@ def lora_config(lora_base: Path) -> c.Config:
 
 @contextmanager
 def rewarding_length() -> Iterator[None]:
-    """Answers of an untrained model earn nothing: here long ones do, so that GRPO learns."""
+    """Rewards long answers: those of an untrained model earn nothing else."""
 
     def by_length(text: str, *_) -> Reward:
         return Reward(overall=len(text) / 100, accuracy=0.0, format=0.0)

@@ -1,4 +1,4 @@
-"""A cloud of stand-ins: gcloud on PATH, and workers whose Python only pretends to train."""
+"""A fake cloud: gcloud on PATH, and workers whose Python only pretends to train."""
 
 import json
 import os
@@ -17,17 +17,17 @@ HERE = Path(__file__).parent
 
 # A worker's Python: records its arguments; `train` behaves as the file `training` says.
 PYTHON = """#!/usr/bin/env bash
-echo "$*" >>"$STANDIN_CLOUD/python"
+echo "$*" >>"$FAKE_CLOUD/python"
 case $* in
-  *device_count*) cat "$STANDIN_CLOUD/chips" ;;
-  -\\ *) cat >/dev/null; ! cat "$STANDIN_CLOUD/probe" 2>/dev/null; exit ;;
+  *device_count*) cat "$FAKE_CLOUD/chips" ;;
+  -\\ *) cat >/dev/null; ! cat "$FAKE_CLOUD/probe" 2>/dev/null; exit ;;
   *spatial_ssrl_jax.train*)
     echo "step 1 of 2"
-    source "$STANDIN_CLOUD/training"
+    source "$FAKE_CLOUD/training"
     ;;
 esac
 """
-COMPLETE = """mkdir -p "$STANDIN_CLOUD/bucket/runs/grpo_3b" && cd "$_" && mkdir -p export metrics
+COMPLETE = """mkdir -p "$FAKE_CLOUD/bucket/runs/grpo_3b" && cd "$_" && mkdir -p export metrics
 echo {} | tee export/config.json summary.json report.html >events.out.tfevents.1
 echo '{"step": 99, "stage": "sft", "loss/sft": 0.5}' >metrics/part_000001.jsonl
 echo '{"step": 100, "stage": "grpo", "reward/overall_mean": 0.25}' >metrics/part_000002.jsonl
@@ -38,13 +38,13 @@ FAILS = "echo 'error: out of memory'; exit 2\n"
 
 @dataclass(frozen=True)
 class Cloud:
-    """The stand-ins' folder, and running a script with them."""
+    """The fake cloud's folder, and running a script with it."""
 
     folder: Path
 
     def run(self, script: str, *words: str) -> subprocess.CompletedProcess[str]:
         """Runs `launch/SCRIPT` with two tries and no pauses."""
-        env = os.environ | {"STANDIN_CLOUD": str(self.folder), "HOME": str(self.folder)}
+        env = os.environ | {"FAKE_CLOUD": str(self.folder), "HOME": str(self.folder)}
         env["PATH"] = f"{self.folder / 'bin'}:{env['PATH']}"
         command = ["bash", str(ROOT / "launch" / script), *words]
         return subprocess.run(

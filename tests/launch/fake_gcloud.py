@@ -1,8 +1,8 @@
-"""A stand-in for gcloud: a request, its workers and a bucket in one folder.
+"""A fake gcloud: a request, its workers and a bucket in one folder.
 
-It notes each call in `calls.jsonl`, runs what ssh is given in a folder a worker, and fails as
-`faults.json` says: a list of `{"match", "times", "err", "out", "code", "state"}`, of which the
-first that fits the call's words and has times left is taken; `state` is then the request's.
+It records each call in `calls.jsonl`, runs the commands of ssh in one folder for each worker, and
+fails as `faults.json` says: a list of `{"match", "times", "err", "out", "code", "state"}`. The
+first that matches the call's words and has times left applies; `state` is then the request's.
 """
 
 import json
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLOUD = Path(os.environ["STANDIN_CLOUD"])
+CLOUD = Path(os.environ["FAKE_CLOUD"])
 STATE, BUCKET = CLOUD / "state", CLOUD / "bucket"
 
 

@@ -1,4 +1,4 @@
-"""launch/gpu.sh and launch/slurm.sbatch with stand-ins, and ShellCheck over all scripts."""
+"""launch/gpu.sh and launch/slurm.sbatch with fakes, and ShellCheck over all scripts."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""launch/tpu.sh against a stand-in gcloud: what it asks for, and what it does about failures."""
+"""launch/tpu.sh with a fake gcloud: its requests, and its handling of failures."""
 
 import json
 import math
