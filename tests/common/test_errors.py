@@ -37,14 +37,14 @@ def train_with(*overrides: str) -> list[str]:
     return [TINY, "--workdir=DIR/w", *(f"--config.{o}" for o in overrides)]
 
 
-# The command, its arguments (DIR, MODEL and PICTURE stand for paths), and what the sentence names.
+# The command, its arguments (DIR, MODEL and IMAGE stand for paths), and what the sentence names.
 CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     # train: the config
     (train.main, ["--config=/nowhere/c.py"], ["/nowhere/c.py does not exist"]),
     (train.main, ["--config=DIR/broken.py"], ["broken.py", "SyntaxError"]),
     (train.main, ["--config=DIR/none.py"], ["none.py", "get_config"]),
     (train.main, ["--config=DIR/number.py"], ["number.py", "gives int"]),
-    (train.main, ["--config=PICTURE"], ["a.png", "no Python file"]),
+    (train.main, ["--config=IMAGE"], ["a.png", "no Python file"]),
     (train.main, [TINY, "--config.grpo.steps"], ["--config.grpo.steps has no value"]),
     (plan.main, [TINY, "--topology=v9z:2x2"], ["v9z:2x2 is not known"]),
     (plan.main, [TINY, "--topology=v5p:4x4"], ["has 2 axes"]),
@@ -88,7 +88,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     ),
     (
         train.main,
-        train_with("data.source=folder:PICTURES", "tasks.depth.weight=1"),
+        train_with("data.source=folder:IMAGES", "tasks.depth.weight=1"),
         ["the task depth needs depth"],
     ),
     (train.main, train_with("sft.responses=/nowhere"), ["ssrl81k:/nowhere"]),
@@ -127,7 +127,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     ),
     # train: where it writes, and how it is called
     (train.main, [TINY, "--workdir=DIR"], ["is not empty", "--overwrite"]),
-    (train.main, [TINY, "--workdir=PICTURE/w"], ["nothing can be written to", "is a file"]),
+    (train.main, [TINY, "--workdir=IMAGE/w"], ["nothing can be written to", "is a file"]),
     (train.main, [TINY, "--workdir=DIR/damaged"], ["config.json is damaged"]),
     (train.main, [TINY, "--json"], ["--json belongs to --check"]),
     (train.main, [TINY, "--processes=2"], ["belong together"]),
@@ -135,12 +135,12 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (preview.main, ["--source=scene", "--out=DIR/p"], ["'scene'", "did you mean 'scenes'"]),
     (preview.main, ["--source=scenes:0", "--out=DIR/p"], ["number of scenes"]),
     (preview.main, ["--source=0*scenes+scenes", "--out=DIR/p"], ["weight"]),
-    (preview.main, ["--source=PICTURES", "--out=DIR/p"], ["did you mean 'folder:"]),
-    (preview.main, ["--source=ssrl81k:PICTURE", "--out=DIR/p"], ["a.png"]),
+    (preview.main, ["--source=IMAGES", "--out=DIR/p"], ["did you mean 'folder:"]),
+    (preview.main, ["--source=ssrl81k:IMAGE", "--out=DIR/p"], ["a.png"]),
     (preview.main, ["--source=tfds:nothing@DIR", "--out=DIR/p"], ["tfds:nothing"]),
     (preview.main, ["--source=arrayrecord:DIR/*", "--out=DIR/p"], ["features.json"]),
     (preview.main, ["--source=scenes", "--out=DIR"], ["not empty"]),
-    (preview.main, ["--source=scenes", "--out=PICTURE/p"], ["a.png/p"]),
+    (preview.main, ["--source=scenes", "--out=IMAGE/p"], ["a.png/p"]),
     (preview.main, ["--source=scenes", "--out=DIR/p", "--tasks=flop"], ["unknown task flop"]),
     (preview.main, ["--source=scenes", "--out=DIR/p", "--count=0"], ["--count"]),
     (preview.main, ["--source=scenes", "--out=DIR/p", "--seed=-1"], ["--seed"]),
@@ -165,7 +165,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     # convert
     (convert.main, ["to-orbax", "/nowhere/m", "DIR/x"], ["/nowhere/m"]),
     (convert.main, ["to-orbax", "MODEL", "DIR"], ["is not empty"]),
-    (convert.main, ["to-orbax", "MODEL", "PICTURE/x"], ["a.png"]),
+    (convert.main, ["to-orbax", "MODEL", "IMAGE/x"], ["a.png"]),
     (convert.main, ["to-hf", "MODEL", "MODEL", "--overwrite"], ["holds what is read"]),
     (convert.main, ["to-hf", "DIR/cut", "DIR/x"], ["model.safetensors"]),
     (convert.main, ["merge-lora", "MODEL", "DIR/empty", "DIR/x"], ["adapter_config.json"]),
@@ -174,7 +174,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (evaluate.main, ["--benchmark=pretext", *ASKED[:1]], ["--source is missing"]),
     (evaluate.main, ["--benchmark=blonk", *ASKED], ["unknown benchmark 'blonk'"]),
     (evaluate.main, ["--benchmark=blink", *ASKED], ["has no file of BLINK"]),
-    (evaluate.main, ["--benchmark=all", *ASKED[:2], "--data=PICTURE"], ["a.png is no folder"]),
+    (evaluate.main, ["--benchmark=all", *ASKED[:2], "--data=IMAGE"], ["a.png is no folder"]),
     (evaluate.main, ["--benchmark=blink", *ASKED, "--source=scenes"], ["leave out --source"]),
     (evaluate.main, ["--benchmark=blink", *ASKED, "--samples=2"], ["give a --temperature"]),
     (evaluate.main, ["--benchmark=blink", *ASKED, "--max-frames=1"], ["--max-frames"]),
@@ -191,7 +191,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (prepare.main, ["coco", "/nowhere", "DIR/x"], ["coco:/nowhere"]),
     (prepare.main, ["coco", "DIR/empty", "DIR/x"], ["found no image"]),
     (prepare.main, ["coco", "DIR/bad", "DIR/x"], ["1 of 1 images", "bad.png"]),
-    (prepare.main, ["coco", "PICTURES", "PICTURE/x"], ["a.png"]),
+    (prepare.main, ["coco", "IMAGES", "IMAGE/x"], ["a.png"]),
     # bench
     (bench.main, ["rollout", "--model=/nowhere/m"], ["/nowhere/m"]),
     (bench.main, ["rollout", *BENCH, "--runs=0"], ["--runs=0"]),
@@ -213,14 +213,14 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the names in the cases stand for."""
     folder = tmp_path_factory.mktemp("errors")
-    pictures, files = folder / "pictures", folder / "dir"
+    images, files = folder / "images", folder / "dir"
     for name in ("empty", "bad", "damaged"):
         (files / name).mkdir(parents=True)
     (files / "bad" / "bad.png").write_text("no image")
     (files / "damaged" / "config.json").write_text('{"name": "ti')
     (files / "x.array_record-00000-of-00001").write_text("")
-    pictures.mkdir()
-    Image.fromarray(np.zeros((56, 56, 3), np.uint8)).save(pictures / "a.png")
+    images.mkdir()
+    Image.fromarray(np.zeros((56, 56, 3), np.uint8)).save(images / "a.png")
     for name, text in {"broken": "def (", "none": "x = 1", "number": "get_config = int"}.items():
         (files / f"{name}.py").write_text(text + "\n")
     tiny, model = open_model("tiny"), folder / "model"
@@ -234,8 +234,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     weights = files / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     return {
-        "PICTURES": str(pictures),
-        "PICTURE": str(pictures / "a.png"),
+        "IMAGES": str(images),
+        "IMAGE": str(images / "a.png"),
         "MODEL": str(model),
         "DIR": str(files),
     }
@@ -280,7 +280,7 @@ def test_one_sentence_names_the_cause_and_what_to_try(run, places, main, argv, n
         (UserError("two\nlines, and no stop: fix it"), ["two lines, and no stop: fix it."]),
     ],
 )
-def test_what_the_machine_refuses_is_said_in_a_sentence(run, error: Exception, words):
+def test_an_error_of_the_machine_is_one_sentence(run, error: Exception, words):
     def main(_: Sequence[str]) -> None:
         raise error
 

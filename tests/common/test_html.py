@@ -167,13 +167,13 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize(("name", "pictures"), [("results", 13), ("comparison", 4)])
-def test_pages_of_answers_render_without_complaint(browser, answers: Path, name, pictures, width):
+@pytest.mark.parametrize(("name", "count"), [("results", 13), ("comparison", 4)])
+def test_pages_of_answers_render_without_complaint(browser, answers: Path, name, count, width):
     browser.set_window_size(width, 900)
     browser.get((answers / f"{name}.html").as_uri())
     assert browser.get_log("browser") == []
     images = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
-    assert images == [40] * pictures
+    assert images == [40] * count
     drawn = browser.execute_script(
         "return [...document.querySelectorAll('.ours .scale i')].map(e => e.clientWidth)"
     )

@@ -43,7 +43,7 @@ def test_what_is_there_goes_only_with_overwrite(tmp_path: Path, kind: str):
     assert not target.exists()
 
 
-@pytest.mark.parametrize("inside", [".", "pictures"])
+@pytest.mark.parametrize("inside", [".", "images"])
 def test_what_is_read_is_never_removed(tmp_path: Path, inside: str):
     (tmp_path / inside).mkdir(exist_ok=True)
     with pytest.raises(UserError, match="holds what is read"):
@@ -149,7 +149,7 @@ def test_a_bucket_that_is_missing_or_down_is_named(
         check_bucket(user_path("gs://bucket/run"))
 
 
-def test_without_credentials_the_next_thing_to_try_is_said(
+def test_without_credentials_the_next_step_is_named(
     bucket: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.delenv("STORAGE_EMULATOR_HOST")  # which needs none

@@ -1,6 +1,6 @@
 """One step on several meshes: `python -m tests.helpers.equality` prints the differences.
 
-A cold-start step and a GRPO step of the toy model with random weights, from data to new weights.
+An SFT step and a GRPO step of the toy model with random weights, from data to new weights.
 """
 
 import argparse

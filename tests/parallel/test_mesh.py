@@ -64,7 +64,7 @@ def test_an_axis_that_does_not_divide_is_named(toy, shape: dict, named: str):
         on(**shape).param_shardings(toy.config)
 
 
-def test_more_parts_than_key_heads_keep_them_whole(toy, monkeypatch: pytest.MonkeyPatch):
+def test_more_shards_than_key_heads_replicate_them(toy, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("spatial_ssrl_jax.parallel.sharding.NamedSharding", lambda mesh, spec: spec)
     layout = on(tensor=4)
     key, query = ("embed", "kv_heads", None), ("embed", "heads", None)
@@ -74,7 +74,7 @@ def test_more_parts_than_key_heads_keep_them_whole(toy, monkeypatch: pytest.Monk
         layout.sharding("k", key, (48, 6, 12))
 
 
-def test_adapters_lie_as_their_kernels_do(toy, monkeypatch: pytest.MonkeyPatch):
+def test_adapters_are_sharded_as_their_kernels(toy, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("spatial_ssrl_jax.parallel.sharding.NamedSharding", lambda mesh, spec: spec)
     layers = on(fsdp=2, tensor=2).param_shardings(toy.config, LoraSettings(3))["text"]["layers"]
     assert layers["q"]["lora_a"] == PartitionSpec(None, "fsdp", None)
@@ -84,8 +84,8 @@ def test_adapters_lie_as_their_kernels_do(toy, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def places(monkeypatch: pytest.MonkeyPatch):
-    """Meshes and shardings as what they are made of, so that no device need be there."""
+def fake_meshes(monkeypatch: pytest.MonkeyPatch):
+    """Meshes and shardings as plain values, so that no devices are needed."""
     made = lambda grid, axes, **_: SimpleNamespace(  # noqa: E731
         devices=grid, shape=dict(zip(axes, grid.shape, strict=True))
     )
@@ -93,8 +93,8 @@ def places(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("spatial_ssrl_jax.parallel.sharding.NamedSharding", lambda mesh, spec: spec)
 
 
-def test_sampling_has_the_same_devices_in_the_same_order(places):
-    """As data x tensor: the training layout's cut of widths is gone, that of heads has its own."""
+def test_sampling_has_the_same_devices_in_the_same_order(fake_meshes):
+    """As data x tensor: widths are not sharded any more, heads are."""
     train = Layout(SimpleNamespace(devices=np.arange(8).reshape(2, 2, 2)))
     rollout = train.rollout(4)
     assert rollout.mesh.devices.ravel().tolist() == list(range(8)) and rollout.batch_shards == 2
@@ -110,7 +110,7 @@ def test_sampling_has_the_same_devices_in_the_same_order(places):
         rollout.sharding("a cache", ("batch",), (3,))
 
 
-def test_slices_lie_along_data(places):
+def test_slices_are_along_data(fake_meshes):
     """Neighbours along the other axes are of one slice, whatever order the devices come in."""
 
     class Chip(SimpleNamespace):
@@ -128,7 +128,7 @@ def test_slices_lie_along_data(places):
         make_mesh(MeshSettings(), chips)
 
 
-def test_the_batch_is_cut_over_data_and_fsdp():
+def test_the_batch_is_sharded_over_data_and_fsdp():
     assert on(data=2, fsdp=4, tensor=2).batch_shards == 8
 
 
@@ -141,33 +141,33 @@ def test_a_batch_comes_back_as_it_was_put():
     assert np.array_equal(back["ids"], tree["ids"]) and back["scale"] == tree["scale"]
 
 
-TOLD = {
+FLAGS = {
     "LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
     "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false --xla_gpu_enable_dynamic_slice_fusion=false",
 }
 
 
-@pytest.mark.parametrize("variable", TOLD)
-def test_a_compiler_is_told_once_and_a_users_own_option_stays(
+@pytest.mark.parametrize("variable", FLAGS)
+def test_an_option_is_set_once_and_a_users_own_option_stays(
     monkeypatch: pytest.MonkeyPatch, variable: str
 ):
     found = [SimpleNamespace(name="xla_cuda12")]
     monkeypatch.setattr("spatial_ssrl_jax.parallel.compiler.entry_points", lambda group: found)
 
-    def told(given: str) -> str:
-        for name in TOLD:
+    def flags(given: str) -> str:
+        for name in FLAGS:
             monkeypatch.setenv(name, given)
         set_compiler_flags()
         set_compiler_flags()
         return os.environ[variable]
 
-    assert told("") == TOLD[variable]
-    assert told("--a=1") == f"--a=1 {TOLD[variable]}"
-    for option in TOLD[variable].split():
+    assert flags("") == FLAGS[variable]
+    assert flags("--a=1") == f"--a=1 {FLAGS[variable]}"
+    for option in FLAGS[variable].split():
         name = option.split("=")[0]
-        others = [other for other in TOLD[variable].split() if other != option]
-        assert told(f"{name}=5") == " ".join([f"{name}=5", *others])
-        assert told(f"{name}_more=5") == f"{name}_more=5 {TOLD[variable]}"  # another option
-    assert told("options.txt") == "options.txt"
+        others = [other for other in FLAGS[variable].split() if other != option]
+        assert flags(f"{name}=5") == " ".join([f"{name}=5", *others])
+        assert flags(f"{name}_more=5") == f"{name}_more=5 {FLAGS[variable]}"  # another option
+    assert flags("options.txt") == "options.txt"
     found.clear()
-    assert told("") == ("" if variable == "XLA_FLAGS" else TOLD[variable])
+    assert flags("") == ("" if variable == "XLA_FLAGS" else FLAGS[variable])

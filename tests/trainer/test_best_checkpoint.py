@@ -50,7 +50,7 @@ def test_only_a_higher_value_is_better():
     assert improved(None, 4, {"a": 0.6}, None) is None
 
 
-def asked_of(path: Path, name: str, count: int) -> c.Config:
+def benchmark_config(path: Path, name: str, count: int) -> c.Config:
     settings = c.EvalSettings(benchmark=name, benchmark_data=str(path), benchmark_count=count)
     return c.Config("x", eval=settings)
 
@@ -60,7 +60,7 @@ def test_questions_are_taken_evenly_over_the_file(tmp_path: Path):
     ids = [
         [
             question.id
-            for question in open_eval_benchmark(asked_of(path, "realworldqa", n)).questions
+            for question in open_eval_benchmark(benchmark_config(path, "realworldqa", n)).questions
         ]
         for n in (0, 2, 3, 9)
     ]
@@ -71,9 +71,9 @@ def test_questions_are_taken_evenly_over_the_file(tmp_path: Path):
 def test_a_benchmark_that_cannot_be_scored_is_refused(tmp_path: Path):
     path = files.write_mmbench(tmp_path, "MMBench_TEST_EN_V11.tsv", answer=False)
     with pytest.raises(UserError, match="are not public, .* choose another eval.benchmark"):
-        open_eval_benchmark(asked_of(path, "mmbench", 2))
+        open_eval_benchmark(benchmark_config(path, "mmbench", 2))
     with pytest.raises(UserError, match="unknown benchmark 'blonk'"):
-        open_eval_benchmark(asked_of(path, "blonk", 2))
+        open_eval_benchmark(benchmark_config(path, "blonk", 2))
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def rises_and_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "validate", at_step)
 
 
-def assert_benchmark_was_asked(run: Path, capsys) -> None:
+def assert_benchmark_was_measured(run: Path, capsys) -> None:
     """At the start, at every second step and at the end: metrics, answers and a curve."""
     name = "benchmark/realworldqa/score"
     found = {row["step"]: row[name] for row in read_metrics(run) if name in row}
@@ -141,9 +141,9 @@ def test_the_best_step_stays_is_named_and_can_be_exported(
     assert kept(run / "checkpoints") == [2, 5]
     best = json.loads((run / "summary.json").read_text())["best"]
     assert best == {"step": 2, "metric": HELDOUT, "value": 0.9}
-    said = capsys.readouterr().out
-    assert "step 2 is the best so far: heldout/mean/accuracy_greedy 0.9\n" in said
-    assert "step 4 is the best" not in said and "was step 2, kept as" in said
-    assert_benchmark_was_asked(run, capsys)
+    output = capsys.readouterr().out
+    assert "step 2 is the best so far: heldout/mean/accuracy_greedy 0.9\n" in output
+    assert "step 4 is the best" not in output and "heldout/mean/accuracy_greedy is 2, kept as" in output
+    assert_benchmark_was_measured(run, capsys)
     convert.main(["to-hf", str(run / "checkpoints" / "2"), str(tmp_path / "best")])
     assert (tmp_path / "best" / "model.safetensors").is_file()

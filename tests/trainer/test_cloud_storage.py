@@ -171,9 +171,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_an_unfinished_one_goes(bucket: 
     bucket.write("bucket", largest, bytes([data[0] ^ 1]) + data[1:])
     del bucket.buckets["bucket"]["c/9/commit_success.txt"]
     del bucket.buckets["bucket"]["c/frozen_sft/commit_success.txt"]
-    said = []
-    set_aside_damaged(folder, said.append)
-    assert len(said) == 1 and "step 6" in said[0] and "was altered" in said[0]
+    messages = []
+    set_aside_damaged(folder, messages.append)
+    assert len(messages) == 1 and "step 6" in messages[0] and "was altered" in messages[0]
     assert bucket.names("bucket", "c/damaged_6/") and not bucket.names("bucket", "c/9/")
     again = Checkpoints(folder, keep=3)
     assert again.latest() == 3
@@ -196,7 +196,7 @@ def test_figures_lie_in_parts_and_a_restart_cuts_them(bucket: Storage):
     ]
 
 
-def test_a_permission_that_goes_while_a_run_goes_on_is_said(bucket: Storage):
+def test_a_permission_lost_during_a_run_is_reported(bucket: Storage):
     writer = MetricsWriter("gs://bucket/m")
     checkpoints = Checkpoints(user_path("gs://bucket/c"), keep=2)
     checkpoints.save(3, "sft", state(3), {})

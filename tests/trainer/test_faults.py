@@ -36,7 +36,7 @@ Short = Callable[..., c.Config]
 
 @pytest.fixture(scope="module")
 def short(toy_config) -> Short:
-    """A cold start of six steps, or of another length, and nothing else."""
+    """SFT of six steps, or of another length, and nothing else."""
 
     def make(steps: int = 6, every: int = 2, **sections) -> c.Config:
         sft = c.SftSettings(steps=steps, learning_rate=1e-3, **ROWS)
@@ -107,7 +107,7 @@ def save_photos(folder: Path, count: int) -> None:
         Image.fromarray(photo(number, *SIZE)).save(folder / f"{number:02d}.png")
 
 
-def test_a_tenth_of_the_pictures_is_unreadable(
+def test_a_tenth_of_the_images_is_unreadable(
     short: Short, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     save_photos(tmp_path / "photos", 30)
@@ -116,9 +116,9 @@ def test_a_tenth_of_the_pictures_is_unreadable(
         path.write_bytes(path.read_bytes()[: 40 * number])
     data = c.DataSettings(**(vars(short().data) | {"source": f"folder:{tmp_path / 'photos'}"}))
     assert train(short(data=data), tmp_path / "run")
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
-    assert said and all(line.split()[1] in ("07.png:", "17.png:", "27.png:") for line in said)
-    assert sum(column(tmp_path / "run", "prompt/dropped")) == len(said) < 10
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
+    assert skipped and all(line.split()[1] in ("07.png:", "17.png:", "27.png:") for line in skipped)
+    assert sum(column(tmp_path / "run", "prompt/dropped")) == len(skipped) < 10
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_a_folder_that_stays_away_ends_the_run_with_a_sentence(tmp_path: Path, q
 
 
 class Failing:
-    """Raises an `OSError` of each number in turn, then does what it stands for."""
+    """Raises an `OSError` of each number in turn, then calls the original."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, where, name: str, *numbers: int):
         self.original, self.numbers, self.calls = getattr(where, name), list(numbers), 0
@@ -182,11 +182,11 @@ def test_errors_of_a_network_disk_are_tried_again(
     assert image_size(path) == SIZE[::-1] and opened.calls == 4
     listed = Failing(monkeypatch, os, "scandir", *PASSING)
     assert len(open_source(f"folder:{path.parent}")) == 2 and listed.calls == 4
-    asked = Failing(monkeypatch, os, "stat", errno.ESTALE)
-    assert len(open_source(f"folder:{path.parent}")) == 2 and asked.calls > 1
+    stat = Failing(monkeypatch, os, "stat", errno.ESTALE)
+    assert len(open_source(f"folder:{path.parent}")) == 2 and stat.calls > 1
 
 
-def test_a_file_that_alone_stays_unreadable_is_a_bad_picture(
+def test_a_file_that_alone_stays_unreadable_is_a_bad_image(
     tmp_path: Path, quick, monkeypatch: pytest.MonkeyPatch
 ):
     save_photos(tmp_path / "photos", 2)

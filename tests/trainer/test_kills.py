@@ -48,7 +48,7 @@ class Killed:
 
 
 def killed_run(config: Path, workdir: Path, kills: Sequence[Kill], cuts: Sequence[int] = ()):
-    """Starts a run again and again, killed as told and in the end left alone.
+    """Starts a run again and again, killed at the given moments, the last time to its end.
 
     Args:
       config, workdir: the run's.
@@ -69,8 +69,10 @@ def killed_run(config: Path, workdir: Path, kills: Sequence[Kill], cuts: Sequenc
             process.kill()
         seconds = time.monotonic() - begun
         out, err = process.communicate(timeout=600)
-        said = re.search(r"resuming after step (\d+)", out)
-        assert int(said[1] if said else 0) in ({whole} if process.returncode == 0 else {whole, 0})
+        resumed = re.search(r"resuming after step (\d+)", out)
+        assert int(resumed[1] if resumed else 0) in (
+            {whole} if process.returncode == 0 else {whole, 0}
+        )
         if process.returncode == 0:
             return met
         assert process.returncode == -9, out + err

@@ -25,13 +25,13 @@ TPU = (
 GPU = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34359738368 bytes."
 
 
-@pytest.mark.parametrize(("said", "asked"), [(GPU, "34359738368 bytes more"), (TPU, "ran out")])
-def test_a_lack_of_memory_becomes_a_sentence(said: str, asked: str):
+@pytest.mark.parametrize(("error", "part"), [(GPU, "34359738368 bytes more"), (TPU, "ran out")])
+def test_a_lack_of_memory_becomes_a_user_error(error: str, part: str):
     with (
-        pytest.raises(UserError, match=f"{asked}.*: lower grpo.batch_prompts; or pray.$"),
+        pytest.raises(UserError, match=f"{part}.*: lower grpo.batch_prompts; or pray.$"),
         explain_out_of_memory(["lower grpo.batch_prompts", "pray"]),
     ):
-        raise jax.errors.JaxRuntimeError(said)
+        raise jax.errors.JaxRuntimeError(error)
 
 
 def test_other_errors_go_through():
@@ -40,7 +40,7 @@ def test_other_errors_go_through():
 
 
 def test_a_real_lack_of_memory_is_known_as_such():
-    """A petabyte is asked for."""
+    """Requests a petabyte."""
     with (
         pytest.raises(UserError, match="ran out of memory"),
         explain_out_of_memory(["ask for less"]),
@@ -50,23 +50,23 @@ def test_a_real_lack_of_memory_is_known_as_such():
 
 def test_advice_leaves_out_what_is_done_already():
     config = c.Config("x", model=c.ModelSettings(remat="none"), sft=c.SftSettings(steps=3))
-    said = "; ".join(memory_advice(config))
+    advice = "; ".join(memory_advice(config))
     for name in (
         "grpo.micro_batch_prompts=16",
         "sft.micro_batch_rows=8",
         "rollout.batch_prompts=64",
         "model.remat",
     ):
-        assert name in said
+        assert name in advice
     lean = dataclasses.replace(
         config,
         model=c.ModelSettings(),
         sft=c.SftSettings(),
         grpo=c.GrpoSettings(micro_batch_prompts=1, lora=LoraSettings(8)),
     )
-    said = "; ".join(memory_advice(lean))
+    advice = "; ".join(memory_advice(lean))
     for name in ("micro_batch_prompts", "model.remat", "lora"):
-        assert name not in said
+        assert name not in advice
 
 
 def full(*_):

@@ -32,13 +32,13 @@ def test_one_signal_is_noted_and_not_died_of(number: int):
 
 
 def test_the_first_signal_is_answered_at_once_and_once():
-    said = []
+    messages = []
     with Preemption() as preemption:
-        preemption.say = said.append
+        preemption.say = messages.append
         os.kill(os.getpid(), signal.SIGTERM)
-        assert said == [STOPPING] and "Ctrl-C again" in STOPPING
+        assert messages == [STOPPING] and "Ctrl-C again" in STOPPING
         os.kill(os.getpid(), signal.SIGTERM)
-        assert said == [STOPPING]
+        assert messages == [STOPPING]
 
 
 def test_sigterm_twice_is_still_only_a_request():

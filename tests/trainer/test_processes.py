@@ -70,17 +70,17 @@ def options(*argv: str) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("SLURM_STEP_NUM_TASKS", "4", "SLURM's step has 4 processes"),
         ("TPU_WORKER_HOSTNAMES", "a,b", "this TPU slice has 2 processes"),
     ],
 )
-def test_one_of_several_must_be_told(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+def test_one_of_several_needs_an_option(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ):
     monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"{said}.*give --distributed"):
+    with pytest.raises(UserError, match=f"{message}.*give --distributed"):
         connect(options(), 60)
 
 
@@ -96,7 +96,7 @@ def pair(config: Path, workdir: Path) -> list[subprocess.Popen]:
     return start_all(command, 2)
 
 
-def test_a_signal_to_one_of_two_stops_both_and_one_goes_on(toy_config, whole: Path, tmp_path: Path):
+def test_a_signal_to_one_of_two_stops_both_and_one_resumes(toy_config, whole: Path, tmp_path: Path):
     """Both save and exit with 0; a single process then ends as if it had been alone throughout."""
     config, run = write_config(tmp_path, toy_config(mesh=c.MeshSettings(fsdp=2))), tmp_path / "run"
     processes = pair(config, run)
@@ -124,7 +124,7 @@ def test_eight_devices_then_four_then_one_change_nothing(toy_config, whole: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_training_ends_when_a_process_is_lost_and_goes_on(
+def test_training_ends_when_a_process_is_lost_and_resumes(
     toy_config, whole: Path, tmp_path: Path, number: int
 ):
     mesh = c.MeshSettings(fsdp=2, heartbeat_timeout=10)

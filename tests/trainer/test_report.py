@@ -112,7 +112,7 @@ def test_what_a_model_says_is_text_and_no_markup(page: str):
 
 def test_the_page_refers_to_no_other_file(page: str):
     found = Links(page)
-    assert found.addresses[0] == "data:,"  # no icon is asked for
+    assert found.addresses[0] == "data:,"  # no request for an icon
     assert len(found.addresses) == 4  # the rollouts' images
     assert all(address.startswith("data:image/jpeg;base64,") for address in found.addresses[1:])
     assert "url(" not in page

@@ -62,7 +62,7 @@ class Terminal:
 
 @pytest.fixture
 def argv(toy_folder: Path, tmp_path: Path) -> list[str]:
-    """A cold start that would take minutes, without held-out images."""
+    """SFT that would take minutes, without held-out images."""
     model = c.ModelSettings(str(toy_folder), True, "float32", "none")
     data = dataclasses.replace(make_config(model).data, heldout_fraction=0.0)
     sft = c.SftSettings(steps=900, **ROWS | {"prompts": 48})

@@ -62,7 +62,7 @@ def test_a_run_leaves_what_it_should(whole: Path):
         assert mean[name] == np.mean([rows[task][name] for task in summary["trained"]])
 
 
-def test_the_pictures_it_logs_are_there(whole: Path):
+def test_the_images_it_logs_are_there(whole: Path):
     (path,) = (whole / "rollouts").glob("*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 2 and all(len(row["responses"]) == 3 for row in rows)
@@ -70,7 +70,7 @@ def test_the_pictures_it_logs_are_there(whole: Path):
         assert all(open_image(path.parent / name).ndim == 3 for name in row["images"])
 
 
-def test_the_cold_start_teaches_the_form(taught: Path):
+def test_sft_teaches_the_format(taught: Path):
     heldout = json.loads((taught / "summary.json").read_text())["heldout"]
     assert heldout["untrained"]["mean"]["format"] == 0
     assert heldout["sft"]["mean"]["format"] > 0.3
@@ -197,7 +197,7 @@ def test_a_signal_saves_and_exits_with_0(toy_config, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["nyu", "diode", "megadepth", "folder"])
-def test_real_pictures(toy_config, shared: Path, tmp_path: Path, kind: str):
+def test_real_images(toy_config, shared: Path, tmp_path: Path, kind: str):
     place = {"nyu": "rgbd/nyu_depth_v2", "folder": "photos"}.get(kind, f"rgbd/{kind}")
     config = toy_config()
     data = {"source": f"{kind}:{shared / place}", "heldout_fraction": 0.3}
