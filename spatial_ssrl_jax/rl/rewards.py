@@ -47,7 +47,7 @@ def score_response(
 
 
 def _paper(response: str, answer: str) -> tuple[bool, bool]:
-    """The published rule with its looseness: an empty thought and box pass the form, and a box
+    """The published rule with its looseness: an empty thought and box pass the format, and a box
     inside the thought can earn the accuracy."""
     return last_box(response) == answer, _FORMAT.fullmatch(response) is not None
 
@@ -62,7 +62,7 @@ def _strict(response: str, answer: str) -> tuple[bool, bool]:
 
 
 def _tolerant(response: str, answer: str) -> tuple[bool, bool]:
-    """The published form; the answer may have spaces, `\\text{…}` or parentheses around it."""
+    """The published format; the answer may have spaces, `\\text{…}` or parentheses around it."""
     box = last_box(response)
     right = box is not None and plain_answer(box) == plain_answer(answer)
     return right, _FORMAT.fullmatch(response) is not None

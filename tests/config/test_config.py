@@ -110,11 +110,17 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
         ({"model.remat": "some"}, r"model\.remat=some is unknown: choose one of none"),
         ({"sft.schedule": "linear"}, r"sft\.schedule=linear is unknown"),
         ({"grpo.schedule": "linear"}, r"grpo\.schedule=linear is unknown"),
-        ({"grpo.minibatches_per_rollout": "3"}, r"grpo\.updates=3 must divide grpo\.prompts=256"),
-        ({"grpo.minibatches_per_rollout": "0"}, r"grpo\.updates=0 must be at least 1"),
+        (
+            {"grpo.minibatches_per_rollout": "3"},
+            r"grpo\.minibatches_per_rollout=3 must divide grpo\.prompts=256",
+        ),
+        (
+            {"grpo.minibatches_per_rollout": "0"},
+            r"grpo\.minibatches_per_rollout=0 must be at least 1",
+        ),
         (
             {"grpo.micro_batch_prompts": "48"},
-            r"grpo\.micro_batch_prompts=48 must divide grpo\.prompts/updates=128",
+            r"grpo\.micro_batch_prompts=48 must divide grpo\.prompts/minibatches_per_rollout=128",
         ),
         (
             {"rollout.batch_prompts": "100"},
@@ -123,23 +129,23 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
         ({"sft.micro_batch_rows": "0"}, r"sft\.micro_batch_rows=0 must be at least 1"),
         (
             {"sft.steps": "2", "sft.row_tokens": "6143"},
-            r"sft\.row_tokens=6143 has no room for the largest example: raise it to 6144",
+            r"sft\.row_tokens=6143 is too small for the largest example: raise it to 6144",
         ),
         (
             {"sft.steps": "2", "sft.row_windows": "64,127"},
-            r"sft\.row_windows=127 has no room .* 128 or more, or lower data\.window_buckets",
+            r"sft\.row_windows=127 is too small .* 128 or more, or lower data\.window_buckets",
         ),
         (
             {"sft.steps": "2", "sft.row_responses": "2047"},
-            r"sft\.row_responses=2047 has no room .* 2048 or more, or lower rollout\.limit",
+            r"sft\.row_responses=2047 is too small .* 2048 or more, or lower rollout\.max_new",
         ),
-        ({"rollout.check_every": "3"}, r"rollout\.check_every=3 must divide rollout\.chunk=256"),
+        ({"rollout.check_every": "3"}, r"rollout\.check_every=3 must divide rollout\.kv_block=256"),
         (
             {"rollout.max_new_tokens": "2050"},
-            r"rollout\.check_every=8 must divide rollout\.limit=2050",
+            r"rollout\.check_every=8 must divide rollout\.max_new_tokens=2050",
         ),
         ({"grpo.response_buckets": "0,64"}, r"grpo\.response_buckets=\(0, 64\) must hold widths"),
-        ({"grpo.group_size": "1"}, r"grpo\.group=1 must be at least 2"),
+        ({"grpo.group_size": "1"}, r"grpo\.group_size=1 must be at least 2"),
         ({"grpo.kl_coef": "-0.1"}, r"grpo\.kl_coef=-0\.1 must be at least 0"),
         ({"grpo.steps": "0"}, r"sft\.steps and grpo\.steps are both 0"),
         ({"grpo.steps": "-1"}, r"grpo\.steps=-1 must be at least 0"),
@@ -161,7 +167,7 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
             {"grpo.lora.rank": "8", "grpo.vision_learning_rate_scale": "0.1"},
             r"vision_learning_rate_scale=0\.1 must be above 0, and 1 where the vision",
         ),
-        ({"grpo.vision_learning_rate_scale": "0"}, r"grpo\.freeze=vision keeps it as it is"),
+        ({"grpo.vision_learning_rate_scale": "0"}, r"grpo\.freeze=vision freezes it"),
         (
             {"sft.steps": "2", "grpo.init_from": "a/b"},
             r"grpo\.init_from takes the place .* set sft\.steps=0",

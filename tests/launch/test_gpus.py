@@ -84,7 +84,7 @@ def test_slurm_trains_on_every_task_and_queues_again_until_complete(cloud: Cloud
 
 def test_shellcheck_has_nothing_to_say():
     if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is missing: pip install -e '.[test]'")
+        pytest.skip("shellcheck is missing: pip install -e '.[check]'")
     scripts = [*sorted((ROOT / "launch").glob("*.s*")), ROOT / ".ci/run"]
     command = ["shellcheck", "--external-sources", *map(str, scripts)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

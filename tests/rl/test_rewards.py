@@ -38,7 +38,7 @@ def rate(response: str, answer: str = "2-0-1-3", tokens: int = 9, **settings):
 )
 def test_score(response, accuracy, form):
     reward = rate(response)
-    assert (reward.accuracy_weight, reward.format) == (accuracy, form)
+    assert (reward.accuracy, reward.format) == (accuracy, form)
     assert reward.overall == pytest.approx(0.9 * accuracy + 0.1 * form)
 
 
@@ -55,7 +55,7 @@ def test_score(response, accuracy, form):
 )
 def test_strict(response, accuracy, form):
     reward = rate(response, rule="strict")
-    assert (reward.accuracy_weight, reward.format) == (accuracy, form)
+    assert (reward.accuracy, reward.format) == (accuracy, form)
 
 
 @pytest.mark.parametrize("box", ["2 - 0-1-3", "\\text{2-0-1-3}", "(2-0-1-3).", "2-0-1-3"])
@@ -72,7 +72,7 @@ def test_plain_answer():
 
 
 def test_task_factor_and_length_penalty():
-    assert rate(GOOD, tasks={"shuffle": 0.5}).overall == pytest.approx(0.5)
+    assert rate(GOOD, task_weights={"shuffle": 0.5}).overall == pytest.approx(0.5)
     how = {"length_penalty": 0.4, "length_penalty_start": 10, "length_penalty_span": 20}
     for tokens, off in ((10, 0.0), (20, 0.2), (30, 0.4), (99, 0.4)):
         assert rate(GOOD, tokens=tokens, **how).overall == pytest.approx(1 - off)
