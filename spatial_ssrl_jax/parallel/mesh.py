@@ -52,9 +52,9 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=AXIS_TYPES)
 
 
-def slice_count(mesh: Mesh) -> int:
+def slice_count(mesh: Mesh | AbstractMesh) -> int:
     """TPU slices of a mesh; GPUs of several machines count as one."""
-    return _slices(mesh.devices.flat)
+    return _slices(mesh.devices.flat) if isinstance(mesh, Mesh) else 1
 
 
 def _slices(

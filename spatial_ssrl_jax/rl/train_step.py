@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from spatial_ssrl_jax.parallel import offload
@@ -107,8 +107,7 @@ def gradient_shardings(trained: Params) -> tuple[NamedSharding, ...]:
     not needed whole before the optimizer's step. What does not divide is sharded as its weight.
     """
     leaves, shardings = jax.tree.leaves(trained), param_shardings(trained)
-    mesh = shardings[0].mesh if shardings else None
-    if not isinstance(mesh, Mesh) or slice_count(mesh) == 1:
+    if not shardings or slice_count(shardings[0].mesh) == 1:
         return shardings
     return tuple(map(_finer, leaves, shardings))
 
