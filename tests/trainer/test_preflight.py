@@ -131,7 +131,7 @@ def test_weights_that_are_not_there_are_missed_before_they_are_read(fresh, tmp_p
 
 
 def test_the_command_prints_a_list_or_one_object(tmp_path: Path, fresh, capsys, monkeypatch):
-    monkeypatch.setattr(c, "load_config", lambda *_: fresh())
+    monkeypatch.setattr("spatial_ssrl_jax.config.load.load_config", lambda *_: fresh())
     argv = ["--config=x.py", f"--workdir={tmp_path / 'w'}", "--check"]
     command.main(argv)
     listed = capsys.readouterr().out
