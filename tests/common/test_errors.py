@@ -118,12 +118,12 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
         [TINY, "--topology=h100", "--config.model.attention=cudnn"],
         ["model.attention=cudnn cannot be planned without the GPU"],
     ),
-    (train.main, train_with("model.attention=splash"), ["attention=splash runs on TPUs alone"]),
-    (train.main, train_with("model.attention=cudnn"), ["attention=cudnn runs on NVIDIA GPUs"]),
+    (train.main, train_with("model.attention=splash"), ["attention=splash runs only on TPUs"]),
+    (train.main, train_with("model.attention=cudnn"), ["attention=cudnn runs only on NVIDIA GPUs"]),
     (
         plan.main,
         [TINY, "--topology=cpu", "--config.model.attention=splash"],
-        ["attention=splash runs on TPUs alone"],
+        ["attention=splash runs only on TPUs"],
     ),
     # train: where it writes, and how it is called
     (train.main, [TINY, "--workdir=DIR"], ["is not empty", "--overwrite"]),
@@ -160,7 +160,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (generate.main, [*ASK, "--seed=-1"], ["--seed"]),
     (generate.main, [*ASK, "--max-pixels=1"], ["smallest image area"]),
     (generate.main, [*ASK, "--max-prompt-tokens=3"], ["at most 3 fit"]),
-    (generate.main, [*ASK[:1], "--question=<image>"], ["places for 1 image"]),
+    (generate.main, [*ASK[:1], "--question=<image>"], ["placeholders for 1 image"]),
     (generate.main, [*ASK[:1], "--question=<|image_pad|>"], ["image token"]),
     # convert
     (convert.main, ["to-orbax", "/nowhere/m", "DIR/x"], ["/nowhere/m"]),
