@@ -244,7 +244,7 @@ def _claimed(config: c.Config, workdir: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["metrics.jsonl", "events"])
-def test_no_room_for_metrics_stops_and_the_same_command_goes_on(
+def test_no_room_for_metrics_stops_and_the_same_command_resumes(
     short: Short, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ):
     class Full(metrics_file.MetricsWriter):
@@ -258,7 +258,7 @@ def test_no_room_for_metrics_stops_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr("spatial_ssrl_jax.trainer.context.MetricsWriter", Full)
-        with pytest.raises(UserError, match=r"step 5 .*metrics.jsonl \(No space left .*continues"):
+        with pytest.raises(UserError, match=r"step 5 .*metrics.jsonl \(No space left .*resumes"):
             train(short(), tmp_path / "run")
     assert train(short(), tmp_path / "run")
     assert figures(tmp_path / "run") == figures(whole)
