@@ -84,7 +84,7 @@ def test_sorted_and_trimmed_micro_batches_have_the_gradient_of_the_whole(
 
 def test_prompts_stay_in_their_update(small_params, mixed_batch, step):
     """Whatever their lengths: an update's prompts follow from the step alone."""
-    settings = replace(SETTINGS, updates=3, old_logprobs="sampler")
+    settings = replace(SETTINGS, minibatches_per_rollout=3, old_logprobs="sampler")
     grpo = make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (8,)))
     updates, _ = grpo.micro_batches(small_params, *step)
     for number, micro in enumerate(updates):
@@ -102,7 +102,7 @@ def test_waves_of_like_length_draw_the_same_tokens(toy):
     ]  # fmt: skip
     batch = Batch(items(4), pad_prompts(prompts, (32,), (4,)), np.array([4, 2, 9, 7], np.int32))
     engine = Engine(toy.config, Compute(attention_chunk=16), STOPS, 4, 4)
-    grpo = make_grpo(replace(SETTINGS, group=3), ROLLOUT, Buckets((8, 32), (0, 4), (8,)), engine)
+    grpo = make_grpo(replace(SETTINGS, group_size=3), ROLLOUT, Buckets((8, 32), (0, 4), (8,)), engine)
     key, seen = jax.random.key(3), []
 
     class Watched:
