@@ -15,7 +15,7 @@
 #   topologies  values of --topology, with gcloud's name and the number of chips
 #
 # Settings and their defaults are in launch/settings.sh; each is a flag as well. --dry-run prints
-# the commands and runs none of them. Exit codes: 0 done, 75 interrupted (resume continues), 1 error
+# the commands and runs none of them. Exit codes: 0 done, 75 interrupted (resume continues), 1 error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 LAUNCH=launch

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from spatial_ssrl_jax.common.paths import (
 from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.compute import Dtype
 from spatial_ssrl_jax.qwen_vl.lora import merge_adapters
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params
 from spatial_ssrl_jax.qwen_vl.peft import read_adapter
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--dtype", choices=("keep", "float32", "bfloat16"), default="keep")
+    shared.add_argument("--dtype", choices=("keep", *get_args(Dtype)), default="keep")
     shared.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
     shared.add_argument("--json", action="store_true", help="print one JSON object")
     parser = argparse.ArgumentParser(

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.perf.flops import GroupShape
-from spatial_ssrl_jax.qwen_vl.compute import Compute
+from spatial_ssrl_jax.qwen_vl.compute import Compute, Dtype, Remat
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
 from spatial_ssrl_jax.qwen_vl.kernels import (
@@ -48,8 +48,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens of every sample")
     parser.add_argument("--grid", type=int, default=20, help="patches along an image's side")
     parser.add_argument("--prompt-tokens", type=int, default=227, help="text and image together")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on CPU")
-    parser.add_argument("--remat", choices=("none", "dots", "full"), default="full")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="float32 on CPU")
+    parser.add_argument("--remat", choices=get_args(Remat), default="full")
     parser.add_argument(
         "--micro-batch-prompts", type=int, help="prompts of an update's micro-batch; default all"
     )

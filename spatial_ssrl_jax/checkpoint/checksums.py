@@ -9,7 +9,7 @@ from etils import epath
 
 from spatial_ssrl_jax.common.paths import CRC32C, in_bucket, list_tree
 
-FILE = "checksums.json"
+CHECKSUMS_FILE = "checksums.json"
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file, for a fingerprint
 _CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes to it after the rest is complete
 
@@ -25,7 +25,7 @@ def write_checksums(folder: epath.PathLike) -> None:
         name: (size, checksum or _sha256(folder / name))
         for name, (size, checksum) in sorted(_files(folder).items())
     }
-    (folder / FILE).write_text(json.dumps(sums, indent=1) + "\n")
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=1) + "\n")
 
 
 def find_damage(folder: epath.PathLike) -> str | None:
@@ -35,12 +35,12 @@ def find_damage(folder: epath.PathLike) -> str | None:
     copied into a bucket or out of one.
     """
     folder = epath.Path(folder)
-    if not (folder / FILE).exists():
+    if not (folder / CHECKSUMS_FILE).exists():
         return None
     try:
-        expected = json.loads((folder / FILE).read_text())
+        expected = json.loads((folder / CHECKSUMS_FILE).read_text())
     except ValueError:
-        return f"{FILE} is damaged"
+        return f"{CHECKSUMS_FILE} is damaged"
     found = _files(folder)
     missing = sorted(expected.keys() - found.keys())
     if missing:
@@ -55,7 +55,7 @@ def find_damage(folder: epath.PathLike) -> str | None:
 
 
 def _files(folder: epath.Path) -> dict[str, tuple[int, str | None]]:
-    excluded = (FILE, _CHANGING)
+    excluded = (CHECKSUMS_FILE, _CHANGING)
     return {k: v for k, v in list_tree(folder).items() if k.rpartition("/")[2] not in excluded}
 
 

@@ -1,11 +1,12 @@
 """Every setting of a run, as nested frozen dataclasses; a field's `Literal` lists its choices."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from spatial_ssrl_jax.qwen_vl.compute import Dtype, Remat
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
+from spatial_ssrl_jax.tasks.example import TaskSettings
 
 Schedule = Literal["constant", "cosine"]
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -217,6 +218,14 @@ class GrpoSettings(StageSettings):
     max_resamples: int = 2
 
     @property
+    def copies_reference(self) -> bool:
+        """Whether the KL's reference is a copy of the trained weights.
+
+        Without a KL there is none, and with LoRA it is the frozen base.
+        """
+        return self.kl_coef > 0 and not self.lora.rank
+
+    @property
     def recomputes_old_logprobs(self) -> bool:
         """Whether the trainer's log-probabilities of before the updates are computed.
 
@@ -359,7 +368,7 @@ class EvalSettings:
     benchmark_every: int = 0
 
 
-def _task_settings() -> dict[str, Any]:
+def _task_settings() -> dict[str, TaskSettings]:
     return {task.name: task.settings() for task in TASKS}
 
 
@@ -371,7 +380,7 @@ class Config:
     seed: int = 0
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
-    tasks: dict[str, Any] = field(default_factory=_task_settings)
+    tasks: dict[str, TaskSettings] = field(default_factory=_task_settings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
     sft: SftSettings = field(default_factory=SftSettings)
     grpo: GrpoSettings = field(default_factory=GrpoSettings)

@@ -18,7 +18,7 @@ from spatial_ssrl_jax.eval.evaluation import (
     report_left_out,
     run_and_score,
 )
-from spatial_ssrl_jax.eval.heldout import open_pretext
+from spatial_ssrl_jax.eval.heldout_items import open_pretext
 from spatial_ssrl_jax.eval.options import EvalOptions
 from spatial_ssrl_jax.eval.reports.results_page import RESULTS, Result, write_results_page
 from spatial_ssrl_jax.eval.scoring.scores import Scores

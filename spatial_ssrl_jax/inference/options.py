@@ -1,6 +1,7 @@
 """Options of the commands that generate with a model: how images are shown and tokens drawn."""
 
 import argparse
+from typing import get_args
 
 import jax
 
@@ -27,7 +28,7 @@ def add_inference_options(
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on CPU")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="float32 on CPU")
 
 
 def check_inference_options(args: argparse.Namespace) -> Sampling:

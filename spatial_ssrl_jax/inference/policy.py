@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
+from spatial_ssrl_jax.rollout.decode import DecodeWeights
 from spatial_ssrl_jax.rollout.engine import Engine
 
 
@@ -25,4 +25,4 @@ class Policy:
     engine: Engine
     layout: Layout
     params: Params
-    weights: dict[str, Any]
+    weights: DecodeWeights

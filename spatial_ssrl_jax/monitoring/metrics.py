@@ -20,8 +20,8 @@ from spatial_ssrl_jax.common.paths import in_bucket, read_files, write_atomic
 from spatial_ssrl_jax.monitoring.tensorboard import TensorBoardWriter
 from spatial_ssrl_jax.monitoring.wandb_run import WandbRun
 
-FILE = "metrics.jsonl"
-PARTS = "metrics"
+METRICS_FILE = "metrics.jsonl"
+PARTS_FOLDER = "metrics"
 _PART_STEPS = 100
 
 # `<task>` and `<benchmark>` stand for a name. Metrics that depend on the clock or the machine are
@@ -115,7 +115,7 @@ class MetricsWriter:
         self._in_parts = in_bucket(workdir) if in_parts is None else in_parts
         self._part = _truncate(self._folder, resume_step)
         self._tracker = tracker
-        self._file = None if self._in_parts else (self._folder / FILE).open("a")
+        self._file = None if self._in_parts else (self._folder / METRICS_FILE).open("a")
         self._events = TensorBoardWriter(self._folder, resume_step + 1)
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -142,7 +142,7 @@ class MetricsWriter:
             why, fix = failure
             with suppress(Exception):  # the cause is reported below
                 self.close()
-            place = self._folder / (PARTS if self._in_parts else FILE)
+            place = self._folder / (PARTS_FOLDER if self._in_parts else METRICS_FILE)
             raise UserError(
                 f"step {step} could not be written to {place} ({why}): {fix}; the same command "
                 "then resumes after the newest checkpoint."
@@ -173,7 +173,7 @@ def _number(value: float) -> float | None:
 
 
 def _part_path(folder: epath.Path, number: int) -> epath.Path:
-    return folder / PARTS / f"part_{number + 1:06d}.jsonl"
+    return folder / PARTS_FOLDER / f"part_{number + 1:06d}.jsonl"
 
 
 def _last_step(text: str) -> int:
@@ -189,7 +189,7 @@ def _truncate(folder: epath.Path, step: int) -> str:
     text, files = "", _files(folder)
     for path, rows in zip(files, _rows(files), strict=True):
         kept = [row for row in rows if 0 < step >= row["step"]]
-        if not kept and path.name != FILE:
+        if not kept and path.name != METRICS_FILE:
             path.unlink()
             continue
         text = "".join(json.dumps(row) + "\n" for row in kept)
@@ -199,7 +199,7 @@ def _truncate(folder: epath.Path, step: int) -> str:
 
 def _files(folder: epath.Path) -> list[epath.Path]:
     """The files with a run's lines, in the order of the steps."""
-    whole, parts = folder / FILE, folder / PARTS
+    whole, parts = folder / METRICS_FILE, folder / PARTS_FOLDER
     found = [whole] if whole.exists() else []
     return found + (sorted(parts.glob("part_*.jsonl")) if parts.exists() else [])
 

@@ -37,6 +37,7 @@ from spatial_ssrl_jax.rl.train_step import (
 from spatial_ssrl_jax.rollout.cache import DecodeState
 from spatial_ssrl_jax.rollout.decode import (
     DecodeSettings,
+    DecodeWeights,
     decode_chunk,
     decode_weight_shardings,
     decode_weights,
@@ -153,7 +154,7 @@ class _Planned:
         state = self._state(settings, optimizer)
         reference = self._reference(settings, state)
         own_reference = {}
-        if reference is not None and not settings.lora.rank:
+        if reference is not None and settings.copies_reference:
             own_reference = {"reference": shard_bytes(reference) - shard_bytes(state.frozen)}
         resting = {} if config.optim.offload else own_reference
         optimizing = self._moments(state)
@@ -228,8 +229,8 @@ class _Planned:
         yield PlannedProgram("decode", decode_chunk, args, runs, beside, setting, trip_count)
 
     def _resharded(
-        self, weights: dict[str, Any], beside: Held
-    ) -> Generator[PlannedProgram, Any, dict[str, Any] | None]:
+        self, weights: DecodeWeights, beside: Held
+    ) -> Generator[PlannedProgram, Any, DecodeWeights | None]:
         """Resharding the weights for sampling: what is around the layers, then each layer."""
         model, layout = self.model, self.rollout_layout
         *_, layer = layers = weights["layers"]
@@ -319,7 +320,7 @@ class _Planned:
     ) -> Params | None:
         if not settings.kl_coef:
             return None
-        if settings.lora.rank:
+        if not settings.copies_reference:
             return drop_adapters(state.frozen)
         dtype = jnp.dtype(self.config.model.dtype)
         return merge_params(

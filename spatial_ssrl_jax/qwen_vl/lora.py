@@ -21,8 +21,8 @@ TARGETS = {
     "vision": ("qkv", "proj", "gate", "up", "down"),
     "merger": ("up", "down"),
 }
-WEIGHTS = ("lora_a", "lora_b")
-_LEAVES = (*WEIGHTS, "lora_scale")
+ADAPTER_LEAVES = ("lora_a", "lora_b")
+_LEAVES = (*ADAPTER_LEAVES, "lora_scale")
 
 
 @dataclass(frozen=True)

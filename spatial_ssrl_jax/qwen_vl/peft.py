@@ -23,8 +23,8 @@ from spatial_ssrl_jax.qwen_vl.model import abstract_params
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, flatten_params, unflatten_params
 from spatial_ssrl_jax.qwen_vl.weights import canonical_name, entries, newer_name
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _HALVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 # Settings with which an adapter is not x @ A @ B * scale; all must be empty or false.
@@ -61,7 +61,7 @@ def write_adapter(folder: Path, config: QwenVLConfig, adapters: Params, base: st
                 name = f"{_PREFIX}{newer_name(config, hub).format(i)}.{kind}"
                 tensors[name] = np.ascontiguousarray(array.reshape(rows).T)
     scale = max(float(np.max(x)) for path, x in flat.items() if path.endswith("/lora_scale"))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     settings = {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -74,7 +74,7 @@ def write_adapter(folder: Path, config: QwenVLConfig, adapters: Params, base: st
         "target_modules": "|".join(patterns),
         "task_type": "CAUSAL_LM",
     }
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def read_adapter(folder: Path, config: QwenVLConfig) -> Params:
@@ -127,7 +127,7 @@ def _modules(config: QwenVLConfig, lora: LoraSettings) -> list[tuple[str, str, i
 
 def _read_settings(folder: Path) -> tuple[int, float]:
     """Rank and scale."""
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: give a folder that PEFT or a run wrote.")
     try:
@@ -145,7 +145,7 @@ def _read_settings(folder: Path) -> tuple[int, float]:
 
 def _read_tensors(folder: Path, config: QwenVLConfig) -> dict[str, np.ndarray]:
     """Every tensor by the Hub's name of its module."""
-    path = folder / WEIGHTS
+    path = folder / ADAPTER_FILE
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -90,7 +90,8 @@ def grpo_loss(
         policy = ρ·policy                                       ρ = π_trainer / π_sampler, bounded
         loss   = Σ_tokens w·m·policy + β·Σ_tokens w·m·KL(π, π_ref)
 
-    w is the sample's weight per token (`sample_weights`), m is 1 inside of responses.
+    w is the sample's weight per token (`sample_weights`), m is 1 inside of responses. ln r and ln ρ
+    are clipped to ±20, so that no exponential overflows.
 
     Args:
       settings: the config's `grpo` section.
@@ -147,7 +148,7 @@ def importance_weight(kind: ImportanceCorrection, gap: Array, bound: float) -> A
     """ρ = π_trainer / π_sampler of each token, truncated at a bound or 0 where masked.
 
     Args:
-      kind: `truncate` (truncated importance sampling) or `mask` (0 outside [1/bound, bound]).
+      kind: `truncate` (truncated importance sampling, Ionides 2008) or `mask` (0 outside [1/bound, bound]).
       gap: float32 log π_trainer - log π_sampler.
       bound: at least 1.
     """
@@ -155,6 +156,10 @@ def importance_weight(kind: ImportanceCorrection, gap: Array, bound: float) -> A
     if kind == "truncate":
         return jnp.minimum(ratio, bound)
     return jnp.where((ratio >= 1.0 / bound) & (ratio <= bound), ratio, 0.0)
+
+
+# The estimators k1, k2 and k3 of KL(π, π_ref) are those of Schulman, "Approximating KL Divergence"
+# (joschu.net/blog/kl-approx.html, 2020). The clips keep exponentials and gradients finite.
 
 
 def k1_kl(logprob: Array, reference: Array) -> Array:

@@ -13,7 +13,7 @@ from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
 from spatial_ssrl_jax.rollout.engine import Rollout
 
-Entry = TypeVar("Entry")
+Element = TypeVar("Element")
 
 
 def zero_variance_groups(scored: ScoredRollout) -> np.ndarray:
@@ -74,7 +74,7 @@ def replace_groups(
         merged[replaced] = np.asarray(new)[rows]
         return merged
 
-    def put_list(old: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
+    def put_list(old: Sequence[Element], new: Sequence[Element]) -> list[Element]:
         merged = list(old)
         for index, row in zip(replaced, rows, strict=True):
             merged[index] = new[row]

@@ -13,7 +13,7 @@ from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.tasks import TASKS
 
 Metrics = dict[str, float]
-Rows = dict[str, np.ndarray]
+Columns = dict[str, np.ndarray]
 _REWARDS = ("overall", "accuracy", "format")
 
 
@@ -34,7 +34,7 @@ class ScoredRollout:
     advantage: np.ndarray
 
 
-def prompt_rows(batch: Batch) -> Rows:
+def prompt_rows(batch: Batch) -> Columns:
     """What the metrics need of each prompt; arrays with [b] rows."""
     return {
         "index": batch.index,
@@ -43,7 +43,7 @@ def prompt_rows(batch: Batch) -> Rows:
     }
 
 
-def rollout_rows(items: Sequence[Item], scored: ScoredRollout) -> Rows:
+def rollout_rows(items: Sequence[Item], scored: ScoredRollout) -> Columns:
     """What the metrics need of each group; arrays [b] and [b, G]."""
     numbers = {task.name: i for i, task in enumerate(TASKS)}
     rewards = {
@@ -58,14 +58,14 @@ def rollout_rows(items: Sequence[Item], scored: ScoredRollout) -> Rows:
     }
 
 
-def gather_ordered(rows: Rows) -> Rows:
+def gather_ordered(rows: Columns) -> Columns:
     """The rows of every process in the order of the step, whatever the number of processes."""
     rows = all_gather(rows)
     order = np.argsort(rows["index"])
     return {name: value[order] for name, value in rows.items()}
 
 
-def prompt_metrics(rows: Rows) -> Metrics:
+def prompt_metrics(rows: Columns) -> Metrics:
     """How long the prompts are, and how many records gave none."""
     length, dropped = rows["prompt_length"], float(rows["dropped"].sum())
     return {
@@ -75,7 +75,7 @@ def prompt_metrics(rows: Rows) -> Metrics:
     }
 
 
-def rollout_metrics(rows: Rows) -> Metrics:
+def rollout_metrics(rows: Columns) -> Metrics:
     """Rewards, advantages and lengths of a step, over all and per task."""
     metrics: Metrics = {}
     for name in _REWARDS:

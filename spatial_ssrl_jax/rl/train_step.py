@@ -37,7 +37,7 @@ class TrainState(Generic[Leaf]):
 
     trained: Params
     frozen: Params
-    opt_state: Any
+    opt_state: optax.OptState
     updates: Leaf
     skipped: Leaf
 
@@ -80,7 +80,7 @@ def initial_train_state(
     like = abstract_train_state(optimizer, trained, frozen)
     rest = (like.opt_state, like.updates, like.skipped)
 
-    def zeros(trained: Params) -> tuple[Any, Array, Array]:
+    def zeros(trained: Params) -> tuple[optax.OptState, Array, Array]:
         return optimizer.init(trained), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
 
     program = jax.jit(zeros, out_shardings=jax.tree.map(lambda x: x.sharding, rest))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from spatial_ssrl_jax.config.schema import StageSettings
-from spatial_ssrl_jax.qwen_vl.lora import NO_LORA, WEIGHTS, LoraSettings
+from spatial_ssrl_jax.qwen_vl.lora import ADAPTER_LEAVES, NO_LORA, LoraSettings
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, part_of, select_params
 
 Weight = Array | jax.ShapeDtypeStruct
@@ -33,7 +33,7 @@ class Trainable:
     def __call__(self, path: str) -> bool:
         """Whether the weight at `path` trains."""
         if self.lora.rank:
-            return path.rsplit("/", 1)[-1] in WEIGHTS
+            return path.rsplit("/", 1)[-1] in ADAPTER_LEAVES
         return part_of(path) not in self.freeze
 
     def split(self, params: Params, dtype: str) -> tuple[Params, Params]:

@@ -1,8 +1,8 @@
 """The types that all pretext tasks share: an example, a task and its settings, a rejection."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -52,6 +52,8 @@ def single_image(size: Size) -> list[Size]:
 
 class TaskSettings(Protocol):
     """Settings of a task: a frozen dataclass with at least its weight."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def weight(self) -> float:

@@ -20,7 +20,8 @@ from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.data.split import RecordSplit, split_records
 from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark
-from spatial_ssrl_jax.eval.heldout import HeldoutEval, HeldoutTable, heldout_items, task_datasets
+from spatial_ssrl_jax.eval.heldout import HeldoutEval, HeldoutTable
+from spatial_ssrl_jax.eval.heldout_items import heldout_items, task_datasets
 from spatial_ssrl_jax.monitoring.metrics import MetricsWriter
 from spatial_ssrl_jax.monitoring.process_stats import CompilationCounter
 from spatial_ssrl_jax.monitoring.progress import Progress

@@ -14,7 +14,7 @@ from spatial_ssrl_jax.common.paths import check_bucket, in_bucket, list_tree, us
 from spatial_ssrl_jax.common.text import byte_size
 from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings, StageSettings
 from spatial_ssrl_jax.data.pipeline import Batch
-from spatial_ssrl_jax.eval.heldout import heldout_items
+from spatial_ssrl_jax.eval.heldout_items import heldout_items
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.parallel.sharding import shard_bytes
 from spatial_ssrl_jax.perf.device_specs import device_memory_bytes
@@ -179,7 +179,7 @@ def _memory(
     reference = 0
     if isinstance(settings, GrpoSettings):
         tokens = max(tokens, config.rollout.batch_prompts * (prompt + settings.group_size * limit))
-        if settings.kl_coef and not settings.lora.rank:
+        if settings.copies_reference:
             reference = shard_bytes(state.trained, size)
     return {
         "weights": shard_bytes(state.trained) + shard_bytes(state.frozen),

@@ -18,7 +18,7 @@ from spatial_ssrl_jax.monitoring.rollout_samples import FOLDER, read_rollouts
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.trainer.curves import COLOURS, figure, legend
 
-Rows = list[dict[str, Any]]
+MetricRows = list[dict[str, Any]]
 
 _FILES = 12  # files of rollout samples on the page, spread over the run
 _CURVES = (  # title, and the metrics drawn together; * stands for every task or benchmark
@@ -90,7 +90,7 @@ def warnings(rows: list[dict[str, Any]]) -> list[str]:
         return []
     found, late = [], grpo[-5:]
 
-    def mean(name: str, steps: Rows) -> float:
+    def mean(name: str, steps: MetricRows) -> float:
         values = [r[name] for r in steps if r.get(name) is not None]
         return sum(values) / len(values) if values else 0.0
 
@@ -131,7 +131,7 @@ def _label(stage: str) -> str:
     return _LABELS.get(stage, stage)
 
 
-def _summary(config: dict[str, Any], rows: Rows) -> str:
+def _summary(config: dict[str, Any], rows: MetricRows) -> str:
     """The model, its data, the progress, and the time of the newest step."""
     trained = [name for name, task in config["tasks"].items() if task["weight"] > 0]
     model = config["model"]["path"] + (" from scratch" if config["model"]["from_scratch"] else "")
@@ -145,7 +145,7 @@ def _summary(config: dict[str, Any], rows: Rows) -> str:
     return f'<p>{html.escape(text)}</p><p class="soft">{where}</p>'
 
 
-def _tiles(rows: Rows) -> str:
+def _tiles(rows: MetricRows) -> str:
     if not rows:
         return ""
     cells = []
@@ -157,7 +157,7 @@ def _tiles(rows: Rows) -> str:
     return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
-def _curves(rows: Rows) -> list[str]:
+def _curves(rows: MetricRows) -> list[str]:
     starts: dict[str, int] = {}
     for row in rows:
         starts.setdefault(_label(row["stage"]), row["step"])
@@ -173,7 +173,7 @@ def _curves(rows: Rows) -> list[str]:
     return figures
 
 
-def _expanded(names: dict[str, str], rows: Rows) -> dict[str, str]:
+def _expanded(names: dict[str, str], rows: MetricRows) -> dict[str, str]:
     """Metrics by label, with * replaced by each task or benchmark in the rows."""
     found = {}
     for label, key in names.items():
@@ -184,7 +184,7 @@ def _expanded(names: dict[str, str], rows: Rows) -> dict[str, str]:
     return found
 
 
-def _timing(rows: Rows) -> str:
+def _timing(rows: MetricRows) -> str:
     """The seconds of each phase of a step, as the mean of the last ten GRPO steps."""
     late = [r for r in rows if r.get("perf/rollout_seconds") is not None][-10:]
     if not late:
@@ -206,7 +206,7 @@ def _timing(rows: Rows) -> str:
     )
 
 
-def _heldout(rows: Rows) -> str:
+def _heldout(rows: MetricRows) -> str:
     """The newest held-out metrics of each stage, one line for each task."""
     measured = [row for row in rows if any(k.startswith("heldout/") for k in row)]
     newest = {row["stage"] if row["step"] else "untrained": row for row in measured}
@@ -228,7 +228,7 @@ def _heldout(rows: Rows) -> str:
     return f"<h2>Held-out images</h2>{table(head, lines)}"
 
 
-def _benchmark(rows: Rows) -> str:
+def _benchmark(rows: MetricRows) -> str:
     """The newest score of each stage and the best one, one line each."""
     name = next((k for row in rows for k in row if re.fullmatch(r"benchmark/\w+/score", k)), None)
     if name is None:
@@ -248,7 +248,7 @@ def _benchmark(rows: Rows) -> str:
     return f"<h2>{html.escape(SPECS[name.split('/')[1]].title)}</h2>{table(('', 'score'), lines)}"
 
 
-def _rollouts(workdir: epath.Path, rows: Rows) -> str:
+def _rollouts(workdir: epath.Path, rows: MetricRows) -> str:
     if not rows:
         return ""
     choices = {

@@ -1,12 +1,10 @@
 """Prompts: the chat text, image tokens, patches and padding, and what is refused."""
 
-import importlib
 import json
 import shutil
 
 import numpy as np
 import pytest
-import transformers
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.batching import pad_prompts, pad_responses, smallest_bucket
@@ -291,17 +289,6 @@ def test_responses_end_with_the_end_token(processor, config):
     ids = processor.encode_response("<think>left</think> \\boxed{2}")
     assert ids.dtype == np.int32 and ids[-1] == config.eos_token_id
     assert processor.decode(ids) == "<think>left</think> \\boxed{2}"
-
-
-def test_transformers_has_the_image_processor():
-    """`Qwen2VLImageProcessorPil` and `smart_resize` are not exported by `transformers` itself."""
-    module = "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl"
-    names = ("Qwen2VLImageProcessorPil", "smart_resize")
-    try:
-        missing = [name for name in names if not hasattr(importlib.import_module(module), name)]
-    except ImportError as error:
-        pytest.fail(f"Transformers {transformers.__version__} has no module {module}: {error}")
-    assert not missing, f"Transformers {transformers.__version__}: {module} has no {missing}"
 
 
 def test_buckets():

@@ -15,7 +15,12 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings, merge_adapters
 from spatial_ssrl_jax.qwen_vl.model import init_adapters
 from spatial_ssrl_jax.qwen_vl.param_tree import merge_params
-from spatial_ssrl_jax.qwen_vl.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
+from spatial_ssrl_jax.qwen_vl.peft import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    read_adapter,
+    write_adapter,
+)
 
 LORA = LoraSettings(rank=3, alpha=12.0, targets=("language", "vision.qkv", "merger"))
 PREFIX = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
@@ -37,13 +42,13 @@ def folder(toy, tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, **changes) -> None:
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def rename(folder: Path, change) -> None:
-    tensors = {change(name): x for name, x in load_file(folder / WEIGHTS).items()}
-    save_file({name: x for name, x in tensors.items() if name}, folder / WEIGHTS)
+    tensors = {change(name): x for name, x in load_file(folder / ADAPTER_FILE).items()}
+    save_file({name: x for name, x in tensors.items() if name}, folder / ADAPTER_FILE)
 
 
 def assert_same(ours, theirs) -> None:
@@ -62,7 +67,7 @@ def test_there_and_back_is_bit_exact(toy, tmp_path: Path, dtype: str):
 
 
 def test_names_and_shapes_are_those_of_peft(toy, folder: Path):
-    tensors, adapters = load_file(folder / WEIGHTS), draw(toy.config)
+    tensors, adapters = load_file(folder / ADAPTER_FILE), draw(toy.config)
     width = toy.config.text.hidden_size
     assert tensors[f"{PREFIX}.lora_A.weight"].shape == (3, width)
     assert tensors[f"{PREFIX}.lora_B.weight"].shape == (width, 3)
@@ -70,7 +75,7 @@ def test_names_and_shapes_are_those_of_peft(toy, folder: Path):
     np.testing.assert_array_equal(
         o[2], adapters["text"]["layers"]["o"]["lora_a"][0, ..., 2].ravel()
     )
-    settings = json.loads((folder / CONFIG).read_text())
+    settings = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
     assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (3, 12.0, "LORA")
     assert settings["base_model_name_or_path"] == "some/base"
 
@@ -125,7 +130,7 @@ def test_a_tensor_that_is_missing_or_of_another_base_is_named(toy, folder: Path)
 def test_a_folder_without_an_adapter_and_a_broken_file_are_named(toy, folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match="adapter_config.json is missing"):
         read_adapter(tmp_path / "nowhere", toy.config)
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
+    (folder / ADAPTER_FILE).write_bytes((folder / ADAPTER_FILE).read_bytes()[:100])
     with pytest.raises(UserError, match="adapter_model.safetensors cannot be read"):
         read_adapter(folder, toy.config)
 

@@ -102,7 +102,9 @@ def test_waves_of_like_length_draw_the_same_tokens(toy):
     ]  # fmt: skip
     batch = Batch(items(4), pad_prompts(prompts, (32,), (4,)), np.array([4, 2, 9, 7], np.int32))
     engine = Engine(toy.config, Compute(attention_chunk=16), STOPS, 4, 4)
-    grpo = make_grpo(replace(SETTINGS, group_size=3), ROLLOUT, Buckets((8, 32), (0, 4), (8,)), engine)
+    grpo = make_grpo(
+        replace(SETTINGS, group_size=3), ROLLOUT, Buckets((8, 32), (0, 4), (8,)), engine
+    )
     key, seen = jax.random.key(3), []
 
     class Watched:

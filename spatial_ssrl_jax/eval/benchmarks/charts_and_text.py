@@ -138,7 +138,7 @@ def _parse_chart(row: QuestionRow) -> Question:
 
 
 def ask_chart(question: Question, style: Style) -> BenchmarkPrompt:
-    text = prompts.in_style(question.text + prompts.CHARTQA, style)
+    text = prompts.in_style(question.text + prompts.CHARTQA_PROMPT, style)
     return BenchmarkPrompt(text, question.images)
 
 

@@ -21,13 +21,13 @@ OPTIONS = "Options:\n"
 OPTION = "{letter}. {text}\n"
 SELECT = "Please select the correct answer from the options above. \n"
 
-CHARTQA = "\nAnswer the question using a single word or phrase."
+CHARTQA_PROMPT = "\nAnswer the question using a single word or phrase."
 
 # Spatial457 and the formulas of OCRBench, which are too long for a box.
 DIRECTLY = "Please directly give the answer."
 
-WHATSUP = "Based on the image, choose the correct option from the list below."
-WHATSUP_DIRECT = f"{WHATSUP} Only respond the corresponding letter (e.g., C).\n\n"
+WHATSUP_PROMPT = "Based on the image, choose the correct option from the list below."
+WHATSUP_DIRECT = f"{WHATSUP_PROMPT} Only respond the corresponding letter (e.g., C).\n\n"
 WHATSUP_OPTION = "{letter}: {text}"
 
 VIEWSPATIAL_DIRECT = "\nReply only to the corresponding option.\nAnswer:"
@@ -50,7 +50,7 @@ QSPATIAL_REASONING = (
     "or object parts in the image."
 )
 
-SPATIAL457 = (
+SPATIAL457_PROMPT = (
     "You are an intelligent chatbot designed to answer questions based on an image. Your task is "
     "to analyze the images, identify attributes of {what}, and then determine the answer to the "
     "question.\n"

@@ -86,7 +86,7 @@ def ask(question: Question, style: Style) -> BenchmarkPrompt:
         text = prompts.followed_by(question.text, prompts.DIRECTLY)
         return BenchmarkPrompt(text, question.images)
     what = prompts.SPATIAL457_LEVELS[question.category]
-    text = f"{prompts.SPATIAL457.format(what=what)}<image>{question.text}"
+    text = f"{prompts.SPATIAL457_PROMPT.format(what=what)}<image>{question.text}"
     text += prompts.SPATIAL457_STEPS
     text += prompts.SPATIAL457_JSON if style == "own" else FORMAT_PROMPT
     return BenchmarkPrompt(text, question.images)

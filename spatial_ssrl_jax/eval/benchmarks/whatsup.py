@@ -47,7 +47,8 @@ def ask(question: Question, style: Style) -> BenchmarkPrompt:
     )
     if style == "direct":
         return BenchmarkPrompt(prompts.WHATSUP_DIRECT + captions, question.images)
-    return BenchmarkPrompt(f"{prompts.WHATSUP}\n\n{captions}\n{FORMAT_PROMPT}", question.images)
+    text = f"{prompts.WHATSUP_PROMPT}\n\n{captions}\n{FORMAT_PROMPT}"
+    return BenchmarkPrompt(text, question.images)
 
 
 WHATSUP = BenchmarkSpec(

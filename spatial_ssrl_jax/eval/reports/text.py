@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from spatial_ssrl_jax.eval.benchmarks.pretext import CHANCE
 from spatial_ssrl_jax.eval.benchmarks.registry import SCORED
-from spatial_ssrl_jax.eval.scoring.published import VARIANT, comparable, published, table
+from spatial_ssrl_jax.eval.scoring.published import VARIANT, comparable, published, published_table
 from spatial_ssrl_jax.eval.scoring.scores import Scores
 
 
@@ -19,7 +19,7 @@ def print_scores(found: Sequence[Scores], several: bool, as_json: bool) -> None:
     elif found:
         titles = {name: spec.title for name, spec in SCORED.items()}
         ours = {scores.benchmark: comparable(scores) for scores in found}
-        print("\n".join([*map(_headline, found), "", table(ours, titles)]))
+        print("\n".join([*map(_headline, found), "", published_table(ours, titles)]))
 
 
 def _headline(scores: Scores) -> str:

@@ -96,7 +96,7 @@ def blocks(ours: Mapping[str, float], titles: Mapping[str, str]) -> list[list[tu
     ]
 
 
-def table(ours: Mapping[str, float], titles: Mapping[str, str]) -> str:
+def published_table(ours: Mapping[str, float], titles: Mapping[str, str]) -> str:
     """`blocks` as text, aligned."""
     texts = []
     for lines in blocks(ours, titles):

@@ -1,0 +1,94 @@
+"""The held-out items of the pretext tasks: of a run's evaluation, and as a benchmark."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import grain
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data.items import Item, item_dataset
+from spatial_ssrl_jax.data.processor import Processor, PromptSize
+from spatial_ssrl_jax.data.sources import AnySource
+from spatial_ssrl_jax.data.split import split_records
+from spatial_ssrl_jax.eval.benchmarks.pretext import PRETEXT, question_of
+from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark
+from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.tasks.example import TaskSettings
+
+
+def task_datasets(
+    source: AnySource,
+    pool: Sequence[int],
+    tasks: Mapping[str, TaskSettings],
+    processor: Processor,
+    seed: int,
+    limit: PromptSize | None = None,
+) -> dict[str, grain.MapDataset]:
+    """A dataset of each task alone, over the records `pool` of a source; see `item_dataset`.
+
+    Tasks that need depth are left out where the source has none; an empty pool gives no dataset.
+    """
+    datasets = {}
+    for task in TASKS if pool else ():
+        if task.needs_depth and not source.has_depth:
+            continue
+        alone = {name: replace(s, weight=float(name == task.name)) for name, s in tasks.items()}
+        datasets[task.name] = item_dataset(source, pool, alone, processor, seed, limit)
+    return datasets
+
+
+def open_pretext(
+    source: AnySource, processor: Processor, count: int, heldout_fraction: float, seed: int
+) -> Benchmark:
+    """The tasks as a benchmark: the held-out questions of a training run with these settings,
+    where its buckets hold them all.
+
+    Args:
+      source: of images or of questions.
+      processor: measures prompts.
+      count: questions a task.
+      heldout_fraction: of the images; the same as in the run.
+      seed: of the run.
+
+    Raises:
+      UserError: its held-out images give no question.
+    """
+    pool = split_records(source, heldout_fraction).heldout
+    datasets = task_datasets(source, pool, Config("pretext").tasks, processor, seed + 1)
+    questions, left_out = [], []
+    for task, items in datasets.items():
+        try:
+            examples = [item.example for item in _first(items, count)]
+        except UserError as error:
+            left_out.append(f"{task}: {error}")
+            continue
+        questions += [question_of(example, number) for number, example in enumerate(examples)]
+    if not questions:
+        reason = left_out[0] if left_out else "none is held out"
+        raise UserError(
+            f"the held-out images of {source.spec} give no question ({reason.rstrip('.')}): use "
+            "another --source, or raise --heldout-fraction."
+        )
+    return Benchmark(PRETEXT, tuple(questions), tuple(left_out))
+
+
+def heldout_items(
+    datasets: dict[str, grain.MapDataset], count: int, say: Callable[[str], None]
+) -> dict[str, list[Item]]:
+    """The first `count` items of each task's held-out stream.
+
+    A task for which the held-out images give no example is left out, and `say` receives why.
+    """
+    found = {}
+    for task, items in datasets.items():
+        try:
+            found[task] = _first(items, count)
+        except UserError as error:
+            say(f"no held-out scores of {task}: {error}")
+    return found
+
+
+def _first(items: grain.MapDataset[Item], count: int) -> list[Item]:
+    """The first `count` items of an endless stream, none of which is empty."""
+    return [item for i in range(count) if (item := items[i]) is not None]
