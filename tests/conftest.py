@@ -22,7 +22,12 @@ from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
 from spatial_ssrl_jax.qwen_vl.family import config_to_dict
 from spatial_ssrl_jax.qwen_vl.inputs import Grid, merged_tokens
 from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params
-from spatial_ssrl_jax.qwen_vl.qwen2_5 import Qwen2_5VisionConfig, lay_out_windows, mrope_positions
+from spatial_ssrl_jax.qwen_vl.qwen2_5 import (
+    MODEL_TYPE,
+    Qwen2_5VisionConfig,
+    lay_out_windows,
+    mrope_positions,
+)
 from tests.helpers.fake_storage import Storage
 
 pytest_plugins = ["tests.helpers.toy_runs"]
@@ -150,6 +155,7 @@ class Toy:
 @pytest.fixture(scope="session")
 def toy() -> Toy:
     config = QwenVLConfig(
+        model_type=MODEL_TYPE,
         text=TextConfig(
             **SMALL_TEXT
             | dict(vocab_size=700, hidden_size=48, intermediate_size=64, mrope_section=(2, 2, 2))

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
 from spatial_ssrl_jax.qwen_vl.family import config_to_dict
-from spatial_ssrl_jax.qwen_vl.qwen2_5 import Qwen2_5VisionConfig
+from spatial_ssrl_jax.qwen_vl.qwen2_5 import MODEL_TYPE, Qwen2_5VisionConfig
 from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Reject
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
@@ -68,6 +68,7 @@ def tiny_config(tokens: int) -> QwenVLConfig:
     """A Qwen2.5-VL of 3,577,792 parameters whose special tokens end a vocabulary of `tokens`."""
     ids = {name: tokens - len(SPECIAL) + i for i, name in enumerate(SPECIAL)}
     return QwenVLConfig(
+        model_type=MODEL_TYPE,
         text=TextConfig(
             vocab_size=tokens,
             hidden_size=128,

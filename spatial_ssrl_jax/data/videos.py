@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 from spatial_ssrl_jax.common.text import error_line
 
-FPS, MAX_FRAMES = 2.0, 768  # Qwen2.5-VL's own: frames a second, and the most frames
+FPS, MAX_FRAMES = 2.0, 768  # the processor's defaults: frames a second, and the most frames
 _MIN_FRAMES, _FRAMES_PER_PATCH = 4, 2
 _UNKNOWN_RATE = 24.0
 
@@ -35,7 +35,7 @@ class Video:
 
 
 def sample_frame_indices(total: int, native: float, fps: float, max_frames: int) -> np.ndarray:
-    """Indices of the frames to sample, as Qwen2.5-VL's processor does: evenly, an even number.
+    """Indices of the frames to sample, as the Hub's processor does: evenly, an even number.
 
     Args:
       total: frames in the file.

@@ -36,11 +36,11 @@ class VisionConfig:
     intermediate_size: int
     num_heads: int
     out_hidden_size: int
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    window_size: int = 112
-    in_channels: int = 3
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    window_size: int
+    in_channels: int
 
     @property
     def head_dim(self) -> int:
@@ -81,16 +81,16 @@ class QwenVLConfig:
       suppressed: further token ids that are never sampled.
     """
 
+    model_type: str
     text: TextConfig
     vision: VisionConfig
     tie_word_embeddings: bool
-    model_type: str = "qwen2_5_vl"
-    image_token_id: int = 151_655
-    video_token_id: int = 151_656
-    vision_start_token_id: int = 151_652
-    vision_end_token_id: int = 151_653
-    bos_token_id: int = 151_643
-    eos_token_id: int = 151_645
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    bos_token_id: int
+    eos_token_id: int
     suppressed: tuple[int, ...] = ()
 
     @property

@@ -87,7 +87,7 @@ def read_config(folder: Path) -> QwenVLConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: --model needs a folder with the files of Qwen2.5-VL on the Hub."
+            f"{path} is missing: --model needs a folder with the files that a model has on the Hub."
         )
     try:
         raw = json.loads(path.read_text())

@@ -24,17 +24,30 @@ from spatial_ssrl_jax.qwen_vl.layers import GatedMLP, Init, Linear, RMSNorm, sca
 from spatial_ssrl_jax.qwen_vl.rope import Rotary, rotate, vision_rotary
 
 MODEL_TYPE = "qwen2_5_vl"
+TOKEN_IDS = {  # of the Hub's models, for a config.json without them
+    "image_token_id": 151_655,
+    "video_token_id": 151_656,
+    "vision_start_token_id": 151_652,
+    "vision_end_token_id": 151_653,
+    "bos_token_id": 151_643,
+    "eos_token_id": 151_645,
+}
 
 
 @dataclass(frozen=True)
 class Qwen2_5VisionConfig(VisionConfig):
-    """Qwen2.5-VL's vision tower.
+    """Qwen2.5-VL's vision tower; the defaults are the Hub's.
 
     Attributes:
       fullatt_block_indexes: blocks in which patches see their whole image.
       tokens_per_second: positions that a second of a video takes.
     """
 
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    in_channels: int = 3
     fullatt_block_indexes: tuple[int, ...] = ()
     tokens_per_second: float = 2
 
@@ -65,14 +78,6 @@ _VISION_KEYS = (
     "window_size",
     "tokens_per_second",
 )
-_TOKEN_KEYS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
 
 
 def config_from_dict(raw: dict[str, Any], name: str) -> QwenVLConfig:
@@ -82,8 +87,9 @@ def config_from_dict(raw: dict[str, Any], name: str) -> QwenVLConfig:
         vision = raw.get("vision_config", {})
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _refuse_variants(text, vision, rope, name)
-        tokens = {k: text.get(k, raw.get(k)) for k in _TOKEN_KEYS}
-        config = QwenVLConfig(
+        tokens = {k: text.get(k, raw.get(k)) for k in TOKEN_IDS}
+        known = {k: _token(value) for k, value in tokens.items() if value is not None}
+        return QwenVLConfig(
             model_type=MODEL_TYPE,
             text=TextConfig(
                 **{k: text[k] for k in _TEXT_KEYS},
@@ -98,9 +104,8 @@ def config_from_dict(raw: dict[str, Any], name: str) -> QwenVLConfig:
             tie_word_embeddings=bool(
                 raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
             ),
+            **(TOKEN_IDS | known),
         )
-        known = {k: _token(value) for k, value in tokens.items() if value is not None}
-        return dataclasses.replace(config, **known)
     except KeyError as error:
         raise UserError(
             f"{name} lacks the key {error}; expected Qwen2.5-VL's config.json: fetch it again."
@@ -157,7 +162,7 @@ def config_to_dict(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
         "sliding_window": 32768,
         "use_sliding_window": False,
         "use_cache": True,
-        **{k: getattr(config, k) for k in _TOKEN_KEYS},
+        **{k: getattr(config, k) for k in TOKEN_IDS},
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
         "vision_config": {

@@ -148,7 +148,8 @@ def importance_weight(kind: ImportanceCorrection, gap: Array, bound: float) -> A
     """ρ = π_trainer / π_sampler of each token, truncated at a bound or 0 where masked.
 
     Args:
-      kind: `truncate` (truncated importance sampling, Ionides 2008) or `mask` (0 outside [1/bound, bound]).
+      kind: `truncate` (truncated importance sampling, Ionides 2008), or `mask` (0 outside
+        [1/bound, bound]).
       gap: float32 log π_trainer - log π_sampler.
       bound: at least 1.
     """

@@ -18,7 +18,8 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
-from tests.conftest import random_params
+from spatial_ssrl_jax.qwen_vl.model import abstract_params
+from tests.conftest import ROOT, random_params
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,15 @@ def test_initial_weights_follow_the_seed(toy, layout: Layout):
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
     assert any(not np.array_equal(a, b) for a, b in pairs)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(first))
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "configs/tiny.py", "spatial_ssrl_jax/assets/make_tiny.py"]
+)
+def test_pages_give_the_tiny_models_size(page: str):
+    sizes = jax.tree.leaves(abstract_params(open_model("tiny").config))
+    count = sum(leaf.size for leaf in sizes)
+    assert f"{count:,}" in (ROOT / page).read_text()
 
 
 def test_an_export_opens_with_the_same_weights_and_files(exported: Path, layout: Layout, params):

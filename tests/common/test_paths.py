@@ -29,7 +29,7 @@ def test_an_absent_or_empty_folder_is_free(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_is_there_goes_only_with_overwrite(tmp_path: Path, kind: str):
+def test_an_existing_path_is_replaced_only_with_overwrite(tmp_path: Path, kind: str):
     target = tmp_path / "out"
     if kind == "folder":
         target.mkdir()
@@ -94,7 +94,7 @@ def test_a_folder_in_a_bucket_is_replaced_and_config_comes_last(bucket: Storage)
     assert len(bucket.names("bucket")) == 3
 
 
-def test_a_folder_in_a_bucket_goes_only_with_overwrite(bucket: Storage):
+def test_a_folder_in_a_bucket_is_replaced_only_with_overwrite(bucket: Storage):
     folder = user_path("gs://bucket/run")
     check_output_folder(folder, False)
     write_atomic(folder / "a.txt", "mine")

@@ -84,7 +84,7 @@ def test_sampled_frames(total, native, fps, max_frames, expected):
     assert sample_frame_indices(total, native, fps, max_frames).tolist() == expected
 
 
-def test_a_video_cut_short_is_named(film):
+def test_a_truncated_video_is_named(film):
     path = film("cut.avi", frames=40)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(BadImage, match=r"cut\.avi: is truncated \(\d+ of 40 frames\)"):

@@ -151,7 +151,7 @@ def test_every_format_is_read(name: str, tmp_path: Path):
             assert image.open().shape == (30, 40, 3)
 
 
-def test_each_image_is_its_rows_own(tmp_path: Path):
+def test_each_row_has_its_own_image(tmp_path: Path):
     blink = open_benchmark("blink", files.write_blink(tmp_path)).questions
     assert [[files.seed_of(p.open()) for p in q.images] for q in blink] == [
         [0, 100],

@@ -10,12 +10,18 @@ from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
-from spatial_ssrl_jax.qwen_vl.qwen2_5 import Qwen2_5VisionConfig, lay_out_windows, mrope_positions
+from spatial_ssrl_jax.qwen_vl.qwen2_5 import (
+    MODEL_TYPE,
+    Qwen2_5VisionConfig,
+    lay_out_windows,
+    mrope_positions,
+)
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.rl.sft import PackedStep, pack_step
 from tests.conftest import SMALL_TEXT, SMALL_VISION, random_params
 
 CONFIG = QwenVLConfig(
+    model_type=MODEL_TYPE,
     text=TextConfig(vocab_size=96, **SMALL_TEXT),
     vision=Qwen2_5VisionConfig(**SMALL_VISION),
     tie_word_embeddings=True,

@@ -74,7 +74,7 @@ def test_frozen_parts_stay_and_the_others_have_their_own_gradient(
             assert weight.tobytes() == before[path].tobytes(), path
 
 
-def test_an_adapters_gradient_is_that_of_its_kernel_seen_through_it(
+def test_an_adapters_gradient_is_its_kernels_by_the_chain_rule(
     small_params, packed_batch, gradients, adapted
 ):
     before, state, _ = stepped(LORA, adapted, packed_batch, optax.sgd(1.0))
@@ -125,7 +125,7 @@ def test_what_is_frozen_is_kept_in_the_compute_dtype(adapted):
     assert flat_paths(merge_params(trained, frozen)) == flat_paths(adapted)
 
 
-def test_frozen_weights_are_not_given_away(small_params, packed_batch):
+def test_frozen_weights_are_not_donated(small_params, packed_batch):
     """The KL's reference shares them."""
     trained, frozen = Trainable(("vision", "language")).split(small_params, "float32")
     frozen = jax.tree.map(jnp.array, frozen)
@@ -135,7 +135,7 @@ def test_frozen_weights_are_not_given_away(small_params, packed_batch):
     assert all(x.is_deleted() for x in jax.tree.leaves(state.trained))
 
 
-def test_places_are_the_same_however_they_are_said():
+def test_equivalent_shardings_are_normalised_to_one():
     """An optimizer step gives back `P()` for `P(None, None)`: gradients were compiled twice."""
     mesh = AbstractMesh((2, 2), ("fsdp", "tensor"))
 
@@ -148,7 +148,7 @@ def test_places_are_the_same_however_they_are_said():
     assert param_shardings(placed(None, "fsdp")) != param_shardings(placed("fsdp"))
 
 
-def test_gradients_are_cut_between_slices_too(monkeypatch: pytest.MonkeyPatch):
+def test_gradients_are_sharded_over_slices_too(monkeypatch: pytest.MonkeyPatch):
     """Where that divides; the parts stay where their weight's are."""
 
     def placed(data: int, *axes: str | None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -192,10 +192,29 @@ def test_the_visions_learning_rate_scales_its_decay_too(small_params):
         np.testing.assert_allclose(changes[1][path], factor * change, rtol=1e-6)
 
 
-def test_moments_lie_where_their_weights_lie():
+def test_moments_are_sharded_as_their_weights():
     mesh = AbstractMesh((4,), ("fsdp",))
     cut, whole = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
     weight = jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=cut)
     state = abstract_train_state(optax.adamw(1e-3), {"kernel": weight}, {})
     placed = {x.shape: x.sharding for x in jax.tree.leaves(state)}
     assert placed == {(8, 3): cut, (): whole}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GrpoSettings(freeze=("vision",)),
+        GrpoSettings(freeze=("language", "merger")),
+        GrpoSettings(lora=LORA.lora),
+        GrpoSettings(lora=LoraSettings(rank=2, targets=("language.q",))),
+    ],
+    ids=["vision", "language+merger", "lora", "lora of q"],
+)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_stage_trains_the_parts_that_its_settings_name(small_params, settings, part: str):
+    adapters = {}
+    if settings.lora.rank:
+        adapters = init_adapters(CONFIG, settings.lora, jax.random.key(1))
+    trained = filter(Trainable.of(settings), flat(merge_params(small_params, adapters)))
+    assert settings.trains(part) == any(part_of(path) == part for path in trained)

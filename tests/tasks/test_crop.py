@@ -77,7 +77,7 @@ def test_box_and_options(height, width, seed):
             assert apart.mean() > 1.5
 
 
-def test_letters_places_and_distractors_are_even():
+def test_letters_positions_and_distractors_are_uniform():
     small, draws = record(2, 64, 80), 5000
     letters, wrong, positions = Counter(), Counter(), Counter()
     for seed in range(draws):

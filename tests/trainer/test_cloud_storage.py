@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_an_unfinished_one_goes(bucket: 
     again.close()
 
 
-def test_figures_lie_in_parts_and_a_restart_cuts_them(bucket: Storage):
+def test_metrics_are_in_parts_and_a_resume_truncates_them(bucket: Storage):
     for steps, resume in ((range(96, 106), 0), (range(103, 105), 102)):
         writer = MetricsWriter("gs://bucket/m", resume)
         for step in steps:

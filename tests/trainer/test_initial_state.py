@@ -87,7 +87,7 @@ def test_the_export_is_the_merged_model_and_the_adapter_leads_to_it(
     assert all(merged[name].tobytes() == export[name].tobytes() for name in merged)
 
 
-def test_a_run_that_stopped_goes_on_bit_for_bit(
+def test_an_interrupted_run_resumes_bit_for_bit(
     lora_config: Config, lora_run: Path, tmp_path: Path, layout: Layout
 ):
     again = tmp_path / "w"

@@ -153,7 +153,7 @@ def small(toy_config, sft: int, grpo: int, every: int) -> c.Config:
     )
 
 
-def test_two_kills_and_a_cut_checkpoint_change_nothing(toy_config, tmp_path: Path):
+def test_two_kills_and_a_truncated_checkpoint_change_nothing(toy_config, tmp_path: Path):
     config = small(toy_config, 2, 2, 1)
     kills = [Kill("saving", 2, 0.0), Kill("step", 2, 0.05)]
     met = killed_run(write_config(tmp_path, config), tmp_path / "run", kills, cuts=[2])

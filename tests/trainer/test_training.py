@@ -104,7 +104,7 @@ class StopAfter:
 
 
 @pytest.mark.parametrize(("looks", "stop"), [(2, 0), (3, 1), (4, 2), (8, 4)])
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     toy_config, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int, stop: int
 ):
     monkeypatch.setattr(training, "Preemption", StopAfter)
@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
         assert np.array_equal(ours, theirs)
 
 
-def test_another_config_does_not_go_on(toy_config, whole: Path):
+def test_another_config_does_not_resume(toy_config, whole: Path):
     changed = toy_config(
         grpo=c.GrpoSettings(steps=3, prompts=16, minibatches_per_rollout=1, micro_batch_prompts=8)
     )
