@@ -33,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
     from spatial_ssrl_jax.planning.report import lines
 
     found = plan(config, args.topology, report=partial(print, file=sys.stderr, flush=True))
-    print(json.dumps(found) if args.json else "\n".join(lines(found)))
-    return 0 if found["fits"] else 1
+    print(json.dumps(found.as_json()) if args.json else "\n".join(lines(found)))
+    return 0 if found.fits else 1
 
 
 if __name__ == "__main__":

@@ -3,9 +3,14 @@
 import argparse
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from spatial_ssrl_jax.common.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    from spatial_ssrl_jax.config.schema import Config
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,9 +48,7 @@ def main(argv: Sequence[str]) -> None:
         keep_freed_memory()
         connect(args, config.mesh.heartbeat_timeout)
         if args.check:
-            from spatial_ssrl_jax.trainer.preflight import preflight
-
-            _show(preflight(config, workdir, args.overwrite), args.json)
+            _check(config, workdir, args)
             return
 
         from spatial_ssrl_jax.trainer.training import train
@@ -53,12 +56,15 @@ def main(argv: Sequence[str]) -> None:
         train(config, workdir, args.overwrite)
 
 
-def _show(report: dict[str, Any], as_json: bool) -> None:
+def _check(config: "Config", workdir: "epath.Path", args: argparse.Namespace) -> None:
+    """Prints what `preflight` finds; its first problem is the command's error."""
     from rich.console import Console
 
+    from spatial_ssrl_jax.trainer.preflight import preflight
     from spatial_ssrl_jax.trainer.preflight_report import print_report
 
-    if as_json:
+    report = preflight(config, workdir, args.overwrite)
+    if args.json:
         print(json.dumps(report))
     else:
         print_report(report, Console())

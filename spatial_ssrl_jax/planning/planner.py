@@ -90,6 +90,43 @@ class ProgramCost:
         return own + sum(self.beside.values())
 
 
+@dataclass(frozen=True)
+class StepEstimate:
+    """The least time of a whole step, from how often it runs each program; None where unknown."""
+
+    estimated_seconds: float | None
+    tokens_per_second_per_chip: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The programs of a run on a topology.
+
+    Attributes:
+      topology: its name.
+      devices: how many it has.
+      hbm_bytes: memory of a device; None where it is not known.
+      programs: of all stages, in the order of a step.
+      step: of GRPO, or of SFT without GRPO.
+    """
+
+    topology: str
+    devices: int
+    hbm_bytes: int | None
+    programs: list[ProgramCost]
+    step: StepEstimate
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program fits."""
+        return all(cost.fits for cost in self.programs)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON types: the fields, `fits`, and `peak_bytes` of each program."""
+        programs = [asdict(cost) | {"peak_bytes": cost.peak_bytes} for cost in self.programs]
+        return asdict(self) | {"fits": self.fits, "programs": programs}
+
+
 def _without_gpu(config: Config) -> Config:
     """The run with XLA's attention in place of kernels that need the GPU to compile.
 
@@ -105,16 +142,13 @@ def _without_gpu(config: Config) -> Config:
     return replace(config, rollout=replace(config.rollout, attention="xla"))
 
 
-def plan(config: Config, topology_name: str, report: Callable[[str], None]) -> dict[str, Any]:
+def plan(config: Config, topology_name: str, report: Callable[[str], None]) -> Plan:
     """Compiles the programs of the config's stages.
 
     Args:
       config: the run; for a GPU of `GPUS`, `auto` attention is XLA's.
       topology_name: as `open_topology` takes it.
       report: called with each program that is being compiled, which takes minutes.
-
-    Returns:
-      Plain JSON types; `step` is that of GRPO, or of SFT without GRPO.
 
     Raises:
       UserError: an unknown topology, no model at its path, sizes that do not fit together, or
@@ -128,24 +162,22 @@ def plan(config: Config, topology_name: str, report: Callable[[str], None]) -> d
     planned = planned_stages(config, model, layout, check_sharding(config, model, layout))
     found = {stage.name: list(program_costs(stage, model, topology, report)) for stage in planned}
     programs, last = [cost for part in found.values() for cost in part], planned[-1]
-    return {
-        "topology": topology.name,
-        "devices": len(topology.devices),
-        "hbm_bytes": topology.spec.memory if topology.spec else None,
-        "fits": all(cost.fits for cost in programs),
-        "programs": [asdict(cost) | {"peak_bytes": cost.peak_bytes} for cost in programs],
-        "step": _step(found[last.name], last.tokens, len(topology.devices)),
-    }
+    return Plan(
+        topology=topology.name,
+        devices=len(topology.devices),
+        hbm_bytes=topology.spec.memory if topology.spec else None,
+        programs=programs,
+        step=_step(found[last.name], last.tokens, len(topology.devices)),
+    )
 
 
-def _step(programs: list[ProgramCost], tokens: int, devices: int) -> dict[str, float | None]:
-    """The stage's whole step, from how often it runs each of its programs."""
+def _step(programs: list[ProgramCost], tokens: int, devices: int) -> StepEstimate:
     whole = 0.0
     for cost in programs:
         if cost.estimated_seconds is None:
-            return {"estimated_seconds": None, "tokens_per_second_per_chip": None}
+            return StepEstimate(None, None)
         whole += cost.runs * cost.estimated_seconds
-    return {"estimated_seconds": whole, "tokens_per_second_per_chip": tokens / whole / devices}
+    return StepEstimate(whole, tokens / whole / devices)
 
 
 def program_costs(

@@ -104,6 +104,7 @@ def config_from_dict(raw: dict[str, Any], name: str) -> QwenVLConfig:
             tie_word_embeddings=bool(
                 raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
             ),
+            suppressed=(),
             **(TOKEN_IDS | known),
         )
     except KeyError as error:

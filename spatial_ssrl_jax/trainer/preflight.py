@@ -4,7 +4,7 @@ import shutil
 import statistics
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -37,6 +37,48 @@ _EXAMPLES = 32  # of SFT that each process makes
 _RECENT = 50  # steps whose median is the time of a step
 
 
+class Devices(TypedDict):
+    """The run's devices; bytes of one, None where they are not known."""
+
+    kind: str
+    count: int
+    processes: int
+    memory_bytes: int | None
+
+
+class Records(TypedDict):
+    """The source, and how many of its records train and are held out."""
+
+    spec: str
+    train: int
+    heldout: int
+
+
+class StageReport(TypedDict):
+    """A stage's steps, the tokens and bytes of one, and the bytes of its state.
+
+    SFT has `response_tokens`, GRPO `response_tokens_at_most`. `bucket` is [tokens, windows] of the
+    first prompts; `seconds_a_step` is None before the run has steps.
+    """
+
+    steps: int
+    steps_left: int
+    prompts: int
+    prompt_tokens: int
+    response_tokens: NotRequired[int]
+    response_tokens_at_most: NotRequired[int]
+    measured_prompts: int
+    bucket: list[int]
+    batch_bytes: int
+    padding_share: float
+    trained: int
+    frozen: int
+    memory_bytes_a_device: dict[str, int]
+    checkpoint_bytes: int
+    frozen_bytes: int
+    seconds_a_step: float | None
+
+
 class Disk(TypedDict):
     """Bytes of the run's checkpoints, of those present, and free; None in a bucket."""
 
@@ -45,7 +87,22 @@ class Disk(TypedDict):
     free_bytes: int | None
 
 
-def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> dict[str, Any]:
+class PreflightReport(TypedDict):
+    """What `--check --json` prints."""
+
+    workdir: str
+    steps_done: int
+    devices: Devices
+    model: str
+    source: Records
+    stages: dict[str, StageReport]
+    disk: Disk
+    seconds_left: float | None
+    notes: list[str]
+    problems: list[str]
+
+
+def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> PreflightReport:
     """Opens everything as `train` does, and measures the first prompts of each stage.
 
     Args:
@@ -54,8 +111,8 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
       overwrite: as for `train`.
 
     Returns:
-      Plain JSON types: the run's components, stages, bytes and seconds, and `problems`: sentences
-      that say why it would not complete; empty when there are none.
+      The run's components, stages, bytes and seconds, and `problems`: sentences that say why it
+      would not complete; empty when there are none.
 
     Raises:
       UserError: the run could not start.
@@ -69,13 +126,14 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     heldout_items(heldout_datasets(components), 1, notes.append)
     if not components.split.heldout:
         notes.append("no image is held out, so there are no held-out metrics")
-    stages, first = {}, 0
+    stages: dict[str, StageReport] = {}
+    first = 0
     for name, settings in (("sft", config.sft), ("grpo", config.grpo)):
         left = min(max(first + settings.steps - done, 0), settings.steps)
         first += settings.steps
         if left:
-            stages[name] = _stage_sizes(components, settings, left, notes)
-            stages[name]["seconds_a_step"] = _seconds(workdir, name) if resumes else None
+            seconds = _seconds(workdir, name) if resumes else None
+            stages[name] = _stage_report(components, settings, left, seconds, notes)
     disk = _disk(config, workdir, stages)
     limit = device_memory_bytes()
     return {
@@ -101,9 +159,13 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     }
 
 
-def _stage_sizes(
-    components: RunComponents, settings: StageSettings, left: int, notes: list[str]
-) -> dict[str, Any]:
+def _stage_report(
+    components: RunComponents,
+    settings: StageSettings,
+    left: int,
+    seconds: float | None,
+    notes: list[str],
+) -> StageReport:
     """One stage's sizes, from its first prompts and the model's shapes; appends to `notes`."""
     batch = _first_prompts(components, settings)
     skips = [skip for item in batch.items for skip in item.skipped]
@@ -112,6 +174,7 @@ def _stage_sizes(
     if skips:
         seen, reason = len(batch.items) + len(skips), skips[0].reason
         notes.append(f"{len(skips)} of {seen} records gave no prompt (the first: {reason})")
+    responses = 0
     prompts, scale = int(batch.prompts.length.sum()), settings.prompts / len(batch.items)
     bucket, windows = batch.prompts.ids.shape[1], batch.prompts.vision.frame.shape[1]
     padding = 1 - prompts / (len(batch.items) * bucket)
@@ -119,25 +182,19 @@ def _stage_sizes(
         tokens = encode_responses(
             batch.items, components.processor, components.config.rollout.max_new_tokens
         )
-        count = sum(map(len, tokens))
+        responses = sum(map(len, tokens))
         packed = pack_step(batch, tokens, settings, components.model.config.vision)
-        padding = 1 - (prompts + count) / packed.padded_tokens
-        responses = {"response_tokens": round(count * scale)}
-    else:
-        samples = settings.prompts * components.config.grpo.group_size
-        limit = samples * components.config.rollout.max_new_tokens
-        responses = {"response_tokens_at_most": limit}
+        padding = 1 - (prompts + responses) / packed.padded_tokens
     optimizer = make_optimizer(components.config.optim, settings, 1)
     state = abstract_stage_state(
         components.config, components.model.config, components.layout, settings, optimizer
     )
     memory = _memory(components, settings, state)
-    return {
+    report: StageReport = {
         "steps": settings.steps,
         "steps_left": left,
         "prompts": settings.prompts,
         "prompt_tokens": round(prompts * scale),
-        **responses,
         "measured_prompts": len(batch.items),
         "bucket": [bucket, windows],
         "batch_bytes": round(_total_bytes(batch.prompts) * scale / jax.process_count()),
@@ -147,7 +204,16 @@ def _stage_sizes(
         "memory_bytes_a_device": memory | {"sum": _peak(memory, components.config.optim.offload)},
         "checkpoint_bytes": _total_bytes(replace(state, frozen={})),
         "frozen_bytes": _total_bytes(state.frozen),
+        "seconds_a_step": seconds,
     }
+    if isinstance(settings, SftSettings):
+        report["response_tokens"] = round(responses * scale)
+    else:
+        limit = components.config.rollout.max_new_tokens
+        report["response_tokens_at_most"] = (
+            settings.prompts * components.config.grpo.group_size * limit
+        )
+    return report
 
 
 def _first_prompts(components: RunComponents, settings: StageSettings) -> Batch:
@@ -234,14 +300,17 @@ def _seconds(workdir: epath.Path, stage: str) -> float | None:
     return round(statistics.median(seconds[-_RECENT:]), 3) if seconds else None
 
 
-def _seconds_left(stages: dict[str, dict[str, Any]]) -> float | None:
+def _seconds_left(stages: dict[str, StageReport]) -> float | None:
     """The time of the remaining steps; None where a stage has no measured step."""
-    if any(stage["seconds_a_step"] is None for stage in stages.values()):
-        return None
-    return sum(stage["seconds_a_step"] * stage["steps_left"] for stage in stages.values())
+    total = 0.0
+    for stage in stages.values():
+        if stage["seconds_a_step"] is None:
+            return None
+        total += stage["seconds_a_step"] * stage["steps_left"]
+    return total
 
 
-def _disk(config: Config, workdir: epath.Path, stages: dict[str, dict[str, Any]]) -> Disk:
+def _disk(config: Config, workdir: epath.Path, stages: dict[str, StageReport]) -> Disk:
     free = None
     if not in_bucket(workdir):
         nearest = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
@@ -259,7 +328,7 @@ def _disk(config: Config, workdir: epath.Path, stages: dict[str, dict[str, Any]]
     }
 
 
-def _problems(stages: dict[str, dict[str, Any]], disk: Disk, limit: int | None) -> list[str]:
+def _problems(stages: dict[str, StageReport], disk: Disk, limit: int | None) -> list[str]:
     """Why the run would not complete: too little memory or disk."""
     found = []
     for name, stage in stages.items():

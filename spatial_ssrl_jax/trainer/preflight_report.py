@@ -1,15 +1,15 @@
 """The report of `preflight` as a list for people."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from spatial_ssrl_jax.common.text import byte_size, duration
+from spatial_ssrl_jax.trainer.preflight import PreflightReport, StageReport
 
 
-def print_report(report: dict[str, Any], console: Console) -> None:
+def print_report(report: PreflightReport, console: Console) -> None:
     """Prints a report of `preflight` as a short list."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in _lines(report):
@@ -21,7 +21,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print("the run can start", highlight=False)
 
 
-def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _lines(report: PreflightReport) -> Iterator[tuple[str, str]]:
     devices, source, disk = report["devices"], report["source"], report["disk"]
     limit = devices["memory_bytes"]
     yield "model", report["model"]
@@ -47,9 +47,9 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "time left", "unknown until some steps are done" if left is None else duration(left)
 
 
-def _stage_lines(stage: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _stage_lines(stage: StageReport) -> Iterator[tuple[str, str]]:
     limit = stage.get("response_tokens_at_most")
-    response = f"at most {limit:,}" if limit else f"{stage['response_tokens']:,}"
+    response = f"at most {limit:,}" if limit else f"{stage.get('response_tokens', 0):,}"
     left = f", {stage['steps_left']:,} left" if stage["steps_left"] < stage["steps"] else ""
     tokens, windows = stage["bucket"]
     padding = f"{stage['padding_share']:.0%} padding"

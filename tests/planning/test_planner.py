@@ -16,7 +16,7 @@ from spatial_ssrl_jax import plan as command
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.perf.device_specs import DeviceSpec
-from spatial_ssrl_jax.planning.planner import ProgramCost, plan
+from spatial_ssrl_jax.planning.planner import Buffer, Plan, ProgramCost, plan
 from spatial_ssrl_jax.planning.report import lines, problems
 from spatial_ssrl_jax.planning.topology import Topology
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
@@ -36,14 +36,19 @@ def toy_plan(toy_folder: Path) -> c.Config:
 
 
 @pytest.fixture(scope="module")
-def report(toy_plan: c.Config) -> dict:
+def planned(toy_plan: c.Config) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
         spec = DeviceSpec(1e12, 1e9, memory=2**34, network=1e9)
         patch.setattr(
             "spatial_ssrl_jax.planning.planner.open_topology",
             lambda name: Topology(name, jax.devices("cpu")[:1], spec),
         )
-        return json.loads(json.dumps(plan(toy_plan, "one", lambda _: None)))
+        return plan(toy_plan, "one", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def report(planned: Plan) -> dict:
+    return json.loads(json.dumps(planned.as_json()))
 
 
 def program(report: dict, name: str) -> dict:
@@ -97,17 +102,19 @@ def test_decoding_counts_all_its_steps(report: dict):
     assert gradients["flops"] > 3 * 24 * 32 * head
 
 
-def test_what_does_not_fit_is_named(report: dict):
+def test_what_does_not_fit_is_named(planned: Plan):
     cost = ProgramCost("decode", 1, {"weights": 3 * 2**30}, "rollout.batch_prompts", 2**31, 2**32)
     cost.fits = False
-    row = dataclasses.asdict(cost) | {"peak_bytes": cost.peak_bytes}
-    row["largest_buffers"] = [{"name": "[*].layers", "bytes": 2**30}]
-    (sentence,) = problems(report | {"programs": [row]})
+    cost.largest_buffers = [Buffer("[*].layers", 2**30)]
+    tight = dataclasses.replace(planned, programs=[cost])
+    (sentence,) = problems(tight)
     assert sentence.startswith("decode needs 9.00 GiB of 16.00 GiB (its temporaries 4.00 GiB")
     assert "[*].layers, 1.00 GiB" in sentence and "lower rollout.batch_prompts" in sentence
-    table = list(lines(report))
+    (sentence,) = problems(dataclasses.replace(tight, hbm_bytes=None))
+    assert sentence.startswith("decode needs 9.00 GiB (its temporaries")
+    table = list(lines(planned))
     assert " DCN " in table[1]
-    assert len(table) == len(report["programs"]) + 3 and table[-1].startswith("a step: ")
+    assert len(table) == len(planned.programs) + 3 and table[-1].startswith("a step: ")
 
 
 def test_sizes_that_do_not_fit_together_are_refused(toy_plan: c.Config):
