@@ -45,7 +45,7 @@ def figure(title: str, series: dict[str, Points], starts: dict[str, int]) -> str
         lines.append(f'<polyline class="line" points="{path}" style="stroke:{stroke}"/>')
     note = f' <span class="soft">means of {bin_size} steps</span>' if bin_size > 1 else ""
     return (
-        f'<figure data-curves="{html.escape(_readings(series, steps))}">'
+        f'<figure data-curves="{html.escape(_cursor_values(series, steps))}">'
         f"<figcaption>{html.escape(title)}{note}<output></output></figcaption>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f"{grid}{_stages(starts, steps, across)}{''.join(lines)}"
@@ -99,7 +99,7 @@ def _downsample(series: dict[str, Points]) -> tuple[dict[str, Points], int]:
     return means, size
 
 
-def _readings(series: dict[str, Points], steps: list[int]) -> str:
+def _cursor_values(series: dict[str, Points], steps: list[int]) -> str:
     """The data of the page's script, as JSON; null where a curve has no value."""
     values = {name: [dict(points).get(step) for step in steps] for name, points in series.items()}
     return json.dumps({"steps": steps, "series": values, "left": _LEFT, "right": _RIGHT})
