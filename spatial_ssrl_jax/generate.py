@@ -45,10 +45,9 @@ def main(argv: Sequence[str]) -> None:
     decode_kernel = choose_decode_kernel("auto", dtype, layout.mesh)
     compute = Compute(dtype, decode_attention=decode_kernel)
     engine = Engine(model.config, compute, processor.stop_ids, min(limit, 256), _CHECK_EVERY)
+    size = prompt.size
     batch = pad_prompts(
-        [prompt],
-        (_round_up(len(prompt.ids), _PROMPT_STEP),),
-        (_round_up(len(prompt.frame), _WINDOW_STEP),),
+        [prompt], _round_up(size.tokens, _PROMPT_STEP), _round_up(size.windows, _WINDOW_STEP)
     )
     stream = None if args.json else TextStream(processor, args.max_new_tokens)
     if args.samples > 1 and not args.json:

@@ -139,14 +139,14 @@ class Toy:
         position = mrope_positions(config.vision, is_vision, list(grids), [None] * len(grids))
         index = np.full(len(ids), -1, np.int32)
         index[is_vision] = layout.merged
-        pixels = rng.normal(size=(*layout.source.shape, config.vision.patch_dim))
+        pixels = rng.integers(0, 256, (*layout.source.shape, config.vision.patch_dim), np.uint8)
         pixels[layout.source < 0] = 0
         return Prompt(
             ids=ids,
             position=position,
             next_position=int(position.max()) + 1,
             image_index=index,
-            patches=pixels.astype(np.float32),
+            patches=pixels,
             frame=layout.frame,
             coords=layout.coords,
         )

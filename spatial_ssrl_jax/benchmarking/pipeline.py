@@ -11,7 +11,6 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data import pipeline
 from spatial_ssrl_jax.data.items import ImageExampleMaker, item_dataset, task_sources
-from spatial_ssrl_jax.data.pipeline import Collate
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.tasks import TASKS
@@ -154,12 +153,10 @@ def _stream(spec: str, model: str, batch: int, threads: int, workers: int):
         if not task_sources(source, pool, task, settings[task.name]):
             settings[task.name] = dataclasses.replace(settings[task.name], weight=0.0)
     items = item_dataset(source, pool, settings, processor, seed=0)
-    collate = Collate(tuple(2**n for n in range(8, 15)), tuple(2**n for n in range(3, 11)))
     return pipeline.batches(
         items,
         batch,
         batch,
-        collate,
         start=0,
         threads=threads,
         workers=workers,

@@ -36,7 +36,7 @@ def synthetic_prompt(config: QwenVLConfig, tokens: int, grid: Grid) -> Prompt:
     layout = member.lay_out_windows(config.vision, [grid])
     index = np.full(len(ids), -1, np.int32)
     index[is_vision] = layout.merged
-    pixels = rng.normal(size=(*layout.source.shape, config.vision.patch_dim)).astype(np.float32)
+    pixels = rng.integers(0, 256, (*layout.source.shape, config.vision.patch_dim), np.uint8)
     return Prompt(
         ids, position, int(position.max()) + 1, index, pixels, layout.frame, layout.coords
     )

@@ -109,7 +109,7 @@ class Workload:
             args.step_attention, dtype, layout.mesh, "--step-attention"
         )
         params = model.init(layout, 0) if args.random_weights else model.load(layout, "float32")
-        batch = pad_prompts([prompt] * args.prompts, (len(prompt.ids),), (len(prompt.frame),))
+        batch = pad_prompts([prompt] * args.prompts, len(prompt.ids), len(prompt.frame))
         workload = cls(
             args,
             model.config,

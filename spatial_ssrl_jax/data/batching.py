@@ -1,9 +1,7 @@
 """Padding prompts to static shapes."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-import jax.numpy as jnp
 import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
@@ -23,40 +21,32 @@ def smallest_bucket(size: int, buckets: Sequence[int], name: str) -> int:
     raise UserError(f"{name}={tuple(buckets)} has no bucket for {size}: add a larger one.")
 
 
-def pad_prompts(
-    prompts: Sequence[Prompt],
-    prompt_buckets: Sequence[int],
-    window_buckets: Sequence[int],
-    dtype: str = "float32",
-) -> PromptBatch[np.ndarray]:
-    """Stacks prompts as NumPy arrays, padded to the smallest buckets that hold all of them.
+def prompt_sizes(prompts: Sequence[Prompt]) -> np.ndarray:
+    """[B, 2] int64, tokens and vision windows of each prompt."""
+    return np.array([(len(p.ids), len(p.frame)) for p in prompts], np.int64).reshape(-1, 2)
+
+
+def pad_prompts(prompts: Sequence[Prompt], tokens: int, windows: int) -> PromptBatch[np.ndarray]:
+    """Stacks prompts as NumPy arrays, padded to one shape.
 
     Args:
       prompts: at least one.
-      prompt_buckets, window_buckets: tokens and vision windows to choose from.
-      dtype: of the patches: the compute dtype, to which the model rounds them first in any case.
-        They are the larger part of a batch.
+      tokens, windows: T and W, at least those of every prompt.
 
     Raises:
-      UserError: no bucket holds the longest prompt.
+      ValueError: a prompt is larger.
     """
-    tokens = smallest_bucket(
-        max(len(p.ids) for p in prompts), prompt_buckets, "data.prompt_buckets"
-    )
-    windows = smallest_bucket(
-        max(len(p.frame) for p in prompts), window_buckets, "data.window_buckets"
-    )
+    if (prompt_sizes(prompts).max(axis=0) > (tokens, windows)).any():
+        raise ValueError(f"{tokens} tokens and {windows} windows are too few for the prompts.")
 
-    def stack(
-        name: str, length: int, axis: int = 0, fill: int = 0, dtype: np.dtype | None = None
-    ) -> np.ndarray:
-        padded = []
-        for prompt in prompts:
-            array = np.asarray(getattr(prompt, name), dtype)
-            width = [(0, 0)] * array.ndim
-            width[axis] = (0, length - array.shape[axis])
-            padded.append(np.pad(array, width, constant_values=fill))
-        return np.stack(padded)
+    def stack(name: str, length: int, axis: int = 0, fill: int = 0) -> np.ndarray:
+        arrays = [getattr(prompt, name) for prompt in prompts]
+        shape = list(arrays[0].shape)
+        shape[axis] = length
+        padded = np.full((len(prompts), *shape), fill, arrays[0].dtype)
+        for row, array in enumerate(arrays):
+            padded[(row, *map(slice, array.shape))] = array
+        return padded
 
     return PromptBatch(
         ids=stack("ids", tokens),
@@ -65,70 +55,9 @@ def pad_prompts(
         next_position=np.array([p.next_position for p in prompts], np.int32),
         image_index=stack("image_index", tokens, fill=-1),
         vision=VisionInput(
-            patches=stack("patches", windows, dtype=jnp.dtype(dtype)),
+            patches=stack("patches", windows),
             frame=stack("frame", windows, fill=-1),
             coords=stack("coords", windows),
-        ),
-    )
-
-
-def widen(prompts: PromptBatch[np.ndarray], tokens: int, windows: int) -> PromptBatch[np.ndarray]:
-    """The same prompts in a bucket of T=`tokens` and W=`windows`, at least as large as theirs."""
-
-    def pad(x: np.ndarray, size: int, axis: int, fill: int = 0) -> np.ndarray:
-        width = [(0, 0)] * x.ndim
-        width[axis] = (0, size - x.shape[axis])
-        return np.pad(x, width, constant_values=fill)
-
-    vision = prompts.vision
-    return replace(
-        prompts,
-        ids=pad(prompts.ids, tokens, 1),
-        position=pad(prompts.position, tokens, 2),
-        image_index=pad(prompts.image_index, tokens, 1, -1),
-        vision=VisionInput(
-            patches=pad(vision.patches, windows, 1),
-            frame=pad(vision.frame, windows, 1, -1),
-            coords=pad(vision.coords, windows, 1),
-        ),
-    )
-
-
-def windows_of(prompts: PromptBatch[np.ndarray]) -> np.ndarray:
-    """[B] int64, vision windows of each prompt, without padding."""
-    return (prompts.vision.frame >= 0).any(axis=-1).sum(axis=1)
-
-
-def trim(
-    prompts: PromptBatch[np.ndarray], rows: np.ndarray, tokens: int, windows: int
-) -> PromptBatch[np.ndarray]:
-    """Some of the prompts in a smaller bucket; the reverse of `widen`.
-
-    Rows and bucket are sliced at once, so that only the patches that are kept are copied.
-
-    Args:
-      prompts: B prompts.
-      rows: [r] int, which of them.
-      tokens, windows: the bucket.
-
-    Raises:
-      ValueError: the bucket does not hold them.
-    """
-    vision = prompts.vision
-    if prompts.length[rows].max() > tokens or (vision.frame[rows, windows:] >= 0).any():
-        raise ValueError(
-            f"a bucket of {tokens} tokens and {windows} windows is too small for the prompts."
-        )
-    return PromptBatch(
-        ids=prompts.ids[rows, :tokens],
-        length=prompts.length[rows],
-        position=prompts.position[rows, :, :tokens],
-        next_position=prompts.next_position[rows],
-        image_index=prompts.image_index[rows, :tokens],
-        vision=VisionInput(
-            patches=vision.patches[rows, :windows],
-            frame=vision.frame[rows, :windows],
-            coords=vision.coords[rows, :windows],
         ),
     )
 

@@ -41,12 +41,12 @@ class Item:
 
     Attributes:
       example: question, answer, images, truth.
-      prompt: tokens, patches and indices; None once it is part of a batch.
+      prompt: tokens, patches and indices, without padding.
       skipped: records that were tried before, without an example.
     """
 
     example: Example
-    prompt: Prompt | None
+    prompt: Prompt
     skipped: tuple[SkippedRecord, ...]
 
 

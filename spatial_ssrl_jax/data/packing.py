@@ -7,7 +7,7 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.processor import Prompt
-from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch, VisionInput
+from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, VisionInput
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,6 @@ class PackedExample:
         """Its content of a row."""
         response = len(self.response)
         return RowCapacity(len(self.prompt.ids) + response, len(self.prompt.frame), response)
-
-
-def unpad_prompt(prompts: PromptBatch[np.ndarray], row: int) -> Prompt:
-    """One prompt of a padded batch, without its padding; views, not copies."""
-    tokens, vision = int(prompts.length[row]), prompts.vision
-    windows = int((vision.frame[row] >= 0).any(axis=1).sum())  # no window is without a patch
-    return Prompt(
-        ids=prompts.ids[row, :tokens],
-        position=prompts.position[row, :, :tokens],
-        next_position=int(prompts.next_position[row]),
-        image_index=prompts.image_index[row, :tokens],
-        patches=vision.patches[row, :windows],
-        frame=vision.frame[row, :windows],
-        coords=vision.coords[row, :windows],
-    )
 
 
 def assign_rows(sizes: Sequence[RowCapacity], capacity: RowCapacity) -> list[list[int]]:
@@ -102,7 +87,6 @@ def fill_rows(
     patch_dim: int,
     window_patches: int,
     merge_unit: int,
-    dtype: str | np.dtype = "float32",
 ) -> PackedRows[np.ndarray]:
     """Lays examples out in rows, padded to `capacity`.
 
@@ -112,12 +96,11 @@ def fill_rows(
       capacity: of a row.
       patch_dim, window_patches, merge_unit: values in a patch, patches in a window and patches in
         a merged token.
-      dtype: of the patches.
     """
     count = len(rows)
     window = (count, capacity.windows, window_patches)
     vision: VisionInput[np.ndarray] = VisionInput(
-        patches=np.zeros((*window, patch_dim), dtype),
+        patches=np.zeros((*window, patch_dim), np.uint8),
         frame=np.full(window, -1, np.int32),
         coords=np.zeros((*window, 2), np.int32),
     )

@@ -4,7 +4,6 @@ A step's batch is a function of the stream and the step alone, whatever the numb
 workers and threads, so that the pipeline's whole state is one integer.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,9 +12,8 @@ import numpy as np
 from absl import flags
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.items import Item
-from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
+from spatial_ssrl_jax.data.processor import Prompt
 
 _WORKER_BUFFER = 4  # items each worker process makes ahead
 
@@ -25,14 +23,22 @@ class Batch:
     """This process's rows of a step's global batch.
 
     Attributes:
-      items: b examples.
-      prompts: their prompts, padded.
+      items: b examples with their prompts, which are padded when the shape of their micro-batch is
+        known.
       index: [b] int32 index of each in the global batch.
     """
 
     items: tuple[Item, ...]
-    prompts: PromptBatch[np.ndarray]
     index: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, Item]]) -> "Batch":
+        """Items with their indices in the global batch, as one value."""
+        return cls(tuple(item for _, item in rows), np.array([i for i, _ in rows], np.int32))
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        return tuple(item.prompt for item in self.items)
 
 
 class _ProcessRows(grain.sources.RandomAccessDataSource):
@@ -65,27 +71,10 @@ class _ProcessRows(grain.sources.RandomAccessDataSource):
         return number, item
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Pads items, with their indices in the global batch, to a `Batch`; see `pad_prompts`."""
-
-    prompt_buckets: tuple[int, ...]
-    window_buckets: tuple[int, ...]
-    dtype: str = "float32"
-
-    def __call__(self, rows: Sequence[tuple[int, Item]]) -> Batch:
-        prompts = [item.prompt for _, item in rows if item.prompt is not None]
-        padded = pad_prompts(prompts, self.prompt_buckets, self.window_buckets, self.dtype)
-        # Patches are the larger part of a batch: they are not kept twice.
-        items = tuple(dataclasses.replace(item, prompt=None) for _, item in rows)
-        return Batch(items, padded, np.array([index for index, _ in rows], np.int32))
-
-
 def batches(
     items: grain.MapDataset[Item],
     batch: int,
     micro_batch: int,
-    collate: Collate,
     *,
     start: int,
     threads: int,
@@ -99,7 +88,6 @@ def batches(
       items: the stream.
       batch: prompts a step, over all processes.
       micro_batch: prompts a micro-batch, over all processes; divides `batch`.
-      collate: pads the items, to the smallest buckets that hold this process's rows of a batch.
       start: the first step.
       threads: threads that make items, in each worker.
       workers: processes that make items; 0 makes them in this one.
@@ -120,7 +108,7 @@ def batches(
         if not flags.FLAGS.is_parsed():  # Grain's workers read flags that only absl.app parses
             flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, _WORKER_BUFFER))
-    stream = stream.batch(local_batch, drop_remainder=True, batch_fn=collate)
+    stream = stream.batch(local_batch, drop_remainder=True, batch_fn=Batch.of)
     return iter(grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=1))
 
 
@@ -128,7 +116,6 @@ def batch_at(
     items: grain.MapDataset[Item],
     batch: int,
     micro_batch: int,
-    collate: Collate,
     number: int,
     *,
     process: int,
@@ -137,4 +124,4 @@ def batch_at(
     """Batch `number` of a stream alone, made in this thread; arguments as those of `batches`."""
     rows = _ProcessRows(items, batch, micro_batch, process, processes)
     local_batch = batch // processes
-    return collate([rows[number * local_batch + i] for i in range(local_batch)])
+    return Batch.of([rows[number * local_batch + i] for i in range(local_batch)])

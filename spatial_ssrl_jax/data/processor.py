@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-    Qwen2VLImageProcessorPil,
-    smart_resize,
-)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.videos import Video
-from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, VisionConfig
 from spatial_ssrl_jax.qwen_vl.family import member_of
 from spatial_ssrl_jax.qwen_vl.inputs import Grid, merged_tokens
 
@@ -48,7 +46,7 @@ class Prompt:
       position: [3, T] int32 M-RoPE positions.
       next_position: position of the first response token.
       image_index: [T] int32 merged vision token at each position, -1 for text.
-      patches: [W, S, C·2·14·14] float32 normalised pixels in windows.
+      patches: [W, S, C·2·14·14] uint8 pixels in windows.
       frame: [W, S] int32, which image or temporal frame; -1 is padding.
       coords: [W, S, 2] int32, row and column of each patch.
     """
@@ -61,6 +59,10 @@ class Prompt:
     frame: np.ndarray
     coords: np.ndarray
 
+    @property
+    def size(self) -> "PromptSize":
+        return PromptSize(len(self.ids), len(self.frame))
+
 
 @dataclass(frozen=True)
 class PromptSize:
@@ -68,6 +70,15 @@ class PromptSize:
 
     tokens: int
     windows: int
+
+
+@dataclass(frozen=True)
+class ResizeSettings:
+    """How images are resized: the limits of their area in pixels, and PIL's filter."""
+
+    min_pixels: int
+    max_pixels: int
+    resample: int
 
 
 class Processor:
@@ -114,7 +125,7 @@ class Processor:
 
     def _image_settings(
         self, name: str, min_pixels: int | None, max_pixels: int | None
-    ) -> Qwen2VLImageProcessorPil:
+    ) -> ResizeSettings:
         settings, vision = _read_json(self.folder / name), self.config.vision
         size = settings.get("size", {})
         smallest = min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
@@ -129,14 +140,13 @@ class Processor:
                 f"the smallest image area, {smallest} pixels, is above the largest, {largest}: "
                 "change min_pixels or max_pixels."
             )
-        return Qwen2VLImageProcessorPil(
-            size={"shortest_edge": smallest, "longest_edge": largest},
-            image_mean=settings["image_mean"],
-            image_std=settings["image_std"],
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            merge_size=vision.spatial_merge_size,
-        )
+        for key in PIXEL_KEYS:
+            if tuple(settings[key]) != getattr(vision, key):
+                raise UserError(
+                    f"{self.folder / name} has another {key} than the model is opened with, "
+                    f"{list(getattr(vision, key))}: give all files of the folder the same."
+                )
+        return ResizeSettings(smallest, largest, settings.get("resample", Image.Resampling.BICUBIC))
 
     def _read_template(self) -> str:
         path = self.folder / "chat_template.json"
@@ -169,12 +179,10 @@ class Processor:
         times = -(-frames // self.config.vision.temporal_patch_size)
         return self._grid(self._frames, times, height, width)
 
-    def _grid(
-        self, settings: Qwen2VLImageProcessorPil, times: int, height: int, width: int
-    ) -> Grid:
+    def _grid(self, settings: ResizeSettings, times: int, height: int, width: int) -> Grid:
         patch = self.config.vision.patch_size
         factor = patch * self.config.vision.spatial_merge_size
-        limits = settings.size["shortest_edge"], settings.size["longest_edge"]
+        limits = settings.min_pixels, settings.max_pixels
         try:
             high, wide = smart_resize(height, width, factor, *limits)
         except ValueError as error:
@@ -213,43 +221,32 @@ class Processor:
         return PromptSize(len(self._expand(text, order, [grids[k][i] for k, i in order])), windows)
 
     def patches(self, image: np.ndarray) -> tuple[np.ndarray, Grid]:
-        """Resizes and normalises one image, and splits it into patches.
+        """Resizes one image and splits it into patches.
 
         Args:
           image: [H, W, 3] uint8.
 
         Returns:
-          [h·w, C·2·14·14] float32 patches, merged token by merged token, and the grid.
+          [h·w, C·2·14·14] uint8 patches, merged token by merged token, and the grid.
         """
-        return self._image_patches(self._images, image), self.grid(*image.shape[:2])
+        grid, vision = self.grid(*image.shape[:2]), self.config.vision
+        resized = _resize(image, grid, vision.patch_size, self._images.resample)
+        frames = np.broadcast_to(resized, (vision.temporal_patch_size, *resized.shape))
+        return split_patches(frames, vision), grid
 
     def video_patches(self, video: Video) -> tuple[np.ndarray, Grid]:
         """As `patches`, of one video; an odd last frame is repeated.
 
         Returns:
-          [t·h·w, C·2·14·14] float32 patches, pair of frames by pair, each as in an image;
+          [t·h·w, C·2·14·14] uint8 patches, pair of frames by pair, each as in an image;
           and the grid.
         """
         vision = self.config.vision
         grid = self.video_grid(*video.frames.shape[:3])
-        depth = vision.temporal_patch_size
-        patches = []
-        for first in range(0, grid[0] * depth, depth):
-            indices = np.minimum(np.arange(first, first + depth), len(video.frames) - 1)
-            # A frame processed as an image fills every temporal slot: keep its own one.
-            slots = [
-                self._image_patches(self._frames, video.frames[index]).reshape(
-                    grid[1] * grid[2], vision.in_channels, depth, -1
-                )[:, :, slot]
-                for slot, index in enumerate(indices)
-            ]
-            patches.append(np.stack(slots, axis=2).reshape(grid[1] * grid[2], -1))
-        return np.concatenate(patches), grid
-
-    @staticmethod
-    def _image_patches(settings: Qwen2VLImageProcessorPil, image: np.ndarray) -> np.ndarray:
-        out = settings(images=[image], return_tensors="np", input_data_format="channels_last")
-        return np.asarray(out["pixel_values"], np.float32)
+        resample, count = self._frames.resample, grid[0] * vision.temporal_patch_size
+        frames = [_resize(frame, grid, vision.patch_size, resample) for frame in video.frames]
+        frames += [frames[-1]] * (count - len(frames))
+        return split_patches(np.stack(frames), vision), grid
 
     def chat(self, question: str, images: int, videos: int = 0) -> tuple[str, list[MediaSlot]]:
         """The chat text up to the assistant's turn, with one token an image or video.
@@ -320,7 +317,7 @@ class Processor:
             (self.patches(images[i]) if kind == "image" else self.video_patches(videos[i]))[0]
             for kind, i in order
         ]
-        flat = np.concatenate([*patches, np.zeros((1, vision.patch_dim), np.float32)])
+        flat = np.concatenate([*patches, np.zeros((1, vision.patch_dim), np.uint8)])
         return Prompt(
             ids=ids,
             position=position,
@@ -395,6 +392,31 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"the tokenizer in {folder} cannot be read ({error}): copy its files again."
         ) from error
+
+
+def _resize(image: np.ndarray, grid: Grid, patch: int, resample: int) -> np.ndarray:
+    """[H, W, 3] uint8 resized to the grid's rows and columns of patches, as Transformers does."""
+    size = grid[2] * patch, grid[1] * patch
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling(resample)))
+
+
+def split_patches(frames: np.ndarray, config: VisionConfig) -> np.ndarray:
+    """Frames as the rows that Transformers' image processor makes of them.
+
+    Args:
+      frames: [t·2, H, W, C]; sides are multiples of a merged token's.
+      config: the vision tower's.
+
+    Returns:
+      [t·h·w, C·2·14·14] patches, merged token by merged token, in the dtype of `frames`.
+    """
+    depth, patch, merge = config.temporal_patch_size, config.patch_size, config.spatial_merge_size
+    times, (high, wide, channels) = len(frames) // depth, frames.shape[1:]
+    side = patch * merge
+    split = frames.reshape(
+        times, depth, high // side, merge, patch, wide // side, merge, patch, channels
+    )
+    return split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, config.patch_dim)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

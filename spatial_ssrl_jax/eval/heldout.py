@@ -7,17 +7,16 @@ import jax
 import numpy as np
 
 from spatial_ssrl_jax.config.schema import EvalSettings, RewardSettings, RolloutSettings
+from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.items import Item
-from spatial_ssrl_jax.data.pipeline import Collate
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.parallel.collectives import all_gather
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.model import Params
-from spatial_ssrl_jax.rl.batch import take_rows
+from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length
 from spatial_ssrl_jax.rl.rewards import score_response
-from spatial_ssrl_jax.rollout.decode import DecodeWeights
-from spatial_ssrl_jax.rollout.engine import Engine
-from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
+from spatial_ssrl_jax.rollout.engine import Engine, Rollout
+from spatial_ssrl_jax.rollout.sampling import Sampling
 
 HeldoutTable = dict[str, dict[str, float]]
 
@@ -29,7 +28,7 @@ class HeldoutEval:
     Attributes:
       items: held-out items by task.
       engine, processor, layout: sample responses and decode them.
-      collate: pads prompts.
+      buckets: sizes that programs are compiled for.
       settings: the config's `eval` section.
       rollout: the config's `rollout` section.
       reward: the config's `reward` section.
@@ -40,7 +39,7 @@ class HeldoutEval:
     engine: Engine
     processor: Processor
     layout: Layout
-    collate: Collate
+    buckets: Buckets
     settings: EvalSettings
     rollout: RolloutSettings
     reward: RewardSettings
@@ -51,17 +50,16 @@ class HeldoutEval:
 
         Returns:
           `{task: {"accuracy_greedy", "accuracy_sampled", "format", "reward", "count"}, "mean":
-          {…}}`; format and reward are of the sampled responses, `mean` is over trained tasks.
+          likewise}`; the mean is over the tasks in `trained`. Format and reward are of the samples.
         """
-        weights = self.engine.fill(params)
-        table: HeldoutTable = {}
+        table, first = {}, 0
+        rewards = self._rewards(params, seed) if any(self.items.values()) else np.zeros(0)
         for task, items in self.items.items():
-            greedy = self._rewards(params, weights, items, 1, GREEDY, seed)
-            drawn = Sampling(self.temperature)
-            sampled = self._rewards(params, weights, items, self.settings.samples, drawn, seed)
-            overall, accuracy, formatted = sampled.mean(axis=(0, 1))
+            rows = rewards[first : first + len(items)]
+            first += len(items)
+            overall, accuracy, formatted = rows[:, :-1].mean(axis=(0, 1))
             table[task] = {
-                "accuracy_greedy": float(greedy[..., 1].mean()),
+                "accuracy_greedy": float(rows[:, -1, 1].mean()),
                 "accuracy_sampled": float(accuracy),
                 "format": float(formatted),
                 "reward": float(overall),
@@ -75,43 +73,43 @@ class HeldoutEval:
             table["mean"]["count"] = sum(r["count"] for r in rows)
         return table
 
-    def _rewards(
-        self,
-        params: Params,
-        weights: DecodeWeights,
-        items: list[Item],
-        group_size: int,
-        sampling: Sampling,
-        seed: int,
-    ) -> np.ndarray:
-        """[items, group_size, 3] float64 rewards of the responses: overall, accuracy, format."""
-        size = self.settings.batch_prompts
+    def _rewards(self, params: Params, seed: int) -> np.ndarray:
+        """[items, samples + 1, 3] float64 rewards: overall, accuracy, format.
+
+        Prompts of all tasks are bucketed together and prefilled once; the last response is greedy.
+        """
+        items = [item for group in self.items.values() for item in group]
+        index = np.concatenate([np.arange(len(group)) for group in self.items.values()])
+        size, count = self.settings.batch_prompts, len(items)
         rows = size // jax.process_count()
         first = rows * jax.process_index()
-        rewards = []
-        for start in range(0, len(items), size):
-            chunk = items[start : start + size]
-            padded = chunk + [chunk[-1]] * (size - len(chunk))
-            batch = self.collate(list(enumerate(padded, start)))
-            own = padded[first : first + rows]
+        # The last item fills the last batch.
+        filled = np.minimum(np.arange(-(-count // size) * size), count - 1)
+        prompts = [items[i].prompt for i in filled]
+        sizes = np.pad(prompt_sizes(prompts), ((0, 0), (0, 1)))
+        rewards = np.zeros((len(filled), self.settings.samples + 1, 3))
+        weights = self.engine.fill(params)
+        for batch in bucket_by_length(sizes, size, self.buckets):
+            own = BatchSlice(batch.rows[first : first + rows], batch.shape)
+            numbers = filled[own.rows]
             rollout = self.engine.generate(
                 params,
                 weights,
-                self.layout.put_batch(take_rows(batch.prompts, first, rows)),
-                group_size=group_size,
+                self.layout.put_batch(own.pad(prompts)),
+                group_size=self.settings.samples + 1,
                 max_new_tokens=self.rollout.max_new_tokens,
                 key=jax.random.fold_in(jax.random.key(seed), 2**31 - 1),
-                prompt_index=self.layout.put_batch(batch.index[first : first + rows]),
-                sampling=sampling,
+                prompt_index=self.layout.put_batch(index[numbers].astype(np.int32)),
+                sampling=Sampling(self.temperature, greedy_last=True),
             )
-            scored = [
-                [self._score(item, ids[:n]) for ids, n in zip(tokens, lengths, strict=True)]
-                for item, tokens, lengths in zip(own, rollout.tokens, rollout.length, strict=True)
-            ]
-            rewards.append(all_gather(np.array(scored))[: len(chunk)])
-        return np.concatenate(rewards)
+            scored = [self._scores(items[n], rollout, row) for row, n in enumerate(numbers)]
+            rewards[batch.rows] = all_gather(np.array(scored))
+        return rewards[:count]
 
-    def _score(self, item: Item, ids: np.ndarray) -> tuple[float, float, float]:
-        text = self.processor.decode(ids)
-        reward = score_response(text, len(ids), item.example, self.reward)
-        return reward.overall, reward.accuracy, reward.format
+    def _scores(self, item: Item, rollout: Rollout, row: int) -> list[tuple[float, float, float]]:
+        found = []
+        for ids, length in zip(rollout.tokens[row], rollout.length[row].tolist(), strict=True):
+            text = self.processor.decode(ids[:length])
+            reward = score_response(text, length, item.example, self.reward)
+            found.append((reward.overall, reward.accuracy, reward.format))
+        return found

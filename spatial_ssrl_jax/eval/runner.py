@@ -155,8 +155,8 @@ def _respond(
     prompts = [None if index is None else loaded[index] for index in rows]
     padded = pad_prompts(
         [loader.processor.prompt("-") if prompt is None else prompt for prompt in prompts],
-        (batch.shape.tokens,),
-        (batch.shape.windows,),
+        batch.shape.tokens,
+        batch.shape.windows,
     )
     keys = [0 if index is None else _key(loader.questions[index]) for index in rows]
     engine = _engine(policy, batch)

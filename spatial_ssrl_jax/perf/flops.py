@@ -15,9 +15,10 @@ import numpy as np
 from jax.core import ShapedArray
 from jax.extend import core
 
+from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig, VisionConfig
 from spatial_ssrl_jax.qwen_vl.family import member_of
-from spatial_ssrl_jax.qwen_vl.inputs import Grid, PromptBatch
+from spatial_ssrl_jax.qwen_vl.inputs import Grid
 from spatial_ssrl_jax.qwen_vl.splash import BLOCKS_RUN
 
 
@@ -95,7 +96,7 @@ def head_flops(config: TextConfig) -> float:
 
 
 def batch_flops(
-    config: QwenVLConfig, prompts: PromptBatch[np.ndarray], length_BG: np.ndarray
+    config: QwenVLConfig, prompts: Sequence[Prompt], length_BG: np.ndarray
 ) -> tuple[float, float]:
     """FLOPs of one forward pass over prompts, each once, and their responses, without padding.
 
@@ -108,11 +109,12 @@ def batch_flops(
       FLOPs of the vision tower and of the language model.
     """
     text = 0.0
-    for prompt, lengths in zip(prompts.length.tolist(), length_BG.tolist(), strict=True):
+    tokens = [len(prompt.ids) for prompt in prompts]
+    for prompt, lengths in zip(tokens, length_BG.tolist(), strict=True):
         text += (prompt + sum(lengths)) * dense_flops(config.text)
         text += attention_flops(config.text, prompt, 0) + sum(lengths) * head_flops(config.text)
         text += sum(attention_flops(config.text, n, prompt) for n in lengths)
-    return sum(windows_flops(config.vision, frame) for frame in prompts.vision.frame), text
+    return sum(windows_flops(config.vision, prompt.frame) for prompt in prompts), text
 
 
 def group_flops(config: QwenVLConfig, shape: GroupShape, head: bool = True) -> float:

@@ -4,21 +4,23 @@ Tokens of prompts, images and responses count, each prompt once a group; padding
 the backward pass, and groups that were sampled and dropped do not.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
 from spatial_ssrl_jax.config.schema import GrpoSettings, StageSettings
+from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.perf.device_specs import device_spec
 from spatial_ssrl_jax.perf.flops import batch_flops
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
-from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
 
 
 def useful_flops(
     config: QwenVLConfig,
     stage: StageSettings,
-    prompts: PromptBatch[np.ndarray],
+    prompts: Sequence[Prompt],
     length_BG: np.ndarray,
 ) -> float:
     """FLOPs that a step of a stage needs, over all processes.

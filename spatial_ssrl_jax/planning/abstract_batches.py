@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
 from jax.typing import DTypeLike
@@ -86,6 +85,5 @@ class AbstractBatches:
 
     def _vision(self, rows: int, windows: int) -> VisionInput[ShapeDtypeStruct]:
         shape = (rows, windows, self.model.vision.window_patches)
-        dtype = jnp.dtype(self.config.model.dtype)
-        patches = self.rows(*shape, self.model.vision.patch_dim, dtype=dtype)
+        patches = self.rows(*shape, self.model.vision.patch_dim, dtype=np.uint8)
         return VisionInput(patches, self.rows(*shape), self.rows(*shape, 2))

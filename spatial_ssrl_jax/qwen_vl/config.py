@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# Fields of `VisionConfig` that are in preprocessor_config.json.
+PIXEL_KEYS = ("image_mean", "image_std")
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -29,6 +32,9 @@ class VisionConfig:
 
     Patches reach every tower in windows of `window_size` pixels a side, whether it attends inside
     of them or not.
+
+    Attributes:
+      image_mean, image_std: mean and standard deviation of pixels in [0, 1], by channel.
     """
 
     depth: int
@@ -41,6 +47,8 @@ class VisionConfig:
     spatial_merge_size: int
     window_size: int
     in_channels: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
 
     @property
     def head_dim(self) -> int:

@@ -6,7 +6,7 @@ kernels, adapters and the reading of weights are shared.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -16,7 +16,7 @@ from jax import Array
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl import qwen2_5
 from spatial_ssrl_jax.qwen_vl.compute import Compute
-from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, VisionConfig
+from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, VisionConfig
 from spatial_ssrl_jax.qwen_vl.inputs import Grid, VisionInput, WindowLayout
 from spatial_ssrl_jax.qwen_vl.layers import Init
 
@@ -81,19 +81,29 @@ def member_of(config: QwenVLConfig) -> Member[Any]:
 def read_config(folder: Path) -> QwenVLConfig:
     """Reads `config.json` in the Hub's flat style or the newer nested one.
 
+    Mean and standard deviation of pixels are those of `preprocessor_config.json`, if it exists.
+
     Raises:
       UserError: the file is missing, is not JSON, or describes a model outside the family.
     """
-    path = Path(folder) / "config.json"
+    path, pixels = Path(folder) / "config.json", Path(folder) / "preprocessor_config.json"
     if not path.is_file():
         raise UserError(
             f"{path} is missing: --model needs a folder with the files that a model has on the Hub."
         )
+    config = config_from_dict(_read_json(path), str(path))
+    settings = _read_json(pixels) if pixels.is_file() else {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{pixels} holds no JSON object; fetch it again.")
+    found = {name: tuple(settings[name]) for name in PIXEL_KEYS if name in settings}
+    return replace(config, vision=replace(config.vision, **found))
+
+
+def _read_json(path: Path) -> Any:
     try:
-        raw = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again.") from None
-    return config_from_dict(raw, str(path))
 
 
 def config_from_dict(raw: Any, name: str) -> QwenVLConfig:

@@ -29,7 +29,7 @@ class VisionInput(Generic[Leaf]):
     A window holds up to 8x8 patches; the four patches of a merged token are adjacent in it.
 
     Attributes:
-      patches: [B, W, S, C·2·14·14] float, normalised pixels.
+      patches: [B, W, S, C·2·14·14] uint8, pixels.
       frame: [B, W, S] int32, which image or temporal frame of the prompt; -1 is padding.
       coords: [B, W, S, 2] int32, row and column of the patch in its image.
     """

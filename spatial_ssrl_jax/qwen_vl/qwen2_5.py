@@ -17,10 +17,11 @@ from jax import Array
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl.compute import XLA, Compute
-from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig, VisionConfig
+from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, TextConfig, VisionConfig
 from spatial_ssrl_jax.qwen_vl.inputs import Grid, VisionInput, WindowLayout
 from spatial_ssrl_jax.qwen_vl.kernels import self_attention
 from spatial_ssrl_jax.qwen_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
+from spatial_ssrl_jax.qwen_vl.pixels import normalize_patches
 from spatial_ssrl_jax.qwen_vl.rope import Rotary, rotate, vision_rotary
 
 MODEL_TYPE = "qwen2_5_vl"
@@ -48,6 +49,8 @@ class Qwen2_5VisionConfig(VisionConfig):
     spatial_merge_size: int = 2
     window_size: int = 112
     in_channels: int = 3
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     fullatt_block_indexes: tuple[int, ...] = ()
     tokens_per_second: float = 2
 
@@ -149,6 +152,8 @@ def config_to_dict(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
     assert isinstance(config.vision, Qwen2_5VisionConfig)
     vision = dataclasses.asdict(config.vision)
     vision["in_chans"] = vision.pop("in_channels")
+    for name in PIXEL_KEYS:  # of preprocessor_config.json
+        del vision[name]
     vision["spatial_patch_size"] = config.vision.patch_size
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -273,7 +278,8 @@ class VisionTower(nnx.Module):
         """
         config = self.config
         batch, windows, size = vision.frame.shape
-        x = self.patch_embed(vision.patches.astype(compute.dtype))
+        pixels = normalize_patches(vision.patches, config)
+        x = self.patch_embed(pixels.astype(compute.dtype))
         rotary = vision_rotary(config, vision.coords)
         segment_window = jnp.where(vision.frame >= 0, 0, -1)
         full = [i in config.fullatt_block_indexes for i in range(config.depth)]

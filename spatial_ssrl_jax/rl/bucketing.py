@@ -1,12 +1,15 @@
 """Bucketing by length: a step's prompts as batches of like length, each in the smallest bucket."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.batching import smallest_bucket
+from spatial_ssrl_jax.data.batching import pad_prompts, smallest_bucket
+from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.parallel.collectives import all_gather
+from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class BatchSlice:
 
     rows: np.ndarray
     shape: BatchShape
+
+    def pad(self, prompts: Sequence[Prompt]) -> PromptBatch[np.ndarray]:
+        """Its rows of this process's prompts, padded to its shape."""
+        members = [prompts[row] for row in self.rows]
+        return pad_prompts(members, self.shape.tokens, self.shape.windows)
 
     def padded_tokens(self, group_size: int) -> int:
         """Tokens that it computes, padding included: prompts with `group_size` responses each."""

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from spatial_ssrl_jax.config.schema import GrpoSettings, RewardSettings, RolloutSettings
-from spatial_ssrl_jax.data.batching import trim, windows_of
+from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.processor import Processor
@@ -152,11 +152,11 @@ class Grpo:
     def sample(self, params: Params, batch: Batch, key: Array) -> Rollout:
         """Samples the batch's groups, `rollout.batch_prompts` prompts of like length at a time."""
         weights, prompts = self.engine.fill(params), batch.prompts
-        sizes = np.stack((prompts.length, windows_of(prompts), 0 * prompts.length), axis=1)
+        sizes = np.pad(prompt_sizes(prompts), ((0, 0), (0, 1)))  # no response yet
         rows = self.sampling_settings.batch_prompts // jax.process_count()
         slices, rollouts = bucket_by_length(sizes, rows, self.buckets), []
         for part in slices:
-            rollout_batch = trim(prompts, part.rows, part.shape.tokens, part.shape.windows)
+            rollout_batch = part.pad(prompts)
             rollouts.append(
                 self.engine.generate(
                     params,
@@ -183,9 +183,7 @@ class Grpo:
           The micro-batches of each update, and their tokens on this process, padding included.
         """
         rollout, settings = scored.rollout, self.settings
-        sizes = np.stack(
-            (batch.prompts.length, windows_of(batch.prompts), rollout.length.max(axis=1)), axis=1
-        )
+        sizes = np.column_stack((prompt_sizes(batch.prompts), rollout.length.max(axis=1)))
         rows = settings.micro_batch_prompts // jax.process_count()
         per_update = len(batch.items) // settings.minibatches_per_rollout
         counted = rollout.finished | (not settings.mask_truncated_completions)
@@ -228,7 +226,7 @@ def _micro_batch(
     """A part of the step; `weight` is [b, G], `tokens` the response tokens of the update."""
     rows, shape, rollout = part.rows, part.shape, scored.rollout
     return GroupBatch(
-        prompts=trim(batch.prompts, rows, shape.tokens, shape.windows),
+        prompts=part.pad(batch.prompts),
         tokens=rollout.tokens[rows, :, : shape.response],
         length=rollout.length[rows],
         weight=weight[rows],

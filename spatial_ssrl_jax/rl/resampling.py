@@ -4,10 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import TypeVar
 
-import jax
 import numpy as np
 
-from spatial_ssrl_jax.data.batching import widen
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
@@ -65,9 +63,6 @@ def replace_groups(
     rows: np.ndarray,
 ) -> tuple[Batch, ScoredRollout]:
     """The groups with those at `replaced` replaced by the `rows` of `more`, in order."""
-    tokens = max(x.prompts.ids.shape[1] for x in (batch, more))
-    windows = max(x.prompts.vision.frame.shape[1] for x in (batch, more))
-    prompts, others = (widen(x.prompts, tokens, windows) for x in (batch, more))
 
     def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
         merged = np.array(old)
@@ -87,11 +82,7 @@ def replace_groups(
         )
     )
     return (
-        replace(
-            batch,
-            items=tuple(put_list(batch.items, more.items)),
-            prompts=jax.tree.map(put, prompts, others),
-        ),
+        replace(batch, items=tuple(put_list(batch.items, more.items))),
         ScoredRollout(
             rollout,
             put_list(scored.texts, more_scored.texts),

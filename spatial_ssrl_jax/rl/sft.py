@@ -14,7 +14,6 @@ from spatial_ssrl_jax.data.packing import (
     RowCapacity,
     assign_rows,
     fill_rows,
-    unpad_prompt,
 )
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.processor import Processor
@@ -50,7 +49,6 @@ class PackedStep:
       capacities: the rows' shape in each micro-batch.
       normaliser: response tokens of the whole step.
       vision: the vision tower's shape.
-      dtype: of the patches; the same on all processes, also on one that has no example.
     """
 
     examples: list[PackedExample]
@@ -58,14 +56,13 @@ class PackedStep:
     capacities: list[RowCapacity]
     normaliser: float
     vision: VisionConfig
-    dtype: np.dtype
 
     def __iter__(self) -> Iterator[PackedBatch[np.ndarray]]:
         """The micro-batches with this process's rows."""
         vision = self.vision
         sizes = vision.patch_dim, vision.window_patches, vision.merge_unit
         for rows, capacity in zip(self.rows, self.capacities, strict=True):
-            packed = fill_rows(self.examples, rows, capacity, *sizes, dtype=self.dtype)
+            packed = fill_rows(self.examples, rows, capacity, *sizes)
             yield PackedBatch(packed, np.asarray(self.normaliser, np.float32))
 
     @property
@@ -89,8 +86,7 @@ def pack_step(
     Raises:
       UserError: an example is larger than a row.
     """
-    prompts = (unpad_prompt(batch.prompts, row) for row in range(len(batch.items)))
-    examples = [PackedExample(*pair) for pair in zip(prompts, responses, strict=True)]
+    examples = [PackedExample(*pair) for pair in zip(batch.prompts, responses, strict=True)]
     row = RowCapacity(settings.row_tokens, max(settings.row_windows), settings.row_responses)
     rows = assign_rows([example.size for example in examples], row)
     size = settings.micro_batch_rows // jax.process_count()
@@ -106,5 +102,5 @@ def pack_step(
         )
         for largest in all_gather(np.array([windows])).max(axis=0).tolist()
     ]
-    normaliser, dtype = all_sum(sum(map(len, responses))), batch.prompts.vision.patches.dtype
-    return PackedStep(examples, micro_batches, capacities, normaliser, vision, dtype)
+    normaliser = all_sum(sum(map(len, responses)))
+    return PackedStep(examples, micro_batches, capacities, normaliser, vision)

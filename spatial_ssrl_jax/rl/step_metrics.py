@@ -38,7 +38,7 @@ def prompt_rows(batch: Batch) -> Columns:
     """What the metrics need of each prompt; arrays with [b] rows."""
     return {
         "index": batch.index,
-        "prompt_length": np.asarray(batch.prompts.length),
+        "prompt_length": np.array([len(prompt.ids) for prompt in batch.prompts]),
         "dropped": np.array([len(item.skipped) for item in batch.items]),
     }
 

@@ -33,7 +33,7 @@ from spatial_ssrl_jax.rollout.cache import (
     initial_state,
     prefix_shardings,
 )
-from spatial_ssrl_jax.rollout.sampling import Sampling, sample, uniforms
+from spatial_ssrl_jax.rollout.sampling import Sampling, sample_group, uniforms
 
 # `layers`: a dict of arrays a layer; `embed`, `head` (None where tied) and `norm`.
 DecodeWeights = dict[str, Any]
@@ -260,7 +260,7 @@ def _draw(
     head = weights["embed"] if weights["head"] is None else weights["head"]
     logits = jnp.einsum("bgd,vd->bgv", state.hidden, head, preferred_element_type=jnp.float32)
     uniform = None if settings.sampling.temperature == 0 else uniforms(keys_BG, state.cursor)
-    token, logprob = sample(logits, uniform, settings.sampling, settings.suppressed)
+    token, logprob = sample_group(logits, uniform, settings.sampling, settings.suppressed)
     token = jnp.where(state.finished, 0, token)
     logprob = jnp.where(state.finished, 0.0, logprob)
 

@@ -24,11 +24,13 @@ class Sampling:
       temperature: divides the logits; 0 is greedy, the plain argmax.
       top_p: keeps the likeliest tokens that together reach this probability; 1 keeps all.
       top_k: keeps this many of the likeliest tokens; 0 keeps all.
+      greedy_last: the last sample of each group is greedy, whatever the others are.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    greedy_last: bool = False
 
     @property
     def scale(self) -> float:
@@ -53,6 +55,20 @@ def sample_keys(key: Array, prompt_index: Array, group: int) -> Array:
     prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_index)
     fold_samples = jax.vmap(jax.random.fold_in, (None, 0))
     return jax.vmap(fold_samples, (0, None))(prompt_keys, jnp.arange(group))
+
+
+def sample_group(
+    logits_BGV: Array, uniform_BG: Array | None, sampling: Sampling, suppressed: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """`sample` of groups, [B, G] tokens and log-probabilities, with `sampling.greedy_last`."""
+    if not sampling.greedy_last:
+        return sample(logits_BGV, uniform_BG, sampling, suppressed)
+    drawn = None if uniform_BG is None else uniform_BG[:, :-1]
+    parts = (
+        sample(logits_BGV[:, :-1], drawn, sampling, suppressed),
+        sample(logits_BGV[:, -1:], None, GREEDY, suppressed),
+    )
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
 
 def uniforms(keys_BG: Array, step: Array) -> Array:

@@ -15,7 +15,7 @@ from spatial_ssrl_jax.common.paths import check_bucket
 from spatial_ssrl_jax.config.load import to_dict
 from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings, StageSettings
 from spatial_ssrl_jax.data.items import check_fits, item_dataset
-from spatial_ssrl_jax.data.pipeline import Collate, batches
+from spatial_ssrl_jax.data.pipeline import batches
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.data.split import RecordSplit, split_records
@@ -30,6 +30,7 @@ from spatial_ssrl_jax.parallel.collectives import all_gather, barrier, is_primar
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
+from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.placement import check_sharding, compute_settings
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval, eval_options, open_eval_benchmark
@@ -50,7 +51,6 @@ class RunComponents:
     processor: Processor
     source: AnySource
     split: RecordSplit
-    collate: Collate
     compute: Compute
     questions: Benchmark | None
 
@@ -110,10 +110,9 @@ def open_components(config: Config) -> RunComponents:
     if config.sft.steps and config.sft.responses != "synthetic":
         open_source(f"ssrl81k:{config.sft.responses}")
     rollout_layout = check_sharding(config, model.config, layout)
-    collate = Collate(data.prompt_buckets, data.window_buckets, config.model.dtype)
     questions = open_eval_benchmark(config)
     return RunComponents(
-        config, layout, rollout_layout, model, processor, source, split, collate, compute, questions
+        config, layout, rollout_layout, model, processor, source, split, compute, questions
     )
 
 
@@ -164,7 +163,7 @@ def open_run(
             engine,
             processor,
             layout,
-            components.collate,
+            Buckets.of(config),
             config.eval,
             config.rollout,
             config.reward,
@@ -238,7 +237,6 @@ def pipeline(
         items,
         settings.prompts,
         settings.micro_batch_prompts if isinstance(settings, GrpoSettings) else settings.prompts,
-        components.collate,
         start=start,
         threads=config.data.threads,
         workers=config.data.workers,

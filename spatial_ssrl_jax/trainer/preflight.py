@@ -13,11 +13,13 @@ from etils import epath
 from spatial_ssrl_jax.common.paths import check_bucket, in_bucket, list_tree, user_path
 from spatial_ssrl_jax.common.text import byte_size
 from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings, StageSettings
+from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.eval.heldout_items import heldout_items
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.parallel.sharding import shard_bytes
 from spatial_ssrl_jax.perf.device_specs import device_memory_bytes
+from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.optimizer import make_optimizer
 from spatial_ssrl_jax.rl.placement import abstract_stage_state
 from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
@@ -175,9 +177,10 @@ def _stage_report(
         seen, reason = len(batch.items) + len(skips), skips[0].reason
         notes.append(f"{len(skips)} of {seen} records gave no prompt (the first: {reason})")
     responses = 0
-    prompts, scale = int(batch.prompts.length.sum()), settings.prompts / len(batch.items)
-    bucket, windows = batch.prompts.ids.shape[1], batch.prompts.vision.frame.shape[1]
-    padding = 1 - prompts / (len(batch.items) * bucket)
+    sizes = prompt_sizes(batch.prompts)
+    prompts, scale = int(sizes[:, 0].sum()), settings.prompts / len(batch.items)
+    largest = Buckets.of(components.config).shape(*sizes.max(axis=0).tolist(), response=0)
+    padding = 1 - prompts / (len(batch.items) * largest.tokens)
     if isinstance(settings, SftSettings):
         tokens = encode_responses(
             batch.items, components.processor, components.config.rollout.max_new_tokens
@@ -196,7 +199,7 @@ def _stage_report(
         "prompts": settings.prompts,
         "prompt_tokens": round(prompts * scale),
         "measured_prompts": len(batch.items),
-        "bucket": [bucket, windows],
+        "bucket": [largest.tokens, largest.windows],
         "batch_bytes": round(_total_bytes(batch.prompts) * scale / jax.process_count()),
         "padding_share": round(padding, 3),
         "trained": _count(state.trained),
@@ -241,7 +244,7 @@ def _memory(
     config, text = components.config, components.model.config.text
     size = np.dtype(config.model.dtype).itemsize
     prompt, limit = max(config.data.prompt_buckets), config.rollout.max_new_tokens
-    tokens = config.eval.batch_prompts * (prompt + config.eval.samples * limit)
+    tokens = config.eval.batch_prompts * (prompt + (config.eval.samples + 1) * limit)
     reference = 0
     if isinstance(settings, GrpoSettings):
         tokens = max(tokens, config.rollout.batch_prompts * (prompt + settings.group_size * limit))

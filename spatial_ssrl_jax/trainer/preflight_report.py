@@ -62,7 +62,7 @@ def _stage_lines(stage: StageReport) -> Iterator[tuple[str, str]]:
         f"first {stage['measured_prompts']} prompts",
         f"bucket of {tokens:,} tokens and {windows:,} windows, {padding}",
     )
-    yield "host memory", f"{byte_size(stage['batch_bytes'])} a batch in that bucket"
+    yield "host memory", f"{byte_size(stage['batch_bytes'])} a batch of prompts"
     yield "parameters", f"{stage['trained']:,} trained, {stage['frozen']:,} frozen"
     yield "memory a device", f"about {total} without activations, an estimate: {parts}"
     yield "a checkpoint", byte_size(stage["checkpoint_bytes"])

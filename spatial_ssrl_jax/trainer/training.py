@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 
 import jax
@@ -17,11 +17,10 @@ from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError, explain_write_errors
 from spatial_ssrl_jax.common.paths import user_path, write_atomic
 from spatial_ssrl_jax.config.schema import Config, GrpoSettings, StageSettings
-from spatial_ssrl_jax.data.batching import widen
 from spatial_ssrl_jax.data.pipeline import Batch, batch_at
 from spatial_ssrl_jax.monitoring.process_stats import memory_metrics
 from spatial_ssrl_jax.monitoring.progress import Progress
-from spatial_ssrl_jax.parallel.collectives import all_gather, all_sum, barrier, is_primary
+from spatial_ssrl_jax.parallel.collectives import all_sum, barrier, is_primary
 from spatial_ssrl_jax.parallel.watchdog import Watchdog
 from spatial_ssrl_jax.perf.mfu import mfu_metrics, useful_flops
 from spatial_ssrl_jax.rl.bucketing import Buckets
@@ -286,7 +285,7 @@ def _timed_step(
 ) -> tuple[TrainState, dict[str, float], Sampled | None, Batch]:
     """Reads a batch and makes a step; adds times, memory, MFU and compilations to its metrics."""
     begun = time.perf_counter()
-    batch = widen_to_common(next(stream))
+    batch = next(stream)
     waited = time.perf_counter() - begun
     state, metrics, sampled = step(number, state, batch)
     seconds = time.perf_counter() - begun
@@ -319,7 +318,7 @@ def _report_stop(run: Run, done: int) -> None:
 
 def _resample(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
     """The prompts of resample `number`, from 1, of a GRPO step, from a separate stream."""
-    batch = batch_at(
+    return batch_at(
         items_of(
             run.config,
             run.source,
@@ -329,19 +328,10 @@ def _resample(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch
         ),
         settings.prompts,
         settings.micro_batch_prompts,
-        run.collate,
         step * settings.max_resamples + number - 1,
         process=jax.process_index(),
         processes=jax.process_count(),
     )
-    return widen_to_common(batch)
-
-
-def widen_to_common(batch: Batch) -> Batch:
-    """Pads the batch to the largest bucket that any process needs in this step."""
-    tokens, windows = batch.prompts.ids.shape[1], batch.prompts.vision.frame.shape[1]
-    tokens, windows = all_gather(np.array([[tokens, windows]])).max(axis=0)
-    return replace(batch, prompts=widen(batch.prompts, int(tokens), int(windows)))
 
 
 def _count_bad(run: Run, batch: Batch) -> None:

@@ -1,43 +1,41 @@
-"""Buckets of a batch: trimming undoes widening, and truncates nothing."""
+"""Padding prompts to one shape."""
 
-import jax
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.data.batching import pad_prompts, trim, widen, windows_of
+from spatial_ssrl_jax.data.batching import pad_prompts, prompt_sizes
 
 
 @pytest.fixture(scope="module")
 def prompts(toy):
-    return [toy.prompt(0, 6, [(1, 4, 6)]), toy.prompt(1, 5), toy.prompt(2, 7, [(1, 10, 4)] * 2)]
+    return [toy.prompt(0, 5, [(1, 2, 10)]), toy.prompt(1, 9)]
 
 
-def test_windows_are_counted(prompts):
-    batch = pad_prompts(prompts, (64,), (9,))
-    assert windows_of(batch).tolist() == [len(p.frame) for p in prompts]
+def test_sizes_are_counted(prompts):
+    assert prompt_sizes(prompts).tolist() == [[12, 2], [9, 0]]
+    assert prompt_sizes([]).shape == (0, 2)
 
 
-def test_patches_come_in_the_compute_dtype_as_the_model_would_round_them(prompts):
-    given, found = (
-        pad_prompts(prompts, (64,), (9,), *d).vision.patches for d in ((), ("bfloat16",))
-    )
-    rounded = jax.jit(lambda x: x.astype("bfloat16"))(given)
-    assert found.dtype == "bfloat16" and np.abs(given).max() > 1
-    np.testing.assert_array_equal(found, rounded)
+def test_padding(prompts):
+    batch = pad_prompts(prompts, 16, 4)
+    assert batch.ids.shape == (2, 16) and batch.vision.patches.shape == (2, 4, 64, 1176)
+    assert batch.vision.patches.dtype == np.uint8
+    assert batch.length.tolist() == [len(p.ids) for p in prompts] == [12, 9]
+    assert batch.next_position.tolist() == [p.next_position for p in prompts]
+    for i, prompt in enumerate(prompts):
+        length, windows = len(prompt.ids), len(prompt.frame)
+        np.testing.assert_array_equal(batch.ids[i, :length], prompt.ids)
+        np.testing.assert_array_equal(batch.position[i, :, :length], prompt.position)
+        np.testing.assert_array_equal(batch.image_index[i, :length], prompt.image_index)
+        np.testing.assert_array_equal(batch.vision.patches[i, :windows], prompt.patches)
+        np.testing.assert_array_equal(batch.vision.frame[i, :windows], prompt.frame)
+        np.testing.assert_array_equal(batch.vision.coords[i, :windows], prompt.coords)
+        assert (batch.image_index[i, length:] == -1).all()
+        assert (batch.vision.frame[i, windows:] == -1).all()
+        assert np.asarray(batch.valid[i]).tolist() == [j < length for j in range(16)]
 
 
-def test_trim_undoes_widen_and_picks_rows(prompts):
-    tokens, windows = len(prompts[2].ids), len(prompts[2].frame)
-    small = pad_prompts(prompts, (tokens,), (windows,))
-    wide = widen(small, tokens + 5, windows + 2)
-    rows = np.array([2, 0])
-    found = trim(wide, rows, tokens, windows)
-    expected = pad_prompts([prompts[2], prompts[0]], (tokens,), (windows,))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-@pytest.mark.parametrize(("tokens", "windows"), [(-1, 0), (0, -1)])
-def test_a_bucket_that_is_too_small_is_refused(prompts, tokens, windows):
-    batch = pad_prompts(prompts, (64,), (9,))
-    with pytest.raises(ValueError, match="too small for the prompts"):
-        trim(batch, np.arange(3), len(prompts[2].ids) + tokens, len(prompts[2].frame) + windows)
+@pytest.mark.parametrize(("tokens", "windows"), [(11, 4), (12, 1)])
+def test_a_shape_that_is_too_small_is_refused(prompts, tokens: int, windows: int):
+    with pytest.raises(ValueError, match=f"{tokens} tokens and {windows} windows are too few"):
+        pad_prompts(prompts, tokens, windows)

@@ -6,13 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.packing import (
     PackedExample,
     RowCapacity,
     assign_rows,
     fill_rows,
-    unpad_prompt,
 )
 
 CAPACITY = RowCapacity(tokens=64, windows=9, responses=20)
@@ -78,13 +76,6 @@ def examples(toy) -> list[PackedExample]:
     grids = ([(1, 4, 6), (1, 10, 4)], [], [(1, 8, 12)])
     prompts = [toy.prompt(seed, 6 + seed, grid) for seed, grid in enumerate(grids)]
     return [PackedExample(p, np.arange(3 + i, dtype=np.int32)) for i, p in enumerate(prompts)]
-
-
-def test_unpadding_takes_the_padding_off(examples):
-    batch = pad_prompts([e.prompt for e in examples], (80,), (7,))
-    for row, example in enumerate(examples):
-        for name, value in vars(example.prompt).items():
-            np.testing.assert_array_equal(getattr(unpad_prompt(batch, row), name), value)
 
 
 def test_each_example_is_laid_out_as_if_alone(toy, examples):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.items import TOO_LONG, check_fits, item_dataset
-from spatial_ssrl_jax.data.pipeline import Batch, Collate, batches
+from spatial_ssrl_jax.data.pipeline import Batch, batches
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.scenes import SceneSource
@@ -29,7 +30,6 @@ from spatial_ssrl_jax.tasks.record import Record
 from tests.helpers.images import record
 
 SCENES = open_source("scenes:40")
-COLLATE = Collate((256,), (8,))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def stream(processor: Processor):
 
     def make(**changed):
         arguments = {"start": 0, "threads": 1, "process": 0, "processes": 1} | changed
-        return batches(items, 4, 2, COLLATE, **arguments)
+        return batches(items, 4, 2, **arguments)
 
     return make
 
@@ -66,8 +66,7 @@ def words(batch: Batch) -> list[tuple]:
 def assert_same(a: Batch, b: Batch) -> None:
     assert words(a) == words(b)
     assert np.array_equal(a.index, b.index)
-    assert np.array_equal(a.prompts.ids, b.prompts.ids)
-    assert np.array_equal(a.prompts.vision.patches, b.prompts.vision.patches)
+    jax.tree.map(np.testing.assert_array_equal, a.prompts, b.prompts)
 
 
 def test_threads_do_not_change_the_stream(stream):
@@ -88,13 +87,12 @@ def test_processes_divide_every_batch_and_every_micro_batch(stream):
         for part in parts:
             place = part[step].index
             assert len(place) == 2 and sorted(place // 2) == [0, 1]  # one row of each micro-batch
-            ids = part[step].prompts.ids
             for row, word in enumerate(words(part[step])):
-                rows[int(place[row])] = word, ids[row]
+                rows[int(place[row])] = word, part[step].prompts[row].ids
         assert sorted(rows) == [0, 1, 2, 3] == batch.index.tolist()
         for place, (word, ids) in rows.items():
             assert word == words(batch)[place]
-            assert np.array_equal(ids, batch.prompts.ids[place])
+            assert np.array_equal(ids, batch.prompts[place].ids)
 
 
 def test_a_start_at_k_equals_skipping_k(stream):
@@ -112,16 +110,13 @@ def test_a_resume_anywhere_gives_the_same_step(stream, start: int, threads: int,
         arguments = {"start": start, "threads": threads, "process": process, "processes": processes}
         (part,) = take(stream(**arguments), 1)
         assert words(part) == [words(whole)[place] for place in part.index]
-        np.testing.assert_array_equal(part.prompts.ids, whole.prompts.ids[part.index])
+        for prompt, place in zip(part.prompts, part.index, strict=True):
+            np.testing.assert_array_equal(prompt.ids, whole.prompts[place].ids)
 
 
 def test_worker_processes_do_not_change_the_stream(stream):
     for a, b in zip(take(stream(start=2), 3), take(stream(start=2, workers=2), 3), strict=True):
         assert_same(a, b)
-
-
-def test_a_batch_keeps_patches_once(stream):
-    assert all(item.prompt is None for item in next(stream()).items)
 
 
 def test_a_seed_of_its_own_gives_a_stream_of_its_own(processor: Processor):
@@ -309,11 +304,10 @@ def test_released_responses_are_learned_from_as_they_are(processor: Processor, t
     (tmp_path / "sft.json").write_text(json.dumps([row]))
     source = open_source(f"ssrl81k:{tmp_path / 'sft.json'}")
     items = item_dataset(source, range(1), weights(flip=1.0), processor, seed=0)
-    batch = COLLATE(list(enumerate([items[0], items[1]])))
-    learned = encode_responses(batch.items, processor, limit=64)
+    learned = encode_responses([items[0], items[1]], processor, limit=64)
     assert [processor.decode(tokens) for tokens in learned] == [output, output]
     with pytest.raises(UserError, match="rollout.max_new_tokens=.8,. has no bucket"):
-        encode_responses(batch.items, processor, limit=8)
+        encode_responses([items[0]], processor, limit=8)
     with pytest.raises(UserError, match="shuffle finds no record in ssrl81k"):
         item_dataset(source, range(1), weights(shuffle=1.0), processor, seed=0)
 
@@ -324,18 +318,3 @@ def test_a_depth_task_without_depth_names_both(processor: Processor, task: str):
     with pytest.raises(UserError, match=f"{task} needs depth and folder:damaged has none") as error:
         item_dataset(source, range(4), weights(**{task: 1.0}), processor, seed=0)
     assert f"--config.tasks.{task}.weight=0" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("collate", "setting"),
-    [
-        (Collate((16, 32), (8,)), "data.prompt_buckets=(16, 32)"),
-        (Collate((256,), (0,)), "data.window_buckets=(0,)"),
-    ],
-)
-def test_a_bucket_too_small_names_its_setting(processor: Processor, collate: Collate, setting: str):
-    items = item_dataset(SCENES, range(4), weights(flip=1.0), processor, seed=0)
-    stream = batches(items, 2, 2, collate, start=0, threads=2, process=0, processes=1)
-    with pytest.raises(UserError) as error:
-        next(stream)
-    assert setting in str(error.value)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
-from spatial_ssrl_jax.data.batching import pad_prompts, pad_responses, smallest_bucket
+from spatial_ssrl_jax.data.batching import pad_responses, smallest_bucket
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.qwen_vl.family import read_config
@@ -122,15 +122,12 @@ def test_patches_by_hand(processor):
     image = random_image(84, 140)
     patches, grid = processor.patches(image)
     assert grid == (1, 6, 10) and patches.shape == (60, 1176)
-    mean = np.array([0.48145466, 0.4578275, 0.40821073])
-    std = np.array([0.26862954, 0.26130258, 0.27577711])
-    pixels = (image / 255 - mean) / std
     for token, row, column in ((0, 0, 0), (1, 0, 1), (5, 1, 0), (14, 2, 4)):
         for patch, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
             y, x = 28 * row + 14 * i, 28 * column + 14 * j
-            expected = pixels[y : y + 14, x : x + 14].transpose(2, 0, 1)[:, None].repeat(2, axis=1)
+            expected = image[y : y + 14, x : x + 14].transpose(2, 0, 1)[:, None].repeat(2, axis=1)
             found = patches[4 * token + patch].reshape(3, 2, 14, 14)
-            np.testing.assert_allclose(found, expected, atol=1e-5)
+            np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("frames", [1, 4, 7])
@@ -141,17 +138,14 @@ def test_video_patches_by_hand(processor, frames):
     patches, grid = processor.video_patches(video)
     times = (frames + 1) // 2
     assert grid == (times, 4, 6) and patches.shape == (times * 24, 1176)
-    mean = np.array([0.48145466, 0.4578275, 0.40821073])
-    std = np.array([0.26862954, 0.26130258, 0.27577711])
-    pixels = (video.frames / 255 - mean) / std
     for time in range(times):
         for token, row, column in ((0, 0, 0), (2, 0, 2), (4, 1, 1)):
             for patch, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
                 y, x = 28 * row + 14 * i, 28 * column + 14 * j
                 found = patches[24 * time + 4 * token + patch].reshape(3, 2, 14, 14)
                 for slot in (0, 1):
-                    frame = pixels[min(2 * time + slot, frames - 1), y : y + 14, x : x + 14]
-                    np.testing.assert_allclose(found[:, slot], frame.transpose(2, 0, 1), atol=1e-5)
+                    frame = video.frames[min(2 * time + slot, frames - 1), y : y + 14, x : x + 14]
+                    np.testing.assert_array_equal(found[:, slot], frame.transpose(2, 0, 1))
 
 
 def test_a_still_video_is_its_image_repeated(processor):
@@ -191,6 +185,10 @@ def test_video_settings_of_their_own(copied, config):
     assert processor.video_grid(4, 2000, 2000) == (2, 16, 16)
     both = Processor(copied, config, 28 * 28, 56 * 56)
     assert both.video_grid(4, 28, 28) == (2, 2, 2) and both.grid(999, 999) == (1, 4, 4)
+    settings["image_std"] = [0.5, 0.5, 0.5]
+    (copied / "video_preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="video_preprocessor_config.json has another image_std"):
+        Processor(copied, config)
 
 
 def test_limits_that_cross_are_refused(shared, config):
@@ -207,7 +205,7 @@ def test_a_prompt_too_long_is_refused_before_pixels_are_read(processor, monkeypa
     def refuse(*_):
         raise AssertionError("pixels were read")
 
-    monkeypatch.setattr(processor, "_image_patches", refuse)
+    monkeypatch.setattr(processor, "patches", refuse)
     with pytest.raises(UserError, match=rf"{length} tokens, 16 of them .* most {length - 1} fit"):
         processor.prompt("Where?", (random_image(112, 112),), max_tokens=length - 1)
 
@@ -221,8 +219,7 @@ def test_prompt_patches_are_in_their_windows(processor):
     for window, slot in filled[::7]:
         row, column = 14 * prompt.coords[window, slot]
         pixel = images[prompt.frame[window, slot]][row + 3, column + 5, 1]
-        value = prompt.patches[window, slot].reshape(3, 2, 14, 14)[1, 0, 3, 5]
-        assert value == pytest.approx((pixel / 255 - 0.4578275) / 0.26130258, abs=1e-5)
+        assert prompt.patches[window, slot].reshape(3, 2, 14, 14)[1, 0, 3, 5] == pixel
 
 
 def test_sizes_stay_within_limits(shared, config):
@@ -295,25 +292,6 @@ def test_buckets():
     assert [smallest_bucket(n, (64, 32), "data.x") for n in (1, 32, 33, 64)] == [32, 32, 64, 64]
     with pytest.raises(UserError, match=r"data\.x=\(64, 32\) has no bucket for 65"):
         smallest_bucket(65, (64, 32), "data.x")
-
-
-def test_padding(toy):
-    prompts = [toy.prompt(0, 5, [(1, 2, 10)]), toy.prompt(1, 9)]
-    batch = pad_prompts(prompts, (8, 16), (4,))
-    assert batch.ids.shape == (2, 16) and batch.vision.patches.shape == (2, 4, 64, 1176)
-    assert batch.length.tolist() == [len(p.ids) for p in prompts] == [12, 9]
-    for i, prompt in enumerate(prompts):
-        length, windows = len(prompt.ids), len(prompt.frame)
-        np.testing.assert_array_equal(batch.ids[i, :length], prompt.ids)
-        np.testing.assert_array_equal(batch.position[i, :, :length], prompt.position)
-        np.testing.assert_array_equal(batch.vision.patches[i, :windows], prompt.patches)
-        assert (batch.image_index[i, length:] == -1).all()
-        assert (batch.vision.frame[i, windows:] == -1).all()
-        assert np.asarray(batch.valid[i]).tolist() == [j < length for j in range(16)]
-    with pytest.raises(UserError, match=r"data\.prompt_buckets.* no bucket for 12"):
-        pad_prompts(prompts, (8,), (4,))
-    with pytest.raises(UserError, match=r"data\.window_buckets.* no bucket for 2"):
-        pad_prompts(prompts, (16,), (1,))
 
 
 def test_padding_of_responses():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -11,6 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.qwen_vl.family import read_config
+from spatial_ssrl_jax.qwen_vl.pixels import normalize_patches
 from tests.conftest import ROOT
 
 LEAST, MOST = 6 * 28 * 28, 60 * 28 * 28
@@ -63,7 +65,8 @@ def test_resizing_order_and_expansion(folder, processor):
         listed = (row // 2 * (wide // 2) + column // 2) * 4 + row % 2 * 2 + column % 2
         held = prompt.frame == 0
         assert held.sum() == high * wide and (prompt.frame[~held] == -1).all()
-        np.testing.assert_array_equal(prompt.patches[held], out["pixel_values"][listed[held]])
+        found = normalize_patches(jnp.asarray(prompt.patches[held]), processor.config.vision)
+        np.testing.assert_array_equal(found, out["pixel_values"][listed[held]])
         quads = listed.reshape(-1, 4)[prompt.image_index[prompt.ids == token]]
         np.testing.assert_array_equal(quads.ravel(), np.arange(high * wide))
 

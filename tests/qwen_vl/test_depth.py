@@ -38,7 +38,7 @@ SCANNED = ("prefill", "logprobs", "gradient")
 @pytest.fixture(scope="module")
 def lower(toy) -> Callable[[str, int], jax.stages.Lowered]:
     """A program of a model with the toy's widths and a number of text layers, not yet compiled."""
-    batch = pad_prompts([toy.prompt(i, 20, [(1, 4, 6)]) for i in range(PROMPTS)], (TOKENS,), (2,))
+    batch = pad_prompts([toy.prompt(i, 20, [(1, 4, 6)]) for i in range(PROMPTS)], TOKENS, 2)
     tokens = jax.ShapeDtypeStruct((PROMPTS, GROUP, RESPONSE), jnp.int32)
     length = jax.ShapeDtypeStruct((PROMPTS, GROUP), jnp.int32)
 

@@ -82,7 +82,7 @@ def one_by_one(config, params, batch, start, tokens, weights):
 @pytest.fixture(scope="module")
 def run_shared(toy, prompts, weights):
     def run(responses, compute=PLAIN, tokens=32, windows=6):
-        batch = pad_prompts(prompts, (tokens,), (windows,))
+        batch = pad_prompts(prompts, tokens, windows)
         padded = pad_responses(responses, LIMIT)
         return shared(toy.config, compute, toy.params, batch, *padded, weights)
 
@@ -120,7 +120,7 @@ def test_equals_separate_sequences(toy, prompts, responses, weights, grouped):
     found, gradient = one_by_one(
         toy.config,
         toy.params,
-        pad_prompts(sequences, (40,), (5,)),
+        pad_prompts(sequences, 40, 5),
         np.repeat([len(p.ids) for p in prompts], 3),
         tokens.reshape(6, LIMIT),
         weights.reshape(6, LIMIT),

@@ -46,7 +46,7 @@ def adapted(toy, fresh):
 def logprobs(toy):
     """Log-probabilities of fixed responses to two prompts, one with images."""
     prompts = [toy.prompt(1, 6, [(1, 4, 6), (1, 10, 4)]), toy.prompt(2, 9)]
-    batch = pad_prompts(prompts, (40,), (4,))
+    batch = pad_prompts(prompts, 40, 4)
     tokens = np.random.default_rng(3).integers(0, 600, (2, 2, 5)).astype(np.int32)
     length = np.full((2, 2), 5, np.int32)
     compute = Compute(remat="none")

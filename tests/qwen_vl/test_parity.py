@@ -12,6 +12,7 @@ from spatial_ssrl_jax.data.batching import pad_prompts, pad_responses
 from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
+from spatial_ssrl_jax.qwen_vl.pixels import normalize_patches
 from spatial_ssrl_jax.qwen_vl.qwen2_5 import lay_out_windows, mrope_positions
 from spatial_ssrl_jax.qwen_vl.rope import text_rotary
 from spatial_ssrl_jax.rollout.decode import prefill
@@ -24,13 +25,13 @@ IMAGES = ("one", "five", "dot", "strip", "ragged", "none")
 BATCHED = (*IMAGES, "mixed", "video of 16 at 1")
 NAMES = (*BATCHED, *(f"video of {n}" for n in ("4 at 1", "4 at 2", "7 at 1", "7 at 2", "16 at 2")))
 COMPUTE = Compute(attention_chunk=1024)
-BUCKETS = ((192,), (16,))
+SHAPE = (192, 16)
 RESPONSES = (9, 5)  # tokens of the two responses after each prompt
 LIMIT = 2e-4
 
 
 def pad(questions, names):
-    return pad_prompts([questions[name].prompt for name in names], *BUCKETS)
+    return pad_prompts([questions[name].prompt for name in names], *SHAPE)
 
 
 def responses_to(name):
@@ -96,7 +97,7 @@ def test_prompt_is_the_processors(checkpoint, questions, name):
     if grids is not None:
         layout = lay_out_windows(checkpoint.config.vision, [tuple(g) for g in grids.tolist()])
         held, pixels = layout.source >= 0, question.patches.numpy()
-        found = prompt.patches[held]
+        found = normalize_patches(jnp.asarray(prompt.patches[held]), checkpoint.config.vision)
         np.testing.assert_allclose(found, pixels[layout.source[held]], rtol=0, atol=1e-6)
         assert held.sum() == len(pixels)
 
@@ -137,10 +138,11 @@ def test_vision_tower_on_given_patches(checkpoint, measure, as_numpy, grids):
     """An image of 588x1036 pixels, more patches than attend at a time; an image and a video."""
     config = checkpoint.config.vision
     rng, count = np.random.default_rng(0), sum(int(np.prod(g)) for g in grids)
-    patches = rng.normal(size=(count, config.patch_dim)).astype(np.float32)
+    patches = rng.integers(0, 256, (count, config.patch_dim), np.uint8)
+    pixels = np.asarray(normalize_patches(jnp.asarray(patches), config))
     with torch.no_grad():
         tower = checkpoint.torch_model.model.visual
-        expected = tower(torch.tensor(patches), grid_thw=torch.tensor(grids)).pooler_output
+        expected = tower(torch.tensor(pixels), grid_thw=torch.tensor(grids)).pooler_output
     layout = lay_out_windows(config, grids)
     vision = VisionInput(patches[layout.source][None], layout.frame[None], layout.coords[None])
     merged = run_vision(checkpoint.config, COMPUTE, checkpoint.params, vision)[0]

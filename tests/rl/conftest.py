@@ -7,6 +7,7 @@ import pytest
 
 from spatial_ssrl_jax.config.schema import SftSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
@@ -51,7 +52,7 @@ def make_prompt(rng: np.random.Generator, text: int, grids: list[tuple[int, int,
     position = mrope_positions(config, is_vision, grids, [None] * len(grids))
     index = np.full(len(ids), -1, np.int32)
     index[is_vision] = layout.merged
-    patches = rng.normal(size=(*layout.source.shape, config.patch_dim)).astype(np.float32)
+    patches = rng.integers(0, 256, (*layout.source.shape, config.patch_dim), np.uint8)
     patches[layout.source < 0] = 0
     return Prompt(
         ids, position, int(position.max()) + 1, index, patches, layout.frame, layout.coords
@@ -76,7 +77,7 @@ def examples() -> tuple[Batch, list[np.ndarray]]:
     rng = np.random.default_rng(1)
     prompts = [make_prompt(rng, text, grids) for text, grids, _ in SUPERVISED]
     responses = [rng.integers(0, 90, n).astype(np.int32) for _, _, n in SUPERVISED]
-    batch = Batch((None,) * len(prompts), pad_prompts(prompts, (40,), (3,)), np.arange(5))
+    batch = Batch(tuple(Item(None, prompt, ()) for prompt in prompts), np.arange(5))
     return batch, responses
 
 
@@ -99,10 +100,16 @@ def small_params():
 
 
 @pytest.fixture(scope="session")
-def mixed_batch() -> GroupBatch:
+def mixed_prompts() -> list[Prompt]:
+    """Two images, one, none."""
+    rng = np.random.default_rng(0)
+    return [make_prompt(rng, text, grids) for text, grids in zip(TEXTS, GRIDS, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def mixed_batch(mixed_prompts: list[Prompt]) -> GroupBatch:
     """Three groups of four: two images, one, none; one without variance; full-length ones."""
     rng = np.random.default_rng(0)
-    prompts = [make_prompt(rng, text, grids) for text, grids in zip(TEXTS, GRIDS, strict=True)]
     length = np.array([[3, 8, 8, 3], [8, 8, 8, 8], [3, 3, 3, 3]], np.int32)
     tokens = rng.integers(0, 90, (3, 4, 8)).astype(np.int32)
     tokens[np.arange(8) >= length[..., None]] = 0
@@ -110,7 +117,7 @@ def mixed_batch() -> GroupBatch:
     advantage[1] = 0
     logprobs = rng.normal(-4.5, 0.4, (3, 3, 4, 8)).astype(np.float32)
     return GroupBatch(
-        prompts=pad_prompts(prompts, (40,), (3,)),
+        prompts=pad_prompts(mixed_prompts, 40, 3),
         tokens=tokens,
         length=length,
         weight=rng.uniform(0.5, 1.5, length.shape).astype(np.float32) / length.sum(),

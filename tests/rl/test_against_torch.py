@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -10,6 +11,7 @@ from flax import traverse_util
 from spatial_ssrl_jax.config.schema import GrpoSettings
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.family import config_to_dict
+from spatial_ssrl_jax.qwen_vl.pixels import normalize_patches
 from spatial_ssrl_jax.qwen_vl.qwen2_5 import lay_out_windows
 from spatial_ssrl_jax.qwen_vl.weights import entries, write_params
 from spatial_ssrl_jax.rl.losses import GrpoLoss
@@ -44,7 +46,8 @@ def logprobs(model, batch, b: int, response: np.ndarray):
         held = layout.source >= 0
         pixels = np.zeros((held.sum(), CONFIG.vision.patch_dim), np.float32)
         windows = len(layout.source)
-        pixels[layout.source[held]] = np.asarray(batch.prompts.vision.patches)[b, :windows][held]
+        patches = jnp.asarray(batch.prompts.vision.patches[b, :windows])
+        pixels[layout.source[held]] = np.asarray(normalize_patches(patches, CONFIG.vision))[held]
         inputs |= {
             "pixel_values": torch.tensor(pixels),
             "image_grid_thw": torch.tensor(GRIDS[b]),

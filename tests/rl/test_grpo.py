@@ -1,5 +1,6 @@
 """A step's waves and micro-batches: sorted and trimmed, they change neither tokens nor gradient."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -16,6 +17,7 @@ from spatial_ssrl_jax.config.schema import (
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
@@ -44,12 +46,13 @@ def make_grpo(settings, rollout, buckets, engine=None) -> Grpo:
     )  # fmt: skip
 
 
-def items(count: int) -> tuple[Item, ...]:
-    return tuple(Item(f"example {n}", None, ()) for n in range(count))
+def batch_of(prompts: Sequence[Prompt], index: Sequence[int]) -> Batch:
+    items = (Item(f"example {n}", prompt, ()) for n, prompt in enumerate(prompts))
+    return Batch(tuple(items), np.array(index, np.int32))
 
 
 @pytest.fixture(scope="module")
-def step(mixed_batch) -> tuple[Batch, ScoredRollout]:
+def step(mixed_batch, mixed_prompts) -> tuple[Batch, ScoredRollout]:
     """The mixed batch as a step; the second prompt has the longest responses."""
     rollout = Rollout(
         mixed_batch.tokens,
@@ -57,9 +60,7 @@ def step(mixed_batch) -> tuple[Batch, ScoredRollout]:
         mixed_batch.length,
         mixed_batch.length < 8,
     )
-    index = np.arange(3, dtype=np.int32)
-    batch = Batch(items(3), mixed_batch.prompts, index)
-    return batch, ScoredRollout(rollout, [], [], mixed_batch.advantage)
+    return batch_of(mixed_prompts, range(3)), ScoredRollout(rollout, [], [], mixed_batch.advantage)
 
 
 def test_sorted_and_trimmed_micro_batches_have_the_gradient_of_the_whole(
@@ -100,7 +101,7 @@ def test_waves_of_like_length_draw_the_same_tokens(toy):
         toy.prompt(0, 9, [(1, 10, 4)]), toy.prompt(1, 7), toy.prompt(2, 6, [(1, 6, 6)]),
         toy.prompt(3, 8),
     ]  # fmt: skip
-    batch = Batch(items(4), pad_prompts(prompts, (32,), (4,)), np.array([4, 2, 9, 7], np.int32))
+    batch = batch_of(prompts, [4, 2, 9, 7])
     engine = Engine(toy.config, Compute(attention_chunk=16), STOPS, 4, 4)
     grpo = make_grpo(
         replace(SETTINGS, group_size=3), ROLLOUT, Buckets((8, 32), (0, 4), (8,)), engine
@@ -120,7 +121,7 @@ def test_waves_of_like_length_draw_the_same_tokens(toy):
     whole = engine.generate(
         toy.params,
         engine.fill(toy.params),
-        batch.prompts,
+        pad_prompts(batch.prompts, 32, 4),
         group_size=3,
         max_new_tokens=8,
         key=key,

@@ -19,7 +19,7 @@ STOPS = tuple(range(0, 680, 17))
 def mismatch(toy, params, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """|sampler - trainer| and the sampler's log-probabilities, of all tokens that were sampled."""
     grids = ([(1, 4, 6), (1, 2, 10)], [], [(1, 6, 2)], [(1, 10, 4)])
-    prompts = pad_prompts([toy.prompt(i, 8 + i, g) for i, g in enumerate(grids)], (32,), (5,))
+    prompts = pad_prompts([toy.prompt(i, 8 + i, g) for i, g in enumerate(grids)], 32, 5)
     compute = Compute(dtype, attention_chunk=16, vocab_block=32)
     engine = Engine(toy.config, compute, STOPS, kv_block=12, check_every=4)
     rollout = engine.generate(

@@ -18,17 +18,14 @@ NO_FORM = Reward(0.0, 0.0, 0.0)
 VARIED, FLAT, FORM_ONLY = (RIGHT, WRONG), (WRONG, WRONG), (WRONG, NO_FORM)
 
 
-def groups(kinds: list, first: int, width: int) -> tuple[Batch, ScoredRollout]:
+def groups(kinds: list, first: int) -> tuple[Batch, ScoredRollout]:
     """Groups of two whose every part tells which they are: numbers `first`, `first + 1`, …"""
-    from spatial_ssrl_jax.data.batching import pad_prompts
-
     numbers = np.arange(first, first + len(kinds))
     prompts = [make_prompt(np.random.default_rng(int(n)), 5, []) for n in numbers]
     rows = np.broadcast_to(numbers[:, None], (len(kinds), 2))
     rollout = Rollout(*(np.repeat(rows[..., None], 3, 2) for _ in range(2)), rows.copy(), rows > -1)
     batch = Batch(
-        tuple(Item(f"example {n}", None, ()) for n in numbers),
-        pad_prompts(prompts, (width,), (1,)),
+        tuple(Item(f"example {n}", p, ()) for n, p in zip(numbers, prompts, strict=True)),
         np.arange(len(kinds), dtype=np.int32),
     )
     texts = [[f"text {n}"] * 2 for n in numbers]
@@ -36,17 +33,16 @@ def groups(kinds: list, first: int, width: int) -> tuple[Batch, ScoredRollout]:
 
 
 def test_flat_is_by_accuracy_alone():
-    _, scored = groups([VARIED, FLAT, FORM_ONLY, (RIGHT, RIGHT)], 0, 8)
+    _, scored = groups([VARIED, FLAT, FORM_ONLY, (RIGHT, RIGHT)], 0)
     assert zero_variance_groups(scored).tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize("width", [8, 12])
-def test_places_are_filled_in_order(width):
+def test_groups_are_replaced_in_order():
     """In round 1 one group varies, in round 2 more than there are places left."""
-    start = groups([FLAT, VARIED, FORM_ONLY, FLAT], 0, 8)
+    start = groups([FLAT, VARIED, FORM_ONLY, FLAT], 0)
     rounds = {
-        1: groups([FLAT, FLAT, VARIED, FLAT], 10, width),
-        2: groups([VARIED, VARIED, VARIED, VARIED], 20, width),
+        1: groups([FLAT, FLAT, VARIED, FLAT], 10),
+        2: groups([VARIED, VARIED, VARIED, VARIED], 20),
     }
     asked = []
 
@@ -63,22 +59,19 @@ def test_places_are_filled_in_order(width):
         found = getattr(scored.rollout, field.name)
         assert found.reshape(4, -1)[:, 0].tolist() == numbers
     assert scored.advantage[:, 0].tolist() == numbers
-    assert batch.prompts.ids.shape[1] == width
     for row, number in enumerate(numbers):
         ids = make_prompt(np.random.default_rng(number), 5, []).ids
-        assert batch.prompts.ids[row, : len(ids)].tolist() == ids.tolist()
+        assert batch.prompts[row].ids.tolist() == ids.tolist()
     assert batch.index.tolist() == [0, 1, 2, 3]
 
 
 def test_what_is_not_found_stays_flat():
-    start = groups([FLAT, VARIED], 0, 8)
-    batch, scored, sampled = resample_groups(
-        *start, lambda _: groups([FLAT, FLAT], 10, 8), rounds=2
-    )
+    start = groups([FLAT, VARIED], 0)
+    batch, scored, sampled = resample_groups(*start, lambda _: groups([FLAT, FLAT], 10), rounds=2)
     assert sampled == 4 and zero_variance_groups(scored).tolist() == [True, False]
     assert [item.example for item in batch.items] == ["example 0", "example 1"]
 
 
 def test_nothing_is_drawn_where_all_vary():
-    start = groups([VARIED, VARIED], 0, 8)
+    start = groups([VARIED, VARIED], 0)
     assert resample_groups(*start, lambda _: pytest.fail("drawn"), rounds=2)[2] == 0

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.data.packing import unpad_prompt
 from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
@@ -63,7 +62,7 @@ def reference(adapted, examples):
     batch, responses = examples
     total, gradients = 0.0, jax.tree.map(jnp.zeros_like, adapted)
     for row, response in enumerate(responses):
-        value, more = alone_loss(adapted, unpad_prompt(batch.prompts, row), response)
+        value, more = alone_loss(adapted, batch.prompts[row], response)
         total += float(value)
         gradients = jax.tree.map(jnp.add, gradients, more)
     count = sum(map(len, responses))
@@ -88,9 +87,7 @@ def test_packed_loss_is_the_one_by_one_loss(adapted, examples, reference, rows: 
 def test_rows_without_any_token_add_nothing(adapted, examples):
     """What a process runs when only another one still has examples."""
     step = packed(examples, micro_batch_rows=1)
-    (empty,) = sft.PackedStep(
-        [], [[[]]], step.capacities[-1:], step.normaliser, step.vision, step.dtype
-    )
+    (empty,) = sft.PackedStep([], [[[]]], step.capacities[-1:], step.normaliser, step.vision)
     (value, _), gradients = LOSS(adapted, empty)
     assert float(value) == 0
     assert all(not np.asarray(g).any() for g in jax.tree.leaves(gradients))

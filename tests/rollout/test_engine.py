@@ -1,5 +1,6 @@
 """Rollouts: log-probabilities, where responses end, and what the draws depend on."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -47,7 +48,7 @@ def generate(toy, prompts):
         return made.generate(
             params,
             made.fill(params),
-            pad_prompts([prompts[i] for i in index], (bucket[0],), (bucket[1],)),
+            pad_prompts([prompts[i] for i in index], bucket[0], bucket[1]),
             group_size=group,
             **{"max_new_tokens": LIMIT, "key": jax.random.key(5), "sampling": WARM, **settings},
             prompt_index=np.array(index) + 100,
@@ -99,7 +100,7 @@ def recompute(config, params, batch, tokens, length):
 
 
 def test_logprobs_equal_recomputed_ones(toy, prompts, rollout):
-    batch = pad_prompts(prompts, (40,), (6,))
+    batch = pad_prompts(prompts, 40, 6)
     found = recompute(toy.config, toy.params, batch, rollout.tokens, rollout.length)
     held = np.arange(LIMIT) < rollout.length[..., None]
     assert held.sum() > 100 and np.ptp(rollout.logprobs[held]) > 3
@@ -182,10 +183,22 @@ def test_greedy_samples_are_equal_and_likeliest(toy, prompts, generate):
         np.testing.assert_array_equal(found.tokens[:, g], found.tokens[:, 0])
     assert len(np.unique(found.tokens)) > LIMIT // 2
     hidden, _ = prefill(
-        toy.config, Compute(attention_chunk=16), toy.params, pad_prompts(prompts, (32,), (5,))
+        toy.config, Compute(attention_chunk=16), toy.params, pad_prompts(prompts, 32, 5)
     )
     first = np.asarray(hidden) @ np.asarray(toy.params["text"]["head"]).T
     np.testing.assert_array_equal(found.tokens[:, 0, 0], first.argmax(-1))
+
+
+def test_the_last_sample_alone_is_greedy(generate, rollout):
+    """Greedy and sampled responses share the prompts; each is as if drawn apart."""
+    found = generate(group=GROUP + 1, sampling=replace(WARM, greedy_last=True))
+    greedy = generate(group=1, sampling=GREEDY)
+    for name in ("tokens", "length", "finished"):
+        mixed, drawn = getattr(found, name), getattr(rollout, name)
+        np.testing.assert_array_equal(mixed[:, :-1], drawn)
+        np.testing.assert_array_equal(mixed[:, -1:], getattr(greedy, name))
+    np.testing.assert_allclose(found.logprobs[:, :-1], rollout.logprobs, atol=1e-5)
+    np.testing.assert_allclose(found.logprobs[:, -1:], greedy.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax.data.batching import pad_prompts, prompt_sizes
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.rl.batch import GroupBatch
@@ -40,7 +41,9 @@ class Alone:
         self, state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict, Rollout]:
         grpo, group = self.grpo, self.grpo.settings.group_size
-        prompts = jax.tree.map(lambda x: np.repeat(x, group, axis=0), batch.prompts)
+        shape = grpo.buckets.shape(*prompt_sizes(batch.prompts).max(axis=0).tolist(), 0)
+        padded = pad_prompts(batch.prompts, shape.tokens, shape.windows)
+        prompts = jax.tree.map(lambda x: np.repeat(x, group, axis=0), padded)
         flat = self.sample(state, prompts, np.repeat(batch.index, group), key)
         rollout = Rollout(*(self.grouped(x) for x in vars(flat).values()))
         scored = score_rollout(
