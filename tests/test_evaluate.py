@@ -14,7 +14,7 @@ from spatial_ssrl_jax import evaluate
 from spatial_ssrl_jax.eval.benchmarks.registry import open_benchmark
 from spatial_ssrl_jax.eval.predictions import as_line, read_predictions
 from spatial_ssrl_jax.eval.questions import unscored_prediction
-from spatial_ssrl_jax.eval.scoring.published import SPATIAL, table
+from spatial_ssrl_jax.eval.scoring.published import SPATIAL, published_table
 from tests.helpers import benchmark_files as files
 
 LINES = [
@@ -100,7 +100,10 @@ def test_several_benchmarks_make_one_table_in_the_papers_format(run, tmp_path: P
 
 def test_a_whole_set_has_a_mean():
     titles = dict.fromkeys(SPATIAL, "x")
-    assert table(dict.fromkeys(SPATIAL, 70.0), titles).splitlines()[-1].split()[-1] == "70.00"
+    assert (
+        published_table(dict.fromkeys(SPATIAL, 70.0), titles).splitlines()[-1].split()[-1]
+        == "70.00"
+    )
 
 
 def test_vsi_bench_names_the_papers_variant(run, tmp_path: Path):

@@ -24,8 +24,8 @@ from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
 from spatial_ssrl_jax.rl.losses import GrpoLoss, SftLoss
-from spatial_ssrl_jax.rl.optimizer import make_optimizer
 from spatial_ssrl_jax.rl.placement import abstract_stage_state, compute_settings
+from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rl.train_step import (
     TrainState,
     add_gradients,
@@ -100,15 +100,7 @@ def planned_stages(
 ) -> list[PlannedStage]:
     """The programs of the stages that a config has."""
     planned = _Planned(config, model, layout, rollout_layout, compute_settings(config, layout))
-    found = []
-    if config.sft.steps:
-        rows = _sft_rows(config)
-        found.append(PlannedStage("sft", planned.sft(rows), rows * config.sft.row_tokens))
-    if config.grpo.steps:
-        grpo, limit = config.grpo, config.rollout.max_new_tokens
-        tokens = grpo.prompts * (max(config.data.prompt_buckets) + grpo.group_size * limit)
-        found.append(PlannedStage("grpo", planned.grpo(), tokens))
-    return found
+    return [planned.stage(stage) for stage in stages(config)]
 
 
 def _sft_rows(config: Config) -> int:
@@ -134,23 +126,30 @@ class _Planned:
     def batches(self) -> AbstractBatches:
         return AbstractBatches(self.config, self.model, self.layout)
 
-    def sft(self, rows: int) -> PlannedPrograms:
+    def stage(self, stage: SftStage | GrpoStage) -> PlannedStage:
+        """The programs of a stage, and its tokens."""
+        if isinstance(stage, SftStage):
+            rows = _sft_rows(self.config)
+            return PlannedStage(stage.name, self.sft(stage, rows), rows * stage.settings.row_tokens)
+        group = stage.settings.group_size * self.config.rollout.max_new_tokens
+        tokens = stage.settings.prompts * (max(self.config.data.prompt_buckets) + group)
+        return PlannedStage(stage.name, self.grpo(stage), tokens)
+
+    def sft(self, stage: SftStage, rows: int) -> PlannedPrograms:
         """Gradients, their sum and the optimizer step of SFT."""
-        settings, micro = self.config.sft, rows // self.config.sft.micro_batch_rows
-        optimizer = make_optimizer(self.config.optim, settings, settings.steps)
+        settings, micro = stage.settings, rows // stage.settings.micro_batch_rows
+        optimizer = stage.optimizer(self.config)
         state = self._state(settings, optimizer)
         batch = self.batches.packed(settings)
-        loss = SftLoss(self.model, self.compute)
+        loss = stage.loss(self.model, self.compute)
         yield from self._update(
             "sft_", loss, optimizer, state, batch, micro, 1, {}, "sft.micro_batch_rows"
         )
 
-    def grpo(self) -> PlannedPrograms:
+    def grpo(self, stage: GrpoStage) -> PlannedPrograms:
         """Rollout, log-probabilities and update of a GRPO step."""
-        config, settings = self.config, self.config.grpo
-        optimizer = make_optimizer(
-            config.optim, settings, settings.steps * settings.minibatches_per_rollout
-        )
+        config, settings = self.config, stage.settings
+        optimizer = stage.optimizer(config)
         state = self._state(settings, optimizer)
         reference = self._reference(settings, state)
         own_reference = {}
@@ -178,7 +177,7 @@ class _Planned:
             beside = optimizing | weights
             reference_logprobs = (yield logprobs("reference_logprobs", reference, beside)) or like
         batch = replace(batch, old_logprobs=old, reference_logprobs=reference_logprobs)
-        loss = GrpoLoss(self.model, self.compute, settings)
+        loss = stage.loss(self.model, self.compute)
         updates = settings.minibatches_per_rollout
         yield from self._update("", loss, optimizer, state, batch, micro, updates, resting, setting)
 

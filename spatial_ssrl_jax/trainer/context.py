@@ -1,7 +1,8 @@
 """A run's components and state, and opening them with all checks before any computation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import grain
 import jax
@@ -13,7 +14,7 @@ from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.paths import check_bucket
 from spatial_ssrl_jax.config.load import to_dict
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings, StageSettings
+from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.items import check_fits, item_dataset
 from spatial_ssrl_jax.data.pipeline import batches
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
@@ -32,6 +33,7 @@ from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.placement import check_sharding, compute_settings
+from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval, eval_options, open_eval_benchmark
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
@@ -40,7 +42,7 @@ from spatial_ssrl_jax.trainer.preemption import Preemption
 from spatial_ssrl_jax.trainer.workdir import claim_workdir, write_model_files
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunComponents:
     """The components of a run, opened and checked to fit together; nothing is written."""
 
@@ -56,8 +58,8 @@ class RunComponents:
 
 
 @dataclass
-class Run(RunComponents):
-    """A run's components, its writers, and its mutable state; built once by `open_run`.
+class RunState:
+    """What a run changes from step to step, beside the weights; a checkpoint holds it.
 
     Attributes:
       heldout: held-out metrics, stage -> task -> metric.
@@ -65,6 +67,32 @@ class Run(RunComponents):
       seconds: time spent, by stage and measurement.
       tried: images tried so far, over all processes.
       bad: how many of them could not be used.
+    """
+
+    heldout: dict[str, HeldoutTable] = field(default_factory=dict)
+    best: BestCheckpoint | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    tried: int = 0
+    bad: int = 0
+
+    def as_meta(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    def restore(self, meta: dict[str, Any]) -> None:
+        """Takes the values that `as_meta` gave; those of older checkpoints may lack some."""
+        known = {f.name: meta[f.name] for f in fields(self) if f.name in meta}
+        if known.get("best"):
+            known["best"] = BestCheckpoint(**known["best"])
+        for name, value in known.items():
+            setattr(self, name, value)
+
+
+@dataclass(frozen=True)
+class Run(RunComponents):
+    """A run's components and its writers, built once by `open_run`, and its state.
+
+    Attributes:
       unwritten: files for people whose last write failed.
     """
 
@@ -77,17 +105,13 @@ class Run(RunComponents):
     preemption: Preemption
     compilations: CompilationCounter
     metrics: MetricsWriter | None
-    heldout: dict[str, HeldoutTable] = field(default_factory=dict)
-    best: BestCheckpoint | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    tried: int = 0
-    bad: int = 0
+    state: RunState = field(default_factory=RunState)
     unwritten: set[str] = field(default_factory=set)
 
     @property
     def total(self) -> int:
-        """Steps of both stages."""
-        return self.config.sft.steps + self.config.grpo.steps
+        """Steps of all stages."""
+        return max((stage.last_step for stage in stages(self.config)), default=0)
 
 
 def open_components(config: Config) -> RunComponents:
@@ -217,26 +241,25 @@ def heldout_datasets(components: RunComponents) -> dict[str, grain.MapDataset]:
 
 
 def pipeline(
-    components: RunComponents, settings: StageSettings, start: int
+    components: RunComponents, stage: SftStage | GrpoStage, start: int
 ) -> grain.DatasetIterator:
     """A stage's batches for this process, from the stage's step `start`.
 
     Args:
       components: the run.
-      settings: the stage's section.
+      stage: the stage.
       start: steps already done.
     """
     config = components.config
-    seed = config.seed * 2 + (settings is config.grpo)
     source, pool = components.source, components.split.train
-    if isinstance(settings, SftSettings) and settings.responses != "synthetic":
-        source = open_source(f"ssrl81k:{settings.responses}")
+    if isinstance(stage, SftStage) and stage.settings.responses != "synthetic":
+        source = open_source(f"ssrl81k:{stage.settings.responses}")
         pool = range(len(source))
-    items = items_of(config, source, pool, components.processor, seed)
+    items = items_of(config, source, pool, components.processor, stage.seed)
     return batches(
         items,
-        settings.prompts,
-        settings.micro_batch_prompts if isinstance(settings, GrpoSettings) else settings.prompts,
+        stage.settings.prompts,
+        stage.micro_batch_prompts,
         start=start,
         threads=config.data.threads,
         workers=config.data.workers,

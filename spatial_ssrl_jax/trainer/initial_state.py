@@ -18,6 +18,7 @@ from spatial_ssrl_jax.qwen_vl.layers import cast
 from spatial_ssrl_jax.qwen_vl.lora import drop_adapters
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params, select_params
 from spatial_ssrl_jax.rl.placement import abstract_stage_state
+from spatial_ssrl_jax.rl.stages import GrpoStage, Stage
 from spatial_ssrl_jax.rl.train_step import TrainState, initial_train_state
 from spatial_ssrl_jax.rl.trainable import Trainable
 
@@ -40,67 +41,66 @@ class StageInitializer:
     checkpoints: Checkpoints
     say: Callable[[str], None]
 
-    def first(self) -> StageSettings:
-        """The section of the run's first stage."""
-        return self.config.sft if self.config.sft.steps else self.config.grpo
-
-    def params(self, stage: StageSettings) -> Params:
+    def params(self, stage: Stage) -> Params:
         """The weights that a stage starts from: random, a model's, or the result of SFT."""
-        dtype = self._dtype(stage)
+        dtype = self._dtype(stage.settings)
         model = self.base(stage)
         if model is None:
             return cast(self.model.init(self.layout, self.config.seed), dtype)
-        if stage is not self.first():
+        if stage.start_step:
             _check_undamaged(model)
         self.say(f"reading {model.name}")
         return model.load(self.layout, dtype)
 
-    def base(self, stage: StageSettings) -> ModelFolder | None:
+    def base(self, stage: Stage) -> ModelFolder | None:
         """The model whose weights a stage starts from; None when they are random."""
-        config = self.config
-        if stage is not self.first():
-            self.checkpoints.wait()  # SFT's last save may not be complete
-            return open_model(self.checkpoints.folder / str(config.sft.steps))
-        if stage is config.grpo and config.grpo.init_from:
-            return open_model(config.grpo.init_from)
-        return None if config.model.from_scratch else self.model
+        if stage.start_step:
+            self.checkpoints.wait()  # the last save of the stage before may not be complete
+            return open_model(self.checkpoints.folder / str(stage.start_step))
+        if isinstance(stage, GrpoStage) and stage.settings.init_from:
+            return open_model(stage.settings.init_from)
+        return None if self.config.model.from_scratch else self.model
 
     def state(
         self,
-        stage: StageSettings,
+        stage: Stage,
         optimizer: optax.GradientTransformation,
         params: Params,
     ) -> TrainState:
         """A stage's state before its first step; it takes over the arrays of `params`."""
-        if stage.lora.rank:
-            seed = 2 * self.config.seed + (stage is self.config.grpo)
-            adapters = self.model.init_adapters(self.layout, stage.lora, seed)
+        settings = stage.settings
+        if settings.lora.rank:
+            adapters = self.model.init_adapters(self.layout, settings.lora, stage.seed)
             params = merge_params(params, adapters)
-        split = Trainable.of(stage).split(params, self.config.model.dtype)
+        split = Trainable.of(settings).split(params, self.config.model.dtype)
         return self._offloaded(self._reported(initial_train_state(optimizer, *split)))
 
     def restored(
         self,
-        stage: StageSettings,
+        stage: Stage,
         optimizer: optax.GradientTransformation,
         step: int,
     ) -> TrainState:
         """A stage's state from the checkpoint of the run's step `step`."""
-        like = abstract_stage_state(self.config, self.model.config, self.layout, stage, optimizer)
+        like = abstract_stage_state(
+            self.config, self.model.config, self.layout, stage.settings, optimizer
+        )
         state, _ = self.checkpoints.restore(step, like)
         return self._offloaded(self._reported(state))
 
-    def reference(self, stage: StageSettings, state: TrainState, fresh: bool) -> Params:
+    def reference(self, stage: Stage, state: TrainState, fresh: bool) -> Params:
         """The weights that a stage starts from, as the KL's reference; frozen ones are shared.
 
         Args:
-          stage: its section.
+          stage: GRPO.
           state: the stage's state.
           fresh: whether that is the state before the first step.
         """
-        if stage.lora.rank:
+        if stage.settings.lora.rank:
             return drop_adapters(state.frozen)
-        trained = state.trained if fresh else select_params(self.params(stage), Trainable.of(stage))
+        trained = state.trained
+        if not fresh:
+            trained = select_params(self.params(stage), Trainable.of(stage.settings))
         copy = _copy(trained, self.config.model.dtype)
         return merge_params(
             offload.to_host(copy) if self.config.optim.offload else copy, state.frozen
@@ -112,9 +112,9 @@ class StageInitializer:
             return state
         return replace(state, opt_state=offload.to_host(state.opt_state))
 
-    def _dtype(self, stage: StageSettings) -> str:
+    def _dtype(self, settings: StageSettings) -> str:
         """Master weights are float32; the frozen base of adapters has the compute dtype."""
-        return self.config.model.dtype if stage.lora.rank else "float32"
+        return self.config.model.dtype if settings.lora.rank else "float32"
 
     def _reported(self, state: TrainState) -> TrainState:
         """The same state; reports how many weights train."""

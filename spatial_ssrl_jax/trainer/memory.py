@@ -12,6 +12,7 @@ import jax
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.rl.stages import stages
 
 # Parameters of glibc's mallopt(3), from its <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -80,9 +81,9 @@ def memory_advice(config: Config) -> list[str]:
         advice.append(f"set model.remat=full instead of {config.model.remat}")
     if config.model.dtype == "float32":
         advice.append("set model.dtype=bfloat16")
-    for name, stage in (("sft", sft), ("grpo", grpo)):
-        if stage.steps and not stage.lora.rank:
-            advice.append(f"train only adapters ({name}.lora.rank=64)")
+    for stage in stages(config):
+        if not stage.settings.lora.rank:
+            advice.append(f"train only adapters ({stage.name}.lora.rank=64)")
     if not config.optim.offload:
         advice.append("keep optimizer moments and reference in host memory (optim.offload=True)")
     advice.append("shard the weights over more devices (mesh.fsdp)")

@@ -20,9 +20,9 @@ from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.parallel.sharding import shard_bytes
 from spatial_ssrl_jax.perf.device_specs import device_memory_bytes
 from spatial_ssrl_jax.rl.bucketing import Buckets
-from spatial_ssrl_jax.rl.optimizer import make_optimizer
 from spatial_ssrl_jax.rl.placement import abstract_stage_state
 from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
+from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rl.train_step import TrainState
 from spatial_ssrl_jax.rollout.cache import kv_token_bytes
 from spatial_ssrl_jax.trainer.best_checkpoint import best_metric
@@ -128,15 +128,12 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     heldout_items(heldout_datasets(components), 1, notes.append)
     if not components.split.heldout:
         notes.append("no image is held out, so there are no held-out metrics")
-    stages: dict[str, StageReport] = {}
-    first = 0
-    for name, settings in (("sft", config.sft), ("grpo", config.grpo)):
-        left = min(max(first + settings.steps - done, 0), settings.steps)
-        first += settings.steps
-        if left:
-            seconds = _seconds(workdir, name) if resumes else None
-            stages[name] = _stage_report(components, settings, left, seconds, notes)
-    disk = _disk(config, workdir, stages)
+    found: dict[str, StageReport] = {}
+    for stage in stages(config):
+        if left := stage.steps_left(done):
+            seconds = _seconds(workdir, stage.name) if resumes else None
+            found[stage.name] = _stage_report(components, stage, left, seconds, notes)
+    disk = _disk(config, workdir, found)
     limit = device_memory_bytes()
     return {
         "workdir": str(workdir),
@@ -153,23 +150,23 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
             "train": len(components.split.train),
             "heldout": len(components.split.heldout),
         },
-        "stages": stages,
+        "stages": found,
         "disk": disk,
-        "seconds_left": _seconds_left(stages),
+        "seconds_left": _seconds_left(found),
         "notes": notes,
-        "problems": _problems(stages, disk, limit),
+        "problems": _problems(found, disk, limit),
     }
 
 
 def _stage_report(
     components: RunComponents,
-    settings: StageSettings,
+    stage: SftStage | GrpoStage,
     left: int,
     seconds: float | None,
     notes: list[str],
 ) -> StageReport:
     """One stage's sizes, from its first prompts and the model's shapes; appends to `notes`."""
-    batch = _first_prompts(components, settings)
+    settings, batch = stage.settings, _first_prompts(components, stage)
     skips = [skip for item in batch.items for skip in item.skipped]
     bad = sum(skip.bad for skip in skips)
     check_bad_fraction(components, bad, bad + len(batch.items))
@@ -188,9 +185,12 @@ def _stage_report(
         responses = sum(map(len, tokens))
         packed = pack_step(batch, tokens, settings, components.model.config.vision)
         padding = 1 - (prompts + responses) / packed.padded_tokens
-    optimizer = make_optimizer(components.config.optim, settings, 1)
     state = abstract_stage_state(
-        components.config, components.model.config, components.layout, settings, optimizer
+        components.config,
+        components.model.config,
+        components.layout,
+        settings,
+        stage.optimizer(components.config),
     )
     memory = _memory(components, settings, state)
     report: StageReport = {
@@ -219,20 +219,14 @@ def _stage_report(
     return report
 
 
-def _first_prompts(components: RunComponents, settings: StageSettings) -> Batch:
+def _first_prompts(components: RunComponents, stage: SftStage | GrpoStage) -> Batch:
     """A stage's first micro-batch, with pixels, from the pipeline of training.
 
     A whole batch at the paper's size can take tens of gigabytes and minutes.
     """
-    config = components.config
-    if isinstance(settings, SftSettings):
-        few = min(settings.prompts, _EXAMPLES * jax.process_count())
-        config = replace(config, sft=replace(config.sft, prompts=few))
-        small: StageSettings = config.sft
-    else:
-        config = replace(config, grpo=replace(config.grpo, prompts=config.grpo.micro_batch_prompts))
-        small = config.grpo
-    components = replace(components, config=config)
+    few = min(stage.settings.prompts, _EXAMPLES * jax.process_count())
+    few = few if isinstance(stage, SftStage) else stage.micro_batch_prompts
+    small = replace(stage, settings=replace(stage.settings, prompts=few))
     with closing(pipeline(components, small, start=0)) as stream:
         return next(stream)
 

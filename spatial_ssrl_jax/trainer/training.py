@@ -16,21 +16,20 @@ from spatial_ssrl_jax.checkpoint.export import export, export_adapter
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError, explain_write_errors
 from spatial_ssrl_jax.common.paths import user_path, write_atomic
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings, StageSettings
+from spatial_ssrl_jax.config.schema import Config, GrpoSettings
 from spatial_ssrl_jax.data.pipeline import Batch, batch_at
 from spatial_ssrl_jax.monitoring.process_stats import memory_metrics
 from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.parallel.collectives import all_sum, barrier, is_primary
 from spatial_ssrl_jax.parallel.watchdog import Watchdog
 from spatial_ssrl_jax.perf.mfu import mfu_metrics, useful_flops
+from spatial_ssrl_jax.qwen_vl.param_tree import Params
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.grpo import Grpo
-from spatial_ssrl_jax.rl.losses import GrpoLoss, SftLoss
-from spatial_ssrl_jax.rl.optimizer import learning_rate, make_optimizer
 from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
+from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, Stage, stages
 from spatial_ssrl_jax.rl.step_metrics import gather_ordered, prompt_metrics, prompt_rows
 from spatial_ssrl_jax.rl.train_step import TrainState, train_step
-from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from spatial_ssrl_jax.trainer.context import (
     Run,
     check_bad_fraction,
@@ -45,7 +44,7 @@ from spatial_ssrl_jax.trainer.preemption import Preemption
 from spatial_ssrl_jax.trainer.run_log import Sampled, log_step, refresh_report
 from spatial_ssrl_jax.trainer.validation import validate
 
-UNTRAINED, SFT, GRPO = "untrained", "sft", "grpo"
+UNTRAINED = "untrained"  # the held-out table's name for the model before training
 _RESAMPLE_SEED = 1_000_001  # apart from the seeds of both stages
 _NAMED = 10  # unusable images that are reported by name; the others are only counted
 
@@ -103,48 +102,60 @@ def _close(run: Run) -> None:
 
 
 def _run_stages(run: Run, start: StageInitializer, done: int) -> bool:
-    """Runs the remaining steps of both stages; False when a signal stopped the run."""
-    config = run.config
+    """Runs the remaining steps of the stages; False when a signal stopped the run."""
     if done:
-        meta = run.checkpoints.read_meta(done)
-        run.heldout, run.seconds = meta["heldout"], meta["seconds"]
-        run.best = BestCheckpoint(**meta["best"]) if meta.get("best") else None
+        run.state.restore(run.checkpoints.read_meta(done))
         run.progress.say(f"resuming after step {done}")
-    if config.sft.steps and done < config.sft.steps:
-        if _stop_requested(run, done) or not _sft_stage(run, start, done):
-            return False
-        done = config.sft.steps
-    if config.grpo.steps and done < run.total:
-        return not _stop_requested(run, done) and _grpo_stage(run, start, done)
+    for stage in stages(run.config):
+        if done < stage.last_step:
+            if _stop_requested(run, done) or not _run_stage(run, start, stage, done):
+                return False
+            done = stage.last_step
     return True
+
+
+def _run_stage(run: Run, start: StageInitializer, stage: SftStage | GrpoStage, done: int) -> bool:
+    """Runs a stage after the run's step `done`; False when a signal stopped it."""
+    optimizer = stage.optimizer(run.config)
+    state = _begin(run, start, stage, optimizer, done)
+    if isinstance(stage, SftStage):
+        step = _sft_step(run, stage, optimizer)
+    else:
+        step = _grpo_step(run, stage, optimizer, _reference(start, stage, state, done))
+    return _loop(run, stage, step, state, done)
 
 
 def _begin(
     run: Run,
     start: StageInitializer,
-    settings: StageSettings,
+    stage: Stage,
     optimizer: optax.GradientTransformation,
     done: int,
 ) -> TrainState:
     """A stage's state, new or after step `done`; measures the model before the run's first step."""
     run.progress.on_progress()
-    if done > (0 if settings is start.first() else run.config.sft.steps):
-        return start.restored(settings, optimizer, done)
-    params = start.params(settings)
+    if done > stage.start_step:
+        return start.restored(stage, optimizer, done)
+    params = start.params(stage)
     if done == 0:
         metrics, _ = validate(run, UNTRAINED, 0, params)
         if run.metrics is not None and metrics:
-            run.metrics.write(SFT if settings is run.config.sft else GRPO, 0, metrics)
-    return start.state(settings, optimizer, params)
+            run.metrics.write(stage.name, 0, metrics)
+    return start.state(stage, optimizer, params)
 
 
-def _sft_stage(run: Run, start: StageInitializer, done: int) -> bool:
-    """Runs the SFT stage after the run's step `done`; False when a signal stopped it."""
-    settings = run.config.sft
-    optimizer = make_optimizer(run.config.optim, settings, settings.steps)
-    loss = SftLoss(run.model.config, run.compute)
-    state = _begin(run, start, settings, optimizer, done)
-    rates = learning_rate(settings, settings.steps)
+def _reference(
+    start: StageInitializer, stage: GrpoStage, state: TrainState, done: int
+) -> Params | None:
+    """The KL's reference: the weights that the stage starts from; None without KL."""
+    if not stage.settings.kl_coef:
+        return None
+    return start.reference(stage, state, fresh=done == stage.start_step)
+
+
+def _sft_step(run: Run, stage: SftStage, optimizer: optax.GradientTransformation) -> Step:
+    settings, rates = stage.settings, stage.learning_rate()
+    loss = stage.loss(run.model.config, run.compute)
 
     def step(
         number: int, state: TrainState, batch: Batch
@@ -172,32 +183,28 @@ def _sft_stage(run: Run, start: StageInitializer, done: int) -> bool:
         }
         return state, metrics | prompt_metrics(rows) | more, None
 
-    return _loop(run, SFT, settings, state, done, 0, step) is not None
+    return step
 
 
-def _grpo_stage(run: Run, start: StageInitializer, done: int) -> bool:
-    """Runs the GRPO stage after the run's step `done`; False when a signal stopped it."""
-    config, settings = run.config, run.config.grpo
-    first = config.sft.steps
-    updates = settings.steps * settings.minibatches_per_rollout
-    optimizer = make_optimizer(config.optim, settings, updates)
-    state = _begin(run, start, settings, optimizer, done)
-    reference = None
-    if settings.kl_coef:
-        reference = start.reference(settings, state, fresh=done == first)
+def _grpo_step(
+    run: Run,
+    stage: GrpoStage,
+    optimizer: optax.GradientTransformation,
+    reference: Params | None,
+) -> Step:
+    config, settings, rates = run.config, stage.settings, stage.learning_rate()
     grpo = Grpo(
         settings,
         config.rollout,
         config.reward,
         run.engine,
-        GrpoLoss(run.model.config, run.compute, settings),
+        stage.loss(run.model.config, run.compute),
         optimizer,
         run.layout,
         Buckets.of(config),
         run.processor,
         reference,
     )
-    rates = learning_rate(settings, updates)
     key = jax.random.key(config.seed)
 
     def step(
@@ -212,72 +219,50 @@ def _grpo_stage(run: Run, start: StageInitializer, done: int) -> bool:
         more = {"optim/learning_rate": rate, "perf/useful_flops": needed}
         return state, metrics | more, (trained_on, scored)
 
-    return _loop(run, GRPO, settings, state, done, first, step) is not None
+    return step
 
 
-def _loop(
-    run: Run,
-    stage: str,
-    settings: StageSettings,
-    state: TrainState,
-    done: int,
-    first: int,
-    step: Step,
-) -> TrainState | None:
-    """Steps of one stage: data, step, metrics, rollouts, checkpoint, report.
-
-    Args:
-      run: the run.
-      stage: its name in the metrics.
-      settings: the stage's section.
-      state: the state after step `done`.
-      done: steps done in the whole run.
-      first: steps before this stage.
-      step: makes one step.
-
-    Returns:
-      The last state, or None when a signal stopped the run.
-    """
-    last = first + settings.steps
+def _loop(run: Run, stage: SftStage | GrpoStage, step: Step, state: TrainState, done: int) -> bool:
+    """The stage's steps after the run's step `done`; False when a signal stopped the run."""
     if _stop_requested(run, done):
-        return None
-    with closing(pipeline(run, settings, start=done - first)) as stream:
-        run.progress.start(stage, settings.steps, done - first)
-        begun = time.perf_counter()
-        for number in range(done + 1, last + 1):
-            if number == done + 1:
-                run.progress.doing(f"compiling the programs of {stage} (first step)")
+        return False
+    first = done + 1
+    with closing(pipeline(run, stage, start=done - stage.start_step)) as stream:
+        run.progress.start(stage.name, stage.settings.steps, done - stage.start_step)
+        spent = _Stopwatch(run.state.seconds.get(stage.name, 0.0))
+        for number in range(first, stage.last_step + 1):
+            if number == first:
+                run.progress.doing(f"compiling the programs of {stage.name} (first step)")
             compiled = run.compilations.count
             state, metrics, sampled, batch = _timed_step(
-                run, step, number - first - 1, state, stream
+                run, step, number - stage.start_step - 1, state, stream
             )
             compiled = run.compilations.count - compiled
             _count_bad(run, batch)
-            is_best = False
-            if number == last or stage == GRPO:
-                steps_done = None if number == last else number - first
-                measured, is_best = validate(run, stage, number, state.params, steps_done)
-                metrics |= measured
-            if run.metrics is not None:
-                run.metrics.write(stage, number, metrics)
-                run.progress.step(number - first, metrics)
-                log_step(run, number, first, sampled)
-            run.progress.on_progress()
-            if compiled and number > done + 1:
+            measured, is_best = _validate_step(run, stage, number, state)
+            _log_step(run, stage, number, metrics | measured, sampled)
+            if compiled and number > first:
                 run.progress.say(f"step {number} has new sizes: {compiled} compilations")
             _check_skipped(run, stage, number, state)
             stop = _signalled(run)
-            due = (number - first) % run.config.checkpoint.every == 0
-            if number == last or due or is_best or stop:
-                elapsed = time.perf_counter() - begun + run.seconds.get(stage, 0.0)
-                _save(run, stage, number, state, run.seconds | {stage: round(elapsed, 2)})
-                if number == last:
-                    run.seconds[stage] = round(elapsed, 2)
+            if is_best or stop or _save_due(run, stage, number):
+                run.state.seconds[stage.name] = round(spent.seconds(), 2)
+                _save(run, stage, number, state)
             if stop and number < run.total:
                 run.checkpoints.wait()
                 _report_stop(run, number)
-                return None
-    return state
+                return False
+    return True
+
+
+class _Stopwatch:
+    """Seconds since it was made, and before."""
+
+    def __init__(self, before: float):
+        self._start = time.perf_counter() - before
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
 
 
 def _timed_step(
@@ -297,6 +282,36 @@ def _timed_step(
         "perf/compile_seconds": run.compilations.seconds,
     }
     return state, metrics, sampled, batch
+
+
+def _validate_step(
+    run: Run, stage: Stage, number: int, state: TrainState
+) -> tuple[dict[str, float], bool]:
+    """The measurements that are due, and whether the step is the best so far.
+
+    SFT is measured at its end alone.
+    """
+    if number == stage.last_step:
+        return validate(run, stage.name, number, state.params)
+    if isinstance(stage, SftStage):
+        return {}, False
+    return validate(run, stage.name, number, state.params, number - stage.start_step)
+
+
+def _log_step(
+    run: Run, stage: Stage, number: int, metrics: dict[str, float], sampled: Sampled | None
+) -> None:
+    """Writes and shows a step's metrics; other processes only tell the watchdog."""
+    if run.metrics is not None:
+        run.metrics.write(stage.name, number, metrics)
+        run.progress.step(number - stage.start_step, metrics)
+        log_step(run, number, stage.start_step, sampled)
+    run.progress.on_progress()
+
+
+def _save_due(run: Run, stage: Stage, number: int) -> bool:
+    every = run.config.checkpoint.every
+    return number == stage.last_step or (number - stage.start_step) % every == 0
 
 
 def _signalled(run: Run) -> bool:
@@ -337,18 +352,18 @@ def _resample(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch
 def _count_bad(run: Run, batch: Batch) -> None:
     """Reports the first unusable images; raises a `UserError` when there are too many."""
     skips = [skip for item in batch.items for skip in item.skipped if skip.bad]
-    for skip in skips[: max(0, _NAMED - run.bad)]:
+    for skip in skips[: max(0, _NAMED - run.state.bad)]:
         run.progress.say(f"skipped {skip.name}: {skip.reason}")
-    run.bad += round(all_sum(len(skips)))
-    run.tried += round(all_sum(len(skips) + len(batch.items)))
-    check_bad_fraction(run, run.bad, run.tried)
+    run.state.bad += round(all_sum(len(skips)))
+    run.state.tried += round(all_sum(len(skips) + len(batch.items)))
+    check_bad_fraction(run, run.state.bad, run.state.tried)
 
 
-def _check_skipped(run: Run, stage: str, number: int, state: TrainState) -> None:
+def _check_skipped(run: Run, stage: Stage, number: int, state: TrainState) -> None:
     """Saves and raises a `UserError` after too many skipped optimizer steps in a row."""
     skipped = int(state.skipped)
     if skipped >= run.config.optim.max_skipped_steps:
-        _save(run, stage, number, state, run.seconds)
+        _save(run, stage, number, state)
         run.checkpoints.wait()
         raise UserError(
             f"{skipped} optimizer steps in a row had a non-finite gradient (step {number} is "
@@ -356,10 +371,9 @@ def _check_skipped(run: Run, stage: str, number: int, state: TrainState) -> None
         )
 
 
-def _save(run: Run, stage: str, number: int, state: TrainState, seconds: dict[str, float]) -> None:
-    best = asdict(run.best) if run.best else None
-    meta = {"heldout": run.heldout, "seconds": seconds, "best": best}
-    run.checkpoints.save(number, stage, state, meta, run.best.step if run.best else None)
+def _save(run: Run, stage: Stage, number: int, state: TrainState) -> None:
+    best = run.state.best.step if run.state.best else None
+    run.checkpoints.save(number, stage.name, state, run.state.as_meta(), best)
 
 
 def _finish(run: Run, start: StageInitializer) -> None:
@@ -367,30 +381,30 @@ def _finish(run: Run, start: StageInitializer) -> None:
     run.progress.stop()
     config = run.config
     summary = {
-        "heldout": run.heldout,
+        "heldout": run.state.heldout,
         "trained": list(config.trained_tasks),
-        "seconds": run.seconds,
+        "seconds": run.state.seconds,
         "seed": config.seed,
-        "best": asdict(run.best) if run.best else None,
+        "best": asdict(run.state.best) if run.state.best else None,
     }
     target, adapter = run.workdir / "export", run.workdir / "adapter"
     last = open_model(run.checkpoints.folder / str(run.checkpoints.latest()))
     export(run.model, last.load(run.layout), target, config.model.dtype)
-    stage = config.grpo if config.grpo.steps else config.sft
-    if stage.lora.rank:
+    stage = stages(config)[-1]
+    if stage.settings.lora.rank:
         base = start.base(stage)
         export_adapter(last, run.layout, adapter, base.name if base else None)
     if run.metrics is not None:
         write_atomic(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
         refresh_report(run)
-    if run.heldout:
-        run.progress.table(run.heldout, config.trained_tasks)
+    if run.state.heldout:
+        run.progress.table(run.state.heldout, config.trained_tasks)
     run.progress.say(
         f"done: {target} is the trained model, {run.workdir / 'report.html'} the report"
     )
-    if run.best and run.best.step < run.total:
+    if run.state.best and run.state.best.step < run.total:
         run.progress.say(
-            f"the best step by {run.best.metric} is {run.best.step}, kept as "
-            f"{run.checkpoints.folder / str(run.best.step)}: convert to-hf exports it"
+            f"the best step by {run.state.best.metric} is {run.state.best.step}, kept as "
+            f"{run.checkpoints.folder / str(run.state.best.step)}: convert to-hf exports it"
         )
     run.checkpoints.close()

@@ -32,9 +32,9 @@ def validate(
         metrics |= _heldout_metrics(_heldout(run, stage, number, params))
     if run.benchmark is not None and _due(steps_done, run.config.eval.benchmark_every):
         metrics |= _benchmark(run, run.benchmark, stage, number, params)
-    found = improved(run.best, number, metrics, best_metric(run.config)) if number else None
+    found = improved(run.state.best, number, metrics, best_metric(run.config)) if number else None
     if found is not None:
-        run.best = found
+        run.state.best = found
         run.progress.say(f"step {number} is the best so far: {found.metric} {found.value:.4g}")
     return metrics, found is not None
 
@@ -49,9 +49,10 @@ def _heldout(run: Run, stage: str, number: int, params: Params) -> HeldoutTable:
         return {}
     run.progress.doing(f"measuring held-out images ({stage}, step {number})")
     start = time.perf_counter()
-    run.heldout[stage] = run.evaluation.measure(params, run.config.trained_tasks, run.config.seed)
+    table = run.evaluation.measure(params, run.config.trained_tasks, run.config.seed)
+    run.state.heldout[stage] = table
     _add_seconds(run, "heldout", start)
-    return run.heldout[stage]
+    return table
 
 
 def _benchmark(
@@ -70,8 +71,8 @@ def _benchmark(
 
 
 def _add_seconds(run: Run, name: str, start: float) -> None:
-    spent = run.seconds.get(name, 0.0) + time.perf_counter() - start
-    run.seconds[name] = round(spent, 2)
+    spent = run.state.seconds.get(name, 0.0) + time.perf_counter() - start
+    run.state.seconds[name] = round(spent, 2)
 
 
 def _heldout_metrics(table: HeldoutTable) -> dict[str, float]:

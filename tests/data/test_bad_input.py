@@ -15,6 +15,7 @@ from spatial_ssrl_jax.data.items import Item, SkippedRecord, item_dataset
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.trainer import training
+from spatial_ssrl_jax.trainer.context import RunState
 from tests.data.test_images import png_of_size
 from tests.data.test_pipeline import weights
 from tests.data.test_sources import save_depth
@@ -146,14 +147,13 @@ def test_a_run_stops_above_its_fraction_of_bad_images():
         config=Config("test"),
         source=SimpleNamespace(spec="folder:x"),
         progress=SimpleNamespace(say=lines.append),
-        bad=0,
-        tried=0,
+        state=RunState(),
     )
     good, bad = (
         Item(None, None, skipped) for skipped in ((), (SkippedRecord("a.png", "cut.", True),))
     )
     training._count_bad(run, SimpleNamespace(items=[good] * 30 + [bad] * 5))
-    assert (run.bad, run.tried) == (5, 40) and lines == ["skipped a.png: cut."] * 5
+    assert (run.state.bad, run.state.tried) == (5, 40) and lines == ["skipped a.png: cut."] * 5
     with pytest.raises(UserError, match=r"data\.max_bad_fraction") as error:
         training._count_bad(run, SimpleNamespace(items=[bad] * 10))
     assert "of 60 images from folder:x" in str(error.value)

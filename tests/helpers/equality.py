@@ -22,13 +22,11 @@ from spatial_ssrl_jax.parallel.collectives import all_gather, gather_to_host, is
 from spatial_ssrl_jax.parallel.distributed import add_options, connect
 from spatial_ssrl_jax.rl import grpo
 from spatial_ssrl_jax.rl.bucketing import Buckets
-from spatial_ssrl_jax.rl.losses import GrpoLoss, SftLoss
-from spatial_ssrl_jax.rl.optimizer import make_optimizer
 from spatial_ssrl_jax.rl.rewards import Reward
 from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
+from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rl.step_metrics import prompt_rows
 from spatial_ssrl_jax.rl.train_step import add_gradients, gradient_shardings, micro_gradients
-from spatial_ssrl_jax.trainer import training
 from spatial_ssrl_jax.trainer.context import Run, open_run, pipeline
 from spatial_ssrl_jax.trainer.initial_state import StageInitializer
 from spatial_ssrl_jax.trainer.preemption import Preemption
@@ -82,25 +80,27 @@ def one_step(config: c.Config, workdir: Path) -> Arrays:
     with Preemption() as preemption, Progress(quiet=True) as progress:
         run = open_run(config, workdir, False, preemption, progress)
     start = StageInitializer(config, run.model, run.layout, run.checkpoints, lambda _: None)
-    return _sft(run, start) | _grpo(run, start)
+    sft, grpo = stages(config)
+    return _sft(run, start, sft) | _grpo(run, start, sft, grpo)
 
 
-def _sft(run: Run, start: StageInitializer) -> Arrays:
-    settings = run.config.sft
-    batch = training.widen_to_common(next(pipeline(run, settings, start=0)))
+def _sft(run: Run, start: StageInitializer, stage: SftStage) -> Arrays:
+    settings = stage.settings
+    batch = next(pipeline(run, stage, start=0))
     responses = encode_responses(batch.items, run.processor, run.config.rollout.max_new_tokens)
     packed = pack_step(batch, responses, settings, run.model.config.vision)
-    loss = SftLoss(run.model.config, run.compute)
-    return _summed("sft", loss, start.params(settings), map(run.layout.put_batch, packed))
+    loss = stage.loss(run.model.config, run.compute)
+    return _summed("sft", loss, start.params(stage), map(run.layout.put_batch, packed))
 
 
-def _grpo(run: Run, start: StageInitializer) -> Arrays:
-    config, settings = run.config, run.config.grpo
-    optimizer = make_optimizer(config.optim, settings, settings.steps)
-    state = start.state(settings, optimizer, start.params(config.sft))
-    loss = GrpoLoss(run.model.config, run.compute, settings)
-    stage = grpo.Grpo(
-        settings,
+def _grpo(run: Run, start: StageInitializer, sft: SftStage, stage: GrpoStage) -> Arrays:
+    """GRPO's step from the weights that SFT starts from."""
+    config = run.config
+    optimizer = stage.optimizer(config)
+    state = start.state(stage, optimizer, start.params(sft))
+    loss = stage.loss(run.model.config, run.compute)
+    made = grpo.Grpo(
+        stage.settings,
         config.rollout,
         config.reward,
         run.engine,
@@ -109,13 +109,13 @@ def _grpo(run: Run, start: StageInitializer) -> Arrays:
         run.layout,
         Buckets.of(config),
         run.processor,
-        start.params(config.sft),
+        start.params(sft),
     )
-    batch, key = training.widen_to_common(next(pipeline(run, settings, start=0))), jax.random.key(0)
-    scored = stage._score(batch, stage.sample(state.params, batch, key))
-    updates, _ = stage.micro_batches(state.params, batch, scored)
+    batch, key = next(pipeline(run, stage, start=0)), jax.random.key(0)
+    scored = made._score(batch, made.sample(state.params, batch, key))
+    updates, _ = made.micro_batches(state.params, batch, scored)
     found = _summed("grpo", loss, state.params, updates[0])
-    state, metrics, *_ = stage.step(state, batch, key)
+    state, metrics, *_ = made.step(state, batch, key)
     rows = all_gather(prompt_rows(batch) | vars(scored.rollout))
     order = np.argsort(rows["index"])
     found |= {f"rollout/{name}": rows[name][order] for name in vars(scored.rollout)}

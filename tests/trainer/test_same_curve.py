@@ -14,8 +14,8 @@ from spatial_ssrl_jax.rl.batch import GroupBatch
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.grpo import Grpo, score_rollout
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
-from spatial_ssrl_jax.rl.losses import GrpoLoss, sample_weights
-from spatial_ssrl_jax.rl.optimizer import make_optimizer
+from spatial_ssrl_jax.rl.losses import sample_weights
+from spatial_ssrl_jax.rl.stages import stages
 from spatial_ssrl_jax.rl.train_step import TrainState, train_step
 from spatial_ssrl_jax.rollout import engine
 from spatial_ssrl_jax.rollout.engine import Rollout
@@ -129,22 +129,20 @@ def open_grpo(config, folder: Path, progress: Progress, preemption: Preemption):
     """A run's parts, a fresh state and the stage."""
     run: Run = open_run(config, folder, False, preemption, progress)
     start = StageInitializer(config, run.model, run.layout, run.checkpoints, lambda _: None)
-    settings = config.grpo
-    optimizer = make_optimizer(
-        config.optim, settings, settings.steps * settings.minibatches_per_rollout
-    )
-    state = start.state(settings, optimizer, start.params(settings))
+    (stage,) = stages(config)
+    optimizer = stage.optimizer(config)
+    state = start.state(stage, optimizer, start.params(stage))
     grpo = Grpo(
-        settings,
+        stage.settings,
         config.rollout,
         config.reward,
         run.engine,
-        GrpoLoss(run.model.config, run.compute, settings),
+        stage.loss(run.model.config, run.compute),
         optimizer,
         run.layout,
         Buckets.of(config),
         run.processor,
-        start.reference(settings, state, fresh=True),
+        start.reference(stage, state, fresh=True),
     )
     return run, grpo, state
 
