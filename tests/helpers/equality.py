@@ -115,7 +115,7 @@ def _grpo(run: Run, start: StageInitializer, sft: SftStage, stage: GrpoStage) ->
     scored = made._score(batch, made.sample(state.params, batch, key))
     updates, _ = made.micro_batches(state.params, batch, scored)
     found = _summed("grpo", loss, state.params, updates[0])
-    state, metrics, *_ = made.step(state, batch, key)
+    state, metrics, *_ = made.step(state, batch, key, lambda _: batch)
     rows = all_gather(prompt_rows(batch) | vars(scored.rollout))
     order = np.argsort(rows["index"])
     found |= {f"rollout/{name}": rows[name][order] for name in vars(scored.rollout)}
