@@ -5,74 +5,48 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 
-from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import BadImage, UserError, run_command
-from spatial_ssrl_jax.config.schema import MeshSettings
-from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.images import open_image
 from spatial_ssrl_jax.data.processor import Processor, Prompt
 from spatial_ssrl_jax.data.videos import FPS, MAX_FRAMES, open_video
 from spatial_ssrl_jax.inference.options import (
     add_inference_options,
     check_inference_options,
-    default_dtype,
 )
-from spatial_ssrl_jax.parallel.mesh import make_mesh
-from spatial_ssrl_jax.parallel.sharding import Layout
-from spatial_ssrl_jax.qwen_vl.compute import Compute
-from spatial_ssrl_jax.qwen_vl.kernels import choose_decode_kernel
-from spatial_ssrl_jax.rollout.engine import Engine, Rollout
+from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
-
-_CHECK_EVERY = 8
-_PROMPT_STEP, _WINDOW_STEP = 128, 8
 
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    model = open_model(args.model)
-    processor = Processor(model.files, model.config, args.min_pixels, args.max_pixels)
-    prompt = _prompt(processor, args)
-    layout = Layout(make_mesh(MeshSettings(data=1, fsdp=1, tensor=-1)))
-    dtype = default_dtype(args.dtype)
-    params = model.load(layout, dtype)
-    limit = _round_up(args.max_new_tokens, _CHECK_EVERY)
-    decode_kernel = choose_decode_kernel("auto", dtype, layout.mesh)
-    compute = Compute(dtype, decode_attention=decode_kernel)
-    engine = Engine(model.config, compute, processor.stop_ids, min(limit, 256), _CHECK_EVERY)
-    size = prompt.size
-    batch = pad_prompts(
-        [prompt], _round_up(size.tokens, _PROMPT_STEP), _round_up(size.windows, _WINDOW_STEP)
+    policy = Policy.open(
+        args.model, dtype=args.dtype, min_pixels=args.min_pixels, max_pixels=args.max_pixels
     )
-    stream = None if args.json else TextStream(processor, args.max_new_tokens)
+    prompt = _prompt(policy.processor, args)
+    stream = None if args.json else TextStream(policy.processor, args.max_new_tokens)
     if args.samples > 1 and not args.json:
         print("--- sample 1")
-    rollout = engine.generate(
-        params,
-        engine.fill(params),
-        layout.put_batch(batch),
-        group_size=args.samples,
-        max_new_tokens=limit,
-        key=jax.random.key(args.seed),
-        prompt_index=np.zeros(1, np.int32),
+    responses = policy.generate(
+        prompt,
+        samples=args.samples,
         sampling=args.sampling,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
         on_tokens=stream,
     )
-    samples = [_sample(processor, rollout, g, args.max_new_tokens) for g in range(args.samples)]
     if args.json:
+        samples = [response.as_json() for response in responses]
         print(json.dumps({"prompt_ids": prompt.ids.tolist(), "samples": samples}))
         return
-    for number, sample in enumerate(samples, 1):
+    for number, response in enumerate(responses, 1):
         if number > 1:
             print(f"--- sample {number}")
         shown = stream.shown if stream and number == 1 else 0  # the stream held back the rest
-        print(sample["text"][shown:], end="")
-        print("" if sample["finished"] else " […]")
+        print(response.text[shown:], end="")
+        print("" if response.finished else " […]")
 
 
 def _prompt(processor: Processor, args: argparse.Namespace) -> Prompt:
@@ -133,22 +107,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.max_prompt_tokens is not None and args.max_prompt_tokens < 1:
         raise UserError("--max-prompt-tokens must be at least 1.")
     return args
-
-
-def _sample(processor: Processor, rollout: Rollout, g: int, max_tokens: int) -> dict[str, Any]:
-    """Sample g: ids (end token included), log-probabilities, text, and whether it ended."""
-    length = min(int(rollout.length[0, g]), max_tokens)
-    ids = rollout.tokens[0, g, :length]
-    return {
-        "ids": ids.tolist(),
-        "logprobs": [float(p) for p in rollout.logprobs[0, g, :length]],
-        "text": processor.decode(ids),
-        "finished": bool(rollout.finished[0, g]) and int(rollout.length[0, g]) <= max_tokens,
-    }
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
 
 
 if __name__ == "__main__":

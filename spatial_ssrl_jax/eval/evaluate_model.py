@@ -27,11 +27,6 @@ from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.parallel import distributed
 from spatial_ssrl_jax.parallel.collectives import is_primary
-from spatial_ssrl_jax.parallel.mesh import make_mesh
-from spatial_ssrl_jax.parallel.sharding import Layout
-from spatial_ssrl_jax.qwen_vl.compute import Compute
-from spatial_ssrl_jax.qwen_vl.kernels import choose_decode_kernel
-from spatial_ssrl_jax.rollout.engine import Engine
 
 
 def evaluate_model(args: argparse.Namespace) -> list[Scores] | None:
@@ -108,11 +103,5 @@ def _open_policy(model: ModelFolder, args: argparse.Namespace, progress: Progres
             f"--fsdp={args.fsdp} and --tensor={args.tensor} do not divide the "
             f"{jax.device_count()} devices: change them."
         )
-    layout = Layout(make_mesh(MeshSettings(data=-1, fsdp=args.fsdp, tensor=args.tensor)))
-    dtype = default_dtype(args.dtype)
-    params = model.load(layout, dtype)
-    stops = Processor(model.files, model.config).stop_ids
-    decode_kernel = choose_decode_kernel("auto", dtype, layout.mesh)
-    compute = Compute(dtype, decode_attention=decode_kernel)
-    engine = Engine(model.config, compute, stops, shards=layout.batch_shards)
-    return Policy(model.files, engine, layout, params, engine.fill(params))
+    mesh = MeshSettings(data=-1, fsdp=args.fsdp, tensor=args.tensor)
+    return Policy.open(model, dtype=args.dtype, mesh=mesh)

@@ -10,12 +10,11 @@ from spatial_ssrl_jax.config.schema import EvalSettings, RewardSettings, Rollout
 from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.processor import Processor
+from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.parallel.collectives import all_gather
-from spatial_ssrl_jax.parallel.sharding import Layout
-from spatial_ssrl_jax.qwen_vl.model import Params
 from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length
 from spatial_ssrl_jax.rl.rewards import score_response
-from spatial_ssrl_jax.rollout.engine import Engine, Rollout
+from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
 
 HeldoutTable = dict[str, dict[str, float]]
@@ -23,11 +22,10 @@ HeldoutTable = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class HeldoutEval:
-    """Fixed held-out examples of every task, and what it takes to answer and score them.
+    """Fixed held-out examples of every task, and how they are answered and scored.
 
     Attributes:
       items: held-out items by task.
-      engine, processor, layout: sample responses and decode them.
       buckets: sizes that programs are compiled for.
       settings: the config's `eval` section.
       rollout: the config's `rollout` section.
@@ -36,16 +34,13 @@ class HeldoutEval:
     """
 
     items: dict[str, list[Item]]
-    engine: Engine
-    processor: Processor
-    layout: Layout
     buckets: Buckets
     settings: EvalSettings
     rollout: RolloutSettings
     reward: RewardSettings
     temperature: float
 
-    def measure(self, params: Params, trained: Sequence[str], seed: int) -> HeldoutTable:
+    def measure(self, policy: Policy, trained: Sequence[str], seed: int) -> HeldoutTable:
         """Scores every held-out example, greedily and sampled at the training temperature.
 
         Returns:
@@ -53,7 +48,7 @@ class HeldoutEval:
           likewise}`; the mean is over the tasks in `trained`. Format and reward are of the samples.
         """
         table, first = {}, 0
-        rewards = self._rewards(params, seed) if any(self.items.values()) else np.zeros(0)
+        rewards = self._rewards(policy, seed) if any(self.items.values()) else np.zeros(0)
         for task, items in self.items.items():
             rows = rewards[first : first + len(items)]
             first += len(items)
@@ -73,7 +68,7 @@ class HeldoutEval:
             table["mean"]["count"] = sum(r["count"] for r in rows)
         return table
 
-    def _rewards(self, params: Params, seed: int) -> np.ndarray:
+    def _rewards(self, policy: Policy, seed: int) -> np.ndarray:
         """[items, samples + 1, 3] float64 rewards: overall, accuracy, format.
 
         Prompts of all tasks are bucketed together and prefilled once; the last response is greedy.
@@ -88,28 +83,32 @@ class HeldoutEval:
         prompts = [items[i].prompt for i in filled]
         sizes = np.pad(prompt_sizes(prompts), ((0, 0), (0, 1)))
         rewards = np.zeros((len(filled), self.settings.samples + 1, 3))
-        weights = self.engine.fill(params)
         for batch in bucket_by_length(sizes, size, self.buckets):
             own = BatchSlice(batch.rows[first : first + rows], batch.shape)
             numbers = filled[own.rows]
-            rollout = self.engine.generate(
-                params,
-                weights,
-                self.layout.put_batch(own.pad(prompts)),
+            rollout = policy.engine.generate(
+                policy.params,
+                policy.weights,
+                policy.layout.put_batch(own.pad(prompts)),
                 group_size=self.settings.samples + 1,
                 max_new_tokens=self.rollout.max_new_tokens,
                 key=jax.random.fold_in(jax.random.key(seed), 2**31 - 1),
-                prompt_index=self.layout.put_batch(index[numbers].astype(np.int32)),
+                prompt_index=policy.layout.put_batch(index[numbers].astype(np.int32)),
                 sampling=Sampling(self.temperature, greedy_last=True),
             )
-            scored = [self._scores(items[n], rollout, row) for row, n in enumerate(numbers)]
+            scored = [
+                self._scores(policy.processor, items[n], rollout, row)
+                for row, n in enumerate(numbers)
+            ]
             rewards[batch.rows] = all_gather(np.array(scored))
         return rewards[:count]
 
-    def _scores(self, item: Item, rollout: Rollout, row: int) -> list[tuple[float, float, float]]:
+    def _scores(
+        self, processor: Processor, item: Item, rollout: Rollout, row: int
+    ) -> list[tuple[float, float, float]]:
         found = []
         for ids, length in zip(rollout.tokens[row], rollout.length[row].tolist(), strict=True):
-            text = self.processor.decode(ids[:length])
+            text = processor.decode(ids[:length])
             reward = score_response(text, length, item.example, self.reward)
             found.append((reward.overall, reward.accuracy, reward.format))
         return found

@@ -91,7 +91,7 @@ def _prompt_loader(policy: Policy, benchmark: Benchmark, options: BenchmarkOptio
     return PromptLoader(
         benchmark.questions,
         [benchmark.prompt(question, options.style) for question in benchmark.questions],
-        Processor(policy.files, config, options.min_pixels, options.max_pixels),
+        Processor(policy.processor.folder, config, options.min_pixels, options.max_pixels),
         options.frames,
         config.text.max_position_embeddings - options.new_tokens,
     )

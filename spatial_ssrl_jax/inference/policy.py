@@ -1,12 +1,52 @@
-"""A model that is ready for inference: parameters on their devices, and what decodes with them."""
+"""A model that is ready to respond: opened once, for every command and from Python."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
+from PIL import Image
+
+from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
+from spatial_ssrl_jax.config.schema import MeshSettings
+from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.data.processor import Processor, Prompt
+from spatial_ssrl_jax.data.videos import Video
+from spatial_ssrl_jax.inference.options import default_dtype
+from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.compute import Compute, Dtype
+from spatial_ssrl_jax.qwen_vl.kernels import choose_decode_kernel
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
 from spatial_ssrl_jax.rollout.decode import DecodeWeights
-from spatial_ssrl_jax.rollout.engine import Engine
+from spatial_ssrl_jax.rollout.engine import Engine, Rollout
+from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
+
+_TOKEN_STEP, _WINDOW_STEP = 128, 8  # shapes of single prompts: few programs for many sizes
+ONE_PROMPT = MeshSettings(data=1, fsdp=1, tensor=-1)
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response.
+
+    Attributes:
+      text: without special tokens.
+      ids: [R] int32, the end token included.
+      logprobs: [R] float32, under the sampler.
+      finished: whether it ended by itself, and not at the limit.
+    """
+
+    text: str
+    ids: np.ndarray
+    logprobs: np.ndarray
+    finished: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values = {"ids": self.ids.tolist(), "logprobs": [float(p) for p in self.logprobs]}
+        return values | {"text": self.text, "finished": self.finished}
 
 
 @dataclass(frozen=True)
@@ -14,15 +54,116 @@ class Policy:
     """A model that is ready to respond.
 
     Attributes:
-      files: folder with its tokenizer and processor files.
-      engine: decodes; its `shards` are the layout's.
+      processor: makes prompts and decodes responses.
+      engine: samples; its `shards` are the layout's.
       layout: shards batches over the mesh.
       params: the model's parameters.
       weights: `engine.fill(params)`.
     """
 
-    files: Path
+    processor: Processor
     engine: Engine
     layout: Layout
     params: Params
     weights: DecodeWeights
+
+    @classmethod
+    def open(
+        cls,
+        model: str | ModelFolder,
+        *,
+        dtype: Dtype | None = None,
+        mesh: MeshSettings = ONE_PROMPT,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> "Policy":
+        """Opens a model and loads its weights.
+
+        Args:
+          model: a folder as on the Hub, a checkpoint of ours, a Hub id, or what `open_model` gave.
+          dtype: of weights and computation; None is float32 on CPU and bfloat16 elsewhere.
+          mesh: how devices are used; by default one prompt at a time is spread over all.
+          min_pixels, max_pixels: area of an image or of a video's frame, in place of the folder's.
+
+        Raises:
+          UserError: the model cannot be opened, or does not divide over the devices.
+        """
+        folder = open_model(model) if isinstance(model, str) else model
+        processor = Processor(folder.files, folder.config, min_pixels, max_pixels)
+        layout, dtype = Layout(make_mesh(mesh)), default_dtype(dtype)
+        compute = Compute(dtype, decode_attention=choose_decode_kernel("auto", dtype, layout.mesh))
+        params = folder.load(layout, dtype)
+        engine = Engine(folder.config, compute, processor.stop_ids, shards=layout.batch_shards)
+        return cls(processor, engine, layout, params, engine.fill(params))
+
+    def respond(
+        self,
+        question: str,
+        images: Sequence[Image.Image | np.ndarray] = (),
+        videos: Sequence[Video] = (),
+        *,
+        samples: int = 1,
+        sampling: Sampling = GREEDY,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+    ) -> list[Response]:
+        """Responses to one question.
+
+        Args:
+          question: the user's text; `<image>` marks where an image goes, else they come first.
+          images: PIL images, or [H, W, 3] uint8 arrays.
+          videos: likewise, at `<video>`.
+          samples: responses; the prompt is computed once for all.
+          sampling: how tokens are drawn.
+          max_new_tokens: limit of a response.
+          seed: of the draws.
+
+        Raises:
+          UserError: the prompt exceeds the context length, or its placeholders do not match.
+        """
+        arrays = [
+            np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
+            for image in images
+        ]
+        limit = self.engine.config.text.max_position_embeddings - max_new_tokens
+        prompt = self.processor.prompt(question, arrays, videos, limit)
+        return self.generate(
+            prompt, samples=samples, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed
+        )
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        samples: int,
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    ) -> list[Response]:
+        """As `respond`, to a prompt of `processor`; `on_tokens` as in `Engine.generate`."""
+        tokens = _round_up(len(prompt.ids), _TOKEN_STEP)
+        windows = _round_up(len(prompt.frame), _WINDOW_STEP)
+        rollout = self.engine.generate(
+            self.params,
+            self.weights,
+            self.layout.put_batch(pad_prompts([prompt], tokens, windows)),
+            group_size=samples,
+            max_new_tokens=_round_up(max_new_tokens, self.engine.check_every),
+            key=jax.random.key(seed),
+            prompt_index=np.zeros(1, np.int32),
+            sampling=sampling,
+            on_tokens=on_tokens,
+        )
+        return [self._response(rollout, g, max_new_tokens) for g in range(samples)]
+
+    def _response(self, rollout: Rollout, g: int, limit: int) -> Response:
+        whole = int(rollout.length[0, g])
+        ids = rollout.tokens[0, g, : min(whole, limit)]
+        logprobs = rollout.logprobs[0, g, : len(ids)]
+        finished = bool(rollout.finished[0, g]) and whole <= limit
+        return Response(self.processor.decode(ids), ids, logprobs, finished)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

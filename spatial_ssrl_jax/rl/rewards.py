@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spatial_ssrl_jax.config.schema import RewardRule, RewardSettings
 from spatial_ssrl_jax.tasks.answers import last_box, plain_answer
@@ -24,10 +24,25 @@ class Reward:
     format: float
 
 
+def score_answer(response: str, answer: str, settings: RewardSettings | None = None) -> Reward:
+    """Scores one response by its answer and format alone.
+
+    Args:
+      response: the text without special tokens.
+      answer: the right one.
+      settings: the config's `reward` section, of which task weights and length penalty are not
+        used; None is the paper's.
+    """
+    settings = settings or RewardSettings()
+    accuracy, has_format = REWARD_RULES[settings.rule](_AROUND_TAGS.sub(r"\1", response), answer)
+    overall = settings.accuracy_weight * accuracy + (1 - settings.accuracy_weight) * has_format
+    return Reward(overall, float(accuracy), float(has_format))
+
+
 def score_response(
     response: str, tokens: int, example: Example, settings: RewardSettings
 ) -> Reward:
-    """Scores one response.
+    """Scores one response to an example, with its task's weight and the length penalty.
 
     Args:
       response: the sampled text without special tokens.
@@ -35,15 +50,12 @@ def score_response(
       example: the question with its task, answer and truth.
       settings: the config's `reward` section.
     """
-    accuracy, has_format = REWARD_RULES[settings.rule](
-        _AROUND_TAGS.sub(r"\1", response), example.answer
-    )
-    overall = settings.accuracy_weight * accuracy + (1 - settings.accuracy_weight) * has_format
-    overall *= settings.task_weights.get(example.task, 1.0)
+    reward = score_answer(response, example.answer, settings)
+    overall = reward.overall * settings.task_weights.get(example.task, 1.0)
     if settings.length_penalty:
         over = (tokens - settings.length_penalty_start) / settings.length_penalty_span
         overall -= settings.length_penalty * min(max(over, 0.0), 1.0)
-    return Reward(overall, float(accuracy), float(has_format))
+    return replace(reward, overall=overall)
 
 
 def _paper(response: str, answer: str) -> tuple[bool, bool]:

@@ -17,8 +17,6 @@ from spatial_ssrl_jax.eval.scoring.scores import Scores
 from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.parallel.sharding import Layout
-from spatial_ssrl_jax.qwen_vl.model import Params
-from spatial_ssrl_jax.rollout.engine import Engine
 
 
 @dataclass
@@ -38,29 +36,22 @@ class _Answers:
 
 @dataclass(frozen=True)
 class BenchmarkEval:
-    """Questions of a benchmark, and what it takes to ask them.
+    """Questions of a benchmark, and how they are asked.
 
     Attributes:
       benchmark: the questions.
-      files: folder with the model's tokenizer and processor files.
-      engine, layout: ask and decode.
       options: style and limits.
     """
 
     benchmark: Benchmark
-    files: Path
-    engine: Engine
-    layout: Layout
     options: EvalOptions
 
-    def measure(self, params: Params) -> tuple[list[Prediction], Scores]:
+    def measure(self, policy: Policy) -> tuple[list[Prediction], Scores]:
         """Asks every question, greedily; the same on every process.
 
         Returns:
           The scored answers and their metrics.
         """
-        weights = self.engine.fill(params)
-        policy = Policy(self.files, self.engine, self.layout, params, weights)
         quiet = Progress(Console(quiet=True, force_terminal=False))  # the run's own has the screen
         predictions, _ = run_benchmark(policy, self.benchmark, self.options, _Answers(), quiet)
         return self.benchmark.score(predictions)

@@ -157,7 +157,7 @@ def open_run(
     """
     check_bucket(workdir)
     components = open_components(config)
-    model, layout, processor = components.model, components.layout, components.processor
+    model, processor = components.model, components.processor
     if is_primary():
         claim_workdir(config, workdir, overwrite)
         write_model_files(model, workdir / "checkpoints" / MODEL)
@@ -184,16 +184,13 @@ def open_run(
         engine=engine,
         evaluation=HeldoutEval(
             heldout_items(heldout_datasets(components), config.eval.examples, progress.say),
-            engine,
-            processor,
-            layout,
             Buckets.of(config),
             config.eval,
             config.rollout,
             config.reward,
             config.grpo.temperature,
         ),
-        benchmark=_benchmark(components, engine),
+        benchmark=_benchmark(components),
         checkpoints=checkpoints,
         progress=progress,
         preemption=preemption,
@@ -202,13 +199,11 @@ def open_run(
     )
 
 
-def _benchmark(components: RunComponents, engine: Engine) -> BenchmarkEval | None:
+def _benchmark(components: RunComponents) -> BenchmarkEval | None:
     if components.questions is None:
         return None
     options = eval_options(components.config, components.layout)
-    return BenchmarkEval(
-        components.questions, components.model.files, engine, components.layout, options
-    )
+    return BenchmarkEval(components.questions, options)
 
 
 def newest_step(run: Run) -> int:

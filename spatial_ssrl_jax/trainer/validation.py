@@ -3,6 +3,7 @@
 import time
 
 from spatial_ssrl_jax.eval.heldout import HeldoutTable
+from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.parallel.collectives import is_primary
 from spatial_ssrl_jax.qwen_vl.model import Params
 from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval
@@ -28,10 +29,15 @@ def validate(
       The metrics, and whether the step is the best so far.
     """
     metrics: dict[str, float] = {}
-    if _due(steps_done, run.config.eval.every):
-        metrics |= _heldout_metrics(_heldout(run, stage, number, params))
-    if run.benchmark is not None and _due(steps_done, run.config.eval.benchmark_every):
-        metrics |= _benchmark(run, run.benchmark, stage, number, params)
+    heldout = _due(steps_done, run.config.eval.every)
+    benchmark = run.benchmark if _due(steps_done, run.config.eval.benchmark_every) else None
+    if heldout or benchmark is not None:
+        engine = run.engine
+        policy = Policy(run.processor, engine, run.layout, params, engine.fill(params))
+        if heldout:
+            metrics |= _heldout_metrics(_heldout(run, stage, number, policy))
+        if benchmark is not None:
+            metrics |= _benchmark(run, benchmark, stage, number, policy)
     found = improved(run.state.best, number, metrics, best_metric(run.config)) if number else None
     if found is not None:
         run.state.best = found
@@ -43,26 +49,26 @@ def _due(steps_done: int | None, every: int) -> bool:
     return steps_done is None or (every > 0 and steps_done % every == 0)
 
 
-def _heldout(run: Run, stage: str, number: int, params: Params) -> HeldoutTable:
+def _heldout(run: Run, stage: str, number: int, policy: Policy) -> HeldoutTable:
     if not run.evaluation.items:
         run.progress.say("no image is held out, so there are no held-out metrics")
         return {}
     run.progress.doing(f"measuring held-out images ({stage}, step {number})")
     start = time.perf_counter()
-    table = run.evaluation.measure(params, run.config.trained_tasks, run.config.seed)
+    table = run.evaluation.measure(policy, run.config.trained_tasks, run.config.seed)
     run.state.heldout[stage] = table
     _add_seconds(run, "heldout", start)
     return table
 
 
 def _benchmark(
-    run: Run, evaluation: BenchmarkEval, stage: str, number: int, params: Params
+    run: Run, evaluation: BenchmarkEval, stage: str, number: int, policy: Policy
 ) -> dict[str, float]:
     benchmark = evaluation.benchmark
     count, title = len(benchmark.questions), benchmark.spec.title
     run.progress.doing(f"measuring {count} questions of {title} ({stage}, step {number})")
     start = time.perf_counter()
-    predictions, scores = evaluation.measure(params)
+    predictions, scores = evaluation.measure(policy)
     _add_seconds(run, "benchmark", start)
     if is_primary():
         log_benchmark(run, number, predictions, scores)

@@ -19,6 +19,7 @@ from spatial_ssrl_jax.config.schema import Config, MeshSettings
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings, drop_adapters
+from spatial_ssrl_jax.rl.stages import stages
 from spatial_ssrl_jax.trainer.initial_state import StageInitializer, check_initial_weights
 from spatial_ssrl_jax.trainer.training import train
 
@@ -124,10 +125,10 @@ def test_grpo_starts_from_elsewhere(
         start = starting(lora_config, layout, init_from=path)
         check_initial_weights(start.config, start.model)
         wanted = open_model(str(place)).load(layout, "float32")
-        assert bits(start.params(start.config.grpo)) == bits(wanted)
+        assert bits(start.params(*stages(start.config))) == bits(wanted)
     whole = starting(lora_config, layout, init_from=str(lora_base), lora=LoraSettings())
-    assert start.base(start.config.grpo).weights == lora_run / "export"
-    assert whole.params(whole.config.grpo)["text"]["embed"].dtype == np.float32
+    assert start.base(*stages(start.config)).weights == lora_run / "export"
+    assert whole.params(*stages(whole.config))["text"]["embed"].dtype == np.float32
 
 
 def test_another_model_to_start_from_is_refused(
@@ -155,4 +156,4 @@ def test_a_damaged_sft_checkpoint_is_no_reference(
     model = open_model(lora_config.model.path)
     start = StageInitializer(lora_config, model, None, checkpoints, lambda _: None)
     with pytest.raises(UserError, match="SFT checkpoint .*2 is damaged .*was altered"):
-        start.params(lora_config.grpo)
+        start.params(stages(lora_config)[1])
