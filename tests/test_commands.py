@@ -1,6 +1,7 @@
 """The commands: what they leave and print, and one sentence with exit code 2 on bad input."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -287,6 +288,24 @@ def test_generate_takes_several_images_and_the_format_prompt(ask, images: Path):
 def test_generate_reads_an_orbax_folder_alike(ask, run, model: Path, tmp_path: Path):
     assert run(convert.main, "to-orbax", model, tmp_path / "o")[0] == 0
     assert ask(f"--model={tmp_path / 'o'}") == ask()
+
+
+def test_the_python_example_runs(model: Path, images: Path, capsys: pytest.CaptureFixture):
+    """The lines of BUILD.md, with a model and an image that exist here."""
+    text = (ROOT / "BUILD.md").read_text()
+    (code,) = re.findall(r"```python\n(from PIL.*?)```", text, re.DOTALL)
+    paths = {"runs/tiny/export": str(model), "photo.jpg": str(images / "a.png")}
+    for name, path in paths.items():
+        assert code.count(name) == 1
+        code = code.replace(name, path)
+    found: dict = {}
+    exec(code, found)
+    assert capsys.readouterr().out.count("Reward(overall=") == 4
+    responses = found["responses"]
+    assert len(responses) == 4 and len({r.text for r in responses}) > 1
+    assert all(len(r.ids) == len(r.logprobs) <= 64 and r.ids.dtype == np.int32 for r in responses)
+    right = "<think>x</think>\\boxed{left}"
+    assert found["score_answer"](right, answer="left").overall == 1.0
 
 
 @pytest.fixture(scope="module")
