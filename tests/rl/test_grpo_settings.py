@@ -1,0 +1,135 @@
+"""Every setting of GRPO's update, against its formula in a few lines of NumPy."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.config.schema import GrpoSettings
+from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.logprobs import logprobs_of
+from spatial_ssrl_jax.rl.losses import grpo_loss
+from spatial_ssrl_jax.rl.rewards import Reward
+from tests.rl.test_grpo import ROLLOUT, SETTINGS, make_grpo, step  # noqa: F401  (a fixture)
+
+LOGPROB = np.random.default_rng(7).normal(-4.5, 0.4, (3, 4, 8)).astype(np.float32)
+
+
+def by_hand(s: GrpoSettings, batch, logprob: np.ndarray) -> float:
+    """The loss as arXiv 2510.27606 states it, in float64."""
+    x = {
+        name: np.asarray(getattr(batch, name), np.float64)
+        for name in ("sampled_logprobs", "old_logprobs", "reference_logprobs", "weight")
+    }
+    mask = np.arange(8) < batch.length[..., None]
+    advantage = np.broadcast_to(np.asarray(batch.advantage)[..., None], mask.shape)
+    old = x["sampled_logprobs"] if s.old_logprobs == "sampler" else x["old_logprobs"]
+    ratio = np.exp(logprob - old)
+    policy = np.maximum(
+        -advantage * ratio, -advantage * np.clip(ratio, 1 - s.clip_low, 1 + s.clip_high)
+    )
+    if s.dual_clip:
+        policy = np.where(advantage < 0, np.minimum(policy, -s.dual_clip * advantage), policy)
+    correction = np.exp(x["old_logprobs"] - x["sampled_logprobs"])  # trainer over sampler
+    if s.importance_correction == "truncate":
+        policy = policy * np.minimum(correction, s.importance_max)
+    elif s.importance_correction == "mask":
+        inside = (correction >= 1 / s.importance_max) & (correction <= s.importance_max)
+        policy = policy * correction * inside
+    d = x["reference_logprobs"] - logprob
+    kl = {"k1": -d, "k2": d**2 / 2, "k3": np.exp(d) - d - 1}[s.kl_estimator]
+    return float(((policy + s.kl_coef * kl) * mask * x["weight"][..., None]).sum())
+
+
+CHANGES = [
+    {},
+    {"clip_low": 0.05},
+    {"clip_high": 0.05},
+    {"dual_clip": 1.05},
+    {"dual_clip": 0.0},
+    {"kl_coef": 0.5},
+    {"kl_coef": 0.5, "kl_estimator": "k1"},
+    {"kl_coef": 0.5, "kl_estimator": "k2"},
+    {"old_logprobs": "sampler"},
+    {"importance_correction": "truncate", "importance_max": 1.2},
+    {"importance_correction": "truncate", "importance_max": 4.0},
+    {"importance_correction": "mask", "importance_max": 1.2},
+    {"importance_correction": "mask", "importance_max": 1.5},
+]
+
+
+@pytest.mark.parametrize(
+    "changes", CHANGES, ids=lambda c: "+".join(map(str, c.values())) or "as is"
+)
+def test_each_setting_of_the_loss(mixed_batch, changes: dict):
+    settings = GrpoSettings(**changes)
+    entropy = jnp.zeros_like(LOGPROB)
+    found = float(grpo_loss(settings, mixed_batch, jnp.asarray(LOGPROB), entropy)[0])
+    assert found == pytest.approx(by_hand(settings, mixed_batch, LOGPROB), rel=1e-4)
+    others = [GrpoSettings(**c) for c in CHANGES if c != changes]
+    assert all(abs(by_hand(s, mixed_batch, LOGPROB) - found) > 1e-5 for s in others)
+
+
+def updates_of(params, step, settings: GrpoSettings):  # noqa: F811
+    grpo = make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (8,)))
+    return grpo.micro_batches(params, *step)[0]
+
+
+def test_old_logprobs_are_those_before_the_updates(small_params, step):  # noqa: F811
+    """Computed for several updates a rollout, unless the sampler's are asked for."""
+    several = replace(SETTINGS, minibatches_per_rollout=3)
+    for update in updates_of(small_params, step, several):
+        (micro,) = update
+        config, compute = program_of(several)
+        expected = logprobs_of(config, compute, several.temperature, small_params, micro)
+        np.testing.assert_array_equal(micro.old_logprobs, expected)
+    for changes in ({"minibatches_per_rollout": 1}, {"old_logprobs": "sampler"}):
+        for update in updates_of(small_params, step, replace(several, **changes)):
+            assert all(micro.old_logprobs is None for micro in update)
+    corrected = replace(several, old_logprobs="sampler", importance_correction="truncate")
+    assert updates_of(small_params, step, corrected)[0][0].old_logprobs is not None
+
+
+def program_of(settings: GrpoSettings):
+    loss = make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (8,))).loss
+    return loss.config, loss.compute
+
+
+def weights(params, step, settings: GrpoSettings) -> np.ndarray:  # noqa: F811
+    (update,) = updates_of(params, step, settings)
+    rows = {}
+    for micro in update:
+        for ids, weight in zip(
+            np.asarray(micro.prompts.ids), np.asarray(micro.weight), strict=True
+        ):
+            rows[ids.tobytes()] = weight
+    batch, _ = step
+    padded = [np.pad(p.ids, (0, 40 - len(p.ids))) for p in batch.prompts]
+    return np.stack([rows[ids.tobytes()] for ids in padded])
+
+
+def test_truncated_completions_are_left_out_of_the_loss(small_params, step):  # noqa: F811
+    _, scored = step
+    length, finished = scored.rollout.length, scored.rollout.finished
+    assert finished.any() and not finished.all()
+    np.testing.assert_allclose(
+        weights(small_params, step, SETTINGS), np.full(length.shape, 1 / length.sum())
+    )
+    masked = replace(SETTINGS, mask_truncated_completions=True)
+    expected = finished / (length * finished).sum()
+    np.testing.assert_allclose(weights(small_params, step, masked), expected, rtol=1e-6)
+
+
+def test_groups_without_variance_are_left_out_of_the_loss(small_params, step):  # noqa: F811
+    batch, scored = step
+    right, wrong = Reward(1.0, 1.0, 1.0), Reward(0.1, 0.0, 1.0)
+    rewards = [[right, wrong] * 2, [right] * 4, [wrong, right] * 2]
+    scored = replace(scored, rewards=rewards)
+    varies = np.array([True, False, True])[:, None]
+    filtered = replace(SETTINGS, filter_zero_variance_groups=True)
+    found = weights(small_params, (batch, scored), filtered)
+    length = scored.rollout.length
+    np.testing.assert_allclose(
+        found, varies * 1.0 / (length * varies).sum() * np.ones(4), rtol=1e-6
+    )
