@@ -20,7 +20,7 @@ STAGE = StageSettings(
 
 
 def rate_at(stage: StageSettings, step: int) -> float:
-    """Linear over the warm-up, from a step's part of it; then constant, or a half cosine to zero."""
+    """Linear over the warm-up, from one step's part; then constant, or a half cosine to zero."""
     warmup = round(stage.warmup_ratio * STEPS)
     if step < warmup:
         return stage.learning_rate * (1 / warmup + (1 - 1 / warmup) * step / warmup)
