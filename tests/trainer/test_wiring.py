@@ -1,0 +1,204 @@
+"""Settings of the config reach what uses them: each changes what is asked of the part it is for."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax.data.items import Item
+from spatial_ssrl_jax.eval.heldout import HeldoutEval
+from spatial_ssrl_jax.inference.policy import Policy
+from spatial_ssrl_jax.parallel.mesh import make_mesh
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.placement import compute_settings
+from spatial_ssrl_jax.rl.stages import stages
+from spatial_ssrl_jax.rollout.engine import Rollout
+from spatial_ssrl_jax.tasks.example import Example
+from spatial_ssrl_jax.trainer import context
+from spatial_ssrl_jax.trainer.benchmark_eval import eval_options
+from tests.helpers.toy_runs import make_config
+from tests.rl.test_grpo import batch_of, make_grpo
+
+BASE = make_config(c.ModelSettings(dtype="float32", attention="xla"))
+BUCKETS = Buckets((64,), (5,), (8, 32))
+
+
+class Recorder:
+    """An engine that notes what it is asked for; every response is one token, 7."""
+
+    def __init__(self):
+        self.calls: list[dict] = []
+
+    def fill(self, params: object) -> None:
+        return None
+
+    def generate(self, params, weights, prompts, **settings) -> Rollout:
+        self.calls.append({"rows": len(prompts.ids), **settings})
+        shape = (len(prompts.ids), settings["group_size"])
+        tokens = np.zeros((*shape, settings["max_new_tokens"]), np.int32)
+        tokens[..., 0] = 7
+        ones = np.ones(shape, np.int32)
+        return Rollout(tokens, np.zeros(tokens.shape, np.float32), ones, ones > 0)
+
+
+class Answers:
+    """A processor that decodes any response to a right answer in the required format."""
+
+    @staticmethod
+    def decode(ids: np.ndarray) -> str:
+        return "<think>x</think>\\boxed{1}" if ids[0] == 7 else ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "bfloat16"),
+        ("remat", "dots"),
+        ("attention_chunk", 8),
+        ("vocab_block", 16),
+    ],
+)
+def test_how_programs_compute(name: str, value):
+    layout = Layout(make_mesh(c.MeshSettings()))
+    before = compute_settings(BASE, layout)
+    changed = replace(BASE, model=replace(BASE.model, **{name: value}))
+    assert getattr(before, name) != value
+    assert compute_settings(changed, layout) == replace(before, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "found"),
+    [
+        ("grpo", "group_size", 6, lambda call: call["group_size"]),
+        ("grpo", "temperature", 0.5, lambda call: call["sampling"].temperature),
+        ("rollout", "max_new_tokens", 16, lambda call: call["max_new_tokens"]),
+        ("rollout", "batch_prompts", 4, lambda call: call["rows"]),
+    ],
+)
+def test_what_a_rollout_is_asked_for(toy, section: str, name: str, value, found):
+    asked = []
+    changed = replace(BASE, **{section: replace(getattr(BASE, section), **{name: value})})
+    for config in (BASE, changed):
+        engine = Recorder()
+        grpo = make_grpo(config.grpo, config.rollout, BUCKETS, engine)
+        batch = batch_of([toy.prompt(i, 6) for i in range(8)], range(8))
+        grpo.sample(None, batch, jax.random.key(0))
+        asked.append(found(engine.calls[0]))
+    assert asked[1] == value != asked[0]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "found"),
+    [
+        ("eval", "samples", 3, lambda call: call["group_size"] - 1),
+        ("eval", "batch_prompts", 4, lambda call: call["rows"]),
+        ("grpo", "temperature", 0.5, lambda call: call["sampling"].temperature),
+        ("rollout", "max_new_tokens", 16, lambda call: call["max_new_tokens"]),
+    ],
+)
+def test_what_held_out_images_are_asked_for(toy, section: str, name: str, value, found):
+    asked = []
+    changed = replace(BASE, **{section: replace(getattr(BASE, section), **{name: value})})
+    for config in (BASE, changed):
+        engine = Recorder()
+        table = heldout(toy, config, {"flip": 5, "shuffle": 2}).measure(
+            policy(engine), ["flip"], seed=0
+        )
+        assert [call["sampling"].greedy_last for call in engine.calls] == [True] * len(engine.calls)
+        assert table["flip"]["count"] == 5 and table["shuffle"]["accuracy_greedy"] == 1.0
+        asked.append(found(engine.calls[0]))
+    assert asked[1] == value != asked[0]
+
+
+def policy(engine: Recorder) -> Policy:
+    return Policy(Answers(), engine, Layout(make_mesh(c.MeshSettings())), None, None)
+
+
+def heldout(toy, config: c.Config, counts: dict[str, int]) -> HeldoutEval:
+    items = {
+        task: [Item(example(task), toy.prompt(i, 6), ()) for i in range(count)]
+        for task, count in counts.items()
+    }
+    return HeldoutEval(
+        items, BUCKETS, config.eval, config.rollout, config.reward, config.grpo.temperature
+    )
+
+
+def example(task: str, answer: str = "1") -> Example:
+    return Example(task, "x", (), "?", answer, "", {}, {})
+
+
+def test_every_task_is_asked_for_in_one_pass(toy):
+    """Seven prompts in a batch of eight; a question's draws follow from its index in its task."""
+    engine = Recorder()
+    heldout(toy, BASE, {"flip": 5, "shuffle": 2}).measure(policy(engine), ["flip"], seed=0)
+    (call,) = engine.calls
+    assert sorted(np.asarray(call["prompt_index"]).tolist()) == [0, 0, 1, 1, 1, 2, 3, 4]
+
+
+def test_what_a_response_earns(toy):
+    """The rule's weight, the task's weight and the division by the group's deviation."""
+    items = [Item(example("flip", answer), toy.prompt(0, 6), ()) for answer in ("1", "2")]
+    batch = SimpleNamespace(items=items)
+
+    def scored(**changes):
+        settings = replace(BASE.grpo, **changes.pop("grpo", {}))
+        grpo = replace(
+            make_grpo(settings, BASE.rollout, BUCKETS),
+            processor=Answers(),
+            reward_settings=c.RewardSettings(**changes),
+        )
+        tokens = np.array([[[7, 0], [0, 0]], [[7, 0], [0, 0]]], np.int32)
+        ones = np.ones((2, 2), np.int32)
+        return grpo._score(batch, Rollout(tokens, tokens * 0.0, ones, ones > 0))
+
+    plain = scored()
+    assert [[r.overall for r in group] for group in plain.rewards] == [
+        [pytest.approx(1.0), 0.0],
+        [pytest.approx(0.1), 0.0],
+    ]
+    half = scored(accuracy_weight=0.5)
+    assert [group[0].overall for group in half.rewards] == [1.0, 0.5]
+    assert scored(task_weights={"flip": 3.0}).rewards[1][0].overall == pytest.approx(0.3)
+    np.testing.assert_allclose(plain.advantage, [[0.707, -0.707]] * 2, atol=2e-3)
+    unscaled = scored(grpo={"scale_rewards": False})
+    np.testing.assert_allclose(unscaled.advantage, [[0.5, -0.5], [0.05, -0.05]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "option"),
+    [
+        ("eval", "benchmark_style", "direct", "style"),
+        ("eval", "batch_prompts", 4, "batch_prompts"),
+        ("rollout", "max_new_tokens", 16, "new_tokens"),
+        ("data", "min_pixels", 99, "min_pixels"),
+        ("data", "max_pixels", 9999, "max_pixels"),
+    ],
+)
+def test_how_a_benchmark_is_asked(section: str, name: str, value, option: str):
+    layout = Layout(make_mesh(c.MeshSettings()))
+    before = eval_options(BASE, layout)
+    changed = replace(BASE, **{section: replace(getattr(BASE, section), **{name: value})})
+    assert getattr(before, option) != value
+    assert eval_options(changed, layout) == replace(before, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "number"),
+    [("data", "threads", 3, "threads"), ("data", "workers", 2, "workers")],
+)
+def test_how_data_are_made(monkeypatch: pytest.MonkeyPatch, section, name, value, number: str):
+    asked = []
+    monkeypatch.setattr(context, "batches", lambda *_, **settings: asked.append(settings))
+    monkeypatch.setattr(context, "items_of", lambda *_: None)
+    changed = replace(BASE, **{section: replace(getattr(BASE, section), **{name: value})})
+    for config in (BASE, changed):
+        components = SimpleNamespace(
+            config=config, source=None, split=SimpleNamespace(train=()), processor=None
+        )
+        context.pipeline(components, stages(config)[1], start=2)
+    assert asked[1][number] == value != asked[0][number] and asked[0]["start"] == 2
