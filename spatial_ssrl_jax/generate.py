@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import BadImage, UserError, run_command
 from spatial_ssrl_jax.data.images import open_image
 from spatial_ssrl_jax.data.processor import Processor, Prompt
@@ -22,11 +23,11 @@ from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    policy = Policy.open(
-        args.model, dtype=args.dtype, min_pixels=args.min_pixels, max_pixels=args.max_pixels
-    )
-    prompt = _prompt(policy.processor, args)
-    stream = None if args.json else TextStream(policy.processor, args.max_new_tokens)
+    folder = open_model(args.model)
+    processor = Processor(folder.files, folder.config, args.min_pixels, args.max_pixels)
+    prompt = _prompt(processor, args)  # before the weights are loaded, which takes long
+    policy = Policy.open(folder, dtype=args.dtype, processor=processor)
+    stream = None if args.json else TextStream(processor, args.max_new_tokens)
     if args.samples > 1 and not args.json:
         print("--- sample 1")
     responses = policy.generate(

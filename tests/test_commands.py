@@ -1,5 +1,7 @@
 """The commands: what they leave and print, and one sentence with exit code 2 on bad input."""
 
+import dataclasses
+import io
 import json
 import re
 import shutil
@@ -7,17 +9,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.numpy import load_file
 
 from spatial_ssrl_jax import convert, generate, preview, train
 from spatial_ssrl_jax.checkpoint.export import export
-from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.processor import Processor
+from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.qwen_vl.model import init_adapters
 from spatial_ssrl_jax.qwen_vl.peft import write_adapter
@@ -288,6 +293,31 @@ def test_generate_takes_several_images_and_the_format_prompt(ask, images: Path):
 def test_generate_reads_an_orbax_folder_alike(ask, run, model: Path, tmp_path: Path):
     assert run(convert.main, "to-orbax", model, tmp_path / "o")[0] == 0
     assert ask(f"--model={tmp_path / 'o'}") == ask()
+
+
+def test_images_are_read_before_the_weights(run, model: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr(ModelFolder, "load", refuse)
+    argv = [f"--model={model}", "--image=/nowhere/x.png", "--question=Where?"]
+    assert_refused(run(generate.main, *argv), "/nowhere/x.png")
+
+
+def test_an_image_is_turned_upright_and_one_prompt_is_not_a_batch(model: Path):
+    policy, pixels = Policy.open(model), np.zeros((56, 84, 3), np.uint8)
+    pixels[:, :42] = 255
+    turned = Image.fromarray(np.rot90(pixels).copy())
+    exif = turned.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # shown after a quarter turn clockwise
+    file = io.BytesIO()
+    turned.save(file, "PNG", exif=exif)
+    (found,) = policy.respond("Where?", [Image.open(file)], max_new_tokens=8)
+    (wanted,) = policy.respond("Where?", [pixels], max_new_tokens=8)
+    np.testing.assert_array_equal(found.logprobs, wanted.logprobs)
+    split = dataclasses.replace(policy, layout=SimpleNamespace(batch_shards=2))
+    with pytest.raises(UserError, match="over 2 shards of a batch: open the policy with mesh="):
+        split.respond("Where?", max_new_tokens=8)
 
 
 def test_the_python_example_runs(model: Path, images: Path, capsys: pytest.CaptureFixture):

@@ -14,6 +14,7 @@ from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.inference.options import default_dtype
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.perf.flops import GroupShape
@@ -103,7 +104,7 @@ class Workload:
         grid = (1, args.grid, args.grid)
         prompt = synthetic_prompt(model.config, args.prompt_tokens, grid)
         layout = Layout(make_mesh(MeshSettings()))
-        dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        dtype = default_dtype(args.dtype)
         kernel = choose_kernel(args.attention, dtype, layout.mesh, "--attention")
         decode_kernel = choose_decode_kernel(
             args.step_attention, dtype, layout.mesh, "--step-attention"

@@ -345,7 +345,8 @@ class EvalSettings:
 
     Attributes:
       examples: held-out examples a task.
-      samples: sampled responses a held-out prompt, at the training temperature.
+      samples: sampled responses a held-out prompt, at the training temperature; a greedy one is
+        sampled with them.
       every: GRPO steps between held-out evaluations; 0 evaluates between stages only.
       batch_prompts: prompts evaluated at a time.
       benchmark: one of `evaluate`'s benchmarks that is evaluated during training, greedily, with

@@ -39,7 +39,7 @@ def open_image(
       BadImage: the file is missing, no image, truncated, empty, or larger than `MAX_PIXELS`.
       UserError: its folder stays unavailable.
     """
-    return _read(path_or_bytes, name or _name(path_or_bytes), listed, _upright_rgb)
+    return _read(path_or_bytes, name or _name(path_or_bytes), listed, upright_rgb)
 
 
 def open_source_image(path_or_bytes: str | os.PathLike[str] | bytes, name: str = "") -> np.ndarray:
@@ -121,8 +121,12 @@ def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
     return (height, width) if orientation in _SIDEWAYS else (width, height)
 
 
-def _upright_rgb(image: Image.Image, name: str) -> np.ndarray:
-    """Decodes an open image to [H, W, 3] uint8."""
+def upright_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """Decodes an open image, as `open_image` does.
+
+    Raises:
+      BadImage: it holds floating-point values; `name` is used in the message.
+    """
     if image.mode == "F":
         raise BadImage(f"{name}: holds floating-point values, not an 8-bit or 16-bit image.")
     image.load()  # before the EXIF is read, which in a PNG may follow the pixels

@@ -1,6 +1,7 @@
 """From question, images and videos to the model's inputs: text, tokens, patches, indices."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,10 +59,6 @@ class Prompt:
     patches: np.ndarray
     frame: np.ndarray
     coords: np.ndarray
-
-    @property
-    def size(self) -> "PromptSize":
-        return PromptSize(len(self.ids), len(self.frame))
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,14 @@ class Processor:
                 f"the smallest image area, {smallest} pixels, is above the largest, {largest}: "
                 "change min_pixels or max_pixels."
             )
+        fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+        for key, value in (fixed | {"rescale_factor": 1 / 255}).items():
+            given = settings.get(key)
+            if given is not None and not math.isclose(given, value, rel_tol=1e-6):
+                raise UserError(
+                    f"{self.folder / name} sets {key} to {given}, which is not supported; "
+                    f"expected {value}."
+                )
         for key in PIXEL_KEYS:
             if tuple(settings[key]) != getattr(vision, key):
                 raise UserError(
@@ -232,7 +237,7 @@ class Processor:
         grid, vision = self.grid(*image.shape[:2]), self.config.vision
         resized = _resize(image, grid, vision.patch_size, self._images.resample)
         frames = np.broadcast_to(resized, (vision.temporal_patch_size, *resized.shape))
-        return split_patches(frames, vision), grid
+        return _patch_rows(frames, vision), grid
 
     def video_patches(self, video: Video) -> tuple[np.ndarray, Grid]:
         """As `patches`, of one video; an odd last frame is repeated.
@@ -246,7 +251,7 @@ class Processor:
         resample, count = self._frames.resample, grid[0] * vision.temporal_patch_size
         frames = [_resize(frame, grid, vision.patch_size, resample) for frame in video.frames]
         frames += [frames[-1]] * (count - len(frames))
-        return split_patches(np.stack(frames), vision), grid
+        return _patch_rows(np.stack(frames), vision), grid
 
     def chat(self, question: str, images: int, videos: int = 0) -> tuple[str, list[MediaSlot]]:
         """The chat text up to the assistant's turn, with one token an image or video.
@@ -400,7 +405,7 @@ def _resize(image: np.ndarray, grid: Grid, patch: int, resample: int) -> np.ndar
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling(resample)))
 
 
-def split_patches(frames: np.ndarray, config: VisionConfig) -> np.ndarray:
+def _patch_rows(frames: np.ndarray, config: VisionConfig) -> np.ndarray:
     """Frames as the rows that Transformers' image processor makes of them.
 
     Args:

@@ -25,7 +25,7 @@ class HeldoutEval:
     """Fixed held-out examples of every task, and how they are answered and scored.
 
     Attributes:
-      items: held-out items by task.
+      items: held-out items by task, at least one of each.
       buckets: sizes that programs are compiled for.
       settings: the config's `eval` section.
       rollout: the config's `rollout` section.
@@ -48,7 +48,7 @@ class HeldoutEval:
           likewise}`; the mean is over the tasks in `trained`. Format and reward are of the samples.
         """
         table, first = {}, 0
-        rewards = self._rewards(policy, seed) if any(self.items.values()) else np.zeros(0)
+        rewards = self._rewards(policy, seed)
         for task, items in self.items.items():
             rows = rewards[first : first + len(items)]
             first += len(items)
@@ -81,9 +81,8 @@ class HeldoutEval:
         # The last item fills the last batch.
         filled = np.minimum(np.arange(-(-count // size) * size), count - 1)
         prompts = [items[i].prompt for i in filled]
-        sizes = np.pad(prompt_sizes(prompts), ((0, 0), (0, 1)))
         rewards = np.zeros((len(filled), self.settings.samples + 1, 3))
-        for batch in bucket_by_length(sizes, size, self.buckets):
+        for batch in bucket_by_length(prompt_sizes(prompts), size, self.buckets):
             own = BatchSlice(batch.rows[first : first + rows], batch.shape)
             numbers = filled[own.rows]
             rollout = policy.engine.generate(

@@ -6,11 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.data.images import upright_rgb
 from spatial_ssrl_jax.data.processor import Processor, Prompt
 from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.inference.options import default_dtype
@@ -70,26 +73,26 @@ class Policy:
     @classmethod
     def open(
         cls,
-        model: str | ModelFolder,
+        model: epath.PathLike | ModelFolder,
         *,
         dtype: Dtype | None = None,
         mesh: MeshSettings = ONE_PROMPT,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
+        processor: Processor | None = None,
     ) -> "Policy":
         """Opens a model and loads its weights.
 
         Args:
           model: a folder as on the Hub, a checkpoint of ours, a Hub id, or what `open_model` gave.
           dtype: of weights and computation; None is float32 on CPU and bfloat16 elsewhere.
-          mesh: how devices are used; by default one prompt at a time is spread over all.
-          min_pixels, max_pixels: area of an image or of a video's frame, in place of the folder's.
+          mesh: how devices are used; by default one prompt at a time is spread over all, as
+            `respond` and `generate` need it.
+          processor: makes prompts; None is the folder's, with its own limits of an image's area.
 
         Raises:
           UserError: the model cannot be opened, or does not divide over the devices.
         """
-        folder = open_model(model) if isinstance(model, str) else model
-        processor = Processor(folder.files, folder.config, min_pixels, max_pixels)
+        folder = model if isinstance(model, ModelFolder) else open_model(model)
+        processor = processor or Processor(folder.files, folder.config)
         layout, dtype = Layout(make_mesh(mesh)), default_dtype(dtype)
         compute = Compute(dtype, decode_attention=choose_decode_kernel("auto", dtype, layout.mesh))
         params = folder.load(layout, dtype)
@@ -111,7 +114,7 @@ class Policy:
 
         Args:
           question: the user's text; `<image>` marks where an image goes, else they come first.
-          images: PIL images, or [H, W, 3] uint8 arrays.
+          images: PIL images, turned upright as from a file, or [H, W, 3] uint8 arrays.
           videos: likewise, at `<video>`.
           samples: responses; the prompt is computed once for all.
           sampling: how tokens are drawn.
@@ -120,9 +123,10 @@ class Policy:
 
         Raises:
           UserError: the prompt exceeds the context length, or its placeholders do not match.
+          BadImage: an image cannot be used.
         """
         arrays = [
-            np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
+            upright_rgb(image, "the image") if isinstance(image, Image.Image) else image
             for image in images
         ]
         limit = self.engine.config.text.max_position_embeddings - max_new_tokens
@@ -141,7 +145,16 @@ class Policy:
         seed: int,
         on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> list[Response]:
-        """As `respond`, to a prompt of `processor`; `on_tokens` as in `Engine.generate`."""
+        """As `respond`, to a prompt of `processor`; `on_tokens` as in `Engine.generate`.
+
+        Raises:
+          UserError: the policy is opened for batches of prompts, by its `mesh`.
+        """
+        if (shards := self.layout.batch_shards) > 1:
+            raise UserError(
+                f"one prompt cannot be spread over {shards} shards of a batch: open the policy "
+                "with mesh=MeshSettings(data=1, fsdp=1, tensor=-1), the default."
+            )
         tokens = _round_up(len(prompt.ids), _TOKEN_STEP)
         windows = _round_up(len(prompt.frame), _WINDOW_STEP)
         rollout = self.engine.generate(

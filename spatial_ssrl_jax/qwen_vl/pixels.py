@@ -8,7 +8,7 @@ from jax import Array
 from spatial_ssrl_jax.qwen_vl.config import VisionConfig
 
 
-def pixel_table(config: VisionConfig) -> np.ndarray:
+def _pixel_table(config: VisionConfig) -> np.ndarray:
     """[C, 256] float32, the normalised value of each byte, rounded as Transformers rounds it."""
     mean, std = _moments(config)
     return (np.arange(256, dtype=np.float32) / np.float32(255) - mean[:, None]) / std[:, None]
@@ -28,7 +28,7 @@ def normalize_patches(patches: Array, config: VisionConfig) -> Array:
     Returns:
       [..., C·n] float32.
     """
-    channels, table = config.in_channels, pixel_table(config).ravel()
+    channels, table = config.in_channels, _pixel_table(config).ravel()
     channel = np.repeat(np.arange(channels), patches.shape[-1] // channels)
     mean, std = (values[channel] for values in _moments(config))
 

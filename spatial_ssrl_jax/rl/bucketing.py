@@ -94,13 +94,15 @@ def bucket_by_length(sizes: np.ndarray, rows: int, buckets: Buckets) -> list[Bat
     short ones, and be padded twice.
 
     Args:
-      sizes: [n, 3] tokens, vision windows, and tokens of the longest response of each prompt.
+      sizes: [n, 3] tokens, vision windows, and tokens of the longest response of each prompt;
+        [n, 2] before there are responses.
       rows: prompts of a batch on this process; divides n.
       buckets: sizes to pad to.
 
     Returns:
       n / rows batches, shortest prompts first.
     """
+    sizes = np.pad(sizes, ((0, 0), (0, 3 - sizes.shape[1])))
     tokens = [smallest_bucket(n, buckets.prompt, "data.prompt_buckets") for n in sizes[:, 0]]
     order = np.lexsort((sizes[:, 2], np.array(tokens))).reshape(-1, rows)
     largest = all_gather(sizes[order].max(axis=1)[None]).max(axis=0)

@@ -152,7 +152,7 @@ class Grpo:
     def sample(self, params: Params, batch: Batch, key: Array) -> Rollout:
         """Samples the batch's groups, `rollout.batch_prompts` prompts of like length at a time."""
         weights, prompts = self.engine.fill(params), batch.prompts
-        sizes = np.pad(prompt_sizes(prompts), ((0, 0), (0, 1)))  # no response yet
+        sizes = prompt_sizes(prompts)
         rows = self.sampling_settings.batch_prompts // jax.process_count()
         slices, rollouts = bucket_by_length(sizes, rows, self.buckets), []
         for part in slices:

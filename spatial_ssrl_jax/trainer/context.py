@@ -173,9 +173,8 @@ def open_run(
         components.rollout_layout.batch_shards,
         components.rollout_layout,
     )
-    checkpoints = Checkpoints(
-        workdir / "checkpoints", config.checkpoint.keep, always=[config.sft.steps]
-    )
+    between = [stage.last_step for stage in stages(config)[:-1]]  # where the next stage starts
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, always=between)
     train, heldout = (len(pool) for pool in (components.split.train, components.split.heldout))
     progress.say(f"{train} training and {heldout} held-out images from {components.source.spec}")
     return Run(

@@ -155,7 +155,7 @@ def check_initial_weights(config: Config, model: ModelFolder) -> None:
     if first.config != model.config:
         raise UserError(
             f"grpo.init_from={path} is another model than model.path={config.model.path}: "
-            "give one with the same config.json."
+            "give one whose config.json and preprocessor_config.json say the same."
         )
     if path or not config.model.from_scratch:
         first.check_weights()

@@ -12,7 +12,7 @@ from etils import epath
 
 from spatial_ssrl_jax.common.paths import check_bucket, in_bucket, list_tree, user_path
 from spatial_ssrl_jax.common.text import byte_size
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings, StageSettings
+from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.eval.heldout_items import heldout_items
@@ -178,12 +178,12 @@ def _stage_report(
     prompts, scale = int(sizes[:, 0].sum()), settings.prompts / len(batch.items)
     largest = Buckets.of(components.config).shape(*sizes.max(axis=0).tolist(), response=0)
     padding = 1 - prompts / (len(batch.items) * largest.tokens)
-    if isinstance(settings, SftSettings):
+    if isinstance(stage, SftStage):
         tokens = encode_responses(
             batch.items, components.processor, components.config.rollout.max_new_tokens
         )
         responses = sum(map(len, tokens))
-        packed = pack_step(batch, tokens, settings, components.model.config.vision)
+        packed = pack_step(batch, tokens, stage.settings, components.model.config.vision)
         padding = 1 - (prompts + responses) / packed.padded_tokens
     state = abstract_stage_state(
         components.config,
@@ -192,7 +192,7 @@ def _stage_report(
         settings,
         stage.optimizer(components.config),
     )
-    memory = _memory(components, settings, state)
+    memory = _memory(components, stage, state)
     report: StageReport = {
         "steps": settings.steps,
         "steps_left": left,
@@ -209,30 +209,29 @@ def _stage_report(
         "frozen_bytes": _total_bytes(state.frozen),
         "seconds_a_step": seconds,
     }
-    if isinstance(settings, SftSettings):
+    if isinstance(stage, SftStage):
         report["response_tokens"] = round(responses * scale)
     else:
         limit = components.config.rollout.max_new_tokens
-        report["response_tokens_at_most"] = (
-            settings.prompts * components.config.grpo.group_size * limit
-        )
+        report["response_tokens_at_most"] = settings.prompts * stage.settings.group_size * limit
     return report
 
 
 def _first_prompts(components: RunComponents, stage: SftStage | GrpoStage) -> Batch:
     """A stage's first micro-batch, with pixels, from the pipeline of training.
 
-    A whole batch at the paper's size can take tens of gigabytes and minutes.
+    A whole batch at the paper's size can take minutes.
     """
-    few = min(stage.settings.prompts, _EXAMPLES * jax.process_count())
-    few = few if isinstance(stage, SftStage) else stage.micro_batch_prompts
+    few = stage.micro_batch_prompts
+    if isinstance(stage, SftStage):
+        few = min(few, _EXAMPLES * jax.process_count())
     small = replace(stage, settings=replace(stage.settings, prompts=few))
     with closing(pipeline(components, small, start=0)) as stream:
         return next(stream)
 
 
 def _memory(
-    components: RunComponents, settings: StageSettings, state: TrainState
+    components: RunComponents, stage: SftStage | GrpoStage, state: TrainState
 ) -> dict[str, int]:
     """Bytes of each device by use, at the largest buckets, without activations."""
     config, text = components.config, components.model.config.text
@@ -240,9 +239,10 @@ def _memory(
     prompt, limit = max(config.data.prompt_buckets), config.rollout.max_new_tokens
     tokens = config.eval.batch_prompts * (prompt + (config.eval.samples + 1) * limit)
     reference = 0
-    if isinstance(settings, GrpoSettings):
-        tokens = max(tokens, config.rollout.batch_prompts * (prompt + settings.group_size * limit))
-        if settings.copies_reference:
+    if isinstance(stage, GrpoStage):
+        group = stage.settings.group_size * limit
+        tokens = max(tokens, config.rollout.batch_prompts * (prompt + group))
+        if stage.settings.copies_reference:
             reference = shard_bytes(state.trained, size)
     return {
         "weights": shard_bytes(state.trained) + shard_bytes(state.frozen),
@@ -297,38 +297,38 @@ def _seconds(workdir: epath.Path, stage: str) -> float | None:
     return round(statistics.median(seconds[-_RECENT:]), 3) if seconds else None
 
 
-def _seconds_left(stages: dict[str, StageReport]) -> float | None:
+def _seconds_left(reports: dict[str, StageReport]) -> float | None:
     """The time of the remaining steps; None where a stage has no measured step."""
     total = 0.0
-    for stage in stages.values():
+    for stage in reports.values():
         if stage["seconds_a_step"] is None:
             return None
         total += stage["seconds_a_step"] * stage["steps_left"]
     return total
 
 
-def _disk(config: Config, workdir: epath.Path, stages: dict[str, StageReport]) -> Disk:
+def _disk(config: Config, workdir: epath.Path, reports: dict[str, StageReport]) -> Disk:
     free = None
     if not in_bucket(workdir):
         nearest = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
         free = shutil.disk_usage(nearest).free
-    largest = max((s["checkpoint_bytes"] for s in stages.values()), default=0)
+    largest = max((s["checkpoint_bytes"] for s in reports.values()), default=0)
     # An old one is removed after a new one is complete; the best and the last of SFT are kept.
     measured = max(config.eval.every, config.eval.benchmark_every) > 0
     best = measured and best_metric(config) is not None
     count = config.checkpoint.keep + 1 + best + bool(config.sft.steps)
     there = sum(size for size, _ in list_tree(workdir / "checkpoints").values())
     return {
-        "checkpoints_bytes": largest * count + sum(s["frozen_bytes"] for s in stages.values()),
+        "checkpoints_bytes": largest * count + sum(s["frozen_bytes"] for s in reports.values()),
         "there_bytes": there,
         "free_bytes": free,
     }
 
 
-def _problems(stages: dict[str, StageReport], disk: Disk, limit: int | None) -> list[str]:
+def _problems(reports: dict[str, StageReport], disk: Disk, limit: int | None) -> list[str]:
     """Why the run would not complete: too little memory or disk."""
     found = []
-    for name, stage in stages.items():
+    for name, stage in reports.items():
         needs = stage["memory_bytes_a_device"]["sum"]
         if limit is not None and needs > limit:
             found.append(

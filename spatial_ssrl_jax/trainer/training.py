@@ -20,7 +20,7 @@ from spatial_ssrl_jax.config.schema import Config, GrpoSettings
 from spatial_ssrl_jax.data.pipeline import Batch, batch_at
 from spatial_ssrl_jax.monitoring.process_stats import memory_metrics
 from spatial_ssrl_jax.monitoring.progress import Progress
-from spatial_ssrl_jax.parallel.collectives import all_sum, barrier, is_primary
+from spatial_ssrl_jax.parallel.collectives import all_gather, all_sum, barrier, is_primary
 from spatial_ssrl_jax.parallel.watchdog import Watchdog
 from spatial_ssrl_jax.perf.mfu import mfu_metrics, useful_flops
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
@@ -243,10 +243,10 @@ def _loop(run: Run, stage: SftStage | GrpoStage, step: Step, state: TrainState, 
             _log_step(run, stage, number, metrics | measured, sampled)
             if compiled and number > first:
                 run.progress.say(f"step {number} has new sizes: {compiled} compilations")
+            run.state.seconds[stage.name] = round(spent.seconds(), 2)
             _check_skipped(run, stage, number, state)
             stop = _signalled(run)
             if is_best or stop or _save_due(run, stage, number):
-                run.state.seconds[stage.name] = round(spent.seconds(), 2)
                 _save(run, stage, number, state)
             if stop and number < run.total:
                 run.checkpoints.wait()
@@ -271,7 +271,7 @@ def _timed_step(
     """Reads a batch and makes a step; adds times, memory, MFU and compilations to its metrics."""
     begun = time.perf_counter()
     batch = next(stream)
-    waited = time.perf_counter() - begun
+    waited = float(all_gather(np.array([time.perf_counter() - begun])).max())  # for the slowest
     state, metrics, sampled = step(number, state, batch)
     seconds = time.perf_counter() - begun
     metrics |= memory_metrics() | mfu_metrics(metrics["perf/useful_flops"], seconds)

@@ -185,6 +185,11 @@ def test_video_settings_of_their_own(copied, config):
     assert processor.video_grid(4, 2000, 2000) == (2, 16, 16)
     both = Processor(copied, config, 28 * 28, 56 * 56)
     assert both.video_grid(4, 28, 28) == (2, 2, 2) and both.grid(999, 999) == (1, 4, 4)
+    for key, value in (("rescale_factor", 1 / 127.5), ("do_normalize", False)):
+        other = json.dumps(settings | {key: value})
+        (copied / "video_preprocessor_config.json").write_text(other)
+        with pytest.raises(UserError, match=f"video_preprocessor_config.json sets {key} to"):
+            Processor(copied, config)
     settings["image_std"] = [0.5, 0.5, 0.5]
     (copied / "video_preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="video_preprocessor_config.json has another image_std"):

@@ -1,4 +1,4 @@
-"""A step's waves and micro-batches: sorted and trimmed, they change neither tokens nor gradient."""
+"""A step's rollout batches and micro-batches: bucketed, they change neither tokens nor gradient."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -63,9 +63,7 @@ def step(mixed_batch, mixed_prompts) -> tuple[Batch, ScoredRollout]:
     return batch_of(mixed_prompts, range(3)), ScoredRollout(rollout, [], [], mixed_batch.advantage)
 
 
-def test_sorted_and_trimmed_micro_batches_have_the_gradient_of_the_whole(
-    small_params, mixed_batch, step
-):
+def test_bucketed_micro_batches_have_the_gradient_of_the_whole(small_params, mixed_batch, step):
     grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((8, 28, 30, 40), (0, 1, 2, 3), (3, 8)))
     (micro,), places = grpo.micro_batches(small_params, *step)
     shapes = [(m.prompts.ids.shape[1], m.prompts.vision.frame.shape[1]) for m in micro]
@@ -96,7 +94,7 @@ def test_prompts_stay_in_their_update(small_params, mixed_batch, step):
         np.testing.assert_allclose(micro[0].weight, 1 / mixed_batch.length[number].sum(), rtol=1e-6)
 
 
-def test_waves_of_like_length_draw_the_same_tokens(toy):
+def test_rollout_batches_of_like_length_draw_the_same_tokens(toy):
     prompts = [
         toy.prompt(0, 9, [(1, 10, 4)]), toy.prompt(1, 7), toy.prompt(2, 6, [(1, 6, 6)]),
         toy.prompt(3, 8),

@@ -85,6 +85,12 @@ def test_adapters_train_little_and_need_no_reference(fresh, tmp_path: Path):
         8 * (192 + 3 * 32),
     )  # layers, heads of 8, float32; one batch_prompts
     assert memory["caches"] == text * rows
+    more = dataclasses.replace(fresh().eval, samples=4)
+    evaluated = preflight(fresh(sft=c.SftSettings(), eval=more), tmp_path / "w")["stages"]["grpo"]
+    caches = evaluated["memory_bytes_a_device"]["caches"]
+    assert caches == text * 8 * (192 + 5 * 32)  # four samples and a greedy one
+    largest = whole["prompts"] * (5 * 64 * (1176 + 12) + 192 * 20)  # windows and tokens
+    assert largest / 10 < whole["batch_bytes"] < largest
     stays = memory["weights"] + memory["optimizer"] + memory["reference"]
     assert stays < memory["sum"] < sum(memory.values()) - memory["sum"]
 

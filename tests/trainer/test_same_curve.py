@@ -164,7 +164,7 @@ def test_sharing_gives_the_same_curve(toy_config, tmp_path: Path, monkeypatch: p
         key, size, curve = jax.random.key(0), config.grpo.prompts, []
         for step in range(STEPS):
             rows = [(i, items[step * size + i]) for i in range(size)]
-            batch, now = run.collate(rows), jax.random.fold_in(key, step)
+            batch, now = Batch.of(rows), jax.random.fold_in(key, step)
             state, shared, _, scored = grpo.step(state, batch, now, no_resample)
             with monkeypatch.context() as patch:
                 patch.setattr(engine, "sample_keys", keys_of_groups)

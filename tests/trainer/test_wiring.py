@@ -1,5 +1,6 @@
 """Settings of the config reach what uses them: each changes what is asked of the part it is for."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.tasks.example import Example
 from spatial_ssrl_jax.trainer import context
 from spatial_ssrl_jax.trainer.benchmark_eval import eval_options
+from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from tests.helpers.toy_runs import make_config
 from tests.rl.test_grpo import batch_of, make_grpo
 
@@ -28,7 +30,10 @@ BUCKETS = Buckets((64,), (5,), (8, 32))
 
 
 class Recorder:
-    """An engine that notes what it is asked for; every response is one token, 7."""
+    """An engine that notes what it is asked for.
+
+    A response is one token: 7 of each group's last sample and of prompts of odd length, else 0.
+    """
 
     def __init__(self):
         self.calls: list[dict] = []
@@ -40,7 +45,8 @@ class Recorder:
         self.calls.append({"rows": len(prompts.ids), **settings})
         shape = (len(prompts.ids), settings["group_size"])
         tokens = np.zeros((*shape, settings["max_new_tokens"]), np.int32)
-        tokens[..., 0] = 7
+        tokens[:, -1, 0] = 7
+        tokens[np.asarray(prompts.length) % 2 == 1, :, 0] = 7
         ones = np.ones(shape, np.int32)
         return Rollout(tokens, np.zeros(tokens.shape, np.float32), ones, ones > 0)
 
@@ -109,7 +115,7 @@ def test_what_held_out_images_are_asked_for(toy, section: str, name: str, value,
             policy(engine), ["flip"], seed=0
         )
         assert [call["sampling"].greedy_last for call in engine.calls] == [True] * len(engine.calls)
-        assert table["flip"]["count"] == 5 and table["shuffle"]["accuracy_greedy"] == 1.0
+        assert table["flip"]["count"] == 5 and table["shuffle"]["count"] == 2
         asked.append(found(engine.calls[0]))
     assert asked[1] == value != asked[0]
 
@@ -120,7 +126,7 @@ def policy(engine: Recorder) -> Policy:
 
 def heldout(toy, config: c.Config, counts: dict[str, int]) -> HeldoutEval:
     items = {
-        task: [Item(example(task), toy.prompt(i, 6), ()) for i in range(count)]
+        task: [Item(example(task), toy.prompt(i, 6 + i), ()) for i in range(count)]
         for task, count in counts.items()
     }
     return HeldoutEval(
@@ -133,11 +139,34 @@ def example(task: str, answer: str = "1") -> Example:
 
 
 def test_every_task_is_asked_for_in_one_pass(toy):
-    """Seven prompts in a batch of eight; a question's draws follow from its index in its task."""
+    """Seven prompts in a batch of eight; a question's draws follow from its index in its task.
+
+    Each prompt gets its own scores: greedily all are right, sampled those of odd length.
+    """
     engine = Recorder()
-    heldout(toy, BASE, {"flip": 5, "shuffle": 2}).measure(policy(engine), ["flip"], seed=0)
+    evaluation = heldout(toy, BASE, {"flip": 5, "shuffle": 2})
+    table = evaluation.measure(policy(engine), ["flip", "shuffle"], seed=0)
     (call,) = engine.calls
     assert sorted(np.asarray(call["prompt_index"]).tolist()) == [0, 0, 1, 1, 1, 2, 3, 4]
+    assert table["flip"] == {
+        "accuracy_greedy": 1.0,
+        "accuracy_sampled": pytest.approx(2 / 5),
+        "format": pytest.approx(2 / 5),
+        "reward": pytest.approx(2 / 5),
+        "count": 5,
+    }
+    assert table["shuffle"]["accuracy_sampled"] == 0.5 and table["mean"]["count"] == 7
+    assert table["mean"]["accuracy_sampled"] == pytest.approx((2 / 5 + 0.5) / 2)
+
+
+def test_a_checkpoints_meta_gives_the_state_back():
+    state = context.RunState({"sft": {}}, BestCheckpoint(3, "m", 0.5), {"sft": 2.0}, 40, 5)
+    found = context.RunState()
+    found.restore(json.loads(json.dumps(state.as_meta())))
+    assert found == state
+    older = context.RunState()
+    older.restore({"heldout": {}, "seconds": {"sft": 1.0}, "best": None})
+    assert older == context.RunState(seconds={"sft": 1.0})
 
 
 def test_what_a_response_earns(toy):
