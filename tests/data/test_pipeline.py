@@ -127,6 +127,23 @@ def test_a_seed_of_its_own_gives_a_stream_of_its_own(processor: Processor):
     assert (first.source, first.question) != (second.source, second.question)
 
 
+def test_each_task_has_an_order_of_its_own(processor: Processor):
+    def order(task: str) -> list[str]:
+        items = item_dataset(SCENES, range(40), weights(**{task: 1.0}), processor, seed=5)
+        return [items[i].example.source["record"] for i in range(20)]
+
+    assert order("flip") != order("shuffle")
+
+
+def test_replacements_are_drawn_from_the_whole_pool(processor: Processor):
+    """Every second image is bad; others than one take their places."""
+    damaged = Damaged(open_source("scenes:12"), bad=tuple(range(0, 12, 2)))
+    items = item_dataset(damaged, range(12), weights(flip=1.0), processor, seed=0)
+    found = [items[i] for i in range(12)]
+    replaced = [item.example.source["record"] for item in found if item.skipped]
+    assert len(replaced) == 6 and len(set(replaced)) > 2
+
+
 def test_tasks_come_in_proportion_to_their_weights(processor: Processor):
     items = item_dataset(SCENES, range(40), weights(flip=1.0, shuffle=3.0), processor, seed=0)
     names = [items[i].example.task for i in range(40)]
