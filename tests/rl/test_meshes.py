@@ -20,10 +20,10 @@ from spatial_ssrl_jax.rollout.decode import prefill
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from tests.conftest import random_params
-from tests.rl.conftest import CONFIG, mixed_batch
+from tests.rl.conftest import CONFIG, mixed_batch, mixed_prompts
 
 update.slice_count = lambda mesh: mesh.shape["data"]  # as if each copy of the weights were one
-once = mixed_batch.__wrapped__()
+once = mixed_batch.__wrapped__(mixed_prompts.__wrapped__())
 batch = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8] if np.ndim(x) else x, once)
 optimizer, first = optax.sgd(0.1), None
 
@@ -55,6 +55,6 @@ for sizes in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
 
 
 def test_meshes_give_what_one_device_gives():
-    """With copies of the weights; sampling cuts 2 x 4 into 4 x 2, which is no part of its axes."""
+    """With copies of the weights; sampling reshards 2 x 4 to 4 x 2, no part of its axes."""
     apart = printed(ON_MESHES, devices=8)
     assert len(apart) == 3 and max(apart) < 1e-5, apart
