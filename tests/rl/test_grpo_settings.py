@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -89,6 +90,18 @@ def test_old_logprobs_are_those_before_the_updates(small_params, step):  # noqa:
             assert all(micro.old_logprobs is None for micro in update)
     corrected = replace(several, old_logprobs="sampler", importance_correction="truncate")
     assert updates_of(small_params, step, corrected)[0][0].old_logprobs is not None
+
+
+def test_reference_logprobs_are_the_references(small_params, step):  # noqa: F811
+    reference = jax.tree.map(lambda x: 1.1 * x, small_params)
+    grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((40,), (3,), (8,)))
+    (update,), _ = replace(grpo, reference=reference).micro_batches(small_params, *step)
+    config, compute = program_of(SETTINGS)
+    for micro in update:
+        expected = logprobs_of(config, compute, SETTINGS.temperature, reference, micro)
+        np.testing.assert_array_equal(micro.reference_logprobs, expected)
+    (update,), _ = grpo.micro_batches(small_params, *step)
+    assert all(micro.reference_logprobs is None for micro in update)
 
 
 def program_of(settings: GrpoSettings):
