@@ -19,7 +19,7 @@ from spatial_ssrl_jax.rl.placement import compute_settings
 from spatial_ssrl_jax.rl.stages import stages
 from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.tasks.example import Example
-from spatial_ssrl_jax.trainer import context
+from spatial_ssrl_jax.trainer import context, training
 from spatial_ssrl_jax.trainer.benchmark_eval import eval_options
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from tests.helpers.toy_runs import make_config
@@ -231,3 +231,17 @@ def test_how_data_are_made(monkeypatch: pytest.MonkeyPatch, section, name, value
         )
         context.pipeline(components, stages(config)[1], start=2)
     assert asked[1][number] == value != asked[0][number] and asked[0]["start"] == 2
+
+
+def test_checkpoints_are_counted_from_the_stages_start():
+    """Three SFT steps, then six of GRPO: every fourth one of a stage, and its last."""
+    config = replace(
+        BASE,
+        sft=replace(BASE.sft, steps=3),
+        grpo=replace(BASE.grpo, steps=6),
+        checkpoint=replace(BASE.checkpoint, every=4),
+    )
+    sft, grpo = stages(config)
+    run = SimpleNamespace(config=config)
+    assert [n for n in range(1, 4) if training._save_due(run, sft, n)] == [3]
+    assert [n for n in range(4, 10) if training._save_due(run, grpo, n)] == [7, 9]
