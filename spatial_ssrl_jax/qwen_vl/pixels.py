@@ -17,9 +17,9 @@ def _pixel_table(config: VisionConfig) -> np.ndarray:
 def normalize_patches(patches: Array, config: VisionConfig) -> Array:
     """(byte / 255 - mean) / std of each value, by its channel.
 
-    Equal to Transformers' image processor in float32 on CPUs and GPUs, where each value is looked
-    up: XLA would divide by multiplying with a rounded reciprocal. TPUs, slow at lookups, do that,
-    and may differ in the last bit.
+    Each value is looked up, so that it is the float32 of Transformers' image processor: XLA would
+    divide by multiplying with a rounded reciprocal. TPUs, slow at lookups, do that, and may differ
+    in the last bit.
 
     Args:
       patches: [..., C·n] uint8.

@@ -1,13 +1,11 @@
-"""Training: the config's stages and their loop over steps, from the start or a checkpoint."""
+"""Training: the stages of a run and their loop over steps, from the start or a checkpoint."""
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict
-from functools import partial
 
-import jax
 import numpy as np
 import optax
 from etils import epath
@@ -16,24 +14,19 @@ from spatial_ssrl_jax.checkpoint.export import export, export_adapter
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError, explain_write_errors
 from spatial_ssrl_jax.common.paths import user_path, write_atomic
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings
-from spatial_ssrl_jax.data.pipeline import Batch, batch_at
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.monitoring.process_stats import memory_metrics
 from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.parallel.collectives import all_gather, all_sum, barrier, is_primary
 from spatial_ssrl_jax.parallel.watchdog import Watchdog
-from spatial_ssrl_jax.perf.mfu import mfu_metrics, useful_flops
+from spatial_ssrl_jax.perf.mfu import mfu_metrics
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
-from spatial_ssrl_jax.rl.bucketing import Buckets
-from spatial_ssrl_jax.rl.grpo import Grpo
-from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, Stage, stages
-from spatial_ssrl_jax.rl.step_metrics import gather_ordered, prompt_metrics, prompt_rows
-from spatial_ssrl_jax.rl.train_step import TrainState, train_step
+from spatial_ssrl_jax.rl.train_step import TrainState
 from spatial_ssrl_jax.trainer.context import (
     Run,
     check_bad_fraction,
-    items_of,
     newest_step,
     open_run,
     pipeline,
@@ -42,14 +35,11 @@ from spatial_ssrl_jax.trainer.initial_state import StageInitializer
 from spatial_ssrl_jax.trainer.memory import explain_out_of_memory, memory_advice
 from spatial_ssrl_jax.trainer.preemption import Preemption
 from spatial_ssrl_jax.trainer.run_log import Sampled, log_step, refresh_report
+from spatial_ssrl_jax.trainer.stage_steps import Step, grpo_step, sft_step
 from spatial_ssrl_jax.trainer.validation import validate
 
 UNTRAINED = "untrained"  # the held-out table's name for the model before training
-_RESAMPLE_SEED = 1_000_001  # apart from the seeds of both stages
 _NAMED = 10  # unusable images that are reported by name; the others are only counted
-
-# (number in the stage from 0, state, batch) -> new state, metrics, samples of a GRPO step.
-Step = Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, float], Sampled | None]]
 
 
 def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> bool:
@@ -119,9 +109,9 @@ def _run_stage(run: Run, start: StageInitializer, stage: SftStage | GrpoStage, d
     optimizer = stage.optimizer(run.config)
     state = _begin(run, start, stage, optimizer, done)
     if isinstance(stage, SftStage):
-        step = _sft_step(run, stage, optimizer)
+        step = sft_step(run, stage, optimizer)
     else:
-        step = _grpo_step(run, stage, optimizer, _reference(start, stage, state, done))
+        step = grpo_step(run, stage, optimizer, _reference(start, stage, state, done))
     return _loop(run, stage, step, state, done)
 
 
@@ -153,75 +143,6 @@ def _reference(
     return start.reference(stage, state, fresh=done == stage.start_step)
 
 
-def _sft_step(run: Run, stage: SftStage, optimizer: optax.GradientTransformation) -> Step:
-    settings, rates = stage.settings, stage.learning_rate()
-    loss = stage.loss(run.model.config, run.compute)
-
-    def step(
-        number: int, state: TrainState, batch: Batch
-    ) -> tuple[TrainState, dict[str, float], None]:
-        begun = time.perf_counter()
-        responses = encode_responses(batch.items, run.processor, run.config.rollout.max_new_tokens)
-        packed = pack_step(batch, responses, settings, run.model.config.vision)
-        rate = float(np.asarray(rates(number)))
-        micro_batches = map(run.layout.put_batch, packed)
-        state, metrics = train_step(loss, optimizer, state, micro_batches)
-        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        seconds = time.perf_counter() - begun
-        length = np.array([len(response) for response in responses])
-        rows = gather_ordered(prompt_rows(batch) | {"length": length})
-        tokens = int(rows["prompt_length"].sum() + rows["length"].sum())
-        more = {
-            "optim/learning_rate": rate,
-            "response/length_mean": float(rows["length"].mean()),
-            "perf/update_padding_share": 1 - tokens / all_sum(packed.padded_tokens),
-            "perf/update_seconds": seconds,
-            "perf/tokens_per_second": tokens / seconds,
-            "perf/useful_flops": useful_flops(
-                run.model.config, settings, batch.prompts, length[:, None]
-            ),
-        }
-        return state, metrics | prompt_metrics(rows) | more, None
-
-    return step
-
-
-def _grpo_step(
-    run: Run,
-    stage: GrpoStage,
-    optimizer: optax.GradientTransformation,
-    reference: Params | None,
-) -> Step:
-    config, settings, rates = run.config, stage.settings, stage.learning_rate()
-    grpo = Grpo(
-        settings,
-        config.rollout,
-        config.reward,
-        run.engine,
-        stage.loss(run.model.config, run.compute),
-        optimizer,
-        run.layout,
-        Buckets.of(config),
-        run.processor,
-        reference,
-    )
-    key = jax.random.key(config.seed)
-
-    def step(
-        number: int, state: TrainState, batch: Batch
-    ) -> tuple[TrainState, dict[str, float], Sampled]:
-        rate = float(np.asarray(rates(number * settings.minibatches_per_rollout)))
-        resample = partial(_resample, run, settings, number)
-        state, metrics, trained_on, scored = grpo.step(
-            state, batch, jax.random.fold_in(key, number), resample
-        )
-        needed = useful_flops(run.model.config, settings, trained_on.prompts, scored.rollout.length)
-        more = {"optim/learning_rate": rate, "perf/useful_flops": needed}
-        return state, metrics | more, (trained_on, scored)
-
-    return step
-
-
 def _loop(run: Run, stage: SftStage | GrpoStage, step: Step, state: TrainState, done: int) -> bool:
     """The stage's steps after the run's step `done`; False when a signal stopped the run."""
     if _stop_requested(run, done):
@@ -229,7 +150,7 @@ def _loop(run: Run, stage: SftStage | GrpoStage, step: Step, state: TrainState, 
     first = done + 1
     with closing(pipeline(run, stage, start=done - stage.start_step)) as stream:
         run.progress.start(stage.name, stage.settings.steps, done - stage.start_step)
-        spent = _Stopwatch(run.state.seconds.get(stage.name, 0.0))
+        begun = time.perf_counter() - run.state.seconds.get(stage.name, 0.0)
         for number in range(first, stage.last_step + 1):
             if number == first:
                 run.progress.doing(f"compiling the programs of {stage.name} (first step)")
@@ -243,7 +164,7 @@ def _loop(run: Run, stage: SftStage | GrpoStage, step: Step, state: TrainState, 
             _log_step(run, stage, number, metrics | measured, sampled)
             if compiled and number > first:
                 run.progress.say(f"step {number} has new sizes: {compiled} compilations")
-            run.state.seconds[stage.name] = round(spent.seconds(), 2)
+            run.state.seconds[stage.name] = round(time.perf_counter() - begun, 2)
             _check_skipped(run, stage, number, state)
             stop = _signalled(run)
             if is_best or stop or _save_due(run, stage, number):
@@ -253,16 +174,6 @@ def _loop(run: Run, stage: SftStage | GrpoStage, step: Step, state: TrainState, 
                 _report_stop(run, number)
                 return False
     return True
-
-
-class _Stopwatch:
-    """Seconds since it was made, and before."""
-
-    def __init__(self, before: float):
-        self._start = time.perf_counter() - before
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
 
 
 def _timed_step(
@@ -329,24 +240,6 @@ def _stop_requested(run: Run, done: int) -> bool:
 
 def _report_stop(run: Run, done: int) -> None:
     run.progress.say(f"stopped after step {done}; the same command resumes from here")
-
-
-def _resample(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
-    """The prompts of resample `number`, from 1, of a GRPO step, from a separate stream."""
-    return batch_at(
-        items_of(
-            run.config,
-            run.source,
-            run.split.train,
-            run.processor,
-            run.config.seed * 2 + _RESAMPLE_SEED,
-        ),
-        settings.prompts,
-        settings.micro_batch_prompts,
-        step * settings.max_resamples + number - 1,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-    )
 
 
 def _count_bad(run: Run, batch: Batch) -> None:

@@ -1,15 +1,26 @@
 """A very small model and a mixed batch: prompts and responses of different lengths, images."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import optax
 import pytest
 
-from spatial_ssrl_jax.config.schema import SftSettings
+from spatial_ssrl_jax.config.schema import (
+    GrpoSettings,
+    MeshSettings,
+    RewardSettings,
+    RolloutSettings,
+    SftSettings,
+)
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.processor import Prompt
+from spatial_ssrl_jax.parallel.mesh import make_mesh
+from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
 from spatial_ssrl_jax.qwen_vl.qwen2_5 import (
     MODEL_TYPE,
@@ -18,7 +29,12 @@ from spatial_ssrl_jax.qwen_vl.qwen2_5 import (
     mrope_positions,
 )
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
+from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.grpo import Grpo
+from spatial_ssrl_jax.rl.losses import GrpoLoss
 from spatial_ssrl_jax.rl.sft import PackedStep, pack_step
+from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
+from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from tests.conftest import SMALL_TEXT, SMALL_VISION, random_params
 
 CONFIG = QwenVLConfig(
@@ -127,3 +143,40 @@ def mixed_batch(mixed_prompts: list[Prompt]) -> GroupBatch:
         old_logprobs=logprobs[1],
         reference_logprobs=logprobs[2],
     )
+
+
+# GRPO: three prompts of four samples, which reach their limit of eight tokens or end before.
+SETTINGS = GrpoSettings(
+    prompts=3, minibatches_per_rollout=1, micro_batch_prompts=1, group_size=4, kl_coef=0.0
+)
+ROLLOUT = RolloutSettings(max_new_tokens=8, kv_block=4, check_every=4, batch_prompts=2)
+
+
+def make_grpo(
+    settings: GrpoSettings, rollout: RolloutSettings, buckets: Buckets, engine: Engine | None = None
+) -> Grpo:
+    """The stage's parts for `CONFIG`, without a processor and a reference."""
+    loss = GrpoLoss(CONFIG, Compute(attention_chunk=16, vocab_block=32), settings)
+    layout = Layout(make_mesh(MeshSettings()))
+    return Grpo(
+        settings, rollout, RewardSettings(), engine, loss, optax.sgd(1.0), layout, buckets, None,
+        None,
+    )  # fmt: skip
+
+
+def batch_of(prompts: Sequence[Prompt], index: Sequence[int]) -> Batch:
+    """Prompts as a step's batch; each example is its number."""
+    items = (Item(f"example {n}", prompt, ()) for n, prompt in enumerate(prompts))
+    return Batch(tuple(items), np.array(index, np.int32))
+
+
+@pytest.fixture(scope="session")
+def grpo_step(mixed_batch, mixed_prompts) -> tuple[Batch, ScoredRollout]:
+    """The mixed batch as a step; the second prompt has the longest responses."""
+    rollout = Rollout(
+        mixed_batch.tokens,
+        mixed_batch.sampled_logprobs,
+        mixed_batch.length,
+        mixed_batch.length < 8,
+    )
+    return batch_of(mixed_prompts, range(3)), ScoredRollout(rollout, [], [], mixed_batch.advantage)

@@ -1,71 +1,26 @@
 """A step's rollout batches and micro-batches: bucketed, they change neither tokens nor gradient."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
 import numpy as np
-import optax
-import pytest
 
-from spatial_ssrl_jax.config.schema import (
-    GrpoSettings,
-    MeshSettings,
-    RewardSettings,
-    RolloutSettings,
-)
 from spatial_ssrl_jax.data.batching import pad_prompts
-from spatial_ssrl_jax.data.items import Item
-from spatial_ssrl_jax.data.pipeline import Batch
-from spatial_ssrl_jax.data.processor import Prompt
-from spatial_ssrl_jax.parallel.mesh import make_mesh
-from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.rl.bucketing import Buckets
-from spatial_ssrl_jax.rl.grpo import Grpo
-from spatial_ssrl_jax.rl.losses import GrpoLoss
-from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
-from spatial_ssrl_jax.rollout.engine import Engine, Rollout
+from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import Sampling
-from tests.rl.conftest import CONFIG
+from tests.rl.conftest import ROLLOUT, SETTINGS, batch_of, make_grpo
 from tests.rl.test_exactness import assert_close
 
-SETTINGS = GrpoSettings(
-    prompts=3, minibatches_per_rollout=1, micro_batch_prompts=1, group_size=4, kl_coef=0.0
-)
-ROLLOUT = RolloutSettings(max_new_tokens=8, kv_block=4, check_every=4, batch_prompts=2)
 STOPS = tuple(range(0, 680, 5))  # a fifth of what is drawn ends a response
 
 
-def make_grpo(settings, rollout, buckets, engine=None) -> Grpo:
-    loss = GrpoLoss(CONFIG, Compute(attention_chunk=16, vocab_block=32), settings)
-    layout = Layout(make_mesh(MeshSettings()))
-    return Grpo(
-        settings, rollout, RewardSettings(), engine, loss, optax.sgd(1.0), layout, buckets, None,
-        None,
-    )  # fmt: skip
-
-
-def batch_of(prompts: Sequence[Prompt], index: Sequence[int]) -> Batch:
-    items = (Item(f"example {n}", prompt, ()) for n, prompt in enumerate(prompts))
-    return Batch(tuple(items), np.array(index, np.int32))
-
-
-@pytest.fixture(scope="module")
-def step(mixed_batch, mixed_prompts) -> tuple[Batch, ScoredRollout]:
-    """The mixed batch as a step; the second prompt has the longest responses."""
-    rollout = Rollout(
-        mixed_batch.tokens,
-        mixed_batch.sampled_logprobs,
-        mixed_batch.length,
-        mixed_batch.length < 8,
-    )
-    return batch_of(mixed_prompts, range(3)), ScoredRollout(rollout, [], [], mixed_batch.advantage)
-
-
-def test_bucketed_micro_batches_have_the_gradient_of_the_whole(small_params, mixed_batch, step):
+def test_bucketed_micro_batches_have_the_gradient_of_the_whole(
+    small_params, mixed_batch, grpo_step
+):
     grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((8, 28, 30, 40), (0, 1, 2, 3), (3, 8)))
-    (micro,), places = grpo.micro_batches(small_params, *step)
+    (micro,), places = grpo.micro_batches(small_params, *grpo_step)
     shapes = [(m.prompts.ids.shape[1], m.prompts.vision.frame.shape[1]) for m in micro]
     widths = [m.tokens.shape[2] for m in micro]
     assert len(set(shapes)) == 3 and sorted(shapes) == shapes and sorted(widths) == [3, 8, 8]
@@ -81,11 +36,11 @@ def test_bucketed_micro_batches_have_the_gradient_of_the_whole(small_params, mix
     assert_close(jax.tree.map(lambda *x: sum(x), *parts), gradient(small_params, whole), 1e-5)
 
 
-def test_prompts_stay_in_their_update(small_params, mixed_batch, step):
+def test_prompts_stay_in_their_update(small_params, mixed_batch, grpo_step):
     """Whatever their lengths: an update's prompts follow from the step alone."""
     settings = replace(SETTINGS, minibatches_per_rollout=3, old_logprobs="sampler")
     grpo = make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (8,)))
-    updates, _ = grpo.micro_batches(small_params, *step)
+    updates, _ = grpo.micro_batches(small_params, *grpo_step)
     for number, micro in enumerate(updates):
         assert len(micro) == 1
         np.testing.assert_array_equal(micro[0].prompts.ids[0], mixed_batch.prompts.ids[number])

@@ -12,7 +12,7 @@ from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
 from spatial_ssrl_jax.rl.losses import grpo_loss
 from spatial_ssrl_jax.rl.rewards import Reward
-from tests.rl.test_grpo import ROLLOUT, SETTINGS, make_grpo, step  # noqa: F401  (a fixture)
+from tests.rl.conftest import ROLLOUT, SETTINGS, make_grpo
 
 LOGPROB = np.random.default_rng(7).normal(-4.5, 0.4, (3, 4, 8)).astype(np.float32)
 
@@ -72,35 +72,35 @@ def test_each_setting_of_the_loss(mixed_batch, changes: dict):
     assert all(abs(by_hand(s, mixed_batch, LOGPROB) - found) > 1e-5 for s in others)
 
 
-def updates_of(params, step, settings: GrpoSettings):  # noqa: F811
+def updates_of(params, grpo_step, settings: GrpoSettings):
     grpo = make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (8,)))
-    return grpo.micro_batches(params, *step)[0]
+    return grpo.micro_batches(params, *grpo_step)[0]
 
 
-def test_old_logprobs_are_those_before_the_updates(small_params, step):  # noqa: F811
+def test_old_logprobs_are_those_before_the_updates(small_params, grpo_step):
     """Computed for several updates a rollout, unless the sampler's are asked for."""
     several = replace(SETTINGS, minibatches_per_rollout=3)
-    for update in updates_of(small_params, step, several):
+    for update in updates_of(small_params, grpo_step, several):
         (micro,) = update
         config, compute = program_of(several)
         expected = logprobs_of(config, compute, several.temperature, small_params, micro)
         np.testing.assert_array_equal(micro.old_logprobs, expected)
     for changes in ({"minibatches_per_rollout": 1}, {"old_logprobs": "sampler"}):
-        for update in updates_of(small_params, step, replace(several, **changes)):
+        for update in updates_of(small_params, grpo_step, replace(several, **changes)):
             assert all(micro.old_logprobs is None for micro in update)
     corrected = replace(several, old_logprobs="sampler", importance_correction="truncate")
-    assert updates_of(small_params, step, corrected)[0][0].old_logprobs is not None
+    assert updates_of(small_params, grpo_step, corrected)[0][0].old_logprobs is not None
 
 
-def test_reference_logprobs_are_the_references(small_params, step):  # noqa: F811
+def test_reference_logprobs_are_the_references(small_params, grpo_step):
     reference = jax.tree.map(lambda x: 1.1 * x, small_params)
     grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((40,), (3,), (8,)))
-    (update,), _ = replace(grpo, reference=reference).micro_batches(small_params, *step)
+    (update,), _ = replace(grpo, reference=reference).micro_batches(small_params, *grpo_step)
     config, compute = program_of(SETTINGS)
     for micro in update:
         expected = logprobs_of(config, compute, SETTINGS.temperature, reference, micro)
         np.testing.assert_array_equal(micro.reference_logprobs, expected)
-    (update,), _ = grpo.micro_batches(small_params, *step)
+    (update,), _ = grpo.micro_batches(small_params, *grpo_step)
     assert all(micro.reference_logprobs is None for micro in update)
 
 
@@ -109,33 +109,33 @@ def program_of(settings: GrpoSettings):
     return loss.config, loss.compute
 
 
-def weights(params, step, settings: GrpoSettings) -> np.ndarray:  # noqa: F811
-    (update,) = updates_of(params, step, settings)
+def weights(params, grpo_step, settings: GrpoSettings) -> np.ndarray:
+    (update,) = updates_of(params, grpo_step, settings)
     rows = {}
     for micro in update:
         for ids, weight in zip(
             np.asarray(micro.prompts.ids), np.asarray(micro.weight), strict=True
         ):
             rows[ids.tobytes()] = weight
-    batch, _ = step
+    batch, _ = grpo_step
     padded = [np.pad(p.ids, (0, 40 - len(p.ids))) for p in batch.prompts]
     return np.stack([rows[ids.tobytes()] for ids in padded])
 
 
-def test_truncated_completions_are_left_out_of_the_loss(small_params, step):  # noqa: F811
-    _, scored = step
+def test_truncated_completions_are_left_out_of_the_loss(small_params, grpo_step):
+    _, scored = grpo_step
     length, finished = scored.rollout.length, scored.rollout.finished
     assert finished.any() and not finished.all()
     np.testing.assert_allclose(
-        weights(small_params, step, SETTINGS), np.full(length.shape, 1 / length.sum())
+        weights(small_params, grpo_step, SETTINGS), np.full(length.shape, 1 / length.sum())
     )
     masked = replace(SETTINGS, mask_truncated_completions=True)
     expected = finished / (length * finished).sum()
-    np.testing.assert_allclose(weights(small_params, step, masked), expected, rtol=1e-6)
+    np.testing.assert_allclose(weights(small_params, grpo_step, masked), expected, rtol=1e-6)
 
 
-def test_groups_without_variance_are_left_out_of_the_loss(small_params, step):  # noqa: F811
-    batch, scored = step
+def test_groups_without_variance_are_left_out_of_the_loss(small_params, grpo_step):
+    batch, scored = grpo_step
     right, wrong = Reward(1.0, 1.0, 1.0), Reward(0.1, 0.0, 1.0)
     rewards = [[right, wrong] * 2, [right] * 4, [wrong, right] * 2]
     scored = replace(scored, rewards=rewards)

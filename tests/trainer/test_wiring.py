@@ -23,10 +23,15 @@ from spatial_ssrl_jax.trainer import context, training
 from spatial_ssrl_jax.trainer.benchmark_eval import eval_options
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from tests.helpers.toy_runs import make_config
-from tests.rl.test_grpo import batch_of, make_grpo
+from tests.rl.conftest import batch_of, make_grpo
 
 BASE = make_config(c.ModelSettings(dtype="float32", attention="xla"))
 BUCKETS = Buckets((64,), (5,), (8, 32))
+
+
+def changed(section: str, name: str, value: object) -> c.Config:
+    """The config with one setting changed."""
+    return replace(BASE, **{section: replace(getattr(BASE, section), **{name: value})})
 
 
 class Recorder:
@@ -71,9 +76,10 @@ class Answers:
 def test_how_programs_compute(name: str, value):
     layout = Layout(make_mesh(c.MeshSettings()))
     before = compute_settings(BASE, layout)
-    changed = replace(BASE, model=replace(BASE.model, **{name: value}))
     assert getattr(before, name) != value
-    assert compute_settings(changed, layout) == replace(before, **{name: value})
+    assert compute_settings(changed("model", name, value), layout) == replace(
+        before, **{name: value}
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,8 +93,8 @@ def test_how_programs_compute(name: str, value):
 )
 def test_what_a_rollout_is_asked_for(toy, section: str, name: str, value, found):
     asked = []
-    changed = replace(BASE, **{section: replace(getattr(BASE, section), **{name: value})})
-    for config in (BASE, changed):
+    other = changed(section, name, value)
+    for config in (BASE, other):
         engine = Recorder()
         grpo = make_grpo(config.grpo, config.rollout, BUCKETS, engine)
         batch = batch_of([toy.prompt(i, 6) for i in range(8)], range(8))
@@ -108,8 +114,8 @@ def test_what_a_rollout_is_asked_for(toy, section: str, name: str, value, found)
 )
 def test_what_held_out_images_are_asked_for(toy, section: str, name: str, value, found):
     asked = []
-    changed = replace(BASE, **{section: replace(getattr(BASE, section), **{name: value})})
-    for config in (BASE, changed):
+    other = changed(section, name, value)
+    for config in (BASE, other):
         engine = Recorder()
         table = heldout(toy, config, {"flip": 5, "shuffle": 2}).measure(
             policy(engine), ["flip"], seed=0
@@ -211,9 +217,9 @@ def test_what_a_response_earns(toy):
 def test_how_a_benchmark_is_asked(section: str, name: str, value, option: str):
     layout = Layout(make_mesh(c.MeshSettings()))
     before = eval_options(BASE, layout)
-    changed = replace(BASE, **{section: replace(getattr(BASE, section), **{name: value})})
+    other = changed(section, name, value)
     assert getattr(before, option) != value
-    assert eval_options(changed, layout) == replace(before, **{option: value})
+    assert eval_options(other, layout) == replace(before, **{option: value})
 
 
 @pytest.mark.parametrize(
@@ -224,8 +230,8 @@ def test_how_data_are_made(monkeypatch: pytest.MonkeyPatch, section, name, value
     asked = []
     monkeypatch.setattr(context, "batches", lambda *_, **settings: asked.append(settings))
     monkeypatch.setattr(context, "items_of", lambda *_: None)
-    changed = replace(BASE, **{section: replace(getattr(BASE, section), **{name: value})})
-    for config in (BASE, changed):
+    other = changed(section, name, value)
+    for config in (BASE, other):
         components = SimpleNamespace(
             config=config, source=None, split=SimpleNamespace(train=()), processor=None
         )

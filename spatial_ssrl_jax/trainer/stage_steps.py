@@ -1,0 +1,117 @@
+"""One step of each stage, as the training loop calls it: data in, new weights and metrics out."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+
+from spatial_ssrl_jax.config.schema import GrpoSettings
+from spatial_ssrl_jax.data.pipeline import Batch, batch_at
+from spatial_ssrl_jax.parallel.collectives import all_sum
+from spatial_ssrl_jax.perf.mfu import useful_flops
+from spatial_ssrl_jax.qwen_vl.param_tree import Params
+from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.grpo import Grpo
+from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
+from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage
+from spatial_ssrl_jax.rl.step_metrics import gather_ordered, prompt_metrics, prompt_rows
+from spatial_ssrl_jax.rl.train_step import TrainState, train_step
+from spatial_ssrl_jax.trainer.context import Run, items_of
+from spatial_ssrl_jax.trainer.run_log import Sampled
+
+_RESAMPLE_SEED = 1_000_001  # apart from the seeds of both stages
+
+# (number in the stage from 0, state, batch) -> new state, metrics, samples of a GRPO step.
+Step = Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, float], Sampled | None]]
+
+
+def sft_step(run: Run, stage: SftStage, optimizer: optax.GradientTransformation) -> Step:
+    """Makes SFT's step: packs the examples of a batch and trains on them."""
+    settings, rates = stage.settings, stage.learning_rate()
+    loss = stage.loss(run.model.config, run.compute)
+
+    def step(
+        number: int, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, float], None]:
+        begun = time.perf_counter()
+        responses = encode_responses(batch.items, run.processor, run.config.rollout.max_new_tokens)
+        packed = pack_step(batch, responses, settings, run.model.config.vision)
+        rate = float(np.asarray(rates(number)))
+        micro_batches = map(run.layout.put_batch, packed)
+        state, metrics = train_step(loss, optimizer, state, micro_batches)
+        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        seconds = time.perf_counter() - begun
+        length = np.array([len(response) for response in responses])
+        rows = gather_ordered(prompt_rows(batch) | {"length": length})
+        tokens = int(rows["prompt_length"].sum() + rows["length"].sum())
+        more = {
+            "optim/learning_rate": rate,
+            "response/length_mean": float(rows["length"].mean()),
+            "perf/update_padding_share": 1 - tokens / all_sum(packed.padded_tokens),
+            "perf/update_seconds": seconds,
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/useful_flops": useful_flops(
+                run.model.config, settings, batch.prompts, length[:, None]
+            ),
+        }
+        return state, metrics | prompt_metrics(rows) | more, None
+
+    return step
+
+
+def grpo_step(
+    run: Run,
+    stage: GrpoStage,
+    optimizer: optax.GradientTransformation,
+    reference: Params | None,
+) -> Step:
+    """Makes GRPO's step: a rollout and its updates, with the KL to `reference`."""
+    config, settings, rates = run.config, stage.settings, stage.learning_rate()
+    grpo = Grpo(
+        settings,
+        config.rollout,
+        config.reward,
+        run.engine,
+        stage.loss(run.model.config, run.compute),
+        optimizer,
+        run.layout,
+        Buckets.of(config),
+        run.processor,
+        reference,
+    )
+    key = jax.random.key(config.seed)
+
+    def step(
+        number: int, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, float], Sampled]:
+        rate = float(np.asarray(rates(number * settings.minibatches_per_rollout)))
+        resample = partial(_resample, run, settings, number)
+        state, metrics, trained_on, scored = grpo.step(
+            state, batch, jax.random.fold_in(key, number), resample
+        )
+        needed = useful_flops(run.model.config, settings, trained_on.prompts, scored.rollout.length)
+        more = {"optim/learning_rate": rate, "perf/useful_flops": needed}
+        return state, metrics | more, (trained_on, scored)
+
+    return step
+
+
+def _resample(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
+    """The prompts of resample `number`, from 1, of a GRPO step, from a separate stream."""
+    return batch_at(
+        items_of(
+            run.config,
+            run.source,
+            run.split.train,
+            run.processor,
+            run.config.seed * 2 + _RESAMPLE_SEED,
+        ),
+        settings.prompts,
+        settings.micro_batch_prompts,
+        step * settings.max_resamples + number - 1,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
