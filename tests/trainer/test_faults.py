@@ -24,7 +24,7 @@ from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.monitoring import metrics as metrics_file
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.monitoring.progress import Progress
-from spatial_ssrl_jax.trainer import training
+from spatial_ssrl_jax.trainer import stage_steps
 from spatial_ssrl_jax.trainer.training import train
 from tests.helpers.images import photo
 from tests.helpers.toy_runs import ROWS
@@ -60,7 +60,7 @@ def whole(short: Short, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
     """Makes the gradients of some optimizer steps, by number from 1, NaN."""
-    original, count = training.train_step, iter(range(1, 1000))
+    original, count = stage_steps.train_step, iter(range(1, 1000))
 
     def step(loss, optimizer, state, batches):
         if next(count) in calls:
@@ -70,7 +70,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
             batches = spoiled
         return original(loss, optimizer, state, batches)
 
-    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(stage_steps, "train_step", step)
 
 
 def column(workdir: Path, name: str) -> list:

@@ -15,7 +15,7 @@ from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax.benchmarking import training_timing as timing
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
-from spatial_ssrl_jax.trainer import training
+from spatial_ssrl_jax.trainer import stage_steps, training
 from spatial_ssrl_jax.trainer.memory import explain_out_of_memory, memory_advice
 
 TPU = (
@@ -78,7 +78,7 @@ def test_training_says_what_helps(
 ):
     from tests.helpers.toy_runs import make_config
 
-    monkeypatch.setattr(training, "train_step", full)
+    monkeypatch.setattr(stage_steps, "train_step", full)
     monkeypatch.setattr(training, "validate", lambda *_: ({}, False))
     config = make_config(c.ModelSettings(str(toy_folder), True, "float32", "none"))
     with pytest.raises(
