@@ -1,8 +1,21 @@
-"""Every setting of a run, as nested frozen dataclasses; a field's `Literal` lists its choices."""
+"""Every setting of a run, as nested frozen dataclasses.
+
+A field's type has its range (`Count`, `Bounds`) or, as a `Literal`, its choices.
+"""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from spatial_ssrl_jax.common.bounds import (
+    Bounds,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Weights,
+    Whole,
+    Widths,
+)
 from spatial_ssrl_jax.qwen_vl.compute import Dtype, Remat
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
@@ -41,8 +54,8 @@ class ModelSettings:
     dtype: Dtype = "bfloat16"
     remat: Remat = "full"
     attention: str = "auto"
-    attention_chunk: int = 1024
-    vocab_block: int = 4096
+    attention_chunk: Count = 1024
+    vocab_block: Count = 4096
 
 
 @dataclass(frozen=True)
@@ -62,14 +75,14 @@ class DataSettings:
     """
 
     source: str = "scenes"
-    heldout_fraction: float = 0.05
-    min_pixels: int = 262_144
-    max_pixels: int = 4_194_304
-    prompt_buckets: tuple[int, ...] = (1024, 2048, 4096)
-    window_buckets: tuple[int, ...] = (64, 128)
-    threads: int = 8
-    workers: int = 0
-    max_bad_fraction: float = 0.2
+    heldout_fraction: Annotated[float, Bounds(min=0, below=1)] = 0.05
+    min_pixels: Count = 262_144
+    max_pixels: Count = 4_194_304
+    prompt_buckets: Widths = (1024, 2048, 4096)
+    window_buckets: Widths = (64, 128)
+    threads: Count = 8
+    workers: Whole = 0
+    max_bad_fraction: Fraction = 0.2
 
 
 @dataclass(frozen=True)
@@ -87,11 +100,11 @@ class MeshSettings:
         counts as hanging and ends; 0 waits for ever.
     """
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    heartbeat_timeout: int = 60
-    step_timeout: int = 3600
+    data: Annotated[int, Bounds(min=-1)] = 1
+    fsdp: Annotated[int, Bounds(min=-1)] = -1
+    tensor: Annotated[int, Bounds(min=-1)] = 1
+    heartbeat_timeout: Count = 60
+    step_timeout: Whole = 3600
 
 
 @dataclass(frozen=True)
@@ -110,14 +123,14 @@ class StageSettings:
       lora: with a rank, adapters are trained and nothing else; they are merged at the end.
     """
 
-    steps: int = 0
-    prompts: int = 256
-    learning_rate: float = 1e-5
-    warmup_ratio: float = 0.0
+    steps: Whole = 0
+    prompts: Count = 256
+    learning_rate: Positive = 1e-5
+    warmup_ratio: Fraction = 0.0
     schedule: Schedule = "constant"
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     freeze: tuple[str, ...] = ()
-    vision_learning_rate_scale: float = 1.0
+    vision_learning_rate_scale: Positive = 1.0
     lora: LoraSettings = field(default_factory=LoraSettings)
 
     def trains(self, part: str) -> bool:
@@ -144,13 +157,13 @@ class SftSettings(StageSettings):
       micro_batch_rows: rows whose activations exist at a time.
     """
 
-    warmup_ratio: float = 0.1
+    warmup_ratio: Fraction = 0.1
     schedule: Schedule = "cosine"
     responses: str = "synthetic"
-    row_tokens: int = 6144
-    row_windows: tuple[int, ...] = (256, 384)
-    row_responses: int = 2048
-    micro_batch_rows: int = 8
+    row_tokens: Count = 6144
+    row_windows: Widths = (256, 384)
+    row_responses: Count = 2048
+    micro_batch_rows: Count = 8
 
 
 @dataclass(frozen=True)
@@ -194,28 +207,28 @@ class GrpoSettings(StageSettings):
       max_resamples: at most so many times a step groups are sampled again for that.
     """
 
-    steps: int = 360
-    learning_rate: float = 1e-6
-    weight_decay: float = 0.01
-    minibatches_per_rollout: int = 2
-    group_size: int = 5
-    micro_batch_prompts: int = 16
-    response_buckets: tuple[int, ...] = ()
+    steps: Whole = 360
+    learning_rate: Positive = 1e-6
+    weight_decay: NonNegative = 0.01
+    minibatches_per_rollout: Count = 2
+    group_size: Count = 5
+    micro_batch_prompts: Count = 16
+    response_buckets: Annotated[tuple[int, ...], Bounds(min=1)] = ()
     init_from: str = ""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     scale_rewards: bool = True
-    clip_low: float = 0.2
-    clip_high: float = 0.3
-    dual_clip: float = 3.0
-    kl_coef: float = 0.01
+    clip_low: Annotated[float, Bounds(above=0, max=1)] = 0.2
+    clip_high: Positive = 0.3
+    dual_clip: NonNegative = 3.0
+    kl_coef: NonNegative = 0.01
     kl_estimator: KlEstimator = "k3"
     aggregation: Aggregation = "token"
     old_logprobs: OldLogprobs = "recomputed"
     importance_correction: ImportanceCorrection = "none"
-    importance_max: float = 2.0
+    importance_max: Annotated[float, Bounds(min=1)] = 2.0
     mask_truncated_completions: bool = False
     filter_zero_variance_groups: bool = False
-    max_resamples: int = 2
+    max_resamples: Whole = 2
 
     @property
     def copies_reference(self) -> bool:
@@ -251,13 +264,11 @@ class RewardSettings:
     """
 
     rule: RewardRule = "paper"
-    accuracy_weight: float = 0.9
-    task_weights: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(TASKS_BY_NAME, 1.0)
-    )
-    length_penalty: float = 0.0
-    length_penalty_start: int = 1024
-    length_penalty_span: int = 1024
+    accuracy_weight: Fraction = 0.9
+    task_weights: Weights = field(default_factory=lambda: dict.fromkeys(TASKS_BY_NAME, 1.0))
+    length_penalty: NonNegative = 0.0
+    length_penalty_start: Whole = 1024
+    length_penalty_span: Count = 1024
 
 
 @dataclass(frozen=True)
@@ -276,11 +287,11 @@ class RolloutSettings:
         was run, else `xla`.
     """
 
-    max_new_tokens: int = 2048
-    kv_block: int = 256
-    check_every: int = 8
-    batch_prompts: int = 64
-    tensor: int = 1
+    max_new_tokens: Count = 2048
+    kv_block: Count = 256
+    check_every: Count = 8
+    batch_prompts: Count = 64
+    tensor: Count = 1
     attention: str = "auto"
 
 
@@ -296,11 +307,11 @@ class OptimSettings:
         them; for a single GPU.
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    max_skipped_steps: int = 5
+    beta1: Annotated[float, Bounds(min=0, below=1)] = 0.9
+    beta2: Annotated[float, Bounds(min=0, below=1)] = 0.999
+    eps: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+    max_skipped_steps: Count = 5
     offload: bool = False
 
 
@@ -317,8 +328,8 @@ class CheckpointSettings:
         saved.
     """
 
-    every: int = 5
-    keep: int = 3
+    every: Count = 5
+    keep: Count = 3
     best: BestBy = "auto"
 
 
@@ -333,9 +344,9 @@ class LogSettings:
       wandb: W&B project that the metrics go to as well; needs the extra `[wandb]`. Empty: none.
     """
 
-    rollouts_every: int = 10
-    rollouts_count: int = 4
-    report_every: int = 10
+    rollouts_every: Whole = 10
+    rollouts_count: Whole = 4
+    report_every: Count = 10
     wandb: str = ""
 
 
@@ -358,15 +369,15 @@ class EvalSettings:
       benchmark_every: GRPO steps between; 0 evaluates it between stages only.
     """
 
-    examples: int = 64
-    samples: int = 4
-    every: int = 0
-    batch_prompts: int = 64
+    examples: Count = 64
+    samples: Count = 4
+    every: Whole = 0
+    batch_prompts: Count = 64
     benchmark: str = ""
     benchmark_data: str = ""
     benchmark_style: PromptStyle = "reasoning"
-    benchmark_count: int = 200
-    benchmark_every: int = 0
+    benchmark_count: Whole = 200
+    benchmark_every: Whole = 0
 
 
 def _task_settings() -> dict[str, TaskSettings]:
@@ -378,7 +389,7 @@ class Config:
     """A whole run."""
 
     name: str
-    seed: int = 0
+    seed: Annotated[int, Bounds(min=0, below=2**31)] = 0
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     tasks: dict[str, TaskSettings] = field(default_factory=_task_settings)

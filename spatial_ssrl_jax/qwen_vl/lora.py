@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from spatial_ssrl_jax.common.bounds import NonNegative, Whole
 from spatial_ssrl_jax.qwen_vl.layers import Init, Linear
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, flatten_params, part_of, select_params
 
@@ -36,8 +37,8 @@ class LoraSettings:
         single layers such as `language.q`; never the embedding or the head.
     """
 
-    rank: int = 0
-    alpha: float = 0.0
+    rank: Whole = 0
+    alpha: NonNegative = 0.0
     targets: tuple[str, ...] = ("language",)
 
     @property

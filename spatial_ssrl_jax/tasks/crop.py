@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from spatial_ssrl_jax.common.bounds import Count, NonNegative, Weights
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
 from spatial_ssrl_jax.tasks.frame import Box, inner_box
@@ -40,12 +41,12 @@ class CropSettings:
       tries: positions of the square that are tried, for images with plain areas.
     """
 
-    weight: float = 20200.0
-    distractors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DISTRACTORS, 0.2))
-    min_difference: float = 4.0
-    min_side: int = 28
+    weight: NonNegative = 20200.0
+    distractors: Weights = field(default_factory=lambda: dict.fromkeys(DISTRACTORS, 0.2))
+    min_difference: NonNegative = 4.0
+    min_side: Count = 28
     trim_frame: bool = True
-    tries: int = 6
+    tries: Count = 6
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spatial_ssrl_jax.common.bounds import Count, Fraction, NonNegative, Positive, Widths
 from spatial_ssrl_jax.tasks.drawing import draw_markers
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
 from spatial_ssrl_jax.tasks.record import Record
@@ -40,15 +41,15 @@ class DepthSettings:
       min_marker: its minimum in pixels of the image.
     """
 
-    weight: float = 20620.0
-    windows: tuple[int, ...] = (25, 11)
-    min_window: int = 7
-    max_range: float = 0.15
-    min_gap: float = 0.05
-    min_valid: float = 0.9
-    centre: int = 7
-    marker: float = 19.0
-    min_marker: float = 8.0
+    weight: NonNegative = 20620.0
+    windows: Widths = (25, 11)
+    min_window: Count = 7
+    max_range: Fraction = 0.15
+    min_gap: Fraction = 0.05
+    min_valid: Fraction = 0.9
+    centre: Count = 7
+    marker: Positive = 19.0
+    min_marker: Positive = 8.0
 
 
 def make(record: Record, rng: np.random.Generator, settings: DepthSettings) -> Example:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from spatial_ssrl_jax.common.bounds import Count, NonNegative, Weights
 from spatial_ssrl_jax.tasks.drawing import draw_labels
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
 from spatial_ssrl_jax.tasks.frame import trim_frame
@@ -34,10 +35,10 @@ class FlipSettings:
       trim_frame: trim a white or black frame around the image, which reveals patches' positions.
     """
 
-    weight: float = 4005.0
-    kinds: dict[str, float] = field(default_factory=lambda: {"vertical": 1.0, "horizontal": 1.0})
-    min_difference: float = 4.0
-    min_side: int = 24
+    weight: NonNegative = 4005.0
+    kinds: Weights = field(default_factory=lambda: {"vertical": 1.0, "horizontal": 1.0})
+    min_difference: NonNegative = 4.0
+    min_side: Count = 24
     trim_frame: bool = True
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from spatial_ssrl_jax.common.bounds import Count, Fraction, NonNegative, Positive, Weights
 from spatial_ssrl_jax.tasks.drawing import draw_markers
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
 from spatial_ssrl_jax.tasks.record import Record
@@ -57,22 +58,22 @@ class PositionSettings:
       min_marker: its minimum in pixels of the image.
     """
 
-    weight: float = 20200.0
-    kinds: dict[str, float] = field(
+    weight: NonNegative = 20200.0
+    kinds: Weights = field(
         default_factory=lambda: {"near": 1.0, "far_single": 1.0, "far_combined": 1.0}
     )
-    headings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(HEADINGS, 1.0))
-    window: int = 15
-    min_window: int = 7
-    max_range: float = 0.15
-    min_valid: float = 0.9
-    centre: int = 7
-    plane: float = 150.0
-    depth: float = 0.25
-    near_height: float = 30.0
-    min_near_height: float = 4.0
-    marker: float = 19.0
-    min_marker: float = 8.0
+    headings: Weights = field(default_factory=lambda: dict.fromkeys(HEADINGS, 1.0))
+    window: Count = 15
+    min_window: Count = 7
+    max_range: Fraction = 0.15
+    min_valid: Fraction = 0.9
+    centre: Count = 7
+    plane: NonNegative = 150.0
+    depth: Fraction = 0.25
+    near_height: NonNegative = 30.0
+    min_near_height: NonNegative = 4.0
+    marker: Positive = 19.0
+    min_marker: Positive = 8.0
 
 
 @dataclass(frozen=True)

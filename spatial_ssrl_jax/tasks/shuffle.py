@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from spatial_ssrl_jax.common.bounds import Count, NonNegative, Weights
 from spatial_ssrl_jax.tasks.drawing import draw_labels
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
 from spatial_ssrl_jax.tasks.frame import trim_frame
@@ -53,10 +54,10 @@ class ShuffleSettings:
       trim_frame: trim a white or black frame around the image, which reveals patches' positions.
     """
 
-    weight: float = 16028.0
-    kinds: dict[str, float] = field(default_factory=lambda: dict(_WEIGHTS))
-    min_difference: float = 4.0
-    min_side: int = 24
+    weight: NonNegative = 16028.0
+    kinds: Weights = field(default_factory=lambda: dict(_WEIGHTS))
+    min_difference: NonNegative = 4.0
+    min_side: Count = 24
     trim_frame: bool = True
 
 

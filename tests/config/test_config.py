@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -144,7 +147,10 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
             {"rollout.max_new_tokens": "2050"},
             r"rollout\.check_every=8 must divide rollout\.max_new_tokens=2050",
         ),
-        ({"grpo.response_buckets": "0,64"}, r"grpo\.response_buckets=\(0, 64\) must hold widths"),
+        (
+            {"grpo.response_buckets": "0,64"},
+            r"grpo\.response_buckets=\(0, 64\): 0 must be at least 1",
+        ),
         ({"grpo.group_size": "1"}, r"grpo\.group_size=1 must be at least 2"),
         ({"grpo.kl_coef": "-0.1"}, r"grpo\.kl_coef=-0\.1 must be at least 0"),
         ({"grpo.steps": "0"}, r"sft\.steps and grpo\.steps are both 0"),
@@ -152,7 +158,7 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
         ({"data.workers": "-1"}, r"data\.workers=-1 must be at least 0"),
         ({"sft.freeze": "visoin"}, r"sft\.freeze=visoin is unknown: choose one of vision, merger"),
         ({"grpo.freeze": "vision,merger,language"}, r"grpo\.freeze holds every part"),
-        ({"grpo.lora.rank": "-1"}, r"grpo\.lora\.rank and grpo\.lora\.alpha must be at least 0"),
+        ({"grpo.lora.rank": "-1"}, r"grpo\.lora\.rank=-1 must be at least 0"),
         ({"grpo.lora.targets": "q_proj"}, r"grpo\.lora\.targets=q_proj is unknown: choose one of"),
         ({"grpo.lora.rank": "8", "grpo.lora.targets": ""}, r"grpo\.lora\.targets is empty"),
         (
@@ -161,13 +167,14 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
         ),
         (
             {"grpo.freeze": "vision", "grpo.vision_learning_rate_scale": "0.1"},
-            r"vision_learning_rate_scale=0\.1 must be above 0, and 1 where the vision",
+            r"vision_learning_rate_scale=0\.1 must be 1 where the vision tower",
         ),
         (
             {"grpo.lora.rank": "8", "grpo.vision_learning_rate_scale": "0.1"},
-            r"vision_learning_rate_scale=0\.1 must be above 0, and 1 where the vision",
+            r"vision_learning_rate_scale=0\.1 must be 1 where the vision tower",
         ),
-        ({"grpo.vision_learning_rate_scale": "0"}, r"grpo\.freeze=vision freezes it"),
+        ({"grpo.vision_learning_rate_scale": "0"}, r"rate_scale=0\.0 must be above 0"),
+        ({"data.max_pixels": "9"}, r"data\.min_pixels=262144 must be at most data\.max_pixels=9"),
         (
             {"sft.steps": "2", "grpo.init_from": "a/b"},
             r"grpo\.init_from takes the place .* set sft\.steps=0",
@@ -180,6 +187,66 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
 def test_settings_that_contradict_one_another_are_refused(path: str, changes: dict, said: str):
     with pytest.raises(UserError, match=said):
         load_config(path, list(changes.items()))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("grpo.learning_rate", -1.0, "above 0"),
+        ("grpo.learning_rate", float("nan"), "above 0"),
+        ("grpo.learning_rate", float("inf"), "above 0"),
+        ("grpo.learning_rate", "1e-6", "a number"),
+        ("grpo.steps", 2.5, "a whole number"),
+        ("grpo.steps", True, "a whole number"),
+        ("optim.max_grad_norm", -1.0, "above 0"),
+        ("optim.beta2", 2.0, "at least 0 and below 1"),
+        ("grpo.clip_low", -3.0, "above 0 and at most 1"),
+        ("grpo.warmup_ratio", 7.0, "at least 0 and at most 1"),
+        ("reward.accuracy_weight", 5.0, "at least 0 and at most 1"),
+        ("reward.task_weights", {"flip": -1.0}, "at least 0"),
+        ("data.prompt_buckets", (), "is empty"),
+        ("data.window_buckets", (8, 0), "at least 1"),
+        ("sft.freeze", "vision", "a tuple"),
+        ("model.path", None, "text"),
+        ("optim.offload", 1, "true or false"),
+        ("seed", 2**31, f"at least 0 and below {2**31:g}"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(key: str, value: object, said: str):
+    section, _, name = key.rpartition(".")
+    config = Config("test")
+    changed = {name: value}
+    if section:
+        changed = {section: dataclasses.replace(getattr(config, section), **changed)}
+    with pytest.raises(UserError, match=rf"^{re.escape(key)}.*{re.escape(said)}"):
+        check_settings(dataclasses.replace(config, **changed))
+
+
+def test_a_tasks_settings_have_ranges_too():
+    tasks = Config("test").tasks
+    tasks["flip"] = dataclasses.replace(tasks["flip"], kinds={"vertical": 0.0})
+    with pytest.raises(UserError, match=r"tasks\.flip\.kinds are all 0: give one of vertical"):
+        check_settings(Config("test", tasks=tasks))
+
+
+def numbers(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The annotation of each field that holds numbers."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from numbers(value, f"{prefix}{key}.")
+    elif dataclasses.is_dataclass(node):
+        for key, hint in typing.get_type_hints(type(node), include_extras=True).items():
+            value = getattr(node, key)
+            if dataclasses.is_dataclass(value) or key == "tasks":
+                yield from numbers(value, f"{prefix}{key}.")
+            elif re.search(r"\b(int|float)\b", str(hint)):
+                yield f"{prefix}{key}", hint
+
+
+def test_every_number_has_a_range():
+    found = dict(numbers(Config("test")))
+    assert len(found) > 80
+    assert [key for key, hint in found.items() if not hasattr(hint, "__metadata__")] == []
 
 
 def test_the_defaults_are_valid():
