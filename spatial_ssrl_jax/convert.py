@@ -14,13 +14,8 @@ from spatial_ssrl_jax.checkpoint.export import copy_files, export, write_config
 from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
 from spatial_ssrl_jax.checkpoint.params import PARAMS, save_params
 from spatial_ssrl_jax.common.errors import run_command
-from spatial_ssrl_jax.common.paths import (
-    atomic_folder,
-    check_output_folder,
-    in_bucket,
-    local_copy,
-    user_path,
-)
+from spatial_ssrl_jax.common.outputs import atomic_folder, check_output_folder
+from spatial_ssrl_jax.common.paths import local_copy, user_path
 from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
@@ -33,12 +28,11 @@ from spatial_ssrl_jax.qwen_vl.peft import read_adapter
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
     source = open_model(args.source)
-    inputs, adapters = [source.weights, source.files], {}
-    if in_bucket(args.source):
-        inputs.append(user_path(args.source))
+    inputs, adapters = [*source.inputs], {}
     if args.direction == "merge-lora":
-        inputs.append(user_path(args.adapter))
-        adapters = read_adapter(local_copy(inputs[-1]), source.config)
+        adapter = user_path(args.adapter)
+        inputs.append(adapter)
+        adapters = read_adapter(local_copy(adapter), source.config)
     target = user_path(args.target)
     check_output_folder(target, args.overwrite, *inputs)
     layout = Layout(make_mesh(MeshSettings()))

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 
 from spatial_ssrl_jax.common.errors import UserError, run_command
+from spatial_ssrl_jax.common.outputs import check_inputs
 from spatial_ssrl_jax.common.paths import user_path
 from spatial_ssrl_jax.data.sources.files import FileSource
 
@@ -73,6 +74,7 @@ def _write(
     )
     path = builder.data_path
     target = user_path(remote) / path.relative_to(local) if remote else path
+    check_inputs(target, *source.inputs)
     if target.exists():
         if not args.overwrite:
             raise UserError(

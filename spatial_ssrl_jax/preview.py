@@ -13,10 +13,9 @@ from PIL import Image
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError, run_command
 from spatial_ssrl_jax.common.html import filters, page, table
-from spatial_ssrl_jax.common.paths import claim_output_folder
+from spatial_ssrl_jax.common.outputs import atomic_folder, check_output_folder
 from spatial_ssrl_jax.data.items import TaskSource, task_sources, unusable
 from spatial_ssrl_jax.data.sources import AnySource, open_source
-from spatial_ssrl_jax.data.sources.mixture import mixture_parts
 from spatial_ssrl_jax.data.sources.parquet import write_questions
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.example import Example, Reject
@@ -50,21 +49,21 @@ def main(argv: Sequence[str]) -> None:
 
     source = open_source(args.source)
     tasks = _choose_tasks(args.tasks, source)
-    roots = [getattr(part.source, "root", None) for part in mixture_parts(source)]
-    claim_output_folder(args.out, args.overwrite, *(Path(root) for root in roots if root))
-    (args.out / "images").mkdir(parents=True)
+    check_output_folder(args.out, args.overwrite, *source.inputs)
     examples, tries, rejected = _make(tasks, args.count, args.seed)
     if not examples:
         reasons = "; ".join(f"{reason} ({n})" for reason, n in rejected.most_common(3))
         raise UserError(
             f"{args.source} gave no example at all ({reasons}): use other images or --tasks."
         )
-    rows = [_write(args.out, f"{i:05d}", example) for i, example in enumerate(examples)]
-    lines = (json.dumps(row) + "\n" for row in rows)
-    (args.out / "examples.jsonl").write_text("".join(lines))
-    (args.out / "index.html").write_text(_page(args.source, rows, examples, tries, rejected))
-    if args.parquet:
-        write_questions(args.out / "examples.parquet", [_released_row(args.out, r) for r in rows])
+    with atomic_folder(args.out) as out:
+        (out / "images").mkdir()
+        rows = [_write(out, f"{i:05d}", example) for i, example in enumerate(examples)]
+        lines = (json.dumps(row) + "\n" for row in rows)
+        (out / "examples.jsonl").write_text("".join(lines))
+        (out / "index.html").write_text(_page(args.source, rows, examples, tries, rejected))
+        if args.parquet:
+            write_questions(out / "examples.parquet", [_released_row(out, r) for r in rows])
     counts = Counter(example.task for example in examples)
     if args.json:
         report = {"out": str(args.out), "tasks": counts, "tries": tries, "rejected": rejected}

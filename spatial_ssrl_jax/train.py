@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     # Imported here, where Ctrl-C during the seconds that they take shows no traceback.
+    from spatial_ssrl_jax.common.outputs import check_inputs
     from spatial_ssrl_jax.common.paths import user_path
     from spatial_ssrl_jax.config.load import load_config, split_overrides
     from spatial_ssrl_jax.parallel.distributed import add_options, connect
@@ -44,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
     if args.json and not args.check:
         raise UserError("--json belongs to --check: a run writes its metrics to metrics.jsonl.")
     workdir = user_path(args.workdir or f"runs/{config.name}")
+    check_inputs(workdir, args.config)
     with exit_on_sigterm():
         keep_freed_memory()
         connect(args, config.mesh.heartbeat_timeout)

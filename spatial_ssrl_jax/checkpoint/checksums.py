@@ -2,15 +2,12 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
 
 from etils import epath
 
 from spatial_ssrl_jax.common.paths import CRC32C, in_bucket, list_tree
 
 CHECKSUMS_FILE = "checksums.json"
-_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file, for a fingerprint
 _CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes to it after the rest is complete
 
 
@@ -57,23 +54,6 @@ def find_damage(folder: epath.PathLike) -> str | None:
 def _files(folder: epath.Path) -> dict[str, tuple[int, str | None]]:
     excluded = (CHECKSUMS_FILE, _CHANGING)
     return {k: v for k, v in list_tree(folder).items() if k.rpartition("/")[2] not in excluded}
-
-
-def fingerprint(files: Mapping[str, epath.PathLike]) -> str:
-    """A short hash of files: of their names, sizes, and samples spread over each.
-
-    Args:
-      files: the name that is hashed -> the local path.
-    """
-    digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        size = os.path.getsize(path)
-        digest.update(f"{name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for i in range(_SAMPLES):
-                file.seek(i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _sha256(path: epath.Path) -> str:

@@ -9,7 +9,7 @@ from etils import epath
 
 from spatial_ssrl_jax.checkpoint.models import ModelFolder, load_split
 from spatial_ssrl_jax.checkpoint.params import weight_folders
-from spatial_ssrl_jax.common.paths import atomic_folder
+from spatial_ssrl_jax.common.outputs import atomic_folder
 from spatial_ssrl_jax.data.processor import PROCESSOR_FILES
 from spatial_ssrl_jax.parallel.collectives import gather_to_host, is_primary
 from spatial_ssrl_jax.parallel.sharding import Layout

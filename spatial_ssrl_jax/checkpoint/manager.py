@@ -28,7 +28,7 @@ from spatial_ssrl_jax.checkpoint.params import (
     load_params,
     save_params,
 )
-from spatial_ssrl_jax.common.errors import UserError, bucket_error
+from spatial_ssrl_jax.common.errors import UserError, bucket_error, disk_problem
 from spatial_ssrl_jax.common.paths import absolute, in_bucket
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.parallel.collectives import is_primary
@@ -134,7 +134,7 @@ class Checkpoints:
         except Exception as error:  # Orbax raises any error of its writers
             good = self._manager.latest_step()
             after = f"resumes after step {good}" if good is not None else "starts anew"
-            local = error_line(error), "free space there or fix its permissions"
+            local = disk_problem(error) or error_line(error), "free space or fix its permissions"
             why, fix = bucket_error(error) or local
             raise UserError(
                 f"step {self._saving} could not be saved to {self.folder} ({why}): {fix}; the "

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from spatial_ssrl_jax.checkpoint.checksums import fingerprint
 from spatial_ssrl_jax.checkpoint.manager import MODEL
 from spatial_ssrl_jax.checkpoint.params import PARAMS, load_params, stored_params, weight_folders
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.common.paths import in_bucket, local_copy, user_path
+from spatial_ssrl_jax.common.fingerprint import fingerprint, hash_texts
+from spatial_ssrl_jax.common.paths import in_bucket, list_tree, local_copy, user_path
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.family import read_config
@@ -74,6 +74,12 @@ class ModelFolder:
         params = load_split(trained, frozen[0], self.config, layout)
         return merge_adapters(params, dtype or "float32")
 
+    @property
+    def inputs(self) -> tuple[epath.PathLike, ...]:
+        """Files and folders that are read."""
+        place = user_path(self.name) if in_bucket(self.name) else self.weights
+        return (self.files, self.weights, place)
+
     def check_weights(self) -> None:
         """Checks, by the files' headers alone, that the weights are a model of this shape.
 
@@ -95,9 +101,12 @@ class ModelFolder:
             )
 
     def fingerprint(self) -> str:
-        """A hash of the weights that does not depend on where they are."""
+        """A hash of the weights; a local copy of them has the same."""
         if not (self.weights / PARAMS).is_dir():
             return fingerprint({p.name: p for p in self.weights.glob("*.safetensors")})
+        if in_bucket(self.weights):
+            trees = [(f.name, list_tree(f)) for f in weight_folders(self.weights)]
+            return hash_texts(f"{d}/{k} {v}" for d, tree in trees for k, v in sorted(tree.items()))
         folders = [Path(folder) for folder in weight_folders(self.weights)]
         files = [(folder, p) for folder in folders for p in folder.rglob("*") if p.is_file()]
         return fingerprint({f"{d.name}/{p.relative_to(d)}": p for d, p in files})

@@ -90,7 +90,7 @@ def _problems(kind: Any, bounds: Bounds | None, name: str, value: Any) -> Iterat
     if not isinstance(value, container):
         yield f"{name}={value} must be a {container.__name__}"
         return
-    if container is dict:
+    if isinstance(value, dict):
         for key, item in value.items():
             yield from _problem(inner[1], bounds, f"{name}.{key}={item}", item)
         if bounds and bounds.filled and not any(value.values()):

@@ -9,12 +9,15 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from absl import logging as absl_logging
+
 from spatial_ssrl_jax.common.text import error_line, one_line
 
 EXIT_INTERRUPTED = 130  # exit code after Ctrl-C
 EXIT_PEER_LOST = 75  # exit code after another process of the run was lost; a retry may help
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_OS_ERROR = re.compile(r"os[ _]error(?:_code=')? ?(\d+)")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
@@ -46,10 +49,24 @@ def explain_write_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
+def disk_problem(error: Exception) -> str | None:
+    """Why a disk takes no more (full, quota, read-only); None where the error is of another kind.
+
+    Writers in other languages, such as those of safetensors and TensorStore, raise errors of their
+    own that hold the number of the system's error in their text.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := _OS_ERROR.search(str(error))):
+        number = int(found[1])
+    return os.strerror(number) if number in _DISK else None
+
+
 def write_failure(error: Exception) -> tuple[str, str] | None:
     """Why a file could not be written and how to fix it; None for any other error."""
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno), "free space there"
+    if problem := disk_problem(error):
+        return problem, "free space there"
     return bucket_error(error)
 
 
@@ -103,6 +120,9 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(argv) != len(sys.argv) - 1
     code = 0
+    if not debug:
+        # Orbax logs the tracebacks of errors that it then raises.
+        absl_logging.set_verbosity(absl_logging.FATAL)
     try:
         code = main(argv) or 0
     except KeyboardInterrupt:
@@ -127,6 +147,8 @@ def explain(error: Exception) -> str | None:
         text = str(error)
     elif isinstance(error, OSError) and error.errno is not None:
         text = _file_error(error, error.errno)
+    elif problem := disk_problem(error):
+        text = f"a file cannot be written ({problem}): free space there, or choose another folder"
     elif failure := bucket_error(error):
         text = "the bucket cannot be used ({}): {}".format(*failure)
     elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

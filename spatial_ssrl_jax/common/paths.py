@@ -4,11 +4,9 @@ import functools
 import importlib.util
 import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,24 +101,41 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(path) if in_bucket(path) else epath.Path(path).resolve()
 
 
-def write_atomic(
-    path: epath.Path | Path, data: str | bytes, partial: epath.Path | Path | None = None
-) -> None:
-    """Replaces a file atomically, as a bucket does with every write.
+def write_atomic(path: epath.Path | Path, data: str | bytes) -> None:
+    """Replaces a file atomically, as a bucket does with every write; makes a missing folder.
 
-    Args:
-      path: the file; a missing folder is created.
-      data: its new content.
-      partial: the temporary file; beside `path` by default.
+    The data reach the disk before the file has its name.
     """
     data = data.encode() if isinstance(data, str) else data
     if in_bucket(path):
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial or path.with_suffix(".partial")
-    partial.write_bytes(data)
+    partial = Path(partial_name(path))
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def partial_name(path: epath.Path | Path) -> epath.Path | Path:
+    """Where a file or folder is written before it has its name."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def is_partial(name: str) -> bool:
+    """Whether a name is one of `partial_name`: what an interrupted write left."""
+    return name.startswith(".") and name.endswith(".partial")
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_files(paths: Iterable[epath.Path]) -> list[bytes]:
@@ -180,67 +195,3 @@ def _copy_of(folder: str, pattern: str) -> tempfile.TemporaryDirectory:
 def _named(copy: tempfile.TemporaryDirectory, folder: str) -> Path:
     """The copy's path ends as the original's, because messages quote it."""
     return Path(copy.name) / folder.partition("://")[2]
-
-
-@contextmanager
-def atomic_folder(folder: epath.PathLike) -> Iterator[Path]:
-    """A local folder to fill; it replaces `folder` after success and is removed after an error.
-
-    In a bucket its files are copied, `config.json` last: a folder that has it is complete.
-    """
-    if in_bucket(folder):
-        with tempfile.TemporaryDirectory() as local:
-            yield Path(local)
-            _remove(epath.Path(folder))
-            _upload(Path(local), epath.Path(folder))
-        return
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        _remove(epath.Path(folder))
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _upload(local: Path, folder: epath.Path) -> None:
-    names = sorted(list_tree(epath.Path(local)))
-    for name in sorted(names, key=lambda name: name == "config.json"):
-        epath.Path(local / name).copy(folder / name, overwrite=True)
-
-
-def check_output_folder(folder: epath.PathLike, overwrite: bool, *inputs: epath.PathLike) -> None:
-    """Checks that `folder` may be written: it is absent or empty, or `overwrite` is set.
-
-    Args:
-      folder: the output.
-      overwrite: its present content may be removed.
-      inputs: files and folders that are read; never removed.
-
-    Raises:
-      UserError: it is not empty, or contains one of the inputs.
-    """
-    folder = epath.Path(folder) if in_bucket(folder) else Path(folder)  # epath ignores `a~`
-    for path in inputs:
-        if absolute(path).is_relative_to(absolute(folder)):
-            raise UserError(
-                f"{folder} holds what is read ({path}): choose another folder to write."
-            )
-    holds = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if holds and not overwrite:
-        raise UserError(f"{folder} is not empty: choose another folder or give --overwrite.")
-
-
-def claim_output_folder(folder: epath.PathLike, overwrite: bool, *inputs: epath.PathLike) -> None:
-    """`check_output_folder`, then removes what is there."""
-    check_output_folder(folder, overwrite, *inputs)
-    _remove(epath.Path(folder))
-
-
-def _remove(folder: epath.Path) -> None:
-    if folder.exists():
-        folder.rmtree()

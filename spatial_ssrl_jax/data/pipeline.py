@@ -4,6 +4,11 @@ A step's batch is a function of the stream and the step alone, whatever the numb
 workers and threads, so that the pipeline's whole state is one integer.
 """
 
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +21,8 @@ from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.processor import Prompt
 
 _WORKER_BUFFER = 4  # items each worker process makes ahead
+# Arrays go through pipes: shared memory outlives killed processes, and containers have 64 MB of it.
+_NO_SHARED_MEMORY = 2**62
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def batches(
     workers: int = 0,
     process: int,
     processes: int,
-) -> grain.DatasetIterator[Batch]:
+) -> "BatchStream":
     """Batches of a stage from step `start` on, prefetched; `start` is the pipeline's whole state.
 
     Args:
@@ -107,9 +114,61 @@ def batches(
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain's workers read flags that only absl.app parses
             flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, _WORKER_BUFFER))
+        through_pipes = grain.experimental.DatasetOptions(min_shm_size=_NO_SHARED_MEMORY)
+        stream = grain.experimental.WithOptionsIterDataset(stream, through_pipes)
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(workers, _WORKER_BUFFER), worker_init_fn=end_with_parent
+        )
     stream = stream.batch(local_batch, drop_remainder=True, batch_fn=Batch.of)
-    return iter(grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=1))
+    prefetched = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=1)
+    return BatchStream(iter(prefetched))
+
+
+class BatchStream:
+    """An endless iterator over batches; `close` ends its threads and worker processes.
+
+    Args:
+      stream: Grain's iterator.
+    """
+
+    def __init__(self, stream: grain.DatasetIterator[Batch]):
+        self._stream = stream
+
+    def __iter__(self) -> "BatchStream":
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+          UserError: a worker process was killed.
+        """
+        try:
+            return next(self._stream)
+        except RuntimeError as error:
+            code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if code is None:
+                raise
+            raise UserError(
+                f"a worker process that makes prompts was killed (exit code {code[1]}; -9 is often "
+                "the system, out of memory): lower data.workers or data.threads; the same command "
+                "then resumes."
+            ) from error
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def end_with_parent(worker: int = 0, workers: int = 1) -> None:
+    """Ends this worker process as soon as its parent has ended, however it did."""
+    parent = multiprocessing.parent_process()
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def batch_at(

@@ -3,8 +3,9 @@
 import hashlib
 from dataclasses import dataclass
 
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.sources import AnySource, QuestionSource
-from spatial_ssrl_jax.data.sources.mixture import MixturePart, mixture_parts
+from spatial_ssrl_jax.data.sources.mixture import mixture_parts
 
 
 @dataclass(frozen=True)
@@ -20,33 +21,34 @@ class RecordSplit:
 
 
 def split_records(source: AnySource, fraction: float) -> RecordSplit:
-    """Splits by a hash of each image's name, so that an image is always in the same set.
+    """Splits by a hash of each image's name: an image is held out where it is below `fraction`.
 
-    Ready-made questions of one image are held out together. Each part of a mixture is split
-    separately, so that its tasks have held-out records too. At least one image is held out where a
-    part has two, and at least one is left for training.
+    An image is therefore in the same set whatever other images there are, and of few images
+    perhaps none is held out. Ready-made questions of one image are held out together.
 
     Args:
       source: images, ready-made questions or a mixture.
-      fraction: of the images that is held out.
+      fraction: of the images that is held out, on average.
+
+    Raises:
+      UserError: no image is left for training.
     """
     train, heldout = [], []
     for part in mixture_parts(source):
-        images = _images(part)
-        count = round(fraction * len(images))
-        if fraction > 0 and len(images) > 1:
-            count = max(count, 1)
-        count = min(count, len(images) - 1)
-        train += [index for image in images[count:] for index in image]
-        heldout += [index for image in images[:count] for index in image]
-    return RecordSplit(tuple(sorted(train)), tuple(sorted(heldout)))
+        records = part.source
+        name = records.origin if isinstance(records, QuestionSource) else records.name
+        for index in range(len(records)):
+            chosen = heldout if _position(name(index)) < fraction else train
+            chosen.append(part.start + index)
+    if not train:
+        raise UserError(
+            f"{source.spec}: data.heldout_fraction={fraction} leaves no image for training: give "
+            "more images, or lower it."
+        )
+    return RecordSplit(tuple(train), tuple(heldout))
 
 
-def _images(part: MixturePart) -> list[list[int]]:
-    """The records of each image of a part, in the order of a hash of the image's name."""
-    source = part.source
-    image_name = source.origin if isinstance(source, QuestionSource) else source.name
-    records: dict[str, list[int]] = {}
-    for index in range(len(source)):
-        records.setdefault(image_name(index), []).append(part.start + index)
-    return [records[n] for n in sorted(records, key=lambda n: hashlib.sha1(n.encode()).digest())]
+def _position(name: str) -> float:
+    """A name's place in [0, 1), by its hash."""
+    digest = hashlib.sha1(name.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8]) / 2**64

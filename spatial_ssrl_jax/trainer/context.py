@@ -1,6 +1,7 @@
 """A run's components and state, and opening them with all checks before any computation."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -12,11 +13,12 @@ from etils import epath
 from spatial_ssrl_jax.checkpoint.manager import MODEL, Checkpoints, set_aside_damaged
 from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.common.paths import check_bucket
 from spatial_ssrl_jax.config.load import to_dict
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.items import check_fits, item_dataset
-from spatial_ssrl_jax.data.pipeline import batches
+from spatial_ssrl_jax.data.pipeline import BatchStream, batches
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.data.split import RecordSplit, split_records
@@ -39,7 +41,13 @@ from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval, eval_options,
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from spatial_ssrl_jax.trainer.initial_state import check_initial_weights
 from spatial_ssrl_jax.trainer.preemption import Preemption
-from spatial_ssrl_jax.trainer.workdir import claim_workdir, write_model_files
+from spatial_ssrl_jax.trainer.run_inputs import (
+    check_same_inputs,
+    input_fingerprints,
+    input_paths,
+    write_fingerprints,
+)
+from spatial_ssrl_jax.trainer.workdir import check_workdir, claim_workdir, write_model_files
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,12 @@ def open_components(config: Config) -> RunComponents:
 
 
 def open_run(
-    config: Config, workdir: epath.Path, overwrite: bool, preemption: Preemption, progress: Progress
+    config: Config,
+    workdir: epath.Path,
+    overwrite: bool,
+    preemption: Preemption,
+    progress: Progress,
+    resources: ExitStack,
 ) -> Run:
     """Opens components, checkpoints and writers; all checks come before any computation.
 
@@ -151,6 +164,7 @@ def open_run(
       overwrite: empty the folder first.
       preemption: receives the signals.
       progress: shows what is done.
+      resources: gets the folder's lock, to hold until the run ends.
 
     Raises:
       UserError: something is missing, or does not fit.
@@ -159,7 +173,15 @@ def open_run(
     components = open_components(config)
     model, processor = components.model, components.processor
     if is_primary():
-        claim_workdir(config, workdir, overwrite)
+        inputs = input_paths(config, model, components.source)
+        check_workdir(config, workdir, overwrite, inputs)
+        workdir.mkdir(parents=True, exist_ok=True)
+        resources.enter_context(locked(workdir, progress.say))
+        resumes = claim_workdir(config, workdir, overwrite, inputs)
+        found = input_fingerprints(config, model, components.source)
+        if resumes:
+            check_same_inputs(workdir, config, found)
+        write_fingerprints(workdir, found)
         write_model_files(model, workdir / "checkpoints" / MODEL)
         set_aside_damaged(workdir / "checkpoints", progress.say)
     barrier("the run's folder")
@@ -234,9 +256,7 @@ def heldout_datasets(components: RunComponents) -> dict[str, grain.MapDataset]:
     return task_datasets(components.source, pool, config.tasks, processor, config.seed + 1, limit)
 
 
-def pipeline(
-    components: RunComponents, stage: SftStage | GrpoStage, start: int
-) -> grain.DatasetIterator:
+def pipeline(components: RunComponents, stage: SftStage | GrpoStage, start: int) -> BatchStream:
     """A stage's batches for this process, from the stage's step `start`.
 
     Args:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import jax
 
-from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.errors import UserError, disk_problem
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.rl.stages import stages
 
@@ -52,7 +52,7 @@ def explain_out_of_memory(advice: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or disk_problem(error):
             raise
         wanted = re.search(
             r"allocat\w+ (?:request for )?([\d.,]+ ?(?:[KMGT]i?B|bytes))", str(error)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from spatial_ssrl_jax.common.lock import check_unlocked
 from spatial_ssrl_jax.common.paths import check_bucket, in_bucket, list_tree, user_path
 from spatial_ssrl_jax.common.text import byte_size
 from spatial_ssrl_jax.config.schema import Config
@@ -32,6 +33,11 @@ from spatial_ssrl_jax.trainer.context import (
     heldout_datasets,
     open_components,
     pipeline,
+)
+from spatial_ssrl_jax.trainer.run_inputs import (
+    check_same_inputs,
+    input_fingerprints,
+    input_paths,
 )
 from spatial_ssrl_jax.trainer.workdir import check_workdir
 
@@ -122,12 +128,18 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     workdir = user_path(workdir)
     check_bucket(workdir)
     components = open_components(config)
-    resumes = check_workdir(config, workdir, overwrite)
+    model, source = components.model, components.source
+    resumes = check_workdir(config, workdir, overwrite, input_paths(config, model, source))
+    check_unlocked(workdir)
+    if resumes:
+        check_same_inputs(workdir, config, input_fingerprints(config, model, source))
     done = _steps_done(workdir) if resumes else 0
     notes: list[str] = []
     heldout_items(heldout_datasets(components), 1, notes.append)
     if not components.split.heldout:
-        notes.append("no image is held out, so there are no held-out metrics")
+        notes.append(
+            "no image is held out, so there are no held-out metrics: raise data.heldout_fraction"
+        )
     found: dict[str, StageReport] = {}
     for stage in stages(config):
         if left := stage.steps_left(done):

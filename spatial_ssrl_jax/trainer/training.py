@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 
 import numpy as np
@@ -62,10 +62,11 @@ def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> b
         Watchdog(config.mesh) as watch,
         Progress(quiet=not is_primary()) as progress,
         explain_write_errors(workdir),
+        ExitStack() as resources,
     ):
         preemption.say, progress.on_progress = progress.say, watch.beat
         progress.doing("opening the model and the images")
-        run = open_run(config, workdir, overwrite, preemption, progress)
+        run = open_run(config, workdir, overwrite, preemption, progress, resources)
         start = StageInitializer(config, run.model, run.layout, run.checkpoints, progress.say)
         try:
             with explain_out_of_memory(memory_advice(config)):

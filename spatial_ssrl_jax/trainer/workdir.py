@@ -1,8 +1,7 @@
 """A run's folder: whether it is free or holds the same run, and its first files."""
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -10,20 +9,21 @@ from etils import epath
 from spatial_ssrl_jax.checkpoint.export import copy_files, write_config
 from spatial_ssrl_jax.checkpoint.models import ModelFolder
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.common.paths import (
+from spatial_ssrl_jax.common.outputs import (
     atomic_folder,
+    check_inputs,
     check_output_folder,
+    check_writable,
     claim_output_folder,
-    in_bucket,
-    write_atomic,
+    mark,
 )
+from spatial_ssrl_jax.common.paths import write_atomic
 from spatial_ssrl_jax.config.load import to_dict
 from spatial_ssrl_jax.config.schema import Config
 
 # Sections and keys that may change when a run resumes: they change the results by rounding alone.
 _SAFE_SECTIONS = ("checkpoint", "log", "mesh")
 _SAFE_KEYS = (
-    "grpo.steps",
     "data.threads",
     "data.workers",
     "model.attention",
@@ -32,26 +32,29 @@ _SAFE_KEYS = (
 )
 
 
-def check_workdir(config: Config, workdir: epath.Path, overwrite: bool) -> bool:
+def check_workdir(
+    config: Config, workdir: epath.Path, overwrite: bool, inputs: Sequence[epath.PathLike]
+) -> bool:
     """Checks that a folder can be this run's; changes nothing.
+
+    Args:
+      config: the run.
+      workdir: the folder.
+      overwrite: its present content may be removed.
+      inputs: files and folders that the run reads.
 
     Returns:
       Whether the same run stopped there, and resumes.
 
     Raises:
-      UserError: it is not writable, is not empty, or holds another run.
+      UserError: it is not writable, is not empty, contains an input, or holds another run.
     """
-    if not in_bucket(workdir):
-        nearest = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            why = "is not writable" if nearest.is_dir() else "is a file"
-            raise UserError(
-                f"nothing can be written to {workdir} ({nearest} {why}): change --workdir."
-            )
     path = workdir / "config.json"
     if overwrite or not path.is_file():
-        check_output_folder(workdir, overwrite)
+        check_output_folder(workdir, overwrite, *inputs)
         return False
+    check_inputs(workdir, *inputs)
+    check_writable(workdir)
     try:
         before = json.loads(path.read_text())
     except ValueError as error:
@@ -62,22 +65,27 @@ def check_workdir(config: Config, workdir: epath.Path, overwrite: bool) -> bool:
     return True
 
 
-def claim_workdir(config: Config, workdir: epath.Path, overwrite: bool) -> None:
-    """Creates the folder or resumes in it, and writes `config.json`.
+def claim_workdir(
+    config: Config, workdir: epath.Path, overwrite: bool, inputs: Sequence[epath.PathLike]
+) -> bool:
+    """Creates the folder or resumes in it, and writes `config.json`; arguments as `check_workdir`.
+
+    Returns:
+      Whether the same run stopped there, and resumes.
 
     Raises:
       UserError: as `check_workdir`.
     """
-    if not check_workdir(config, workdir, overwrite):
-        claim_output_folder(workdir, overwrite)
-    # Beside the folder, so that an interrupted write does not leave a folder that is not empty.
-    partial = workdir.parent / f".{workdir.name}-config.partial"
-    text = json.dumps(to_dict(config), indent=2) + "\n"
-    write_atomic(workdir / "config.json", text, partial)
+    resumes = check_workdir(config, workdir, overwrite, inputs)
+    if not resumes:
+        claim_output_folder(workdir, overwrite, *inputs)
+    mark(workdir)
+    write_atomic(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+    return resumes
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], workdir: epath.Path) -> None:
-    changed = [key for key in _differences(before, now) if not _is_safe(key)]
+    changed = [key for key in _differences(before, now) if not _is_safe(key, now)]
     if changed:
         raise UserError(
             f"{workdir} holds a run with another config ({', '.join(changed[:4])} changed): "
@@ -85,7 +93,13 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], workdir: epath.Path
         )
 
 
-def _is_safe(key: str) -> bool:
+def _is_safe(key: str, config: dict[str, Any]) -> bool:
+    """Whether a setting may change when a run resumes.
+
+    The number of GRPO steps may, unless the learning rate follows it.
+    """
+    if key == "grpo.steps":
+        return config["grpo"]["schedule"] == "constant" and not config["grpo"]["warmup_ratio"]
     return key.split(".")[0] in _SAFE_SECTIONS or key in _SAFE_KEYS
 
 

@@ -1,4 +1,4 @@
-"""Folders here and in a bucket: claimed, replaced whole, copied, and what a bucket refuses."""
+"""Files and folders here and in a bucket: written, listed, copied, and what a bucket refuses."""
 
 import sys
 from pathlib import Path
@@ -8,10 +8,7 @@ from etils import epath
 
 from spatial_ssrl_jax.common.errors import UserError, explain
 from spatial_ssrl_jax.common.paths import (
-    atomic_folder,
     check_bucket,
-    check_output_folder,
-    claim_output_folder,
     list_tree,
     local_copy,
     read_files,
@@ -19,36 +16,6 @@ from spatial_ssrl_jax.common.paths import (
     write_atomic,
 )
 from tests.helpers.fake_storage import Storage
-
-
-def test_an_absent_or_empty_folder_is_free(tmp_path: Path):
-    (tmp_path / "empty").mkdir()
-    for name in ("absent", "empty"):
-        claim_output_folder(tmp_path / name, overwrite=False)
-        assert not (tmp_path / name).exists()
-
-
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_an_existing_path_is_replaced_only_with_overwrite(tmp_path: Path, kind: str):
-    target = tmp_path / "out"
-    if kind == "folder":
-        target.mkdir()
-        (target / "a.txt").write_text("mine")
-    else:
-        target.write_text("mine")
-    with pytest.raises(UserError, match="out is not empty.*--overwrite"):
-        claim_output_folder(target, overwrite=False)
-    assert target.exists()
-    claim_output_folder(target, overwrite=True)
-    assert not target.exists()
-
-
-@pytest.mark.parametrize("inside", [".", "images"])
-def test_what_is_read_is_never_removed(tmp_path: Path, inside: str):
-    (tmp_path / inside).mkdir(exist_ok=True)
-    with pytest.raises(UserError, match="holds what is read"):
-        claim_output_folder(tmp_path, True, tmp_path / inside)
-    assert tmp_path.is_dir()
 
 
 @pytest.mark.parametrize("place", ["gs://bucket", "gs://bucket/", "s3://bucket/run", "gs://b/run"])
@@ -76,35 +43,6 @@ def test_files_are_written_whole_read_together_and_listed(bucket: Storage):
     bucket.write("bucket", "run/metrics/7.jsonl", b"other")  # as another process does
     after = list_tree(folder)
     assert [name for name in after if after[name] != before[name]] == ["metrics/7.jsonl"]
-
-
-def test_a_folder_in_a_bucket_is_replaced_and_config_comes_last(bucket: Storage):
-    folder = user_path("gs://bucket/run/export")
-    for names in (["config.json", "old"], ["a/b", "config.json", "model.safetensors"]):
-        with atomic_folder(folder) as local:
-            for name in names:
-                (local / name).parent.mkdir(exist_ok=True)
-                (local / name).write_text(name)
-    assert bucket.names("bucket") == [f"run/export/{name}" for name in names]
-    assert bucket.read("bucket", "run/export/a/b") == b"a/b"
-    assert "config.json" in [line for line in bucket.asked if "uploadType" in line][-2]
-    with pytest.raises(OSError, match="full"), atomic_folder(folder) as local:
-        (local / "half").write_text("x")
-        raise OSError("full")
-    assert len(bucket.names("bucket")) == 3
-
-
-def test_a_folder_in_a_bucket_is_replaced_only_with_overwrite(bucket: Storage):
-    folder = user_path("gs://bucket/run")
-    check_output_folder(folder, False)
-    write_atomic(folder / "a.txt", "mine")
-    bucket.write("bucket", "running/a.txt", b"another's")
-    with pytest.raises(UserError, match="gs://bucket/run is not empty.*--overwrite"):
-        check_output_folder(folder, False)
-    with pytest.raises(UserError, match="holds what is read"):
-        claim_output_folder(folder, True, folder / "export")
-    claim_output_folder(folder, True)
-    assert bucket.names("bucket") == ["running/a.txt"]
 
 
 def test_a_folder_in_a_bucket_is_fetched_once(bucket: Storage):

@@ -68,9 +68,11 @@ def test_depth_tasks_draw_from_parts_with_depth(mixture):
     assert [s.indices for s in kept] == [[0, 2], [1]]
 
 
-def test_each_part_has_held_out_records(mixture):
-    split = split_records(mixture, 0.2)
-    assert not set(split.train) & set(split.heldout)
+def test_a_part_is_split_as_alone(mixture):
+    split = split_records(mixture, 0.4)
     assert sorted(split.train + split.heldout) == list(range(14))
-    assert len([i for i in split.heldout if i < 4]) == 1
-    assert len([i for i in split.heldout if i >= 4]) == 2
+    for part in mixture.parts:
+        alone = split_records(part.source, 0.4).heldout
+        assert alone and [i + part.start for i in alone] == [
+            i for i in split.heldout if i in part.indices
+        ]

@@ -1,5 +1,6 @@
 """Training with the group's prompt shared goes the way of training that repeats it."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,7 +131,7 @@ KEYS_GROUP = 3
 
 def open_grpo(config, folder: Path, progress: Progress, preemption: Preemption):
     """A run's parts, a fresh state and the stage."""
-    run: Run = open_run(config, folder, False, preemption, progress)
+    run: Run = open_run(config, folder, False, preemption, progress, ExitStack())
     start = StageInitializer(config, run.model, run.layout, run.checkpoints, lambda _: None)
     (stage,) = stages(config)
     optimizer = stage.optimizer(config)

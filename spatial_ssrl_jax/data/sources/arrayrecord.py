@@ -45,4 +45,4 @@ def open_arrayrecord(spec: str, pattern: str) -> Source:
     if not count:
         raise UserError(f"source '{spec}': its files hold no record; write them anew.")
     prefix = os.path.basename(files[0]).partition(".array_record")[0]
-    return StoredSource(spec, prefix, rows, features)
+    return StoredSource(spec, prefix, rows, features, (*files, os.fspath(folder)))

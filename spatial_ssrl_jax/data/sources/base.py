@@ -19,6 +19,15 @@ class Source(Protocol):
     @property
     def has_depth(self) -> bool: ...
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Files and folders that it reads, each perhaps with all that is below it."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of its records: of all names, all files' sizes, and some of the content."""
+        ...
+
     def __len__(self) -> int:
         """Number of records."""
         ...

@@ -9,11 +9,14 @@ from typing import NoReturn
 import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.fingerprint import fingerprint
 from spatial_ssrl_jax.common.retry import with_retries
 from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.tasks.record import Record
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_DEPTH_SUFFIXES = (".npy", ".h5")
+_HASHED = 64  # files whose content is hashed
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,16 @@ class FileSource:
     @property
     def has_depth(self) -> bool:
         return self.depth_of is not None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The folder, and those that links below it point to."""
+        folders = {os.path.join(self.root, os.path.dirname(file)) for file in self.files}
+        return (self.root, *sorted(set(map(os.path.realpath, folders))))
+
+    def fingerprint(self) -> str:
+        files = self.files if self.depth_of is None else filter(_is_data, _walk(self.root))
+        return fingerprint({name: os.path.join(self.root, name) for name in files}, _HASHED)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -92,6 +105,10 @@ def require_images(spec: str, root: str, files: list[str], layout: str) -> tuple
 def is_image(file: str) -> bool:
     """Whether a file's name ends as that of an image."""
     return file.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _is_data(file: str) -> bool:
+    return file.lower().endswith(IMAGE_SUFFIXES + _DEPTH_SUFFIXES)
 
 
 def _wait_for(root: str) -> None:

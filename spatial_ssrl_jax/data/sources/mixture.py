@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.fingerprint import hash_texts
 from spatial_ssrl_jax.data.sources.base import Source
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource
 from spatial_ssrl_jax.tasks.example import Example
@@ -52,6 +53,13 @@ class Mixture:
     @property
     def has_depth(self) -> bool:
         return any(part.source.has_depth for part in self.parts)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(path for part in self.parts for path in part.source.inputs)
+
+    def fingerprint(self) -> str:
+        return hash_texts(part.source.fingerprint() for part in self.parts)
 
     def __len__(self) -> int:
         return sum(len(part.source) for part in self.parts)

@@ -33,6 +33,10 @@ class SceneSource:
     width: int
     height: int
     has_depth: bool = True
+    inputs: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        return self.spec
 
     def __len__(self) -> int:
         return self.count

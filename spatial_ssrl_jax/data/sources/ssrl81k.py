@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.fingerprint import fingerprint
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.data.sources.parquet import RowGroups, read_paths, read_texts
@@ -74,6 +75,21 @@ class QuestionSource:
     def __init__(self, spec: str, root: str, questions: tuple[ReleasedQuestion, ...]):
         self.spec, self.root, self.questions = spec, root, questions
         self._groups = RowGroups("images")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The folder of the files, and those of images that are given by path."""
+        paths = {
+            os.path.join(os.path.dirname(question.file), os.path.dirname(image))
+            for question in self.questions
+            for image in (*(question.images or ()), question.path)
+            if isinstance(image, str)
+        }
+        return (self.root, *sorted(paths))
+
+    def fingerprint(self) -> str:
+        files = {os.path.relpath(q.file, self.root): q.file for q in self.questions}
+        return fingerprint(files)
 
     def __len__(self) -> int:
         return len(self.questions)

@@ -7,10 +7,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.common.fingerprint import hash_texts
 from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.tasks.record import Record
 
 DEPTH = "depth"
+_HASHED = 64  # records that are hashed
 _NAMES = ("name", "image/filename")  # our builder's, and COCO's in the catalogue
 
 
@@ -32,6 +34,7 @@ class StoredSource:
       prefix: precedes the index in a record's name.
       rows: random access to the records as TFDS encodes them; can be pickled.
       features: of the data set.
+      inputs: files and folders that hold the records.
 
     Raises:
       UserError: the data set has no image.
@@ -43,12 +46,13 @@ class StoredSource:
         prefix: str,
         rows: EncodedRecords,
         features: tfds.features.FeatureConnector | None,
+        inputs: tuple[str, ...],
     ):
         if not isinstance(features, tfds.features.FeaturesDict):
             raise UserError(
                 f"source '{spec}': its records have no named features; use another one."
             )
-        self.spec, self.prefix, self._rows = spec, prefix, rows
+        self.spec, self.prefix, self._rows, self.inputs = spec, prefix, rows, inputs
         self._image = _image_key(spec, features)
         self._features = _select(features, self._image, DEPTH, *_NAMES)  # no other is decoded
         self._sized = _select(features, self._image)
@@ -64,6 +68,10 @@ class StoredSource:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def fingerprint(self) -> str:
+        step = -(-len(self) // _HASHED)
+        return hash_texts([str(len(self)), *(self._rows[i] for i in range(0, len(self), step))])
 
     def name(self, index: int) -> str:
         return f"{self.prefix}/{range(len(self))[index]:08d}"

@@ -6,6 +6,7 @@ prepared, if its builder needs no TensorFlow for it. SPLIT is `train` unless giv
 slice such as train[:10%]. DATA_DIR may begin with gs://.
 """
 
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,8 @@ def open_tfds(spec: str, argument: str) -> Source:
         ) from error
     if not len(rows):
         raise UserError(f"source '{spec}': its split {split} holds no record; name another split.")
-    return StoredSource(spec, f"{builder.info.full_name}/{split}", rows, builder.info.features)
+    name, folder = f"{builder.info.full_name}/{split}", os.fspath(builder.data_path)
+    return StoredSource(spec, name, rows, builder.info.features, (folder,))
 
 
 def _builder(name: str, folder: str | None) -> "DatasetBuilder":

@@ -1,0 +1,89 @@
+"""What a run reads: where it is, and whether it is still the same when the run resumes."""
+
+import json
+from collections.abc import Iterator
+
+from etils import epath
+
+from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.fingerprint import fingerprint, hash_texts
+from spatial_ssrl_jax.common.paths import write_atomic
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data.processor import PROCESSOR_FILES
+from spatial_ssrl_jax.data.sources import AnySource, open_source
+
+INPUTS_FILE = "inputs.json"
+
+
+def input_paths(config: Config, model: ModelFolder, source: AnySource) -> list[epath.PathLike]:
+    """Files and folders that a run reads; its folder must not contain any."""
+    found = [*model.inputs, *source.inputs]
+    if config.grpo.init_from:
+        found += open_model(config.grpo.init_from).inputs
+    if responses := _responses(config):
+        found += responses.inputs
+    if config.eval.benchmark_data:
+        found.append(config.eval.benchmark_data)
+    return found
+
+
+def input_fingerprints(config: Config, model: ModelFolder, source: AnySource) -> dict[str, str]:
+    """A hash of each input that decides the result, by the setting that names it."""
+    found = {
+        "model.path": _model_fingerprint(model, config.model.from_scratch),
+        "data.source": source.fingerprint(),
+    }
+    if config.grpo.init_from:
+        found["grpo.init_from"] = _model_fingerprint(open_model(config.grpo.init_from))
+    if responses := _responses(config):
+        found["sft.responses"] = responses.fingerprint()
+    return found
+
+
+def check_same_inputs(workdir: epath.Path, config: Config, now: dict[str, str]) -> None:
+    """Checks that a run resumes with the inputs that it began with.
+
+    Raises:
+      UserError: weights or records are not the same any more.
+    """
+    path = workdir / INPUTS_FILE
+    try:
+        before = json.loads(path.read_text())
+    except FileNotFoundError:
+        return  # of a version that did not write it
+    except ValueError:
+        before = {}
+    changed = list(_changed(config, before, now))
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run that began with other content of {' and of '.join(changed)}: "
+            "put the old content back, choose another --workdir, or give --overwrite; "
+            "grpo.init_from starts a new run from a checkpoint."
+        )
+
+
+def write_fingerprints(workdir: epath.Path, found: dict[str, str]) -> None:
+    """Writes what `check_same_inputs` compares with; a resumed run keeps what is there."""
+    if not (workdir / INPUTS_FILE).exists():
+        write_atomic(workdir / INPUTS_FILE, json.dumps(found, indent=1) + "\n")
+
+
+def _changed(config: Config, before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
+    for name, value in now.items():
+        if before.get(name) != value:
+            section, key = name.split(".")
+            yield f"{name} ({getattr(getattr(config, section), key)})"
+
+
+def _responses(config: Config) -> AnySource | None:
+    """The responses that SFT reads; None where it makes its own."""
+    if not config.sft.steps or config.sft.responses == "synthetic":
+        return None
+    return open_source(f"ssrl81k:{config.sft.responses}")
+
+
+def _model_fingerprint(model: ModelFolder, from_scratch: bool = False) -> str:
+    files = {n: model.files / n for n in ("config.json", *PROCESSOR_FILES)}
+    described = fingerprint({n: path for n, path in files.items() if path.is_file()})
+    return described if from_scratch else hash_texts([described, model.fingerprint()])
