@@ -21,6 +21,7 @@ from spatial_ssrl_jax import convert, generate, preview, train
 from spatial_ssrl_jax.checkpoint.export import export
 from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.outputs import atomic_folder
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
@@ -127,12 +128,14 @@ def test_preview_names_what_it_does_not_know(run, tmp_path: Path):
 
 
 def test_preview_overwrites_only_when_told_and_never_its_source(run, images: Path, tmp_path: Path):
-    (tmp_path / "mine.txt").write_text("mine")
-    argv = ["--source=scenes:5", f"--out={tmp_path}", "--count=1", "--tasks=shuffle"]
-    assert_refused(run(preview.main, *argv), str(tmp_path), "--overwrite")
-    assert (tmp_path / "mine.txt").exists()
+    out = tmp_path / "out"
+    argv = ["--source=scenes:5", f"--out={out}", "--count=1", "--tasks=shuffle"]
+    assert run(preview.main, *argv)[0] == 0
+    (out / "notes.txt").write_text("mine")
+    assert_refused(run(preview.main, *argv), str(out), "--overwrite")
+    assert (out / "notes.txt").exists()
     assert run(preview.main, *argv, "--overwrite")[0] == 0
-    assert not (tmp_path / "mine.txt").exists()
+    assert not (out / "notes.txt").exists() and (out / "index.html").exists()
     argv = [f"--source=folder:{images}", f"--out={images}", "--overwrite"]
     assert_refused(run(preview.main, *argv), str(images), "holds what is read")
     assert (images / "a.png").is_file()
@@ -175,7 +178,9 @@ def test_convert_names_what_is_wrong(run, model: Path, tmp_path: Path):
     assert_refused(run(convert.main, "to-orbax", "/nowhere/m", tmp_path / "x"), "/nowhere/m")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert_refused(run(convert.main, "to-orbax", model, tmp_path / "full"), "full", "--overwrite")
+    for argv in ((), ("--overwrite",)):
+        result = run(convert.main, "to-orbax", model, tmp_path / "full", *argv)
+        assert_refused(result, "full", "was not written by this package")
     assert_refused(run(convert.main, "to-hf", model, model, "--overwrite"), "holds what is read")
     assert weights_of(model)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
@@ -188,11 +193,11 @@ def test_convert_of_a_broken_model_leaves_nothing(run, model: Path, tmp_path: Pa
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     assert_refused(run(convert.main, direction, broken, tmp_path / "out"), "model.safetensors")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with atomic_folder(tmp_path / "full") as partial:
+        (partial / "old.txt").write_text("old")
     argv = [direction, broken, tmp_path / "full", "--overwrite"]
     assert_refused(run(convert.main, *argv), "model.safetensors")
-    assert (tmp_path / "full" / "mine.txt").is_file()
+    assert (tmp_path / "full" / "old.txt").is_file()
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
     assert_refused(run(convert.main, direction, broken, tmp_path / "out"), "'qwen3_vl' model")
@@ -433,7 +438,7 @@ def test_train_names_a_bad_config_before_anything_is_built(run, tmp_path: Path):
 def test_train_leaves_a_folder_that_is_not_its_own_alone(run, tmp_path: Path):
     (tmp_path / "mine.txt").write_text("mine")
     result = run(train.main, f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={tmp_path}")
-    assert_refused(result, str(tmp_path), "--overwrite")
+    assert_refused(result, str(tmp_path), "was not written by this package")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

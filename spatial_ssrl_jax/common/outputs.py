@@ -106,7 +106,7 @@ def atomic_folder(folder: epath.PathLike) -> Iterator[Path]:
             _remove_all(folder, _content(folder))
             _upload(Path(local), epath.Path(folder))
         return
-    folder = Path(folder)
+    folder, is_new = Path(folder), not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     mark(folder)
     _remove_all(folder, _leftovers(folder))
@@ -127,6 +127,8 @@ def atomic_folder(folder: epath.PathLike) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+        if is_new and not _content(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _real(path: epath.PathLike) -> PurePath:

@@ -126,7 +126,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
         ["attention=splash runs only on TPUs"],
     ),
     # train: where it writes, and how it is called
-    (train.main, [TINY, "--workdir=DIR"], ["is not empty", "--overwrite"]),
+    (train.main, [TINY, "--workdir=DIR"], ["is not empty", "choose another folder"]),
     (train.main, [TINY, "--workdir=IMAGE/w"], ["nothing can be written to", "is a file"]),
     (train.main, [TINY, "--workdir=DIR/damaged"], ["config.json is damaged"]),
     (train.main, [TINY, "--json"], ["--json belongs to --check"]),

@@ -185,7 +185,7 @@ def test_the_layout_of_coco_in_the_catalogue(tmp_path: Path):
         "objects": [things | {"is_crowd": False}],
     }
     stored = features.serialize_example(features.encode_example(row))
-    source = StoredSource("tfds:coco/2017", "coco/2017:1.1.0/train", [stored], features)
+    source = StoredSource("tfds:coco/2017", "coco/2017:1.1.0/train", [stored], features, ())
     assert source.size(0) == (HEIGHT, WIDTH) and not source.has_depth
     record = source[0]
     assert (record.path, record.name) == ("000000000009.jpg", "coco/2017:1.1.0/train/00000000")
