@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,6 +122,67 @@ def test_a_resume_anywhere_gives_the_same_step(stream, start: int, threads: int,
 def test_worker_processes_do_not_change_the_stream(stream):
     for a, b in zip(take(stream(start=2), 3), take(stream(start=2, workers=2), 3), strict=True):
         assert_same(a, b)
+
+
+def test_arrays_of_workers_take_no_shared_memory(stream):
+    """Containers have 64 MB of it, and what a killed process holds stays."""
+    before = set(os.listdir("/dev/shm"))
+    batches = stream(workers=1)
+    take(batches, 1)
+    time.sleep(1)  # for the worker to make more ahead
+    new = set(os.listdir("/dev/shm")) - before
+    batches.close()
+    assert not {name for name in new if not name.startswith("sem.")}
+
+
+def test_a_killed_worker_is_a_sentence(stream):
+    batches = stream(workers=1)
+    take(batches, 1)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(UserError, match=r"was killed \(exit code -9.*lower data\.workers"):
+        take(batches, 100)
+    batches.close()
+
+
+PARENT = """
+import multiprocessing, sys, time
+from spatial_ssrl_jax.data.pipeline import end_with_parent
+
+def work():
+    end_with_parent()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=work, daemon=True)
+    worker.start()
+    print(worker.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    time.sleep(3)  # for it to start
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 10
+    while is_running(worker):
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.05)
+
+
+def is_running(process: int) -> bool:
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_seed_of_its_own_gives_a_stream_of_its_own(processor: Processor):

@@ -1,10 +1,13 @@
 """Killed at any moment, saves included, a run ends as one that nothing interrupted, bit for bit."""
 
+import dataclasses
 import json
+import os
 import random
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +29,8 @@ class Kill:
     """When a run is killed.
 
     Attributes:
-      event: `start` of the process, a `step` done, or a save under way (`saving`).
+      event: `start` of the process, a `step` done, a save under way (`saving`), or the export
+        (`exporting`).
       steps: how many steps after the newest checkpoint that is; not for `start`.
       seconds: waited from then on.
     """
@@ -87,6 +91,8 @@ def happened(kill: Kill, workdir: Path, whole: int, wall: float) -> bool:
     """Whether what a kill waits for has come in the process that was started at `wall`."""
     if kill.event == "start":
         return True
+    if kill.event == "exporting":
+        return exporting(workdir)
     step = fresh_step(workdir, wall)
     if step is None or step < whole + kill.steps:
         return False
@@ -104,10 +110,17 @@ def unfinished(workdir: Path) -> list[str]:
     return sorted(path.name for path in (workdir / "checkpoints").glob("*tmp*"))
 
 
+def exporting(workdir: Path) -> bool:
+    """Whether a part of an export has no name yet."""
+    return bool(list((workdir / "export").glob(".*.partial")))
+
+
 def state(workdir: Path, wall: float) -> tuple[int | None, str]:
     step, saves = fresh_step(workdir, wall), unfinished(workdir)
     if step is None:
         return None, "starting"
+    if exporting(workdir):
+        return step, "exporting"
     return step, f"saving {saves[0].partition('.')[0]}" if saves else "training"
 
 
@@ -133,12 +146,13 @@ def assert_equal_runs(ours: Path, theirs: Path) -> None:
         assert (ours / "export" / file.name).read_bytes() == file.read_bytes()
     heldout = [json.loads((run / "summary.json").read_text())["heldout"] for run in (ours, theirs)]
     assert heldout[0] == heldout[1]
-    assert not unfinished(ours)
+    assert not unfinished(ours) and not exporting(ours)
 
 
-def small(toy_config, sft: int, grpo: int, every: int) -> c.Config:
+def small(toy_config, sft: int, grpo: int, every: int, workers: int = 0) -> c.Config:
     """A run of both stages in which nearly all time goes into starting."""
     return toy_config(
+        data=dataclasses.replace(toy_config().data, workers=workers),
         sft=c.SftSettings(steps=sft, learning_rate=1e-3, **ROWS),
         grpo=c.GrpoSettings(
             steps=grpo,
@@ -153,11 +167,16 @@ def small(toy_config, sft: int, grpo: int, every: int) -> c.Config:
     )
 
 
-def test_two_kills_and_a_truncated_checkpoint_change_nothing(toy_config, tmp_path: Path):
+def test_three_kills_and_a_truncated_checkpoint_change_nothing(toy_config, tmp_path: Path):
     config = small(toy_config, 2, 2, 1)
-    kills = [Kill("saving", 2, 0.0), Kill("step", 2, 0.05)]
+    kills = [Kill("saving", 2, 0.0), Kill("step", 2, 0.05), Kill("exporting", 0, 0.0)]
     met = killed_run(write_config(tmp_path, config), tmp_path / "run", kills, cuts=[2])
-    assert len(met) == 2 and met[0].doing == "saving 2" and met[0].goes_on_after == 1
+    assert (
+        len(met) == 3
+        and met[2].doing == "exporting"
+        and met[0].doing == "saving 2"
+        and met[0].goes_on_after == 1
+    )
     assert list((tmp_path / "run" / "checkpoints").glob("damaged_*"))
     assert train(config, tmp_path / "whole")
     assert_equal_runs(tmp_path / "run", tmp_path / "whole")
@@ -170,17 +189,37 @@ def drawn(rng: random.Random) -> Kill:
     return Kill(event, rng.randint(1, 4), rng.uniform(0, longest))
 
 
+def shared_memory() -> list[str]:
+    return sorted(os.listdir("/dev/shm"))
+
+
+def multiprocessing_children() -> list[str]:
+    """Command lines of worker processes on this machine that have lost their parent."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if "multiprocessing" in line and parent == "1":
+                found.append(line)
+    return found
+
+
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(toy_config, tmp_path: Path):
-    config = small(toy_config, 6, 14, 2)
+    """With two worker processes; no process and no shared memory is left."""
+    config, shared = small(toy_config, 6, 14, 2, workers=2), shared_memory()
     assert train(config, tmp_path / "whole")
     rng = random.Random(0)
-    kills = [drawn(rng) for _ in range(LONG_KILLS)]
+    kills = [*(drawn(rng) for _ in range(LONG_KILLS - 1)), Kill("exporting", 0, 0.0)]
     met: list[Killed] = []
     while len(met) < LONG_KILLS:  # a run that is done before its kills are is followed by another
         run, left = tmp_path / f"run_{len(met)}", [n - len(met) for n in LONG_CUTS]
         met += killed_run(write_config(tmp_path, config), run, kills[len(met) :], left)
         assert_equal_runs(run, tmp_path / "whole")
+    assert met[-1].doing == "exporting"
+    time.sleep(2)  # for what the last kill left to end
+    assert multiprocessing_children() == [] and shared_memory() == shared
     print("kill  seconds after start  step reached  doing      restarted after step")
     for number, kill in enumerate(met, 1):
         reached = "-" if kill.step is None else kill.step

@@ -17,6 +17,7 @@ from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax import generate
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.outputs import LOCK, MARKER
 from spatial_ssrl_jax.data.images import open_image
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.qwen_vl.weights import read_params
@@ -38,10 +39,13 @@ def weights(workdir: Path) -> list[np.ndarray]:
 
 
 def test_a_run_leaves_what_it_should(whole: Path):
-    names = {path.name.split(".")[0] for path in whole.iterdir()}
+    names = {path.name.split(".")[0] or path.name for path in whole.iterdir()}
     assert names == {
-        "config", "metrics", "summary", "events", "checkpoints", "rollouts", "report", "export"
+        "config", "inputs", "metrics", "summary", "events", "checkpoints", "rollouts", "report",
+        "export", MARKER, LOCK,
     }  # fmt: skip
+    steps = {path.name for path in (whole / "checkpoints").iterdir() if path.name.isdigit()}
+    assert steps >= {"2", "4", "5"}  # where SFT ended, and the newest two
     rows = figures(whole)
     assert [(r["stage"], r["step"]) for r in rows] == [
         ("sft", 0), ("sft", 1), ("sft", 2), ("grpo", 3), ("grpo", 4), ("grpo", 5)

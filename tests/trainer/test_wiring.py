@@ -19,7 +19,7 @@ from spatial_ssrl_jax.rl.placement import compute_settings
 from spatial_ssrl_jax.rl.stages import stages
 from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.tasks.example import Example
-from spatial_ssrl_jax.trainer import context, training
+from spatial_ssrl_jax.trainer import context, stage_steps, training
 from spatial_ssrl_jax.trainer.benchmark_eval import eval_options
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from tests.helpers.toy_runs import make_config
@@ -237,6 +237,60 @@ def test_how_data_are_made(monkeypatch: pytest.MonkeyPatch, section, name, value
         )
         context.pipeline(components, stages(config)[1], start=2)
     assert asked[1][number] == value != asked[0][number] and asked[0]["start"] == 2
+
+
+def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytest.MonkeyPatch):
+    """The same prompts, drawn in two steps; every group is flat, so that both resample twice."""
+    prompts = batch_of([toy.prompt(i, 6) for i in range(8)], range(8))
+    items = tuple(replace(item, example=example("flip", "9")) for item in prompts.items)
+    engine, asked = Recorder(), []
+    settings = replace(
+        BASE.grpo, prompts=8, filter_zero_variance_groups=True, max_resamples=2, kl_coef=0.0
+    )
+    config = replace(BASE, seed=3, grpo=settings)
+    grpo = replace(
+        make_grpo(settings, config.rollout, BUCKETS, engine),
+        processor=Answers(),
+        reward_settings=config.reward,
+    )
+
+    def step(_self, state, batch, key, resample):
+        sampled = grpo.sample(None, batch, key)
+        for number in (1, 2):
+            resample(number)
+        return state, {}, batch, SimpleNamespace(rollout=sampled)
+
+    def stream(*arguments):
+        return arguments[-1]
+
+    def drawn(items, batch, micro, number, **_):
+        asked.append((items, number))
+
+    monkeypatch.setattr(stage_steps.Grpo, "step", step)
+    monkeypatch.setattr(stage_steps, "useful_flops", lambda *_: 0.0)
+    monkeypatch.setattr(stage_steps, "items_of", stream)
+    monkeypatch.setattr(stage_steps, "batch_at", drawn)
+    (_, stage) = stages(config)
+    run = SimpleNamespace(
+        config=config,
+        source=None,
+        split=SimpleNamespace(train=()),
+        processor=None,
+        layout=None,
+        compute=None,
+        engine=None,
+        model=SimpleNamespace(config=None),
+    )
+    make = stage_steps.grpo_step(run, stage, None, None)
+    batch = replace(prompts, items=items)
+    make(0, None, batch)
+    make(1, None, batch)
+    keys = [jax.random.key_data(call["key"]).tolist() for call in engine.calls]
+    assert keys[0] != keys[-1]
+    assert [number for _, number in asked] == [0, 1, 2, 3]
+    seeds = {seed for seed, _ in asked}
+    assert seeds.isdisjoint({2 * config.seed, 2 * config.seed + 1}) and len(seeds) == 1
+    assert seeds == {1_000_001 + 2 * config.seed}
 
 
 def test_checkpoints_are_counted_from_the_stages_start():

@@ -1,0 +1,176 @@
+"""A run's folder: what it refuses, what a resume notices, and that one run at a time has it."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax import train as command
+from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.lock import locked
+from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.trainer.context import open_components
+from spatial_ssrl_jax.trainer.preflight import preflight
+from spatial_ssrl_jax.trainer.run_inputs import (
+    check_same_inputs,
+    input_fingerprints,
+    input_paths,
+    write_fingerprints,
+)
+from spatial_ssrl_jax.trainer.training import train
+from spatial_ssrl_jax.trainer.workdir import check_workdir, claim_workdir
+from tests.helpers.images import photo
+
+Make = Callable[..., c.Config]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(12):
+        Image.fromarray(photo(number, 64, 64)).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def config(toy_config: Make, taught: Path, photos: Path, tmp_path: Path) -> c.Config:
+    """A run over a copy of the taught toy and a folder of photos."""
+    model = tmp_path / "model"
+    shutil.copytree(taught / "export", model)
+    config = toy_config()
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=str(model)),
+        data=dataclasses.replace(config.data, source=f"folder:{photos}", heldout_fraction=0.3),
+    )
+
+
+def fingerprints(config: c.Config) -> dict[str, str]:
+    components = open_components(config)
+    return input_fingerprints(config, components.model, components.source)
+
+
+@pytest.mark.parametrize("what", ["model", "photos", "init_from"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_holds_what_the_run_reads_is_refused(
+    config: c.Config, taught: Path, tmp_path: Path, what: str, overwrite: bool
+):
+    """With no advice that would delete it."""
+    workdir = tmp_path / what
+    if what == "init_from":
+        workdir = taught
+        config = dataclasses.replace(
+            config,
+            sft=c.SftSettings(steps=0),
+            grpo=dataclasses.replace(config.grpo, init_from=str(taught / "checkpoints" / "110")),
+        )
+    before = sorted(workdir.rglob("*"))
+    for check in (preflight, train):
+        with pytest.raises(UserError, match="holds what is read") as caught:
+            check(config, workdir, overwrite)
+        assert "--overwrite" not in str(caught.value)
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_everything_that_a_run_reads_is_an_input(config: c.Config, photos: Path, tmp_path: Path):
+    (tmp_path / "linked").mkdir()
+    (photos / "more").symlink_to(tmp_path / "linked")
+    shutil.copy(photos / "00.png", tmp_path / "linked" / "a.png")
+    responses = tmp_path / "sft.json"
+    row = {
+        "instruction": "one patch is flipped",
+        "output": "<think>x</think>\\boxed{1-0}",
+        "images": ["answers/00.png"],
+    }
+    responses.write_text(json.dumps([row]))
+    config = dataclasses.replace(
+        config,
+        sft=dataclasses.replace(config.sft, responses=str(responses)),
+        eval=dataclasses.replace(config.eval, benchmark_data=str(tmp_path / "blink.tsv")),
+    )
+    source = open_source(config.data.source)
+    found = {str(p) for p in input_paths(config, open_model(config.model.path), source)}
+    for name in ("model", "photos", "linked", "answers", "blink.tsv"):
+        assert str(tmp_path / name) in found, name
+
+
+def test_a_folder_that_holds_the_config_file_is_refused(tmp_path: Path):
+    path = tmp_path / "run" / "config.py"
+    path.parent.mkdir()
+    path.write_text(
+        "from spatial_ssrl_jax.config import Config\nget_config = lambda: Config('x')\n"
+    )
+    for more in (["--overwrite"], ["--check"], []):
+        with pytest.raises(UserError, match=r"holds what is read \(.*config\.py\)"):
+            command.main([f"--config={path}", f"--workdir={path.parent}", *more])
+    assert path.exists()
+
+
+def test_a_second_run_is_refused_while_the_first_lives(
+    config: c.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("spatial_ssrl_jax.common.lock._HERE_SECONDS", 0.1)
+    workdir = tmp_path / "run"
+    claim_workdir(config, workdir, False, [])
+    before = {p: p.stat().st_mtime_ns for p in workdir.iterdir()}
+    with locked(workdir, print):
+        for check in (preflight, train):
+            for overwrite in (False, True):
+                with pytest.raises(UserError, match="is in use"):
+                    check(config, workdir, overwrite)
+    after = {p: p.stat().st_mtime_ns for p in workdir.iterdir() if p.name != ".lock"}
+    assert after == before
+
+
+def test_a_resume_notices_other_weights_and_other_photos(config: c.Config, tmp_path: Path):
+    workdir = tmp_path / "run"
+    claim_workdir(config, workdir, False, [])
+    write_fingerprints(workdir, fingerprints(config))
+    check_same_inputs(workdir, config, fingerprints(config))
+    weights = Path(config.model.path) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    said = rf"began with other content of model\.path \({config.model.path}\): put the old"
+    for check in (preflight, train):
+        with pytest.raises(UserError, match=said):
+            check(config, workdir)
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    check_same_inputs(workdir, config, fingerprints(config))
+    other = tmp_path / "photos" / "03.png"
+    Image.fromarray(photo(77, 64, 64)).save(other)
+    with pytest.raises(UserError, match=r"other content of data\.source \(folder:"):
+        check_same_inputs(workdir, config, fingerprints(config))
+    other.unlink()
+    with pytest.raises(UserError, match=r"other content of data\.source \(folder:"):
+        check_same_inputs(workdir, config, fingerprints(config))
+
+
+def test_a_run_of_a_version_without_fingerprints_resumes(config: c.Config, tmp_path: Path):
+    check_same_inputs(tmp_path, config, fingerprints(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "resumes"),
+    [({}, True), ({"schedule": "cosine"}, False), ({"warmup_ratio": 0.1}, False)],
+)
+def test_more_steps_are_the_same_run_unless_a_schedule_follows_them(
+    config: c.Config, tmp_path: Path, changes: dict, resumes: bool
+):
+    grpo = dataclasses.replace(config.grpo, **changes)
+    before = dataclasses.replace(config, grpo=grpo)
+    after = dataclasses.replace(config, grpo=dataclasses.replace(grpo, steps=grpo.steps + 1))
+    claim_workdir(before, tmp_path / "run", False, [])
+    if resumes:
+        assert check_workdir(after, tmp_path / "run", False, [])
+        return
+    with pytest.raises(UserError, match=r"another config \(grpo\.steps changed\)"):
+        check_workdir(after, tmp_path / "run", False, [])
