@@ -128,9 +128,7 @@ def make_checkpoint(folder: Path, shape: dict, seed: int) -> Checkpoint:
     return Checkpoint(folder, model, ours, read_params(folder, ours))
 
 
-@pytest.fixture(
-    scope="session", params=["tied", "grouped", pytest.param("wide", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="session", params=["tied", "grouped", "wide"])
 def checkpoint(request, shared: Path, tmp_path_factory) -> Checkpoint:
     """A model with the real vocabulary, tokenizer and image settings."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -205,7 +205,6 @@ def multiprocessing_children() -> list[str]:
     return found
 
 
-@pytest.mark.slow
 def test_twenty_kills_change_nothing(toy_config, tmp_path: Path):
     """With two worker processes; no process and no shared memory is left."""
     config, shared = small(toy_config, 6, 14, 2, workers=2), shared_memory()
