@@ -81,6 +81,8 @@ def _write(
                 f"{target} is there already: choose another folder or give --overwrite."
             )
         target.rmtree()
+    for leftover in path.parent.glob(f"incomplete.*_{path.name}"):  # of a killed process
+        leftover.rmtree()
     # TFDS makes a folder of downloads though there are none, and prints to stdout.
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
         try:

@@ -16,8 +16,7 @@ from typing import IO
 from etils import epath
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.common.outputs import LOCK
-from spatial_ssrl_jax.common.paths import in_bucket
+from spatial_ssrl_jax.common.paths import LOCK, in_bucket
 
 _NOT_SUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 RENEWED_SECONDS = 20  # between writes of a bucket's lock
@@ -45,12 +44,14 @@ def locked(folder: epath.PathLike, say: Callable[[str], None]) -> Iterator[None]
         with _locked_in_bucket(epath.Path(folder) / LOCK, say):
             yield
         return
-    with open(Path(folder) / LOCK, "a+", encoding="utf-8") as file:
-        _wait_for(folder, file, say)
+    with _open_locked(Path(folder), say) as file:
         file.truncate(0)
         file.write(_owner())
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            (Path(folder) / LOCK).unlink(missing_ok=True)
 
 
 def check_unlocked(folder: epath.PathLike) -> None:
@@ -67,12 +68,19 @@ def check_unlocked(folder: epath.PathLike) -> None:
             raise UserError(_in_use(folder, file.read()))
 
 
-def _wait_for(folder: epath.PathLike, file: IO[str], say: Callable[[str], None]) -> None:
-    """Locks an open file, as soon as a process that is ending has released it."""
+def _open_locked(folder: Path, say: Callable[[str], None]) -> IO[str]:
+    """Opens and locks a folder's file, as soon as a process that is ending has released it."""
     begun, said = time.monotonic(), False
-    while not _lock(file):
+    while True:
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - open while it is held
+        if _lock(file):
+            if _is_at(file, folder / LOCK):
+                return file
+            file.close()  # its process has removed it since it was opened
+            continue
         file.seek(0)
         content = file.read()
+        file.close()
         here = _field(content, "host") == socket.gethostname()
         if time.monotonic() - begun > (_HERE_SECONDS if here else _THERE_SECONDS):
             raise UserError(_in_use(folder, content))
@@ -80,6 +88,14 @@ def _wait_for(folder: epath.PathLike, file: IO[str], say: Callable[[str], None])
             say(f"{_in_use(folder, content)} Waiting for up to {_THERE_SECONDS} s.")
             said = True
         time.sleep(0.5)
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _field(content: str, name: str) -> str | None:

@@ -7,6 +7,7 @@ a folder that cannot be written; the folder itself stays.
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from pathlib import Path, PurePath
 from etils import epath
 
 from spatial_ssrl_jax.common.errors import UserError, disk_problem
+from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.common.paths import (
+    LOCK,
     in_bucket,
     is_partial,
     list_tree,
@@ -25,7 +28,6 @@ from spatial_ssrl_jax.common.paths import (
 )
 
 MARKER = ".spatial_ssrl_jax"
-LOCK = ".lock"  # of a run, see `common.lock`
 _NOT_CONTENT = (MARKER, LOCK, "lost+found")  # the last is in the root of an ext4 disk
 _MARKER_TEXT = "This folder was written by spatial_ssrl_jax; --overwrite empties it.\n"
 
@@ -108,6 +110,20 @@ def atomic_folder(folder: epath.PathLike) -> Iterator[Path]:
         return
     folder, is_new = Path(folder), not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder, _say), _filled(folder) as partial:
+            yield partial
+    finally:
+        if is_new and not _content(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def _filled(folder: Path) -> Iterator[Path]:
     mark(folder)
     _remove_all(folder, _leftovers(folder))
     partial, replaced = (Path(partial_name(folder / name)) for name in ("new", "replaced"))
@@ -127,8 +143,6 @@ def atomic_folder(folder: epath.PathLike) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
-        if is_new and not _content(folder):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _real(path: epath.PathLike) -> PurePath:

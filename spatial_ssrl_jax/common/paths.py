@@ -22,6 +22,7 @@ NEEDS_GCS = (
     "gs:// needs the extra [gcs]; install it with pip install 'spatial_ssrl_jax[gcs]', or copy the "
     "files to a local folder"
 )
+LOCK = ".lock"  # of a folder that one process writes, see `common.lock`
 CRC32C = "crc32c:"  # prefix of a bucket's own checksums
 _READ_THREADS = 16
 

@@ -4,6 +4,7 @@ A step's batch is a function of the stream and the step alone, whatever the numb
 workers and threads, so that the pipeline's whole state is one integer.
 """
 
+import errno
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -145,6 +146,13 @@ class BatchStream:
         """
         try:
             return next(self._stream)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or error.filename:
+                raise
+            raise UserError(
+                "/dev/shm is full, so that no worker process can start: free space there, or set "
+                "data.workers=0."
+            ) from error
         except RuntimeError as error:
             code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
             if code is None:

@@ -1,6 +1,7 @@
 """`evaluate` with a model: opens questions and model, runs the benchmarks, writes the page."""
 
 import argparse
+from contextlib import ExitStack
 from functools import cache, partial
 
 import jax
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import open_source
@@ -42,7 +44,8 @@ def evaluate_model(args: argparse.Namespace) -> list[Scores] | None:
       UserError: a file or model is missing, or options contradict each other.
     """
     distributed.connect(args, MeshSettings().heartbeat_timeout)
-    with Progress(Console(stderr=True, quiet=not is_primary())) as progress:
+    quiet = not is_primary()
+    with Progress(Console(stderr=True, quiet=quiet)) as progress, ExitStack() as resources:
         model, options = open_model(args.model), _options(args)
         benchmarks = _open(args, model, progress)
         about = {
@@ -52,6 +55,9 @@ def evaluate_model(args: argparse.Namespace) -> list[Scores] | None:
         }
         if args.source is not None:
             about |= {"source": args.source, "heldout_fraction": args.heldout_fraction}
+        if is_primary():
+            args.out.mkdir(parents=True, exist_ok=True)
+            resources.enter_context(locked(args.out, progress.say))
         logs = prediction_logs(
             benchmarks, args.out, about, options, args.overwrite, apart=args.benchmark in SETS
         )

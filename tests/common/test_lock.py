@@ -12,8 +12,7 @@ import pytest
 from spatial_ssrl_jax.common import lock
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.lock import check_unlocked, locked
-from spatial_ssrl_jax.common.outputs import LOCK
-from spatial_ssrl_jax.common.paths import user_path
+from spatial_ssrl_jax.common.paths import LOCK, user_path
 from tests.helpers.fake_storage import Storage
 
 HOLDER = """
@@ -53,8 +52,16 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path, q
     check_unlocked(tmp_path)
     with locked(tmp_path, print):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
+    assert os.listdir(tmp_path) == []
     with locked(tmp_path, print):
         pass
+
+
+def test_a_file_that_was_removed_while_it_was_opened_is_no_lock(tmp_path: Path):
+    first = open(tmp_path / LOCK, "a+")  # noqa: SIM115
+    (tmp_path / LOCK).unlink()
+    assert not lock._is_at(first, tmp_path / LOCK)
+    first.close()
 
 
 def test_a_process_that_is_ending_is_waited_for(tmp_path: Path):

@@ -9,19 +9,18 @@ import pytest
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.outputs import (
-    LOCK,
     MARKER,
     atomic_folder,
     check_output_folder,
     claim_output_folder,
 )
-from spatial_ssrl_jax.common.paths import user_path, write_atomic
+from spatial_ssrl_jax.common.paths import LOCK, user_path, write_atomic
 from tests.helpers.fake_storage import Storage
 
 
 def content(folder: Path) -> dict[str, str]:
-    """The files below a folder but for the marker."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != MARKER]
+    """The files below a folder but for marker and lock."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name not in (MARKER, LOCK)]
     return {str(p.relative_to(folder)): p.read_text() for p in paths}
 
 

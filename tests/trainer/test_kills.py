@@ -11,8 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax.checkpoint.checksums import find_damage
 from spatial_ssrl_jax.monitoring.metrics import read_metrics

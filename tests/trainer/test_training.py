@@ -17,7 +17,7 @@ from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax import generate
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.common.outputs import LOCK, MARKER
+from spatial_ssrl_jax.common.outputs import MARKER
 from spatial_ssrl_jax.data.images import open_image
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.qwen_vl.weights import read_params
@@ -42,7 +42,7 @@ def test_a_run_leaves_what_it_should(whole: Path):
     names = {path.name.split(".")[0] or path.name for path in whole.iterdir()}
     assert names == {
         "config", "inputs", "metrics", "summary", "events", "checkpoints", "rollouts", "report",
-        "export", MARKER, LOCK,
+        "export", MARKER,
     }  # fmt: skip
     steps = {path.name for path in (whole / "checkpoints").iterdir() if path.name.isdigit()}
     assert steps >= {"2", "4", "5"}  # where SFT ended, and the newest two
