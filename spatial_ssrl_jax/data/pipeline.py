@@ -10,7 +10,8 @@ import multiprocessing.connection
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grain
@@ -122,7 +123,8 @@ def batches(
         )
     stream = stream.batch(local_batch, drop_remainder=True, batch_fn=Batch.of)
     prefetched = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=1)
-    return BatchStream(iter(prefetched))
+    with _explain_worker_errors():
+        return BatchStream(iter(prefetched))
 
 
 class BatchStream:
@@ -142,29 +144,36 @@ class BatchStream:
         """The next batch.
 
         Raises:
-          UserError: a worker process was killed.
+          UserError: a worker process was killed, or cannot start.
         """
-        try:
+        with _explain_worker_errors():
             return next(self._stream)
-        except OSError as error:
-            if error.errno != errno.ENOSPC or error.filename:
-                raise
-            raise UserError(
-                "/dev/shm is full, so that no worker process can start: free space there, or set "
-                "data.workers=0."
-            ) from error
-        except RuntimeError as error:
-            code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
-            if code is None:
-                raise
-            raise UserError(
-                f"a worker process that makes prompts was killed (exit code {code[1]}; -9 is often "
-                "the system, out of memory): lower data.workers or data.threads; the same command "
-                "then resumes."
-            ) from error
 
     def close(self) -> None:
         self._stream.close()
+
+
+@contextmanager
+def _explain_worker_errors() -> Iterator[None]:
+    """Turns an error of worker processes into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename:
+            raise
+        raise UserError(
+            "/dev/shm is full, so that no worker process can start: free space there, or set "
+            "data.workers=0."
+        ) from error
+    except RuntimeError as error:
+        code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+        if code is None:
+            raise
+        raise UserError(
+            f"a worker process that makes prompts was killed (exit code {code[1]}; -9 is often "
+            "the system, out of memory): lower data.workers or data.threads; the same command "
+            "then resumes."
+        ) from error
 
 
 def end_with_parent(worker: int = 0, workers: int = 1) -> None:

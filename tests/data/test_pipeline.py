@@ -1,6 +1,7 @@
 """The pipeline: one stream whatever the threads and processes, disjoint records, skips by name."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -143,6 +144,16 @@ def test_a_killed_worker_is_a_sentence(stream):
     with pytest.raises(UserError, match=r"was killed \(exit code -9.*lower data\.workers"):
         take(batches, 100)
     batches.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_dev_shm_is_named(stream, monkeypatch: pytest.MonkeyPatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
+    with pytest.raises(UserError, match=r"/dev/shm is full.*data\.workers=0"):
+        stream(workers=1)
 
 
 PARENT = """
