@@ -33,6 +33,8 @@ from tests.helpers.fake_storage import Storage
 pytest_plugins = ["tests.helpers.toy_runs"]
 
 ROOT = Path(__file__).resolve().parents[1]
+# Files of tests that take minutes: first, so that no process is left alone with one at the end.
+LONG = ("tests/trainer/test_kills", "tests/trainer/", "tests/rl/")
 
 # A shell lets what it runs in the background ignore Ctrl-C, and so would the commands started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -54,6 +56,15 @@ SMALL_VISION = dict(
     out_hidden_size=32,
     fullatt_block_indexes=(1,),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: [not item.nodeid.startswith(name) for name in LONG])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,6 +19,7 @@ from rich.console import Console
 from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax.common import retry
 from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.common.paths import partial_name
 from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.monitoring import metrics as metrics_file
@@ -226,7 +227,8 @@ def test_no_room_for_rollouts_and_report_does_not_stop_training(
     run = tmp_path / "run"
     _claimed(config, run)
     (run / "rollouts").mkdir()
-    full = [run / "report.partial", *(run / "rollouts" / f"step_00000{i}.partial" for i in (1, 2))]
+    samples = [run / "rollouts" / f"step_00000{i}.jsonl" for i in (1, 2)]
+    full = [partial_name(path) for path in (run / "report.html", *samples)]
     for path in full:
         path.symlink_to("/dev/full")  # every write to it fails as on a full disk
     assert train(config, run)

