@@ -22,6 +22,10 @@ def check_settings(config: Config) -> None:
         raise UserError(f"{problem}.")
     for name, known in _choices(config).items():
         _check_choice(name, _value(config, name), known)
+    if 0 < config.grpo.dual_clip <= 1:
+        raise UserError(
+            f"grpo.dual_clip={config.grpo.dual_clip} must be above 1, or 0 to turn it off."
+        )
     if config.data.min_pixels > config.data.max_pixels:
         raise UserError(
             f"data.min_pixels={config.data.min_pixels} must be at most "

@@ -174,6 +174,7 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
             r"vision_learning_rate_scale=0\.1 must be 1 where the vision tower",
         ),
         ({"grpo.vision_learning_rate_scale": "0"}, r"rate_scale=0\.0 must be above 0"),
+        ({"grpo.dual_clip": "0.5"}, r"grpo\.dual_clip=0\.5 must be above 1, or 0 to turn it off"),
         ({"data.max_pixels": "9"}, r"data\.min_pixels=262144 must be at most data\.max_pixels=9"),
         (
             {"sft.steps": "2", "grpo.init_from": "a/b"},

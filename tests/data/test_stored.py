@@ -140,7 +140,20 @@ def test_prepare_reports_and_never_overwrites_unasked(
     assert len(report["skipped"]) == 1 and "c.png" in report["skipped"][0]
     with pytest.raises(UserError, match="--overwrite"):
         prepare.main(argv)
+    left = tmp_path / "ssrl_pictures" / "rgbd" / "incomplete.AB12CD_1.0.0"  # as TFDS names it
+    left.mkdir()
+    (left / "half").touch()
     prepare.main([*argv, "--overwrite"])
+    assert not left.exists()
+
+
+def test_prepare_never_replaces_what_it_reads(tmp_path: Path):
+    target = tmp_path / "ssrl_pictures" / "coco" / "1.0.0"
+    target.mkdir(parents=True)
+    save_image(target / "a.jpg")
+    with pytest.raises(UserError, match="holds what is read"):
+        prepare.main(["coco", str(target), str(tmp_path), "--overwrite"])
+    assert (target / "a.jpg").exists()
 
 
 def test_prepare_stops_when_too_much_is_bad(folder: Path, tmp_path: Path):

@@ -15,6 +15,7 @@ import pytest
 
 from spatial_ssrl_jax import evaluate
 from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.eval.benchmarks.registry import SETS, SPECS, open_benchmark
 from spatial_ssrl_jax.rollout.engine import Engine
@@ -157,6 +158,17 @@ def test_after_a_kill_the_same_command_resumes(
         assert (tmp_path / name).read_text() == (whole / name).read_text(), name
     asked.clear()
     assert run(*words)[:2] == (0, out) and not asked, "what is answered is scored alone"
+
+
+def test_one_evaluation_at_a_time_has_a_folder(
+    run, checkpoint: Path, many: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("spatial_ssrl_jax.common.lock._HERE_SECONDS", 0.1)
+    before = (whole / "predictions.jsonl").read_text()
+    with locked(whole, print):
+        code, _, err = run(*argv(checkpoint, "realworldqa", many, whole), "--overwrite")
+    assert code == 2 and "is in use" in err
+    assert (whole / "predictions.jsonl").read_text() == before
 
 
 def test_answers_of_another_evaluation_are_kept_apart(
