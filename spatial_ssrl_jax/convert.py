@@ -7,11 +7,10 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from flax import traverse_util
 
 from spatial_ssrl_jax.checkpoint.export import copy_files, export, write_config
-from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
+from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.checkpoint.params import PARAMS, save_params
 from spatial_ssrl_jax.common.errors import run_command
 from spatial_ssrl_jax.common.outputs import atomic_folder, check_output_folder
@@ -21,7 +20,7 @@ from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Dtype
 from spatial_ssrl_jax.qwen_vl.lora import merge_adapters
-from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params
+from spatial_ssrl_jax.qwen_vl.param_tree import merge_params
 from spatial_ssrl_jax.qwen_vl.peft import read_adapter
 
 
@@ -41,9 +40,12 @@ def main(argv: Sequence[str]) -> None:
     if adapters:
         params = merge_adapters(merge_params(params, jax.tree.map(jnp.asarray, adapters)), dtype)
     if args.direction == "to-orbax":
-        _write_orbax(source, params, target, dtype)
+        with atomic_folder(target, args.overwrite, inputs) as partial:
+            copy_files(source, partial)
+            write_config(source.config, partial, dtype)
+            save_params(partial / PARAMS, params)
     else:
-        export(source, params, target, dtype)
+        export(source, params, target, dtype, args.overwrite)
     count = sum(x.size for x in jax.tree.leaves(params))
     if args.json:
         report = {"target": str(target), "parameters": count, "dtype": dtype}
@@ -79,14 +81,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             options.add_argument("adapter", help="a folder in the format of PEFT")
         options.add_argument("target", help="folder to write; all may be gs://…")
     return parser.parse_args(argv)
-
-
-def _write_orbax(source: ModelFolder, params: Params, target: epath.Path, dtype: str) -> None:
-    """Writes weights and the model's files; the folder appears when it is complete."""
-    with atomic_folder(target) as partial:
-        copy_files(source, partial)
-        write_config(source.config, partial, dtype)
-        save_params(partial / PARAMS, params)
 
 
 if __name__ == "__main__":

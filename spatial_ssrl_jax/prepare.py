@@ -4,12 +4,17 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
-from spatial_ssrl_jax.common.errors import UserError, run_command
-from spatial_ssrl_jax.common.outputs import check_inputs
-from spatial_ssrl_jax.common.paths import user_path
+from spatial_ssrl_jax.common.errors import UserError, disk_problem, run_command
+from spatial_ssrl_jax.common.lock import locked
+from spatial_ssrl_jax.common.outputs import check_inputs, check_writable
+from spatial_ssrl_jax.common.paths import in_bucket, partial_name, user_path
+from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.sources.files import FileSource
 
 _MAX_NAMED = 10  # skipped images in the output
@@ -33,13 +38,24 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what was written before")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    if not 0 <= args.max_bad_fraction < 1:
+        raise UserError("--max-bad-fraction must be at least 0 and below 1.")
 
     source = KINDS[args.kind](f"{args.kind}:{args.src}", args.src)
     if "://" in args.dst:  # ArrayRecord's writer knows local files alone
         with tempfile.TemporaryDirectory() as local:
-            written, skipped, folder = _write(args, source, local, args.dst)
+            written, skipped, folder = _write(args, source, Path(local))
     else:
-        written, skipped, folder = _write(args, source, args.dst)
+        place = Path(user_path(args.dst))
+        check_writable(place)
+        place.mkdir(parents=True, exist_ok=True)
+        with locked(place, lambda text: print(text, file=sys.stderr)):
+            local = Path(partial_name(place / "prepare"))
+            shutil.rmtree(local, ignore_errors=True)  # what a killed process left
+            try:
+                written, skipped, folder = _write(args, source, local)
+            finally:
+                shutil.rmtree(local, ignore_errors=True)
     spec = f"tfds:ssrl_pictures/{args.kind}@{args.dst}"
     if args.json:
         report = {"source": spec, "folder": folder, "written": written, "skipped": skipped}
@@ -50,16 +66,13 @@ def main(argv: Sequence[str]) -> None:
     print(f"{folder}: {written} images, {len(skipped)} skipped; read it with --source={spec}")
 
 
-def _write(
-    args: argparse.Namespace, source: FileSource, local: str, remote: str | None = None
-) -> tuple[int, list[str], str]:
-    """Runs the builder.
+def _write(args: argparse.Namespace, source: FileSource, local: Path) -> tuple[int, list[str], str]:
+    """Runs the builder, and replaces the target when all is written.
 
     Args:
       args: the command line.
       source: the images.
       local: folder that the builder writes.
-      remote: folder to copy the result to, or None.
 
     Returns:
       The number of images written, why others were skipped, and the folder.
@@ -70,19 +83,13 @@ def _write(
 
     tfds.disable_progress_bar()
     builder = SsrlPictures(
-        source=source, config=args.kind, data_dir=local, file_format="array_record"
+        source=source, config=args.kind, data_dir=str(local), file_format="array_record"
     )
     path = builder.data_path
-    target = user_path(remote) / path.relative_to(local) if remote else path
+    target = user_path(args.dst) / path.relative_to(local)
     check_inputs(target, *source.inputs)
-    if target.exists():
-        if not args.overwrite:
-            raise UserError(
-                f"{target} is there already: choose another folder or give --overwrite."
-            )
-        target.rmtree()
-    for leftover in path.parent.glob(f"incomplete.*_{path.name}"):  # of a killed process
-        leftover.rmtree()
+    if target.exists() and not args.overwrite:
+        raise UserError(f"{target} is there already: choose another folder or give --overwrite.")
     # TFDS makes a folder of downloads though there are none, and prints to stdout.
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -90,19 +97,27 @@ def _write(
         except AssertionError:  # TFDS's, without a single example
             if len(builder.skipped) < len(source):
                 raise
+        except (OSError, RuntimeError) as error:
+            why = disk_problem(error) or error_line(error)
+            raise UserError(
+                f"{args.dst} cannot be written ({why}): free space there, or choose another folder."
+            ) from error
     skipped = builder.skipped
     written = len(source) - len(skipped)
     if not written or len(skipped) > args.max_bad_fraction * len(source):
-        if path.exists():
-            path.rmtree()
         raise UserError(
             f"{len(skipped)} of {len(source)} images below {args.src} could not be used (first: "
             f"{skipped[0].rstrip('.')}): fix them, or raise --max-bad-fraction."
         )
-    if remote:
+    if target.exists():
+        target.rmtree()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if in_bucket(target):
         target.mkdir(parents=True, exist_ok=True)
         for file in path.iterdir():
             file.copy(target / file.name)
+    else:
+        path.rename(target)
     return written, skipped, str(target)
 
 

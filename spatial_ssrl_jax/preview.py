@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f"{args.source} gave no example at all ({reasons}): use other images or --tasks."
         )
-    with atomic_folder(args.out) as out:
+    with atomic_folder(args.out, args.overwrite, source.inputs) as out:
         (out / "images").mkdir()
         rows = [_write(out, f"{i:05d}", example) for i, example in enumerate(examples)]
         lines = (json.dumps(row) + "\n" for row in rows)

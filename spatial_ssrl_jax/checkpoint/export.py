@@ -14,7 +14,7 @@ from spatial_ssrl_jax.data.processor import PROCESSOR_FILES
 from spatial_ssrl_jax.parallel.collectives import gather_to_host, is_primary
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
-from spatial_ssrl_jax.qwen_vl.family import config_to_dict
+from spatial_ssrl_jax.qwen_vl.family import config_to_dict, read_processor
 from spatial_ssrl_jax.qwen_vl.lora import select_adapters
 from spatial_ssrl_jax.qwen_vl.model import Params
 from spatial_ssrl_jax.qwen_vl.peft import write_adapter
@@ -22,10 +22,18 @@ from spatial_ssrl_jax.qwen_vl.weights import write_params
 
 
 def copy_files(source: ModelFolder, folder: Path) -> None:
-    """Copies tokenizer, template, processor and generation settings."""
+    """Copies tokenizer, template, processor and generation settings.
+
+    What Transformers 5 keeps in `processor_config.json` alone is written as earlier versions read
+    it, too.
+    """
     for name in PROCESSOR_FILES:
         if (source.files / name).is_file():
             shutil.copyfile(source.files / name, folder / name)
+    settings, _ = read_processor(source.files, "image")
+    target = folder / "preprocessor_config.json"
+    if settings and not target.exists():
+        target.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def write_config(config: QwenVLConfig, folder: Path, dtype: str) -> None:
@@ -33,7 +41,13 @@ def write_config(config: QwenVLConfig, folder: Path, dtype: str) -> None:
     (folder / "config.json").write_text(json.dumps(config_to_dict(config, dtype), indent=2) + "\n")
 
 
-def export(source: ModelFolder, params: Params, folder: epath.PathLike, dtype: str) -> None:
+def export(
+    source: ModelFolder,
+    params: Params,
+    folder: epath.PathLike,
+    dtype: str,
+    overwrite: bool | None = None,
+) -> None:
     """Writes a Hugging Face folder that Transformers and vLLM load; atomically.
 
     Every process calls it. The primary one writes, with the whole model in its host memory.
@@ -43,15 +57,24 @@ def export(source: ModelFolder, params: Params, folder: epath.PathLike, dtype: s
       params: the weights.
       folder: the output; replaced once the new one is complete.
       dtype: `float32` or `bfloat16`.
+      overwrite: whether other content of the folder may be removed; None updates the files of an
+        earlier export, and leaves all others.
     """
     if jax.process_count() > 1:
         params = jax.tree.map(lambda x: gather_to_host(x.astype(dtype)), params)
     if not is_primary():
         return
-    with atomic_folder(folder) as partial:
+    replaces = _of_an_export if overwrite is None else None
+    with atomic_folder(folder, bool(overwrite), source.inputs, replaces) as partial:
         copy_files(source, partial)
         write_config(source.config, partial, dtype)
         write_params(partial, source.config, params, dtype)
+
+
+def _of_an_export(name: str) -> bool:
+    """Whether a file's name is one that an export has."""
+    weights = name.endswith((".safetensors", ".safetensors.index.json"))
+    return weights or name in ("config.json", "adapter_config.json", *PROCESSOR_FILES)
 
 
 def export_adapter(
@@ -70,5 +93,5 @@ def export_adapter(
     adapters = jax.tree.map(gather_to_host, select_adapters(params))
     if not is_primary():
         return
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, replaces=_of_an_export) as partial:
         write_adapter(partial, step.config, adapters, base)

@@ -1,5 +1,6 @@
 """Opening a model: a Hugging Face folder, a hub id, a checkpoint, here or in a bucket."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +79,8 @@ class ModelFolder:
     def inputs(self) -> tuple[epath.PathLike, ...]:
         """Files and folders that are read."""
         place = user_path(self.name) if in_bucket(self.name) else self.weights
-        return (self.files, self.weights, place)
+        shards = [] if in_bucket(self.weights) else self.weights.glob("*.safetensors")
+        return (self.files, self.weights, place, *map(os.path.realpath, shards))
 
     def check_weights(self) -> None:
         """Checks, by the files' headers alone, that the weights are a model of this shape.

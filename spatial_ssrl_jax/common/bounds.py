@@ -29,7 +29,7 @@ class Bounds:
     def allows(self, value: float) -> bool:
         """Whether a number is in the range."""
         return (
-            math.isfinite(value)
+            abs(value) < math.inf  # nor NaN, and without an overflow
             and (self.min is None or value >= self.min)
             and (self.max is None or value <= self.max)
             and (self.above is None or value > self.above)

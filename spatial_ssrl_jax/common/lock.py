@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -15,7 +16,7 @@ from typing import IO
 
 from etils import epath
 
-from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.errors import UserError, exit_now
 from spatial_ssrl_jax.common.paths import LOCK, in_bucket
 
 _NOT_SUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -143,13 +144,22 @@ def _locked_in_bucket(path: epath.Path, say: Callable[[str], None]) -> Iterator[
                 raise UserError(_in_use(path.parent, now))
     released = threading.Event()
 
+    def is_mine() -> bool:
+        return _field(_read(path) or mine, "id") == _field(mine, "id")
+
     def renew() -> None:
         number = 0
-        while not released.is_set():
+        while not released.wait(RENEWED_SECONDS):
             with suppress(Exception):  # the next renewal may succeed
+                if not is_mine():
+                    print(
+                        f"error: {path} was taken over by another run, since this one did not "
+                        "renew it in time: let one of them run alone.",
+                        file=sys.stderr,
+                    )
+                    exit_now(2)
                 path.write_text(json.dumps(json.loads(mine) | {"renewed": number}))
             number += 1
-            released.wait(RENEWED_SECONDS)
 
     path.write_text(mine)
     thread = threading.Thread(target=renew, name="lock", daemon=True)
@@ -160,7 +170,8 @@ def _locked_in_bucket(path: epath.Path, say: Callable[[str], None]) -> Iterator[
         released.set()
         thread.join()
         with suppress(Exception):  # a lock that stays counts as dead after a while
-            path.unlink()
+            if is_mine():
+                path.unlink()
 
 
 def _read(path: epath.Path) -> str | None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
@@ -39,7 +39,7 @@ def check_inputs(folder: epath.PathLike, *inputs: epath.PathLike) -> None:
       UserError: it contains one of the inputs.
     """
     for path in inputs:
-        if _real(path).is_relative_to(_real(folder)):
+        if _contains(folder, path):
             raise UserError(
                 f"{folder} holds what is read ({path}): choose another folder to write."
             )
@@ -61,7 +61,7 @@ def check_output_folder(folder: epath.PathLike, overwrite: bool, *inputs: epath.
     check_writable(folder)
     if not folder.is_dir() or not _content(folder):
         return
-    if not (folder / MARKER).exists():
+    if not _is_ours(folder):
         raise UserError(
             f"{folder} is not empty, and was not written by this package: choose another folder, "
             "or empty it."
@@ -86,6 +86,12 @@ def claim_output_folder(folder: epath.PathLike, overwrite: bool, *inputs: epath.
     _remove_all(folder, _content(folder) + _leftovers(folder))
 
 
+def _is_ours(folder: epath.Path | Path) -> bool:
+    """Whether a command of this package wrote a folder; early versions' runs have no marker."""
+    run = (folder / "config.json", folder / "checkpoints" / "model")
+    return (folder / MARKER).exists() or all(path.exists() for path in run)
+
+
 def mark(folder: epath.Path | Path) -> None:
     """Marks a folder as written by this package, so that `--overwrite` may empty it."""
     if not (folder / MARKER).exists():
@@ -93,26 +99,46 @@ def mark(folder: epath.Path | Path) -> None:
 
 
 @contextmanager
-def atomic_folder(folder: epath.PathLike) -> Iterator[Path]:
+def atomic_folder(
+    folder: epath.PathLike,
+    overwrite: bool = False,
+    inputs: Sequence[epath.PathLike] = (),
+    replaces: Callable[[str], bool] | None = None,
+) -> Iterator[Path]:
     """A local folder to fill, whose files then replace the content of `folder`.
 
     `config.json` comes last: a folder that has it is complete. After an error the old content is
     unchanged; what a killed process left is removed by the next one. In a bucket the files are
     copied, and the old ones are removed before.
+
+    Args:
+      folder: the output.
+      overwrite: its present content may be removed; else it must have none.
+      inputs: files and folders that are read.
+      replaces: the folder is one that the caller keeps up to date: of its content the names that
+        this is true of are replaced, and all others stay.
+
+    Raises:
+      UserError: as `check_output_folder`, or the disk is full.
     """
     folder = _path(folder)
+    if replaces is None:
+        check_output_folder(folder, overwrite, *inputs)
     if in_bucket(folder):
         with tempfile.TemporaryDirectory() as local:
             yield Path(local)
             mark(folder)
-            _remove_all(folder, _content(folder))
+            _remove_all(folder, list(filter(replaces, _content(folder))))
             _upload(Path(local), epath.Path(folder))
         return
     folder, is_new = Path(folder), not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder, _say), _filled(folder) as partial:
-            yield partial
+        with locked(folder, _say):
+            if replaces is None:  # another command may have filled it since
+                check_output_folder(folder, overwrite, *inputs)
+            with _filled(folder, replaces) as partial:
+                yield partial
     finally:
         if is_new and not _content(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -123,7 +149,7 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def _filled(folder: Path) -> Iterator[Path]:
+def _filled(folder: Path, replaces: Callable[[str], bool] | None) -> Iterator[Path]:
     mark(folder)
     _remove_all(folder, _leftovers(folder))
     partial, replaced = (Path(partial_name(folder / name)) for name in ("new", "replaced"))
@@ -132,7 +158,7 @@ def _filled(folder: Path) -> Iterator[Path]:
         yield partial
         _finish_files(partial)
         replaced.mkdir()
-        _replace_content(folder, partial, replaced)
+        _replace_content(folder, list(filter(replaces, _content(folder))), partial, replaced)
     except Exception as error:
         if problem := disk_problem(error):
             raise UserError(
@@ -145,8 +171,19 @@ def _filled(folder: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def _contains(folder: epath.PathLike, path: epath.PathLike) -> bool:
+    """Whether a path is a folder or below it, through links and whatever is mounted where."""
+    outer, inner = _real(folder), _real(path)
+    if inner.is_relative_to(outer):
+        return True
+    if in_bucket(folder) or in_bucket(path) or not os.path.isdir(folder):
+        return False
+    found = (place for place in (inner, *inner.parents) if os.path.exists(place))
+    return any(os.path.samefile(folder, place) for place in found)
+
+
 def _real(path: epath.PathLike) -> PurePath:
-    return epath.Path(path) if in_bucket(path) else Path(path).resolve()  # through links
+    return epath.Path(path) if in_bucket(path) else Path(os.path.realpath(path))
 
 
 def _path(folder: epath.PathLike) -> epath.Path | Path:
@@ -162,9 +199,10 @@ def check_writable(folder: epath.PathLike) -> None:
     if in_bucket(folder):
         return
     folder = Path(folder)
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(f"{folder} is a link to nothing: make its target, or choose another.")
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    for place in (folder, *folder.absolute().parents):
+        if place.is_symlink() and not os.path.exists(place):
+            raise UserError(f"{place} is a link to nothing: make its target, or choose another.")
+    nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         why = "is not writable" if nearest.is_dir() else "is a file"
         raise UserError(
@@ -208,13 +246,15 @@ def _finish_files(folder: Path) -> None:
         sync(Path(place))
 
 
-def _replace_content(folder: Path, new: Path, replaced: Path) -> None:
-    """Moves the folder's content to `replaced` and that of `new` into it; after an error, back."""
+def _replace_content(folder: Path, old: list[str], new: Path, replaced: Path) -> None:
+    """Moves `old` names to `replaced` and the content of `new` in; after an error, both back."""
+    names = os.listdir(new)
+    old += [n for n in names if n not in old and os.path.lexists(folder / n)]
     try:
-        _move(folder, replaced, _complete_last(_content(folder))[::-1])
-        _move(new, folder, _complete_last(os.listdir(new)))
+        _move(folder, replaced, _complete_last(old)[::-1])
+        _move(new, folder, _complete_last(names))
     except BaseException:
-        _move(folder, new, [n for n in _content(folder) if (replaced / n).exists()])
+        _move(folder, new, [n for n in names if not os.path.lexists(new / n)])
         _move(replaced, folder, _complete_last(os.listdir(replaced)))
         raise
     sync(folder)

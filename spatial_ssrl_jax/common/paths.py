@@ -40,7 +40,7 @@ def user_path(place: epath.PathLike) -> epath.Path:
     """
     text = os.fspath(place)
     if not in_bucket(text):
-        return epath.Path(text)
+        return epath.Path(os.path.expanduser(text))
     scheme, _, rest = text.partition("://")
     bucket, _, name = rest.strip("/").partition("/")
     if scheme != "gs" or len(bucket) < 3 or not name:
@@ -135,6 +135,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # file systems without it for folders refuse
+            raise
     finally:
         os.close(descriptor)
 

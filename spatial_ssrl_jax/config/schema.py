@@ -125,7 +125,7 @@ class StageSettings:
 
     steps: Whole = 0
     prompts: Count = 256
-    learning_rate: Positive = 1e-5
+    learning_rate: NonNegative = 1e-5
     warmup_ratio: Fraction = 0.0
     schedule: Schedule = "constant"
     weight_decay: NonNegative = 0.0
@@ -208,7 +208,7 @@ class GrpoSettings(StageSettings):
     """
 
     steps: Whole = 360
-    learning_rate: Positive = 1e-6
+    learning_rate: NonNegative = 1e-6
     weight_decay: NonNegative = 0.01
     minibatches_per_rollout: Count = 2
     group_size: Count = 5

@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, VisionConfig
-from spatial_ssrl_jax.qwen_vl.family import member_of
+from spatial_ssrl_jax.qwen_vl.family import member_of, read_processor
 from spatial_ssrl_jax.qwen_vl.inputs import Grid, merged_tokens
 
 PROCESSOR_FILES = (
@@ -82,7 +82,8 @@ class Processor:
     """A model folder's tokenizer, chat template and image settings.
 
     Args:
-      folder: holds `tokenizer_config.json`, `preprocessor_config.json` and the chat template.
+      folder: holds `tokenizer_config.json`, the chat template, and `preprocessor_config.json` or
+        Transformers 5's `processor_config.json`.
       config: the model's shape and token ids.
       min_pixels, max_pixels: override the folder's limits on the area of an image or of a
         video's frame, in pixels.
@@ -100,10 +101,11 @@ class Processor:
     ):
         self.folder, self.config = Path(folder), config
         self._member = member_of(config)
-        for name in ("tokenizer_config.json", "preprocessor_config.json"):
-            if not (self.folder / name).is_file():
+        settings, name = read_processor(self.folder, "image")
+        for needed in ("tokenizer_config.json", name):
+            if not (self.folder / needed).is_file():
                 raise UserError(
-                    f"{self.folder / name} is missing: copy it from the model's hub page."
+                    f"{self.folder / needed} is missing: copy it from the model's hub page."
                 )
         vocabulary = ("tokenizer.json", "vocab.json", "merges.txt")
         exists = [(self.folder / name).is_file() for name in vocabulary]
@@ -114,16 +116,19 @@ class Processor:
             )
         self.tokenizer = _read_tokenizer(self.folder)
         self._template = self._read_template()
-        self._images = self._image_settings("preprocessor_config.json", min_pixels, max_pixels)
-        own = "video_preprocessor_config.json"  # folders without it treat frames like images
-        name = own if (self.folder / own).is_file() else "preprocessor_config.json"
-        self._frames = self._image_settings(name, min_pixels, max_pixels)
+        self._images = self._image_settings(settings, name, min_pixels, max_pixels)
+        frames, name = read_processor(self.folder, "video")
+        self._frames = self._image_settings(frames, name, min_pixels, max_pixels)
         self.stop_ids = self._read_stop_ids()
 
     def _image_settings(
-        self, name: str, min_pixels: int | None, max_pixels: int | None
+        self,
+        settings: dict[str, Any],
+        name: str,
+        min_pixels: int | None,
+        max_pixels: int | None,
     ) -> ResizeSettings:
-        settings, vision = _read_json(self.folder / name), self.config.vision
+        vision = self.config.vision
         size = settings.get("size", {})
         smallest = min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
         largest = max_pixels or settings.get("max_pixels") or size.get("longest_edge")

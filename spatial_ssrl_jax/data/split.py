@@ -23,8 +23,9 @@ class RecordSplit:
 def split_records(source: AnySource, fraction: float) -> RecordSplit:
     """Splits by a hash of each image's name: an image is held out where it is below `fraction`.
 
-    An image is therefore in the same set whatever other images there are, and of few images
-    perhaps none is held out. Ready-made questions of one image are held out together.
+    An image is therefore in the same set whatever other images there are, as long as its name
+    stays, and of few images perhaps none is held out. Ready-made questions of one image are held
+    out together.
 
     Args:
       source: images, ready-made questions or a mixture.

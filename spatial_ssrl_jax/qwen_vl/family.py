@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from jax import Array
@@ -73,6 +73,12 @@ MEMBERS: dict[str, Member[Any]] = {
 }
 
 
+_PROCESSOR_FILE = {
+    "image": "preprocessor_config.json",
+    "video": "video_preprocessor_config.json",
+}
+
+
 def member_of(config: QwenVLConfig) -> Member[Any]:
     """The member that a config describes."""
     return MEMBERS[config.model_type]
@@ -81,22 +87,50 @@ def member_of(config: QwenVLConfig) -> Member[Any]:
 def read_config(folder: Path) -> QwenVLConfig:
     """Reads `config.json` in the Hub's flat style or the newer nested one.
 
-    Mean and standard deviation of pixels are those of `preprocessor_config.json`, if it exists.
+    Mean and standard deviation of pixels are those of the image processor, if its file exists.
 
     Raises:
       UserError: the file is missing, is not JSON, or describes a model outside the family.
     """
-    path, pixels = Path(folder) / "config.json", Path(folder) / "preprocessor_config.json"
+    path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(
             f"{path} is missing: --model needs a folder with the files that a model has on the Hub."
         )
     config = config_from_dict(_read_json(path), str(path))
-    settings = _read_json(pixels) if pixels.is_file() else {}
-    if not isinstance(settings, dict):
-        raise UserError(f"{pixels} holds no JSON object; fetch it again.")
+    settings, _ = read_processor(folder, "image")
     found = {name: tuple(settings[name]) for name in PIXEL_KEYS if name in settings}
     return replace(config, vision=replace(config.vision, **found))
+
+
+def read_processor(folder: Path, kind: Literal["image", "video"]) -> tuple[dict[str, Any], str]:
+    """Settings of a folder's image or video processor, and the name of their file.
+
+    Transformers 5 writes both to `processor_config.json`, which comes first there too; earlier
+    versions write a file each. A folder without any for videos treats frames like images. The
+    settings are empty where the folder has none.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    kinds = [kind, "image"] if kind == "video" else [kind]
+    for part in kinds:
+        both = Path(folder) / "processor_config.json"
+        if both.is_file() and (found := _read_object(both).get(f"{part}_processor")):
+            if isinstance(found, dict):
+                return found, both.name
+            raise UserError(f"{both} holds no settings in {part}_processor; fetch it again.")
+        own = Path(folder) / _PROCESSOR_FILE[part]
+        if own.is_file():
+            return _read_object(own), own.name
+    return {}, _PROCESSOR_FILE["image"]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    found = _read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object; fetch it again.")
+    return found
 
 
 def _read_json(path: Path) -> Any:

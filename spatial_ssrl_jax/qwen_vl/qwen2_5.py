@@ -59,35 +59,37 @@ class Qwen2_5VisionConfig(VisionConfig):
         return len(self.fullatt_block_indexes)
 
 
-_TEXT_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "max_position_embeddings",
-)
-_VISION_KEYS = (
-    "depth",
-    "hidden_size",
-    "intermediate_size",
-    "num_heads",
-    "out_hidden_size",
-    "patch_size",
-    "temporal_patch_size",
-    "spatial_merge_size",
-    "window_size",
-    "tokens_per_second",
-)
+# Defaults of Transformers' Qwen2_5_VLConfig; 4.49 writes only what differs from them.
+_TEXT_DEFAULTS = {
+    "vocab_size": 152_064,
+    "hidden_size": 8192,
+    "intermediate_size": 29_568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 32_768,
+}
+_VISION_DEFAULTS = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "tokens_per_second": 4,
+}
+_FULL_ATTENTION_DEFAULT = (7, 15, 23, 31)
 
 
 def config_from_dict(raw: dict[str, Any], name: str) -> QwenVLConfig:
     """Builds the config from the parsed `config.json`; `name` is used in errors."""
     try:
         text = {**raw, **raw.get("text_config", {})}
-        vision = raw.get("vision_config", {})
+        vision = raw["vision_config"]
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _refuse_variants(text, vision, rope, name)
         tokens = {k: text.get(k, raw.get(k)) for k in TOKEN_IDS}
@@ -95,13 +97,15 @@ def config_from_dict(raw: dict[str, Any], name: str) -> QwenVLConfig:
         return QwenVLConfig(
             model_type=MODEL_TYPE,
             text=TextConfig(
-                **{k: text[k] for k in _TEXT_KEYS},
+                **{k: text.get(k, default) for k, default in _TEXT_DEFAULTS.items()},
                 mrope_section=tuple(rope["mrope_section"]),
                 rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
             ),
             vision=Qwen2_5VisionConfig(
-                **{k: vision[k] for k in _VISION_KEYS},
-                fullatt_block_indexes=tuple(vision["fullatt_block_indexes"]),
+                **{k: vision.get(k, default) for k, default in _VISION_DEFAULTS.items()},
+                fullatt_block_indexes=tuple(
+                    vision.get("fullatt_block_indexes", _FULL_ATTENTION_DEFAULT)
+                ),
                 in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
             ),
             tie_word_embeddings=bool(

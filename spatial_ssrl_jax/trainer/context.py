@@ -177,10 +177,10 @@ def open_run(
         check_workdir(config, workdir, overwrite, inputs)
         workdir.mkdir(parents=True, exist_ok=True)
         resources.enter_context(locked(workdir, progress.say))
-        resumes = claim_workdir(config, workdir, overwrite, inputs)
         found = input_fingerprints(config, model, components.source)
-        if resumes:
+        if check_workdir(config, workdir, overwrite, inputs):
             check_same_inputs(workdir, config, found)
+        claim_workdir(config, workdir, overwrite, inputs)
         write_fingerprints(workdir, found)
         write_model_files(model, workdir / "checkpoints" / MODEL)
         set_aside_damaged(workdir / "checkpoints", progress.say)

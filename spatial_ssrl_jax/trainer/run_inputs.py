@@ -51,7 +51,12 @@ def check_same_inputs(workdir: epath.Path, config: Config, now: dict[str, str]) 
     try:
         before = json.loads(path.read_text())
     except FileNotFoundError:
-        return  # of a version that did not write it
+        if not (workdir / "checkpoints").exists():
+            return  # stopped before it began
+        raise UserError(
+            f"{workdir} holds a run of an earlier version, which held out other images: choose "
+            "another --workdir; grpo.init_from starts a new run from a checkpoint."
+        ) from None
     except ValueError:
         before = {}
     changed = list(_changed(config, before, now))

@@ -67,21 +67,16 @@ def check_workdir(
 
 def claim_workdir(
     config: Config, workdir: epath.Path, overwrite: bool, inputs: Sequence[epath.PathLike]
-) -> bool:
+) -> None:
     """Creates the folder or resumes in it, and writes `config.json`; arguments as `check_workdir`.
-
-    Returns:
-      Whether the same run stopped there, and resumes.
 
     Raises:
       UserError: as `check_workdir`.
     """
-    resumes = check_workdir(config, workdir, overwrite, inputs)
-    if not resumes:
+    if not check_workdir(config, workdir, overwrite, inputs):
         claim_output_folder(workdir, overwrite, *inputs)
     mark(workdir)
     write_atomic(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-    return resumes
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], workdir: epath.Path) -> None:
@@ -116,6 +111,6 @@ def write_model_files(model: ModelFolder, folder: epath.Path) -> None:
     """Writes the model's config, tokenizer and processor files, unless they are there."""
     if (folder / "config.json").exists():
         return
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, replaces=lambda _: True) as partial:
         copy_files(model, partial)
         write_config(model.config, partial, "float32")

@@ -102,6 +102,12 @@ def test_a_bucket(bucket: Storage, monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(UserError, match=r"gs://bucket/run is in use"):
             locked(folder, said.append).__enter__()
     assert bucket.names("bucket") == [] and "waiting" in said[0]
+    ended = []
+    monkeypatch.setattr(lock, "exit_now", ended.append)
+    with locked(folder, said.append):
+        bucket.write("bucket", f"run/{LOCK}", b'{"id": "of a run that took it over"}')
+        time.sleep(0.5)
+    assert set(ended) == {2}
     bucket.write("bucket", f"run/{LOCK}", b"{}")  # of a run that was killed
     begun = time.monotonic()
     with locked(folder, said.append):

@@ -25,7 +25,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def fill(folder: Path, **files: str) -> None:
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, overwrite=True) as partial:
         for name, text in files.items():
             (partial / name).write_text(text)
 
@@ -54,6 +54,13 @@ def test_ours_is_emptied_only_with_overwrite_and_stays(tmp_path: Path):
     assert len(content(tmp_path / "out")) == 2
     claim_output_folder(tmp_path / "out", overwrite=True)
     assert content(tmp_path / "out") == {} and (tmp_path / "out").stat().st_ino == kept
+
+
+def test_the_run_of_an_early_version_is_ours(tmp_path: Path):
+    (tmp_path / "checkpoints" / "model").mkdir(parents=True)
+    (tmp_path / "config.json").touch()
+    claim_output_folder(tmp_path, overwrite=True)
+    assert os.listdir(tmp_path) == [MARKER]
 
 
 def test_a_folder_of_others_is_never_emptied(tmp_path: Path):
@@ -109,8 +116,10 @@ def test_a_link_to_a_folder_is_filled_and_one_to_nothing_named(tmp_path: Path):
     (tmp_path / "nothing").symlink_to(tmp_path / "gone")
     fill(tmp_path / "link", **{"a.txt": "ours"})
     assert content(tmp_path / "real") == {"a.txt": "ours"} and (tmp_path / "link").is_symlink()
-    with pytest.raises(UserError, match="nothing is a link to nothing: make its target"):
-        check_output_folder(tmp_path / "nothing", False)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("nothing", "nothing/below", "loop"):
+        with pytest.raises(UserError, match="is a link to nothing: make its target"):
+            check_output_folder(tmp_path / name, False)
 
 
 def test_what_cannot_be_written_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -135,14 +144,14 @@ def test_nothing_is_made_outside_the_folder(tmp_path: Path):
 
 def test_an_error_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fill(tmp_path / "out", **{"config.json": "old", "a": "old"})
-    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "out") as partial:
+    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "out", True) as partial:
         (partial / "config.json").write_text("new")
         raise OSError("full")
     assert content(tmp_path / "out") == {"config.json": "old", "a": "old"}
     replace = os.replace
 
     def fails(source: Path, target: Path) -> None:
-        if Path(target).name == "b":
+        if Path(target) == tmp_path / "out" / "b":
             raise OSError("full")
         replace(source, target)
 
@@ -150,6 +159,44 @@ def test_an_error_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="full"):
         fill(tmp_path / "out", **{"config.json": "new", "a": "new", "b": "new"})
     assert content(tmp_path / "out") == {"config.json": "old", "a": "old"}
+
+
+def test_a_folder_that_was_filled_meanwhile_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="out is not empty"):
+        with atomic_folder(tmp_path / "out") as partial:
+            (partial / "a").write_text("first")
+        with atomic_folder(tmp_path / "out"):
+            pass
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a").write_text("mine")
+    with (
+        pytest.raises(UserError, match="not written by this package"),
+        atomic_folder(tmp_path / "theirs", overwrite=True),
+    ):
+        pass
+
+
+def test_a_folder_kept_up_to_date_keeps_what_is_others(tmp_path: Path):
+    fill(tmp_path / "out", **{"a.safetensors": "old", "b.safetensors": "old", "notes": "mine"})
+    ours = lambda name: name.endswith(".safetensors")  # noqa: E731
+    with atomic_folder(tmp_path / "out", replaces=ours) as partial:
+        (partial / "a.safetensors").write_text("new")
+    assert content(tmp_path / "out") == {"a.safetensors": "new", "notes": "mine"}
+
+
+def test_a_folder_is_the_same_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder that is mounted twice has one device and inode under two names."""
+    fill(tmp_path / "out", **{"a.txt": "ours"})
+    (tmp_path / "mounted").mkdir()
+    samefile = os.path.samefile
+
+    def mounted(a, b) -> bool:
+        swap = lambda p: str(p).replace("mounted", "out")  # noqa: E731
+        return samefile(swap(a), swap(b))
+
+    monkeypatch.setattr(os.path, "samefile", mounted)
+    with pytest.raises(UserError, match="holds what is read"):
+        claim_output_folder(tmp_path / "out", True, tmp_path / "mounted")
 
 
 KILLED = """
@@ -196,7 +243,7 @@ def test_files_reach_the_disk_before_they_have_their_name(
 def test_a_folder_in_a_bucket_is_replaced_and_config_comes_last(bucket: Storage):
     folder = user_path("gs://bucket/run/export")
     for names in (["config.json", "old"], ["a/b", "config.json", "model.safetensors"]):
-        with atomic_folder(folder) as local:
+        with atomic_folder(folder, overwrite=True) as local:
             for name in names:
                 (local / name).parent.mkdir(exist_ok=True)
                 (local / name).write_text(name)
@@ -204,7 +251,7 @@ def test_a_folder_in_a_bucket_is_replaced_and_config_comes_last(bucket: Storage)
     assert bucket.names("bucket") == found
     assert bucket.read("bucket", "run/export/a/b") == b"a/b"
     assert "config.json" in [line for line in bucket.asked if "uploadType" in line][-2]
-    with pytest.raises(OSError, match="full"), atomic_folder(folder) as local:
+    with pytest.raises(OSError, match="full"), atomic_folder(folder, True) as local:
         (local / "half").write_text("x")
         raise OSError("full")
     assert bucket.names("bucket") == found

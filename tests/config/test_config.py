@@ -193,10 +193,11 @@ def test_settings_that_contradict_one_another_are_refused(path: str, changes: di
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("grpo.learning_rate", -1.0, "above 0"),
-        ("grpo.learning_rate", float("nan"), "above 0"),
-        ("grpo.learning_rate", float("inf"), "above 0"),
+        ("grpo.learning_rate", -1.0, "at least 0"),
+        ("grpo.learning_rate", float("nan"), "at least 0"),
+        ("grpo.learning_rate", float("inf"), "at least 0"),
         ("grpo.learning_rate", "1e-6", "a number"),
+        ("grpo.steps", -(10**400), "at least 0"),
         ("grpo.steps", 2.5, "a whole number"),
         ("grpo.steps", True, "a whole number"),
         ("optim.max_grad_norm", -1.0, "above 0"),

@@ -1,11 +1,15 @@
 """Prompts: the chat text, image tokens, patches and padding, and what is refused."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax.checkpoint.export import copy_files
+from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.batching import pad_responses, smallest_bucket
 from spatial_ssrl_jax.data.processor import Processor
@@ -305,3 +309,23 @@ def test_padding_of_responses():
     )
     assert tokens.tolist() == [[[4, 5, 0], [6, 0, 0]], [[7, 8, 9], [7, 8, 9]]]
     assert length.tolist() == [[2, 1], [3, 3]]
+
+
+def test_the_processor_of_transformers_5(shared: Path, tmp_path: Path):
+    """`processor_config.json` has both parts, and comes before files of earlier versions."""
+    field = shared / "field" / "model_configs" / "transformers_5.24_processor"
+    if not field.is_dir():
+        pytest.skip(f"{field} is missing")
+    for path in (*(shared / "qwen2_5_vl").glob("*.*"), field / "processor_config.json"):
+        shutil.copy(path, tmp_path)
+    shutil.copy(shared / "qwen2_5_vl" / "3b" / "config.json", tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    config = read_config(tmp_path)
+    processor = Processor(tmp_path, config)
+    assert processor.grid(1000, 1000) == (1, 16, 16)  # its images have at most 224x224 pixels
+    assert processor.video_grid(2, 1000, 1000)[1] > 16  # its videos more
+    source = dataclasses.replace(open_model("tiny"), files=tmp_path)
+    (tmp_path / "out").mkdir()
+    copy_files(source, tmp_path / "out")
+    (tmp_path / "out" / "processor_config.json").unlink()  # as versions before 5 read it
+    assert Processor(tmp_path / "out", config).grid(1000, 1000) == (1, 16, 16)

@@ -1,6 +1,7 @@
 """ArrayRecord files: what `prepare` writes, `tfds:` and `arrayrecord:` read back to the bit."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -140,11 +141,17 @@ def test_prepare_reports_and_never_overwrites_unasked(
     assert len(report["skipped"]) == 1 and "c.png" in report["skipped"][0]
     with pytest.raises(UserError, match="--overwrite"):
         prepare.main(argv)
-    left = tmp_path / "ssrl_pictures" / "rgbd" / "incomplete.AB12CD_1.0.0"  # as TFDS names it
-    left.mkdir()
-    (left / "half").touch()
+    left = tmp_path / ".prepare.partial" / "half"  # of a killed process
+    left.parent.mkdir()
+    left.touch()
+    before = sorted(tmp_path.rglob("*.array_record*"))
+    with pytest.raises(UserError, match="could not be used"):
+        prepare.main([*argv[:-1], "--overwrite", "--max-bad-fraction=0.1"])
+    assert sorted(tmp_path.rglob("*.array_record*")) == before, "the old one stays"
     prepare.main([*argv, "--overwrite"])
-    assert not left.exists()
+    assert os.listdir(tmp_path) == ["ssrl_pictures"]
+    with pytest.raises(UserError, match="--max-bad-fraction must be at least 0"):
+        prepare.main([*argv[:-1], "--max-bad-fraction=-1"])
 
 
 def test_prepare_never_replaces_what_it_reads(tmp_path: Path):

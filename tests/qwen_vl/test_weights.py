@@ -280,7 +280,16 @@ def test_config_errors(shared, tmp_path):
         path.write_text(json.dumps(raw | other))
         with pytest.raises(UserError, match=r"config\.json sets .* which is not supported"):
             read_config(tmp_path)
-    del raw["num_hidden_layers"]
+    del raw["vision_config"]
     path.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=r"config\.json lacks the key 'num_hidden_layers'"):
+    with pytest.raises(UserError, match=r"config\.json lacks the key 'vision_config'"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("release", ["4.49.0", "4.50.3", "4.52.4", "4.57.3"])
+def test_each_release_writes_the_same_config(shared, release: str):
+    """4.49 writes only what differs from its class's defaults."""
+    folder = shared / "field" / "model_configs" / f"transformers_{release}_3b"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing")
+    assert read_config(folder) == read_config(shared / "qwen2_5_vl" / "3b")

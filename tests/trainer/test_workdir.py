@@ -14,6 +14,7 @@ from spatial_ssrl_jax import train as command
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.lock import locked
+from spatial_ssrl_jax.common.outputs import claim_output_folder
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.trainer.context import open_components
 from spatial_ssrl_jax.trainer.preflight import preflight
@@ -101,6 +102,12 @@ def test_everything_that_a_run_reads_is_an_input(config: c.Config, photos: Path,
         assert str(tmp_path / name) in found, name
 
 
+def test_linked_photos_are_inputs_too(photos: Path, tmp_path: Path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.png").symlink_to(photos / "00.png")
+    assert str(photos / "00.png") in open_source(f"folder:{tmp_path / 'links'}").inputs
+
+
 def test_a_folder_that_holds_the_config_file_is_refused(tmp_path: Path):
     path = tmp_path / "run" / "config.py"
     path.parent.mkdir()
@@ -154,8 +161,32 @@ def test_a_resume_notices_other_weights_and_other_photos(config: c.Config, tmp_p
         check_same_inputs(workdir, config, fingerprints(config))
 
 
-def test_a_run_of_a_version_without_fingerprints_resumes(config: c.Config, tmp_path: Path):
+def test_a_run_of_a_version_with_another_split_is_refused(config: c.Config, tmp_path: Path):
     check_same_inputs(tmp_path, config, fingerprints(config))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="of an earlier version, which held out other images"):
+        check_same_inputs(tmp_path, config, fingerprints(config))
+
+
+def test_a_folder_within_the_photos_is_none_of_them(photos: Path):
+    source = open_source(f"folder:{photos}")
+    claim_output_folder(photos / "run", False)
+    (photos / "run" / "rollouts").mkdir()
+    shutil.copy(photos / "00.png", photos / "run" / "rollouts" / "0.png")
+    again = open_source(f"folder:{photos}")
+    assert again.files == source.files and again.fingerprint() == source.fingerprint()
+
+
+def test_images_given_by_path_have_a_fingerprint(photos: Path, tmp_path: Path):
+    row = {
+        "instruction": "one patch is flipped",
+        "output": "<think>x</think>\\boxed{1-0}",
+        "images": ["photos/00.png"],
+    }
+    (tmp_path / "sft.json").write_text(json.dumps([row]))
+    before = open_source(f"ssrl81k:{tmp_path / 'sft.json'}").fingerprint()
+    shutil.copy(photos / "01.png", photos / "00.png")
+    assert open_source(f"ssrl81k:{tmp_path / 'sft.json'}").fingerprint() != before
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.fingerprint import fingerprint
+from spatial_ssrl_jax.common.outputs import MARKER
 from spatial_ssrl_jax.common.retry import with_retries
 from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.tasks.record import Record
@@ -42,9 +43,11 @@ class FileSource:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The folder, and those that links below it point to."""
-        folders = {os.path.join(self.root, os.path.dirname(file)) for file in self.files}
-        return (self.root, *sorted(set(map(os.path.realpath, folders))))
+        """The folder, and what links below it point to."""
+        files = [os.path.join(self.root, file) for file in self.files]
+        linked = {os.path.realpath(file) for file in files if os.path.islink(file)}
+        folders = set(map(os.path.realpath, {os.path.dirname(file) for file in files}))
+        return (self.root, *sorted(folders | linked))
 
     def fingerprint(self) -> str:
         files = self.files if self.depth_of is None else filter(_is_data, _walk(self.root))
@@ -128,6 +131,11 @@ def _walk(root: str) -> Iterator[str]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        # What this package writes into the folder, such as a run's rollouts, is none of its images.
+        subfolders[:] = sorted(
+            s
+            for s in subfolders
+            if not s.startswith(".") and not os.path.exists(os.path.join(folder, s, MARKER))
+        )
         prefix = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
         yield from (prefix + name for name in names if not name.startswith("."))

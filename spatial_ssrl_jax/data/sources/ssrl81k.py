@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.common.fingerprint import fingerprint
+from spatial_ssrl_jax.common.fingerprint import fingerprint, hash_texts
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.data.sources.parquet import RowGroups, read_paths, read_texts
@@ -25,6 +25,7 @@ from spatial_ssrl_jax.tasks.answers import last_box
 from spatial_ssrl_jax.tasks.example import Example
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
+_HASHED = 64  # images whose content is hashed
 LAYOUT = "parquet with problem, answer, images, or JSON with instruction, input, output, images"
 # A phrase of each task's question that no other's has; the released texts vary a little.
 _PHRASES = {
@@ -79,17 +80,21 @@ class QuestionSource:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The folder of the files, and those of images that are given by path."""
-        paths = {
-            os.path.join(os.path.dirname(question.file), os.path.dirname(image))
-            for question in self.questions
-            for image in (*(question.images or ()), question.path)
-            if isinstance(image, str)
-        }
-        return (self.root, *sorted(paths))
+        return (self.root, *sorted(set(map(os.path.dirname, self._image_files()))))
 
     def fingerprint(self) -> str:
         files = {os.path.relpath(q.file, self.root): q.file for q in self.questions}
-        return fingerprint(files)
+        images = {os.path.relpath(path, self.root): path for path in self._image_files()}
+        return hash_texts([fingerprint(files), fingerprint(images, _HASHED)])
+
+    def _image_files(self) -> set[str]:
+        """Paths of the images that are given by path."""
+        return {
+            os.path.join(os.path.dirname(question.file), image)
+            for question in self.questions
+            for image in (*(question.images or ()), question.path)
+            if isinstance(image, str) and image
+        }
 
     def __len__(self) -> int:
         return len(self.questions)
