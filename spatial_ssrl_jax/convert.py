@@ -13,7 +13,7 @@ from spatial_ssrl_jax.checkpoint.export import copy_files, export, write_config
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.checkpoint.params import PARAMS, save_params
 from spatial_ssrl_jax.common.errors import run_command
-from spatial_ssrl_jax.common.outputs import atomic_folder, check_output_folder
+from spatial_ssrl_jax.common.outputs import atomic_folder, check_output_folder, check_space
 from spatial_ssrl_jax.common.paths import local_copy, user_path
 from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.parallel.mesh import make_mesh
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     dtype = args.dtype if args.dtype != "keep" else str(jax.tree.leaves(params)[0].dtype)
     if adapters:
         params = merge_adapters(merge_params(params, jax.tree.map(jnp.asarray, adapters)), dtype)
+    check_space(target, sum(x.size * jnp.dtype(dtype).itemsize for x in jax.tree.leaves(params)))
     if args.direction == "to-orbax":
         with atomic_folder(target, args.overwrite, inputs) as partial:
             copy_files(source, partial)

@@ -174,6 +174,15 @@ def test_convert_there_and_back_is_bit_exact(run, model: Path, tmp_path: Path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "orbax"]
 
 
+def test_convert_looks_for_room_first(run, model: Path, tmp_path: Path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    for direction in ("to-hf", "to-orbax"):
+        result = run(convert.main, direction, model, tmp_path / "out")
+        assert_refused(result, str(tmp_path / "out"), "needs 7.16 MB", "1 MB left")
+    assert not (tmp_path / "out").exists()
+
+
 def test_convert_names_what_is_wrong(run, model: Path, tmp_path: Path):
     assert_refused(run(convert.main, "to-orbax", "/nowhere/m", tmp_path / "x"), "/nowhere/m")
     (tmp_path / "full").mkdir()

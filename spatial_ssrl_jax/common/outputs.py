@@ -26,6 +26,7 @@ from spatial_ssrl_jax.common.paths import (
     sync,
     write_atomic,
 )
+from spatial_ssrl_jax.common.text import byte_size
 
 MARKER = ".spatial_ssrl_jax"
 _NOT_CONTENT = (MARKER, LOCK, "lost+found")  # the last is in the root of an ext4 disk
@@ -207,6 +208,23 @@ def check_writable(folder: epath.PathLike) -> None:
         why = "is not writable" if nearest.is_dir() else "is a file"
         raise UserError(
             f"nothing can be written to {folder} ({nearest} {why}): choose another folder."
+        )
+
+
+def check_space(folder: epath.PathLike, needed: int) -> None:
+    """Checks that a folder's disk, unless it is a bucket, has room for so many bytes.
+
+    Raises:
+      UserError: it does not.
+    """
+    if in_bucket(folder):
+        return
+    place = Path(folder).absolute()
+    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+    if needed > free:
+        raise UserError(
+            f"{folder} needs {byte_size(needed)}, and its disk has {byte_size(free)} left: free "
+            "space there, or choose another folder."
         )
 
 

@@ -15,6 +15,7 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.parallel.compiler import set_compiler_flags
 
+_READY = "ready/"
 _SIGNED_OFF = "signed_off/"
 _SIGN_OFF_SECONDS = 10  # that process 0 waits for the others
 
@@ -49,6 +50,21 @@ def process_group() -> ProcessGroup:
     state = distributed.global_state
     count = state.num_processes if state.client is not None else 1
     return ProcessGroup(state.client, state.process_id, count)
+
+
+def await_primary(name: str, seconds: int) -> None:
+    """Returns once process 0 has called it with this name, by the key-value store.
+
+    Collectives give up after half a minute where a process does not take part; process 0 may take
+    longer for what it does alone.
+    """
+    group = process_group()
+    if group.client is None:
+        return
+    if group.process_id == 0:
+        group.client.key_value_set(_READY + name, "ready", allow_overwrite=True)
+    else:
+        group.client.blocking_key_value_get(_READY + name, 1000 * seconds)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

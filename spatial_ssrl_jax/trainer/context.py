@@ -30,6 +30,7 @@ from spatial_ssrl_jax.monitoring.process_stats import CompilationCounter
 from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.monitoring.wandb_run import WandbRun, check_wandb
 from spatial_ssrl_jax.parallel.collectives import all_gather, barrier, is_primary
+from spatial_ssrl_jax.parallel.distributed import await_primary
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
@@ -48,6 +49,8 @@ from spatial_ssrl_jax.trainer.run_inputs import (
     write_fingerprints,
 )
 from spatial_ssrl_jax.trainer.workdir import check_workdir, claim_workdir, write_model_files
+
+_FOLDER_SECONDS = 900  # for the primary process to wait for the lock and hash the inputs
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ def open_run(
         write_fingerprints(workdir, found)
         write_model_files(model, workdir / "checkpoints" / MODEL)
         set_aside_damaged(workdir / "checkpoints", progress.say)
+    await_primary("the run's folder", _FOLDER_SECONDS)
     barrier("the run's folder")
     rollout = config.rollout
     engine = Engine(
