@@ -185,6 +185,10 @@ def find_tensors(folder: Path, config: QwenVLConfig) -> dict[str, StoredTensor]:
 
 
 def _files(folder: Path) -> list[Path]:
+    """The files of a model's weights; a single file comes before shards, as in Transformers."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():

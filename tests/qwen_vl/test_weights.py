@@ -118,6 +118,16 @@ def test_shards_and_index(mini, tmp_path):
     assert_same_tree(read_params(folder, mini.config), mini.params)
 
 
+def test_a_single_file_comes_before_stale_shards(mini, tmp_path):
+    """A newer export beside the shards and the index of an older one, whole or in part."""
+    folder = write_folder(tmp_path / "out", mini, mini.params, "float32", shard_bytes=50_000)
+    newer = jax.tree.map(lambda x: x + 1, mini.params)
+    write_params(folder, mini.config, newer, "float32")
+    assert_same_tree(read_params(folder, mini.config), newer)
+    next(folder.glob("model-00001*")).unlink()
+    assert_same_tree(read_params(folder, mini.config), newer)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_newer_names(mini, tmp_path, shards):
     """`model.language_model.` and `model.visual.`, in one file or several without an index."""
