@@ -1,7 +1,8 @@
 """Opening a model: a Hugging Face folder, a hub id, a checkpoint, here or in a bucket."""
 
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ from spatial_ssrl_jax.qwen_vl.lora import (
 )
 from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params, init_adapters, init_params
 from spatial_ssrl_jax.qwen_vl.param_tree import flatten_params, merge_params, select_params
-from spatial_ssrl_jax.qwen_vl.weights import find_tensors, read_params
+from spatial_ssrl_jax.qwen_vl.weights import find_tensors, has_own_head, read_params
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -155,7 +156,8 @@ def open_model(path: epath.PathLike) -> ModelFolder:
     Args:
       path: a Hugging Face folder, a folder that `convert to-orbax` wrote, a step of a run's
         `checkpoints/`, `tiny`, or a hub id (downloaded if it is not cached). All but the last two
-        may be in a bucket: a Hugging Face folder is copied from there, Orbax reads in place.
+        may be in a bucket: a Hugging Face folder is copied from there, Orbax reads in place. A head
+        that differs from the embedding is kept, though the folder's config ties the two.
 
     Raises:
       UserError: nothing usable is there.
@@ -164,8 +166,13 @@ def open_model(path: epath.PathLike) -> ModelFolder:
         return ModelFolder(read_config(TINY), TINY, epath.Path(TINY), "tiny")
     folder, files = _find(str(path))
     files = local_copy(files)
-    weights = folder if (folder / PARAMS).is_dir() else epath.Path(files)
-    return ModelFolder(read_config(files), files, weights, str(path))
+    config = read_config(files)
+    if (folder / PARAMS).is_dir():
+        return ModelFolder(config, files, folder, str(path))
+    with suppress(UserError):  # of weights that are missing or damaged, raised when they are read
+        if has_own_head(files, config):
+            config = replace(config, tie_word_embeddings=False)
+    return ModelFolder(config, files, epath.Path(files), str(path))
 
 
 def read_shape(path: str) -> QwenVLConfig:

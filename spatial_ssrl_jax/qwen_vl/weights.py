@@ -24,6 +24,7 @@ from spatial_ssrl_jax.qwen_vl.family import member_of
 from spatial_ssrl_jax.qwen_vl.model import abstract_params, contracted_axes
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, flatten_params, unflatten_params
 
+_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"  # names on the Hub
 _TABLES = ("text/embed", "text/head")  # [V, D] here and on the Hub
 
 
@@ -171,6 +172,12 @@ def find_tensors(folder: Path, config: QwenVLConfig) -> dict[str, StoredTensor]:
     Raises:
       UserError: a missing, extra or wrongly shaped tensor, or a broken file.
     """
+    found = _stored(folder, config)
+    _check(folder, config, found)
+    return found
+
+
+def _stored(folder: Path, config: QwenVLConfig) -> dict[str, StoredTensor]:
     found = {}
     for path in _files(folder):
         try:
@@ -180,8 +187,24 @@ def find_tensors(folder: Path, config: QwenVLConfig) -> dict[str, StoredTensor]:
                     found[canonical_name(config, name)] = StoredTensor(path, name, shape)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
-    _check(folder, config, found)
     return found
+
+
+def has_own_head(folder: Path, config: QwenVLConfig) -> bool:
+    """Whether a folder's head differs from its embedding, although its config ties the two.
+
+    Raises:
+      UserError: no file, or a broken one.
+    """
+    stored = _stored(folder, config)
+    head, embed = (stored.get(config_name) for config_name in (_HEAD, _EMBED))
+    if not config.tie_word_embeddings or head is None or embed is None:
+        return False
+    tensors = []
+    for tensor in (head, embed):
+        with safe_open(tensor.path, "np") as file:
+            tensors.append(file.get_tensor(tensor.name))
+    return not np.array_equal(*tensors)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -206,8 +229,8 @@ def _check(folder: Path, config: QwenVLConfig, stored: dict[str, StoredTensor]) 
     expected = {n: entry.hub_shape for entry in entries(config) for n in entry.hub_names}
     missing = sorted(expected.keys() - stored.keys())
     extra = sorted(stored.keys() - expected.keys())
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")
+    if config.tie_word_embeddings and _HEAD in extra:
+        extra.remove(_HEAD)
     extra = [name for name in extra if not re.search(r"rotary_emb\.inv_freq$", name)]
     for what, names in (("lacks", missing), ("also holds", extra)):
         if names:

@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl.family import config_from_dict, config_to_dict, read_config
 from spatial_ssrl_jax.qwen_vl.model import abstract_params, param_axes
@@ -202,6 +203,22 @@ def test_copy_of_a_tied_head_is_taken(mini, broken):
     np.testing.assert_array_equal(
         *(read_params(folder, other)["text"][k] for k in ("head", "embed"))
     )
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_head_of_its_own_is_kept(mini, broken, changed):
+    """Equal to the embedding it is dropped; else the model is untied, and exported so."""
+
+    def with_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(changed)
+
+    folder = broken(with_head)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    model = open_model(str(folder))
+    assert model.config.tie_word_embeddings != changed
+    assert ("head" in read_params(folder, model.config)["text"]) == changed
+    assert config_to_dict(model.config, "float32")["tie_word_embeddings"] != changed
 
 
 @pytest.mark.parametrize("keep", [4, 1000, -7])
