@@ -70,8 +70,8 @@ def check_output_folder(folder: epath.PathLike, overwrite: bool, *inputs: epath.
     if not overwrite:
         raise UserError(f"{folder} is not empty: choose another folder or give --overwrite.")
     if not in_bucket(folder):
-        here = Path(folder).resolve()
-        if here == Path.home().resolve() or Path.cwd().resolve().is_relative_to(here):
+        here, home = Path(folder).resolve(), Path(os.path.expanduser("~")).resolve()
+        if here == home or Path.cwd().resolve().is_relative_to(here):
             raise UserError(
                 f"{folder} is your home or holds the working folder, and is never emptied: choose "
                 "another folder."
@@ -132,8 +132,11 @@ def atomic_folder(
             _remove_all(folder, list(filter(replaces, _content(folder))))
             _upload(Path(local), epath.Path(folder))
         return
-    folder, is_new = Path(folder), not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, is_new = Path(folder), True
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        is_new = False
     try:
         with locked(folder, _say):
             if replaces is None:  # another command may have filled it since
