@@ -42,8 +42,9 @@ def hash_texts(texts: Iterable[str | bytes]) -> str:
 
 
 def _size(path: epath.PathLike) -> int:
+    """A regular file's size; a pipe would never end."""
     try:
-        return os.path.getsize(path)
+        return os.path.getsize(path) if os.path.isfile(path) else _GONE
     except OSError:
         return _GONE
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -96,7 +97,12 @@ def _name(path_or_bytes: str | os.PathLike[str] | bytes) -> str:
 
 def _open(path_or_bytes: str | os.PathLike[str] | bytes, name: str) -> Image.Image:
     """Opens lazily: reads the header only, and rejects what should not be decoded."""
-    file = io.BytesIO(path_or_bytes) if isinstance(path_or_bytes, bytes) else path_or_bytes
+    if isinstance(path_or_bytes, bytes):
+        file = io.BytesIO(path_or_bytes)
+    else:
+        file = path_or_bytes
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise BadImage(f"{name}: is no file with an image.")  # to open a pipe would hang
     try:
         image = Image.open(file)
     except UnidentifiedImageError as error:

@@ -1,5 +1,6 @@
 """Folders with every kind of bad file: usable files are used, the rest is skipped and named."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,14 @@ def items_of(spec: str, processor: Processor, task: str, count: int) -> list[Ite
     source = open_source(spec)
     items = item_dataset(source, range(len(source)), weights(**{task: 1.0}), processor, seed=0)
     return [items[i] for i in range(count)]
+
+
+def test_a_pipe_among_the_images_is_named(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    source = open_source(f"folder:{tmp_path}")
+    with pytest.raises(BadImage, match=r"pipe\.png: is no file with an image"):
+        source[0]
+    assert source.fingerprint() == source.fingerprint()
 
 
 def test_bad_images_are_skipped_and_named(tmp_path: Path, processor: Processor):
