@@ -77,7 +77,7 @@ class Progress:
         columns: list[ProgressColumn] = [
             TextColumn("{task.description}"),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
+            TextColumn("{task.fields[metrics]}", markup=False),
             _TimeLeft(),
         ]
         if self.console.width >= _WIDE:
@@ -104,7 +104,8 @@ class Progress:
             self._bar.update(self._task, metrics=text)
         else:
             self.stop()
-            columns = (SpinnerColumn(), TextColumn(text), TimeElapsedColumn())
+            shown = TextColumn("{task.description}", markup=False)  # names may hold anything
+            columns = (SpinnerColumn(), shown, TimeElapsedColumn())
             self._show(*columns, transient=True).add_task(text, total=None)
 
     def step(self, number: int, metrics: Mapping[str, float]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from spatial_ssrl_jax.common.text import byte_size, duration
 from spatial_ssrl_jax.trainer.preflight import PreflightReport, StageReport
@@ -13,7 +14,7 @@ def print_report(report: PreflightReport, console: Console) -> None:
     """Prints a report of `preflight` as a short list."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in _lines(report):
-        table.add_row(name, text)
+        table.add_row(name, Text(text))  # names may hold what would be markup
     console.print(table, soft_wrap=True)
     for note in report["notes"]:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)

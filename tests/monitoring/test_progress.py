@@ -115,3 +115,16 @@ def test_the_table_has_a_row_a_task_and_a_column_a_stage():
     assert set(lines) == {"flip *", "depth", "mean of trained"}
     assert "0.125 0.500 1.000" in lines["flip *"] and "0.750 0.500" in lines["flip *"]
     assert lines["depth"].split("│")[2].strip() == "-"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_names_are_shown_as_they_are(terminal: bool):
+    """What would be markup or a field of a format is neither an error nor left out."""
+    console, odd = recording(terminal), "reading [/x]{y}[bold]"
+    with Progress(console) as progress:
+        progress.doing(odd)
+        progress.start("sft", total=3)
+        progress.doing(odd)
+        progress.say(odd)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(console))
+    assert text.count(odd) >= (3 if terminal else 2)
