@@ -102,7 +102,7 @@ def _open(path_or_bytes: str | os.PathLike[str] | bytes, name: str) -> Image.Ima
     else:
         file = path_or_bytes
         if not stat.S_ISREG(os.stat(file).st_mode):
-            raise BadImage(f"{name}: is no file with an image.")  # to open a pipe would hang
+            raise BadImage(f"{name}: is no file; give one with an image.")  # a pipe would hang
     try:
         image = Image.open(file)
     except UnidentifiedImageError as error:

@@ -73,6 +73,19 @@ MEMBERS: dict[str, Member[Any]] = {
 }
 
 
+def _without_config(folder: Path) -> str:
+    """What a folder without `config.json` is, and what to do."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{folder} is an adapter, not a model: merge it into its base with convert merge-lora "
+            "BASE ADAPTER OUT, and give OUT."
+        )
+    return (
+        f"{folder / 'config.json'} is missing: --model needs a folder with the files that a model "
+        "has on the Hub."
+    )
+
+
 _PROCESSOR_FILE = {
     "image": "preprocessor_config.json",
     "video": "video_preprocessor_config.json",
@@ -94,9 +107,7 @@ def read_config(folder: Path) -> QwenVLConfig:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing: --model needs a folder with the files that a model has on the Hub."
-        )
+        raise UserError(_without_config(Path(folder)))
     config = config_from_dict(_read_json(path), str(path))
     settings, _ = read_processor(folder, "image")
     found = {name: tuple(settings[name]) for name in PIXEL_KEYS if name in settings}
@@ -146,6 +157,16 @@ def config_from_dict(raw: Any, name: str) -> QwenVLConfig:
     Raises:
       UserError: it describes a model outside the family, or lacks a value.
     """
+    if isinstance(raw, dict) and {"grpo", "rollout"} <= raw.keys():
+        raise UserError(
+            f"{name} is a run's: give the run's export/, or a step of its checkpoints/."
+        )
+    if isinstance(raw, dict) and (quantised := raw.get("quantization_config")):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(
+            f"{name} is of a quantised model ({method}), whose weights are not read: give the "
+            "model that it was made from."
+        )
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in MEMBERS:
         known = " or ".join(map(repr, MEMBERS))

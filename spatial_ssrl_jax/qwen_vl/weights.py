@@ -221,8 +221,23 @@ def _files(folder: Path) -> list[Path]:
             raise UserError(f"{index} cannot be read ({error!r}): fetch it again.") from None
         files = [folder / name for name in shards]
     if not files:
-        raise UserError(f"{folder} holds no *.safetensors file: fetch the model's weights first.")
+        raise UserError(_without_weights(folder))
     return files
+
+
+def _without_weights(folder: Path) -> str:
+    """Why a folder has no weights that are read, and what to do."""
+    if any(folder.glob("model_world_size_*_rank_*.pt")):
+        return (
+            f"{folder} holds verl's FSDP shards, which are not read: merge them with verl's "
+            "model_merger, and give the folder that it writes."
+        )
+    if any(folder.glob("*.bin")):
+        return (
+            f"{folder} has its weights in *.bin files, which are not read: save the model again "
+            "with Transformers, which writes safetensors."
+        )
+    return f"{folder} holds no *.safetensors file: fetch the model's weights first."
 
 
 def _check(folder: Path, config: QwenVLConfig, stored: dict[str, StoredTensor]) -> None:

@@ -69,7 +69,7 @@ def items_of(spec: str, processor: Processor, task: str, count: int) -> list[Ite
 def test_a_pipe_among_the_images_is_named(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.png")
     source = open_source(f"folder:{tmp_path}")
-    with pytest.raises(BadImage, match=r"pipe\.png: is no file with an image"):
+    with pytest.raises(BadImage, match=r"pipe\.png: is no file; give one"):
         source[0]
     assert source.fingerprint() == source.fingerprint()
 

@@ -205,6 +205,34 @@ def test_copy_of_a_tied_head_is_taken(mini, broken):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pytorch_model-00001-of-00002.bin", r"\*\.bin files, which are not read: save the model"),
+        ("model_world_size_8_rank_0.pt", "verl's FSDP shards, which are not read: merge them"),
+        ("x.txt", "holds no .*fetch the model's weights"),
+    ],
+)
+def test_other_weights_are_named(mini, tmp_path, name, said):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=said):
+        read_params(tmp_path, mini.config)
+
+
+def test_what_is_no_model_is_named(mini, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is an adapter, not a model: merge it .* merge-lora"):
+        read_config(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"name": "x", "grpo": {}, "rollout": {}}))
+    with pytest.raises(UserError, match="is a run's: give the run's export/, or a step"):
+        read_config(tmp_path)
+    raw = config_to_dict(mini.config, "bfloat16")
+    path.write_text(json.dumps(raw | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(UserError, match=r"quantised model \(awq\)"):
+        read_config(tmp_path)
+
+
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_head_of_its_own_is_kept(mini, broken, changed):
     """Equal to the embedding it is dropped; else the model is untied, and exported so."""
