@@ -1,8 +1,9 @@
 """`evaluate` with a model: opens questions and model, runs the benchmarks, writes the page."""
 
 import argparse
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -56,7 +57,9 @@ def evaluate_model(args: argparse.Namespace) -> list[Scores] | None:
         if args.source is not None:
             about |= {"source": args.source, "heldout_fraction": args.heldout_fraction}
         if is_primary():
-            args.out.mkdir(parents=True, exist_ok=True)
+            if not args.out.exists():
+                args.out.mkdir(parents=True)
+                resources.callback(_remove_if_empty, args.out)
             resources.enter_context(locked(args.out, progress.say))
         logs = prediction_logs(
             benchmarks, args.out, about, options, args.overwrite, apart=args.benchmark in SETS
@@ -73,6 +76,11 @@ def evaluate_model(args: argparse.Namespace) -> list[Scores] | None:
             questions = {(b.name, q.id): q for b in benchmarks for q in b.questions}
             write_results_page(args.out / RESULTS, found, questions)
     return [scores for _, scores in found] if is_primary() else None
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _open(args: argparse.Namespace, model: ModelFolder, progress: Progress) -> list[Benchmark]:

@@ -148,7 +148,7 @@ def test_a_killed_worker_is_a_sentence(stream):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_dev_shm_is_named(stream, monkeypatch: pytest.MonkeyPatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
