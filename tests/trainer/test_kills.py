@@ -129,8 +129,10 @@ def newest_whole(workdir: Path) -> int:
 
 
 def cut_off(workdir: Path) -> None:
-    """Halves the largest file of the newest checkpoint."""
-    folder = workdir / "checkpoints" / str(newest_whole(workdir))
+    """Halves the largest file of the newest checkpoint, if there is one."""
+    if not (newest := newest_whole(workdir)):
+        return
+    folder = workdir / "checkpoints" / str(newest)
     files = [path for path in folder.rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
