@@ -1,6 +1,6 @@
 """A run's components and state, and opening them with all checks before any computation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -42,12 +42,7 @@ from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval, eval_options,
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from spatial_ssrl_jax.trainer.initial_state import check_initial_weights
 from spatial_ssrl_jax.trainer.preemption import Preemption
-from spatial_ssrl_jax.trainer.run_inputs import (
-    check_same_inputs,
-    input_fingerprints,
-    input_paths,
-    write_fingerprints,
-)
+from spatial_ssrl_jax.trainer.run_inputs import RunInputs
 from spatial_ssrl_jax.trainer.workdir import check_workdir, claim_workdir, write_model_files
 
 _FOLDER_SECONDS = 900  # for the primary process to wait for the lock and hash the inputs
@@ -176,17 +171,7 @@ def open_run(
     components = open_components(config)
     model, processor = components.model, components.processor
     if is_primary():
-        inputs = input_paths(config, model, components.source)
-        check_workdir(config, workdir, overwrite, inputs)
-        workdir.mkdir(parents=True, exist_ok=True)
-        resources.enter_context(locked(workdir, progress.say))
-        found = input_fingerprints(config, model, components.source)
-        if check_workdir(config, workdir, overwrite, inputs):
-            check_same_inputs(workdir, config, found)
-        claim_workdir(config, workdir, overwrite, inputs)
-        write_fingerprints(workdir, found)
-        write_model_files(model, workdir / "checkpoints" / MODEL)
-        set_aside_damaged(workdir / "checkpoints", progress.say)
+        _open_workdir(components, workdir, overwrite, progress.say, resources)
     await_primary("the run's folder", _FOLDER_SECONDS)
     barrier("the run's folder")
     rollout = config.rollout
@@ -222,6 +207,24 @@ def open_run(
         compilations=CompilationCounter(),
         metrics=_metrics(config, workdir, checkpoints.latest() or 0) if is_primary() else None,
     )
+
+
+def _open_workdir(
+    components: RunComponents,
+    workdir: epath.Path,
+    overwrite: bool,
+    say: Callable[[str], None],
+    resources: ExitStack,
+) -> None:
+    """Locks a run's folder and makes it ready; nothing is made before all checks pass."""
+    config, model = components.config, components.model
+    inputs = RunInputs.of(config, model, components.source)
+    check_workdir(config, workdir, overwrite, inputs)
+    workdir.mkdir(parents=True, exist_ok=True)
+    resources.enter_context(locked(workdir, say))
+    claim_workdir(config, workdir, overwrite, inputs)
+    write_model_files(model, workdir / "checkpoints" / MODEL)
+    set_aside_damaged(workdir / "checkpoints", say)
 
 
 def _benchmark(components: RunComponents) -> BenchmarkEval | None:

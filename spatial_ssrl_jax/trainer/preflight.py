@@ -34,11 +34,7 @@ from spatial_ssrl_jax.trainer.context import (
     open_components,
     pipeline,
 )
-from spatial_ssrl_jax.trainer.run_inputs import (
-    check_same_inputs,
-    input_fingerprints,
-    input_paths,
-)
+from spatial_ssrl_jax.trainer.run_inputs import RunInputs
 from spatial_ssrl_jax.trainer.workdir import check_workdir
 
 _EXAMPLES = 32  # of SFT that each process makes
@@ -128,11 +124,9 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     workdir = user_path(workdir)
     check_bucket(workdir)
     components = open_components(config)
-    model, source = components.model, components.source
-    resumes = check_workdir(config, workdir, overwrite, input_paths(config, model, source))
+    inputs = RunInputs.of(config, components.model, components.source)
+    resumes = check_workdir(config, workdir, overwrite, inputs)
     check_unlocked(workdir)
-    if resumes:
-        check_same_inputs(workdir, config, input_fingerprints(config, model, source))
     done = _steps_done(workdir) if resumes else 0
     notes: list[str] = []
     heldout_items(heldout_datasets(components), 1, notes.append)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from etils import epath
 
@@ -16,8 +17,25 @@ from spatial_ssrl_jax.data.sources import AnySource, open_source
 INPUTS_FILE = "inputs.json"
 
 
-def input_paths(config: Config, model: ModelFolder, source: AnySource) -> list[epath.PathLike]:
-    """Files and folders that a run reads; its folder must not contain any."""
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run reads.
+
+    Attributes:
+      paths: files and folders; the run's folder must not contain any.
+      fingerprints: a hash of each input that decides the result, by the setting that names it.
+    """
+
+    paths: list[epath.PathLike]
+    fingerprints: dict[str, str]
+
+    @classmethod
+    def of(cls, config: Config, model: ModelFolder, source: AnySource) -> "RunInputs":
+        """The inputs of a run with an opened model and source."""
+        return cls(_paths(config, model, source), _fingerprints(config, model, source))
+
+
+def _paths(config: Config, model: ModelFolder, source: AnySource) -> list[epath.PathLike]:
     found = [*model.inputs, *source.inputs]
     if config.grpo.init_from:
         found += open_model(config.grpo.init_from).inputs
@@ -28,8 +46,7 @@ def input_paths(config: Config, model: ModelFolder, source: AnySource) -> list[e
     return found
 
 
-def input_fingerprints(config: Config, model: ModelFolder, source: AnySource) -> dict[str, str]:
-    """A hash of each input that decides the result, by the setting that names it."""
+def _fingerprints(config: Config, model: ModelFolder, source: AnySource) -> dict[str, str]:
     found = {
         "model.path": _model_fingerprint(model, config.model.from_scratch),
         "data.source": source.fingerprint(),
@@ -41,7 +58,7 @@ def input_fingerprints(config: Config, model: ModelFolder, source: AnySource) ->
     return found
 
 
-def check_same_inputs(workdir: epath.Path, config: Config, now: dict[str, str]) -> None:
+def check_same_inputs(workdir: epath.Path, config: Config, inputs: RunInputs) -> None:
     """Checks that a run resumes with the inputs that it began with.
 
     Raises:
@@ -59,7 +76,7 @@ def check_same_inputs(workdir: epath.Path, config: Config, now: dict[str, str]) 
         ) from None
     except ValueError:
         before = {}
-    changed = list(_changed(config, before, now))
+    changed = list(_changed(config, before, inputs.fingerprints))
     if changed:
         raise UserError(
             f"{workdir} holds a run that began with other content of {' and of '.join(changed)}: "
@@ -68,10 +85,10 @@ def check_same_inputs(workdir: epath.Path, config: Config, now: dict[str, str]) 
         )
 
 
-def write_fingerprints(workdir: epath.Path, found: dict[str, str]) -> None:
+def write_fingerprints(workdir: epath.Path, inputs: RunInputs) -> None:
     """Writes what `check_same_inputs` compares with; a resumed run keeps what is there."""
     if not (workdir / INPUTS_FILE).exists():
-        write_atomic(workdir / INPUTS_FILE, json.dumps(found, indent=1) + "\n")
+        write_atomic(workdir / INPUTS_FILE, json.dumps(inputs.fingerprints, indent=1) + "\n")
 
 
 def _changed(config: Config, before: dict[str, str], now: dict[str, str]) -> Iterator[str]:

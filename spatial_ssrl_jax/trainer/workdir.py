@@ -1,7 +1,7 @@
 """A run's folder: whether it is free or holds the same run, and its first files."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -20,6 +20,11 @@ from spatial_ssrl_jax.common.outputs import (
 from spatial_ssrl_jax.common.paths import write_atomic
 from spatial_ssrl_jax.config.load import to_dict
 from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.trainer.run_inputs import (
+    RunInputs,
+    check_same_inputs,
+    write_fingerprints,
+)
 
 # Sections and keys that may change when a run resumes: they change the results by rounding alone.
 _SAFE_SECTIONS = ("checkpoint", "log", "mesh")
@@ -32,28 +37,27 @@ _SAFE_KEYS = (
 )
 
 
-def check_workdir(
-    config: Config, workdir: epath.Path, overwrite: bool, inputs: Sequence[epath.PathLike]
-) -> bool:
+def check_workdir(config: Config, workdir: epath.Path, overwrite: bool, inputs: RunInputs) -> bool:
     """Checks that a folder can be this run's; changes nothing.
 
     Args:
       config: the run.
       workdir: the folder.
       overwrite: its present content may be removed.
-      inputs: files and folders that the run reads.
+      inputs: what the run reads.
 
     Returns:
       Whether the same run stopped there, and resumes.
 
     Raises:
-      UserError: it is not writable, is not empty, contains an input, or holds another run.
+      UserError: it is not writable, is not empty, contains an input, or holds another run, or one
+        that began with other inputs.
     """
     path = workdir / "config.json"
     if overwrite or not path.is_file():
-        check_output_folder(workdir, overwrite, *inputs)
+        check_output_folder(workdir, overwrite, *inputs.paths)
         return False
-    check_inputs(workdir, *inputs)
+    check_inputs(workdir, *inputs.paths)
     check_writable(workdir)
     try:
         before = json.loads(path.read_text())
@@ -62,21 +66,23 @@ def check_workdir(
             f"{path} is damaged ({error}): choose another --workdir, or give --overwrite."
         ) from error
     _check_same(before, json.loads(json.dumps(to_dict(config))), workdir)
+    check_same_inputs(workdir, config, inputs)
     return True
 
 
-def claim_workdir(
-    config: Config, workdir: epath.Path, overwrite: bool, inputs: Sequence[epath.PathLike]
-) -> None:
-    """Creates the folder or resumes in it, and writes `config.json`; arguments as `check_workdir`.
+def claim_workdir(config: Config, workdir: epath.Path, overwrite: bool, inputs: RunInputs) -> None:
+    """Creates the folder or resumes in it, and writes `config.json` and `inputs.json`.
+
+    Arguments are as those of `check_workdir`.
 
     Raises:
       UserError: as `check_workdir`.
     """
     if not check_workdir(config, workdir, overwrite, inputs):
-        claim_output_folder(workdir, overwrite, *inputs)
+        claim_output_folder(workdir, overwrite, *inputs.paths)
     mark(workdir)
     write_atomic(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+    write_fingerprints(workdir, inputs)
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], workdir: epath.Path) -> None:

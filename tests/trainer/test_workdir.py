@@ -18,12 +18,7 @@ from spatial_ssrl_jax.common.outputs import claim_output_folder
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.trainer.context import open_components
 from spatial_ssrl_jax.trainer.preflight import preflight
-from spatial_ssrl_jax.trainer.run_inputs import (
-    check_same_inputs,
-    input_fingerprints,
-    input_paths,
-    write_fingerprints,
-)
+from spatial_ssrl_jax.trainer.run_inputs import RunInputs, check_same_inputs
 from spatial_ssrl_jax.trainer.training import train
 from spatial_ssrl_jax.trainer.workdir import check_workdir, claim_workdir
 from tests.helpers.images import photo
@@ -53,9 +48,9 @@ def config(toy_config: Make, taught: Path, photos: Path, tmp_path: Path) -> c.Co
     )
 
 
-def fingerprints(config: c.Config) -> dict[str, str]:
+def inputs_of(config: c.Config) -> RunInputs:
     components = open_components(config)
-    return input_fingerprints(config, components.model, components.source)
+    return RunInputs.of(config, components.model, components.source)
 
 
 @pytest.mark.parametrize("what", ["model", "photos", "init_from"])
@@ -96,8 +91,8 @@ def test_everything_that_a_run_reads_is_an_input(config: c.Config, photos: Path,
         sft=dataclasses.replace(config.sft, responses=str(responses)),
         eval=dataclasses.replace(config.eval, benchmark_data=str(tmp_path / "blink.tsv")),
     )
-    source = open_source(config.data.source)
-    found = {str(p) for p in input_paths(config, open_model(config.model.path), source)}
+    model, source = open_model(config.model.path), open_source(config.data.source)
+    found = {str(path) for path in RunInputs.of(config, model, source).paths}
     for name in ("model", "photos", "linked", "answers", "blink.tsv"):
         assert str(tmp_path / name) in found, name
 
@@ -125,7 +120,7 @@ def test_a_second_run_is_refused_while_the_first_lives(
 ):
     monkeypatch.setattr("spatial_ssrl_jax.common.lock._HERE_SECONDS", 0.1)
     workdir = tmp_path / "run"
-    claim_workdir(config, workdir, False, [])
+    claim_workdir(config, workdir, False, inputs_of(config))
     before = {p: p.stat().st_mtime_ns for p in workdir.iterdir()}
     with locked(workdir, print):
         for check in (preflight, train):
@@ -138,9 +133,8 @@ def test_a_second_run_is_refused_while_the_first_lives(
 
 def test_a_resume_notices_other_weights_and_other_photos(config: c.Config, tmp_path: Path):
     workdir = tmp_path / "run"
-    claim_workdir(config, workdir, False, [])
-    write_fingerprints(workdir, fingerprints(config))
-    check_same_inputs(workdir, config, fingerprints(config))
+    claim_workdir(config, workdir, False, inputs_of(config))
+    assert check_workdir(config, workdir, False, inputs_of(config))
     weights = Path(config.model.path) / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -151,21 +145,21 @@ def test_a_resume_notices_other_weights_and_other_photos(config: c.Config, tmp_p
             check(config, workdir)
     data[-1] ^= 1
     weights.write_bytes(data)
-    check_same_inputs(workdir, config, fingerprints(config))
+    check_workdir(config, workdir, False, inputs_of(config))
     other = tmp_path / "photos" / "03.png"
     Image.fromarray(photo(77, 64, 64)).save(other)
     with pytest.raises(UserError, match=r"other content of data\.source \(folder:"):
-        check_same_inputs(workdir, config, fingerprints(config))
+        check_workdir(config, workdir, False, inputs_of(config))
     other.unlink()
     with pytest.raises(UserError, match=r"other content of data\.source \(folder:"):
-        check_same_inputs(workdir, config, fingerprints(config))
+        check_workdir(config, workdir, False, inputs_of(config))
 
 
 def test_a_run_of_a_version_with_another_split_is_refused(config: c.Config, tmp_path: Path):
-    check_same_inputs(tmp_path, config, fingerprints(config))
+    check_same_inputs(tmp_path, config, RunInputs([], {}))
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="of an earlier version, which held out other images"):
-        check_same_inputs(tmp_path, config, fingerprints(config))
+        check_same_inputs(tmp_path, config, RunInputs([], {}))
 
 
 def test_a_folder_within_the_photos_is_none_of_them(photos: Path):
@@ -199,9 +193,10 @@ def test_more_steps_are_the_same_run_unless_a_schedule_follows_them(
     grpo = dataclasses.replace(config.grpo, **changes)
     before = dataclasses.replace(config, grpo=grpo)
     after = dataclasses.replace(config, grpo=dataclasses.replace(grpo, steps=grpo.steps + 1))
-    claim_workdir(before, tmp_path / "run", False, [])
+    inputs = RunInputs([], {})
+    claim_workdir(before, tmp_path / "run", False, inputs)
     if resumes:
-        assert check_workdir(after, tmp_path / "run", False, [])
+        assert check_workdir(after, tmp_path / "run", False, inputs)
         return
     with pytest.raises(UserError, match=r"another config \(grpo\.steps changed\)"):
-        check_workdir(after, tmp_path / "run", False, [])
+        check_workdir(after, tmp_path / "run", False, inputs)
