@@ -2,8 +2,8 @@
 
     python -m spatial_ssrl_jax.train --config=configs/tiny.py
 
-For two CPU cores and some five minutes. Of the five tasks one is trained, shuffle with three
-stacked strips: all five are too much for a model of this size in that time, and
+For two CPU cores and five to seven minutes. Of the five tasks one is trained, shuffle with
+three stacked strips: all five are too much for a model of this size in that time, and
 are in the table untrained. Seen on 128 held-out scenes, one run a seed, after SFT -> after GRPO:
 
     seed   greedy accuracy    sampled accuracy   format
