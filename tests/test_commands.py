@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from spatial_ssrl_jax import convert, generate, preview, train
 from spatial_ssrl_jax.checkpoint.export import export
@@ -302,6 +302,18 @@ def test_generate_takes_several_images_and_the_format_prompt(ask, images: Path):
     two = ask(f"--image={images / 'b.png'}")["prompt_ids"]
     assert len(two) == len(alone) + 14  # 12 places and the two marks around them
     assert len(ask("--reasoning")["prompt_ids"]) > len(alone) + 20
+
+
+def test_generate_ends_where_log_probabilities_are_not_finite(
+    run, images: Path, model: Path, tmp_path: Path
+):
+    shutil.copytree(model, tmp_path / "m")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    argv = [f"--model={tmp_path / 'm'}", f"--image={images / 'a.png'}", "--question=Where?"]
+    result = run(generate.main, *argv, "--max-new-tokens=16", "--json")
+    assert_refused(result, "log-probabilities are not finite", "try another model")
 
 
 def test_generate_reads_an_orbax_folder_alike(ask, run, model: Path, tmp_path: Path):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -36,6 +38,40 @@ def copy_files(source: ModelFolder, folder: Path) -> None:
         target.write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def write_generation_config(
+    config: QwenVLConfig, stop_ids: Sequence[int], folder: Path, temperature: float
+) -> None:
+    """Writes a `generation_config.json` with which servers sample as training does.
+
+    The Hub's own has a repetition penalty, and an absent `top_k` is 50 in Transformers.
+
+    Args:
+      config: the model's.
+      stop_ids: tokens that end a response.
+      folder: an existing one.
+      temperature: of sampling.
+    """
+    settings = {
+        "bos_token_id": config.bos_token_id,
+        "pad_token_id": config.bos_token_id,
+        "eos_token_id": list(stop_ids),
+        "do_sample": True,
+        "temperature": temperature,
+        "top_p": 1.0,
+        "top_k": config.text.vocab_size,
+        "repetition_penalty": 1.0,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def main_dtype(params: Params) -> str:
+    """The dtype that most of the weights have."""
+    counts: Counter[str] = Counter()
+    for leaf in jax.tree.leaves(params):
+        counts[str(leaf.dtype)] += leaf.size
+    return counts.most_common(1)[0][0]
+
+
 def write_config(config: QwenVLConfig, folder: Path, dtype: str) -> None:
     """Writes the Hub's `config.json`."""
     (folder / "config.json").write_text(json.dumps(config_to_dict(config, dtype), indent=2) + "\n")
@@ -45,7 +81,7 @@ def export(
     source: ModelFolder,
     params: Params,
     folder: epath.PathLike,
-    dtype: str,
+    dtype: str | None,
     overwrite: bool | None = None,
 ) -> None:
     """Writes a Hugging Face folder that Transformers and vLLM load; atomically.
@@ -56,18 +92,18 @@ def export(
       source: the model whose config and processor files are written.
       params: the weights.
       folder: the output; replaced once the new one is complete.
-      dtype: `float32` or `bfloat16`.
+      dtype: `float32` or `bfloat16`; None keeps each weight's own.
       overwrite: whether other content of the folder may be removed; None updates the files of an
         earlier export, and leaves all others.
     """
     if jax.process_count() > 1:
-        params = jax.tree.map(lambda x: gather_to_host(x.astype(dtype)), params)
+        params = jax.tree.map(lambda x: gather_to_host(x.astype(dtype or x.dtype)), params)
     if not is_primary():
         return
     replaces = _of_an_export if overwrite is None else None
     with atomic_folder(folder, bool(overwrite), source.inputs, replaces) as partial:
         copy_files(source, partial)
-        write_config(source.config, partial, dtype)
+        write_config(source.config, partial, dtype or main_dtype(params))
         write_params(partial, source.config, params, dtype)
 
 

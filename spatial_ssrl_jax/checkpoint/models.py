@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spatial_ssrl_jax.checkpoint.manager import MODEL
 from spatial_ssrl_jax.checkpoint.params import PARAMS, load_params, stored_params, weight_folders
@@ -25,7 +27,7 @@ from spatial_ssrl_jax.qwen_vl.lora import (
 )
 from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params, init_adapters, init_params
 from spatial_ssrl_jax.qwen_vl.param_tree import flatten_params, merge_params, select_params
-from spatial_ssrl_jax.qwen_vl.weights import find_tensors, has_own_head, read_params
+from spatial_ssrl_jax.qwen_vl.weights import entries, find_tensors, has_own_head, read_params
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -52,9 +54,17 @@ class ModelFolder:
         Args:
           layout: the sharding of each weight.
           dtype: of the result; None keeps the dtypes of the files.
+
+        Raises:
+          UserError: a tensor is missing, of another shape or dtype, or not finite.
         """
-        if (self.weights / PARAMS).is_dir():
-            return self._load_orbax(layout, dtype)
+        is_orbax = (self.weights / PARAMS).is_dir()
+        params = self._load_orbax(layout, dtype) if is_orbax else self._load_hub(layout, dtype)
+        self._check_finite(params, layout)
+        return params
+
+    def _load_hub(self, layout: Layout, dtype: str | None) -> Params:
+        """Reads safetensors."""
         shardings = layout.param_shardings(self.config)
         flat = flatten_params(shardings)
 
@@ -75,6 +85,19 @@ class ModelFolder:
             return load_params(trained, like, keep_dtype=dtype is None)
         params = load_split(trained, frozen[0], self.config, layout)
         return merge_adapters(params, dtype or "float32")
+
+    def _check_finite(self, params: Params, layout: Layout) -> None:
+        """Raises `UserError` with the name of the first tensor that is not finite."""
+        replicated = NamedSharding(layout.mesh, PartitionSpec())
+        finite = jax.jit(_is_finite, out_shardings=replicated)(flatten_params(params))
+        for entry in entries(self.config):
+            ok = np.asarray(finite[entry.path])
+            if not ok.all():
+                name = entry.hub_names[int(ok.argmin()) if entry.layers else 0]
+                raise UserError(
+                    f"{self.name}: the tensor {name} holds NaN or infinite values: fetch the "
+                    "weights again, or give a model or checkpoint from before they appeared."
+                )
 
     @property
     def inputs(self) -> tuple[epath.PathLike, ...]:
@@ -125,6 +148,11 @@ class ModelFolder:
         shardings = select_adapters(layout.param_shardings(self.config, lora))
         program = jax.jit(init_adapters, static_argnums=(0, 1), out_shardings=shardings)
         return program(self.config, lora, jax.random.key(seed))
+
+
+def _is_finite(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """For each row of each weight, as layers are stacked in them, whether all values are finite."""
+    return {path: jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for path, x in flat.items()}
 
 
 def load_split(

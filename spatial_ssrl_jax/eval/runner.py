@@ -19,7 +19,7 @@ from spatial_ssrl_jax.eval.options import BenchmarkOptions, EvalOptions
 from spatial_ssrl_jax.eval.prediction_log import PredictionStore
 from spatial_ssrl_jax.eval.prompt_loader import PromptLoader
 from spatial_ssrl_jax.eval.questions import SAMPLE, Prediction, Question, unscored_prediction
-from spatial_ssrl_jax.inference.policy import Policy
+from spatial_ssrl_jax.inference.policy import Policy, check_finite, finite_rows
 from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.parallel.collectives import all_gather
 from spatial_ssrl_jax.parallel.sharding import Layout
@@ -145,6 +145,9 @@ def _respond(
     Returns:
       [size, samples, R] int32 tokens, [size, samples] int32 lengths, and [size] bool, which
       questions could not be read.
+
+    Raises:
+      UserError: a log-probability is not finite.
     """
     loaded = {index: future.result() for index, future in futures.items()}
     own = _own_indices(batch)
@@ -171,7 +174,11 @@ def _respond(
         prompt_index=policy.layout.put_batch(np.array(keys, np.int32)),
         sampling=options.sampling,
     )
-    return all_gather((rollout.tokens, np.minimum(rollout.length, options.new_tokens), failed))
+    length = np.minimum(rollout.length, options.new_tokens)
+    *responses, finite = all_gather((rollout.tokens, length, failed, finite_rows(rollout)))
+    check_finite(finite, policy.engine.compute.dtype)
+    tokens, length, failed = responses
+    return tokens, length, failed
 
 
 def _engine(policy: Policy, batch: QuestionBatch) -> Engine:

@@ -148,7 +148,8 @@ class Policy:
         """As `respond`, to a prompt of `processor`; `on_tokens` as in `Engine.generate`.
 
         Raises:
-          UserError: the policy is opened for batches of prompts, by its `mesh`.
+          UserError: the policy is opened for batches of prompts, by its `mesh`; or the model
+            gives no finite log-probabilities.
         """
         if (shards := self.layout.batch_shards) > 1:
             raise UserError(
@@ -168,6 +169,7 @@ class Policy:
             sampling=sampling,
             on_tokens=on_tokens,
         )
+        check_finite(finite_rows(rollout), self.engine.compute.dtype)
         return [self._response(rollout, g, max_new_tokens) for g in range(samples)]
 
     def _response(self, rollout: Rollout, g: int, limit: int) -> Response:
@@ -176,6 +178,22 @@ class Policy:
         logprobs = rollout.logprobs[0, g, : len(ids)]
         finished = bool(rollout.finished[0, g]) and whole <= limit
         return Response(self.processor.decode(ids), ids, logprobs, finished)
+
+
+def finite_rows(rollout: Rollout) -> np.ndarray:
+    """[B] bool, whether all log-probabilities of a prompt's responses are finite."""
+    written = np.arange(rollout.logprobs.shape[-1]) < rollout.length[..., None]
+    return (np.isfinite(rollout.logprobs) | ~written).all(axis=(1, 2))
+
+
+def check_finite(finite: np.ndarray, dtype: str) -> None:
+    """Raises `UserError` unless all of `finite_rows` are, as a broken model's are not."""
+    if not finite.all():
+        instead = "--dtype=float32, or " if dtype != "float32" else ""
+        raise UserError(
+            "the model's log-probabilities are not finite, so its weights are damaged or too large "
+            f"for {dtype}: try {instead}another model."
+        )
 
 
 def _round_up(value: int, step: int) -> int:

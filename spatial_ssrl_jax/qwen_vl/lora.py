@@ -97,18 +97,19 @@ def drop_adapters(params: Params) -> Params:
     return select_params(params, lambda path: path.rsplit("/", 1)[-1] not in _LEAVES)
 
 
-def merge_adapters(params: Params, dtype: str) -> Params:
+def merge_adapters(params: Params, dtype: str | None) -> Params:
     """The tree with every adapter added to its kernel in float32; all of it in `dtype`.
 
-    Works on a whole tree, and on a part of it or one layer of a stack.
+    Works on a whole tree, and on a part of it or one layer of a stack. None keeps each dtype.
     """
     if "lora_a" in params:
-        kernel = _merged(*(params[name] for name in ("kernel", *_LEAVES)), dtype)
+        kernel = params["kernel"]
+        kernel = _merged(kernel, *(params[x] for x in _LEAVES), dtype or str(kernel.dtype))
         return {"kernel": kernel} | merge_adapters(
             {k: x for k, x in params.items() if k != "kernel" and k not in _LEAVES}, dtype
         )
     return {
-        k: merge_adapters(x, dtype) if isinstance(x, dict) else x.astype(dtype)
+        k: merge_adapters(x, dtype) if isinstance(x, dict) else x.astype(dtype or x.dtype)
         for k, x in params.items()
     }
 

@@ -26,6 +26,12 @@ from spatial_ssrl_jax.qwen_vl.param_tree import Params, flatten_params, unflatte
 
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"  # names on the Hub
 _TABLES = ("text/embed", "text/head")  # [V, D] here and on the Hub
+_DTYPES = {  # those of safetensors that weights may have
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -118,15 +124,16 @@ def read_params(
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: the file, the tensor's name there, and its shape."""
+    """A tensor in a file: the file, the tensor's name there, its shape and dtype."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str
 
 
 def _read(entry: Entry, stored: dict[str, StoredTensor]) -> np.ndarray:
-    """One parameter on the host.
+    """One parameter on the host, in the dtype that holds those of all its layers.
 
     Its files are opened for it alone: the pages read of a mapped file stay in memory until it is
     closed, so with all files open the whole model would be in memory twice.
@@ -134,15 +141,16 @@ def _read(entry: Entry, stored: dict[str, StoredTensor]) -> np.ndarray:
     tensors = [stored[name] for name in entry.hub_names]
     with ExitStack() as stack:
         files = {p: stack.enter_context(safe_open(p, "np")) for p in {x.path for x in tensors}}
-        return _stack((entry.from_hub(files[x.path].get_tensor(x.name)) for x in tensors), entry)
+        layers = (entry.from_hub(files[x.path].get_tensor(x.name)) for x in tensors)
+        return _stack(layers, entry, jax.numpy.result_type(*{_DTYPES[x.dtype] for x in tensors}))
 
 
-def _stack(layers: Iterator[np.ndarray], entry: Entry) -> np.ndarray:
+def _stack(layers: Iterator[np.ndarray], entry: Entry, dtype: np.dtype) -> np.ndarray:
     """The parameter, of its tensors in our shape."""
     first = next(layers)
     if entry.layers is None:
-        return first
-    stacked = np.empty(entry.shape, first.dtype)
+        return first.astype(dtype, copy=False)
+    stacked = np.empty(entry.shape, dtype)
     stacked[0] = first
     del first
     for i, layer in enumerate(layers, 1):
@@ -183,8 +191,9 @@ def _stored(folder: Path, config: QwenVLConfig) -> dict[str, StoredTensor]:
         try:
             with safe_open(path, "np") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
-                    shape = tuple(file.get_slice(name).get_shape())
-                    found[canonical_name(config, name)] = StoredTensor(path, name, shape)
+                    tensor = file.get_slice(name)
+                    shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+                    found[canonical_name(config, name)] = StoredTensor(path, name, shape, dtype)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
     return found
@@ -200,6 +209,8 @@ def has_own_head(folder: Path, config: QwenVLConfig) -> bool:
     head, embed = (stored.get(config_name) for config_name in (_HEAD, _EMBED))
     if not config.tie_word_embeddings or head is None or embed is None:
         return False
+    if not {head.dtype, embed.dtype} <= _DTYPES.keys():
+        return False  # refused when they are read
     tensors = []
     for tensor in (head, embed):
         with safe_open(tensor.path, "np") as file:
@@ -227,11 +238,12 @@ def _files(folder: Path) -> list[Path]:
 
 def _without_weights(folder: Path) -> str:
     """Why a folder has no weights that are read, and what to do."""
-    if any(folder.glob("model_world_size_*_rank_*.pt")):
-        return (
-            f"{folder} holds verl's FSDP shards, which are not read: merge them with verl's "
-            "model_merger, and give the folder that it writes."
-        )
+    for place in (folder, folder.parent):
+        if any(place.glob("model_world_size_*_rank_*.pt")):
+            return (
+                f"{place} holds a model in verl's FSDP shards: merge them with convert from-fsdp "
+                f"{place} OUT, and give OUT."
+            )
     if any(folder.glob("*.bin")):
         return (
             f"{folder} has its weights in *.bin files, which are not read: save the model again "
@@ -254,15 +266,24 @@ def _check(folder: Path, config: QwenVLConfig, stored: dict[str, StoredTensor]) 
                 f"{folder} {what} the tensor {names[0]}{more}: it does not fit its config.json."
             )
     for name, shape in expected.items():
-        found = stored[name].shape
-        if found != shape:
+        found = stored[name]
+        if found.shape != shape:
             raise UserError(
-                f"{folder}: {name} has shape {found}, but config.json asks for {shape}."
+                f"{folder}: {name} has shape {found.shape}, but config.json asks for {shape}."
+            )
+        if found.dtype not in _DTYPES:
+            raise UserError(
+                f"{folder}: {name} holds {found.dtype} numbers, as quantised weights do, which are "
+                "not read: give the model that it was made from."
             )
 
 
 def write_params(
-    folder: Path, config: QwenVLConfig, params: Params, dtype: str, shard_bytes: int = 4 << 30
+    folder: Path,
+    config: QwenVLConfig,
+    params: Params,
+    dtype: str | None = None,
+    shard_bytes: int = 4 << 30,
 ) -> None:
     """Writes hub-named safetensors shards with an index into an existing folder.
 
@@ -270,13 +291,14 @@ def write_params(
       folder: where the files go.
       config: the model's shape.
       params: the parameter tree, any floating dtype.
-      dtype: what to write, `float32` or `bfloat16`.
+      dtype: what to write, `float32` or `bfloat16`; None keeps each parameter's own.
       shard_bytes: bytes after which a new shard begins.
     """
     flat = flatten_params(params)
     shards, sizes, names = [{}], [0], {}
     for entry in entries(config):
-        array = np.asarray(jax.device_get(flat[entry.path].astype(dtype)))
+        array = flat[entry.path]
+        array = np.asarray(jax.device_get(array.astype(dtype or array.dtype)))
         for i, name in enumerate(entry.hub_names):
             tensor = entry.to_hub(array[i] if entry.layers else array)
             if sizes[-1] and sizes[-1] + tensor.nbytes > shard_bytes:

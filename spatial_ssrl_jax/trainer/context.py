@@ -73,6 +73,7 @@ class RunState:
       seconds: time spent, by stage and measurement.
       tried: images tried so far, over all processes.
       bad: how many of them could not be used.
+      skipped: optimizer steps that were skipped, as their gradient was not finite.
     """
 
     heldout: dict[str, HeldoutTable] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class RunState:
     seconds: dict[str, float] = field(default_factory=dict)
     tried: int = 0
     bad: int = 0
+    skipped: int = 0
 
     def as_meta(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -134,6 +136,7 @@ def open_components(config: Config) -> RunComponents:
     compute = compute_settings(config, layout)
     data = config.data
     processor = Processor(model.files, model.config, data.min_pixels, data.max_pixels)
+    _check_end_token(processor)
     split = split_records(source, data.heldout_fraction)
     items_of(config, source, split.train, processor, config.seed)  # checks the tasks' needs
     check_fits(source, split.train, config.tasks, processor, _limit(config))
@@ -144,6 +147,17 @@ def open_components(config: Config) -> RunComponents:
     return RunComponents(
         config, layout, rollout_layout, model, processor, source, split, compute, questions
     )
+
+
+def _check_end_token(processor: Processor) -> None:
+    """Raises `UserError` where the end token of SFT's responses would not end a rollout."""
+    taught = processor.config.eos_token_id
+    if taught not in processor.stop_ids:
+        raise UserError(
+            f"{processor.folder / 'generation_config.json'} ends responses at the tokens "
+            f"{list(processor.stop_ids)}, but {taught}, config.json's eos_token_id, ends those "
+            "that SFT teaches: add it to eos_token_id there."
+        )
 
 
 def open_run(
@@ -223,7 +237,8 @@ def _open_workdir(
     workdir.mkdir(parents=True, exist_ok=True)
     resources.enter_context(locked(workdir, say))
     claim_workdir(config, workdir, overwrite, inputs)
-    write_model_files(model, workdir / "checkpoints" / MODEL)
+    stop_ids, temperature = components.processor.stop_ids, config.grpo.temperature
+    write_model_files(model, stop_ids, temperature, workdir / "checkpoints" / MODEL)
     set_aside_damaged(workdir / "checkpoints", say)
 
 

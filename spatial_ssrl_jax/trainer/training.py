@@ -166,7 +166,7 @@ def _loop(run: Run, stage: SftStage | GrpoStage, step: Step, state: TrainState, 
             if compiled and number > first:
                 run.progress.say(f"step {number} has new sizes: {compiled} compilations")
             run.state.seconds[stage.name] = round(time.perf_counter() - begun, 2)
-            _check_skipped(run, stage, number, state)
+            _count_skipped(run, stage, number, metrics, state)
             stop = _signalled(run)
             if is_best or stop or _save_due(run, stage, number):
                 _save(run, stage, number, state)
@@ -253,16 +253,30 @@ def _count_bad(run: Run, batch: Batch) -> None:
     check_bad_fraction(run, run.state.bad, run.state.tried)
 
 
-def _check_skipped(run: Run, stage: Stage, number: int, state: TrainState) -> None:
-    """Saves and raises a `UserError` after too many skipped optimizer steps in a row."""
-    skipped = int(state.skipped)
-    if skipped >= run.config.optim.max_skipped_steps:
-        _save(run, stage, number, state)
-        run.checkpoints.wait()
-        raise UserError(
-            f"{skipped} optimizer steps in a row had a non-finite gradient (step {number} is "
-            "saved): lower the learning rate or check the data."
-        )
+def _count_skipped(
+    run: Run, stage: Stage, number: int, metrics: dict[str, float], state: TrainState
+) -> None:
+    """Counts skipped optimizer steps; saves and raises a `UserError` where nothing is learnt.
+
+    That is after too many in a row, or at the end of a stage that made none.
+    """
+    run.state.skipped += round(metrics["optim/skipped"])
+    in_a_row, made_any = int(state.skipped), int(state.updates) > 0
+    useless = number == stage.last_step and not made_any
+    if in_a_row < run.config.optim.max_skipped_steps and not (in_a_row and useless):
+        return
+    _save(run, stage, number, state)
+    run.checkpoints.wait()
+    fix = (
+        "lower the learning rate or check the data"
+        if made_any
+        else "no step before had a finite one, so check the weights that the stage starts from, "
+        "with generate --model, and the data"
+    )
+    raise UserError(
+        f"{in_a_row} optimizer steps in a row had a non-finite gradient (step {number} is "
+        f"saved): {fix}."
+    )
 
 
 def _save(run: Run, stage: Stage, number: int, state: TrainState) -> None:
@@ -279,11 +293,12 @@ def _finish(run: Run, start: StageInitializer) -> None:
         "trained": list(config.trained_tasks),
         "seconds": run.state.seconds,
         "seed": config.seed,
+        "skipped_steps": run.state.skipped,
         "best": asdict(run.state.best) if run.state.best else None,
     }
     target, adapter = run.workdir / "export", run.workdir / "adapter"
     last = open_model(run.checkpoints.folder / str(run.checkpoints.latest()))
-    export(run.model, last.load(run.layout), target, config.model.dtype)
+    export(last, last.load(run.layout), target, config.model.dtype)
     stage = stages(config)[-1]
     if stage.settings.lora.rank:
         base = start.base(stage)
@@ -293,6 +308,10 @@ def _finish(run: Run, start: StageInitializer) -> None:
         refresh_report(run)
     if run.state.heldout:
         run.progress.table(run.state.heldout, config.trained_tasks)
+    if run.state.skipped:
+        run.progress.say(
+            f"{run.state.skipped} optimizer steps were skipped, as their gradient was not finite"
+        )
     run.progress.say(
         f"done: {target} is the trained model, {run.workdir / 'report.html'} the report"
     )

@@ -1,12 +1,12 @@
 """A run's folder: whether it is free or holds the same run, and its first files."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
-from spatial_ssrl_jax.checkpoint.export import copy_files, write_config
+from spatial_ssrl_jax.checkpoint.export import copy_files, write_config, write_generation_config
 from spatial_ssrl_jax.checkpoint.models import ModelFolder
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.outputs import (
@@ -113,10 +113,20 @@ def _differences(a: object, b: object, path: str = "") -> Iterator[str]:
         yield path
 
 
-def write_model_files(model: ModelFolder, folder: epath.Path) -> None:
-    """Writes the model's config, tokenizer and processor files, unless they are there."""
+def write_model_files(
+    model: ModelFolder, stop_ids: Sequence[int], temperature: float, folder: epath.Path
+) -> None:
+    """Writes config, tokenizer, processor and generation files, unless they are there.
+
+    Args:
+      model: the run's.
+      stop_ids: tokens that end a response.
+      temperature: of the run's sampling.
+      folder: what its checkpoints and exports take these files from.
+    """
     if (folder / "config.json").exists():
         return
     with atomic_folder(folder, replaces=lambda _: True) as partial:
         copy_files(model, partial)
         write_config(model.config, partial, "float32")
+        write_generation_config(model.config, stop_ids, partial, temperature)

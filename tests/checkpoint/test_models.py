@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from safetensors.numpy import load_file, save_file
 
 from spatial_ssrl_jax.checkpoint import export as export_module
 from spatial_ssrl_jax.checkpoint.export import copy_files, export, write_config
@@ -99,6 +100,61 @@ def test_an_orbax_folder_keeps_its_dtype_unless_one_is_given(
     assert_same(model.load(layout), held)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), held)
     assert_same(model.load(layout, "float32"), wide)
+
+
+def test_a_value_that_is_not_finite_is_named(tmp_path: Path, layout: Layout, params):
+    tiny = open_model("tiny")
+    broken = jax.tree.map(lambda x: x, params)
+    down = broken["text"]["layers"]["mlp"]["down"]
+    down["kernel"] = down["kernel"].at[1, 2, 3].set(jnp.nan)
+    export(tiny, broken, tmp_path / "hf", "float32")
+    copy_files(tiny, tmp_path)
+    write_config(tiny.config, tmp_path, "float32")
+    save_params(tmp_path / PARAMS, broken)
+    for folder in (tmp_path / "hf", tmp_path):
+        with pytest.raises(UserError, match=f"{folder}: the tensor model.layers.1.mlp.down_proj."):
+            open_model(str(folder)).load(layout)
+
+
+def test_values_that_a_dtype_cannot_hold_are_named(tmp_path: Path, layout: Layout, params):
+    large = jax.tree.map(lambda x: x, params)
+    large["text"]["norm"]["scale"] = large["text"]["norm"]["scale"].at[0].set(3.4e38)
+    export(open_model("tiny"), large, tmp_path / "hf", "float32")
+    model = open_model(str(tmp_path / "hf"))
+    model.load(layout)
+    with pytest.raises(UserError, match=r"the tensor model.norm.weight holds NaN or infinite"):
+        model.load(layout, "bfloat16")
+
+
+def test_dtypes_are_kept_weight_by_weight(tmp_path: Path, layout: Layout, params):
+    """Layers of one stack get the dtype that holds all of theirs."""
+    folder = tmp_path / "hf"
+    export(open_model("tiny"), params, folder, "bfloat16")
+    tensors = load_file(folder / "model.safetensors")
+    wide = ("model.norm.weight", "model.layers.1.mlp.down_proj.weight")
+    for name in wide:
+        tensors[name] = tensors[name].astype(np.float32) + np.float32(2**-20)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = open_model(str(folder)).load(layout)
+    export(open_model(str(folder)), loaded, tmp_path / "out", None)
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(kept[name].astype(np.float32), tensor.astype(np.float32))
+    dtypes = {name for name, tensor in kept.items() if tensor.dtype == np.float32}
+    assert dtypes == {n for n in tensors if n in wide or n.endswith("mlp.down_proj.weight")} - {
+        n for n in tensors if n.startswith("visual")
+    }
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_numbers_of_quantised_weights_are_refused(tmp_path: Path, layout: Layout, params):
+    folder = tmp_path / "hf"
+    export(open_model("tiny"), params, folder, "float32")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.norm.weight holds I8 numbers, as quantised"):
+        open_model(str(folder)).check_weights()
 
 
 def test_a_step_of_a_run_finds_the_files_beside_it(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from spatial_ssrl_jax import evaluate
 from spatial_ssrl_jax.checkpoint.models import open_model
@@ -56,6 +58,18 @@ def one_device(checkpoint: Path, fourteen: Path, tmp_path_factory) -> Path:
 def run(run: Callable) -> Callable:
     """`evaluate` as its `__main__` runs it."""
     return partial(run, evaluate.main)
+
+
+def test_answers_of_a_broken_model_are_not_stored(
+    run: Callable, checkpoint: Path, fourteen: Path, tmp_path: Path
+):
+    shutil.copytree(checkpoint, tmp_path / "m")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    code, _, err = run(*argv(tmp_path / "m", "realworldqa", fourteen, tmp_path / "out"))
+    assert code == 2 and "log-probabilities are not finite" in err
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", SPECS)

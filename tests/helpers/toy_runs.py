@@ -122,7 +122,7 @@ def lora_config(lora_base: Path) -> c.Config:
     """Two stages of adapters, two steps of two prompts each, no held-out metrics."""
     tiny = c.load_config(str(ROOT / "configs" / "tiny.py"))
     small = {"steps": 2, "prompts": 2, "learning_rate": 0.05}
-    groups = {"micro_batch_prompts": 2, "group_size": 2, "warmup_ratio": 0.0}
+    groups = {"micro_batch_prompts": 2, "group_size": 2, "warmup_ratio": 0.0, "temperature": 0.9}
     return dataclasses.replace(
         tiny,
         model=dataclasses.replace(tiny.model, path=str(lora_base), from_scratch=False),

@@ -79,10 +79,12 @@ def column(workdir: Path, name: str) -> list:
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
-    short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     poison(monkeypatch, {3})
     assert train(short(), tmp_path / "run")
+    assert "1 optimizer steps were skipped" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_steps"] == 1
     assert column(tmp_path / "run", "optim/skipped") == [0, 0, 1, 0, 0, 0]
     norms = column(tmp_path / "run", "optim/gradient_norm")
     assert norms[2] is None and all(norm > 0 for norm in norms[:2] + norms[3:])
@@ -95,11 +97,20 @@ def test_several_in_a_row_stop_the_run_with_its_state_kept(
     config = short(every=100, optim=c.OptimSettings(eps=1e-2, max_skipped_steps=2))
     with monkeypatch.context() as patch:
         poison(patch, {2, 4, 5})
-        with pytest.raises(UserError, match=r"2 optimizer steps in a row .*step 5 is saved"):
+        with pytest.raises(UserError, match=r"2 .* in a row .*step 5 is saved\): lower the learn"):
             train(config, tmp_path / "run")
     assert column(tmp_path / "run", "optim/skipped") == [0, 1, 0, 1, 1]
     assert train(config, tmp_path / "run")
     assert column(tmp_path / "run", "optim/skipped") == [0, 1, 0, 1, 1, 0]
+
+
+def test_a_run_without_any_step_blames_the_weights_that_it_starts_from(
+    short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    poison(monkeypatch, {1, 2})
+    with pytest.raises(UserError, match="2 .* in a row .*check the weights that the stage starts"):
+        train(short(steps=2), tmp_path / "run")
+    assert not (tmp_path / "run" / "export").exists()
 
 
 def save_photos(folder: Path, count: int) -> None:

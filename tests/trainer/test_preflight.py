@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -134,6 +135,19 @@ def test_weights_that_are_not_there_are_missed_before_they_are_read(fresh, tmp_p
     drawn = dataclasses.replace(config.model, from_scratch=False)
     with pytest.raises(UserError, match="holds no .*safetensors"):
         preflight(dataclasses.replace(config, model=drawn), tmp_path / "w")
+
+
+def test_a_model_whose_rollouts_would_not_end_is_named(fresh, toy_folder: Path, tmp_path: Path):
+    config, folder = fresh(), tmp_path / "model"
+    shutil.copytree(toy_folder, folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    taught, other = settings["eos_token_id"]
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": other}))
+    model = dataclasses.replace(config.model, path=str(folder))
+    with pytest.raises(
+        UserError, match=rf"generation_config.json ends .*\[{other}\], but {taught}"
+    ):
+        preflight(dataclasses.replace(config, model=model), tmp_path / "w")
 
 
 def test_the_command_prints_a_list_or_one_object(tmp_path: Path, fresh, capsys, monkeypatch):

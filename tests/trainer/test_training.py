@@ -66,6 +66,22 @@ def test_a_run_leaves_what_it_should(whole: Path):
         assert mean[name] == np.mean([rows[task][name] for task in summary["trained"]])
 
 
+def test_servers_of_an_export_sample_as_training_does(lora_run: Path):
+    """No penalty, and no limit of the tokens drawn from, where absent keys would set one."""
+    config = open_model(str(lora_run / "export")).config
+    exported = json.loads((lora_run / "export" / "generation_config.json").read_text())
+    assert exported == {
+        "bos_token_id": config.bos_token_id,
+        "pad_token_id": config.bos_token_id,
+        "eos_token_id": [config.eos_token_id, config.bos_token_id],
+        "do_sample": True,
+        "temperature": 0.9,
+        "top_p": 1.0,
+        "top_k": config.text.vocab_size,
+        "repetition_penalty": 1.0,
+    }
+
+
 def test_the_images_it_logs_are_there(whole: Path):
     (path,) = (whole / "rollouts").glob("*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
