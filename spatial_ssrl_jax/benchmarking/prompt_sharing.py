@@ -48,7 +48,7 @@ def task_prompts(processor: Processor) -> dict[str, TaskPrompt]:
     """
     found = {}
     for task in TASKS:
-        sizes: list[Size] = task.sizes(_DIODE if task.needs_depth else _COCO)
+        sizes: list[Size] = task.sizes(_DIODE if task.needs_depth else _COCO, task.settings())
         question = f"{_example(task).question} {FORMAT_PROMPT}"
         extent = processor.measure(sizes, question)
         grids = tuple(processor.grid(*size) for size in sizes)

@@ -96,7 +96,7 @@ class ImageExampleMaker:
         return self.maker.name
 
     def sizes(self, index: int) -> list[Size]:
-        return self.maker.sizes(self.source.size(index))
+        return self.maker.sizes(self.source.size(index), self.settings)
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         return self.maker.make(self.source[index], rng, self.settings)

@@ -148,7 +148,7 @@ def _example(record: Record, framed: _FramedImage, square: Square, kinds: list[s
     )
 
 
-def sizes(size: Size) -> list[Size]:
+def sizes(size: Size, settings: CropSettings) -> list[Size]:
     """The image, and four squares of half its shorter side."""
     side = min(size) // 2
     return [size, *[(side, side)] * 4]

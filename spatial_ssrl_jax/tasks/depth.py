@@ -1,12 +1,14 @@
 """Regional depth ordering: sort three marked regions from near to far."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 
-from spatial_ssrl_jax.common.bounds import Count, Fraction, NonNegative, Positive, Widths
-from spatial_ssrl_jax.tasks.drawing import draw_markers
-from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
+from spatial_ssrl_jax.common.bounds import Bounds, Count, Fraction, NonNegative, Positive, Widths
+from spatial_ssrl_jax.tasks.drawing import draw_markers_fitted, fitted_size
+from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
 from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.regions import (
     Regions,
@@ -22,6 +24,8 @@ QUESTION = (
     "regions from smallest to largest from the camera, where the format of the answer is "
     "'Smallest-Middle-Largest'."
 )
+RELEASED_BOX = (930, 693)  # that the released pictures of the task fill, in pixels
+_BANDS = ((0.0, 0.3), (0.35, 0.65), (0.7, 1.0))
 _DRAWS = 4096
 
 
@@ -37,8 +41,12 @@ class DepthSettings:
       min_gap: neighbouring regions are further apart than this, in normalised depth.
       min_valid: minimum fraction of valid pixels in a region; lower it for sparse maps.
       centre: side in pixels of the image of a region's centre that must be wholly valid.
+      bands: `free`, or `released`: as in the released code, the regions' centres are one in each of
+        [0, 0.3], [0.35, 0.65] and [0.7, 1] of normalised depth, which makes wider gaps.
       marker: radius of a marker in pixels.
       min_marker: its minimum in pixels of the image.
+      fit_box: (width, height) in pixels that the picture is fitted into once its regions are found,
+        `RELEASED_BOX` in the released data; empty keeps the image's size.
     """
 
     weight: NonNegative = 20620.0
@@ -48,8 +56,10 @@ class DepthSettings:
     min_gap: Fraction = 0.05
     min_valid: Fraction = 0.9
     centre: Count = 7
+    bands: Literal["free", "released"] = "free"
     marker: Positive = 19.0
     min_marker: Positive = 8.0
+    fit_box: Annotated[tuple[int, ...], Bounds(min=28)] = ()
 
 
 def make(record: Record, rng: np.random.Generator, settings: DepthSettings) -> Example:
@@ -65,40 +75,52 @@ def make(record: Record, rng: np.random.Generator, settings: DepthSettings) -> E
             margin=radius + 1,
         )
         found = find_regions(depth, limits, rng)
-        triple = _draw(found, rng, settings.min_gap, 2 * radius + 2)
+        triple = _draw(found, rng, settings, 2 * radius + 2)
         if triple is not None:
-            return _example(record, found, rng.permutation(triple), radius)
+            return _example(record, found, rng.permutation(triple), radius, settings.fit_box)
     raise Reject("no three regions of clearly different depth")
 
 
 def _draw(
-    found: Regions, rng: np.random.Generator, min_gap: float, distance: float
+    found: Regions, rng: np.random.Generator, settings: DepthSettings, distance: float
 ) -> np.ndarray | None:
-    """Three windows, uniform over all valid triples; None where there is none.
+    """Three windows from near to far, uniform over all valid triples; None where there is none.
 
     For each window as the middle one, the clearly nearer and the clearly farther windows are
     counted in sorted order; their product is the number of triples around it. Drawing the middle by
     that number and the others evenly is uniform over the triples with clear gaps, and taking the
     first draw whose windows and markers are apart keeps it so.
     """
-    if len(found) < 3:
+    near, middle, far = _candidates(found, settings.bands)
+    if not len(middle):
         return None
-    by_high, by_low = np.argsort(found.high), np.argsort(found.low)
-    nearer = np.searchsorted(found.high[by_high], found.low - min_gap, side="left")
-    below = np.searchsorted(found.low[by_low], found.high + min_gap, side="right")
-    farther = len(found) - below
+    by_high, by_low = near[np.argsort(found.high[near])], far[np.argsort(found.low[far])]
+    low, high = found.low[middle] - settings.min_gap, found.high[middle] + settings.min_gap
+    nearer = np.searchsorted(found.high[by_high], low, side="left")
+    below = np.searchsorted(found.low[by_low], high, side="right")
+    farther = len(far) - below
     ways = np.cumsum(nearer * farther)
     if ways[-1] == 0:
         return None
-    middle = np.searchsorted(ways, rng.integers(ways[-1], size=_DRAWS), side="right")
-    near = by_high[rng.integers(nearer[middle])]
-    far = by_low[below[middle] + rng.integers(farther[middle])]
-    triples = np.stack([near, middle, far], axis=1)
+    drawn = np.searchsorted(ways, rng.integers(ways[-1], size=_DRAWS), side="right")
+    nearest = by_high[rng.integers(nearer[drawn])]
+    farthest = by_low[below[drawn] + rng.integers(farther[drawn])]
+    triples = np.stack([nearest, middle[drawn], farthest], axis=1)
     fine = np.flatnonzero(found.apart(triples, distance))
     return triples[fine[0]] if len(fine) else None
 
 
-def _example(record: Record, found: Regions, chosen: np.ndarray, radius: int) -> Example:
+def _candidates(found: Regions, bands: str) -> list[np.ndarray]:
+    """Indices of the windows that may be the near, the middle and the far region."""
+    if bands == "free":
+        return [np.arange(len(found))] * 3
+    centres = found.depth[found.y, found.x]
+    return [np.flatnonzero((centres >= low) & (centres <= high)) for low, high in _BANDS]
+
+
+def _example(
+    record: Record, found: Regions, chosen: np.ndarray, radius: int, box: Sequence[int]
+) -> Example:
     """The example whose markers 1 to 3 are on the windows `chosen`."""
     points = [found.point(i) for i in chosen]
     depths = [found.mean(i) for i in chosen]
@@ -106,7 +128,7 @@ def _example(record: Record, found: Regions, chosen: np.ndarray, radius: int) ->
     return Example(
         task="depth",
         kind="depth",
-        images=(draw_markers(record.image, points, radius),),
+        images=(draw_markers_fitted(record.image, points, radius, box),),
         question=QUESTION,
         answer="-".join(order),
         reason="From near to far the regions are " + ", ".join(order) + ".",
@@ -115,4 +137,9 @@ def _example(record: Record, found: Regions, chosen: np.ndarray, radius: int) ->
     )
 
 
-TASK = Task("depth", True, DepthSettings, make, chance=lambda answer: 1 / 6)
+def sizes(size: Size, settings: DepthSettings) -> list[Size]:
+    """The picture's."""
+    return [fitted_size(size, settings.fit_box)]
+
+
+TASK = Task("depth", True, DepthSettings, make, sizes, chance=lambda answer: 1 / 6)

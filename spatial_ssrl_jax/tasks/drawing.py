@@ -9,6 +9,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from spatial_ssrl_jax.common.errors import UserError
+
 RED = (255, 0, 0)
 WHITE = (255, 255, 255)
 BLACK = (0, 0, 0)
@@ -58,6 +60,46 @@ def draw_markers(image: np.ndarray, points: Sequence[tuple[int, int]], radius: i
         stamp = _marker(digit, radius)
         canvas.paste(stamp, (x - radius, y - radius), stamp)
     return np.asarray(canvas)
+
+
+def draw_markers_fitted(
+    image: np.ndarray, points: Sequence[tuple[int, int]], radius: int, box: Sequence[int]
+) -> np.ndarray:
+    """`draw_markers` on the image fitted into a box, markers in proportion.
+
+    Args:
+      image, points, radius: as for `draw_markers`, in pixels of the image.
+      box: see `fitted_size`.
+
+    Returns:
+      [h, w, 3] uint8, a new image.
+    """
+    height, width = fitted_size(image.shape[:2], box)
+    if (height, width) == image.shape[:2]:
+        return draw_markers(image, points, radius)
+    y_scale, x_scale = height / image.shape[0], width / image.shape[1]
+    fitted = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    # The centre of a pixel stays the centre.
+    moved = [(int((x + 0.5) * x_scale), int((y + 0.5) * y_scale)) for x, y in points]
+    return draw_markers(np.asarray(fitted), moved, round(radius * min(x_scale, y_scale)))
+
+
+def fitted_size(size: tuple[int, int], box: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of an image that fills a box as far as its aspect allows.
+
+    Args:
+      size: (height, width) in pixels.
+      box: (width, height) in pixels; empty leaves the size as it is.
+
+    Raises:
+      UserError: the box is neither.
+    """
+    if not box:
+        return size
+    if len(box) != 2:
+        raise UserError(f"fit_box={tuple(box)} needs a width and a height, or nothing.")
+    scale = min(box[0] / size[1], box[1] / size[0])
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
 @lru_cache(maxsize=256)

@@ -45,11 +45,6 @@ class Example:
 Size = tuple[int, int]  # height and width of an image in pixels
 
 
-def single_image(size: Size) -> list[Size]:
-    """Sizes of the images of most tasks' examples: one as large as the record's."""
-    return [size]
-
-
 class TaskSettings(Protocol):
     """Settings of a task: a frozen dataclass with at least its weight."""
 
@@ -64,6 +59,11 @@ class TaskSettings(Protocol):
 Settings = TypeVar("Settings", bound=TaskSettings)
 
 
+def single_image(size: Size, settings: TaskSettings) -> list[Size]:
+    """Sizes of the images of most tasks' examples: one as large as the record's."""
+    return [size]
+
+
 @dataclass(frozen=True)
 class Task(Generic[Settings]):
     """A pretext task.
@@ -74,8 +74,9 @@ class Task(Generic[Settings]):
       settings: class of its settings, with the paper's defaults.
       make: (record, rng, settings) -> `Example`, or raises `Reject`. Every draw comes from `rng`,
         so the same record, generator state and settings give the same example.
-      sizes: sizes of an example's images from the record's size alone, or slightly more where a
-        frame is trimmed: what is too large for any prompt is dropped before it is decoded.
+      sizes: (size, settings) -> sizes of an example's images from the record's size alone, or
+        slightly more where a frame is trimmed: what is too large for any prompt is dropped before
+        it is decoded.
       chance: right answer -> probability that a random answer in its format is right; None where
         that is not known.
     """
@@ -84,7 +85,7 @@ class Task(Generic[Settings]):
     needs_depth: bool
     settings: type[Settings]
     make: Callable[[Record, np.random.Generator, Settings], Example]
-    sizes: Callable[[Size], list[Size]] = single_image
+    sizes: Callable[[Size, Settings], list[Size]] = single_image
     chance: Callable[[str], float] | None = None
 
 

@@ -1,12 +1,14 @@
 """Relative 3D position: where is one marked region, seen by a camera at the other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import numpy as np
 
-from spatial_ssrl_jax.common.bounds import Count, Fraction, NonNegative, Positive, Weights
-from spatial_ssrl_jax.tasks.drawing import draw_markers
-from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
+from spatial_ssrl_jax.common.bounds import Bounds, Count, Fraction, NonNegative, Positive, Weights
+from spatial_ssrl_jax.tasks.drawing import draw_markers_fitted, fitted_size
+from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
 from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.regions import (
     Regions,
@@ -33,7 +35,9 @@ HEADINGS = {  # heading -> its words, and its angle counter-clockwise from looki
 }
 SINGLE = ("Left", "Right", "Front", "Back")
 COMBINED = ("Left-Front", "Left-Back", "Right-Front", "Right-Back")
+RELEASED_BOX = (1155, 855)  # that the released pictures of the task fill, in pixels
 _DRAWS, _ROUNDS = 4096, 8
+_NEAR_PARTS, _CENTRAL, _FIRSTS = 8, 0.45, 256  # of the released choice
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,13 @@ class PositionSettings:
       depth: distance in normalised depth above which it is clear.
       near_height: a pair at like depth differs by less than this in height, in pixels.
       min_near_height: its minimum in pixels of the image.
+      choice: `uniform` over the valid pairs, or `released`: as in the released code, depths are
+        normalised by their least and largest, the pair nearest the image's centre is taken, and at
+        like depth it is more than an eighth of the image's shorter side apart from left to right.
       marker: radius of a marker in pixels.
       min_marker: its minimum in pixels of the image.
+      fit_box: (width, height) in pixels that the picture is fitted into once its regions are found,
+        `RELEASED_BOX` in the released data; empty keeps the image's size.
     """
 
     weight: NonNegative = 20200.0
@@ -72,8 +81,16 @@ class PositionSettings:
     depth: Fraction = 0.25
     near_height: NonNegative = 30.0
     min_near_height: NonNegative = 4.0
+    choice: Literal["uniform", "released"] = "uniform"
     marker: Positive = 19.0
     min_marker: Positive = 8.0
+    fit_box: Annotated[tuple[int, ...], Bounds(min=28)] = ()
+
+    def plane_of(self, kind: str, shape: tuple[int, int]) -> float:
+        """Pixels above which a pair of a kind is clearly apart from left to right."""
+        if self.choice == "released" and kind == "near":
+            return min(shape) / _NEAR_PARTS
+        return scaled(self.plane, 0, shape)
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,8 @@ class View:
 
 def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -> Example:
     """Marks two regions, puts a camera at one and asks for the other."""
-    depth = normalised_depth(record)
+    released = settings.choice == "released"
+    depth = normalised_depth(record, extremes=released)
     radius = round(scaled(settings.marker, settings.min_marker, depth.shape))
     limits = WindowLimits(
         half=round(scaled(settings.window, settings.min_window, depth.shape)) // 2,
@@ -127,7 +145,8 @@ def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -
     )
     found = find_regions(depth, limits, rng)
     for kind in weighted_shuffle(rng, settings.kinds):
-        pair = _draw(found, rng, kind, settings, 2 * radius + 2)
+        pick = _nearest_centre if released else _uniform
+        pair = pick(found, rng, kind, settings, 2 * radius + 2)
         if pair is not None:
             i, j = pair
             view = View(
@@ -136,12 +155,12 @@ def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -
                 camera=int(rng.integers(1, 3)),
                 heading=weighted_choice(rng, settings.headings),
             )
-            right = view.direction(scaled(settings.plane, 0, depth.shape), settings.depth)
-            return _example(record, view, kind, right, radius, rng)
+            right = view.direction(settings.plane_of(kind, depth.shape), settings.depth)
+            return _example(record, view, kind, right, radius, settings.fit_box, rng)
     raise Reject("no pair of regions that is clearly apart")
 
 
-def _draw(
+def _uniform(
     found: Regions,
     rng: np.random.Generator,
     kind: str,
@@ -159,11 +178,36 @@ def _draw(
     return None
 
 
+def _nearest_centre(
+    found: Regions,
+    rng: np.random.Generator,
+    kind: str,
+    settings: PositionSettings,
+    distance: float,
+) -> np.ndarray | None:
+    """The valid pair of a kind nearest the image's centre, in a random order of its markers.
+
+    For each window, from the centre outwards, the others are tried in that order. Windows at the
+    image's edges are left out, and only so many first ones are tried: the released code stops after
+    15 seconds.
+    """
+    height, width = found.depth.shape
+    dx, dy = np.abs(found.x - width // 2), np.abs(found.y - height // 2)
+    inside = np.flatnonzero((dx <= _CENTRAL * width) & (dy <= _CENTRAL * height))
+    order = inside[np.argsort(np.hypot(dx, dy)[inside], kind="stable")]
+    for k, first in enumerate(order[:_FIRSTS]):
+        pairs = np.stack([np.full(len(order) - k - 1, first), order[k + 1 :]], axis=1)
+        fine = _clear(found, pairs, kind, settings) & found.apart(pairs, distance)
+        if fine.any():
+            return rng.permutation(pairs[np.argmax(fine)])
+    return None
+
+
 def _clear(found: Regions, pairs: np.ndarray, kind: str, settings: PositionSettings) -> np.ndarray:
     """Which pairs [m, 2] are of the kind: [m] bool. A pair clear in neither axis is of no kind."""
     shape = found.depth.shape
     x, y, low, high = (a[pairs] for a in (found.x, found.y, found.low, found.high))
-    wide = np.abs(x[:, 0] - x[:, 1]) > scaled(settings.plane, 0, shape)
+    wide = np.abs(x[:, 0] - x[:, 1]) > settings.plane_of(kind, shape)
     if kind == "near":
         # All depths of both windows, so that no direction along the depth can be called clear.
         alike = high.max(axis=1) - low.min(axis=1) <= settings.depth
@@ -174,7 +218,13 @@ def _clear(found: Regions, pairs: np.ndarray, kind: str, settings: PositionSetti
 
 
 def _example(
-    record: Record, view: View, kind: str, right: str, radius: int, rng: np.random.Generator
+    record: Record,
+    view: View,
+    kind: str,
+    right: str,
+    radius: int,
+    box: Sequence[int],
+    rng: np.random.Generator,
 ) -> Example:
     """The example of a view in which the other marker is `right`."""
     options = [str(o) for o in rng.permutation(COMBINED if right in COMBINED else SINGLE)]
@@ -193,7 +243,7 @@ def _example(
     return Example(
         task="position",
         kind=kind,
-        images=(draw_markers(record.image, view.points, radius),),
+        images=(draw_markers_fitted(record.image, view.points, radius, box),),
         question=question,
         answer=answer,
         reason=f"Seen from {view.camera} the region is {right}, option {answer}.",
@@ -208,4 +258,9 @@ def _example(
     )
 
 
-TASK = Task("position", True, PositionSettings, make, chance=lambda answer: 1 / 4)
+def sizes(size: Size, settings: PositionSettings) -> list[Size]:
+    """The picture's."""
+    return [fitted_size(size, settings.fit_box)]
+
+
+TASK = Task("position", True, PositionSettings, make, sizes, chance=lambda answer: 1 / 4)

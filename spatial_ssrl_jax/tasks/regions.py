@@ -93,10 +93,14 @@ def scaled(pixels: float, floor: float, shape: tuple[int, int]) -> float:
     return max(floor, pixels * min(shape) / _REFERENCE)
 
 
-def normalised_depth(record: Record) -> np.ndarray:
+def normalised_depth(record: Record, extremes: bool = False) -> np.ndarray:
     """A record's depth mapped so that its 0.5 and 99.5 percentiles are 0 and 1, clipped.
 
     Percentiles are those of some 65,000 pixels on an even grid.
+
+    Args:
+      record: with depth.
+      extremes: map the least and the largest depth of all pixels to 0 and 1 instead.
 
     Returns:
       [H, W] float32, NaN where invalid.
@@ -109,14 +113,15 @@ def normalised_depth(record: Record) -> np.ndarray:
         raise Reject("no depth map")
     if depth.shape != record.image.shape[:2]:
         raise Reject("depth map of another size than the image")
-    step = max(1, round(np.sqrt(depth.size / _SAMPLE)))
+    step = 1 if extremes else max(1, round(np.sqrt(depth.size / _SAMPLE)))
     sample = depth[::step, ::step]
     sample = sample[np.isfinite(sample)]
     if sample.size < _MIN_SAMPLE:
         sample = depth[np.isfinite(depth)]
     if sample.size == 0:
         raise Reject("depth map without valid pixels")
-    low, high = np.percentile(sample.astype(np.float64), (0.5, 99.5))
+    ends = (0, 100) if extremes else (0.5, 99.5)
+    low, high = np.percentile(sample.astype(np.float64), ends)
     if not high > low:
         raise Reject("constant depth map")
     unit = (depth - np.float32(low)) / np.float32(high - low)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spatial_ssrl_jax.tasks import depth
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.tasks import depth, position
 from spatial_ssrl_jax.tasks.example import Reject
 from spatial_ssrl_jax.tasks.regions import Regions
 from tests.helpers.images import ROUNDING, assert_even, depth_ends, record
@@ -109,9 +110,11 @@ def test_triples_are_drawn_evenly():
         if clear and all(np.hypot(x[i] - x[j], y[i] - y[j]) > 18 for i, j in pairs):
             valid.add((a, b, c))
     assert len(valid) > 10
-    draws = 200 * len(valid)
+    draws, limits = 200 * len(valid), depth.DepthSettings(min_gap=0.05)
     rng = np.random.default_rng(0)
-    counts = Counter(tuple(int(i) for i in depth._draw(found, rng, 0.05, 18)) for _ in range(draws))
+    counts = Counter(
+        tuple(int(i) for i in depth._draw(found, rng, limits, 18)) for _ in range(draws)
+    )
     assert set(counts) == valid
     assert_even(counts, draws, len(valid), 0.35)
 
@@ -142,3 +145,63 @@ def test_rejections():
         make(record(0, 12, 12), 0)
     with pytest.raises(Reject, match="constant"):
         make(record(0, depth=np.ones((112, 112), np.float32)), 0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_released_regions_are_in_one_band_each(seed: int):
+    rec = record(seed, 192, 256, holes=0.02)
+    try:
+        example = make(rec, seed, bands="released")
+    except Reject:
+        pytest.skip("this room has no such regions")
+    check(rec, example)
+    low, high = depth_ends(rec.depth)
+    centres = [(rec.depth[y, x] - low) / (high - low) for x, y in example.truth["points"]]
+    near, middle, far = np.clip(sorted(centres), 0, 1)
+    assert near <= 0.3 and 0.35 <= middle <= 0.65 and far >= 0.7
+
+
+def test_bands_make_wider_gaps():
+    def gap(bands: str, seed: int) -> float:
+        depths = sorted(make(record(seed, 192, 256), seed, bands=bands).truth["depths"])
+        return min(np.diff(depths))
+
+    seeds = [s for s in range(30) if has_example(record(s, 192, 256), s, bands="released")]
+    assert len(seeds) > 5
+    free, released = ([gap(bands, s) for s in seeds] for bands in ("free", "released"))
+    assert np.median(released) > np.median(free)
+
+
+def has_example(rec, seed: int, **changes) -> bool:
+    try:
+        make(rec, seed, **changes)
+    except Reject:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("task", [depth, position])
+def test_the_picture_fits_the_box_with_its_regions_and_markers_in_proportion(task):
+    rec, settings = record(5, 192, 256), task.TASK.settings
+    plain, fitted = (
+        task.make(rec, np.random.default_rng(1), settings(fit_box=box)) for box in ((), (384, 384))
+    )
+    assert plain.truth == fitted.truth and plain.answer == fitted.answer
+    assert fitted.images[0].shape == (288, 384, 3)
+    assert task.TASK.sizes((192, 256), settings(fit_box=(384, 384))) == [(288, 384)]
+    assert task.TASK.sizes((192, 256), settings()) == [(192, 256)]
+    for x, y in plain.truth["points"]:
+        small = disc(plain.images[0], x, y)
+        large = disc(fitted.images[0], int((x + 0.5) * 1.5), int((y + 0.5) * 1.5))
+        assert abs(large / small - 1.5) < 0.2
+
+
+def disc(image: np.ndarray, x: int, y: int) -> float:
+    """The side in pixels of a square as large as a marker's white; the photo has none."""
+    around = image[max(y - 16, 0) : y + 17, max(x - 16, 0) : x + 17]
+    return float(np.sqrt((around == 255).all(axis=2).sum()))
+
+
+def test_a_box_needs_two_sides():
+    with pytest.raises(UserError, match=r"fit_box=\(384,\) needs a width and a height"):
+        make(record(5), 1, fit_box=(384,))

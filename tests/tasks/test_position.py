@@ -174,7 +174,7 @@ def test_pairs_are_drawn_evenly(kind):
     assert len(valid) >= 2
     draws, rng = 150 * len(valid), np.random.default_rng(0)
     pairs = [
-        position._draw(found, rng, kind, position.PositionSettings(), 40) for _ in range(draws)
+        position._uniform(found, rng, kind, position.PositionSettings(), 40) for _ in range(draws)
     ]
     counts = Counter((int(i), int(j)) for i, j in pairs)
     assert set(counts) == valid
@@ -199,3 +199,52 @@ def test_rejections():
     assert make(narrow, 0).kind == "far_single"
     with pytest.raises(Reject, match="without valid"):
         make(record(0, depth=np.full((112, 112), np.nan, np.float32)), 0)
+
+
+def released_pair(rec, far: bool) -> list[tuple[int, int]] | None:
+    """The first pair [x, y] from the centre outwards, window by window and pixel by pixel."""
+    height, width = rec.depth.shape
+    unit = (rec.depth - rec.depth.min()) / (rec.depth.max() - rec.depth.min())
+    windows = []
+    for y in range(9, height - 9):  # markers are inside the image
+        for x in range(9, width - 9):
+            window = unit[y - 3 : y + 4, x - 3 : x + 4]
+            inside = abs(x - width // 2) <= 0.45 * width and abs(y - height // 2) <= 0.45 * height
+            if inside and window.max() - window.min() < 0.15:
+                distance = np.hypot(x - width // 2, y - height // 2)
+                windows.append((distance, y, x, window.min(), window.max()))
+    windows.sort(key=lambda w: w[0])
+    for i, (_, y1, x1, min1, max1) in enumerate(windows[:256]):
+        for _, y2, x2, min2, max2 in windows[i + 1 :]:
+            if far:
+                fine = max(min1, min2) - min(max1, max2) > 0.25
+                fine = fine and abs(x1 - x2) <= 150 * min(height, width) / 768
+            else:
+                fine = max(max1, max2) - min(min1, min2) <= 0.25 and abs(y1 - y2) < 4
+                fine = fine and abs(x1 - x2) > min(height, width) / 8
+            apart = max(abs(x1 - x2), abs(y1 - y2)) > 6 and np.hypot(x1 - x2, y1 - y2) > 18
+            if fine and apart:
+                return [(x1, y1), (x2, y2)]
+    return None
+
+
+@pytest.mark.parametrize("kind", ["near", "far_single"])
+def test_the_released_choice_is_the_pair_nearest_the_centre(kind: str):
+    found = 0
+    for seed in range(4):
+        rec = record(seed, 64, 88)
+        wanted = released_pair(rec, far=kind == "far_single")
+        if wanted is None:
+            continue
+        example = make(rec, seed, kinds={kind: 1.0}, choice="released")
+        assert sorted(map(tuple, example.truth["points"])) == sorted(wanted)
+        assert example.truth["kind"] == kind
+        found += 1
+    assert found > 1
+
+
+def test_released_depths_are_normalised_by_the_extremes():
+    rec = record(3, 64, 88)
+    rec.depth[0, 0] = 100.0
+    depths = make(rec, 3, kinds={"near": 1.0}, choice="released").truth["depths"]
+    assert max(depths) < 0.1
