@@ -1,5 +1,6 @@
 """AdamW with a clipped gradient norm and a learning rate that warms up."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,8 +12,11 @@ from spatial_ssrl_jax.qwen_vl.param_tree import part_of
 
 
 def learning_rate(stage: StageSettings, updates: int) -> optax.Schedule:
-    """The learning rate at each of a stage's `updates` optimizer steps."""
-    warmup = round(stage.warmup_ratio * updates)
+    """The learning rate at each of a stage's `updates` optimizer steps.
+
+    A warm-up is that of Transformers: its first step has rate 0, and a part of a step is a whole.
+    """
+    warmup = math.ceil(stage.warmup_ratio * updates)
     peak = stage.learning_rate
     if stage.schedule == "cosine":
         rest = optax.cosine_decay_schedule(peak, max(updates - warmup, 1))
@@ -20,9 +24,7 @@ def learning_rate(stage: StageSettings, updates: int) -> optax.Schedule:
         rest = optax.constant_schedule(peak)
     if warmup == 0:
         return rest
-    return optax.join_schedules(
-        [optax.linear_schedule(peak / warmup, peak, warmup), rest], [warmup]
-    )
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), rest], [warmup])
 
 
 def make_optimizer(

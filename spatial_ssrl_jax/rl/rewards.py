@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from spatial_ssrl_jax.config.schema import RewardRule, RewardSettings
-from spatial_ssrl_jax.tasks.answers import last_box, plain_answer
+from spatial_ssrl_jax.tasks.answers import final_box, last_box, plain_answer
 from spatial_ssrl_jax.tasks.example import Example
 
 _AROUND_TAGS = re.compile(r"\s*([<>/])\s*")
@@ -60,8 +60,8 @@ def score_response(
 
 def _paper(response: str, answer: str) -> tuple[bool, bool]:
     """The published rule with its looseness: an empty thought and box pass the format, and a box
-    inside the thought can earn the accuracy."""
-    return last_box(response) == answer, _FORMAT.fullmatch(response) is not None
+    inside the thought can earn the accuracy. A last box that is not closed earns none."""
+    return final_box(response) == answer, _FORMAT.fullmatch(response) is not None
 
 
 def _strict(response: str, answer: str) -> tuple[bool, bool]:

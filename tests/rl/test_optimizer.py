@@ -20,17 +20,17 @@ STAGE = StageSettings(
 
 
 def rate_at(stage: StageSettings, step: int) -> float:
-    """Linear over the warm-up, from one step's part; then constant, or a half cosine to zero."""
-    warmup = round(stage.warmup_ratio * STEPS)
+    """Linear over the warm-up, from zero; then constant, or a half cosine to zero."""
+    warmup = np.ceil(stage.warmup_ratio * STEPS)
     if step < warmup:
-        return stage.learning_rate * (1 / warmup + (1 - 1 / warmup) * step / warmup)
+        return stage.learning_rate * step / warmup
     if stage.schedule == "constant":
         return stage.learning_rate
     return stage.learning_rate * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (STEPS - warmup)))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-@pytest.mark.parametrize("ratio", [0.0, 0.5])
+@pytest.mark.parametrize("ratio", [0.0, 0.4, 0.5])
 def test_the_learning_rate_at_every_step(schedule: str, ratio: float):
     stage = replace(STAGE, schedule=schedule, warmup_ratio=ratio)
     found = [float(np.asarray(learning_rate(stage, STEPS)(step))) for step in range(STEPS)]
@@ -105,6 +105,6 @@ def test_a_stages_updates_and_seed_are_its_own():
     assert (sft.start_step, sft.last_step, sft.updates, sft.seed) == (0, 4, 4, 6)
     assert (stage.start_step, stage.last_step, stage.updates, stage.seed) == (4, 9, 10, 7)
     assert [stage.steps_left(step) for step in (0, 4, 6, 9, 12)] == [5, 5, 3, 0, 0]
-    assert float(np.asarray(stage.learning_rate()(0))) == pytest.approx(grpo.learning_rate / 2)
+    assert float(np.asarray(stage.learning_rate()(1))) == pytest.approx(grpo.learning_rate / 2)
     (alone,) = stages(replace(config, sft=replace(config.sft, steps=0), grpo=grpo))
     assert alone.name == "grpo" and alone.start_step == 0

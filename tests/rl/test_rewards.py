@@ -28,6 +28,7 @@ def rate(response: str, answer: str = "2-0-1-3", tokens: int = 9, **settings):
         ("<think>a</think>\\boxed{2 - 0-1-3}", 0, 1),
         ("<think>a</think>\\boxed{1}\\boxed{2-0-1-3}", 1, 1),
         ("<think>a</think>\\boxed{2-0-1-3}\\boxed{1}", 0, 1),  # the last box counts
+        ("<think>a</think>\\boxed{2-0-1-3} or \\boxed{1", 0, 1),  # also where it is not closed
         ("<think></think>\\boxed{}", 0, 1),  # known looseness
         ("<think>\\boxed{2-0-1-3}</think>", 1, 0),  # known looseness: a box inside the thought
         ("<think>a</think>\\boxed{\\text{2-0-1-3}}", 0, 1),
