@@ -5,39 +5,33 @@ loads an adapter under the Hub's older names without an error, and without its w
 read.
 """
 
+import dataclasses
 import json
-import math
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.lora import TARGETS, LoraSettings, adapter_settings
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, flatten_params, unflatten_params
-from spatial_ssrl_jax.qwen_vl.weights import canonical_name, entries, newer_name
+from spatial_ssrl_jax.qwen_vl.peft_settings import AdapterSettings, read_settings
+from spatial_ssrl_jax.qwen_vl.weights import Entry, canonical_name, entries, newer_name
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _HALVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
-# Settings with which an adapter is not x @ A @ B * scale; all must be empty or false.
-_UNSUPPORTED = (
-    "use_dora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "lora_bias",
-    "fan_in_fan_out",
-    "trainable_token_indices",
-    "layer_replication",
-)
+_EVERY = LoraSettings(1, targets=tuple(TARGETS))
+_DTYPES = ("F64", "F32", "F16", "BF16")  # those of safetensors that an adapter may have
 
 
 def write_adapter(folder: Path, config: QwenVLConfig, adapters: Params, base: str | None) -> None:
@@ -46,20 +40,23 @@ def write_adapter(folder: Path, config: QwenVLConfig, adapters: Params, base: st
     Args:
       folder: where both files go.
       config: the model's shape.
-      adapters: `lora_a`, `lora_b` and `lora_scale` of every layer that has one.
+      adapters: `lora_a`, `lora_b` and `lora_scale` of every layer that has one; all of one rank and
+        one scale.
       base: the model they belong to, as `base_model_name_or_path`, or None.
     """
     lora = adapter_settings(adapters)
     flat = jax.device_get(flatten_params(adapters))
     tensors, patterns = {}, []
-    for module, hub, layers in _modules(config, lora):
-        patterns.append(re.escape(newer_name(config, hub)).replace(r"\{\}", r"\d+"))
+    for module, entry in _modules(config, lora):
+        hub = newer_name(config, entry.name.removesuffix(".weight"))
+        patterns.append(re.escape(hub).replace(r"\{\}", r"\d+"))
         for half, kind in _HALVES.items():
             stack = flat[f"{module}/{half}"]
-            for i, array in enumerate(stack if layers else [stack]):
+            for i, array in enumerate(stack if entry.layers else [stack]):
                 rows = (-1, lora.rank) if half == "lora_a" else (lora.rank, -1)
-                name = f"{_PREFIX}{newer_name(config, hub).format(i)}.{kind}"
-                tensors[name] = np.ascontiguousarray(array.reshape(rows).T)
+                tensors[f"{_PREFIX}{hub.format(i)}.{kind}"] = np.ascontiguousarray(
+                    array.reshape(rows).T
+                )
     scale = max(float(np.max(x)) for path, x in flat.items() if path.endswith("/lora_scale"))
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     settings = {
@@ -80,6 +77,9 @@ def write_adapter(folder: Path, config: QwenVLConfig, adapters: Params, base: st
 def read_adapter(folder: Path, config: QwenVLConfig) -> Params:
     """Reads adapters, in the file's dtype, for a model of this shape; NumPy arrays.
 
+    All have the largest rank in the file: the others are filled up with zeros, as are the layers
+    that `layers_to_transform` leaves out.
+
     Returns:
       The tree of `lora_a`, `lora_b` and `lora_scale` of every layer that has one.
 
@@ -87,70 +87,122 @@ def read_adapter(folder: Path, config: QwenVLConfig) -> Params:
       UserError: a file is missing or broken, the adapter is not plain LoRA, or it does not fit.
     """
     folder = Path(folder)
-    rank, scale = _read_settings(folder)
-    tensors = _read_tensors(folder, config)
-    every = LoraSettings(rank, targets=tuple(TARGETS))
-    shapes = flatten_params(abstract_params(config, every))
-    flat: dict[str, np.ndarray] = {}
-    for module, hub, layers in _modules(config, every):
-        names = [hub.format(i) for i in range(layers or 1)]
-        if not any(f"{name}.{kind}" in tensors for name in names for kind in _HALVES.values()):
-            continue
-        for half, kind in _HALVES.items():
-            shape = shapes[f"{module}/{half}"].shape
-            one = shape[1:] if layers else shape
-            wide = math.prod(one) // rank
-            wanted = (rank, wide) if half == "lora_a" else (wide, rank)
-            arrays = [
-                _take(folder, tensors, f"{name}.{kind}", wanted).T.reshape(one) for name in names
+    settings = read_settings(folder / ADAPTER_CONFIG_FILE)
+    tensors = _read_tensors(folder)
+    # One spelling for all: what is in the other one is left over.
+    newer = any(canonical_name(config, name) != name for name in tensors)
+    found: dict[str, list[_Layer | None]] = {}
+    for module, entry in _modules(config, _EVERY):
+        names = [name.removesuffix(".weight") for name in entry.hub_names]
+        names = [newer_name(config, name) if newer else name for name in names]
+        if any(f"{name}.{kind}" in tensors for name in names for kind in _HALVES.values()):
+            found[module] = [
+                _take_layer(folder, settings, tensors, name, entry.hub_shape) for name in names
             ]
-            flat[f"{module}/{half}"] = np.stack(arrays) if layers else arrays[0]
-        lead = shapes[f"{module}/lora_scale"].shape
-        flat[f"{module}/lora_scale"] = np.full(lead, scale, np.float32)
     if tensors:
         raise UserError(
-            f"{folder} adapts {min(tensors)}, which this base does not have: give the base it was "
-            "trained on."
+            f"{folder} holds {min(tensors)}, which is no adapter of a language, vision or merger "
+            "layer that this base and its own settings have: give the base it was trained on, or "
+            "merge it with PEFT."
         )
+    return _stacked(config, found)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The adapter of one layer, as the file has it.
+
+    Attributes:
+      a: [rank, in].
+      b: [out, rank].
+      scale: factor of their product.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+def _stacked(config: QwenVLConfig, found: dict[str, list[_Layer | None]]) -> Params:
+    """The tree, from the layers of every adapted module."""
+    rank = max(len(x.a) for layers in found.values() for x in layers if x)
+    shapes = flatten_params(abstract_params(config, dataclasses.replace(_EVERY, rank=rank)))
+    flat: dict[str, np.ndarray] = {}
+    for module, layers in found.items():
+        present = [x for x in layers if x]
+        a = np.zeros((len(layers), present[0].a.shape[1], rank), _dtype(x.a for x in present))
+        b = np.zeros((len(layers), rank, len(present[0].b)), _dtype(x.b for x in present))
+        scale = np.zeros(len(layers), np.float32)
+        for i, layer in enumerate(layers):
+            if layer:
+                a[i, :, : len(layer.a)], b[i, : len(layer.a)] = layer.a.T, layer.b.T
+                scale[i] = layer.scale
+        for name, array in (("lora_a", a), ("lora_b", b), ("lora_scale", scale)):
+            flat[f"{module}/{name}"] = array.reshape(shapes[f"{module}/{name}"].shape)
     return unflatten_params(flat)
 
 
-def _modules(config: QwenVLConfig, lora: LoraSettings) -> list[tuple[str, str, int | None]]:
-    """Each adapted layer: our path, the Hub's name with `{}` for the layer, and how many layers."""
+def _dtype(arrays: Iterable[np.ndarray]) -> np.dtype:
+    """The dtype of all, or float32."""
+    found = {x.dtype for x in arrays}
+    return found.pop() if len(found) == 1 else np.dtype(np.float32)
+
+
+def _modules(config: QwenVLConfig, lora: LoraSettings) -> list[tuple[str, Entry]]:
+    """Our path of each adapted layer, and its kernel's entry."""
     adapted = flatten_params(abstract_params(config, lora))
     return [
-        (e.path.removesuffix("/kernel"), e.name.removesuffix(".weight"), e.layers)
+        (e.path.removesuffix("/kernel"), e)
         for e in entries(config)
         if e.path.replace("/kernel", "/lora_a") in adapted and e.path.endswith("/kernel")
     ]
 
 
-def _read_settings(folder: Path) -> tuple[int, float]:
-    """Rank and scale."""
-    path = folder / ADAPTER_CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{path} is missing: give a folder that PEFT or a run wrote.")
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text())
-        rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}): fetch it again.") from None
-    more = [key for key in _UNSUPPORTED if raw.get(key)]
-    more += ["bias"] if raw.get("bias", "none") != "none" else []
-    if raw.get("peft_type") != "LORA" or more or rank < 1:
-        problem = f"sets {more[0]}" if more else f"is a {raw.get('peft_type')} adapter, rank {rank}"
-        raise UserError(f"{path} {problem}: only plain LoRA is supported; merge it with PEFT.")
-    return rank, alpha / (rank**0.5 if raw.get("use_rslora") else rank)
-
-
-def _read_tensors(folder: Path, config: QwenVLConfig) -> dict[str, np.ndarray]:
-    """Every tensor by the Hub's name of its module."""
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor by its name in the file, without PEFT's prefix."""
     path = folder / ADAPTER_FILE
+    if not path.is_file() and (folder / _PICKLE).is_file():
+        raise UserError(
+            f"{folder / _PICKLE} is a pickle, which is not opened: load the adapter with PEFT, and "
+            "write it with save_pretrained(FOLDER, safe_serialization=True)."
+        )
+    tensors = {}
     try:
-        tensors = load_file(path)
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in _DTYPES:
+                    raise UserError(
+                        f"{path}: {name} holds {dtype} numbers, which are not read: save the "
+                        "adapter again with PEFT as float32 or bfloat16."
+                    )
+                tensors[name.removeprefix(_PREFIX)] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
-    return {canonical_name(config, name.removeprefix(_PREFIX)): x for name, x in tensors.items()}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors: fetch it again, or save it again with PEFT.")
+    return tensors
+
+
+def _take_layer(
+    folder: Path,
+    settings: AdapterSettings,
+    tensors: dict[str, np.ndarray],
+    module: str,
+    shape: tuple[int, ...],
+) -> _Layer | None:
+    """Removes a layer's matrices from those that are left; None where no layer is wanted.
+
+    Args:
+      module: the layer's name in the file.
+      shape: of the layer's own matrix, [out, in].
+    """
+    if not settings.covers(module):
+        return None
+    (out, wide), rank = shape, settings.rank(module)
+    a = _take(folder, tensors, f"{module}.lora_A.weight", (rank, wide))
+    b = _take(folder, tensors, f"{module}.lora_B.weight", (out, rank))
+    return _Layer(a, b, settings.scale(module))
 
 
 def _take(
@@ -158,11 +210,18 @@ def _take(
 ) -> np.ndarray:
     """Removes one tensor from those that are left, and returns it."""
     if name not in tensors:
-        raise UserError(f"{folder} lacks the tensor {name}: fetch it again.")
+        raise UserError(
+            f"{folder} lacks the tensor {name}: fetch it again, or merge it with PEFT if only some "
+            "layers are adapted."
+        )
     tensor = tensors.pop(name)
     if tensor.shape != shape:
         raise UserError(
             f"{folder}: {name} has shape {tensor.shape}, but {shape} fits its base and its rank: "
             "give the base it was trained on."
+        )
+    if not np.isfinite(tensor).all():
+        raise UserError(
+            f"{folder}: {name} holds NaN or infinite values: give an adapter of an earlier step."
         )
     return tensor

@@ -80,15 +80,24 @@ def test_names_and_shapes_are_those_of_peft(toy, folder: Path):
     assert settings["base_model_name_or_path"] == "some/base"
 
 
+def older(name: str) -> str:
+    name = name.replace("model.language_model.", "model.")
+    return name.replace("base_model.model.model.visual", "base_model.model.visual")
+
+
 def test_the_hubs_older_names_are_read_too(toy, folder: Path):
     before = read_adapter(folder, toy.config)
-    rename(
-        folder,
-        lambda n: n.replace("model.language_model.", "model.").replace(
-            "base_model.model.model.visual", "base_model.model.visual"
-        ),
-    )
+    rename(folder, older)
     assert_same(read_adapter(folder, toy.config), before)
+    edit(folder, alpha_pattern={"^model.layers.1.self_attn.q_proj": 24.0})
+    scale = read_adapter(folder, toy.config)["text"]["layers"]["q"]["lora_scale"]
+    np.testing.assert_array_equal(scale, [4.0, 8.0])
+
+
+def test_older_and_newer_names_in_one_file_are_refused(toy, folder: Path):
+    rename(folder, lambda name: older(name) if "layers.1" in name else name)
+    with pytest.raises(UserError, match="lacks the tensor model.language_model.layers.1"):
+        read_adapter(folder, toy.config)
 
 
 def test_rank_stabilised_scale(toy, folder: Path):
@@ -97,19 +106,9 @@ def test_rank_stabilised_scale(toy, folder: Path):
     np.testing.assert_allclose(scale, 12.0 / 3**0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"r": 4}, r"k_proj.lora_A.weight has shape \(3, 48\), but \(4, 48\) fits"),
-        ({"use_dora": True}, "sets use_dora: only plain LoRA"),
-        ({"bias": "all"}, "sets bias: only plain LoRA"),
-        ({"peft_type": "IA3"}, "is a IA3 adapter"),
-        ({"r": "many"}, "cannot be read"),
-    ],
-)
-def test_settings_that_cannot_be_merged_are_named(toy, folder: Path, changes: dict, message: str):
-    edit(folder, **changes)
-    with pytest.raises(UserError, match=message):
+def test_a_rank_that_is_not_that_of_the_tensors_is_named(toy, folder: Path):
+    edit(folder, r=4)
+    with pytest.raises(UserError, match=r"k_proj.lora_A.weight has shape \(3, 48\), but \(4, 48\)"):
         read_adapter(folder, toy.config)
 
 
@@ -120,10 +119,12 @@ def test_a_tensor_that_is_missing_or_of_another_base_is_named(toy, folder: Path)
     ):
         read_adapter(folder, dataclasses.replace(toy.config, text=other))
     short = dataclasses.replace(toy.config.text, num_hidden_layers=1)
-    with pytest.raises(UserError, match=r"adapts model.layers.1.* which this base does not have"):
+    with pytest.raises(
+        UserError, match=r"holds model.language_model.layers.1.*, which is no adapter"
+    ):
         read_adapter(folder, dataclasses.replace(toy.config, text=short))
     rename(folder, lambda name: None if name == f"{PREFIX}.lora_B.weight" else name)
-    with pytest.raises(UserError, match="lacks the tensor model.layers.0.self_attn.q_proj.lora_B"):
+    with pytest.raises(UserError, match=r"lacks the tensor \S+layers.0.self_attn.q_proj.lora_B"):
         read_adapter(folder, toy.config)
 
 
@@ -132,6 +133,54 @@ def test_a_folder_without_an_adapter_and_a_broken_file_are_named(toy, folder: Pa
         read_adapter(tmp_path / "nowhere", toy.config)
     (folder / ADAPTER_FILE).write_bytes((folder / ADAPTER_FILE).read_bytes()[:100])
     with pytest.raises(UserError, match="adapter_model.safetensors cannot be read"):
+        read_adapter(folder, toy.config)
+
+
+def test_layers_without_an_adapter_are_zero_where_the_settings_leave_them_out(toy, folder: Path):
+    whole = read_adapter(folder, toy.config)["text"]["layers"]["q"]
+    rename(folder, lambda name: name if "layers.1." in name else None)
+    with pytest.raises(UserError, match=r"lacks the tensor \S+layers.0.self_attn.k_proj.lora_A"):
+        read_adapter(folder, toy.config)
+    edit(folder, layers_to_transform=[1])
+    q = read_adapter(folder, toy.config)["text"]["layers"]["q"]
+    for half in ("lora_a", "lora_b"):
+        np.testing.assert_array_equal(q[half][1], whole[half][1])
+        assert not q[half][0].any() and q[half].dtype == whole[half].dtype
+
+
+def test_adapters_of_layers_that_the_settings_leave_out_are_named(toy, folder: Path):
+    edit(folder, layers_to_transform=[0])
+    with pytest.raises(UserError, match=r"holds \S+layers.1.\S+, which is no adapter"):
+        read_adapter(folder, toy.config)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_named(toy, folder: Path, value: float):
+    tensors = load_file(folder / ADAPTER_FILE)
+    tensors[f"{PREFIX}.lora_A.weight"][1, 2] = value
+    save_file(tensors, folder / ADAPTER_FILE)
+    with pytest.raises(UserError, match=r"layers.0.self_attn.q_proj.lora_A.weight holds NaN or"):
+        read_adapter(folder, toy.config)
+
+
+def test_floats_of_several_kinds_become_float32_and_other_numbers_are_named(toy, folder: Path):
+    tensors = load_file(folder / ADAPTER_FILE)
+    name = f"{PREFIX}.lora_A.weight"
+    save_file(tensors | {name: tensors[name].astype(np.float16)}, folder / ADAPTER_FILE)
+    q = read_adapter(folder, toy.config)["text"]["layers"]["q"]["lora_a"]
+    assert q.dtype == np.float32
+    np.testing.assert_allclose(q[0].T, tensors[name], rtol=1e-3)
+    save_file(tensors | {name: tensors[name].astype(np.int8)}, folder / ADAPTER_FILE)
+    with pytest.raises(UserError, match="q_proj.lora_A.weight holds I8 numbers"):
+        read_adapter(folder, toy.config)
+
+
+def test_a_pickle_and_a_file_without_tensors_are_named(toy, folder: Path):
+    save_file({}, folder / ADAPTER_FILE)
+    with pytest.raises(UserError, match="adapter_model.safetensors holds no tensors"):
+        read_adapter(folder, toy.config)
+    (folder / ADAPTER_FILE).rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model.bin is a pickle.*safe_serialization=True"):
         read_adapter(folder, toy.config)
 
 
