@@ -30,6 +30,7 @@ def get_config() -> c.Config:
         model=c.ModelSettings(path="runs/sft_3b/export", attention_chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
+            transparency="drop",
             min_pixels=262_144,
             max_pixels=4_194_304,
             prompt_buckets=(544, 640, 1152, 1216, 1792, 1984, 2368, 4096),

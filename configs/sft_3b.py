@@ -23,6 +23,7 @@ def get_config() -> c.Config:
         model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", attention_chunk=256),
         data=c.DataSettings(
             source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
+            transparency="drop",
             min_pixels=56 * 56,
             max_pixels=262_144,
             prompt_buckets=(1024, 2048),

@@ -14,7 +14,6 @@ from spatial_ssrl_jax.eval.predictions import TABLE
 from spatial_ssrl_jax.eval.reports.comparison_page import COMPARED
 from spatial_ssrl_jax.eval.reports.text import print_scores
 from spatial_ssrl_jax.eval.scoring.published import comparable, table_json
-from spatial_ssrl_jax.inference.options import add_inference_options, check_inference_options
 from spatial_ssrl_jax.parallel import distributed
 
 _DATA = "its question file, or the folder of it; with --score or --compare, for images"
@@ -52,6 +51,11 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out what has no answer, image or video, and say how many",
     )
+    parser.add_argument(
+        "--allow-outside-paths",
+        action="store_true",
+        help="let paths in question files leave the folder of --data or --source",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace results in --out")
     parser.add_argument(
         "--json",
@@ -61,6 +65,8 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
+    from spatial_ssrl_jax.inference.options import add_inference_options
+
     group = parser.add_argument_group("with a model (the same command resumes after a stop)")
     group.add_argument("--model", help="folder, checkpoint or hub id")
     group.add_argument("--benchmark", metavar="NAME", help=", ".join([*SETS, *SCORED]))
@@ -131,6 +137,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.benchmark} takes --{data}: leave out --{other}.")
     if args.reasoning and args.own_prompt:
         raise UserError("--reasoning and --own-prompt are two prompts: leave one out.")
+    from spatial_ssrl_jax.inference.options import check_inference_options
+
     args.sampling = check_inference_options(args)
     if args.samples > 1 and args.temperature == 0:
         raise UserError("--samples of a greedy answer are all the same: give a --temperature.")

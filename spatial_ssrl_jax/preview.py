@@ -15,7 +15,7 @@ from spatial_ssrl_jax.common.errors import BadImage, UserError, run_command
 from spatial_ssrl_jax.common.html import filters, page, table
 from spatial_ssrl_jax.common.outputs import atomic_folder, check_output_folder
 from spatial_ssrl_jax.data.items import TaskSource, task_sources, unusable
-from spatial_ssrl_jax.data.sources import AnySource, open_source
+from spatial_ssrl_jax.data.sources import AnySource, Reading, open_source
 from spatial_ssrl_jax.data.sources.parquet import write_questions
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.example import Example, Reject
@@ -39,6 +39,11 @@ def main(argv: Sequence[str]) -> None:
         action="store_true",
         help="also write examples.parquet in the released data's format, for other trainers",
     )
+    parser.add_argument(
+        "--allow-outside-paths",
+        action="store_true",
+        help="let paths in question files leave the folder of --source",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
@@ -47,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     if args.seed < 0:
         raise UserError("--seed must be at least 0.")
 
-    source = open_source(args.source)
+    source = open_source(args.source, Reading(allow_outside_paths=args.allow_outside_paths))
     tasks = _choose_tasks(args.tasks, source)
     check_output_folder(args.out, args.overwrite, *source.inputs)
     examples, tries, rejected = _make(tasks, args.count, args.seed)

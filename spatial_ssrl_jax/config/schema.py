@@ -16,6 +16,7 @@ from spatial_ssrl_jax.common.bounds import (
     Whole,
     Widths,
 )
+from spatial_ssrl_jax.common.reading import Reading, Transparency
 from spatial_ssrl_jax.qwen_vl.compute import Dtype, Remat
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
@@ -65,8 +66,13 @@ class DataSettings:
     Attributes:
       source: a SPEC, for example `scenes`, `folder:PATH`, or several with weights, for example
         `2*nyu:PATH+folder:PATH`.
+      transparency: what becomes of transparent pixels of its images: `white` blends them with
+        white, `drop` takes their colours, mostly black, as the released code does.
+      allow_outside_paths: paths in question files, those of `eval.benchmark` too, may leave the
+        folder that is named.
       heldout_fraction: fraction of the records kept apart for held-out metrics, never trained on.
-      min_pixels, max_pixels: an image's area is brought between these, in pixels.
+      min_pixels, max_pixels: an image's area is brought between these, in pixels, before the
+        model's own processor resizes it, as in the released trainers.
       prompt_buckets: prompt lengths in tokens that programs are compiled for.
       window_buckets: counts of 8x8-patch vision windows a prompt that programs are compiled for.
       threads: threads that make prompts ahead of the devices, in each worker.
@@ -75,6 +81,8 @@ class DataSettings:
     """
 
     source: str = "scenes"
+    transparency: Transparency = "white"
+    allow_outside_paths: bool = False
     heldout_fraction: Annotated[float, Bounds(min=0, below=1)] = 0.05
     min_pixels: Count = 262_144
     max_pixels: Count = 4_194_304
@@ -83,6 +91,11 @@ class DataSettings:
     threads: Count = 8
     workers: Whole = 0
     max_bad_fraction: Fraction = 0.2
+
+    @property
+    def reading(self) -> Reading:
+        """How the run's sources read their files."""
+        return Reading(self.transparency, self.allow_outside_paths)
 
 
 @dataclass(frozen=True)
@@ -147,8 +160,13 @@ class SftSettings(StageSettings):
     Attributes:
       steps: optimizer steps; 0 skips the stage.
       prompts: examples an optimizer step.
+      examples: the stage's distinct examples, which it learns again and again in another order; the
+        last batch of each time may be smaller. 0 has new ones in every step.
       responses: `synthetic`, made of the true reasons of the examples of `data.source`, or the path
-        of released cold-start data (see the source `ssrl81k`), whose questions the stage then uses.
+        of released cold-start data (see the source `ssrl81k`), whose questions the stage then uses:
+        all of them, or `examples` of them.
+      task_shares: with such a path, how often each task comes: as in the `file`, or by the weights
+        of `tasks`.
       row_tokens: tokens of a row, in which examples of a step are packed one after another; at
         least the largest of `data.prompt_buckets` plus `rollout.max_new_tokens`.
       row_windows: counts of vision windows a row that programs are compiled for; the largest is at
@@ -159,7 +177,9 @@ class SftSettings(StageSettings):
 
     warmup_ratio: Fraction = 0.1
     schedule: Schedule = "cosine"
+    examples: Whole = 3600
     responses: str = "synthetic"
+    task_shares: Literal["file", "tasks"] = "file"
     row_tokens: Count = 6144
     row_windows: Widths = (256, 384)
     row_responses: Count = 2048

@@ -4,12 +4,15 @@ import io
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.common.reading import Transparency
 from spatial_ssrl_jax.common.retry import with_retries
 from spatial_ssrl_jax.common.text import error_line
 
@@ -19,19 +22,25 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 SOURCE_PIXELS = 2**26  # of a source's image: many are open at a time, 200 MB each at this size
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # old Pillows open a 16-bit PNG as "I"
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+# A PNG's transparent colour has the file's depth, and Pillow's pixels have 8 bits.
+_KEY_SCALE = {"L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}
 
 
 def open_image(
-    path_or_bytes: str | os.PathLike[str] | bytes, name: str = "", listed: bool = False
+    path_or_bytes: str | os.PathLike[str] | bytes,
+    name: str = "",
+    listed: bool = False,
+    transparency: Transparency = "white",
 ) -> np.ndarray:
     """Reads one image, turned upright by its EXIF orientation; of an animation the first frame.
 
-    Alpha is dropped, never blended; 16-bit grey is scaled to 8 bits, not clipped.
+    16-bit grey is scaled to 8 bits, not clipped.
 
     Args:
       path_or_bytes: a file, or an encoded image.
       name: names the image in errors; the path by default.
       listed: a source has listed the file: it is retried while its folder is unavailable.
+      transparency: see `Reading`.
 
     Returns:
       [H, W, 3] uint8, RGB, writable and contiguous.
@@ -40,18 +49,28 @@ def open_image(
       BadImage: the file is missing, no image, truncated, empty, or larger than `MAX_PIXELS`.
       UserError: its folder stays unavailable.
     """
-    return _read(path_or_bytes, name or _name(path_or_bytes), listed, upright_rgb)
+    convert = partial(upright_rgb, transparency=transparency)
+    return _read(path_or_bytes, name or _name(path_or_bytes), listed, convert)
 
 
-def open_source_image(path_or_bytes: str | os.PathLike[str] | bytes, name: str = "") -> np.ndarray:
+def open_source_image(
+    path_or_bytes: str | os.PathLike[str] | bytes,
+    name: str = "",
+    transparency: Transparency = "white",
+) -> np.ndarray:
     """`open_image` for a source: rejects more than `SOURCE_PIXELS` pixels before decoding."""
     name = name or _name(path_or_bytes)
-    width, height = image_size(path_or_bytes, name, listed=True)
+    check_pixels(image_size(path_or_bytes, name, listed=True), name)
+    return open_image(path_or_bytes, name, True, transparency)
+
+
+def check_pixels(size: tuple[int, int], name: str) -> None:
+    """Raises `BadImage` for a (width, height) of more than `SOURCE_PIXELS` pixels."""
+    width, height = size
     if width * height > SOURCE_PIXELS:
         raise BadImage(
             f"{name}: {width}x{height} is more than {SOURCE_PIXELS:,} pixels; shrink it first."
         )
-    return open_image(path_or_bytes, name, listed=True)
 
 
 def image_size(
@@ -74,7 +93,7 @@ def _read(
     """`convert` of the open image and its name; retries while the file is unavailable."""
 
     def read() -> Value:
-        with _open(path_or_bytes, name) as image:
+        with open_header(path_or_bytes, name) as image:
             return convert(image, name)
 
     try:
@@ -95,8 +114,13 @@ def _name(path_or_bytes: str | os.PathLike[str] | bytes) -> str:
     return os.fspath(path_or_bytes)
 
 
-def _open(path_or_bytes: str | os.PathLike[str] | bytes, name: str) -> Image.Image:
-    """Opens lazily: reads the header only, and rejects what should not be decoded."""
+def open_header(path_or_bytes: str | os.PathLike[str] | bytes, name: str) -> Image.Image:
+    """Opens an image and reads its header only.
+
+    Raises:
+      BadImage: it is no image or no file, is empty, or is larger than `MAX_PIXELS`.
+      OSError: it cannot be read.
+    """
     if isinstance(path_or_bytes, bytes):
         file = io.BytesIO(path_or_bytes)
     else:
@@ -127,7 +151,7 @@ def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
     return (height, width) if orientation in _SIDEWAYS else (width, height)
 
 
-def upright_rgb(image: Image.Image, name: str) -> np.ndarray:
+def upright_rgb(image: Image.Image, name: str, transparency: Transparency = "white") -> np.ndarray:
     """Decodes an open image, as `open_image` does.
 
     Raises:
@@ -135,13 +159,34 @@ def upright_rgb(image: Image.Image, name: str) -> np.ndarray:
     """
     if image.mode == "F":
         raise BadImage(f"{name}: holds floating-point values, not an 8-bit or 16-bit image.")
+    key = _transparent_colour(image)
     image.load()  # before the EXIF is read, which in a PNG may follow the pixels
     image = ImageOps.exif_transpose(image)
+    on_white = transparency == "white"
     if image.mode in _SIXTEEN_BIT:
-        grey = np.asarray(image).astype(np.float32) / 257.0  # 65535 -> 255
-        grey = np.rint(grey.clip(0, 255)).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    return np.array(image.convert("RGB"))
+        values = np.asarray(image)
+        grey = np.rint((values.astype(np.float32) / 257.0).clip(0, 255))  # 65535 -> 255
+        if on_white and key is not None:
+            grey[values == key] = 255
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    if not (on_white and image.has_transparency_data):
+        return np.array(image.convert("RGB"))
+    if key is not None:
+        image.info["transparency"] = key
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return np.array(white)
+
+
+def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | bytes | None:
+    """What Pillow calls `transparency`, in the depth of the decoded pixels; None without any."""
+    key = image.info.get("transparency")
+    tiles = image.tile if isinstance(image, PngImageFile) else []
+    scale = next((_KEY_SCALE.get(str(tile.args)) for tile in tiles), None)
+    if key is None or scale is None:
+        return key
+    return tuple(int(v * scale) for v in key) if isinstance(key, tuple) else int(key * scale)
 
 
 def _damaged(name: str, error: Exception) -> str:

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.text import utf8
 from spatial_ssrl_jax.data.sources import AnySource, QuestionSource
 from spatial_ssrl_jax.data.sources.mixture import mixture_parts
 
@@ -51,5 +52,5 @@ def split_records(source: AnySource, fraction: float) -> RecordSplit:
 
 def _position(name: str) -> float:
     """A name's place in [0, 1), by its hash."""
-    digest = hashlib.sha1(name.encode(errors="surrogateescape")).digest()
+    digest = hashlib.sha1(utf8(name)).digest()
     return int.from_bytes(digest[:8]) / 2**64

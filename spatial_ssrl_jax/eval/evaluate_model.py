@@ -13,7 +13,7 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.data.processor import Processor
-from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.data.sources import Reading, open_source
 from spatial_ssrl_jax.eval.benchmarks.registry import SETS, Benchmark
 from spatial_ssrl_jax.eval.evaluation import (
     open_set,
@@ -86,8 +86,11 @@ def _remove_if_empty(folder: Path) -> None:
 def _open(args: argparse.Namespace, model: ModelFolder, progress: Progress) -> list[Benchmark]:
     """The benchmarks, opened before the model is loaded."""
     if args.source is None:
-        return open_set(args.benchmark, args.data, args.allow_missing, progress.say)
-    source = open_source(args.source)
+        return open_set(
+            args.benchmark, args.data, args.allow_missing, args.allow_outside_paths, progress.say
+        )
+    reading = Reading(allow_outside_paths=args.allow_outside_paths)
+    source = open_source(args.source, reading)
     progress.doing(f"making questions of {args.source}")
     processor = Processor(model.files, model.config, args.min_pixels, args.max_pixels)
     opened = open_pretext(source, processor, args.examples, args.heldout_fraction, args.seed)

@@ -24,7 +24,11 @@ from spatial_ssrl_jax.parallel.collectives import is_primary
 
 
 def open_set(
-    name: str, data: Path, allow_missing: bool, say: Callable[[str], None]
+    name: str,
+    data: Path,
+    allow_missing: bool,
+    allow_outside_paths: bool,
+    say: Callable[[str], None],
 ) -> list[Benchmark]:
     """Opens a benchmark, or all of a set before any is run.
 
@@ -32,6 +36,7 @@ def open_set(
       name: of a benchmark, or `spatial`, `general` or `all`.
       data: a question file, or a folder with the files of each; see `open_benchmark`.
       allow_missing: leave out rows, and of a set benchmarks, whose files are missing.
+      allow_outside_paths: see `open_benchmark`.
       say: receives what is left out.
 
     Raises:
@@ -45,7 +50,7 @@ def open_set(
         if len(names) > 1 and allow_missing and not any(spec.of_folder(data)):
             say(f"{spec.title} is left out: {data} has no file of it")
             continue
-        found.append(open_benchmark(each, data, allow_missing))
+        found.append(open_benchmark(each, data, allow_missing, allow_outside_paths))
         report_left_out(found[-1].left_out, spec.title, say)
     if not found:
         raise UserError(f"{data} has no file of any benchmark of {name}: put them there.")

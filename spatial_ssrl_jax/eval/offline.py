@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.paths import write_atomic
+from spatial_ssrl_jax.common.text import printable
 from spatial_ssrl_jax.eval.benchmarks.registry import for_server, score_predictions
 from spatial_ssrl_jax.eval.predictions import (
     PREDICTIONS,
@@ -59,7 +60,7 @@ def score_files(args: argparse.Namespace) -> None:
     if args.out and found:
         _check_out(args.out, (RESULTS,), args.overwrite)
         scored = [predictions for predictions, _ in found]
-        questions = questions_in(args.data, scored, args.allow_missing)
+        questions = questions_in(args.data, scored, args.allow_missing, args.allow_outside_paths)
         for predictions, scores in found:
             write_results(_result_folder(args, predictions) or args.out, predictions, scores)
         write_results_page(args.out / RESULTS, found, questions)
@@ -81,10 +82,10 @@ def compare_files(args: argparse.Namespace) -> None:
         print(f"answers left out, as only A or B has them: {left_out}", file=sys.stderr)
     found, names = compare(a, b), (str(args.compare[0]), str(args.compare[1]))
     if args.out:
-        questions = questions_in(args.data, [a], args.allow_missing)
+        questions = questions_in(args.data, [a], args.allow_missing, args.allow_outside_paths)
         write_comparison_page(args.out / COMPARISON, found, names, questions)
         write_atomic(args.out / COMPARED, json.dumps(found.as_json(), indent=1) + "\n")
-    print(json.dumps(found.as_json()) if args.json else as_text(found, names))
+    print(json.dumps(found.as_json()) if args.json else printable(as_text(found, names)))
 
 
 def _result_folder(args: argparse.Namespace, predictions: Sequence[Prediction]) -> Path | None:

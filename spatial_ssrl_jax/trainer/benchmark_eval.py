@@ -78,7 +78,11 @@ def open_eval_benchmark(config: Config) -> Benchmark | None:
     settings = config.eval
     if not settings.benchmark:
         return None
-    opened = open_benchmark(settings.benchmark, Path(settings.benchmark_data))
+    opened = open_benchmark(
+        settings.benchmark,
+        Path(settings.benchmark_data),
+        allow_outside_paths=config.data.allow_outside_paths,
+    )
     questions, count = opened.questions, settings.benchmark_count
     if any(question.target is None for question in questions):
         raise UserError(

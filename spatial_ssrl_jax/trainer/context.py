@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import grain
@@ -17,9 +17,9 @@ from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.common.paths import check_bucket
 from spatial_ssrl_jax.config.load import to_dict
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import check_fits, item_dataset
-from spatial_ssrl_jax.data.pipeline import BatchStream, batches
-from spatial_ssrl_jax.data.processor import Processor, PromptSize
+from spatial_ssrl_jax.data.items import check_fits, check_served, item_dataset, task_sources
+from spatial_ssrl_jax.data.pipeline import BatchStream, batches, repeated
+from spatial_ssrl_jax.data.processor import ImageArea, Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.data.split import RecordSplit, split_records
 from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark
@@ -38,6 +38,7 @@ from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.placement import check_sharding, compute_settings
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rollout.engine import Engine
+from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval, eval_options, open_eval_benchmark
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from spatial_ssrl_jax.trainer.initial_state import check_initial_weights
@@ -131,17 +132,19 @@ def open_components(config: Config) -> RunComponents:
     model = open_model(config.model.path)
     check_initial_weights(config, model)
     check_wandb(config.log.wandb)
-    source = open_source(config.data.source)
+    source = open_source(config.data.source, config.data.reading)
     layout = Layout(make_mesh(config.mesh))
     compute = compute_settings(config, layout)
     data = config.data
-    processor = Processor(model.files, model.config, data.min_pixels, data.max_pixels)
+    area = ImageArea(data.min_pixels, data.max_pixels)
+    processor = Processor(model.files, model.config, area=area)
     _check_end_token(processor)
     split = split_records(source, data.heldout_fraction)
+    check_served(source, config.tasks)
     items_of(config, source, split.train, processor, config.seed)  # checks the tasks' needs
     check_fits(source, split.train, config.tasks, processor, _limit(config))
     if config.sft.steps and config.sft.responses != "synthetic":
-        open_source(f"ssrl81k:{config.sft.responses}")
+        open_source(f"ssrl81k:{config.sft.responses}", config.data.reading)
     rollout_layout = check_sharding(config, model.config, layout)
     questions = open_eval_benchmark(config)
     return RunComponents(
@@ -286,12 +289,18 @@ def pipeline(components: RunComponents, stage: SftStage | GrpoStage, start: int)
       stage: the stage.
       start: steps already done.
     """
-    config = components.config
-    source, pool = components.source, components.split.train
-    if isinstance(stage, SftStage) and stage.settings.responses != "synthetic":
-        source = open_source(f"ssrl81k:{stage.settings.responses}")
-        pool = range(len(source))
-    items = items_of(config, source, pool, components.processor, stage.seed)
+    config, epoch = components.config, None
+    items = items_of(
+        config, components.source, components.split.train, components.processor, stage.seed
+    )
+    if isinstance(stage, SftStage):
+        epoch = stage.settings.examples or None
+        if stage.settings.responses != "synthetic":
+            source = open_source(f"ssrl81k:{stage.settings.responses}", config.data.reading)
+            items = _items_of_file(components, stage, source)
+            epoch = min(epoch or len(source), len(source))
+    if epoch:
+        items = repeated(items, epoch, stage.seed)
     return batches(
         items,
         stage.settings.prompts,
@@ -301,7 +310,23 @@ def pipeline(components: RunComponents, stage: SftStage | GrpoStage, start: int)
         workers=config.data.workers,
         process=jax.process_index(),
         processes=jax.process_count(),
+        epoch=epoch,
     )
+
+
+def _items_of_file(
+    components: RunComponents, stage: SftStage, source: AnySource
+) -> grain.MapDataset:
+    """The questions of a cold start's file."""
+    config, pool = components.config, range(len(source))
+    if stage.settings.task_shares == "file":
+        tasks = {}
+        for task in TASKS:
+            found = task_sources(source, pool, task, config.tasks[task.name])
+            count = sum(len(part.indices) for part in found)
+            tasks[task.name] = replace(config.tasks[task.name], weight=float(count))
+        config = replace(config, tasks=tasks)
+    return items_of(config, source, pool, components.processor, stage.seed)
 
 
 def check_bad_fraction(components: RunComponents, bad: int, tried: int) -> None:

@@ -1,14 +1,16 @@
 """What a run reads: where it is, and whether it is still the same when the run resumes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from etils import epath
 
 from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.fingerprint import fingerprint, hash_texts
+from spatial_ssrl_jax.common.json_file import read_object
 from spatial_ssrl_jax.common.paths import write_atomic
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.processor import PROCESSOR_FILES
@@ -66,7 +68,7 @@ def check_same_inputs(workdir: epath.Path, config: Config, inputs: RunInputs) ->
     """
     path = workdir / INPUTS_FILE
     try:
-        before = json.loads(path.read_text())
+        before = read_object(path, "choose another --workdir, or give --overwrite").values
     except FileNotFoundError:
         if not (workdir / "checkpoints").exists():
             return  # stopped before it began
@@ -74,8 +76,6 @@ def check_same_inputs(workdir: epath.Path, config: Config, inputs: RunInputs) ->
             f"{workdir} holds a run of an earlier version, which held out other images: choose "
             "another --workdir; grpo.init_from starts a new run from a checkpoint."
         ) from None
-    except ValueError:
-        before = {}
     changed = list(_changed(config, before, inputs.fingerprints))
     if changed:
         raise UserError(
@@ -91,7 +91,7 @@ def write_fingerprints(workdir: epath.Path, inputs: RunInputs) -> None:
         write_atomic(workdir / INPUTS_FILE, json.dumps(inputs.fingerprints, indent=1) + "\n")
 
 
-def _changed(config: Config, before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
+def _changed(config: Config, before: Mapping[str, Any], now: dict[str, str]) -> Iterator[str]:
     for name, value in now.items():
         if before.get(name) != value:
             section, key = name.split(".")
@@ -102,7 +102,7 @@ def _responses(config: Config) -> AnySource | None:
     """The responses that SFT reads; None where it makes its own."""
     if not config.sft.steps or config.sft.responses == "synthetic":
         return None
-    return open_source(f"ssrl81k:{config.sft.responses}")
+    return open_source(f"ssrl81k:{config.sft.responses}", config.data.reading)
 
 
 def _model_fingerprint(model: ModelFolder, from_scratch: bool = False) -> str:

@@ -1,7 +1,7 @@
 """A run's folder: whether it is free or holds the same run, and its first files."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -9,6 +9,7 @@ from etils import epath
 from spatial_ssrl_jax.checkpoint.export import copy_files, write_config, write_generation_config
 from spatial_ssrl_jax.checkpoint.models import ModelFolder
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.json_file import read_object
 from spatial_ssrl_jax.common.outputs import (
     atomic_folder,
     check_inputs,
@@ -29,6 +30,7 @@ from spatial_ssrl_jax.trainer.run_inputs import (
 # Sections and keys that may change when a run resumes: they change the results by rounding alone.
 _SAFE_SECTIONS = ("checkpoint", "log", "mesh")
 _SAFE_KEYS = (
+    "data.allow_outside_paths",
     "data.threads",
     "data.workers",
     "model.attention",
@@ -59,12 +61,7 @@ def check_workdir(config: Config, workdir: epath.Path, overwrite: bool, inputs: 
         return False
     check_inputs(workdir, *inputs.paths)
     check_writable(workdir)
-    try:
-        before = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): choose another --workdir, or give --overwrite."
-        ) from error
+    before = read_object(path, "choose another --workdir, or give --overwrite").values
     _check_same(before, json.loads(json.dumps(to_dict(config))), workdir)
     check_same_inputs(workdir, config, inputs)
     return True
@@ -85,7 +82,7 @@ def claim_workdir(config: Config, workdir: epath.Path, overwrite: bool, inputs: 
     write_fingerprints(workdir, inputs)
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any], workdir: epath.Path) -> None:
+def _check_same(before: Mapping[str, Any], now: dict[str, Any], workdir: epath.Path) -> None:
     changed = [key for key in _differences(before, now) if not _is_safe(key, now)]
     if changed:
         raise UserError(

@@ -6,11 +6,16 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from spatial_ssrl_jax.common.errors import BadImage
 from spatial_ssrl_jax.data import images
-from spatial_ssrl_jax.data.images import image_size, open_image
+from spatial_ssrl_jax.data.images import (
+    image_size,
+    open_image,
+    open_source_image,
+    upright_rgb,
+)
 from tests.conftest import ROOT
 
 PHOTOS = ROOT.parent / "shared" / "photos"
@@ -40,33 +45,115 @@ def test_rgb_is_read_as_it_is(tmp_path, rgb, ending):
     assert image_size(path.read_bytes()) == (WIDTH, HEIGHT)
 
 
-def test_alpha_is_dropped_not_blended(tmp_path, rgb):
-    alpha = np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH, 1)
-    Image.fromarray(np.concatenate([rgb, alpha], 2)).save(tmp_path / "a.png")
-    check(open_image(tmp_path / "a.png"), rgb)
+def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Colours [H, W, 3] of alpha [H, W] over white, rounded to the nearest."""
+    colours, alpha = colours.astype(int), alpha.astype(int)[..., None]
+    return ((2 * (colours * alpha + 255 * (255 - alpha)) + 255) // 510).astype(np.uint8)
 
 
-def test_grey_and_grey_with_alpha(tmp_path, rgb):
+@pytest.fixture
+def alpha() -> np.ndarray:
+    """[H, W] uint8: from 0 to 255."""
+    return np.linspace(0, 255, HEIGHT * WIDTH).astype(np.uint8).reshape(HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "tiff"])
+def test_alpha_is_put_on_white_or_dropped(tmp_path, rgb, alpha, ending):
+    path = tmp_path / f"a.{ending}"
+    rgba = Image.fromarray(np.concatenate([rgb, alpha[..., None]], 2))
+    rgba.save(path, **({"lossless": True, "exact": True} if ending == "webp" else {}))
+    check(open_image(path), on_white(rgb, alpha))
+    check(open_image(path, transparency="drop"), rgb)
+    check(open_source_image(path), on_white(rgb, alpha))
+    check(open_source_image(path, transparency="drop"), rgb)
+
+
+def test_black_on_nothing_can_be_seen(tmp_path):
+    image = Image.new("RGBA", (40, 20))  # transparent black, as editors write it
+    ImageDraw.Draw(image).rectangle((2, 2, 9, 9), fill=(0, 0, 0, 255))
+    image.save(tmp_path / "a.png")
+    found = open_image(tmp_path / "a.png")
+    assert found[5, 5].tolist() == [0, 0, 0] and found[15, 5].tolist() == [255, 255, 255]
+    assert not open_image(tmp_path / "a.png", transparency="drop").any()
+
+
+def test_a_turned_image_with_alpha(tmp_path, rgb, alpha):
+    exif = Image.Exif()
+    exif[274] = 6
+    image = Image.fromarray(np.concatenate([rgb, alpha[..., None]], 2))
+    image.save(tmp_path / "a.png", exif=exif)
+    check(open_image(tmp_path / "a.png"), np.rot90(on_white(rgb, alpha), -1))
+
+
+def test_images_in_memory_with_alpha(rgb, alpha):
+    """Those that a caller opened, and forms that Pillow alone has: premultiplied, and PA."""
+    rgba = Image.fromarray(np.concatenate([rgb, alpha[..., None]], 2))
+    check(upright_rgb(rgba, "a"), on_white(rgb, alpha))
+    premultiplied = rgba.convert("RGBa")
+    back = np.asarray(premultiplied.convert("RGBA"))
+    check(upright_rgb(premultiplied, "a"), on_white(back[..., :3], alpha))
+    palette = Image.fromarray(rgb).quantize(16)
+    expected = on_white(np.asarray(palette.convert("RGB")), alpha)
+    palette = palette.convert("PA")
+    palette.putalpha(Image.fromarray(alpha))
+    check(upright_rgb(palette, "a"), expected)
+
+
+def test_grey_and_grey_with_alpha(tmp_path, rgb, alpha):
     grey = rgb[..., 0]
     Image.fromarray(grey).save(tmp_path / "l.png")
-    Image.merge("LA", [Image.fromarray(grey), Image.fromarray(rgb[..., 1])]).save(
-        tmp_path / "la.png"
-    )
+    Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]).save(tmp_path / "la.png")
     Image.fromarray(grey > 127).save(tmp_path / "1.png")
     expected = np.repeat(grey[..., None], 3, axis=2)
     check(open_image(tmp_path / "l.png"), expected)
-    check(open_image(tmp_path / "la.png"), expected)
+    check(open_image(tmp_path / "la.png"), on_white(expected, alpha))
+    check(open_image(tmp_path / "la.png", transparency="drop"), expected)
     check(open_image(tmp_path / "1.png"), np.where(expected > 127, 255, 0))
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_palette_with_and_without_transparency(tmp_path, rgb):
     palette = Image.fromarray(rgb).quantize(16)
     expected = np.asarray(palette.convert("RGB"))
+    alphas = np.linspace(0, 255, 16).astype(np.uint8)
     palette.save(tmp_path / "p.png")
-    palette.save(tmp_path / "t.png", transparency=3)
     palette.save(tmp_path / "p.bmp")
-    for name in ("p.png", "t.png", "p.bmp"):
-        check(open_image(tmp_path / name), expected)
+    palette.save(tmp_path / "index.png", transparency=3)
+    palette.save(tmp_path / "index.gif", transparency=3)
+    palette.save(tmp_path / "each.png", transparency=alphas.tobytes())
+    indices = np.asarray(palette)
+    of_index = on_white(expected, np.where(indices == 3, 0, 255))
+    for name, blended in (
+        ("p.png", expected),
+        ("p.bmp", expected),
+        ("index.png", of_index),
+        ("index.gif", of_index),
+        ("each.png", on_white(expected, alphas[indices])),
+    ):
+        check(open_image(tmp_path / name), blended)
+        check(open_image(tmp_path / name, transparency="drop"), expected)
+
+
+# Two pixels side by side, the second of the transparent colour: bits a sample, PNG's colour type,
+# the row, the colour, and the first pixel as it is read.
+COLOUR_KEYS = {
+    "grey of 2 bits": (2, 0, b"\x60", b"\0\2", (85, 85, 85)),
+    "grey of 4 bits": (4, 0, b"\x35", b"\0\5", (51, 51, 51)),
+    "grey of 8 bits": (8, 0, b"\3\5", b"\0\5", (3, 3, 3)),
+    "grey of 16 bits": (16, 0, b"\x12\x34\x12\x35", b"\x12\x35", (18, 18, 18)),
+    "colour of 8 bits": (8, 2, b"\1\2\3\4\5\6", b"\0\4\0\5\0\6", (1, 2, 3)),
+    "colour of 16 bits": (16, 2, b"\1\0\2\0\3\0\4\0\5\0\6\0", b"\4\0\5\0\6\0", (1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", COLOUR_KEYS)
+def test_one_colour_of_a_png_is_transparent(kind):
+    depth, colour_type, row, key, first = COLOUR_KEYS[kind]
+    header = struct.pack(">IIBBBBB", 2, 1, depth, colour_type, 0, 0, 0)
+    file = png_of_chunks({b"IHDR": header, b"tRNS": key, b"IDAT": zlib.compress(b"\0" + row)})
+    assert open_image(file).tolist() == [[list(first), [255, 255, 255]]]
+    dropped = open_image(file, transparency="drop").tolist()[0]
+    assert dropped[0] == list(first) and dropped[1] != [255, 255, 255]
 
 
 @pytest.mark.parametrize("ending", ["png", "tiff"])
@@ -130,9 +217,15 @@ def test_size_reads_the_header_only(tmp_path, rgb, monkeypatch):
 
 def png_of_size(width: int, height: int) -> bytes:
     """A PNG whose header claims a size that its pixels do not have."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [header, b"IDAT" + zlib.compress(b"\0"), b"IEND"]
-    parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return png_of_chunks({b"IHDR": header, b"IDAT": zlib.compress(b"\0")})
+
+
+def png_of_chunks(chunks: dict[bytes, bytes]) -> bytes:
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in (*chunks.items(), (b"IEND", b""))
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.checkpoint.export import copy_files
-from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.checkpoint.models import TINY, open_model
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.batching import pad_responses, smallest_bucket
 from spatial_ssrl_jax.data.processor import Processor
@@ -329,3 +329,58 @@ def test_the_processor_of_transformers_5(shared: Path, tmp_path: Path):
     copy_files(source, tmp_path / "out")
     (tmp_path / "out" / "processor_config.json").unlink()  # as versions before 5 read it
     assert Processor(tmp_path / "out", config).grid(1000, 1000) == (1, 16, 16)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The tiny model's files, to be changed."""
+    copy_files(open_model("tiny"), tmp_path)
+    shutil.copy(TINY / "config.json", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, "default"), ([], "default"), (7, (7,)), ([7, 9], (7, 9))],
+)
+def test_the_end_token_of_the_config_stands_in_for_a_missing_one(tiny: Path, given, expected):
+    config = open_model("tiny").config
+    (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    expected = (config.eos_token_id,) if expected == "default" else expected
+    assert Processor(tiny, config).stop_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("generation_config", {"eos_token_id": -1}, r"\(eos_token_id is -1, expected a whole"),
+        ("generation_config", {"eos_token_id": 744}, "expected a whole number.* below 744"),
+        ("generation_config", {"eos_token_id": [7, "a"]}, r'\(eos_token_id is \[7, "a"\]'),
+        ("generation_config", {"eos_token_id": "7"}, "expected a whole number"),
+        ("preprocessor_config", {"min_pixels": "3136"}, r'\(min_pixels is "3136"'),
+        ("preprocessor_config", {"size": 7}, r"\(size is 7, expected an object"),
+        ("preprocessor_config", {"image_mean": [0.5, 0.5]}, "expected a list of 3"),
+        ("preprocessor_config", {"image_std": [0.25, "a", 1]}, "expected a number"),
+        ("preprocessor_config", {"resample": 9}, r"\(resample is 9"),
+        ("preprocessor_config", {"do_resize": 1}, r"\(do_resize is 1, expected true or false"),
+        ("preprocessor_config", {"do_resize": False}, "sets do_resize to False, which is not"),
+        ("tokenizer_config", {"model_max_length": "7"}, "the tokenizer in .* cannot be read"),
+        ("chat_template", {"chat_template": 7}, r"\(chat_template is 7, expected text"),
+        ("chat_template", {"chat_template": "{{ 1 / 0 }}"}, r"json fails \(division by zero\)"),
+        ("chat_template", {"chat_template": "{{"}, "the chat template in .* fails"),
+        ("chat_template", {"chat_template": "{{ 'x' * 10**6 }}"}, "adds 999,988 characters"),
+        ("chat_template", {"chat_template": "Hello"}, "does not make a chat with an image"),
+    ],
+)
+def test_wrong_values_in_the_folder_are_named(tiny: Path, name: str, values: dict, message: str):
+    path = tiny / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(UserError, match=message):
+        Processor(tiny, read_config(tiny))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "vocab.json"])
+def test_a_damaged_tokenizer_file_is_named(tiny: Path, name: str):
+    (tiny / name).write_text("[]")
+    with pytest.raises(UserError, match=f"{name} holds no JSON object"):
+        Processor(tiny, open_model("tiny").config)

@@ -225,11 +225,11 @@ def bad_depths(folder: Path) -> dict[str, str]:
         "rgb.npy": r"expected numbers \[H, W\]",
         "complex.npy": "expected numbers",
         "none.npy": "expected numbers",
-        "pickled.npy": "cannot be read as depth",
+        "pickled.npy": "holds object .*expected numbers",
         "8bit.png": "not 16-bit grey",
         "nothing.h5": "no data set",
         "broken.npy": "cannot be read as depth",
-        "broken.png": "cannot be read as depth",
+        "broken.png": "not an image",
         "broken.h5": "cannot be read as depth",
         "gone.npy": "there is no such file",
     }

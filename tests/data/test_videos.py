@@ -1,5 +1,6 @@
 """Videos come out as evenly taken, upright RGB frames with their rate; broken ones are named."""
 
+import os
 import sys
 
 import numpy as np
@@ -102,6 +103,9 @@ def test_what_is_no_video_is_named(av, tmp_path, content):
 def test_other_files_are_named(av, tmp_path):
     with pytest.raises(BadImage, match=r"gone\.mp4: there is no such file"):
         open_video(tmp_path / "gone.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(BadImage, match=r"pipe\.mp4: is no file; give one with a video"):
+        open_video(tmp_path / "pipe.mp4")
     with av.open(tmp_path / "sound.wav", "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")

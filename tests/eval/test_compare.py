@@ -154,3 +154,9 @@ def test_what_cannot_be_compared_is_refused():
 )
 def test_change(a: float, b: float, expected: str):
     assert change(a, b) == expected
+
+
+def test_other_categories_are_refused():
+    a, b = answers("blink", "AB"), answers("blink", "AB", category="other")
+    with pytest.raises(UserError, match='the category of 0 is "all" in A and "other" in B: ask'):
+        in_pairs(a, b)

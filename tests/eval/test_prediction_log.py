@@ -44,5 +44,5 @@ def test_other_answers_are_refused_until_overwritten(tmp_path: Path):
     assert PredictionLog(tmp_path, {"weights": "2e"}, overwrite=True).predictions == []
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     (tmp_path / "asked.json").write_text("{")
-    with pytest.raises(UserError, match="asked.json is damaged .*: choose another --out"):
+    with pytest.raises(UserError, match="asked.json is not valid JSON .*: choose another --out"):
         PredictionLog(tmp_path, ABOUT)

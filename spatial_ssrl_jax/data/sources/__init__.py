@@ -4,6 +4,7 @@ import difflib
 import os
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.data.sources.arrayrecord import open_arrayrecord
 from spatial_ssrl_jax.data.sources.base import Source
 from spatial_ssrl_jax.data.sources.diode import open_diode
@@ -16,7 +17,7 @@ from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource, open_ssrl81k
 from spatial_ssrl_jax.data.sources.tfds import open_tfds
 
-# Each takes the whole SPEC, and the argument after its first colon.
+# Each takes the whole SPEC, the argument after its first colon, and a `Reading`.
 OPENERS = {
     "scenes": open_scenes,
     "folder": open_folder,
@@ -31,27 +32,33 @@ OPENERS = {
 
 AnySource = Source | QuestionSource | Mixture
 
-__all__ = ["OPENERS", "AnySource", "Mixture", "QuestionSource", "Source", "open_source"]
+__all__ = ["OPENERS", "AnySource", "Mixture", "QuestionSource", "Reading", "Source", "open_source"]
 
 
-def open_source(spec: str) -> AnySource:
-    """Opens a source by its SPEC: `KIND`, `KIND:ARGUMENT`, or several as in `2*nyu:A+folder:B`.
+def open_source(spec: str, reading: Reading = READING) -> AnySource:
+    """Opens a source by its SPEC: `KIND`, `KIND:ARGUMENT`, or a mixture as in `2*nyu:A+folder:B`.
 
     It lists files and reads no pixels. See each kind's file for its argument, and `mixture`.
 
+    Args:
+      spec: the SPEC.
+      reading: how each of its parts reads its files.
+
     Raises:
-      UserError: a kind is unknown, or its argument holds nothing of that kind.
+      UserError: a kind is unknown, its argument holds nothing of that kind, or a question file
+        names files that are not allowed.
     """
     parts = split_spec(spec, list(OPENERS))
-    opened = [(_open_one(part), weight) for part, weight in parts]
-    return opened[0][0] if len(opened) == 1 else mix(spec, opened)
+    opened = [(_open_one(part.spec, reading), part) for part in parts]
+    alone = len(parts) == 1 and parts[0].tasks is None
+    return opened[0][0] if alone else mix(spec, opened)
 
 
-def _open_one(spec: str) -> Source | QuestionSource:
+def _open_one(spec: str, reading: Reading) -> Source | QuestionSource:
     kind, _, argument = spec.partition(":")
     if kind not in OPENERS:
         raise UserError(_unknown(spec, kind))
-    return OPENERS[kind](spec, argument)
+    return OPENERS[kind](spec, argument, reading)
 
 
 def _unknown(spec: str, kind: str) -> str:

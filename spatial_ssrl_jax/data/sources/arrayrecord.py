@@ -7,11 +7,12 @@ import os
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.paths import NEEDS_GCS
+from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.sources.base import Source
 
 
-def open_arrayrecord(spec: str, pattern: str) -> Source:
+def open_arrayrecord(spec: str, pattern: str, reading: Reading = READING) -> Source:
     """Opens the files that match; raises `UserError` if there are none, or no `features.json`."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -45,4 +46,5 @@ def open_arrayrecord(spec: str, pattern: str) -> Source:
     if not count:
         raise UserError(f"source '{spec}': its files hold no record; write them anew.")
     prefix = os.path.basename(files[0]).partition(".array_record")[0]
-    return StoredSource(spec, prefix, rows, features, (*files, os.fspath(folder)))
+    inputs = (*files, os.fspath(folder))
+    return StoredSource(spec, prefix, rows, features, inputs, reading.transparency)

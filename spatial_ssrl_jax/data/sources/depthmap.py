@@ -1,15 +1,18 @@
 """Depth files of every kind, read as one format: float32 at the image's size, NaN = invalid."""
 
+import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import h5py
 import numpy as np
-from PIL import Image
+from h5py import h5l  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.retry import with_retries
 from spatial_ssrl_jax.common.text import error_line
+from spatial_ssrl_jax.data.images import SOURCE_PIXELS, open_header
 
 MAX_ASPECT_ERROR = 0.02  # of width/height, between an image and its depth
 _MILLIMETRES = 1e-3
@@ -33,10 +36,10 @@ def read_depth(
       [H, W] float32, NaN where invalid, resampled to the nearest pixel.
 
     Raises:
-      BadImage: a file is missing, cannot be read, has another shape than its image or no
-        valid pixel.
+      BadImage: a file is missing, cannot be read, has more than `SOURCE_PIXELS` pixels, keeps its
+        values in other files, has another shape than its image or no valid pixel.
     """
-    depth = _plane(_read(path), path)
+    depth = _plane(_read(path))
     if no_negatives and (depth < 0).any():
         raise BadImage(f"{path}: has negative values, so it holds an ordinal map and no depth.")
     valid = np.isfinite(depth) & (depth > 0)
@@ -71,38 +74,72 @@ def _read(path: str) -> np.ndarray:
 
 
 def _read_npy(path: str) -> np.ndarray:
-    return np.load(path, allow_pickle=False)
+    with open(path, "rb") as file:
+        format = np.lib.format
+        old = format.read_magic(file) == (1, 0)
+        header = format.read_array_header_1_0 if old else format.read_array_header_2_0
+        shape, _, dtype = header(file)
+        _check_header(shape, dtype, path)
+        file.seek(0)
+        return format.read_array(file, allow_pickle=False)
 
 
 def _read_png(path: str) -> np.ndarray:
-    with Image.open(path) as image:
+    with open_header(path, path) as image:
         if not image.mode.startswith("I"):
             raise BadImage(f"{path}: is {image.mode}, not 16-bit grey in millimetres.")
+        _check_pixels(image.size, path)
         return np.asarray(image).astype(np.float32) * np.float32(_MILLIMETRES)
 
 
 def _read_h5(path: str) -> np.ndarray:
     with h5py.File(path, "r") as file:
-        items = {name: file[name] for name in file}
-        found = {name: item for name, item in items.items() if isinstance(item, h5py.Dataset)}
-        if not found:
+        # Before any object is opened: opening a link into another file would read that file.
+        if file.id.links.visit(_leaves_file, info=True):
+            raise BadImage(f"{path}: has a link to another file; copy its depth into this one.")
+        names = sorted(file, key="depth".__ne__)  # it comes first
+        items = (file[name] for name in names)
+        values = next((item for item in items if isinstance(item, h5py.Dataset)), None)
+        if values is None:
             raise BadImage(f"{path}: holds no data set; expected one named 'depth'.")
-        return found["depth" if "depth" in found else next(iter(found))][()]
+        if values.is_virtual or values.external:
+            raise BadImage(f"{path}: keeps its values in other files; copy them into this one.")
+        _check_header(values.shape or (), values.dtype, path)
+        _check_pixels(values.chunks or (), path)  # a chunk is read whole
+        return values[()]
 
 
-def _plane(values: np.ndarray, path: str) -> np.ndarray:
-    """[H, W] or [H, W, 1] or [1, H, W] of any real type -> [H, W]; depth is float32."""
-    plane = values
-    if plane.ndim == 3 and 1 in (plane.shape[0], plane.shape[2]):
-        plane = plane[..., 0] if plane.shape[2] == 1 else plane[0]
-    if plane.ndim != 2 or plane.size == 0 or plane.dtype.kind not in "fiub":
-        shape = f"{values.dtype} {list(values.shape)}"
-        raise BadImage(f"{path}: holds {shape}; expected numbers [H, W] or [H, W, 1].")
-    return plane.astype(np.float32)
+def _leaves_file(name: bytes, link: Any) -> bool | None:
+    """Whether a link points out of its file; None, which goes on to the next, where it does not."""
+    return link.type not in (h5l.TYPE_HARD, h5l.TYPE_SOFT) or None
+
+
+def _check_header(shape: tuple[int, ...], dtype: np.dtype, path: str) -> None:
+    """Raises `BadImage` for what is no plane of numbers, or is too large, before it is read."""
+    is_plane = len(shape) == 2 or (len(shape) == 3 and 1 in (shape[0], shape[2]))
+    if not is_plane or min(shape) < 1 or dtype.kind not in "fiub":
+        what = f"{dtype} {list(shape)}"
+        raise BadImage(f"{path}: holds {what}; expected numbers [H, W] or [H, W, 1].")
+    _check_pixels(shape, path)
+
+
+def _check_pixels(shape: tuple[int, ...], path: str) -> None:
+    if math.prod(shape) > SOURCE_PIXELS:
+        size = "x".join(map(str, shape))
+        raise BadImage(f"{path}: {size} is more than {SOURCE_PIXELS:,} pixels; shrink it first.")
+
+
+def _plane(values: np.ndarray) -> np.ndarray:
+    """[H, W] or [H, W, 1] or [1, H, W] of any real type -> [H, W] float32."""
+    if values.ndim == 3:
+        values = values[..., 0] if values.shape[2] == 1 else values[0]
+    return values.astype(np.float32)
 
 
 def _read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
-    mask = _plane(_read(path), path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadImage(f"{path}: is no file; give one with a mask.")  # a pipe would hang
+    mask = _plane(_read(path))
     if mask.shape != shape:
         raise BadImage(f"{path}: is {mask.shape}, but the depth it masks is {shape}.")
     return np.isfinite(mask) & (mask != 0)

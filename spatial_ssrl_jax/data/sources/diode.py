@@ -8,20 +8,23 @@ import os
 
 import numpy as np
 
+from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.data.sources.depthmap import first_existing, read_depth
 from spatial_ssrl_jax.data.sources.files import FileSource, list_files, require_images
 
 LAYOUT = "DIODE's NAME.png with NAME_depth.npy and NAME_depth_mask.npy beside it"
 
 
-def open_diode(spec: str, path: str) -> FileSource:
+def open_diode(spec: str, path: str, reading: Reading = READING) -> FileSource:
     """Lists DIODE's images below `path`; raises `UserError` if there are none."""
     root, files = list_files(spec, path, LAYOUT)
     stems = {file.removesuffix("_depth.npy") for file in files if file.endswith("_depth.npy")}
     images = [file for file in files if file.endswith(".png")]
     if not any(file.removesuffix(".png") in stems for file in images):
         images = []
-    return FileSource(spec, root, require_images(spec, root, images, LAYOUT), diode_depth)
+    return FileSource(
+        spec, root, require_images(spec, root, images, LAYOUT), diode_depth, reading.transparency
+    )
 
 
 def diode_depth(image_path: str, size: tuple[int, int]) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.fingerprint import fingerprint
 from spatial_ssrl_jax.common.outputs import MARKER
+from spatial_ssrl_jax.common.reading import Transparency
 from spatial_ssrl_jax.common.retry import with_retries
 from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.tasks.record import Record
@@ -30,12 +31,14 @@ class FileSource:
       files: the images' paths relative to `root` with `/`, sorted; they are the records' names.
       depth_of: (image's path, (height, width)) -> [H, W] float32, NaN where invalid, raising
         `BadImage`; None for images without depth. A module's function, so that it pickles.
+      transparency: of the images, see `Reading`.
     """
 
     spec: str
     root: str
     files: tuple[str, ...]
     depth_of: Callable[[str, tuple[int, int]], np.ndarray] | None = None
+    transparency: Transparency = "white"
 
     @property
     def has_depth(self) -> bool:
@@ -66,7 +69,7 @@ class FileSource:
     def __getitem__(self, index: int) -> Record:
         name = self.files[index]
         path = os.path.join(self.root, name)
-        image = open_source_image(path)
+        image = open_source_image(path, transparency=self.transparency)
         depth = None if self.depth_of is None else self.depth_of(path, image.shape[:2])
         return Record(image=image, depth=depth, name=name, spec=self.spec, path=path)
 

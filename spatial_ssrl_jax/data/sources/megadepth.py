@@ -8,17 +8,24 @@ import os
 
 import numpy as np
 
+from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.data.sources.depthmap import first_existing, read_depth
 from spatial_ssrl_jax.data.sources.files import FileSource, is_image, list_files, require_images
 
 LAYOUT = "MegaDepth's SCENE/denseN/imgs/NAME.jpg with SCENE/denseN/depths/NAME.h5"
 
 
-def open_megadepth(spec: str, path: str) -> FileSource:
+def open_megadepth(spec: str, path: str, reading: Reading = READING) -> FileSource:
     """Lists MegaDepth's images below `path`; raises `UserError` if there are none."""
     root, files = list_files(spec, path, LAYOUT)
     images = [file for file in files if is_image(file) and _in_imgs(root, file)]
-    return FileSource(spec, root, require_images(spec, root, images, LAYOUT), megadepth_depth)
+    return FileSource(
+        spec,
+        root,
+        require_images(spec, root, images, LAYOUT),
+        megadepth_depth,
+        reading.transparency,
+    )
 
 
 def megadepth_depth(image_path: str, size: tuple[int, int]) -> np.ndarray:

@@ -7,17 +7,20 @@ import os
 
 import numpy as np
 
+from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.data.sources.depthmap import first_existing, read_depth
 from spatial_ssrl_jax.data.sources.files import FileSource, is_image, list_files, require_images
 
 LAYOUT = "NYU Depth v2's rgb_N.jpg with sync_depth_N.png beside it"
 
 
-def open_nyu(spec: str, path: str) -> FileSource:
+def open_nyu(spec: str, path: str, reading: Reading = READING) -> FileSource:
     """Lists the frames below `path`; raises `UserError` if there are none."""
     root, files = list_files(spec, path, LAYOUT)
     frames = [file for file in files if is_image(file) and _is_frame(file)]
-    return FileSource(spec, root, require_images(spec, root, frames, LAYOUT), nyu_depth)
+    return FileSource(
+        spec, root, require_images(spec, root, frames, LAYOUT), nyu_depth, reading.transparency
+    )
 
 
 def nyu_depth(image_path: str, size: tuple[int, int]) -> np.ndarray:

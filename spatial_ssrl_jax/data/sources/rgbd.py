@@ -9,6 +9,7 @@ import os
 
 import numpy as np
 
+from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.data.sources.depthmap import first_existing, read_depth
 from spatial_ssrl_jax.data.sources.files import FileSource, list_files, require_images
 
@@ -17,7 +18,7 @@ DEPTHS = ("_depth.png", "_depth.npy", "_depth.h5")
 _ENDINGS = (".jpg", ".jpeg", ".png")
 
 
-def open_rgbd(spec: str, path: str) -> FileSource:
+def open_rgbd(spec: str, path: str, reading: Reading = READING) -> FileSource:
     """Lists images below `path`; raises `UserError` if none of them has a depth file.
 
     A single image without depth stays listed and raises `BadImage` when it is read, so that it is
@@ -28,7 +29,9 @@ def open_rgbd(spec: str, path: str) -> FileSource:
     images = [file for file in files if _is_image(file)]
     if not any(os.path.splitext(file)[0] in stems for file in images):
         images = []
-    return FileSource(spec, root, require_images(spec, root, images, LAYOUT), rgbd_depth)
+    return FileSource(
+        spec, root, require_images(spec, root, images, LAYOUT), rgbd_depth, reading.transparency
+    )
 
 
 def rgbd_depth(image_path: str, size: tuple[int, int]) -> np.ndarray:

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.data.synthetic.layout import draw_scene
 from spatial_ssrl_jax.data.synthetic.render import render
 from spatial_ssrl_jax.tasks.record import Record
@@ -58,8 +59,12 @@ class SceneSource:
         return range(self.count)[index]  # negative from the end; IndexError beyond
 
 
-def open_scenes(spec: str, argument: str) -> SceneSource:
-    """Opens the rooms; raises `UserError` if the argument is no COUNT, WIDTHxHEIGHT or both."""
+def open_scenes(spec: str, argument: str, reading: Reading = READING) -> SceneSource:
+    """Opens the rooms, which are in no file, so that nothing is read.
+
+    Raises:
+      UserError: the argument is no COUNT, WIDTHxHEIGHT or both.
+    """
     count, size = _parse(spec, argument)
     if count < 1:
         raise UserError(f"source '{spec}': the number of scenes must be at least 1.")

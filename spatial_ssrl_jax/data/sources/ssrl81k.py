@@ -2,7 +2,8 @@
 
 PATH is a parquet file with `problem, answer, images`, an SFT JSON file with `instruction,
 input, output, images`, or a folder with files of one of the formats. `images` holds a list of
-images for each question: encoded bytes, `{"bytes", "path"}`, or paths relative to the file.
+images for each question: encoded bytes, `{"bytes", "path"}`, or paths relative to the file, which
+stay inside PATH, or inside the folder of PATH where it is a file, unless others are allowed.
 Questions enter the pipeline as examples of their task: the tasks' weights apply to them as to
 images, the tasks' other settings do not.
 
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.fingerprint import fingerprint, hash_texts
+from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.images import image_size, open_source_image
 from spatial_ssrl_jax.data.sources.parquet import RowGroups, read_paths, read_texts
+from spatial_ssrl_jax.data.sources.row_paths import ALLOW_HINT, complete_path, is_inside
 from spatial_ssrl_jax.tasks.answers import last_box
 from spatial_ssrl_jax.tasks.example import Example
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
@@ -69,13 +72,27 @@ class QuestionSource:
       spec: the SPEC as the user wrote it.
       root: names are relative to this folder.
       questions: in order; their tasks need no depth, as their images are complete.
+      reading: how images are read.
+
+    Raises:
+      UserError: an image is outside of `root`, where that is known without reading a row's images.
     """
 
     has_depth = False
 
-    def __init__(self, spec: str, root: str, questions: tuple[ReleasedQuestion, ...]):
-        self.spec, self.root, self.questions = spec, root, questions
+    def __init__(
+        self,
+        spec: str,
+        root: str,
+        questions: tuple[ReleasedQuestion, ...],
+        reading: Reading = READING,
+    ):
+        self.spec, self.root, self.questions, self.reading = spec, root, questions, reading
         self._groups = RowGroups("images")
+        for question in questions:
+            for image in question.images or ():
+                if isinstance(image, str):
+                    self._complete(question, image)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -88,13 +105,27 @@ class QuestionSource:
         return hash_texts([fingerprint(files), fingerprint(images, _HASHED)])
 
     def _image_files(self) -> set[str]:
-        """Paths of the images that are given by path."""
-        return {
-            os.path.join(os.path.dirname(question.file), image)
+        """Paths of the images that are given by path and may be read."""
+        found = {
+            complete_path(os.path.dirname(question.file), image)
             for question in self.questions
             for image in (*(question.images or ()), question.path)
             if isinstance(image, str) and image
         }
+        return {path for path in found if self._may_read(path)}
+
+    def _may_read(self, path: str) -> bool:
+        return self.reading.allow_outside_paths or is_inside(path, self.root)
+
+    def _complete(self, question: ReleasedQuestion, image: str) -> str:
+        """The whole path of a question's image; raises `BadImage` where it may not be read."""
+        path = complete_path(os.path.dirname(question.file), image)
+        if not self._may_read(path):
+            raise BadImage(
+                f"question {question.row} of {question.file}: its image {image!r} is outside of "
+                f"{self.root}: {ALLOW_HINT}."
+            )
+        return path
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -124,7 +155,10 @@ class QuestionSource:
         return Example(
             task=question.task,
             kind="released",
-            images=tuple(open_source_image(image, _image_name(image, name)) for image in images),
+            images=tuple(
+                open_source_image(image, _image_name(image, name), self.reading.transparency)
+                for image in images
+            ),
             question=question.text,
             answer=question.answer,
             reason=f"The answer is {question.answer}.",
@@ -139,12 +173,15 @@ class QuestionSource:
         cells = question.images
         if cells is None:
             cells = [_cell(cell) for cell in self._groups.value(question.file, question.row)]
-        folder = os.path.dirname(question.file)
-        return [os.path.join(folder, cell) if isinstance(cell, str) else cell for cell in cells]
+        return [self._complete(question, c) if isinstance(c, str) else c for c in cells]
 
 
-def open_ssrl81k(spec: str, path: str) -> QuestionSource:
-    """Reads the questions' texts; raises `UserError` if PATH has none, or one of no known task."""
+def open_ssrl81k(spec: str, path: str, reading: Reading = READING) -> QuestionSource:
+    """Reads the questions' texts.
+
+    Raises:
+      UserError: PATH has none, one of no known task, or one whose image is outside and may not be.
+    """
     location = Path(path).expanduser()
     if not path or not location.exists():
         raise UserError(f"source '{spec}': there is no such file or folder; expected {LAYOUT}.")
@@ -153,7 +190,7 @@ def open_ssrl81k(spec: str, path: str) -> QuestionSource:
     if not questions:
         raise UserError(f"source '{spec}': found no question; expected {LAYOUT}.")
     root = location if location.is_dir() else location.parent
-    return QuestionSource(spec, os.fspath(root), tuple(questions))
+    return QuestionSource(spec, os.fspath(root), tuple(questions), reading)
 
 
 def _question_files(folder: Path) -> list[Path]:

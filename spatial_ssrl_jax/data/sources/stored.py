@@ -8,7 +8,13 @@ import tensorflow_datasets as tfds
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.fingerprint import hash_texts
-from spatial_ssrl_jax.data.images import image_size, open_source_image
+from spatial_ssrl_jax.common.reading import Transparency
+from spatial_ssrl_jax.common.text import error_line
+from spatial_ssrl_jax.data.images import (
+    check_pixels,
+    image_size,
+    open_source_image,
+)
 from spatial_ssrl_jax.tasks.record import Record
 
 DEPTH = "depth"
@@ -35,6 +41,7 @@ class StoredSource:
       rows: random access to the records as TFDS encodes them; can be pickled.
       features: of the data set.
       inputs: files and folders that hold the records.
+      transparency: of the images, see `Reading`.
 
     Raises:
       UserError: the data set has no image.
@@ -47,12 +54,14 @@ class StoredSource:
         rows: EncodedRecords,
         features: tfds.features.FeatureConnector | None,
         inputs: tuple[str, ...],
+        transparency: Transparency = "white",
     ):
         if not isinstance(features, tfds.features.FeaturesDict):
             raise UserError(
                 f"source '{spec}': its records have no named features; use another one."
             )
         self.spec, self.prefix, self._rows, self.inputs = spec, prefix, rows, inputs
+        self.transparency: Transparency = transparency
         self._image = _image_key(spec, features)
         self._features = _select(features, self._image, DEPTH, *_NAMES)  # no other is decoded
         self._sized = _select(features, self._image)
@@ -77,13 +86,13 @@ class StoredSource:
         return f"{self.prefix}/{range(len(self))[index]:08d}"
 
     def size(self, index: int) -> tuple[int, int]:
-        row = self._decode(self._sized, self._bytes(index))
+        row = self._decode(self._sized, index)
         width, height = image_size(row[self._image], self.name(index))
         return height, width
 
     def __getitem__(self, index: int) -> Record:
-        name, row = self.name(index), self._decode(self._features, self._bytes(index))
-        image = open_source_image(row[self._image], name)
+        name, row = self.name(index), self._decode(self._features, index)
+        image = open_source_image(row[self._image], name, self.transparency)
         path = next((row[key].decode() for key in _NAMES if key in row), name)
         depth = _clean(row[DEPTH], image.shape[:2], name) if self.has_depth else None
         return Record(image=image, depth=depth, name=name, spec=self.spec, path=path)
@@ -94,11 +103,21 @@ class StoredSource:
             self._last.bytes, self._last.index = self._rows[index], index
         return self._last.bytes
 
-    def _decode(self, features: tfds.features.FeaturesDict, stored: bytes) -> dict[str, Any]:
-        # The image stays encoded: it is decoded as images of folders are, with the same errors.
-        decoders = {self._image: tfds.decode.SkipDecoding()}
-        row = features.deserialize_example_np(stored, decoders=decoders)
-        assert isinstance(row, dict)  # as that of every FeaturesDict
+    def _decode(self, features: tfds.features.FeaturesDict, index: int) -> dict[str, Any]:
+        """A record's features; its image stays encoded, to be decoded as those of folders are."""
+        name, stored = self.name(index), self._bytes(index)
+        encoded = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+        decoders = {key: tfds.decode.SkipDecoding() for key in encoded}
+        try:
+            row: Any = features.deserialize_example_np(stored, decoders=decoders)
+            if DEPTH in encoded and self._image != DEPTH:
+                which = f"the depth of {name}"
+                check_pixels(image_size(row[DEPTH], which), which)
+                row[DEPTH] = features[DEPTH].decode_example_np(row[DEPTH])
+        except BadImage:
+            raise
+        except Exception as error:  # TFDS and its decoders raise nearly anything
+            raise BadImage(f"{name}: cannot be decoded ({error_line(error)}).") from error
         return row
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.paths import NEEDS_GCS
+from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.sources.base import Source
 
@@ -23,7 +24,7 @@ _ARGUMENT = re.compile(
 )
 
 
-def open_tfds(spec: str, argument: str) -> Source:
+def open_tfds(spec: str, argument: str, reading: Reading = READING) -> Source:
     """Opens a split; raises `UserError` if there is no such data set or it cannot be read."""
     import tensorflow_datasets as tfds  # half a second, which other sources do not need
 
@@ -52,7 +53,7 @@ def open_tfds(spec: str, argument: str) -> Source:
     if not len(rows):
         raise UserError(f"source '{spec}': its split {split} holds no record; name another split.")
     name, folder = f"{builder.info.full_name}/{split}", os.fspath(builder.data_path)
-    return StoredSource(spec, name, rows, builder.info.features, (folder,))
+    return StoredSource(spec, name, rows, builder.info.features, (folder,), reading.transparency)
 
 
 def _builder(name: str, folder: str | None) -> "DatasetBuilder":

@@ -4,6 +4,7 @@ import ast
 import base64
 import binascii
 import csv
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from spatial_ssrl_jax.common.errors import BadImage
 from spatial_ssrl_jax.data.images import image_size, open_image
 from spatial_ssrl_jax.data.sources.parquet import RowGroups
+from spatial_ssrl_jax.data.sources.row_paths import complete_path, is_inside
 
 # Folders where a row's files may be, from the folder of the question file.
 _FOLDERS = (".", "..", "images", "videos")
@@ -130,7 +132,30 @@ def cell_items(cell: str) -> list[str]:
         raise ValueError(f"no list of images ({error})") from None
 
 
-def find_file(folder: Path, name: str) -> Path | None:
-    """A row's file by its relative path: beside the question file, above it, or below `images`
-    or `videos`; None where it is missing."""
-    return next((folder / f / name for f in _FOLDERS if (folder / f / name).is_file()), None)
+def find_file(folder: Path, name: str, inside: Path | None) -> Path | None:
+    """A row's file: beside the question file, above it, or below `images` or `videos`.
+
+    Args:
+      folder: of the question file.
+      name: the path in the row.
+      inside: the folder into which an absolute path, or one that leaves those four by `..`, must
+        lead; None allows any.
+
+    Returns:
+      The file, None where it is missing.
+
+    Raises:
+      ValueError: it is not found, and might be where it may not be read.
+    """
+    refused = False
+    for place in (folder / f for f in _FOLDERS):
+        path = complete_path(place, name)
+        stays = is_inside(path, place) and not os.path.isabs(name)
+        if inside is None or stays or is_inside(path, inside):
+            if os.path.isfile(path):
+                return Path(path)
+        else:
+            refused = True
+    if refused:
+        raise ValueError(f"outside of {inside}")
+    return None

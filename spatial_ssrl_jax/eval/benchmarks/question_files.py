@@ -5,13 +5,14 @@ A row is read once; its images' bytes stay in the file until an image is opened.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.sources.parquet import RowGroups
+from spatial_ssrl_jax.data.sources.row_paths import ALLOW_HINT
 from spatial_ssrl_jax.eval.benchmarks.images import (
     BenchmarkImage,
     FileImage,
@@ -44,6 +45,7 @@ class QuestionRow:
       file: the question file.
       number: of the row in it, from 0.
       encoded: its images, where the file itself holds them.
+      inside: the folder that the user named, which its paths may not leave; None allows any.
     """
 
     values: Mapping[str, Any]
@@ -51,6 +53,7 @@ class QuestionRow:
     file: Path
     number: int
     encoded: tuple[BenchmarkImage, ...] = ()
+    inside: Path | None = None
 
     def get(self, column: str) -> Any:
         """A value as the file has it, "" where there is none."""
@@ -69,16 +72,26 @@ class QuestionRow:
         return self.words(column).strip()
 
     def find(self, column: str) -> tuple[Path, ...]:
-        """The files that a column names; raises `BadQuestionRow` where one is missing."""
+        """The files that a column names.
+
+        Raises:
+          BadQuestionRow: one is missing, or is where it may not be read.
+        """
         value = self.get(column) or self.text(column)
         try:
-            names = value if isinstance(value, list) else cell_items(value)
+            names = value if isinstance(value, list) else cell_items(str(value))
         except ValueError as error:
             raise BadQuestionRow(f"{self.name}: its {column} is {error}: {FIX_HINT}.") from None
-        return tuple(self._file(name) for name in names)
+        return tuple(self._file(str(name)) for name in names)
 
     def _file(self, name: str) -> Path:
-        path = find_file(self.file.parent, name)
+        try:
+            path = find_file(self.file.parent, name, self.inside)
+        except ValueError as reason:
+            raise BadQuestionRow(
+                f"{self.name}: its file {name!r} is {reason}: {ALLOW_HINT}, or leave the row out "
+                "(--allow-missing)."
+            ) from None
         if path is None:
             raise BadQuestionRow(
                 f"{self.name}: there is no {name} beside the file: put it there, or leave the row "
@@ -93,8 +106,16 @@ class QuestionRow:
         return self.encoded or tuple(FileImage(path) for path in self.find(column))
 
 
-def read_rows(file: Path) -> list[QuestionRow]:
-    """All rows of a file in the format of its ending; raises `UserError` where it is damaged."""
+def read_rows(file: Path, inside: Path | None) -> list[QuestionRow]:
+    """All rows of a file in the format of its ending.
+
+    Args:
+      file: the question file.
+      inside: the folder that the user named, which the rows' paths may not leave; None allows any.
+
+    Raises:
+      UserError: it is damaged.
+    """
     readers = {
         ".tsv": _read_tsv,
         ".json": _read_json,
@@ -112,7 +133,7 @@ def read_rows(file: Path) -> list[QuestionRow]:
         raise UserError(f"{file} cannot be read ({reason}): download it again.") from error
     if not rows:
         raise UserError(f"{file} holds no row: download it again.")
-    return rows
+    return [replace(row, inside=inside) for row in rows]
 
 
 def _name(file: Path, number: int) -> str:

@@ -88,7 +88,9 @@ def names_of(benchmark: str) -> tuple[str, ...]:
     return (benchmark,)
 
 
-def open_benchmark(name: str, path: Path, allow_missing: bool = False) -> Benchmark:
+def open_benchmark(
+    name: str, path: Path, allow_missing: bool = False, allow_outside_paths: bool = False
+) -> Benchmark:
     """Reads a benchmark's questions.
 
     Args:
@@ -96,6 +98,7 @@ def open_benchmark(name: str, path: Path, allow_missing: bool = False) -> Benchm
       path: its question file, or a folder in which its files are under their published names, or
         in a folder of its own each.
       allow_missing: leave out rows whose image, video or answer is missing.
+      allow_outside_paths: let paths in rows leave the folder `path`, or that of the file `path`.
 
     Raises:
       UserError: no such file, a file of another benchmark, a damaged one, an id that occurs twice,
@@ -107,7 +110,9 @@ def open_benchmark(name: str, path: Path, allow_missing: bool = False) -> Benchm
         raise ValueError(f"the questions of {name} are in no file")
     found: list[tuple[QuestionRow, Question]] = []
     left_out: list[str] = []
-    for row in _rows(spec, _files(spec, Path(path), allow_missing)):
+    path = Path(path)
+    inside = None if allow_outside_paths else path if path.is_dir() else path.parent
+    for row in _rows(spec, _files(spec, path, allow_missing), inside):
         try:
             question = spec.parse(row)
         except BadQuestionRow as reason:
@@ -147,9 +152,9 @@ def _files(spec: BenchmarkSpec, path: Path, allow_missing: bool) -> list[Path]:
     return [file for file in found if file is not None]
 
 
-def _rows(spec: BenchmarkSpec, files: list[Path]) -> Iterator[QuestionRow]:
+def _rows(spec: BenchmarkSpec, files: list[Path], inside: Path | None) -> Iterator[QuestionRow]:
     for file in files:
-        rows = read_rows(file)
+        rows = read_rows(file, inside)
         columns = set(rows[0].values)
         lacking = [sorted(set(needed) - columns) for needed in spec.columns]
         if all(lacking):

@@ -25,9 +25,14 @@ Questions = Mapping[tuple[str, str], Question]  # by benchmark and id
 
 
 def questions_in(
-    data: Path | None, answered: Sequence[Sequence[Prediction]], allow_missing: bool
+    data: Path | None,
+    answered: Sequence[Sequence[Prediction]],
+    allow_missing: bool,
+    allow_outside_paths: bool,
 ) -> Questions:
     """The questions of each benchmark's predictions, for their images; none without `data`.
+
+    The other arguments are those of `open_benchmark`.
 
     Raises:
       UserError: `data` cannot be opened, or has none of the questions that were answered.
@@ -39,7 +44,7 @@ def questions_in(
         name = predictions[0].benchmark
         if name == PRETEXT.name:
             raise UserError("the images of the pretext tasks are in no file: leave out --data.")
-        opened = open_benchmark(name, data, allow_missing)
+        opened = open_benchmark(name, data, allow_missing, allow_outside_paths)
         known = {(name, question.id): question for question in opened.questions}
         if not any((name, prediction.id) in known for prediction in predictions):
             raise UserError(

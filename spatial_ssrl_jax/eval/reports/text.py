@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 
+from spatial_ssrl_jax.common.text import printable
 from spatial_ssrl_jax.eval.benchmarks.pretext import CHANCE
 from spatial_ssrl_jax.eval.benchmarks.registry import SCORED
 from spatial_ssrl_jax.eval.scoring.published import VARIANT, comparable, published, published_table
@@ -15,11 +16,11 @@ def print_scores(found: Sequence[Scores], several: bool, as_json: bool) -> None:
         whole = [scores.as_json() for scores in found]
         print(json.dumps({"scores": whole} if several or not whole else whole[0]))
     elif not several:
-        print("\n".join(map(_report, found)), end="\n" if found else "")
+        print(printable("\n".join(map(_report, found))), end="\n" if found else "")
     elif found:
         titles = {name: spec.title for name, spec in SCORED.items()}
         ours = {scores.benchmark: comparable(scores) for scores in found}
-        print("\n".join([*map(_headline, found), "", published_table(ours, titles)]))
+        print(printable("\n".join([*map(_headline, found), "", published_table(ours, titles)])))
 
 
 def _headline(scores: Scores) -> str:
