@@ -98,14 +98,15 @@ def _padding(args: argparse.Namespace) -> dict[str, Any]:
     from spatial_ssrl_jax.checkpoint.models import open_model
     from spatial_ssrl_jax.config.load import load_config, split_overrides
     from spatial_ssrl_jax.data.lengths import Lengths
-    from spatial_ssrl_jax.data.processor import Processor
+    from spatial_ssrl_jax.data.processor import ImageArea, Processor
 
     rest, overrides = split_overrides(args.rest)
     if rest:
         raise UserError(f"{rest[0]} is no option of bench padding: see --help.")
     config = load_config(args.config, overrides)
     model, limits = open_model(args.model or config.model.path), config.data
-    processor = Processor(model.files, model.config, limits.min_pixels, limits.max_pixels)
+    area = ImageArea(limits.min_pixels, limits.max_pixels)
+    processor = Processor(model.files, model.config, area=area)
     lengths = Lengths.open(config, processor, args.source)
     return measure_padding(config, lengths, args.steps, args.mean, args.spread)
 
@@ -127,11 +128,12 @@ def _flops(args: argparse.Namespace) -> dict[str, Any]:
     from spatial_ssrl_jax.benchmarking.prompt_sharing import sharing_report
     from spatial_ssrl_jax.checkpoint.models import open_model
     from spatial_ssrl_jax.config.schema import DataSettings
-    from spatial_ssrl_jax.data.processor import Processor
+    from spatial_ssrl_jax.data.processor import ImageArea, Processor
 
     model, limits = open_model(args.model), DataSettings()
     files = Path(args.processor) if args.processor else model.files
-    processor = Processor(files, model.config, limits.min_pixels, limits.max_pixels)
+    area = ImageArea(limits.min_pixels, limits.max_pixels)
+    processor = Processor(files, model.config, area=area)
     return sharing_report(model.config, processor, args.group)
 
 

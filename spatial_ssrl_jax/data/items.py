@@ -6,6 +6,7 @@ from the index's own generator.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -138,17 +139,41 @@ def task_sources(
     found, wanted = [], set(pool)
     maker: ExampleMaker
     for part in mixture_parts(source):
+        if not part.serves(task):
+            continue
         indices = [i - part.start for i in part.indices if i in wanted]
         if isinstance(part.source, QuestionSource):
             indices = [i for i in indices if part.source.task(i) == task.name]
             maker = QuestionExampleMaker(part.source, task.name)
-        elif task.needs_depth and not part.source.has_depth:
-            continue
         else:
             maker = ImageExampleMaker(part.source, task, settings)
         if indices:
             found.append(TaskSource(maker, indices, part.weight))
     return found
+
+
+def source_shares(sources: Sequence[TaskSource]) -> dict[str, float]:
+    """The fraction of a task's examples from each source, by its SPEC."""
+    total, shares = sum(source.weight for source in sources), Counter[str]()
+    for source in sources:
+        shares[source.maker.source.spec] += source.weight / total
+    return dict(shares)
+
+
+def check_served(source: AnySource, tasks: Mapping[str, TaskSettings]) -> None:
+    """Checks that each part of a source serves one of the tasks with a weight above 0.
+
+    Raises:
+      UserError: one serves none.
+    """
+    trained = [task for task in TASKS if tasks[task.name].weight > 0]
+    for part in mixture_parts(source):
+        if not any(part.serves(task) for task in trained):
+            names = ", ".join(task.name for task in trained) or "none"
+            raise UserError(
+                f"{part.source.spec} in {source.spec} serves none of the tasks that train "
+                f"({names}): leave it out, or name other tasks before its @."
+            )
 
 
 class MakeItem(grain.transforms.RandomMap):
@@ -309,7 +334,10 @@ def _seed(seed: int, task: int, part: int) -> int:
 
 def unusable(source: AnySource, task: Task[Any]) -> str:
     """Why a task finds no record in a source, as the beginning of a sentence."""
-    ready = any(isinstance(part.source, QuestionSource) for part in mixture_parts(source))
-    if task.needs_depth and not ready:
+    parts = mixture_parts(source)
+    ready = any(isinstance(part.source, QuestionSource) for part in parts)
+    if all(part.tasks is not None and task.name not in part.tasks for part in parts):
+        return f"no source in {source.spec} is for the task {task.name}"
+    if task.needs_depth and not ready and not source.has_depth:
         return f"the task {task.name} needs depth and {source.spec} has none"
     return f"the task {task.name} finds no record in {source.spec}"

@@ -8,11 +8,14 @@ import errno
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 
 import grain
 import numpy as np
@@ -23,6 +26,7 @@ from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.processor import Prompt
 
 _WORKER_BUFFER = 4  # items each worker process makes ahead
+_WATCH_SECONDS, _GRACE_SECONDS = 1.0, 5.0  # between looks at workers; for Grain to notice a death
 # Arrays go through pipes: shared memory outlives killed processes, and containers have 64 MB of it.
 _NO_SHARED_MEMORY = 2**62
 
@@ -41,9 +45,10 @@ class Batch:
     index: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, Item]]) -> "Batch":
-        """Items with their indices in the global batch, as one value."""
-        return cls(tuple(item for _, item in rows), np.array([i for i, _ in rows], np.int32))
+    def of(cls, rows: Sequence[tuple[int, Item | None]]) -> "Batch":
+        """Items with their indices in the global batch, as one value; None is no item."""
+        found = [(index, item) for index, item in rows if item is not None]
+        return cls(tuple(item for _, item in found), np.array([i for i, _ in found], np.int32))
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -54,7 +59,8 @@ class _ProcessRows(grain.sources.RandomAccessDataSource):
     """The rows of every global batch that belong to one process, one after another.
 
     A batch is split into micro-batches, and each process has an equal number of rows of each, so
-    that a micro-batch holds the same prompts whatever the number of processes.
+    that a micro-batch holds the same prompts whatever the number of processes. The last batch of an
+    epoch, if it is smaller, is one micro-batch; rows that it lacks have no item.
     """
 
     def __init__(
@@ -64,20 +70,52 @@ class _ProcessRows(grain.sources.RandomAccessDataSource):
         micro_batch: int,
         process: int,
         processes: int,
+        epoch: int | None = None,
     ):
         self.items, self.batch, self.micro_batch = items, batch, micro_batch
-        self.process, self.processes = process, processes
+        self.process, self.processes, self.epoch = process, processes, epoch
 
     def __len__(self) -> int:
         return len(self.items) // self.batch * (self.batch // self.processes)
 
-    def __getitem__(self, index: int) -> tuple[int, Item]:
+    def __getitem__(self, index: int) -> tuple[int, Item | None]:
         step, row = divmod(int(index), self.batch // self.processes)
-        rows = self.micro_batch // self.processes
-        number = row // rows * self.micro_batch + self.process * rows + row % rows
-        item = self.items[step * self.batch + number]
+        first, size = self._range(step)
+        micro_batch = self.micro_batch if size == self.batch else size
+        rows = micro_batch // self.processes
+        number = row // rows * micro_batch + self.process * rows + row % rows
+        if number >= size:
+            return number, None
+        item = self.items[first + number]
         assert item is not None  # only where a stream filters
         return number, item
+
+    def _range(self, step: int) -> tuple[int, int]:
+        """Index of a step's first item, and their number."""
+        if self.epoch is None:
+            return step * self.batch, self.batch
+        epoch, step = divmod(step, -(-self.epoch // self.batch))
+        done = step * self.batch
+        return epoch * self.epoch + done, min(self.batch, self.epoch - done)
+
+
+class _FirstItems(grain.sources.RandomAccessDataSource):
+    """The first items of a stream; a slice of Grain's would have others in each epoch."""
+
+    def __init__(self, items: grain.MapDataset[Item], count: int):
+        self.items, self.count = items, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Item | None:
+        return self.items[index]
+
+
+def repeated(items: grain.MapDataset[Item], epoch: int, seed: int) -> grain.MapDataset[Item]:
+    """The first `epoch` items of a stream again and again, each time in another order."""
+    first = grain.MapDataset.source(_FirstItems(items, epoch))
+    return first.shuffle(seed=seed % 2**32).repeat()
 
 
 def batches(
@@ -90,6 +128,7 @@ def batches(
     workers: int = 0,
     process: int,
     processes: int,
+    epoch: int | None = None,
 ) -> "BatchStream":
     """Batches of a stage from step `start` on, prefetched; `start` is the pipeline's whole state.
 
@@ -101,15 +140,23 @@ def batches(
       threads: threads that make items, in each worker.
       workers: processes that make items; 0 makes them in this one.
       process, processes: index of this process, and their number.
+      epoch: items after which a batch is cut off, as the last one of an epoch; None is endless.
 
     Raises:
-      UserError: the number of processes does not divide `micro_batch`.
+      UserError: the number of processes does not divide `micro_batch` or an epoch's last batch.
     """
+    if epoch is not None and epoch % batch % processes:
+        raise UserError(
+            f"the last {epoch % batch} of {epoch} examples do not divide over {processes} "
+            "processes: change sft.examples, or use 0 for an endless stream."
+        )
     if micro_batch % processes:
         raise UserError(
             f"a micro-batch of {micro_batch} prompts does not divide over {processes} processes."
         )
-    rows = grain.MapDataset.source(_ProcessRows(items, batch, micro_batch, process, processes))
+    rows = grain.MapDataset.source(
+        _ProcessRows(items, batch, micro_batch, process, processes, epoch)
+    )
     local_batch = batch // processes
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     stream = rows[start * local_batch :].to_iter_dataset(options)
@@ -124,7 +171,7 @@ def batches(
     stream = stream.batch(local_batch, drop_remainder=True, batch_fn=Batch.of)
     prefetched = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=1)
     with _explain_worker_errors():
-        return BatchStream(iter(prefetched))
+        return BatchStream(iter(prefetched), has_workers=workers > 0)
 
 
 class BatchStream:
@@ -132,10 +179,12 @@ class BatchStream:
 
     Args:
       stream: Grain's iterator.
+      has_workers: whether processes make its items.
     """
 
-    def __init__(self, stream: grain.DatasetIterator[Batch]):
-        self._stream = stream
+    def __init__(self, stream: grain.DatasetIterator[Batch], has_workers: bool):
+        self._stream, self._has_workers, self._waits_forever = stream, has_workers, False
+        self._workers: set[BaseProcess] = set()
 
     def __iter__(self) -> "BatchStream":
         return self
@@ -147,10 +196,48 @@ class BatchStream:
           UserError: a worker process was killed, or cannot start.
         """
         with _explain_worker_errors():
-            return next(self._stream)
+            return self._watched_next() if self._has_workers else next(self._stream)
+
+    def _watched_next(self) -> Batch:
+        """The next batch, read in a thread: a worker that is killed while it writes to its pipe
+        lets the reader wait for ever."""
+        results: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+        threading.Thread(target=_put_next, args=(self._stream, results), daemon=True).start()
+        died = None
+        while True:
+            try:
+                found = results.get(timeout=_WATCH_SECONDS)
+            except queue.Empty:
+                code, now = self._exit_code(), time.monotonic()
+                died = died or (now if code is not None else None)
+                if died is not None and now - died >= _GRACE_SECONDS:
+                    self._waits_forever = True
+                    raise _killed(code) from None
+                continue
+            if isinstance(found, BaseException):
+                raise found
+            return found
+
+    def _exit_code(self) -> int | None:
+        """The exit code of a worker that was killed, if any was."""
+        self._workers |= set(multiprocessing.active_children())
+        return next((w.exitcode for w in self._workers if w.exitcode), None)
 
     def close(self) -> None:
-        self._stream.close()
+        if not self._waits_forever:
+            self._stream.close()  # which waits for its threads
+        for worker in self._workers if self._waits_forever else ():
+            worker.kill()
+
+
+def _put_next(
+    stream: grain.DatasetIterator[Batch], results: "queue.SimpleQueue[Batch | BaseException]"
+) -> None:
+    """Puts the next batch, or the error of making it."""
+    try:
+        results.put(next(stream))
+    except BaseException as error:  # raised again by who waits
+        results.put(error)
 
 
 @contextmanager
@@ -169,11 +256,14 @@ def _explain_worker_errors() -> Iterator[None]:
         code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
         if code is None:
             raise
-        raise UserError(
-            f"a worker process that makes prompts was killed (exit code {code[1]}; -9 is often "
-            "the system, out of memory): lower data.workers or data.threads; the same command "
-            "then resumes."
-        ) from error
+        raise _killed(int(code[1])) from error
+
+
+def _killed(code: int | None) -> UserError:
+    return UserError(
+        f"a worker process that makes prompts was killed (exit code {code}; -9 is often the "
+        "system, out of memory): lower data.workers or data.threads; the same command then resumes."
+    )
 
 
 def end_with_parent(worker: int = 0, workers: int = 1) -> None:

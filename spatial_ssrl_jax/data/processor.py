@@ -1,19 +1,20 @@
 """From question, images and videos to the model's inputs: text, tokens, patches, indices."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from spatial_ssrl_jax.common.bounds import Bounds
 from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.common.json_file import JsonObject, read_object
+from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, VisionConfig
 from spatial_ssrl_jax.qwen_vl.family import member_of, read_processor
@@ -33,6 +34,11 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "generation_config.json",
 )
+_TRIAL = "Where is it?"  # a question that shows whether tokenizer and chat template work
+_MAX_TEMPLATE = 100_000  # characters that a chat template may add to a question, and to each image
+_AREA = Bounds(min=1, max=2**31)
+_ALWAYS = ("do_resize", "do_rescale", "do_normalize")
+_RESAMPLING = Bounds(min=min(Image.Resampling), max=max(Image.Resampling))
 _PLACEHOLDER = re.compile(r"<(image|video)(\d*)>")
 # An image or video of a prompt: "image" or "video", and its index among those of its kind.
 MediaSlot = tuple[str, int]
@@ -78,6 +84,29 @@ class ResizeSettings:
     resample: int
 
 
+@dataclass(frozen=True)
+class ImageArea:
+    """Limits of an image's area, in pixels, in training: a resizing before the processor's own.
+
+    As in EasyR1 and LLaMA-Factory, with which the paper's models were trained: the aspect is kept,
+    and sides are rounded down.
+    """
+
+    min_pixels: int
+    max_pixels: int
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of an image between the limits."""
+        for limit, is_outside in (
+            (self.max_pixels, height * width > self.max_pixels),
+            (self.min_pixels, height * width < self.min_pixels),
+        ):
+            if is_outside:
+                scale = math.sqrt(limit / (height * width))
+                height, width = max(int(height * scale), 1), max(int(width * scale), 1)
+        return height, width
+
+
 class Processor:
     """A model folder's tokenizer, chat template and image settings.
 
@@ -87,6 +116,7 @@ class Processor:
       config: the model's shape and token ids.
       min_pixels, max_pixels: override the folder's limits on the area of an image or of a
         video's frame, in pixels.
+      area: brings images between limits of its own first.
 
     Raises:
       UserError: a file is missing, or the limits leave no area.
@@ -98,15 +128,14 @@ class Processor:
         config: QwenVLConfig,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        area: ImageArea | None = None,
     ):
-        self.folder, self.config = Path(folder), config
+        self.folder, self.config, self.area = Path(folder), config, area
         self._member = member_of(config)
-        settings, name = read_processor(self.folder, "image")
-        for needed in ("tokenizer_config.json", name):
-            if not (self.folder / needed).is_file():
-                raise UserError(
-                    f"{self.folder / needed} is missing: copy it from the model's hub page."
-                )
+        settings = read_processor(self.folder, "image")
+        for needed in (self.folder / "tokenizer_config.json", Path(settings.name)):
+            if not needed.is_file():
+                raise UserError(f"{needed} is missing: copy it from the model's hub page.")
         vocabulary = ("tokenizer.json", "vocab.json", "merges.txt")
         exists = [(self.folder / name).is_file() for name in vocabulary]
         if not (exists[0] or all(exists[1:])):  # Transformers would continue without a vocabulary
@@ -115,66 +144,92 @@ class Processor:
                 "them from the model's hub page."
             )
         self.tokenizer = _read_tokenizer(self.folder)
-        self._template = self._read_template()
-        self._images = self._image_settings(settings, name, min_pixels, max_pixels)
-        frames, name = read_processor(self.folder, "video")
-        self._frames = self._image_settings(frames, name, min_pixels, max_pixels)
+        self._template, self._template_file = self._read_template()
+        self._images = self._image_settings(settings, min_pixels, max_pixels)
+        frames = read_processor(self.folder, "video")
+        self._frames = self._image_settings(frames, min_pixels, max_pixels)
         self.stop_ids = self._read_stop_ids()
+        self._check_template()
 
     def _image_settings(
-        self,
-        settings: dict[str, Any],
-        name: str,
-        min_pixels: int | None,
-        max_pixels: int | None,
+        self, settings: JsonObject, min_pixels: int | None, max_pixels: int | None
     ) -> ResizeSettings:
-        vision = self.config.vision
-        size = settings.get("size", {})
-        smallest = min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
-        largest = max_pixels or settings.get("max_pixels") or size.get("longest_edge")
-        if not (smallest and largest and "image_mean" in settings and "image_std" in settings):
+        size = settings.section("size")
+        smallest, largest = (
+            given or settings.find(old, int, _AREA) or size.find(new, int, _AREA)
+            for given, old, new in (
+                (min_pixels, "min_pixels", "shortest_edge"),
+                (max_pixels, "max_pixels", "longest_edge"),
+            )
+        )
+        if not smallest or not largest or not set(PIXEL_KEYS) <= settings.values.keys():
             raise UserError(
-                f"{self.folder / name} lacks the image's size, image_mean or image_std: copy it "
-                "from the model's hub page."
+                f"{settings.name} lacks the image's size, image_mean or image_std: copy it from "
+                "the model's hub page."
             )
         if smallest > largest:
             raise UserError(
                 f"the smallest image area, {smallest} pixels, is above the largest, {largest}: "
                 "change min_pixels or max_pixels."
             )
-        fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True}
-        for key, value in (fixed | {"rescale_factor": 1 / 255}).items():
-            given = settings.get(key)
-            if given is not None and not math.isclose(given, value, rel_tol=1e-6):
+        scale = settings.get("rescale_factor", float, 1 / 255)
+        fits = {"rescale_factor": math.isclose(scale, 1 / 255, rel_tol=1e-6)}
+        fits |= {key: settings.get(key, bool, True) for key in _ALWAYS}
+        for key, expected in {**dict.fromkeys(_ALWAYS, True), "rescale_factor": 1 / 255}.items():
+            if not fits[key]:
                 raise UserError(
-                    f"{self.folder / name} sets {key} to {given}, which is not supported; "
-                    f"expected {value}."
+                    f"{settings.name} sets {key} to {settings.values[key]}, which is not "
+                    f"supported; expected {expected}."
                 )
         for key in PIXEL_KEYS:
-            if tuple(settings[key]) != getattr(vision, key):
+            value = getattr(self.config.vision, key)
+            if settings.items(key, float) != value:
                 raise UserError(
-                    f"{self.folder / name} has another {key} than the model is opened with, "
-                    f"{list(getattr(vision, key))}: give all files of the folder the same."
+                    f"{settings.name} has another {key} than the model is opened with, "
+                    f"{list(value)}: give all files of the folder the same."
                 )
-        return ResizeSettings(smallest, largest, settings.get("resample", Image.Resampling.BICUBIC))
+        resample = settings.get("resample", int, Image.Resampling.BICUBIC, _RESAMPLING)
+        return ResizeSettings(smallest, largest, resample)
 
-    def _read_template(self) -> str:
+    def _read_template(self) -> tuple[str, Path]:
+        """The chat template and its file."""
         path = self.folder / "chat_template.json"
         if path.is_file():
-            return _read_json(path).get("chat_template", "")
+            return read_object(path).get("chat_template", str), path
         template = self.tokenizer.chat_template
         if isinstance(template, dict):  # several, by name
             template = template.get("default")
-        if template:
-            return template
-        raise UserError(f"{path} is missing: copy it from the model's hub page.")
+        if not template:
+            raise UserError(f"{path} is missing: copy it from the model's hub page.")
+        own = self.folder / "chat_template.jinja"
+        path = own if own.is_file() else self.folder / "tokenizer_config.json"
+        if not isinstance(template, str):
+            raise UserError(f"{path} holds no chat template that is text: fetch it again.")
+        return template, path
 
     def _read_stop_ids(self) -> tuple[int, ...]:
-        path = self.folder / "generation_config.json"
+        """The token ids that end a response: the model's where the folder names none."""
+        path, default = self.folder / "generation_config.json", (self.config.eos_token_id,)
         if not path.is_file():
-            return (self.config.eos_token_id,)
-        ids = _read_json(path).get("eos_token_id", self.config.eos_token_id)
-        return tuple(ids) if isinstance(ids, list) else (ids,)
+            return default
+        settings, known = read_object(path), Bounds(min=0, below=self.config.text.vocab_size)
+        if isinstance(settings.values.get("eos_token_id"), list):
+            return settings.items("eos_token_id", int, bounds=known) or default
+        return (settings.get("eos_token_id", int, *default, known),)
+
+    def _check_template(self) -> None:
+        """Checks with a trial chat that the text and the token of an image come out of it.
+
+        Raises:
+          UserError: the template is broken, or of another model.
+        """
+        text, _ = self.chat(_TRIAL, 1)
+        images = int((self._token_ids(text) == self.config.image_token_id).sum())
+        if _TRIAL not in text or images != 1:
+            raise UserError(
+                f"{self._template_file} does not make a chat with an image, whose token is "
+                f"{self.config.image_token_id} in config.json: fetch the model's files again."
+            )
 
     def grid(self, height: int, width: int) -> Grid:
         """The patch grid of an image, from its size in pixels alone.
@@ -182,7 +237,11 @@ class Processor:
         Raises:
           BadImage: one side is more than 200 times the other.
         """
-        return self._grid(self._images, 1, height, width)
+        return self._grid(self._images, 1, *self._first_size(height, width))
+
+    def _first_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of an image after the resizing that comes before the processor's own."""
+        return self.area.size(height, width) if self.area else (height, width)
 
     def video_grid(self, frames: int, height: int, width: int) -> Grid:
         """The patch grid of a video, from its number of frames and their size in pixels alone."""
@@ -240,6 +299,10 @@ class Processor:
           [h·w, C·2·14·14] uint8 patches, merged token by merged token, and the grid.
         """
         grid, vision = self.grid(*image.shape[:2]), self.config.vision
+        height, width = self._first_size(*image.shape[:2])
+        if (height, width) != image.shape[:2]:
+            first = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+            image = np.asarray(first)
         resized = _resize(image, grid, vision.patch_size, self._images.resample)
         frames = np.broadcast_to(resized, (vision.temporal_patch_size, *resized.shape))
         return _patch_rows(frames, vision), grid
@@ -271,14 +334,25 @@ class Processor:
           UserError: the question's placeholders do not match the images and videos given.
         """
         content, order = _chat_content(question, {"image": images, "video": videos})
-        text = self.tokenizer.apply_chat_template(
-            # Its annotation knows no content of several parts.
-            [{"role": "user", "content": content}],  # pyright: ignore[reportArgumentType]
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                # Its annotation knows no content of several parts.
+                [{"role": "user", "content": content}],  # pyright: ignore[reportArgumentType]
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as error:  # a template is a program, which may raise any
+            raise UserError(
+                f"the chat template in {self._template_file} fails ({error_line(error)}): fetch "
+                "it again."
+            ) from error
         assert isinstance(text, str)  # as it is not tokenized
+        if len(text) > len(question) + _MAX_TEMPLATE * (1 + images + videos):
+            raise UserError(
+                f"the chat template in {self._template_file} adds {len(text) - len(question):,} "
+                "characters to a question: fetch it again."
+            )
         return text, order
 
     def prompt(
@@ -342,8 +416,7 @@ class Processor:
 
     def _expand(self, text: str, order: list[MediaSlot], grids: list[Grid]) -> np.ndarray:
         """[T] int32 ids, each image or video token repeated for each merged token of its grid."""
-        token = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-        ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        token, ids = self._media_tokens, self._token_ids(text)
         indices = np.flatnonzero(np.isin(ids, list(token.values())))
         if ids[indices].tolist() != [token[kind] for kind, _ in order]:
             raise UserError("the question's text itself holds an image token; leave it out.")
@@ -351,10 +424,17 @@ class Processor:
         repeat[indices] = [merged_tokens(self.config.vision, grid) for grid in grids]
         return np.repeat(ids, repeat)
 
+    @property
+    def _media_tokens(self) -> dict[str, int]:
+        return {"image": self.config.image_token_id, "video": self.config.video_token_id}
+
+    def _token_ids(self, text: str) -> np.ndarray:
+        """[T] int32 token ids of a text."""
+        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
     def encode_response(self, text: str) -> np.ndarray:
         """[R] int32 token ids of a response, the end token included."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return np.array([*ids, self.config.eos_token_id], np.int32)
+        return np.append(self._token_ids(text), np.int32(self.config.eos_token_id))
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of response tokens, without special tokens."""
@@ -396,12 +476,19 @@ def _chat_content(
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, after a trial: some settings of a wrong type are found by their use alone."""
+    for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)  # says better than Transformers what is wrong
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer(_TRIAL, add_special_tokens=False)["input_ids"]
+        tokenizer.decode(ids, skip_special_tokens=True)
     except Exception as error:  # Transformers passes on any error of its parsers
         raise UserError(
-            f"the tokenizer in {folder} cannot be read ({error}): copy its files again."
+            f"the tokenizer in {folder} cannot be read ({error_line(error)}): copy its files again."
         ) from error
+    return tokenizer
 
 
 def _resize(image: np.ndarray, grid: Grid, patch: int, resample: int) -> np.ndarray:
@@ -427,13 +514,3 @@ def _patch_rows(frames: np.ndarray, config: VisionConfig) -> np.ndarray:
         times, depth, high // side, merge, patch, wide // side, merge, patch, channels
     )
     return split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, config.patch_dim)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): copy it again.") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object: copy it again.")
-    return found

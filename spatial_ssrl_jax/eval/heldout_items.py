@@ -7,7 +7,7 @@ import grain
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import Item, item_dataset
+from spatial_ssrl_jax.data.items import Item, item_dataset, task_sources
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource
 from spatial_ssrl_jax.data.split import split_records
@@ -27,11 +27,11 @@ def task_datasets(
 ) -> dict[str, grain.MapDataset]:
     """A dataset of each task alone, over the records `pool` of a source; see `item_dataset`.
 
-    Tasks that need depth are left out where the source has none; an empty pool gives no dataset.
+    Tasks for which none of the records can serve are left out.
     """
     datasets = {}
-    for task in TASKS if pool else ():
-        if task.needs_depth and not source.has_depth:
+    for task in TASKS:
+        if not task_sources(source, pool, task, tasks[task.name]):
             continue
         alone = {name: replace(s, weight=float(name == task.name)) for name, s in tasks.items()}
         datasets[task.name] = item_dataset(source, pool, alone, processor, seed, limit)

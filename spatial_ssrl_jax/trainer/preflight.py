@@ -15,6 +15,7 @@ from spatial_ssrl_jax.common.paths import check_bucket, in_bucket, list_tree, us
 from spatial_ssrl_jax.common.text import byte_size
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.batching import prompt_sizes
+from spatial_ssrl_jax.data.items import source_shares, task_sources
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.eval.heldout_items import heldout_items
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
@@ -26,6 +27,7 @@ from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rl.train_step import TrainState
 from spatial_ssrl_jax.rollout.cache import kv_token_bytes
+from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.trainer.best_checkpoint import best_metric
 from spatial_ssrl_jax.trainer.context import (
     RunComponents,
@@ -51,11 +53,15 @@ class Devices(TypedDict):
 
 
 class Records(TypedDict):
-    """The source, and how many of its records train and are held out."""
+    """The source, how many of its records train and are held out, and what each task draws from.
+
+    `shares` is task -> SPEC -> fraction of the task's examples.
+    """
 
     spec: str
     train: int
     heldout: int
+    shares: dict[str, dict[str, float]]
 
 
 class StageReport(TypedDict):
@@ -155,6 +161,7 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
             "spec": components.source.spec,
             "train": len(components.split.train),
             "heldout": len(components.split.heldout),
+            "shares": _shares(components),
         },
         "stages": found,
         "disk": disk,
@@ -162,6 +169,15 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
         "notes": notes,
         "problems": _problems(found, disk, limit),
     }
+
+
+def _shares(components: RunComponents) -> dict[str, dict[str, float]]:
+    config, pool = components.config, components.split.train
+    found = {}
+    for name in config.trained_tasks:
+        parts = task_sources(components.source, pool, TASKS_BY_NAME[name], config.tasks[name])
+        found[name] = source_shares(parts)
+    return found
 
 
 def _stage_report(

@@ -30,6 +30,10 @@ def _lines(report: PreflightReport) -> Iterator[tuple[str, str]]:
         "source",
         f"{source['spec']}: {source['train']:,} training, {source['heldout']:,} held out",
     )
+    if len({spec for shares in source["shares"].values() for spec in shares}) > 1:
+        for task, shares in source["shares"].items():
+            parts = ", ".join(f"{share:.0%} {spec}" for spec, share in shares.items())
+            yield f"source of {task}", parts
     yield (
         "devices",
         f"{devices['count']} x {devices['kind']}, {devices['processes']} process(es), memory "

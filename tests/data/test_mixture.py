@@ -1,13 +1,15 @@
 """Mixtures: how they are written, and what a task draws from them."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.data.items import task_sources
+from spatial_ssrl_jax.config import Config
+from spatial_ssrl_jax.data.items import check_served, source_shares, task_sources, unusable
 from spatial_ssrl_jax.data.sources import OPENERS, open_source
-from spatial_ssrl_jax.data.sources.mixture import split_spec
+from spatial_ssrl_jax.data.sources.mixture import SpecPart, split_spec
 from spatial_ssrl_jax.data.split import split_records
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from tests.data.test_sources import save_image
@@ -22,10 +24,62 @@ from tests.data.test_sources import save_image
         ("scenes+3*scenes:9", [("scenes", 1), ("scenes:9", 3)]),
         ("folder:/c++/a+b", [("folder:/c++/a+b", 1)]),
         ("arrayrecord:/x/*-of-*+2*scenes", [("arrayrecord:/x/*-of-*", 1), ("scenes", 2)]),
+        ("flip@folder:/a", [("folder:/a", 1, ("flip",))]),
+        (
+            "shuffle,flip,crop@folder:A+depth,position@2*diode:D + position@megadepth:M",
+            [
+                ("folder:A", 1, ("shuffle", "flip", "crop")),
+                ("diode:D", 2, ("depth", "position")),
+                ("megadepth:M", 1, ("position",)),
+            ],
+        ),
+        (
+            "crop@tfds:coco/2017:train[:10%]+depth@0.5*scenes",
+            [("tfds:coco/2017:train[:10%]", 1, ("crop",)), ("scenes", 0.5, ("depth",))],
+        ),
+        (
+            "crop@arrayrecord:/x/[0-9]*-of-*+flip@folder:/[0-9]",
+            [("arrayrecord:/x/[0-9]*-of-*", 1, ("crop",)), ("folder:/[0-9]", 1, ("flip",))],
+        ),
+        ("folder:/me@home/a+b@[c]", [("folder:/me@home/a+b@[c]", 1)]),
+        ("folder:/a@b+flip@folder:/c+d", [("folder:/a@b", 1), ("folder:/c+d", 1, ("flip",))]),
     ],
 )
 def test_the_written_format(spec: str, parts: list):
-    assert split_spec(spec, list(OPENERS)) == parts
+    assert split_spec(spec, list(OPENERS)) == [SpecPart(*part) for part in parts]
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(UserError, match="there is no task 'flop'; did you mean 'flip'"):
+        open_source("crop,flop@scenes")
+
+
+def test_a_task_is_not_asked_of_a_source_without_depth(tmp_path):
+    save_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match=rf"depth is asked of folder:{tmp_path}, which has no dep"):
+        open_source(f"depth@folder:{tmp_path}+scenes")
+
+
+def test_a_task_draws_from_the_sources_that_serve_it(tmp_path):
+    save_image(tmp_path / "a.png")
+    spec = f"shuffle,crop@folder:{tmp_path}+depth@3*scenes:4+depth,position@scenes:5"
+    source, settings = open_source(spec), Config("x").tasks
+    shares = {
+        name: source_shares(task_sources(source, range(10), task, settings[name]))
+        for name, task in TASKS_BY_NAME.items()
+    }
+    assert shares == {
+        "shuffle": {f"folder:{tmp_path}": 1.0},
+        "flip": {},
+        "crop": {f"folder:{tmp_path}": 1.0},
+        "depth": {"scenes:4": 0.75, "scenes:5": 0.25},
+        "position": {"scenes:5": 1.0},
+    }
+    assert unusable(source, TASKS_BY_NAME["flip"]) == f"no source in {spec} is for the task flip"
+    check_served(source, settings)
+    few = settings | {"depth": replace(settings["depth"], weight=0.0)}
+    with pytest.raises(UserError, match="scenes:4 in .* serves none of the tasks that train"):
+        check_served(source, few)
 
 
 def test_a_weight_of_zero_is_refused():

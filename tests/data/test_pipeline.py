@@ -22,8 +22,9 @@ from PIL import Image
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data import pipeline
 from spatial_ssrl_jax.data.items import TOO_LONG, check_fits, item_dataset
-from spatial_ssrl_jax.data.pipeline import Batch, batches
+from spatial_ssrl_jax.data.pipeline import Batch, batches, repeated
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.scenes import SceneSource
@@ -60,7 +61,8 @@ def stream(processor: Processor):
 
     def make(**changed):
         arguments = {"start": 0, "threads": 1, "process": 0, "processes": 1} | changed
-        return batches(items, 4, 2, **arguments)
+        epoch = changed.get("epoch")
+        return batches(repeated(items, epoch, 5) if epoch else items, 4, 2, **arguments)
 
     return make
 
@@ -107,6 +109,27 @@ def test_a_start_at_k_equals_skipping_k(stream):
         assert_same(a, b)
 
 
+def test_an_epoch_has_each_example_once_and_ends_with_a_part_of_a_batch(stream):
+    steps = take(stream(epoch=10), 6)
+    assert [len(batch.items) for batch in steps] == [4, 4, 2, 4, 4, 2]
+    first, second = ([word for batch in steps[k : k + 3] for word in words(batch)] for k in (0, 3))
+    plain = [word for batch in take(stream(), 3) for word in words(batch)][:10]
+    assert sorted(first) == sorted(second) == sorted(plain) and first != second
+    for a, b in zip(take(stream(epoch=10, start=2), 3), steps[2:], strict=False):
+        assert_same(a, b)
+    parts = [take(stream(epoch=10, process=p, processes=2), 3) for p in range(2)]
+    for step in range(3):
+        both = [parts[p][step] for p in range(2)]
+        assert len({len(part.items) for part in both}) == 1
+        pairs = [pair for part in both for pair in zip(part.index, words(part), strict=True)]
+        assert [word for _, word in sorted(pairs)] == words(steps[step])
+
+
+def test_an_epochs_last_batch_divides_over_the_processes(stream):
+    with pytest.raises(UserError, match="the last 1 of 9 examples do not divide over 2 processes"):
+        stream(epoch=9, process=0, processes=2)
+
+
 @settings(deadline=None, max_examples=6)
 @given(start=st.integers(0, 10_000), threads=st.integers(1, 4), processes=st.sampled_from([1, 2]))
 def test_a_resume_anywhere_gives_the_same_step(stream, start: int, threads: int, processes: int):
@@ -144,6 +167,34 @@ def test_a_killed_worker_is_a_sentence(stream):
     with pytest.raises(UserError, match=r"was killed \(exit code -9.*lower data\.workers"):
         take(batches, 100)
     batches.close()
+
+
+def test_a_worker_killed_while_it_writes_is_the_same_sentence(monkeypatch: pytest.MonkeyPatch):
+    """Whoever reads its pipe would wait for ever."""
+    monkeypatch.setattr(pipeline, "_WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(pipeline, "_GRACE_SECONDS", 0.2)
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    worker.start()
+    stream = pipeline.BatchStream(Waiting(worker), has_workers=True)
+    with pytest.raises(UserError, match=r"was killed \(exit code -9"):
+        next(stream)
+    stream.close()
+
+
+class Waiting:
+    """A stream whose worker dies, and which never gets an item."""
+
+    def __init__(self, worker: multiprocessing.Process):
+        self.worker = worker
+
+    def __next__(self) -> Batch:
+        time.sleep(0.2)
+        self.worker.kill()
+        time.sleep(60)
+        raise AssertionError
+
+    def close(self) -> None:
+        time.sleep(60)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -405,7 +456,7 @@ def test_buckets_that_hold_no_prompt_are_refused_beforehand(processor: Processor
 def test_the_sizes_of_a_tasks_images_are_known_beforehand(task, size):
     rec = record(2, *size)
     example = task.make(rec, np.random.default_rng(0), task.settings())
-    known = task.sizes(size)
+    known = task.sizes(size, task.settings())
     assert len(known) == len(example.images)
     for (height, width), image in zip(known, example.images, strict=True):
         assert 0 <= height - image.shape[0] <= 3 and 0 <= width - image.shape[1] <= 3

@@ -1,5 +1,6 @@
 """Prompts of 200 random image sizes, from 1:180 to 180:1, against Transformers' own code."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from spatial_ssrl_jax.data.processor import Processor
+from spatial_ssrl_jax.data.processor import ImageArea, Processor
 from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.qwen_vl.family import read_config
 from spatial_ssrl_jax.qwen_vl.pixels import normalize_patches
@@ -69,6 +71,54 @@ def test_resizing_order_and_expansion(folder, processor):
         np.testing.assert_array_equal(found, out["pixel_values"][listed[held]])
         quads = listed.reshape(-1, 4)[prompt.image_index[prompt.ids == token]]
         np.testing.assert_array_equal(quads.ravel(), np.arange(high * wide))
+
+
+NAMED = [
+    (240, 240), (511, 511), (512, 512), (480, 640), (640, 480), (768, 1024), (1064, 1600),
+    (2000, 3000), (28, 28),
+]  # fmt: skip
+
+
+def by_area(image: Image.Image, least: int, most: int) -> Image.Image:
+    """The resizing of EasyR1 and LLaMA-Factory, on an image by itself."""
+    if image.width * image.height > most:
+        factor = math.sqrt(most / (image.width * image.height))
+        image = image.resize((int(image.width * factor), int(image.height * factor)))
+    if image.width * image.height < least:
+        factor = math.sqrt(least / (image.width * image.height))
+        image = image.resize((int(image.width * factor), int(image.height * factor)))
+    return image
+
+
+@pytest.mark.parametrize("limits", [(262_144, 4_194_304), (1, 262_144)])
+def test_training_resizes_by_area_first(folder, limits: tuple[int, int]):
+    """As the released trainers, whatever the size: then with the model's own limits, to 28s."""
+    processor = Processor(folder, read_config(folder / "3b"), area=ImageArea(*limits))
+    reference = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    rng = np.random.default_rng(0)
+    spread = [(round(900 / a), round(900 * a)) for a in 4 ** rng.uniform(-1, 1, 200)]
+    scales = np.exp(rng.uniform(np.log(0.05), np.log(2.0), 200))
+    random = [(round(h * s), round(w * s)) for (h, w), s in zip(spread, scales, strict=True)]
+    for number, (height, width) in enumerate(NAMED + random):
+        image = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        resized = by_area(Image.fromarray(image), *limits)
+        patches, grid = processor.patches(image)
+        out = reference(images=[resized], return_tensors="np")
+        assert (
+            list(grid) == out["image_grid_thw"][0].tolist() == list(processor.grid(height, width))
+        )
+        if number < 30:
+            found = normalize_patches(jnp.asarray(patches), processor.config.vision)
+            np.testing.assert_array_equal(found, out["pixel_values"])
+
+
+def test_hand_worked_sizes(folder):
+    grpo, cold_start = (
+        Processor(folder, read_config(folder / "3b"), area=ImageArea(*limits))
+        for limits in ((262_144, 4_194_304), (1, 262_144))
+    )
+    assert grpo.grid(240, 240) == (1, 36, 36)  # 512, then 504 pixels a side
+    assert cold_start.grid(480, 640) == (1, 448 // 14, 588 // 14)
 
 
 def test_positions(processor):

@@ -1,21 +1,40 @@
-"""`2*nyu:A+folder:B`: several sources with weights.
+"""`shuffle,flip@folder:A+2*nyu:B`: several sources, with the tasks that each serves and weights.
 
-Parts are joined by `+`, each perhaps with a weight before a `*`; it is 1 where none is given. A
-task draws from the parts that it can use, in proportion to their weights.
+Parts are joined by `+`. Each may have tasks before an `@` and a weight before a `*`: without tasks
+it serves all that it can, without a weight it has 1. The task is drawn first, then a part among
+those that serve it, in proportion to their weights.
 """
 
+import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.fingerprint import hash_texts
 from spatial_ssrl_jax.data.sources.base import Source
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource
-from spatial_ssrl_jax.tasks.example import Example
+from spatial_ssrl_jax.tasks import TASKS_BY_NAME
+from spatial_ssrl_jax.tasks.example import Example, Task
 from spatial_ssrl_jax.tasks.record import Record
 
-_WEIGHT = r"(?:\d+(?:\.\d*)?\*)?"
+_TASKS, _WEIGHT = r"(?:[\w,\- ]+@)?", r"(?:\d+(?:\.\d*)?\*)?"
+
+
+@dataclass(frozen=True)
+class SpecPart:
+    """One part of a mixture's SPEC.
+
+    Attributes:
+      spec: of the source alone.
+      weight: of the source in the mixture.
+      tasks: names of the tasks that it serves; None is all that it can.
+    """
+
+    spec: str
+    weight: float = 1.0
+    tasks: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -26,16 +45,23 @@ class MixturePart:
       source: images, or ready-made questions.
       weight: of the source in the mixture.
       start: index of its first record in the whole.
+      tasks: names of the tasks that it serves; None is all that it can.
     """
 
     source: Source | QuestionSource
     weight: float
     start: int
+    tasks: tuple[str, ...] | None = None
 
     @property
     def indices(self) -> range:
         """Its records' indices in the whole."""
         return range(self.start, self.start + len(self.source))
+
+    def serves(self, task: Task[Any]) -> bool:
+        """Whether a task draws from it."""
+        named = self.tasks is None or task.name in self.tasks
+        return named and _can_serve(self.source, task)
 
 
 @dataclass(frozen=True)
@@ -79,37 +105,63 @@ class Mixture:
         raise IndexError(index)
 
 
+def _can_serve(source: Source | QuestionSource, task: Task[Any]) -> bool:
+    if isinstance(source, QuestionSource):
+        return any(question.task == task.name for question in source.questions)
+    return source.has_depth or not task.needs_depth
+
+
 def mixture_parts(source: Source | QuestionSource | Mixture) -> tuple[MixturePart, ...]:
     """A mixture's parts; any other source is one part with weight 1."""
     return source.parts if isinstance(source, Mixture) else (MixturePart(source, 1.0, 0),)
 
 
-def mix(spec: str, sources: Sequence[tuple[Source | QuestionSource, float]]) -> Mixture:
-    """Concatenates opened sources with their weights."""
+def mix(spec: str, sources: Sequence[tuple[Source | QuestionSource, SpecPart]]) -> Mixture:
+    """Concatenates opened sources with their weights and tasks.
+
+    Raises:
+      UserError: a source cannot serve a task that is named before it.
+    """
     parts, start = [], 0
-    for source, weight in sources:
-        parts.append(MixturePart(source, weight, start))
+    for source, given in sources:
+        for name in given.tasks or ():
+            task = TASKS_BY_NAME[name]
+            if not _can_serve(source, task):
+                lacks = "question of it" if isinstance(source, QuestionSource) else "depth"
+                raise UserError(
+                    f"source '{spec}': the task {name} is asked of {given.spec}, which has no "
+                    f"{lacks}: name the task before another source."
+                )
+        parts.append(MixturePart(source, given.weight, start, given.tasks))
         start += len(source)
     return Mixture(spec, tuple(parts))
 
 
-def split_spec(spec: str, kinds: Sequence[str]) -> list[tuple[str, float]]:
-    """The SPECs of a mixture with their weights; any other SPEC alone, with weight 1.
+def split_spec(spec: str, kinds: Sequence[str]) -> list[SpecPart]:
+    """The parts of a mixture's SPEC; any other SPEC is one part.
 
-    A `+` joins only where a kind, perhaps with a weight, follows, so that paths may hold one.
+    A `+` joins only where a kind, perhaps with tasks and a weight, follows, so that paths may hold
+    one.
 
     Raises:
-      UserError: a weight is 0.
+      UserError: a weight is 0, or a task is unknown.
     """
-    follows = rf"(?={_WEIGHT}(?:{'|'.join(kinds)})(?::|\+|$))"
-    return list(_weighted(spec, re.split(rf"\s*\+\s*{follows}", spec)))
+    follows = rf"(?={_TASKS}{_WEIGHT}(?:{'|'.join(kinds)})(?::|\+|$))"
+    return [_part(spec, part) for part in re.split(rf"\s*\+\s*{follows}", spec)]
 
 
-def _weighted(spec: str, parts: list[str]) -> Iterator[tuple[str, float]]:
-    for part in parts:
-        match = re.match(_WEIGHT, part)
-        given = match[0] if match else ""
-        weight = float(given[:-1]) if given else 1.0
-        if weight <= 0:
-            raise UserError(f"source '{spec}': the weight of '{part}' must be above 0.")
-        yield part.removeprefix(given), weight
+def _part(spec: str, text: str) -> SpecPart:
+    match = re.match(rf"({_TASKS})({_WEIGHT})(.*)", text, re.DOTALL)
+    assert match is not None  # each group may be empty
+    names, weight, rest = match.groups()
+    if weight and float(weight[:-1]) <= 0:
+        raise UserError(f"source '{spec}': the weight of '{text}' must be above 0.")
+    tasks = tuple(name.strip() for name in names[:-1].split(",")) if names else None
+    for name in tasks or ():
+        if name not in TASKS_BY_NAME:
+            near = difflib.get_close_matches(name, TASKS_BY_NAME, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"source '{spec}': there is no task '{name}'; did you mean '{near}'? Tasks: "
+                f"{', '.join(TASKS_BY_NAME)}."
+            )
+    return SpecPart(rest, float(weight[:-1]) if weight else 1.0, tasks)
