@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.config.validate import check_settings
 
@@ -33,15 +34,25 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # it is a program, which may raise any
         raise UserError(
-            f"{path} cannot be run ({type(error).__name__}: {error}): fix it; --debug shows where."
+            f"{path} cannot be run ({type(error).__name__}: {error_line(error)}): fix it; --debug "
+            "shows where."
         ) from error
     if not isinstance(config, Config):
         raise UserError(
             f"{path}: get_config() gives {type(config).__name__}; it must give a Config, as that "
             "of configs/tiny.py does."
         )
+    return with_overrides(config, overrides)
+
+
+def with_overrides(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
+    """The config with single settings replaced, as for `load_config`; checks all of it.
+
+    Raises:
+      UserError: a key is unknown, or a value does not fit.
+    """
     for key, text in overrides:
         config = _override(config, key.split("."), text, key)
     check_settings(config)
@@ -107,8 +118,8 @@ def _parse(text: str, kind: type, key: str) -> Any:
         return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = None  # the last two where brackets are nested too deeply
     if kind is tuple and isinstance(value, (int, float)):
         value = (value,)
     if kind is float and type(value) is int:
@@ -123,7 +134,7 @@ def _parse(text: str, kind: type, key: str) -> Any:
 
 
 def _is_whole_numbers(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(type(item) is int for item in value)
+    return isinstance(value, tuple) and all(type(item) is int for item in value)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -59,8 +59,8 @@ class PositionSettings:
       near_height: a pair at like depth differs by less than this in height, in pixels.
       min_near_height: its minimum in pixels of the image.
       choice: `uniform` over the valid pairs, or `released`: as in the released code, depths are
-        normalised by their least and largest, the pair nearest the image's centre is taken, and at
-        like depth it is more than an eighth of the image's shorter side apart from left to right.
+        normalised by their least and largest, the pair nearest the image's centre is taken, and it
+        is more than an eighth of the image's shorter side apart, at like depth from left to right.
       marker: radius of a marker in pixels.
       min_marker: its minimum in pixels of the image.
       fit_box: (width, height) in pixels that the picture is fitted into once its regions are found,
@@ -195,6 +195,7 @@ def _nearest_centre(
     dx, dy = np.abs(found.x - width // 2), np.abs(found.y - height // 2)
     inside = np.flatnonzero((dx <= _CENTRAL * width) & (dy <= _CENTRAL * height))
     order = inside[np.argsort(np.hypot(dx, dy)[inside], kind="stable")]
+    distance = max(distance, min(height, width) / _NEAR_PARTS)
     for k, first in enumerate(order[:_FIRSTS]):
         pairs = np.stack([np.full(len(order) - k - 1, first), order[k + 1 :]], axis=1)
         fine = _clear(found, pairs, kind, settings) & found.apart(pairs, distance)

@@ -206,8 +206,8 @@ def released_pair(rec, far: bool) -> list[tuple[int, int]] | None:
     height, width = rec.depth.shape
     unit = (rec.depth - rec.depth.min()) / (rec.depth.max() - rec.depth.min())
     windows = []
-    for y in range(9, height - 9):  # markers are inside the image
-        for x in range(9, width - 9):
+    for y in range(3, height - 3):
+        for x in range(3, width - 3):
             window = unit[y - 3 : y + 4, x - 3 : x + 4]
             inside = abs(x - width // 2) <= 0.45 * width and abs(y - height // 2) <= 0.45 * height
             if inside and window.max() - window.min() < 0.15:
@@ -222,7 +222,8 @@ def released_pair(rec, far: bool) -> list[tuple[int, int]] | None:
             else:
                 fine = max(max1, max2) - min(min1, min2) <= 0.25 and abs(y1 - y2) < 4
                 fine = fine and abs(x1 - x2) > min(height, width) / 8
-            apart = max(abs(x1 - x2), abs(y1 - y2)) > 6 and np.hypot(x1 - x2, y1 - y2) > 18
+            fine = fine and max(abs(x1 - x2), abs(y1 - y2)) > 6
+            apart = np.hypot(x1 - x2, y1 - y2) > min(height, width) / 8
             if fine and apart:
                 return [(x1, y1), (x2, y2)]
     return None
@@ -236,7 +237,7 @@ def test_the_released_choice_is_the_pair_nearest_the_centre(kind: str):
         wanted = released_pair(rec, far=kind == "far_single")
         if wanted is None:
             continue
-        example = make(rec, seed, kinds={kind: 1.0}, choice="released")
+        example = make(rec, seed, kinds={kind: 1.0}, choice="released", min_marker=2.0)
         assert sorted(map(tuple, example.truth["points"])) == sorted(wanted)
         assert example.truth["kind"] == kind
         found += 1
