@@ -1,7 +1,9 @@
 """GRPO of Qwen2.5-VL-3B with LoRA, for one GPU of 24 to 48 GB.
 
+    SOURCE=shuffle,flip,crop@folder:COCO
+    SOURCE+=+depth,position@diode:DIODE+depth,position@megadepth:MEGADEPTH
     python -m spatial_ssrl_jax.train --config=configs/grpo_3b_lora.py \
-        --config.data.source=folder:COCO+diode:DIODE
+        --config.data.source=$SOURCE
 
 Not the paper's setting: adapters of rank 64, fewer prompts a step, smaller images and shorter
 responses. The base in bfloat16 is the KL's reference. Compiled for `rtx4090` (24 GB), prefill takes
@@ -17,11 +19,23 @@ def get_config() -> c.Config:
         name="grpo_3b_lora",
         model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", attention_chunk=256),
         data=c.DataSettings(
-            source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
-            min_pixels=56 * 56,
+            source="shuffle,flip,crop@folder:data/coco"
+            "+depth,position@diode:data/diode+depth,position@megadepth:data/megadepth",
+            transparency="drop",
+            min_pixels=1,
             max_pixels=262_144,
-            prompt_buckets=(464, 512, 640, 768, 800, 1024, 2048),
-            window_buckets=(24, 32, 60, 72, 128),
+            prompt_buckets=(528, 720, 800, 1024, 2048),
+            window_buckets=(24, 40, 60, 128),
+        ),
+        tasks=c.released_tasks(),
+        sft=c.SftSettings(
+            steps=75,
+            prompts=256,
+            row_tokens=3456,
+            row_windows=(208,),
+            row_responses=1024,
+            micro_batch_rows=1,
+            lora=c.LoraSettings(rank=128, alpha=256.0),
         ),
         grpo=c.GrpoSettings(
             prompts=64,

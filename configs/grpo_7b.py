@@ -1,7 +1,9 @@
 """The paper's GRPO of Qwen2.5-VL-7B from its merged cold start, but for validation.
 
+    SOURCE=shuffle,flip,crop@folder:COCO
+    SOURCE+=+depth,position@diode:DIODE+depth,position@megadepth:MEGADEPTH
     python -m spatial_ssrl_jax.train --config=configs/grpo_7b.py \
-        --config.data.source=folder:COCO+diode:DIODE+megadepth:MEGADEPTH
+        --config.data.source=$SOURCE
 
 Starts from `runs/sft_7b/export`, which `configs/sft_7b.py` leaves. Published result: a mean of
 56.58 over seven spatial benchmarks, from 52.69. It has not been run on the real weights.

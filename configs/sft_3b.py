@@ -1,10 +1,13 @@
 """The paper's cold start of Qwen2.5-VL-3B: LoRA 128/256 on the language model, merged at the end.
 
+    SOURCE=shuffle,flip,crop@folder:COCO
+    SOURCE+=+depth,position@diode:DIODE+depth,position@megadepth:MEGADEPTH
     python -m spatial_ssrl_jax.train --config=configs/sft_3b.py \
-        --config.data.source=folder:COCO+diode:DIODE+megadepth:MEGADEPTH
+        --config.data.source=$SOURCE
 
+3,600 examples are learned five times: 15 steps each time, of which the last has 16 examples.
 Responses are made from the tasks themselves unless `--config.sft.responses=FILE` names the released
-cold-start JSON. Meant for a TPU v5e-16 (compiled: 5.1 of 15.75 GiB a chip), or one 80 GB GPU with
+cold-start JSON, whose questions are used as often as they are in it. Meant for a TPU v5e-16 (compiled: 5.1 of 15.75 GiB a chip), or one 80 GB GPU with
 `--config.sft.micro_batch_rows=1 --config.rollout.tensor=1` (compiled for `a100-80gb`: 12.6 GiB). It
 has not been run on the real weights.
 """
@@ -15,25 +18,28 @@ from spatial_ssrl_jax import config as c
 def get_config() -> c.Config:
     """75 steps of 256 samples, at most 2,048 + 1,024 tokens, images of 262,144 pixels.
 
-    Over the five tasks with COCO and DIODE sizes and synthetic responses, 256 samples take up to 48
-    rows, three micro-batches: 10 % of the tokens and 27 % of the windows are padding.
+    With the usual sizes of COCO, DIODE and MegaDepth and synthetic responses, prompts have 550
+    tokens on average and 256 samples take up to 47 rows, three micro-batches: 11 % of the tokens
+    and 21 % of the windows are padding.
     """
     return c.Config(
         name="sft_3b",
         model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", attention_chunk=256),
         data=c.DataSettings(
-            source="folder:data/coco+diode:data/diode+megadepth:data/megadepth",
+            source="shuffle,flip,crop@folder:data/coco"
+            "+depth,position@diode:data/diode+depth,position@megadepth:data/megadepth",
             transparency="drop",
-            min_pixels=56 * 56,
+            min_pixels=1,
             max_pixels=262_144,
             prompt_buckets=(1024, 2048),
             window_buckets=(32, 128),
         ),
+        tasks=c.released_tasks(),
         sft=c.SftSettings(
             steps=75,
             prompts=256,
-            row_tokens=3328,
-            row_windows=(240,),
+            row_tokens=3456,
+            row_windows=(208,),
             row_responses=1024,
             micro_batch_rows=16,
             lora=c.LoraSettings(rank=128, alpha=256.0),

@@ -1,7 +1,9 @@
 """The paper's cold start of Qwen2.5-VL-7B: LoRA 128/256 on the language model, merged at the end.
 
+    SOURCE=shuffle,flip,crop@folder:COCO
+    SOURCE+=+depth,position@diode:DIODE+depth,position@megadepth:MEGADEPTH
     python -m spatial_ssrl_jax.train --config=configs/sft_7b.py \
-        --config.data.source=folder:COCO+diode:DIODE+megadepth:MEGADEPTH
+        --config.data.source=$SOURCE
 
 Responses are made from the tasks themselves unless `--config.sft.responses=FILE` names the released
 cold-start JSON. Meant for a TPU v5e-32; it has not been run on the real weights.
@@ -16,9 +18,7 @@ from spatial_ssrl_jax import config as c
 def get_config() -> c.Config:
     """`sft_3b.py` with the 7B, sharded over more chips.
 
-    Over the five tasks with COCO and DIODE sizes and synthetic responses, 256 samples take up to 48
-    rows, two micro-batches of 32; of full rows, 10 % of the tokens and 27 % of the windows are
-    padding.
+    256 samples take up to 47 rows, two micro-batches of 32.
     """
     base = c.load_config(str(Path(__file__).with_name("sft_3b.py")))
     return replace(

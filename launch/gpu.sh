@@ -22,8 +22,18 @@ install() {
     stop "the package cannot be installed: fix the error above, and remove $VENV."
 }
 
+# Stops where a config of GRPO starts from a cold start that is not there.
+cold_start() {
+  local sft=configs/sft_${CONFIG#configs/grpo_}
+  [[ $MODEL || ! -f $sft || -d runs/$(basename "$sft" .py)/export ]] && return
+  [[ " ${OVERRIDES[*]}" =~ " --config."(model.path|grpo.init_from)[=\ ] ]] && return
+  stop "$CONFIG starts from runs/$(basename "$sft" .py)/export, which is not there: make it with \
+launch/gpu.sh --config=$sft, or give --model=FOLDER."
+}
+
 main() {
   read_flags "$@"
+  cold_start
   run nvidia-smi --list-gpus ||
     stop "no NVIDIA driver answers: install one, or train with python -m spatial_ssrl_jax.train."
   [[ -x $VENV/bin/python ]] || install

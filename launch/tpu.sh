@@ -122,11 +122,15 @@ rm -rf code && mv code.new code && bash code/launch/vm.sh setup gs://$BUCKET"
   must_everywhere setup "bash code/launch/vm.sh check $((CHIPS * SLICES))"
 }
 
-# data.source: SOURCE, or everything that `prepare` packs.
+# data.source: SOURCE, or everything that `prepare` packs. Beside COCO, as in the paper, images with
+# depth serve the tasks that need it and no others.
 source_spec() {
-  local word spec=$SOURCE
+  local word kind spec=$SOURCE
   [[ $spec ]] || for word in $IMAGES; do
-    spec+="${spec:+"+"}tfds:ssrl_pictures/${word%%=*}@gs://$BUCKET/data"
+    kind=${word%%=*}
+    spec+=${spec:+"+"}
+    [[ $kind == coco || " $IMAGES" != *" coco="* ]] || spec+="depth,position@"
+    spec+="tfds:ssrl_pictures/$kind@gs://$BUCKET/data"
   done
   echo "$spec"
 }

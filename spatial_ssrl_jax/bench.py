@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object")
     args, args.rest = parser.parse_known_args(argv)
-    if args.rest and args.command != "padding":
+    if args.rest and args.command not in ("padding", "flops"):
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     found = args.run(args)
     print(json.dumps(found) if args.json else "\n".join(args.lines(found)))
@@ -118,7 +118,10 @@ def _add_flops(commands: Commands) -> None:
         "the five tasks' prompt sizes; computed, not measured",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="folder, checkpoint or hub id; no weights")
+    parser.add_argument("--config", required=True, help="a config file; --config.a.b=v overrides")
+    parser.add_argument(
+        "--model", help="folder, checkpoint or hub id, without weights; the config's"
+    )
     parser.add_argument("--processor", help="folder with tokenizer files; default the model's")
     parser.add_argument("--group", type=int, default=5, help="samples a prompt")
     parser.set_defaults(run=_flops, lines=_flops_lines)
@@ -127,14 +130,18 @@ def _add_flops(commands: Commands) -> None:
 def _flops(args: argparse.Namespace) -> dict[str, Any]:
     from spatial_ssrl_jax.benchmarking.prompt_sharing import sharing_report
     from spatial_ssrl_jax.checkpoint.models import open_model
-    from spatial_ssrl_jax.config.schema import DataSettings
+    from spatial_ssrl_jax.config.load import load_config, split_overrides
     from spatial_ssrl_jax.data.processor import ImageArea, Processor
 
-    model, limits = open_model(args.model), DataSettings()
+    rest, overrides = split_overrides(args.rest)
+    if rest:
+        raise UserError(f"{rest[0]} is no option of bench flops: see --help.")
+    config = load_config(args.config, overrides)
+    model, limits = open_model(args.model or config.model.path), config.data
     files = Path(args.processor) if args.processor else model.files
     area = ImageArea(limits.min_pixels, limits.max_pixels)
     processor = Processor(files, model.config, area=area)
-    return sharing_report(model.config, processor, args.group)
+    return sharing_report(model.config, config, processor, args.group)
 
 
 def _flops_lines(found: dict[str, Any]) -> Sequence[str]:

@@ -14,7 +14,6 @@ from spatial_ssrl_jax.eval.predictions import TABLE
 from spatial_ssrl_jax.eval.reports.comparison_page import COMPARED
 from spatial_ssrl_jax.eval.reports.text import print_scores
 from spatial_ssrl_jax.eval.scoring.published import comparable, table_json
-from spatial_ssrl_jax.parallel import distributed
 
 _DATA = "its question file, or the folder of it; with --score or --compare, for images"
 
@@ -66,6 +65,7 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     from spatial_ssrl_jax.inference.options import add_inference_options
+    from spatial_ssrl_jax.parallel.distributed import add_options
 
     group = parser.add_argument_group("with a model (the same command resumes after a stop)")
     group.add_argument("--model", help="folder, checkpoint or hub id")
@@ -92,7 +92,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompts", type=int, default=16, help="max in a batch on each shard")
     group.add_argument("--fsdp", type=int, default=1, help="devices that shard the weights")
     group.add_argument("--tensor", type=int, default=1, help="devices that shard each layer")
-    distributed.add_options(parser)
+    add_options(parser)
 
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:

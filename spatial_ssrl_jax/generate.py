@@ -5,24 +5,27 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import BadImage, UserError, run_command
+from spatial_ssrl_jax.common.text import printable
 from spatial_ssrl_jax.data.images import open_image
-from spatial_ssrl_jax.data.processor import Processor, Prompt
 from spatial_ssrl_jax.data.videos import FPS, MAX_FRAMES, open_video
-from spatial_ssrl_jax.inference.options import (
-    add_inference_options,
-    check_inference_options,
-)
-from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
+
+if TYPE_CHECKING:
+    from spatial_ssrl_jax.data.processor import Processor, Prompt
 
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
+    # Imports that take seconds come after the options are checked.
+    from spatial_ssrl_jax.checkpoint.models import open_model
+    from spatial_ssrl_jax.data.processor import Processor
+    from spatial_ssrl_jax.inference.policy import Policy
+
     folder = open_model(args.model)
     processor = Processor(folder.files, folder.config, args.min_pixels, args.max_pixels)
     prompt = _prompt(processor, args)  # before the weights are loaded, which takes long
@@ -46,11 +49,11 @@ def main(argv: Sequence[str]) -> None:
         if number > 1:
             print(f"--- sample {number}")
         shown = stream.shown if stream and number == 1 else 0  # the stream held back the rest
-        print(response.text[shown:], end="")
+        print(printable(response.text[shown:]), end="")
         print("" if response.finished else " […]")
 
 
-def _prompt(processor: Processor, args: argparse.Namespace) -> Prompt:
+def _prompt(processor: "Processor", args: argparse.Namespace) -> "Prompt":
     """Reads images and videos; raises `UserError` where the prompt exceeds the context length."""
     try:
         images = [open_image(path) for path in args.image]
@@ -71,7 +74,7 @@ class TextStream:
       shown: characters printed so far.
     """
 
-    def __init__(self, processor: Processor, max_tokens: int):
+    def __init__(self, processor: "Processor", max_tokens: int):
         self._processor, self._max_tokens, self.shown = processor, max_tokens, 0
 
     def __call__(self, tokens: np.ndarray, length: np.ndarray) -> None:
@@ -79,11 +82,13 @@ class TextStream:
         ids = tokens[0, 0, : min(int(length[0, 0]), self._max_tokens)]
         # An incomplete UTF-8 character decodes to U+FFFD: it is held back.
         text = self._processor.decode(ids).rstrip("\ufffd")
-        print(text[self.shown :], end="", flush=True)
+        print(printable(text[self.shown :]), end="", flush=True)
         self.shown = max(self.shown, len(text))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from spatial_ssrl_jax.inference.options import add_inference_options, check_inference_options
+
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.generate",
         description="Asks a model about images and videos; greedy unless a temperature is given.",

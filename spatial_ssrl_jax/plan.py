@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from functools import partial
 
 from spatial_ssrl_jax.common.errors import run_command
-from spatial_ssrl_jax.config.load import load_config, split_overrides
 
 
 def main(argv: Sequence[str]) -> int:
+    from spatial_ssrl_jax.config.load import load_config, split_overrides
+
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.plan",
         description="Compiles every program of a run ahead of time, without the devices: memory, "

@@ -14,7 +14,7 @@ from spatial_ssrl_jax.common.errors import UserError, disk_problem, run_command
 from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.common.outputs import check_inputs, check_writable
 from spatial_ssrl_jax.common.paths import in_bucket, partial_name, user_path
-from spatial_ssrl_jax.common.text import error_line
+from spatial_ssrl_jax.common.text import error_line, printable
 from spatial_ssrl_jax.data.sources.files import FileSource
 
 _MAX_NAMED = 10  # skipped images in the output
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(report))
         return
     for reason in skipped[:_MAX_NAMED]:
-        print(f"skipped {reason}")
+        print(f"skipped {printable(reason)}")
     print(f"{folder}: {written} images, {len(skipped)} skipped; read it with --source={spec}")
 
 

@@ -4,9 +4,10 @@ import argparse
 import html
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -14,22 +15,66 @@ from PIL import Image
 from spatial_ssrl_jax.common.errors import BadImage, UserError, run_command
 from spatial_ssrl_jax.common.html import filters, page, table
 from spatial_ssrl_jax.common.outputs import atomic_folder, check_output_folder
-from spatial_ssrl_jax.data.items import TaskSource, task_sources, unusable
-from spatial_ssrl_jax.data.sources import AnySource, Reading, open_source
+from spatial_ssrl_jax.common.text import printable
+from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.data.sources.parquet import write_questions
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
-from spatial_ssrl_jax.tasks.example import Example, Reject
+from spatial_ssrl_jax.tasks.example import Example, Reject, TaskSettings
+
+if TYPE_CHECKING:
+    from spatial_ssrl_jax.config.schema import Config
+    from spatial_ssrl_jax.data.items import TaskSource
 
 Row = dict[str, Any]  # a line of `examples.jsonl`, or a row of `examples.parquet`
 
 
 def main(argv: Sequence[str]) -> None:
+    args, config = _parse(argv)
+    # Imports that take seconds come after the options are checked.
+    from spatial_ssrl_jax.data.items import source_shares
+
+    source = open_source(config.data.source, config.data.reading)
+    tasks = _choose_tasks(args.tasks, source, config.tasks)
+    shares = {name: source_shares(found) for name, found in tasks.items()}
+    check_output_folder(args.out, args.overwrite, *source.inputs)
+    examples, tries, rejected = _make(tasks, args.count, args.seed)
+    if not examples:
+        reasons = "; ".join(f"{reason} ({n})" for reason, n in rejected.most_common(3))
+        raise UserError(
+            f"{source.spec} gave no example at all ({reasons}): use other images or --tasks."
+        )
+    with atomic_folder(args.out, args.overwrite, source.inputs) as out:
+        (out / "images").mkdir()
+        rows = [_write(out, f"{i:05d}", example) for i, example in enumerate(examples)]
+        lines = (json.dumps(row) + "\n" for row in rows)
+        (out / "examples.jsonl").write_text("".join(lines))
+        statistics = _statistics(examples, tries, rejected, shares)
+        (out / "index.html").write_text(_page(source.spec, rows, examples, statistics))
+        if args.parquet:
+            write_questions(out / "examples.parquet", [_released_row(out, r) for r in rows])
+    counts = Counter(example.task for example in examples)
+    if args.json:
+        report = {"out": str(args.out), "tasks": counts, "tries": tries, "rejected": rejected}
+        print(json.dumps(report | {"sources": shares}))
+    else:
+        made = ", ".join(f"{n} {task}" for task, n in counts.items())
+        line = f"{args.out / 'index.html'}: {made}; {sum(rejected.values())} tries rejected"
+        print(printable(line))
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, "Config"]:
+    """The options, and a config with the source, how it is read, and the tasks' settings."""
+    from spatial_ssrl_jax.config.load import load_config, split_overrides, with_overrides
+    from spatial_ssrl_jax.config.schema import Config
+
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.preview",
         description="Writes examples with their images, to look at and to read.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="--config.tasks.TASK.NAME=VALUE overrides a task's setting.",
     )
-    parser.add_argument("--source", required=True, help="for example scenes, folder:PATH, nyu:PATH")
+    parser.add_argument("--source", help="for example scenes, folder:PATH, nyu:PATH")
+    parser.add_argument("--config", help="a Python file whose source and tasks' settings are used")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     parser.add_argument("--count", type=int, default=20, help="examples")
     parser.add_argument("--tasks", help="comma-separated; all that the source allows by default")
@@ -46,47 +91,34 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
+    rest, overrides = split_overrides(argv)
+    args = parser.parse_args(rest)
     if args.count < 1:
         raise UserError("--count must be at least 1.")
     if args.seed < 0:
         raise UserError("--seed must be at least 0.")
-
-    source = open_source(args.source, Reading(allow_outside_paths=args.allow_outside_paths))
-    tasks = _choose_tasks(args.tasks, source)
-    check_output_folder(args.out, args.overwrite, *source.inputs)
-    examples, tries, rejected = _make(tasks, args.count, args.seed)
-    if not examples:
-        reasons = "; ".join(f"{reason} ({n})" for reason, n in rejected.most_common(3))
-        raise UserError(
-            f"{args.source} gave no example at all ({reasons}): use other images or --tasks."
-        )
-    with atomic_folder(args.out, args.overwrite, source.inputs) as out:
-        (out / "images").mkdir()
-        rows = [_write(out, f"{i:05d}", example) for i, example in enumerate(examples)]
-        lines = (json.dumps(row) + "\n" for row in rows)
-        (out / "examples.jsonl").write_text("".join(lines))
-        (out / "index.html").write_text(_page(args.source, rows, examples, tries, rejected))
-        if args.parquet:
-            write_questions(out / "examples.parquet", [_released_row(out, r) for r in rows])
-    counts = Counter(example.task for example in examples)
-    if args.json:
-        report = {"out": str(args.out), "tasks": counts, "tries": tries, "rejected": rejected}
-        print(json.dumps(report))
-    else:
-        made = ", ".join(f"{n} {task}" for task, n in counts.items())
-        print(f"{args.out / 'index.html'}: {made}; {sum(rejected.values())} tries rejected")
+    if args.source is None and args.config is None:
+        parser.error("the following arguments are required: --source, or --config")
+    config = with_overrides(load_config(args.config) if args.config else Config("x"), overrides)
+    data = replace(config.data, source=args.source or config.data.source)
+    if args.allow_outside_paths:
+        data = replace(data, allow_outside_paths=True)
+    return args, replace(config, data=data)
 
 
-def _choose_tasks(names: str | None, source: AnySource) -> dict[str, list[TaskSource]]:
+def _choose_tasks(
+    names: str | None, source: AnySource, settings: Mapping[str, TaskSettings]
+) -> dict[str, list["TaskSource"]]:
     """The source's examples for each of the tasks in `names`, or for all that it can serve."""
+    from spatial_ssrl_jax.data.items import task_sources, unusable
+
     wanted = list(TASKS_BY_NAME) if names is None else names.split(",")
     chosen = {}
     for name in wanted:
         if name not in TASKS_BY_NAME:
             raise UserError(f"unknown task {name}: choose among {', '.join(TASKS_BY_NAME)}.")
         task = TASKS_BY_NAME[name]
-        found = task_sources(source, range(len(source)), task, task.settings())
+        found = task_sources(source, range(len(source)), task, settings[name])
         if found:
             chosen[name] = found
         elif names is not None:
@@ -95,7 +127,7 @@ def _choose_tasks(names: str | None, source: AnySource) -> dict[str, list[TaskSo
 
 
 def _make(
-    tasks: dict[str, list[TaskSource]], count: int, seed: int
+    tasks: dict[str, list["TaskSource"]], count: int, seed: int
 ) -> tuple[list[Example], Counter[str], Counter[str]]:
     """Examples of the tasks in turn, from records drawn at random.
 
@@ -123,7 +155,7 @@ def _make(
     return examples, tries, rejected
 
 
-def _choose(sources: list[TaskSource], rng: np.random.Generator) -> TaskSource:
+def _choose(sources: list["TaskSource"], rng: np.random.Generator) -> "TaskSource":
     if len(sources) == 1:
         return sources[0]
     weights = np.array([source.weight for source in sources])
@@ -160,24 +192,24 @@ def _released_row(out: Path, row: Row) -> Row:
     return {"problem": row["question"], "answer": row["answer"], "images": images}
 
 
-def _page(
-    spec: str, rows: list[Row], examples: list[Example], tries: Counter[str], rejected: Counter[str]
-) -> str:
+def _page(spec: str, rows: list[Row], examples: list[Example], statistics: str) -> str:
     choices = {
         "task": dict.fromkeys(example.task for example in examples),
         "kind": dict.fromkeys(example.kind for example in examples),
     }
     articles = "".join(_article(row, e) for row, e in zip(rows, examples, strict=True))
     title = f"Preview of {spec}"
-    body = (
-        f"<h1>{html.escape(title)}</h1>{_statistics(examples, tries, rejected)}"
-        f"<h2>Examples</h2>{filters(choices)}{articles}"
-    )
+    body = f"<h1>{html.escape(title)}</h1>{statistics}<h2>Examples</h2>{filters(choices)}{articles}"
     return page(title, body, ("filter.js",))
 
 
-def _statistics(examples: list[Example], tries: Counter[str], rejected: Counter[str]) -> str:
-    """Tables: examples of each kind, accepted tries of each task, and reasons of rejected ones."""
+def _statistics(
+    examples: list[Example],
+    tries: Counter[str],
+    rejected: Counter[str],
+    shares: dict[str, dict[str, float]],
+) -> str:
+    """Tables: sources, accepted tries and kinds of each task, gaps in depth, rejected tries."""
     made = Counter(example.task for example in examples)
     counts = Counter((e.task, e.kind) for e in examples)
     for task in {e.task for e in examples if e.kind != "released"}:
@@ -188,12 +220,35 @@ def _statistics(examples: list[Example], tries: Counter[str], rejected: Counter[
         (task, tries[task], made[task], f"{made[task] / tries[task]:.0%}") for task in tries
     ]
     per_kind = [(task, kind, n, f"{n / made[task]:.0%}") for (task, kind), n in kinds]
+    per_source = [
+        (task, spec, f"{share:.0%}")
+        for task, sources in shares.items()
+        for spec, share in sources.items()
+    ]
     parts = [
+        ("Sources", ("task", "source", "fraction of task"), per_source),
         ("Tries", ("task", "tries", "examples", "accepted"), per_task),
         ("Kinds", ("task", "kind", "examples", "fraction of task"), per_kind),
+        ("Gaps of the depth task", _GAPS, _gap_rows(examples)),
         ("Rejected tries", ("reason", "tries"), rejected.most_common()),
     ]
     return "".join(f"<h2>{title}</h2>{table(head, rows)}" for title, head, rows in parts if rows)
+
+
+_GAPS = ("smaller gap between neighbours, of normalised depth", "examples", "fraction")
+
+
+def _gap_rows(examples: list[Example]) -> list[tuple[str, int, str]]:
+    """How many depth examples have their smaller gap, between means of regions, in each tenth."""
+    depths = [sorted(e.truth["depths"]) for e in examples if e.task == "depth" and e.truth]
+    gaps = [min(b - a, c - b) for a, b, c in depths]
+    ends = (0.0, 0.1, 0.2, 0.3, 0.5)
+    counts = np.histogram(gaps, ends)[0].tolist()
+    return [
+        (f"{low} to {high}", n, f"{n / len(gaps):.0%}")
+        for low, high, n in zip(ends, ends[1:], counts, strict=False)
+        if gaps
+    ]
 
 
 def _article(row: Row, example: Example) -> str:

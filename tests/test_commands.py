@@ -22,6 +22,7 @@ from spatial_ssrl_jax.checkpoint.export import export
 from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.outputs import atomic_folder
+from spatial_ssrl_jax.common.text import printable
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
@@ -209,7 +210,7 @@ def test_convert_of_a_broken_model_leaves_nothing(run, model: Path, tmp_path: Pa
     assert (tmp_path / "full" / "old.txt").is_file()
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
-    assert_refused(run(convert.main, direction, broken, tmp_path / "out"), "'qwen3_vl' model")
+    assert_refused(run(convert.main, direction, broken, tmp_path / "out"), "model_type", "qwen3_vl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "full"]
 
 
@@ -400,7 +401,8 @@ def test_generate_prints_the_text_as_it_comes(run, ask, model: Path, images: Pat
     code, printed, _ = run(generate.main, *argv)
     first, second = printed.removeprefix("--- sample 1\n").split("--- sample 2\n")
     assert code == 0 and all(texts)
-    assert [first.rstrip("\n"), second.rstrip("\n")] == [text + " […]" for text in texts]
+    wanted = [printable(text) + " […]" for text in texts]
+    assert [first.rstrip("\n"), second.rstrip("\n")] == wanted
 
 
 def test_stream_holds_back_half_a_character(capsys: pytest.CaptureFixture):
@@ -414,6 +416,14 @@ def test_stream_holds_back_half_a_character(capsys: pytest.CaptureFixture):
         parts.append(capsys.readouterr().out)
     assert "" in parts and len(parts) > 10
     assert "".join(parts) == "naïve 🙂 \\boxed{↑}" and stream.shown == len("".join(parts))
+
+
+def test_a_model_cannot_steer_the_terminal(capsys: pytest.CaptureFixture):
+    tiny = open_model("tiny")
+    processor = Processor(tiny.files, tiny.config)
+    ids = processor.encode_response("a\x1b]0;title\x07\x1b[2Jb\n\tc")[:-1]
+    generate.TextStream(processor, max_tokens=len(ids))(ids[None, None], np.array([[len(ids)]]))
+    assert capsys.readouterr().out == "a\\x1b]0;title\\x07\\x1b[2Jb\n\tc"
 
 
 def test_generate_refuses_a_prompt_that_is_too_long(run, model: Path, images: Path):

@@ -27,7 +27,8 @@ def measure_padding(
       spread: sigma of its logarithm.
 
     Returns:
-      By kind of response, `synthetic` and `drawn`: `padding_share`, the fraction of padded tokens;
+      `source`, what was measured; mean and quantiles of `prompt_tokens` and `prompt_windows`; and
+      by kind of response, `synthetic` and `drawn`: `padding_share`, the fraction of padded tokens;
       `in_order_share`, the same for micro-batches in order, padded to one shape an update,
       responses to multiples of `rollout.kv_block`; `min_share`, the same for a micro-batch and a
       bucket of its own for each prompt; `window_padding_share`, the fraction of padded vision
@@ -47,7 +48,10 @@ def measure_padding(
     report: dict[str, Any] = {
         "config": config.name,
         "steps": steps,
+        "source": lengths.spec,
         "prompt_tokens_mean": float(prompt_sizes[:, 0].mean()),
+        "prompt_tokens": _quantiles(prompt_sizes[:, 0]),
+        "prompt_windows": _quantiles(prompt_sizes[:, 1]),
     }
     for name, responses in (
         ("synthetic", np.repeat(synthetic[:, None], grpo.group_size, axis=1)),
@@ -55,6 +59,13 @@ def measure_padding(
     ):
         report[name] = _padding(config, prompt_sizes, responses)
     return report
+
+
+def _quantiles(values: np.ndarray) -> dict[str, int]:
+    """Quantiles by their percentage."""
+    chosen = (10, 50, 90, 100)
+    found = np.percentile(values, chosen, method="closest_observation").tolist()
+    return {f"{q}%": int(value) for q, value in zip(chosen, found, strict=True)}
 
 
 def _padding(config: Config, prompt_sizes: np.ndarray, responses: np.ndarray) -> dict[str, float]:

@@ -7,28 +7,31 @@ from typing import Any
 import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data.items import task_sources
 from spatial_ssrl_jax.data.processor import Processor
+from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.scenes import open_scenes
+from spatial_ssrl_jax.data.stand_ins import stand_in
 from spatial_ssrl_jax.perf.flops import GroupShape, step_flops
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import Grid
 from spatial_ssrl_jax.tasks import TASKS
-from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task
+from spatial_ssrl_jax.tasks.example import Example, Reject, Task
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 LENGTHS = (50, 100, 200, 400, 800, 1600, 2048)
 MIX = "mix"
-_COCO, _DIODE = (480, 640), (768, 1024)  # height and width of the paper's images
 _PASSES = 2  # old log-probabilities, which two updates a rollout need, and the reference's
 _QUESTIONS = "scenes:20:448x448"  # small images of which only the question's words are used
 
 
 @dataclass(frozen=True)
 class TaskPrompt:
-    """The prompt of one task.
+    """The prompts of one task that have images of one size.
 
     Attributes:
-      weight: the task's weight in the paper's mixture.
+      weight: of these prompts in the mixture of tasks.
       tokens: those of images included.
       grids: patch grids of its images.
     """
@@ -38,25 +41,38 @@ class TaskPrompt:
     grids: tuple[Grid, ...]
 
 
-def task_prompts(processor: Processor) -> dict[str, TaskPrompt]:
-    """Each task's prompt for an image of 640x480, or of 1024x768 where it needs depth.
+Prompts = dict[str, list[TaskPrompt]]  # by task
 
-    `Processor.measure` computes the sizes; no image of these sizes is made.
+
+def task_prompts(config: Config, processor: Processor) -> Prompts:
+    """Each trained task's prompts, for the image sizes of the config's source.
+
+    Sizes are those of `stand_in`, whatever images are there; `Processor.measure` computes the
+    prompts' sizes, and no image of these sizes is made.
 
     Raises:
-      UserError: a task yields no example, whose words are needed.
+      UserError: a task yields no example, whose words are needed, or nothing is known of its sizes.
     """
-    found = {}
+    found: Prompts = {}
+    source = open_source(stand_in(config.data.source))
     for task in TASKS:
-        sizes: list[Size] = task.sizes(_DIODE if task.needs_depth else _COCO, task.settings())
+        settings = config.tasks[task.name]
+        parts = task_sources(source, range(len(source)), task, settings)
+        if settings.weight <= 0 or not parts:
+            continue
         question = f"{_example(task).question} {FORMAT_PROMPT}"
-        extent = processor.measure(sizes, question)
-        grids = tuple(processor.grid(*size) for size in sizes)
-        found[task.name] = TaskPrompt(task.settings().weight, extent.tokens, grids)
+        total, found[task.name] = sum(part.weight for part in parts), []
+        for part in parts:
+            sizes = part.maker.sizes(part.indices[0])
+            grids = tuple(processor.grid(*size) for size in sizes)
+            tokens = processor.measure(sizes, question).tokens
+            weight = settings.weight * part.weight / total
+            found[task.name].append(TaskPrompt(weight, tokens, grids))
     return found
 
 
-def _example(task: Task) -> Example:
+def _example(task: Task[Any]) -> Example:
+    """An example of a small built-in scene, of which only the words are used."""
     source = open_scenes(_QUESTIONS, _QUESTIONS.partition(":")[2])
     for index in range(len(source)):
         try:
@@ -68,7 +84,7 @@ def _example(task: Task) -> Example:
 
 def sharing_curve(
     config: QwenVLConfig,
-    prompts: dict[str, TaskPrompt],
+    prompts: Prompts,
     group: int,
     lengths: Sequence[int] = LENGTHS,
 ) -> dict[str, dict[int, dict[str, float]]]:
@@ -88,14 +104,15 @@ def sharing_curve(
       `mix` the mean over tasks by their weights, and the ratio of the means.
     """
     curve: dict[str, dict[int, dict[str, float]]] = {name: {} for name in (*prompts, MIX)}
-    weights = np.array([prompt.weight for prompt in prompts.values()])
     for length in lengths:
-        costs = []
-        for name, prompt in prompts.items():
-            shape = GroupShape(prompt.tokens, prompt.grids, group, length)
-            costs.append([step_flops(config, shape, _PASSES, shared) for shared in (True, False)])
-            curve[name][length] = _point(*costs[-1])
-        curve[MIX][length] = _point(*(weights @ np.array(costs) / weights.sum()))
+        for name, alike in (*prompts.items(), (MIX, [p for x in prompts.values() for p in x])):
+            weights = np.array([prompt.weight for prompt in alike])
+            shapes = [GroupShape(p.tokens, p.grids, group, length) for p in alike]
+            costs = [
+                [step_flops(config, shape, _PASSES, shared) for shared in (True, False)]
+                for shape in shapes
+            ]
+            curve[name][length] = _point(*(weights @ np.array(costs) / weights.sum()))
     return curve
 
 
@@ -107,28 +124,41 @@ def _point(shared: float, per_sample: float) -> dict[str, float]:
     }
 
 
-def sharing_report(config: QwenVLConfig, processor: Processor, group: int) -> dict[str, Any]:
-    """`sharing_curve` at the tasks' real prompts, with their weights and sizes.
+def sharing_report(
+    model: QwenVLConfig, config: Config, processor: Processor, group: int
+) -> dict[str, Any]:
+    """`sharing_curve` at the tasks' real prompts, with their weights and mean sizes.
+
+    Args:
+      model: the model's shape.
+      config: its source and tasks are used.
+      processor: measures prompts.
+      group: samples a prompt.
 
     Raises:
       UserError: a group below 1.
     """
     if group < 1:
         raise UserError(f"--group={group} must be at least 1.")
-    prompts = task_prompts(processor)
-    total = sum(prompt.weight for prompt in prompts.values())
+    prompts = task_prompts(config, processor)
+    total = sum(prompt.weight for alike in prompts.values() for prompt in alike)
     return {
         "group": group,
-        "prompts": {
-            name: {
-                "weight": prompt.weight / total,
-                "tokens": prompt.tokens,
-                "patches": int(sum(np.prod(grid) for grid in prompt.grids)),
-                "images": len(prompt.grids),
-            }
-            for name, prompt in prompts.items()
-        },
-        "flops": sharing_curve(config, prompts, group),
+        "source": stand_in(config.data.source),
+        "prompts": {name: _mean_prompt(alike, total) for name, alike in prompts.items()},
+        "flops": sharing_curve(model, prompts, group),
+    }
+
+
+def _mean_prompt(alike: Sequence[TaskPrompt], total: float) -> dict[str, float]:
+    weights = np.array([prompt.weight for prompt in alike])
+    sizes = [(p.tokens, sum(int(np.prod(grid)) for grid in p.grids)) for p in alike]
+    tokens, patches = weights @ np.array(sizes) / weights.sum()
+    return {
+        "weight": float(weights.sum() / total),
+        "tokens": round(tokens),
+        "patches": round(patches),
+        "images": len(alike[0].grids),
     }
 
 

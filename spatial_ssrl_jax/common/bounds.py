@@ -1,7 +1,7 @@
 """Ranges of settings, declared beside their fields and checked for all of them in one place."""
 
 import dataclasses
-import math
+import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Bounds:
     def allows(self, value: float) -> bool:
         """Whether a number is in the range."""
         return (
-            abs(value) < math.inf  # nor NaN, and without an overflow
+            abs(value) <= sys.float_info.max  # neither NaN nor infinite, also as a float
             and (self.min is None or value >= self.min)
             and (self.max is None or value <= self.max)
             and (self.above is None or value > self.above)
@@ -44,7 +44,11 @@ class Bounds:
             "at most": self.max,
             "below": self.below,
         }
-        named = [f"{words} {limit:g}" for words, limit in limits.items() if limit is not None]
+        named = [
+            f"{words} {limit:,}" if isinstance(limit, int) else f"{words} {limit:g}"
+            for words, limit in limits.items()
+            if limit is not None
+        ]
         return " and ".join(named) or "a finite number"
 
 
@@ -75,7 +79,10 @@ def invalid_values(node: Any, prefix: str = "") -> Iterator[str]:
         value, name = getattr(node, key), f"{prefix}{key}"
         bounds = next((x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Bounds)), None)
         kind = typing.get_args(hint)[0] if bounds else hint
-        if dataclasses.is_dataclass(value) or (isinstance(value, dict) and not bounds):
+        is_section = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        if is_section and not isinstance(value, kind):
+            yield f"{name} must be a {kind.__name__}, not {type(value).__name__}"
+        elif dataclasses.is_dataclass(value) or (isinstance(value, dict) and not bounds):
             yield from invalid_values(value, f"{name}.")
         else:
             yield from _problems(kind, bounds, name, value)

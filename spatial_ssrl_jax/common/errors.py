@@ -1,6 +1,7 @@
 """Errors that a user can cause: one sentence with the cause and the next thing to try."""
 
 import errno
+import io
 import multiprocessing
 import os
 import re
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 
 from absl import logging as absl_logging
 
-from spatial_ssrl_jax.common.text import error_line, one_line
+from spatial_ssrl_jax.common.text import error_line, one_line, printable
 
 EXIT_INTERRUPTED = 130  # exit code after Ctrl-C
 EXIT_PEER_LOST = 75  # exit code after another process of the run was lost; a retry may help
@@ -117,6 +118,9 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
 
     `--debug` anywhere on the command line shows the traceback as well.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may be no Unicode
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(argv) != len(sys.argv) - 1
     code = 0
@@ -158,7 +162,7 @@ def explain(error: Exception) -> str | None:
         )
     else:
         return None
-    text = one_line(text)
+    text = printable(one_line(text))
     return text if text.endswith((".", "?")) else text + "."
 
 

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from spatial_ssrl_jax.common.text import utf8
+
 _PARTS, _PART_BYTES = 64, 4096  # of each file whose content is hashed
 _THREADS = 16  # a network's file system has a high latency
 _GONE = -1  # size of a file that cannot be read
@@ -25,7 +27,7 @@ def fingerprint(files: Mapping[str, epath.PathLike], contents: int | None = None
     step = 1 if contents is None else max(1, -(-len(named) // contents))
     digest = hashlib.sha256()
     for number, ((name, path), size) in enumerate(zip(named, sizes, strict=True)):
-        digest.update(f"{name} {size}\n".encode(errors="surrogateescape"))
+        digest.update(utf8(f"{name} {size}\n"))
         if number % step == 0 and size != _GONE:
             for part in _parts(path, size):
                 digest.update(part)
@@ -36,7 +38,7 @@ def hash_texts(texts: Iterable[str | bytes]) -> str:
     """A hash of texts in their order."""
     digest = hashlib.sha256()
     for text in texts:
-        data = text.encode(errors="surrogateescape") if isinstance(text, str) else text
+        data = utf8(text) if isinstance(text, str) else text
         digest.update(f"{len(data)}\n".encode() + data)
     return digest.hexdigest()[:16]
 

@@ -18,6 +18,7 @@ from etils import epath
 
 from spatial_ssrl_jax.common.errors import UserError, exit_now
 from spatial_ssrl_jax.common.paths import LOCK, in_bucket
+from spatial_ssrl_jax.common.text import printable
 
 _NOT_SUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 RENEWED_SECONDS = 20  # between writes of a bucket's lock
@@ -124,7 +125,7 @@ def _owner() -> str:
 
 def _in_use(folder: epath.PathLike, content: str) -> str:
     process, host, since = (_field(content, name) for name in ("process", "host", "since"))
-    who = f"process {process} on {host}, since {since}" if host else "another process"
+    who = printable(f"process {process} on {host}, since {since}") if host else "another process"
     return f"{folder} is in use ({who}): wait for it to end, or choose another folder."
 
 

@@ -130,6 +130,20 @@ def is_partial(name: str) -> bool:
     return name.startswith(".") and name.endswith(".partial")
 
 
+def check_regular(path: epath.PathLike, fix: str) -> None:
+    """Refuses what is no file: a folder, or a pipe, which would be waited for without an end.
+
+    Args:
+      path: a missing one, and all in a bucket, are let pass.
+      fix: how the error ends.
+
+    Raises:
+      UserError: it is no file.
+    """
+    if not in_bucket(path) and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{os.fspath(path)} is a folder or a pipe, not a file: {fix}.")
+
+
 def sync(path: Path) -> None:
     """Returns when a file, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -142,10 +156,29 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_files(paths: Iterable[epath.Path]) -> list[bytes]:
-    """The content of many small files, read in parallel: a bucket has a high latency."""
+def read_files(paths: Iterable[epath.Path], skip: bool = False) -> list[bytes]:
+    """The content of many small files, read in parallel: a bucket has a high latency.
+
+    Args:
+      paths: the files.
+      skip: one that cannot be read counts as empty.
+
+    Raises:
+      UserError: one is no file.
+      OSError: one cannot be read.
+    """
+
+    def read(path: epath.Path) -> bytes:
+        try:
+            check_regular(path, "remove it")
+            return path.read_bytes()
+        except (UserError, OSError):
+            if not skip:
+                raise
+            return b""
+
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return list(pool.map(lambda path: path.read_bytes(), paths))
+        return list(pool.map(read, paths))
 
 
 def list_tree(folder: epath.Path) -> dict[str, tuple[int, str | None]]:

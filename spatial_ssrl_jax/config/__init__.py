@@ -1,6 +1,7 @@
 """Every setting of a run: the sections, loading a config file, and overriding it."""
 
 from spatial_ssrl_jax.config.load import load_config, split_overrides, to_dict
+from spatial_ssrl_jax.config.released import released_tasks
 from spatial_ssrl_jax.config.schema import (
     CheckpointSettings,
     Config,
@@ -32,6 +33,7 @@ __all__ = [
     "RolloutSettings",
     "SftSettings",
     "load_config",
+    "released_tasks",
     "split_overrides",
     "to_dict",
 ]

@@ -10,6 +10,7 @@ from spatial_ssrl_jax.config.schema import Config, StageSettings
 from spatial_ssrl_jax.qwen_vl.kernels import DECODE_KERNELS, KERNELS
 from spatial_ssrl_jax.qwen_vl.lora import known_targets
 from spatial_ssrl_jax.qwen_vl.param_tree import PARTS
+from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 
 
 def check_settings(config: Config) -> None:
@@ -18,6 +19,7 @@ def check_settings(config: Config) -> None:
     Raises:
       UserError: names the setting and what it must be.
     """
+    _check_tasks(config.tasks)
     if problem := next(invalid_values(config), None):
         raise UserError(f"{problem}.")
     for name, known in _choices(config).items():
@@ -38,6 +40,19 @@ def check_settings(config: Config) -> None:
         _check_trained(name, stage)
     _check_stages(config)
     _check_benchmark(config)
+
+
+def _check_tasks(tasks: Any) -> None:
+    """Refuses what is not the settings of each task by its name."""
+    if not isinstance(tasks, dict):
+        raise UserError(f"tasks must be a dict of settings, not {type(tasks).__name__}.")
+    for name, settings in tasks.items():
+        _check_choice("tasks", name, tuple(TASKS_BY_NAME))
+        kind = TASKS_BY_NAME[name].settings
+        if not isinstance(settings, kind):
+            raise UserError(
+                f"tasks.{name} must be a {kind.__name__}, not {type(settings).__name__}."
+            )
 
 
 def _value(config: Config, name: str) -> Any:

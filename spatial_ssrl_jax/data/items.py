@@ -6,7 +6,6 @@ from the index's own generator.
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -154,10 +153,11 @@ def task_sources(
 
 def source_shares(sources: Sequence[TaskSource]) -> dict[str, float]:
     """The fraction of a task's examples from each source, by its SPEC."""
-    total, shares = sum(source.weight for source in sources), Counter[str]()
+    total, shares = sum(source.weight for source in sources), dict[str, float]()
     for source in sources:
-        shares[source.maker.source.spec] += source.weight / total
-    return dict(shares)
+        spec = source.maker.source.spec
+        shares[spec] = shares.get(spec, 0.0) + source.weight / total
+    return shares
 
 
 def check_served(source: AnySource, tasks: Mapping[str, TaskSettings]) -> None:

@@ -10,14 +10,15 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.items import ImageExampleMaker, TaskSource, task_sources
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
-from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.data.sources import AnySource, open_source
+from spatial_ssrl_jax.data.stand_ins import stand_in
 from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Reject, Size, Task, TaskSettings
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
 
 _EXAMPLES = 24  # examples a task whose text is tokenized
 _TRIES = 20 * _EXAMPLES
-_DEPTH, _PLAIN = "scenes:9:1024x768", "scenes:9:640x480"  # the sizes of DIODE and of most of COCO
+_RECORDS = 1000  # records of a source whose sizes are read
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class TaskLengths:
 
     Attributes:
       weight: of the task in the mixture.
+      shares: [n] float64 fraction of the task's examples that each row of `images` stands for.
       images: [n, 2] int64 tokens and vision windows of the images of one example of each record.
       text: [m] int64 tokens of the rest of the prompt, of a few examples.
       responses: [m] int64 tokens of their SFT responses.
     """
 
     weight: float
+    shares: np.ndarray
     images: np.ndarray
     text: np.ndarray
     responses: np.ndarray
@@ -39,32 +42,36 @@ class TaskLengths:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The lengths of a mixture of tasks."""
+    """The lengths of a mixture of tasks.
 
+    Attributes:
+      spec: what was measured.
+      tasks: the trained ones.
+    """
+
+    spec: str
     tasks: tuple[TaskLengths, ...]
 
     @classmethod
     def open(cls, config: Config, processor: Processor, spec: str | None = None) -> "Lengths":
         """Measures the config's trained tasks.
 
-        Sizes of images are those of every record, by `Processor.measure` alone; only a few
-        examples a task are built, for the text of their questions and responses.
+        Sizes of images are those of every record, or of many, by `Processor.measure` alone; only a
+        few examples a task are built, for the text of their questions and responses.
 
         Args:
           config: its tasks are measured.
           processor: measures prompts.
-          spec: where images come from; None takes built-in scenes, 1024x768 for the tasks that
-            need depth and 640x480 for the others.
+          spec: where images come from; None takes the config's source, or where that is not here
+            built-in scenes of the sizes that it has.
 
         Raises:
           UserError: the source has no image for a task, or no example of it.
         """
-        found = []
-        for task in TASKS:
-            if config.tasks[task.name].weight > 0:
-                source = spec or (_DEPTH if task.needs_depth else _PLAIN)
-                found.append(_measure(task, config.tasks[task.name], source, processor))
-        return cls(tuple(found))
+        source = open_source(spec) if spec else _source_of(config)
+        trained = [task for task in TASKS if config.tasks[task.name].weight > 0]
+        found = [_measure(task, config.tasks[task.name], source, processor) for task in trained]
+        return cls(source.spec, tuple(found))
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
         """[count, 2] int64 tokens and windows of prompts, and [count] tokens of their responses."""
@@ -74,32 +81,47 @@ class Lengths:
         for number, task in enumerate(self.tasks):
             mine = np.flatnonzero(drawn == number)
             example = rng.integers(len(task.text), size=len(mine))
-            sizes[mine] = task.images[rng.integers(len(task.images), size=len(mine))]
+            sizes[mine] = task.images[rng.choice(len(task.images), len(mine), p=task.shares)]
             sizes[mine, 0] += task.text[example]
             responses[mine] = task.responses[example]
         return sizes, responses
 
 
+def _source_of(config: Config) -> AnySource:
+    try:
+        return open_source(config.data.source, config.data.reading)
+    except UserError:
+        return open_source(stand_in(config.data.source))
+
+
 def _measure(
-    task: Task[Any], settings: TaskSettings, spec: str, processor: Processor
+    task: Task[Any], settings: TaskSettings, source: AnySource, processor: Processor
 ) -> TaskLengths:
-    source = open_source(spec)
     found = [
         part
         for part in task_sources(source, range(len(source)), task, settings)
         if isinstance(part.maker, ImageExampleMaker)
     ]
     if not found:
-        raise UserError(f"{spec} has no images for {task.name}: give another --source.")
+        raise UserError(f"{source.spec} has no images for {task.name}: give another --source.")
 
     @cache
     def measure(sizes: tuple[Size, ...]) -> PromptSize:
         return processor.measure(sizes)
 
-    images = [measure(tuple(part.maker.sizes(i))) for part in found for i in part.indices]
-    text, responses = _text_lengths(found, spec, processor)
+    rng, images, shares = np.random.default_rng(0), [], []
+    for part in found:
+        count = min(len(part.indices), _RECORDS)
+        chosen = rng.choice(part.indices, count, replace=False).tolist()
+        images += [measure(tuple(part.maker.sizes(i))) for i in chosen]
+        shares += [part.weight / count] * count
+    text, responses = _text_lengths(found, source.spec, processor)
     return TaskLengths(
-        settings.weight, np.array([(i.tokens, i.windows) for i in images]), text, responses
+        settings.weight,
+        np.array(shares) / sum(shares),
+        np.array([(i.tokens, i.windows) for i in images]),
+        text,
+        responses,
     )
 
 

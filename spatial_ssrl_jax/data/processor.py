@@ -36,7 +36,8 @@ PROCESSOR_FILES = (
 )
 _TRIAL = "Where is it?"  # a question that shows whether tokenizer and chat template work
 _MAX_TEMPLATE = 100_000  # characters that a chat template may add to a question, and to each image
-_AREA = Bounds(min=1, max=2**31)
+# Of the areas in a folder: every image is enlarged to the smallest one.
+_SMALLEST, _LARGEST = Bounds(min=1, max=2**26), Bounds(min=1)
 _ALWAYS = ("do_resize", "do_rescale", "do_normalize")
 _RESAMPLING = Bounds(min=min(Image.Resampling), max=max(Image.Resampling))
 _PLACEHOLDER = re.compile(r"<(image|video)(\d*)>")
@@ -156,10 +157,10 @@ class Processor:
     ) -> ResizeSettings:
         size = settings.section("size")
         smallest, largest = (
-            given or settings.find(old, int, _AREA) or size.find(new, int, _AREA)
-            for given, old, new in (
-                (min_pixels, "min_pixels", "shortest_edge"),
-                (max_pixels, "max_pixels", "longest_edge"),
+            given or settings.find(old, int, bounds) or size.find(new, int, bounds)
+            for given, old, new, bounds in (
+                (min_pixels, "min_pixels", "shortest_edge", _SMALLEST),
+                (max_pixels, "max_pixels", "longest_edge", _LARGEST),
             )
         )
         if not smallest or not largest or not set(PIXEL_KEYS) <= settings.values.keys():

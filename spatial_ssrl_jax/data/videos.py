@@ -102,12 +102,15 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[ModuleType]:
         raise UserError(
             f"{path}: reading videos needs PyAV: pip install 'spatial_ssrl_jax[video]'."
         ) from None
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadImage(f"{path}: is no file; give one with a video.")  # a pipe would hang
     try:
         yield av
     except FileNotFoundError:
         raise BadImage(f"{path}: there is no such file.") from None
     except (FFmpegError, OSError) as error:
-        raise BadImage(f"{path}: cannot be read as a video ({error_line(error)}).") from error
+        reason = error.strerror or error_line(error)
+        raise BadImage(f"{path}: cannot be read as a video ({reason}).") from error
 
 
 def _count(av: ModuleType, path: str | os.PathLike[str]) -> tuple[int, float]:

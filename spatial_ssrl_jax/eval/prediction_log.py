@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.json_file import read_object
 from spatial_ssrl_jax.common.paths import write_atomic
 from spatial_ssrl_jax.eval.predictions import (
     PREDICTIONS,
@@ -72,12 +73,9 @@ class PredictionLog:
             if found:
                 raise UserError(f"{self.folder / found[0]} exists: {other}.")
             return
-        try:
-            before = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): {other}.") from None
+        before = read_object(path, other).values
         changed = [
-            f"{key} {before.get(key)!r}, not {self.about.get(key)!r}"
+            f"{key} {before.get(key)!r:.60}, not {self.about.get(key)!r:.60}"
             for key in sorted(before.keys() | self.about.keys())
             if key != _PATH_KEY and before.get(key) != self.about.get(key)
         ]

@@ -10,13 +10,22 @@ from typing import Any
 from etils import epath
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.common.paths import write_atomic
+from spatial_ssrl_jax.common.json_file import JsonObject, as_object, parse_json
+from spatial_ssrl_jax.common.paths import check_regular, write_atomic
 from spatial_ssrl_jax.eval.questions import SAMPLE, Prediction
 from spatial_ssrl_jax.eval.scoring.scores import Scores
 
 PREDICTIONS, SCORES, SUBMISSION = "predictions.jsonl", "scores.json", "submission.tsv"
 TABLE = "table.json"
 _NEEDED = ("id", "benchmark", "category", "question", "target", "response")
+_FIX = "fix the line, or leave it out"
+_META: dict[str, type] = {  # of all benchmarks
+    **dict.fromkeys(("qid", "set_id", "figure_id", "question_id", "subcategory"), str),
+    **dict.fromkeys(("task", "kind", "split", "text"), str),
+    **dict.fromkeys(("options", "source", "truth"), dict),
+    **dict.fromkeys(("group", SAMPLE), int),
+    "chance": float,
+}
 _FIELDS = tuple(field.name for field in dataclasses.fields(Prediction))
 
 
@@ -26,10 +35,11 @@ def read_predictions(path: Path) -> list[Prediction]:
     Raises:
       UserError: no such file, or a line that is no prediction; it names the line.
     """
+    check_regular(path, "check the path")
     try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): check the path.") from None
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path.") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{path} holds no prediction.")
@@ -47,29 +57,34 @@ def predictions_in(path: Path) -> Path:
     raise UserError(f"{path} has no {PREDICTIONS}{here}: give the folder that has it.")
 
 
-def _prediction(name: str, line: str) -> Prediction:
-    try:
-        values: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name} is not JSON ({error}).") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{name} is no object with named fields.")
+def _prediction(name: str, line: bytes) -> Prediction:
+    line_of_file = as_object(parse_json(line, name, _FIX), name, _FIX)
+    values = line_of_file.values
     missing = [field for field in _NEEDED if field not in values]
     if missing:
         raise UserError(f"{name} has no {', '.join(missing)}: needed are {', '.join(_NEEDED)}.")
-    meta = values.get("meta") or {}
-    if not isinstance(meta, dict) or not isinstance(values["response"], str):
-        raise UserError(f"{name}: its response must be a text, and its meta an object.")
     target = values["target"]
+    if isinstance(target, list):
+        target = list(line_of_file.items("target", str))
     return Prediction(
         id=str(values["id"]),
         benchmark=str(values["benchmark"]),
         category=str(values["category"] or "all"),
         question=str(values["question"]),
         target=target if isinstance(target, list | None) else str(target),
-        response=values["response"],
-        meta=meta,
+        response=line_of_file.get("response", str),
+        meta=_meta(line_of_file.section("meta")),
     )
+
+
+def _meta(meta: JsonObject) -> dict[str, Any]:
+    """The meta of a prediction; raises `UserError` for a type that scoring does not expect."""
+    for key, kind in _META.items():
+        meta.find(key, kind)
+    options = meta.section("options")
+    for letter in options.values:
+        options.get(letter, str)
+    return dict(meta.values)
 
 
 def as_line(prediction: Prediction) -> str:
@@ -100,7 +115,7 @@ def write_submission(path: Path, predictions: Iterable[Prediction]) -> None:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(["index", "question", "A", "B", "C", "D", "prediction"])
         for prediction in predictions:
-            options = prediction.meta.get("options", {})
+            options = prediction.meta.get("options") or {}
             text = prediction.meta.get("text", prediction.question)
             letters = [options.get(letter, "") for letter in "ABCD"]
             writer.writerow([prediction.id, text, *letters, prediction.response])

@@ -15,7 +15,9 @@ from typing import Any
 
 from etils import epath
 
+from spatial_ssrl_jax.common.bounds import Bounds
 from spatial_ssrl_jax.common.errors import UserError, write_failure
+from spatial_ssrl_jax.common.json_file import as_object, parse_json
 from spatial_ssrl_jax.common.paths import in_bucket, read_files, write_atomic
 from spatial_ssrl_jax.monitoring.tensorboard import TensorBoardWriter
 from spatial_ssrl_jax.monitoring.wandb_run import WandbRun
@@ -23,6 +25,9 @@ from spatial_ssrl_jax.monitoring.wandb_run import WandbRun
 METRICS_FILE = "metrics.jsonl"
 PARTS_FOLDER = "metrics"
 _PART_STEPS = 100
+# What a line may hold, so that a damaged one is not taken for metrics.
+_STEPS, _TIMES = Bounds(min=0, max=2**31), Bounds(min=0, max=2**37)
+_VALUES = Bounds(min=-1e100, max=1e100)
 
 # `<task>` and `<benchmark>` stand for a name. Metrics that depend on the clock or the machine are
 # under perf/ or memory/; all others are equal in two equal runs.
@@ -207,19 +212,26 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 def _rows(files: list[epath.Path]) -> list[list[dict[str, Any]]]:
     """The complete lines of each file."""
     return [
-        [row for line in data.decode().splitlines() if (row := _row(line)) is not None]
+        [row for line in data.splitlines() if (row := _row(line)) is not None]
         for data in read_files(files)
     ]
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The metrics of a line; None where it is damaged, such as by a kill while it was written."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
+        row = as_object(parse_json(line, METRICS_FILE), METRICS_FILE)
+        row.get("step", int, bounds=_STEPS)
+        row.get("stage", str)
+        row.get("time", float, bounds=_TIMES)
+        for name in row.values.keys() - {"step", "stage", "time"}:
+            row.find(name, float, _VALUES)
+    except UserError:
         return None
+    return dict(row.values)
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's metrics in the order of steps, without a line that a kill truncated."""
+    """The lines of a run's metrics in the order of steps, without those that are damaged."""
     rows = [row for part in _rows(_files(epath.Path(workdir))) for row in part]
     return sorted(rows, key=lambda row: row["step"])

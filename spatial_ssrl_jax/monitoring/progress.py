@@ -18,7 +18,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from spatial_ssrl_jax.common.text import clock
+from spatial_ssrl_jax.common.text import clock, printable
 
 _SHOWN = (  # metric, its label, and its number format
     ("reward/overall_mean", "reward", "{:.3f}"),
@@ -98,6 +98,7 @@ class Progress:
     def doing(self, text: str) -> None:
         """Shows what is being done; on a terminal, until the next step and with its time so far."""
         self.on_progress()
+        text = printable(text)
         if not self.console.is_terminal:
             self.say(text)
         elif self._bar is not None and self._task is not None:
@@ -131,7 +132,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints one line."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Removes the bar."""

@@ -7,6 +7,8 @@ from typing import Any
 from etils import epath
 from PIL import Image
 
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.json_file import as_object, parse_json
 from spatial_ssrl_jax.common.paths import read_files, write_atomic
 
 FOLDER = "rollouts"
@@ -38,9 +40,20 @@ def write_rollouts(workdir: epath.PathLike, step: int, rows: list[dict[str, Any]
 
 
 def read_rollouts(workdir: epath.PathLike, files: int) -> list[dict[str, Any]]:
-    """The rows of at most `files` files, spread evenly from the oldest to the newest."""
+    """The rows of at most `files` files, spread evenly from the oldest to the newest.
+
+    Lines that are damaged are left out.
+    """
     paths = sorted((epath.Path(workdir) / FOLDER).glob("step_*.jsonl"))
     if len(paths) > files:
         last = len(paths) - 1
         paths = [paths[round(i * last / (files - 1))] for i in range(files)]
-    return [json.loads(line) for data in read_files(paths) for line in data.decode().splitlines()]
+    rows = (_row(line) for data in read_files(paths) for line in data.splitlines())
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        return dict(as_object(parse_json(line, FOLDER), FOLDER).values)
+    except UserError:
+        return None

@@ -4,7 +4,6 @@ A new member is a file like `qwen2_5.py` and an entry of `MEMBERS`; the language
 kernels, adapters and the reading of weights are shared.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,10 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 from jax import Array
 
+from spatial_ssrl_jax.common.bounds import Bounds
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.json_file import JsonObject, read_json, read_object
+from spatial_ssrl_jax.common.text import shown
 from spatial_ssrl_jax.qwen_vl import qwen2_5
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, VisionConfig
@@ -80,12 +82,18 @@ def _without_config(folder: Path) -> str:
             f"{folder} is an adapter, not a model: merge it into its base with convert merge-lora "
             "BASE ADAPTER OUT, and give OUT."
         )
+    if any(folder.glob("model_world_size_*_rank_*.pt")):
+        return (
+            f"{folder} holds a model in verl's FSDP shards: merge them with convert from-fsdp "
+            f"{folder} OUT, and give OUT."
+        )
     return (
         f"{folder / 'config.json'} is missing: --model needs a folder with the files that a model "
         "has on the Hub."
     )
 
 
+_PIXELS = {"image_mean": Bounds(), "image_std": Bounds(above=0)}
 _PROCESSOR_FILE = {
     "image": "preprocessor_config.json",
     "video": "video_preprocessor_config.json",
@@ -108,14 +116,15 @@ def read_config(folder: Path) -> QwenVLConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(_without_config(Path(folder)))
-    config = config_from_dict(_read_json(path), str(path))
-    settings, _ = read_processor(folder, "image")
-    found = {name: tuple(settings[name]) for name in PIXEL_KEYS if name in settings}
+    config = config_from_dict(read_json(path), str(path))
+    settings = read_processor(folder, "image")
+    given = [name for name in PIXEL_KEYS if settings.values.get(name) is not None]
+    found = {n: settings.items(n, float, length=3, bounds=_PIXELS[n]) for n in given}
     return replace(config, vision=replace(config.vision, **found))
 
 
-def read_processor(folder: Path, kind: Literal["image", "video"]) -> tuple[dict[str, Any], str]:
-    """Settings of a folder's image or video processor, and the name of their file.
+def read_processor(folder: Path, kind: Literal["image", "video"]) -> JsonObject:
+    """Settings of a folder's image or video processor, with the name of their file.
 
     Transformers 5 writes both to `processor_config.json`, which comes first there too; earlier
     versions write a file each. A folder without any for videos treats frames like images. The
@@ -127,28 +136,12 @@ def read_processor(folder: Path, kind: Literal["image", "video"]) -> tuple[dict[
     kinds = [kind, "image"] if kind == "video" else [kind]
     for part in kinds:
         both = Path(folder) / "processor_config.json"
-        if both.is_file() and (found := _read_object(both).get(f"{part}_processor")):
-            if isinstance(found, dict):
-                return found, both.name
-            raise UserError(f"{both} holds no settings in {part}_processor; fetch it again.")
+        if both.is_file() and (found := read_object(both).section(f"{part}_processor")).values:
+            return found
         own = Path(folder) / _PROCESSOR_FILE[part]
         if own.is_file():
-            return _read_object(own), own.name
-    return {}, _PROCESSOR_FILE["image"]
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    found = _read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; fetch it again.")
-    return found
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); fetch it again.") from None
+            return read_object(own)
+    return JsonObject({}, str(Path(folder) / _PROCESSOR_FILE["image"]))
 
 
 def config_from_dict(raw: Any, name: str) -> QwenVLConfig:
@@ -164,15 +157,14 @@ def config_from_dict(raw: Any, name: str) -> QwenVLConfig:
     if isinstance(raw, dict) and (quantised := raw.get("quantization_config")):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise UserError(
-            f"{name} is of a quantised model ({method}), whose weights are not read: give the "
-            "model that it was made from."
+            f"{name} is of a quantised model ({method!s:.60}), whose weights are not read: give "
+            "the model that it was made from."
         )
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in MEMBERS:
+    if not isinstance(kind, str) or kind not in MEMBERS:
         known = " or ".join(map(repr, MEMBERS))
-        raise UserError(
-            f"{name} describes a {kind!r} model; expected {known}, so give another folder."
-        )
+        named = "no model_type" if kind is None else f"the model_type {shown(kind)}"
+        raise UserError(f"{name} has {named}; expected {known}, so give another folder.")
     return MEMBERS[kind].config_from_dict(raw, name)
 
 

@@ -15,7 +15,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from spatial_ssrl_jax.common.bounds import Bounds
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.json_file import FETCH, JsonObject
+from spatial_ssrl_jax.common.text import shown
 from spatial_ssrl_jax.qwen_vl.compute import XLA, Compute
 from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, TextConfig, VisionConfig
 from spatial_ssrl_jax.qwen_vl.inputs import Grid, VisionInput, WindowLayout
@@ -25,6 +28,8 @@ from spatial_ssrl_jax.qwen_vl.pixels import normalize_patches
 from spatial_ssrl_jax.qwen_vl.rope import Rotary, rotate, vision_rotary
 
 MODEL_TYPE = "qwen2_5_vl"
+_ROPE = ("rope_parameters", "rope_scaling")  # the first that is there, newer releases' first
+_THETA = Bounds(min=1)
 TOKEN_IDS = {  # of the Hub's models, for a config.json without them
     "image_token_id": 151_655,
     "video_token_id": 151_656,
@@ -59,94 +64,139 @@ class Qwen2_5VisionConfig(VisionConfig):
         return len(self.fullatt_block_indexes)
 
 
-# Defaults of Transformers' Qwen2_5_VLConfig; 4.49 writes only what differs from them.
-_TEXT_DEFAULTS = {
-    "vocab_size": 152_064,
-    "hidden_size": 8192,
-    "intermediate_size": 29_568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 32_768,
+_WIDTH, _DEPTH = Bounds(min=1, max=2**24), Bounds(min=1, max=1024)
+# Defaults of Transformers' Qwen2_5_VLConfig, as 4.49 writes only what differs from them; and what a
+# value may be: a broken one must not ask for any amount of memory.
+_TEXT = {
+    "vocab_size": (152_064, _WIDTH),
+    "hidden_size": (8192, _WIDTH),
+    "intermediate_size": (29_568, _WIDTH),
+    "num_hidden_layers": (80, _DEPTH),
+    "num_attention_heads": (64, _DEPTH),
+    "num_key_value_heads": (8, _DEPTH),
+    "max_position_embeddings": (32_768, Bounds(min=1, max=2**31 - 1)),
 }
-_VISION_DEFAULTS = {
-    "depth": 32,
-    "hidden_size": 3584,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "out_hidden_size": 3584,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "window_size": 112,
-    "tokens_per_second": 4,
+_VISION = {
+    "depth": (32, _DEPTH),
+    "hidden_size": (3584, _WIDTH),
+    "intermediate_size": (3420, _WIDTH),
+    "num_heads": (16, _DEPTH),
+    "out_hidden_size": (3584, _WIDTH),
+    "patch_size": (14, Bounds(min=1, max=256)),
+    "temporal_patch_size": (2, Bounds(min=1, max=16)),
+    "spatial_merge_size": (2, Bounds(min=1, max=16)),
+    "window_size": (112, Bounds(min=1, max=4096)),
 }
-_FULL_ATTENTION_DEFAULT = (7, 15, 23, 31)
+_FULL_ATTENTION = (7, 15, 23, 31)
 
 
 def config_from_dict(raw: dict[str, Any], name: str) -> QwenVLConfig:
-    """Builds the config from the parsed `config.json`; `name` is used in errors."""
-    try:
-        text = {**raw, **raw.get("text_config", {})}
-        vision = raw["vision_config"]
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        _refuse_variants(text, vision, rope, name)
-        tokens = {k: text.get(k, raw.get(k)) for k in TOKEN_IDS}
-        known = {k: _token(value) for k, value in tokens.items() if value is not None}
-        return QwenVLConfig(
-            model_type=MODEL_TYPE,
-            text=TextConfig(
-                **{k: text.get(k, default) for k, default in _TEXT_DEFAULTS.items()},
-                mrope_section=tuple(rope["mrope_section"]),
-                rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
+    """Builds the config from the parsed `config.json`; `name` is used in errors.
+
+    Raises:
+      UserError: it lacks a value, holds a wrong one, or sizes that do not fit together.
+    """
+    whole = JsonObject(raw, name)
+    # Newer releases nest the language model's settings, and write some in both places.
+    text = JsonObject({**raw, **whole.get("text_config", dict, {})}, name)
+    vision = JsonObject(whole.get("vision_config", dict), name, prefix="vision_config.")
+    rope = next((s for key in _ROPE if (s := text.section(key)).values), text.section(_ROPE[0]))
+    _refuse_variants(text, vision, rope, name)
+    theta = rope.find("rope_theta", float, _THETA) or text.get("rope_theta", float, 1e6, _THETA)
+    tied = whole.find("tie_word_embeddings", bool)
+    sizes: list[dict[str, Any]] = [
+        {k: section.get(k, int, default, limits) for k, (default, limits) in table.items()}
+        for section, table in ((text, _TEXT), (vision, _VISION))
+    ]
+    config = QwenVLConfig(
+        model_type=MODEL_TYPE,
+        text=TextConfig(
+            **sizes[0],
+            mrope_section=_three(rope.items("mrope_section", int, length=3, bounds=_WIDTH)),
+            rms_norm_eps=text.get("rms_norm_eps", float, 1e-5, Bounds(min=0, max=1)),
+            rope_theta=float(theta),
+        ),
+        vision=Qwen2_5VisionConfig(
+            **sizes[1],
+            fullatt_block_indexes=vision.items(
+                "fullatt_block_indexes", int, _FULL_ATTENTION, bounds=Bounds(min=0)
             ),
-            vision=Qwen2_5VisionConfig(
-                **{k: vision.get(k, default) for k, default in _VISION_DEFAULTS.items()},
-                fullatt_block_indexes=tuple(
-                    vision.get("fullatt_block_indexes", _FULL_ATTENTION_DEFAULT)
-                ),
-                in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-            ),
-            tie_word_embeddings=bool(
-                raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-            ),
-            suppressed=(),
-            **(TOKEN_IDS | known),
-        )
-    except KeyError as error:
-        raise UserError(
-            f"{name} lacks the key {error}; expected Qwen2.5-VL's config.json: fetch it again."
-        ) from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{name} holds a wrong value ({error}): fetch it again.") from None
+            tokens_per_second=vision.get("tokens_per_second", float, 4, Bounds(above=0, max=1e6)),
+        ),
+        tie_word_embeddings=(
+            text.get("tie_word_embeddings", bool, False) if tied is None else tied
+        ),
+        suppressed=(),
+        **_token_ids(text),
+    )
+    _check_sizes(config, name)
+    return config
 
 
-def _refuse_variants(
-    text: dict[str, Any], vision: dict[str, Any], rope: dict[str, Any], name: str
-) -> None:
+def _three(values: tuple[int, ...]) -> tuple[int, int, int]:
+    first, second, third = values
+    return first, second, third
+
+
+def _refuse_variants(text: JsonObject, vision: JsonObject, rope: JsonObject, name: str) -> None:
     """Refuses settings with which the reference computes something else than we do.
 
     Raises:
       UserError: it names the setting.
     """
     settings = {
-        "rope type": (rope.get("rope_type", rope.get("type", "mrope")), ("default", "mrope")),
-        "hidden_act": (text.get("hidden_act", "silu"), ("silu",)),
-        "vision_config.hidden_act": (vision.get("hidden_act", "silu"), ("silu",)),
-        "use_sliding_window": (text.get("use_sliding_window", False), (False,)),
+        "rope type": (rope, ("rope_type", "type"), ("default", "mrope")),
+        "hidden_act": (text, ("hidden_act",), ("silu",)),
+        "vision_config.hidden_act": (vision, ("hidden_act",), ("silu",)),
+        "vision_config.in_channels": (vision, ("in_channels", "in_chans"), (3,)),
+        "use_sliding_window": (text, ("use_sliding_window",), (False,)),
     }
-    for key, (value, known) in settings.items():
+    for key, (section, names, known) in settings.items():
+        given = (section.values.get(name) for name in names)
+        value = next((value for value in given if value is not None), known[0])
         if value not in known:
             raise UserError(
-                f"{name} sets {key} to {value!r}, which is not supported; expected "
-                f"{' or '.join(map(repr, known))}."
+                f"{name} sets {key} to {shown(value)}, which is not supported; expected "
+                f"{' or '.join(map(shown, known))}."
             )
 
 
-def _token(value: int | list[int]) -> int:
-    """A token id, the first where there are several."""
-    return value if isinstance(value, int) else value[0]
+def _token_ids(text: JsonObject) -> dict[str, int]:
+    """The ids of special tokens; of several the first, and the Hub's where there is none."""
+    found, vocabulary = {}, text.get("vocab_size", int, _TEXT["vocab_size"][0])
+    for key, default in TOKEN_IDS.items():
+        known = Bounds(min=0, below=vocabulary)
+        if isinstance(text.values.get(key), list):
+            found[key] = next(iter(text.items(key, int, bounds=known)), default)
+        else:
+            found[key] = text.get(key, int, default, known)
+    return found
+
+
+def _check_sizes(config: QwenVLConfig, name: str) -> None:
+    """Raises `UserError` where sizes contradict each other."""
+    text, vision = config.text, config.vision
+    problems = {
+        "num_attention_heads does not divide hidden_size": (
+            text.hidden_size % text.num_attention_heads
+        ),
+        "num_key_value_heads does not divide num_attention_heads": (
+            text.num_attention_heads % text.num_key_value_heads
+        ),
+        "mrope_section is not half of a head, hidden_size / num_attention_heads": (
+            2 * sum(text.mrope_section) != text.head_dim
+        ),
+        "vision_config.num_heads does not divide its hidden_size into heads of a multiple of 4": (
+            vision.hidden_size % (4 * vision.num_heads)
+        ),
+        "vision_config.out_hidden_size is not hidden_size": (
+            vision.out_hidden_size != text.hidden_size
+        ),
+        "vision_config.window_size is smaller than a merged patch": vision.window_side < 1,
+    }
+    problem = next((problem for problem, found in problems.items() if found), None)
+    if problem:
+        raise UserError(f"{name} contradicts itself ({problem}): {FETCH}.")
 
 
 def config_to_dict(config: QwenVLConfig, dtype: str) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.json_file import FETCH, JsonObject, read_object
+from spatial_ssrl_jax.common.paths import check_regular
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.family import member_of
 from spatial_ssrl_jax.qwen_vl.model import abstract_params, contracted_axes
@@ -188,6 +190,7 @@ def find_tensors(folder: Path, config: QwenVLConfig) -> dict[str, StoredTensor]:
 def _stored(folder: Path, config: QwenVLConfig) -> dict[str, StoredTensor]:
     found = {}
     for path in _files(folder):
+        check_regular(path, FETCH)
         try:
             with safe_open(path, "np") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
@@ -226,13 +229,22 @@ def _files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{index} cannot be read ({error!r}): fetch it again.") from None
-        files = [folder / name for name in shards]
+        files = _listed(index)
     if not files:
         raise UserError(_without_weights(folder))
+    return files
+
+
+def _listed(index: Path) -> list[Path]:
+    """The files that an index names; raises `UserError` where one of them is not there."""
+    names = JsonObject(read_object(index).get("weight_map", dict), str(index), prefix="weight_map.")
+    files = sorted({index.parent / names.get(tensor, str) for tensor in names.values})
+    missing = [path for path in files if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{missing[0]} cannot be read (it is not there, though {index.name} names it): fetch "
+            "both again."
+        )
     return files
 
 

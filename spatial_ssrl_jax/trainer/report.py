@@ -1,17 +1,18 @@
 """`report.html`: one file that needs no server, rewritten during the run."""
 
 import html
-import io
 import json
 import re
 import time
 from typing import Any
 
 from etils import epath
-from PIL import Image
 
+from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.html import filters, image_uri, page, table
+from spatial_ssrl_jax.common.json_file import JsonObject
 from spatial_ssrl_jax.common.paths import read_files, write_atomic
+from spatial_ssrl_jax.data.images import open_image
 from spatial_ssrl_jax.eval.benchmarks.registry import SPECS
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.monitoring.rollout_samples import FOLDER, read_rollouts
@@ -249,6 +250,7 @@ def _benchmark(rows: MetricRows) -> str:
 
 
 def _rollouts(workdir: epath.Path, rows: MetricRows) -> str:
+    rows = list(filter(_is_whole, rows))
     if not rows:
         return ""
     choices = {
@@ -256,9 +258,28 @@ def _rollouts(workdir: epath.Path, rows: MetricRows) -> str:
         "step": dict.fromkeys(row["step"] for row in rows),
         "answers": dict.fromkeys(_answers(row) for row in rows),
     }
-    images = iter(read_files(workdir / FOLDER / path for row in rows for path in row["images"]))
+    paths = (workdir / FOLDER / path for row in rows for path in row["images"])
+    images = iter(read_files(paths, skip=True))
     articles = "".join(_article(row, [next(images) for _ in row["images"]]) for row in rows)
     return f"<h2>Rollouts</h2>{filters(choices)}{articles}"
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row has all that the page shows of it; a damaged one is left out."""
+    values = JsonObject(row, FOLDER)
+    try:
+        values.get("step", int)
+        values.items("images", str)
+        for key in ("task", "kind", "question", "answer"):
+            values.get(key, str)
+        for response in values.items("responses", dict):
+            found = JsonObject(response, FOLDER)
+            found.get("text", str)
+            for key in ("reward", "accuracy", "advantage", "length"):
+                found.get(key, float)
+    except UserError:
+        return False
+    return True
 
 
 def _answers(row: dict[str, Any]) -> str:
@@ -287,5 +308,8 @@ def _article(row: dict[str, Any], files: list[bytes]) -> str:
 
 
 def _image(file: bytes) -> str:
-    with Image.open(io.BytesIO(file)) as image:
-        return f'<img src="{image_uri(image)}" alt="">'
+    """An image of the page; nothing where its file is damaged."""
+    try:
+        return f'<img src="{image_uri(open_image(file))}" alt="">'
+    except BadImage:
+        return ""

@@ -25,11 +25,12 @@ CONFIG = replace(
 
 
 def one(tokens: int, words: int, response: int) -> TaskLengths:
-    return TaskLengths(1.0, np.array([[tokens, tokens // 10]]), *np.array([[words], [response]]))
+    images = np.array([[tokens, tokens // 10]])
+    return TaskLengths(1.0, np.ones(1), images, *np.array([[words], [response]]))
 
 
 def test_a_mix_of_two_lengths():
-    found = measure_padding(CONFIG, Lengths((one(40, 8, 12), one(80, 16, 12))), 50, 20.0, 0.0)
+    found = measure_padding(CONFIG, Lengths("x", (one(40, 8, 12), one(80, 16, 12))), 50, 20.0, 0.0)
     short = (found["prompt_tokens_mean"] - 96) / (48 - 96)  # fraction of short prompts drawn
     assert 0.4 < short < 0.6
     needed = found["prompt_tokens_mean"]
@@ -47,7 +48,7 @@ def test_a_mix_of_two_lengths():
 
 
 def test_responses_spread_within_groups():
-    found = measure_padding(CONFIG, Lengths((one(40, 8, 12),)), 200, 20.0, 0.3)
+    found = measure_padding(CONFIG, Lengths("x", (one(40, 8, 12),)), 200, 20.0, 0.3)
     assert found["drawn"]["response_tokens_mean"] == pytest.approx(20, rel=0.03)
     assert 0 < found["drawn"]["min_share"] < found["drawn"]["padding_share"]
     assert found["synthetic"]["min_share"] == 0
@@ -56,4 +57,4 @@ def test_responses_spread_within_groups():
 @pytest.mark.parametrize("values", [(0, 20.0, 0.3), (1, 0.0, 0.3), (1, 20.0, -1.0)])
 def test_numbers_out_of_range_are_refused(values: tuple[int, float, float]):
     with pytest.raises(UserError, match="--steps and --mean must be at least 1"):
-        measure_padding(CONFIG, Lengths((one(40, 8, 12),)), *values)
+        measure_padding(CONFIG, Lengths("x", (one(40, 8, 12),)), *values)

@@ -128,7 +128,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     # train: where it writes, and how it is called
     (train.main, [TINY, "--workdir=DIR"], ["is not empty", "choose another folder"]),
     (train.main, [TINY, "--workdir=IMAGE/w"], ["nothing can be written to", "is a file"]),
-    (train.main, [TINY, "--workdir=DIR/damaged"], ["config.json is damaged"]),
+    (train.main, [TINY, "--workdir=DIR/damaged"], ["config.json is not valid JSON"]),
     (train.main, [TINY, "--json"], ["--json belongs to --check"]),
     (train.main, [TINY, "--processes=2"], ["belong together"]),
     # preview
@@ -147,7 +147,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     # generate
     (generate.main, ["--model=/nowhere/m", ASK[1]], ["model folder /nowhere/m"]),
     (generate.main, ["--model=tiny", ASK[1]], ["safetensors"]),
-    (generate.main, ["--model=DIR/listed", ASK[1]], ["config.json", "None model"]),
+    (generate.main, ["--model=DIR/listed", ASK[1]], ["config.json has no model_type"]),
     (generate.main, ["--model=DIR/odd", ASK[1]], ["config.json holds a wrong value"]),
     (generate.main, ["--model=DIR/wordless", ASK[1]], ["the tokenizer in", "wordless"]),
     (generate.main, ["--model=DIR/cut", ASK[1]], ["model.safetensors cannot be read"]),
@@ -303,7 +303,7 @@ def test_an_error_of_the_program_itself_keeps_its_traceback(monkeypatch: pytest.
     ("main", "option", "near"),
     [
         (train.main, "--workdri=x", "unrecognized arguments: --workdri=x"),
-        (preview.main, "--sauce=scenes", "the following arguments are required: --source"),
+        (preview.main, "--sauce=scenes", "the following arguments are required: --out"),
         (convert.main, "to-hff", "invalid choice: 'to-hff' (choose from"),
     ],
 )
@@ -329,17 +329,27 @@ INTERRUPTED_IMPORT = """
 import os, runpy, signal, sys
 class Finder:
     def find_spec(self, name, *_):
-        if name == "jax":
+        if name in ("jax", "transformers", "grain"):
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
-sys.argv = ["train", "--config=c.py"]
-runpy.run_module("spatial_ssrl_jax.train", run_name="__main__")
+runpy.run_module("spatial_ssrl_jax." + sys.argv[0][2:], run_name="__main__")
 """
+COMMANDS = {
+    "train": ["--config=c.py"],
+    "plan": ["--config=c.py", "--topology=cpu"],
+    "generate": ["--model=m", "--question=Where?"],
+    "evaluate": ["--model=m"],
+    "preview": ["--source=scenes", "--out=/nowhere/p"],
+    "convert": ["to-hf", "/nowhere/a", "/nowhere/b"],
+    "bench": ["matmul"],
+}
 
 
-def test_ctrl_c_while_the_libraries_load_is_one_word():
-    command = [sys.executable, "-c", INTERRUPTED_IMPORT]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_while_the_libraries_load_is_one_word(command: str):
+    code = f"import sys; sys.argv = ['m/{command}', *sys.argv[1:]]" + INTERRUPTED_IMPORT
+    argv = [sys.executable, "-c", code, *COMMANDS[command]]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 

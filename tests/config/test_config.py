@@ -95,7 +95,7 @@ def test_later_overrides_win_and_defaults_are_not_touched(path: str):
             r"config\.data\.prompt_buckets=big does not fit: expected whole numbers, such as",
         ),
         ("data.prompt_buckets", "1.5", r"expected whole numbers"),
-        ("data.prompt_buckets", "()", r"expected whole numbers"),
+        ("data.prompt_buckets", "()", r"data\.prompt_buckets is empty: give at least one number"),
     ],
 )
 def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: str, said: str):
@@ -211,7 +211,11 @@ def test_settings_that_contradict_one_another_are_refused(path: str, changes: di
         ("sft.freeze", "vision", "a tuple"),
         ("model.path", None, "text"),
         ("optim.offload", 1, "true or false"),
-        ("seed", 2**31, f"at least 0 and below {2**31:g}"),
+        ("model", None, "a ModelSettings, not NoneType"),
+        ("tasks", [], "a dict of settings, not list"),
+        ("tasks", {"flop": 3}, "flop is unknown"),
+        ("tasks", {"flip": 3}, "must be a"),
+        ("seed", 2**31, f"at least 0 and below {2**31:,}"),
     ],
 )
 def test_a_value_out_of_range_is_refused(key: str, value: object, said: str):
@@ -316,3 +320,16 @@ def test_the_config_is_plain_json(path: str):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads(file: Path):
     assert load_config(str(file)).name == file.stem
+
+
+@pytest.mark.parametrize("text", ["raise SystemExit(3)", "exit()", "def get_config(): return f()"])
+def test_a_file_that_ends_or_fails_is_named(tmp_path: Path, text: str):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(UserError, match=r"c\.py cannot be run \((SystemExit|NameError).*fix it"):
+        load_config(str(tmp_path / "c.py"))
+
+
+@pytest.mark.parametrize("text", ["(" * 3000, "{[]: 1}", "-" * 9999 + "1", "1" * 5000, "[" * 9999])
+def test_an_override_that_cannot_be_parsed_is_refused(path: str, text: str):
+    with pytest.raises(UserError, match=r"config\.seed=.* does not fit: expected int"):
+        load_config(path, [("seed", text)])

@@ -31,9 +31,22 @@ def test_gpu_trains_where_jax_sees_the_gpus(cloud: Cloud, venv: Path):
     assert plan.stdout.splitlines()[-1] == f"{venv}/bin/python {last}"
 
 
+def test_gpu_names_the_command_that_makes_a_missing_cold_start(cloud: Cloud, venv: Path):
+    words = ["gpu.sh", f"--venv={venv}", "--config=configs/grpo_7b.py"]
+    missing = cloud.run(*words)
+    assert missing.returncode == 1 and missing.stderr == (
+        "error: configs/grpo_7b.py starts from runs/sft_7b/export, which is not there: make it "
+        "with launch/gpu.sh --config=configs/sft_7b.py, or give --model=FOLDER.\n"
+    )
+    for word in ("--model=m", "--config.model.path=m", "--config.grpo.init_from=m"):
+        assert cloud.run(*words, word, "--dry-run").returncode == 0
+    alone = cloud.run("gpu.sh", f"--venv={venv}", "--config=configs/grpo_3b_lora.py", "--dry-run")
+    assert alone.returncode == 0
+
+
 def test_gpu_stops_without_a_driver_before_it_installs(cloud: Cloud):
     write_script(cloud.folder / "bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
-    done = cloud.run("gpu.sh", f"--venv={cloud.folder / 'new'}")
+    done = cloud.run("gpu.sh", f"--venv={cloud.folder / 'new'}", "--config=configs/tiny.py")
     assert done.returncode == 1 and done.stderr.startswith("error: no NVIDIA driver answers")
     assert not (cloud.folder / "new").exists()
 

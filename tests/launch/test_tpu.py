@@ -101,6 +101,14 @@ def test_all_goes_from_nothing_to_the_model_and_leaves_no_tpu(cloud: Cloud):
     ) in calls
     assert calls.count("spatial_ssrl_jax.train") == 2  # once a worker
 
+    both = cloud.tpu("train", "--images=coco=/images diode=/depth", "--dry-run").stdout
+    assert (
+        "--config.data.source=tfds:ssrl_pictures/coco@gs://b/data"
+        "+depth,position@tfds:ssrl_pictures/diode@gs://b/data"
+    ) in both
+    depth = cloud.tpu("train", "--images=diode=/depth nyu=/nyu", "--dry-run").stdout
+    assert "position@" not in depth
+
     planned = [shlex.split(line)[1:] for line in plan.stdout.splitlines() if line[:6] == "gcloud"]
     optional = ("buckets create", "adapter", "storage cp /tmp")
     missing = [words for words in planned if words not in cloud.calls]

@@ -136,3 +136,25 @@ def test_a_part_is_whole_at_every_moment(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(folders.os, "replace", watched)
     write_steps(tmp_path, range(1, 4), in_parts=True)
     assert seen == [[1], [], [1, 2], [1], [1, 2, 3], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 2',
+        b"\xff\xfe",
+        b"[]",
+        b'{"step": null, "stage": "sft", "time": 1.0}',
+        b'{"step": 2, "stage": false, "time": 1.0}',
+        b'{"step": 2, "stage": "sft", "time": 1e300}',
+        b'{"step": 2, "stage": "sft", "time": 1.0, "loss/sft": "a"}',
+        b'{"step": 2, "stage": "sft", "time": 1.0, "loss/sft": 1e308}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_line_is_left_out(tmp_path: Path, line: bytes):
+    write_steps(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], line, lines[2]]) + b"\n")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]

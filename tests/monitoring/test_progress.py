@@ -98,6 +98,13 @@ def test_text_in_brackets_is_printed_unchanged():
     assert shown(console) == "skipped [bold]x.png[/bold] " + "y" * 200 + "\n"
 
 
+def test_names_cannot_steer_the_terminal():
+    console = recording(terminal=False)
+    Progress(console).say("skipped \x1b[2J.png and \udcff.png")
+    Progress(console).doing("reading \x1b[2J")
+    assert shown(console) == "skipped \\x1b[2J.png and \\udcff.png\nreading \\x1b[2J\n"
+
+
 def test_the_table_has_a_row_a_task_and_a_column_a_stage():
     def row(greedy: float) -> dict[str, float]:
         return {"accuracy_greedy": greedy, "accuracy_sampled": 0.5, "format": 1.0}

@@ -43,3 +43,10 @@ def test_a_step_written_again_is_replaced(tmp_path: Path):
 
 def test_no_folder_reads_as_no_rows(tmp_path: Path):
     assert read_rollouts(tmp_path, 4) == []
+
+
+def test_damaged_lines_are_left_out(tmp_path: Path):
+    path = write_rollouts(tmp_path, 5, [{"n": 1, "images": []}, {"n": 2, "images": []}])
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, b"\xff", b"[]", second[:-3], second]))
+    assert [row["n"] for row in read_rollouts(tmp_path, 9)] == [1, 2]

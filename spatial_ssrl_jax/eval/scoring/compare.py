@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.text import shown
 from spatial_ssrl_jax.eval.benchmarks.registry import SCORED, score_predictions
 from spatial_ssrl_jax.eval.questions import SAMPLE, Prediction, score_of
 from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric, Scores, cells_of, interval, mean
@@ -103,7 +104,7 @@ def in_pairs(
       allow_missing: leave out questions that only one has.
 
     Raises:
-      UserError: they are of different benchmarks, have different targets, or, unless
+      UserError: they are of different benchmarks, categories or targets, or, unless
         `allow_missing`, one has questions that the other lacks.
     """
     benchmarks = [
@@ -126,6 +127,11 @@ def in_pairs(
         rest = "; --allow-missing compares the rest" if found else ""
         raise UserError(f"{' and '.join(lacking)}: give two runs over the same questions{rest}.")
     for x, y in found:
+        if x.category != y.category:
+            raise UserError(
+                f"the category of {x.id} is {shown(x.category)} in A and {shown(y.category)} in "
+                "B: ask again with one question file, or score both with one version."
+            )
         if x.target != y.target:
             raise UserError(
                 f"the right answer to {x.id} is {x.target!r} in A and {y.target!r} in B: the "
