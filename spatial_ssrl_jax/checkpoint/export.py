@@ -32,7 +32,7 @@ def copy_files(source: ModelFolder, folder: Path) -> None:
     for name in PROCESSOR_FILES:
         if (source.files / name).is_file():
             shutil.copyfile(source.files / name, folder / name)
-    settings, _ = read_processor(source.files, "image")
+    settings = read_processor(source.files, "image").values
     target = folder / "preprocessor_config.json"
     if settings and not target.exists():
         target.write_text(json.dumps(settings, indent=2) + "\n")

@@ -10,6 +10,7 @@ Each step's folder holds checksums of its files, written before Orbax finalises 
 damaged one is found and skipped.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,11 +25,13 @@ from spatial_ssrl_jax.checkpoint.params import (
     META,
     PARAMS,
     abstract_like,
+    explain_load_errors,
     is_complete,
     load_params,
     save_params,
 )
 from spatial_ssrl_jax.common.errors import UserError, bucket_error, disk_problem
+from spatial_ssrl_jax.common.json_file import JsonObject, as_object
 from spatial_ssrl_jax.common.paths import absolute, in_bucket
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.parallel.collectives import is_primary
@@ -36,6 +39,7 @@ from spatial_ssrl_jax.rl.train_step import TrainState
 
 MODEL = "model"
 _TRAINING = "training"
+_RENAME = "rename the newest step, and the same command resumes after the one before it"
 _FROZEN = "frozen_{}"
 
 
@@ -63,21 +67,21 @@ class Checkpoints:
         self.folder = epath.Path(folder)
         self._saving = 0
         self._best = _KeepBest()
-        self._manager = ocp.CheckpointManager(
-            absolute(self.folder),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(keep), policies.CustomSteps(list(always)), self._best]
-                ),
-                create=True,
-                # `set_aside_damaged` removes them: Orbax would also remove frozen weights that are
-                # being written, or in a bucket `model/` as an unfinished step.
-                cleanup_tmp_directories=False,
-                enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(keep), policies.CustomSteps(list(always)), self._best]
             ),
-            item_names=(PARAMS, _TRAINING, META),
+            create=True,
+            # `set_aside_damaged` removes them: Orbax would also remove frozen weights that are
+            # being written, or in a bucket `model/` as an unfinished step.
+            cleanup_tmp_directories=False,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
+        with explain_load_errors(self.folder, _RENAME):
+            self._manager = ocp.CheckpointManager(
+                absolute(self.folder), options=options, item_names=(PARAMS, _TRAINING, META)
+            )
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step."""
@@ -146,16 +150,17 @@ class Checkpoints:
 
         Returns:
           The state, and the JSON that was saved with it.
+
+        Raises:
+          UserError: it is damaged, or of another shape.
         """
-        restored = self._manager.restore(
+        restored = self._read(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract_like(like.trained)),
-                training=ocp.args.StandardRestore(abstract_like(_training(like))),
-                meta=ocp.args.JsonRestore(),
-            ),
+            params=ocp.args.StandardRestore(abstract_like(like.trained)),
+            training=ocp.args.StandardRestore(abstract_like(_training(like))),
         )
-        frozen, training = restored[META]["frozen"], restored[_TRAINING]
+        meta, training = self._meta(step, restored), restored[_TRAINING]
+        frozen = meta.find("frozen", str)
         state = TrainState(
             trained=restored[PARAMS],
             frozen=load_params(self.folder / frozen, like.frozen) if frozen else {},
@@ -163,12 +168,19 @@ class Checkpoints:
             updates=training["updates"],
             skipped=training["skipped"],
         )
-        return state, restored[META]["run"]
+        return state, meta.get("run", dict)
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """Reads the JSON of one checkpoint alone."""
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)[META]["run"]
+        """Reads the JSON of one checkpoint alone; raises `UserError` where it is damaged."""
+        return self._meta(step, self._read(step)).get("run", dict)
+
+    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
+        with explain_load_errors(self.folder / str(step), _RENAME):
+            args = ocp.args.Composite(meta=ocp.args.JsonRestore(), **items)
+            return self._manager.restore(step, args=args)
+
+    def _meta(self, step: int, restored: Any) -> JsonObject:
+        return as_object(restored[META], os.fspath(self.folder / str(step) / META), _RENAME)
 
     def wait(self) -> None:
         """Waits until every save is complete.

@@ -1,5 +1,6 @@
 """Weights in Orbax folders: saving, loading, and finding them in a checkpoint."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -8,7 +9,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from spatial_ssrl_jax.common.errors import UserError, bucket_error
+from spatial_ssrl_jax.common.errors import UserError, explain
+from spatial_ssrl_jax.common.json_file import as_object
 from spatial_ssrl_jax.common.paths import absolute
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.qwen_vl.model import Params
@@ -35,12 +37,16 @@ def weight_folders(folder: epath.PathLike) -> list[epath.Path]:
 
     Args:
       folder: a step of a run's `checkpoints/`, or a folder that `convert to-orbax` wrote.
+
+    Raises:
+      UserError: what names the frozen ones is damaged.
     """
     folder = epath.Path(folder)
     found = [folder / PARAMS]
     if (folder / META).is_dir():
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            frozen = reader.restore(absolute(folder / META))["frozen"]
+        with explain_load_errors(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            meta = reader.restore(absolute(folder / META))
+        frozen = as_object(meta, os.fspath(folder / META)).find("frozen", str)
         if frozen:
             found.append(folder.parent / frozen)
     return found
@@ -52,7 +58,7 @@ def stored_params(folder: epath.PathLike) -> Params:
     Raises:
       UserError: the folder holds no weights.
     """
-    with _explain_load_errors(folder):
+    with explain_load_errors(folder):
         stored = ocp.StandardCheckpointHandler().metadata(absolute(folder)).tree
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
 
@@ -68,7 +74,7 @@ def load_params(folder: epath.PathLike, like: Params, keep_dtype: bool = False) 
     Raises:
       UserError: the folder is not a checkpoint of this shape.
     """
-    with _explain_load_errors(folder), ocp.StandardCheckpointer() as reader:
+    with explain_load_errors(folder), ocp.StandardCheckpointer() as reader:
         like = abstract_like(like)
         if keep_dtype:
             like = jax.tree.map(lambda x, m: x.update(dtype=m.dtype), like, stored_params(folder))
@@ -76,14 +82,17 @@ def load_params(folder: epath.PathLike, like: Params, keep_dtype: bool = False) 
 
 
 @contextmanager
-def _explain_load_errors(folder: epath.PathLike) -> Iterator[None]:
+def explain_load_errors(
+    folder: epath.PathLike, fix: str = "copy it again, or use another"
+) -> Iterator[None]:
+    """Turns an error of reading a folder into a `UserError`, unless `explain` has a message."""
     try:
         yield
-    except (ValueError, FileNotFoundError, KeyError) as error:
-        if bucket_error(error):
-            raise  # `explain` has a message for it
+    except Exception as error:  # Orbax raises any error of its readers
+        if explain(error) and not isinstance(error, FileNotFoundError):
+            raise
         raise UserError(
-            f"{folder} is not a checkpoint of this model ({error_line(error)})."
+            f"{folder} is not a checkpoint of this model, or damaged ({error_line(error)}): {fix}."
         ) from error
 
 

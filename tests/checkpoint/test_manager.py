@@ -1,6 +1,7 @@
 """Checkpoints: restored bit for bit, the right ones kept, unfinished ones skipped."""
 
 import dataclasses
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from spatial_ssrl_jax.checkpoint.checksums import find_damage, write_checksums
 from spatial_ssrl_jax.checkpoint.manager import Checkpoints, set_aside_damaged
 from spatial_ssrl_jax.checkpoint.params import (
     load_params,
@@ -238,3 +240,29 @@ def test_weights_of_another_model_are_an_error_that_names_the_folder(tmp_path: P
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="nowhere is not a checkpoint"):
         load_params(tmp_path / "nowhere", state(0).params)
+
+
+@pytest.mark.parametrize("entry", ["1", "[1]", '"a"', '["1", "2"]', "null", "[" * 9999])
+def test_damaged_checksums_count_as_damage(tmp_path: Path, entry: str):
+    (tmp_path / "a").write_text("x")
+    write_checksums(tmp_path)
+    assert find_damage(tmp_path) is None
+    (tmp_path / "checksums.json").write_text(f'{{"a": {entry}}}')
+    assert find_damage(tmp_path) == "checksums.json is damaged"
+
+
+def test_a_pipe_in_a_checkpoint_counts_as_damage(tmp_path: Path):
+    os.mkfifo(tmp_path / "a")
+    assert find_damage(tmp_path) == "a is no file"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"frozen": {}, "run": {}}', '{"frozen": null}'])
+def test_damaged_meta_is_named(tmp_path: Path, content: str):
+    """Of a checkpoint without checksums, which would tell."""
+    save(tmp_path, [1, 2], keep=2)
+    (tmp_path / "2" / "meta" / "metadata").write_text(content)
+    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    with pytest.raises(UserError, match="/2.*: rename the newest step, and the same command"):
+        checkpoints.restore(2, state(1))
+    assert checkpoints.read_meta(1) == {"step": 1}
+    checkpoints.close()
