@@ -358,6 +358,7 @@ def test_the_end_token_of_the_config_stands_in_for_a_missing_one(tiny: Path, giv
         ("generation_config", {"eos_token_id": [7, "a"]}, r'\(eos_token_id is \[7, "a"\]'),
         ("generation_config", {"eos_token_id": "7"}, "expected a whole number"),
         ("preprocessor_config", {"min_pixels": "3136"}, r'\(min_pixels is "3136"'),
+        ("preprocessor_config", {"min_pixels": 10**9}, "at least 1 and at most 67,108,864"),
         ("preprocessor_config", {"size": 7}, r"\(size is 7, expected an object"),
         ("preprocessor_config", {"image_mean": [0.5, 0.5]}, "expected a list of 3"),
         ("preprocessor_config", {"image_std": [0.25, "a", 1]}, "expected a number"),

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.checkpoint.models import TINY, open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.qwen_vl.family import config_from_dict, config_to_dict, read_config
 from spatial_ssrl_jax.qwen_vl.model import abstract_params, param_axes
@@ -209,7 +209,7 @@ def test_copy_of_a_tied_head_is_taken(mini, broken):
     ("name", "said"),
     [
         ("pytorch_model-00001-of-00002.bin", r"\*\.bin files, which are not read: save the model"),
-        ("model_world_size_8_rank_0.pt", "verl's FSDP shards, which are not read: merge them"),
+        ("model_world_size_8_rank_0.pt", "verl's FSDP shards: merge them with convert from-fsdp"),
         ("x.txt", "holds no .*fetch the model's weights"),
     ],
 )
@@ -325,10 +325,10 @@ def test_config_errors(shared, tmp_path):
     with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
         read_config(tmp_path)
     path.write_text('{"model_type": "qwen2_vl"}')
-    with pytest.raises(UserError, match=r"config\.json describes a 'qwen2_vl' model"):
+    with pytest.raises(UserError, match=r"config\.json has the model_type .qwen2_vl.; expected"):
         read_config(tmp_path)
     path.write_text("[]")
-    with pytest.raises(UserError, match=r"config\.json describes a None model"):
+    with pytest.raises(UserError, match=r"config\.json has no model_type"):
         read_config(tmp_path)
     raw = json.loads((shared / "qwen2_5_vl" / "3b" / "config.json").read_text())
     for other in ({"hidden_act": "gelu"}, {"rope_scaling": {"type": "yarn"}}):
@@ -348,3 +348,59 @@ def test_each_release_writes_the_same_config(shared, release: str):
     if not folder.is_dir():
         pytest.skip(f"{folder} is missing")
     assert read_config(folder) == read_config(shared / "qwen2_5_vl" / "3b")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("hidden_size", "64", r'\(hidden_size is "64", expected a whole number, at least 1'),
+        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, .* at most 1,024"),
+        ("vision_config.depth", None, None),
+        ("vision_config.depth", [1], r"\(vision_config\.depth is \[1\]"),
+        ("vision_config.patch_size", 10**6, r"\(vision_config\.patch_size is 1000000"),
+        ("vision_config.in_chans", 1, "sets vision_config.in_channels to 1, which is not"),
+        ("vision_config.window_size", 14, "window_size is smaller than a merged patch"),
+        ("rope_scaling.mrope_section", [1, 2], "expected a list of 3"),
+        ("rope_scaling.mrope_section", [1, 2, 3], "contradicts itself .mrope_section is not half"),
+        ("num_attention_heads", 7, "num_attention_heads does not divide hidden_size"),
+        ("vision_config.out_hidden_size", 4, "out_hidden_size is not hidden_size"),
+        ("rms_norm_eps", float("nan"), r"\(rms_norm_eps is NaN, expected a number"),
+        ("tie_word_embeddings", "yes", "expected true or false"),
+        ("eos_token_id", None, None),
+        ("eos_token_id", [], None),
+        ("eos_token_id", [738, 1], None),
+        ("eos_token_id", "", r'\(eos_token_id is "", expected a whole number'),
+        ("image_token_id", 744, "image_token_id is 744, .* below 744"),
+        ("model_type", {}, r"has the model_type \{\}; expected"),
+    ],
+)
+def test_a_wrong_value_in_the_config_is_named(tmp_path, path: str, value, message: str | None):
+    """Without a message the value counts as missing, and its default stands in."""
+    raw = json.loads((TINY / "config.json").read_text())
+    raw["vocab_size"], node = 744 if message else 152_064, raw
+    *sections, key = path.split(".")
+    for section in sections:
+        node = node[section]
+    node[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    if message is None:
+        assert read_config(tmp_path).eos_token_id in (738, 151_645)
+        return
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "holds no JSON object"),
+        ({"weight_map": []}, "expected an object"),
+        ({"weight_map": {"a": 1}}, r"\(weight_map\.a is 1, expected text"),
+        ({"weight_map": {"a": "a\0b"}}, "cannot be read .it is not there"),
+        ({"weight_map": {"a": "../gone"}}, "cannot be read .it is not there"),
+    ],
+)
+def test_a_wrong_value_in_the_index_is_named(mini, tmp_path, index, message: str):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message):
+        read_params(tmp_path, mini.config)

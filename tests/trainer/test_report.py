@@ -1,5 +1,6 @@
 """The report: one file that is alone, with curves, words of warning, and escaped responses."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -166,3 +167,21 @@ def test_a_run_that_has_not_begun_has_a_report(tmp_path: Path):
     write_report(tmp_path, CONFIG, "demo")
     page = (tmp_path / "report.html").read_text()
     assert "Not started" in page and "<article" not in page
+
+
+@pytest.mark.parametrize("field", ["task", "question", "images", "responses"])
+def test_damaged_rollouts_and_images_are_left_out(tmp_path: Path, field: str):
+    response = {"text": "t", "reward": 0.1, "advantage": -0.5, "accuracy": 0.0, "length": 7}
+    row = {"task": "flip", "kind": "flip", "question": "shown", "answer": "A"}
+    row |= {"responses": [response], "images": [np.zeros((8, 8, 3), np.uint8)]}
+    path = write_rollouts(tmp_path, 1, [row] * 3)
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {field: [{"a": 1}], "answer": "damaged"})
+    path.write_text("\n".join(lines))
+    images = sorted(path.parent.glob("images/*.png"))
+    images[0].write_bytes(images[0].read_bytes()[:40])
+    images[2].unlink()
+    write_report(tmp_path, CONFIG, "demo")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<article") == 2 and "answer damaged" not in page
+    assert "data:image" not in page.partition("<article")[2]

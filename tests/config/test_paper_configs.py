@@ -1,0 +1,71 @@
+"""The shipped configs of the paper: sources, sizes and counts as it has them."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from spatial_ssrl_jax.benchmarking.prompt_sharing import task_prompts
+from spatial_ssrl_jax.config import Config, load_config
+from spatial_ssrl_jax.config.validate import check_settings
+from spatial_ssrl_jax.data.items import check_served, source_shares, task_sources
+from spatial_ssrl_jax.data.processor import ImageArea, Processor
+from spatial_ssrl_jax.data.sources import OPENERS, open_source
+from spatial_ssrl_jax.data.sources.mixture import split_spec
+from spatial_ssrl_jax.data.stand_ins import stand_in
+from spatial_ssrl_jax.qwen_vl.family import read_config
+from spatial_ssrl_jax.tasks import TASKS_BY_NAME
+from tests.conftest import ROOT
+
+NAMES = ("sft_3b", "sft_7b", "grpo_3b", "grpo_7b", "grpo_3b_lora")
+
+
+@pytest.fixture(params=NAMES)
+def config(request: pytest.FixtureRequest) -> Config:
+    return load_config(str(ROOT / "configs" / f"{request.param}.py"))
+
+
+def test_tasks_draw_from_the_papers_sources(config: Config):
+    parts = split_spec(config.data.source, list(OPENERS))
+    plain, depth = ("shuffle", "flip", "crop"), ("depth", "position")
+    assert [(part.spec.partition(":")[0], part.tasks, part.weight) for part in parts] == [
+        ("folder", plain, 1), ("diode", depth, 1), ("megadepth", depth, 1),
+    ]  # fmt: skip
+    source = open_source(stand_in(config.data.source))
+    check_served(source, config.tasks)
+    found = task_sources(source, range(len(source)), TASKS_BY_NAME["depth"], config.tasks["depth"])
+    shares = source_shares(found)
+    assert shares["scenes:9:1024x768"] == pytest.approx(0.5)
+    assert shares["scenes:9:1600x1064"] == pytest.approx(3 / 8)
+
+
+def test_prompts_fit_the_buckets_by_their_sources_sizes(config: Config, shared: Path):
+    folder, limits = shared / "qwen2_5_vl", config.data
+    area = ImageArea(limits.min_pixels, limits.max_pixels)
+    processor = Processor(folder, read_config(folder / "3b"), area=area)
+    prompts = task_prompts(config, processor)
+    assert list(prompts) == list(TASKS_BY_NAME)
+    largest = max(p.tokens for alike in prompts.values() for p in alike)
+    bucket = min(b for b in limits.prompt_buckets if b >= largest)
+    assert largest > 0.7 * bucket  # else a smaller bucket is missing
+
+
+def test_released_pictures_cost_what_they_did(shared: Path):
+    """A photo of 1600x1064 fills the boxes as 930x618 and 1155x768, and in full would be 2,166."""
+    config = load_config(str(ROOT / "configs" / "grpo_3b.py"))
+    tasks, size = config.tasks, (1064, 1600)
+    assert TASKS_BY_NAME["depth"].sizes(size, tasks["depth"]) == [(618, 930)]
+    assert TASKS_BY_NAME["position"].sizes(size, tasks["position"]) == [(768, 1155)]
+    assert tasks["depth"].bands == tasks["position"].choice == "released"
+
+
+def test_the_cold_start_is_3600_examples_five_times():
+    sft = load_config(str(ROOT / "configs" / "sft_3b.py")).sft
+    assert (sft.examples, sft.prompts, sft.examples % sft.prompts) == (3600, 256, 16)
+    assert sft.steps == 5 * math.ceil(sft.examples / sft.prompts) == 75
+
+
+def test_one_gpu_gets_a_cold_start_in_the_same_run():
+    config = load_config(str(ROOT / "configs" / "grpo_3b_lora.py"))
+    assert config.sft.steps == 75 and config.sft.lora.rank and config.grpo.lora.rank
+    check_settings(config)
