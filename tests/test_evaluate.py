@@ -152,6 +152,19 @@ def test_targets_that_are_missing_are_named_or_left_out(run, tmp_path: Path):
     assert code == 0 and json.loads(printed)["count"] == 4 and "1 left out" in err
 
 
+def test_pretext_answers_of_other_tools_are_scored_by_their_category(run, tmp_path: Path):
+    row = {"benchmark": "pretext", "question": "?", "target": "2-0-1", "meta": {}}
+    rows = [
+        row | {"id": "a", "category": "shuffle/1x3", "response": "\\boxed{2-0-1}"},
+        row | {"id": "b", "category": "flip", "response": "\\boxed{0}"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, printed, _ = run(f"--score={tmp_path / 'p.jsonl'}", "--json")
+    found = json.loads(printed)
+    assert code == 0 and found["score"] == 50
+    assert (found["extra"]["shuffle"], found["extra"]["flip"]) == (100, 0)
+
+
 def test_nothing_is_overwritten_unasked(run, tmp_path: Path):
     given, out = write(tmp_path / "predictions.jsonl", LINES), tmp_path / "out"
     assert run(f"--score={given}", f"--out={out}")[0] == 0

@@ -101,6 +101,14 @@ def test_sft_json(tmp_path: Path):
     assert example.source["image"] == str(tmp_path / "images/7.png")
 
 
+def test_a_parquet_file_with_other_columns_is_named(tmp_path: Path):
+    file = tmp_path / "x.parquet"
+    for name, missing in (("question", "problem"), ("problem", "images")):
+        pq.write_table(pa.table({name: ["?"], "answer": ["1"]}), file)
+        with pytest.raises(UserError, match=rf"{file} has no column {missing}, only {name}, ans"):
+            open_source(f"ssrl81k:{file}")
+
+
 def test_a_bad_image_is_named(tmp_path: Path):
     file = write_json(tmp_path, images=["gone.png"])
     with pytest.raises(BadImage, match=r"gone\.png"):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.retry import with_retries
 
 if TYPE_CHECKING:
@@ -74,6 +75,19 @@ def read_texts(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
     table = pq.read_table(file, columns=list(columns))
     return list(zip(*(table[c].to_pylist() for c in columns), strict=True))
+
+
+def check_columns(file: Path, columns: Sequence[str]) -> None:
+    """Raises `UserError` where a file lacks a column."""
+    import pyarrow.parquet as pq
+
+    present = pq.read_schema(file).names
+    missing = [name for name in columns if name not in present]
+    if missing:
+        raise UserError(
+            f"{file} has no column {missing[0]}, only {', '.join(present) or 'none'}: rename its "
+            "columns, or give another file."
+        )
 
 
 def read_paths(file: Path, column: str) -> list[str]:

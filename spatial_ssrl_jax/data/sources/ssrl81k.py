@@ -22,7 +22,7 @@ from spatial_ssrl_jax.common.fingerprint import fingerprint, hash_texts
 from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.images import image_size, open_source_image
-from spatial_ssrl_jax.data.sources.parquet import RowGroups, read_paths, read_texts
+from spatial_ssrl_jax.data.sources.parquet import RowGroups, check_columns, read_paths, read_texts
 from spatial_ssrl_jax.data.sources.row_paths import ALLOW_HINT, complete_path, is_inside
 from spatial_ssrl_jax.tasks.answers import last_box
 from spatial_ssrl_jax.tasks.example import Example
@@ -210,6 +210,7 @@ def _read(spec: str, file: Path) -> list[ReleasedQuestion]:
 
 
 def _parquet_rows(file: Path) -> list[tuple[str, str, str, None, str]]:
+    check_columns(file, ("problem", "answer", "images"))
     texts, paths = read_texts(file, ("problem", "answer")), read_paths(file, "images")
     rows = zip(texts, paths, strict=True)
     return [(problem, answer, "", None, path) for (problem, answer), path in rows]

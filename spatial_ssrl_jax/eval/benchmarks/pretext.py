@@ -87,24 +87,29 @@ def judge(prediction: Prediction) -> Judgement:
 def _cells(predictions: Sequence[Prediction]) -> list[Cell]:
     """Tasks have equal weights; questions about one image are drawn together."""
     return [
-        (_image_of(prediction), prediction.meta["task"], score_of(prediction))
+        (_image_of(prediction), _task_of(prediction), score_of(prediction))
         for prediction in predictions
     ]
 
 
 def _image_of(prediction: Prediction) -> tuple[str, ...]:
-    source = prediction.meta["source"]
-    return source.get("spec", ""), source.get("record", prediction.id)
+    source = prediction.meta.get("source", {})
+    return str(source.get("spec", "")), str(source.get("record", prediction.id))
+
+
+def _task_of(prediction: Prediction) -> str:
+    """The task of an answer, which other tools' files may give as the category alone."""
+    return prediction.meta.get("task") or prediction.category.partition("/")[0]
 
 
 def _extra(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Accuracy of each task; and the chance level of all, each task and each category."""
-    tasks = sorted({prediction.meta["task"] for prediction in predictions})
+    tasks = sorted({_task_of(prediction) for prediction in predictions})
     found = {task: mean(c for c in _cells(predictions) if c[1] == task) for task in tasks}
     chances: dict[str, list[float | None]] = {}
     for prediction in predictions:
-        for name in {prediction.meta["task"], prediction.category}:
-            chances.setdefault(name, []).append(prediction.meta["chance"])
+        for name in {_task_of(prediction), prediction.category}:
+            chances.setdefault(name, []).append(prediction.meta.get("chance"))
     for name, values in sorted(chances.items()):
         known = [value for value in values if value is not None]
         if len(known) == len(values):
