@@ -1,20 +1,24 @@
-"""GRPO of Qwen2.5-VL-3B with LoRA, for one GPU of 24 to 48 GB.
+"""Cold start and GRPO of Qwen2.5-VL-3B with LoRA, for one GPU of 24 to 48 GB.
 
     SOURCE=shuffle,flip,crop@folder:COCO
     SOURCE+=+depth,position@diode:DIODE+depth,position@megadepth:MEGADEPTH
     python -m spatial_ssrl_jax.train --config=configs/grpo_3b_lora.py \
         --config.data.source=$SOURCE
 
-Not the paper's setting: adapters of rank 64, fewer prompts a step, smaller images and shorter
-responses. The base in bfloat16 is the KL's reference. Compiled for `rtx4090` (24 GB), prefill takes
-most, 21.1 of 22.3 GiB. It has not been run on the real weights.
+The cold start is that of `sft_3b.py`, without which the paper reports that the reward collapses;
+its adapters are merged before GRPO begins. GRPO is not the paper's: adapters of rank 64, fewer
+prompts a step, smaller images and shorter responses, of at most 512 tokens. The merged base in
+bfloat16 is the KL's reference. Compiled for `rtx4090` (24 GB), prefill takes most, 20.9 of 22.3
+GiB, and a row of the cold start 12.6; its 75 steps of some 47 rows take 1.4 hours there at least,
+and a step of GRPO at the longest prompts and responses 2.5 minutes. It has not been run on the real
+weights.
 """
 
 from spatial_ssrl_jax import config as c
 
 
 def get_config() -> c.Config:
-    """64 prompts x 5 samples a step, one update."""
+    """75 steps of 256 samples, then 64 prompts x 5 samples a step, one update."""
     return c.Config(
         name="grpo_3b_lora",
         model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", attention_chunk=256),

@@ -7,9 +7,10 @@
 
 3,600 examples are learned five times: 15 steps each time, of which the last has 16 examples.
 Responses are made from the tasks themselves unless `--config.sft.responses=FILE` names the released
-cold-start JSON, whose questions are used as often as they are in it. Meant for a TPU v5e-16 (compiled: 5.1 of 15.75 GiB a chip), or one 80 GB GPU with
-`--config.sft.micro_batch_rows=1 --config.rollout.tensor=1` (compiled for `a100-80gb`: 12.6 GiB). It
-has not been run on the real weights.
+cold-start JSON, all of whose questions are then learned. Meant for a TPU v5e-16 (compiled: 5.2 of
+15.75 GiB a chip), or one 80 GB GPU with `--config.sft.micro_batch_rows=1
+--config.rollout.tensor=1` (compiled for `a100-80gb`: 12.6 GiB). It has not been run on the real
+weights.
 """
 
 from spatial_ssrl_jax import config as c

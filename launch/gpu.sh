@@ -22,13 +22,15 @@ install() {
     stop "the package cannot be installed: fix the error above, and remove $VENV."
 }
 
-# Stops where a config of GRPO starts from a cold start that is not there.
+# Stops where a config of GRPO starts from a cold start that is not there; not in a dry run.
 cold_start() {
-  local sft=configs/sft_${CONFIG#configs/grpo_}
-  [[ $MODEL || ! -f $sft || -d runs/$(basename "$sft" .py)/export ]] && return
+  local name sft
+  name=$(basename "$CONFIG" .py)
+  sft=sft_${name#grpo_}
+  [[ $DRY || $name != grpo_* || $MODEL || ! -f configs/$sft.py || -d runs/$sft/export ]] && return
   [[ " ${OVERRIDES[*]}" =~ " --config."(model.path|grpo.init_from)[=\ ] ]] && return
-  stop "$CONFIG starts from runs/$(basename "$sft" .py)/export, which is not there: make it with \
-launch/gpu.sh --config=$sft, or give --model=FOLDER."
+  stop "$CONFIG starts from runs/$sft/export, which is not there: make it with \
+launch/gpu.sh --config=configs/$sft.py${SOURCE:+ --source=$SOURCE}, or give --model=FOLDER."
 }
 
 main() {

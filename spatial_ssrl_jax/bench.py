@@ -86,7 +86,7 @@ def _add_padding(commands: Commands) -> None:
     parser.add_argument(
         "--model", help="folder whose processor makes prompts; default the config's"
     )
-    parser.add_argument("--source", help="images; default built-in scenes")
+    parser.add_argument("--source", help="images; default the config's, or scenes of their sizes")
     parser.add_argument("--steps", type=int, default=200, help="GRPO steps")
     parser.add_argument("--mean", type=float, default=200.0, help="mean tokens of a drawn response")
     parser.add_argument("--spread", type=float, default=0.3, help="sigma of their logarithm")

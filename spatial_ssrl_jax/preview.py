@@ -112,7 +112,9 @@ def _choose_tasks(
     """The source's examples for each of the tasks in `names`, or for all that it can serve."""
     from spatial_ssrl_jax.data.items import task_sources, unusable
 
-    wanted = list(TASKS_BY_NAME) if names is None else names.split(",")
+    wanted = [name for name, s in settings.items() if s.weight > 0]
+    if names is not None:
+        wanted = names.split(",")
     chosen = {}
     for name in wanted:
         if name not in TASKS_BY_NAME:
@@ -235,7 +237,7 @@ def _statistics(
     return "".join(f"<h2>{title}</h2>{table(head, rows)}" for title, head, rows in parts if rows)
 
 
-_GAPS = ("smaller gap between neighbours, of normalised depth", "examples", "fraction")
+_GAPS = ("smaller gap between means of neighbours", "examples", "fraction")
 
 
 def _gap_rows(examples: list[Example]) -> list[tuple[str, int, str]]:

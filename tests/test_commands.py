@@ -94,6 +94,24 @@ def test_preview_leaves_examples_with_their_images_and_truth(run, tmp_path: Path
     assert page.count("<article") == 10 and all(name in page for name in written)
 
 
+def test_preview_shows_sources_gaps_and_a_configs_settings(run, tmp_path: Path):
+    spec, out = "depth@scenes:30:224x224+depth@3*scenes:20:224x224+flip@scenes:9", tmp_path / "p"
+    argv = [f"--source={spec}", f"--out={out}", "--count=24", "--tasks=depth", "--json"]
+    code, printed, _ = run(preview.main, *argv, "--config.tasks.depth.fit_box=(300,300)")
+    report = json.loads(printed)
+    shares = {"scenes:30:224x224": 0.25, "scenes:20:224x224": 0.75}
+    assert code == 0 and report["sources"] == {"depth": shares}
+    rows = [json.loads(line) for line in (out / "examples.jsonl").read_text().splitlines()]
+    drawn = [row["source"]["spec"] for row in rows]
+    assert 1 <= drawn.count("scenes:30:224x224") < 12 and len(drawn) == 24
+    with Image.open(out / rows[0]["images"][0]) as image:
+        assert image.size == (300, 300)
+    page = (out / "index.html").read_text()
+    assert "<td>scenes:20:224x224</td><td>75%</td>" in page
+    gaps = [min(np.diff(sorted(row["truth"]["depths"]))) for row in rows]
+    assert f"<td>0.1 to 0.2</td><td>{np.histogram(gaps, (0.1, 0.2))[0][0]}</td>" in page
+
+
 def test_preview_follows_its_seed(run, tmp_path: Path):
     def lines(name: str, seed: int) -> str:
         out = tmp_path / name

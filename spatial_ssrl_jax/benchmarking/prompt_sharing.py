@@ -8,11 +8,10 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import task_sources
+from spatial_ssrl_jax.data.items import task_sources, unusable
 from spatial_ssrl_jax.data.processor import Processor
-from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.scenes import open_scenes
-from spatial_ssrl_jax.data.stand_ins import stand_in
+from spatial_ssrl_jax.data.stand_ins import own_source
 from spatial_ssrl_jax.perf.flops import GroupShape, step_flops
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import Grid
@@ -23,6 +22,7 @@ from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 LENGTHS = (50, 100, 200, 400, 800, 1600, 2048)
 MIX = "mix"
 _PASSES = 2  # old log-probabilities, which two updates a rollout need, and the reference's
+_MEASURED = 9  # images of a source
 _QUESTIONS = "scenes:20:448x448"  # small images of which only the question's words are used
 
 
@@ -47,27 +47,31 @@ Prompts = dict[str, list[TaskPrompt]]  # by task
 def task_prompts(config: Config, processor: Processor) -> Prompts:
     """Each trained task's prompts, for the image sizes of the config's source.
 
-    Sizes are those of `stand_in`, whatever images are there; `Processor.measure` computes the
-    prompts' sizes, and no image of these sizes is made.
+    Of a source that is here a few images are measured, by their headers; of another one the
+    `stand_in`. `Processor.measure` computes the prompts' sizes.
 
     Raises:
-      UserError: a task yields no example, whose words are needed, or nothing is known of its sizes.
+      UserError: a task has no source or yields no example, or nothing is known of its sizes.
     """
     found: Prompts = {}
-    source = open_source(stand_in(config.data.source))
+    source = own_source(config)
     for task in TASKS:
         settings = config.tasks[task.name]
-        parts = task_sources(source, range(len(source)), task, settings)
-        if settings.weight <= 0 or not parts:
+        if settings.weight <= 0:
             continue
+        parts = task_sources(source, range(len(source)), task, settings)
+        if not parts:
+            raise UserError(f"{unusable(source, task)}: give another source.")
         question = f"{_example(task).question} {FORMAT_PROMPT}"
         total, found[task.name] = sum(part.weight for part in parts), []
         for part in parts:
-            sizes = part.maker.sizes(part.indices[0])
-            grids = tuple(processor.grid(*size) for size in sizes)
-            tokens = processor.measure(sizes, question).tokens
-            weight = settings.weight * part.weight / total
-            found[task.name].append(TaskPrompt(weight, tokens, grids))
+            chosen = part.indices[:: -(-len(part.indices) // _MEASURED)]
+            weight = settings.weight * part.weight / total / len(chosen)
+            for index in chosen:
+                sizes = part.maker.sizes(index)
+                grids = tuple(processor.grid(*size) for size in sizes)
+                tokens = processor.measure(sizes, question).tokens
+                found[task.name].append(TaskPrompt(weight, tokens, grids))
     return found
 
 
@@ -144,7 +148,7 @@ def sharing_report(
     total = sum(prompt.weight for alike in prompts.values() for prompt in alike)
     return {
         "group": group,
-        "source": stand_in(config.data.source),
+        "source": own_source(config).spec,
         "prompts": {name: _mean_prompt(alike, total) for name, alike in prompts.items()},
         "flops": sharing_curve(model, prompts, group),
     }

@@ -39,7 +39,7 @@ from spatial_ssrl_jax.rl.train_step import TrainState
 
 MODEL = "model"
 _TRAINING = "training"
-_RENAME = "rename the newest step, and the same command resumes after the one before it"
+RENAME = "rename the newest step, and the same command resumes after the one before it"
 _FROZEN = "frozen_{}"
 
 
@@ -78,7 +78,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
-        with explain_load_errors(self.folder, _RENAME):
+        with explain_load_errors(self.folder, RENAME):
             self._manager = ocp.CheckpointManager(
                 absolute(self.folder), options=options, item_names=(PARAMS, _TRAINING, META)
             )
@@ -175,12 +175,12 @@ class Checkpoints:
         return self._meta(step, self._read(step)).get("run", dict)
 
     def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
-        with explain_load_errors(self.folder / str(step), _RENAME):
+        with explain_load_errors(self.folder / str(step), RENAME):
             args = ocp.args.Composite(meta=ocp.args.JsonRestore(), **items)
             return self._manager.restore(step, args=args)
 
     def _meta(self, step: int, restored: Any) -> JsonObject:
-        return as_object(restored[META], os.fspath(self.folder / str(step) / META), _RENAME)
+        return as_object(restored[META], os.fspath(self.folder / str(step) / META), RENAME)
 
     def wait(self) -> None:
         """Waits until every save is complete.

@@ -64,8 +64,8 @@ class DataSettings:
     """Where images come from and what they are turned into.
 
     Attributes:
-      source: a SPEC, for example `scenes`, `folder:PATH`, or several with weights, for example
-        `2*nyu:PATH+folder:PATH`.
+      source: a SPEC, for example `scenes`, `folder:PATH`, or several with tasks and weights, for
+        example `shuffle,flip,crop@folder:PATH+depth,position@2*nyu:PATH`.
       transparency: what becomes of transparent pixels of its images: `white` blends them with
         white, `drop` takes their colours, mostly black, as the released code does.
       allow_outside_paths: paths in question files, those of `eval.benchmark` too, may leave the

@@ -23,6 +23,7 @@ from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, TaskSett
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 TOO_LONG = "prompt above the largest of data.prompt_buckets or data.window_buckets"
+_LARGER = "add a larger one to data.prompt_buckets or data.window_buckets, or lower data.max_pixels"
 _TRIES = 50
 
 
@@ -208,11 +209,11 @@ class MakeItem(grain.transforms.RandomMap):
                 bad = isinstance(error, BadImage)
                 skipped.append(SkippedRecord(self.maker.source.name(index), str(error), bad))
             index = int(self.pool[int(rng.integers(len(self.pool)))])
-        reasons = "; ".join(sorted({skip.reason for skip in skipped})[:3])
-        task = self.maker.task
+        reasons = sorted({skip.reason for skip in skipped})
+        task, fix = self.maker.task, f"set tasks.{self.maker.task}.weight=0 or use other images"
         raise UserError(
             f"{self.maker.source.spec} has no valid {task} example in {_TRIES} tries "
-            f"({reasons}): set tasks.{task}.weight=0 or use other images."
+            f"({'; '.join(reasons[:3])}): {_LARGER if reasons == [TOO_LONG] else fix}."
         )
 
     def _item(
@@ -275,6 +276,21 @@ def item_dataset(
     return _mixed(streams, weights)
 
 
+def question_dataset(
+    source: QuestionSource, processor: Processor, seed: int, limit: PromptSize | None = None
+) -> grain.MapDataset[Item]:
+    """An endless stream of ready-made questions, each once before any comes again.
+
+    Args:
+      source: of all tasks.
+      processor, seed, limit: as for `item_dataset`.
+    """
+    indices = list(range(len(source)))
+    transform = MakeItem(QuestionExampleMaker(source, "cold-start"), indices, processor, limit)
+    records = grain.MapDataset.source(indices).seed(_seed(seed, 0, 0))
+    return records.shuffle().repeat().random_map(transform)
+
+
 def check_fits(
     source: AnySource,
     pool: Sequence[int],
@@ -293,17 +309,15 @@ def check_fits(
     for task in TASKS:
         if tasks[task.name].weight <= 0:
             continue
-        sizes = []
         for found in task_sources(source, pool, task, tasks[task.name]):
-            sizes += _min_sizes(found, processor)
-        if sizes and not any(_fits(size, limit) for size in sizes):
-            smallest = min(sizes, key=lambda size: (size.tokens, size.windows))
-            raise UserError(
-                f"no {task.name} prompt of {source.spec} fits {limit.tokens} tokens and "
-                f"{limit.windows} windows (the smallest takes {smallest.tokens} and "
-                f"{smallest.windows}): add a larger one to data.prompt_buckets or "
-                "data.window_buckets, or lower data.max_pixels."
-            )
+            sizes = _min_sizes(found, processor)
+            if sizes and not any(_fits(size, limit) for size in sizes):
+                smallest = min(sizes, key=lambda size: (size.tokens, size.windows))
+                raise UserError(
+                    f"no {task.name} prompt of {found.maker.source.spec} fits {limit.tokens} "
+                    f"tokens and {limit.windows} windows (the smallest takes {smallest.tokens} "
+                    f"and {smallest.windows}): {_LARGER}."
+                )
 
 
 def _min_sizes(source: TaskSource, processor: Processor) -> list[PromptSize]:

@@ -11,7 +11,7 @@ from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.items import ImageExampleMaker, TaskSource, task_sources
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, open_source
-from spatial_ssrl_jax.data.stand_ins import stand_in
+from spatial_ssrl_jax.data.stand_ins import own_source
 from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Reject, Size, Task, TaskSettings
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
@@ -68,7 +68,7 @@ class Lengths:
         Raises:
           UserError: the source has no image for a task, or no example of it.
         """
-        source = open_source(spec) if spec else _source_of(config)
+        source = open_source(spec, config.data.reading) if spec else own_source(config)
         trained = [task for task in TASKS if config.tasks[task.name].weight > 0]
         found = [_measure(task, config.tasks[task.name], source, processor) for task in trained]
         return cls(source.spec, tuple(found))
@@ -85,13 +85,6 @@ class Lengths:
             sizes[mine, 0] += task.text[example]
             responses[mine] = task.responses[example]
         return sizes, responses
-
-
-def _source_of(config: Config) -> AnySource:
-    try:
-        return open_source(config.data.source, config.data.reading)
-    except UserError:
-        return open_source(stand_in(config.data.source))
 
 
 def _measure(

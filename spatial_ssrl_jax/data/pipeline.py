@@ -148,7 +148,7 @@ def batches(
     if epoch is not None and epoch % batch % processes:
         raise UserError(
             f"the last {epoch % batch} of {epoch} examples do not divide over {processes} "
-            "processes: change sft.examples, or use 0 for an endless stream."
+            f"processes: set sft.examples={epoch - epoch % batch % processes}."
         )
     if micro_batch % processes:
         raise UserError(

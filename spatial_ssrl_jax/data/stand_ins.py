@@ -1,7 +1,8 @@
 """Stand-ins for data sets that are not at hand: built-in scenes of the sizes that they have."""
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.data.sources import OPENERS
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data.sources import OPENERS, AnySource, open_source
 from spatial_ssrl_jax.data.sources.mixture import split_spec
 from spatial_ssrl_jax.tasks import TASKS
 
@@ -10,13 +11,25 @@ from spatial_ssrl_jax.tasks import TASKS
 _COCO = {"640x480": 3.0, "640x427": 3.0, "480x640": 1.0, "427x640": 1.0}
 _SIZES: dict[str, dict[str, float]] = {
     "folder": _COCO,
-    "tfds": _COCO,
+    "coco": _COCO,
     "diode": {"1024x768": 1.0},
     "megadepth": {"1600x1064": 3.0, "1064x1600": 1.0},
     "nyu": {"640x480": 1.0},
 }
-_WITHOUT_DEPTH = ("folder", "tfds")
+_WITHOUT_DEPTH = ("folder", "coco")
 _SCENES = 9  # images of a size
+
+
+def own_source(config: Config) -> AnySource:
+    """The config's source, or where it cannot be opened its `stand_in`.
+
+    Raises:
+      UserError: see `stand_in`.
+    """
+    try:
+        return open_source(config.data.source, config.data.reading)
+    except UserError:
+        return open_source(stand_in(config.data.source))
 
 
 def stand_in(spec: str) -> str:
@@ -27,13 +40,19 @@ def stand_in(spec: str) -> str:
     """
     parts = []
     for part in split_spec(spec, list(OPENERS)):
-        kind, tasks = part.spec.partition(":")[0], part.tasks
+        kind, _, argument = part.spec.partition(":")
+        if kind == "tfds":  # what `prepare` packs, or a data set of the catalogue
+            kind = argument.removeprefix("ssrl_pictures/").partition("@")[0].partition("/")[0]
+        tasks = part.tasks
         if kind == "scenes":
             sizes = {part.spec: 1.0}
         elif kind in _SIZES:
             sizes = {f"scenes:{_SCENES}:{size}": n for size, n in _SIZES[kind].items()}
         else:
-            raise UserError(f"{part.spec} is not here, so its sizes are not known: give --source.")
+            raise UserError(
+                f"{part.spec} cannot be opened here, and the sizes of such images are not known: "
+                "give a source that is here."
+            )
         if tasks is None and kind in _WITHOUT_DEPTH:
             tasks = tuple(task.name for task in TASKS if not task.needs_depth)
         names, total = f"{','.join(tasks)}@" if tasks else "", sum(sizes.values())

@@ -67,7 +67,7 @@ def open_video(
     with _reading(path) as av:
         total, native = _count(av, path)
         indices = sample_frame_indices(total, native, fps, max_frames)
-        with av.open(os.fspath(path)) as container:
+        with _open(av, path) as container:
             frames = _decode(container, indices)
     if len(frames) < len(indices):
         raise BadImage(f"{path}: only {len(frames)} of {len(indices)} frames can be decoded.")
@@ -84,7 +84,7 @@ def measure_video(
     """
     with _reading(path) as av:
         indices = sample_frame_indices(*_count(av, path), fps, max_frames)
-        with av.open(os.fspath(path)) as container:
+        with _open(av, path) as container:
             frames = _decode(container, np.zeros(1, np.int64))
     if not frames:
         raise BadImage(f"{path}: no frame can be decoded.")
@@ -108,14 +108,19 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[ModuleType]:
         yield av
     except FileNotFoundError:
         raise BadImage(f"{path}: there is no such file.") from None
-    except (FFmpegError, OSError) as error:
-        reason = error.strerror or error_line(error)
+    except (FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error_line(error)
         raise BadImage(f"{path}: cannot be read as a video ({reason}).") from error
+
+
+def _open(av: ModuleType, path: str | os.PathLike[str]) -> "InputContainer":
+    """An open file, whatever its titles and other metadata hold."""
+    return av.open(os.fspath(path), metadata_errors="replace")
 
 
 def _count(av: ModuleType, path: str | os.PathLike[str]) -> tuple[int, float]:
     """Frames, counted packet by packet as a header may lack their number, and frames a second."""
-    with av.open(os.fspath(path)) as container:
+    with _open(av, path) as container:
         if not container.streams.video:
             raise BadImage(f"{path}: holds no video.")
         stream = container.streams.video[0]
@@ -142,7 +147,7 @@ def stills(path: str | os.PathLike[str], count: int) -> list[np.ndarray]:
 
     Unlike `open_video` it decodes no other frame; raises the same errors.
     """
-    with _reading(path) as av, av.open(os.fspath(path)) as container:
+    with _reading(path) as av, _open(av, path) as container:
         if not container.streams.video:
             raise BadImage(f"{path}: holds no video.")
         stream, frames = container.streams.video[0], {}

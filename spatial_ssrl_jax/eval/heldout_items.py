@@ -41,8 +41,8 @@ def task_datasets(
 def open_pretext(
     source: AnySource, processor: Processor, count: int, heldout_fraction: float, seed: int
 ) -> Benchmark:
-    """The tasks as a benchmark: the held-out questions of a training run with these settings,
-    where its buckets hold them all.
+    """The tasks as a benchmark: the held-out questions of a training run with these options and the
+    tasks' default settings, where its buckets hold them all.
 
     Args:
       source: of images or of questions.

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.json_file import FETCH
+from spatial_ssrl_jax.common.paths import check_regular
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.lora import TARGETS, LoraSettings, adapter_settings
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
@@ -167,6 +169,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
             "write it with save_pretrained(FOLDER, safe_serialization=True)."
         )
     tensors = {}
+    check_regular(path, FETCH)
     try:
         with safe_open(path, "np") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import SftSettings
 from spatial_ssrl_jax.data.batching import smallest_bucket
 from spatial_ssrl_jax.data.items import Item
@@ -32,10 +33,21 @@ def encode_responses(items: Sequence[Item], processor: Processor, limit: int) ->
     Raises:
       UserError: a response has more than `limit` tokens.
     """
-    texts = (i.example.response or response_text(i.example.reason, i.example.answer) for i in items)
-    responses = [processor.encode_response(text) for text in texts]
-    smallest_bucket(max(map(len, responses)), (limit,), "rollout.max_new_tokens")
+    responses = []
+    for example in (item.example for item in items):
+        text = example.response or response_text(example.reason, example.answer)
+        responses.append(processor.encode_response(text))
+        check_response(len(responses[-1]), limit, example.source["record"])
     return responses
+
+
+def check_response(tokens: int, limit: int, name: str) -> None:
+    """Raises `UserError` where a response to learn has more than `limit` tokens."""
+    if tokens > limit:
+        raise UserError(
+            f"the response of {name} has {tokens} tokens, above rollout.max_new_tokens={limit}: "
+            "raise it with sft.row_responses and sft.row_tokens, or shorten or remove the response."
+        )
 
 
 @dataclass(frozen=True)

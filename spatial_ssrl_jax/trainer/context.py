@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import grain
@@ -10,17 +10,18 @@ import jax
 import numpy as np
 from etils import epath
 
-from spatial_ssrl_jax.checkpoint.manager import MODEL, Checkpoints, set_aside_damaged
+from spatial_ssrl_jax.checkpoint.manager import MODEL, RENAME, Checkpoints, set_aside_damaged
 from spatial_ssrl_jax.checkpoint.models import ModelFolder, open_model
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.json_file import JsonObject
 from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.common.paths import check_bucket
 from spatial_ssrl_jax.config.load import to_dict
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import check_fits, check_served, item_dataset, task_sources
+from spatial_ssrl_jax.data.items import check_fits, check_served, item_dataset, question_dataset
 from spatial_ssrl_jax.data.pipeline import BatchStream, batches, repeated
 from spatial_ssrl_jax.data.processor import ImageArea, Processor, PromptSize
-from spatial_ssrl_jax.data.sources import AnySource, open_source
+from spatial_ssrl_jax.data.sources import AnySource, QuestionSource, open_source
 from spatial_ssrl_jax.data.split import RecordSplit, split_records
 from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark
 from spatial_ssrl_jax.eval.heldout import HeldoutEval, HeldoutTable
@@ -36,9 +37,9 @@ from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.placement import check_sharding, compute_settings
+from spatial_ssrl_jax.rl.sft import check_response
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rollout.engine import Engine
-from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval, eval_options, open_eval_benchmark
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from spatial_ssrl_jax.trainer.initial_state import check_initial_weights
@@ -89,12 +90,20 @@ class RunState:
         return asdict(self)
 
     def restore(self, meta: dict[str, Any]) -> None:
-        """Takes the values that `as_meta` gave; those of older checkpoints may lack some."""
-        known = {f.name: meta[f.name] for f in fields(self) if f.name in meta}
-        if known.get("best"):
-            known["best"] = BestCheckpoint(**known["best"])
-        for name, value in known.items():
-            setattr(self, name, value)
+        """Takes the values that `as_meta` gave; those of older checkpoints may lack some.
+
+        Raises:
+          UserError: a value is of another type.
+        """
+        stored = JsonObject(meta, "the checkpoint's meta", RENAME)
+        for name in ("heldout", "seconds"):
+            setattr(self, name, stored.get(name, dict, {}))
+        for name in ("tried", "bad", "skipped"):
+            setattr(self, name, stored.get(name, int, 0))
+        best = stored.section("best")
+        if best.values:
+            step, metric = best.get("step", int), best.get("metric", str)
+            self.best = BestCheckpoint(step, metric, best.get("value", float))
 
 
 @dataclass(frozen=True)
@@ -144,12 +153,21 @@ def open_components(config: Config) -> RunComponents:
     items_of(config, source, split.train, processor, config.seed)  # checks the tasks' needs
     check_fits(source, split.train, config.tasks, processor, _limit(config))
     if config.sft.steps and config.sft.responses != "synthetic":
-        open_source(f"ssrl81k:{config.sft.responses}", config.data.reading)
+        _check_responses(config, processor)
     rollout_layout = check_sharding(config, model.config, layout)
     questions = open_eval_benchmark(config)
     return RunComponents(
         config, layout, rollout_layout, model, processor, source, split, compute, questions
     )
+
+
+def _check_responses(config: Config, processor: Processor) -> None:
+    """Opens a cold start's file; raises `UserError` where a response is longer than the limit."""
+    source = open_source(f"ssrl81k:{config.sft.responses}", config.data.reading)
+    assert isinstance(source, QuestionSource)  # as the SPEC says
+    for index, question in enumerate(source.questions):
+        tokens = len(processor.encode_response(question.response))
+        check_response(tokens, config.rollout.max_new_tokens, source.name(index))
 
 
 def _check_end_token(processor: Processor) -> None:
@@ -319,13 +337,8 @@ def _items_of_file(
 ) -> grain.MapDataset:
     """The questions of a cold start's file."""
     config, pool = components.config, range(len(source))
-    if stage.settings.task_shares == "file":
-        tasks = {}
-        for task in TASKS:
-            found = task_sources(source, pool, task, config.tasks[task.name])
-            count = sum(len(part.indices) for part in found)
-            tasks[task.name] = replace(config.tasks[task.name], weight=float(count))
-        config = replace(config, tasks=tasks)
+    if stage.settings.task_shares == "file" and isinstance(source, QuestionSource):
+        return question_dataset(source, components.processor, stage.seed, _limit(config))
     return items_of(config, source, pool, components.processor, stage.seed)
 
 

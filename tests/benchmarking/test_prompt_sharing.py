@@ -92,5 +92,5 @@ def test_a_group_model_or_source_that_does_not_fit_is_refused(shared: Path, opti
         bench.main([*options, "--group=0"])
     with pytest.raises(UserError, match="tokenizer_config.json is missing"):
         bench.main(options[:-1])
-    with pytest.raises(UserError, match="rgbd:x is not here, so its sizes are not known"):
+    with pytest.raises(UserError, match="rgbd:x cannot be opened here, and the sizes"):
         bench.main([*options, "--config.data.source=rgbd:x"])

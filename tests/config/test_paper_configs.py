@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spatial_ssrl_jax.benchmarking.prompt_sharing import task_prompts
@@ -16,6 +17,7 @@ from spatial_ssrl_jax.data.stand_ins import stand_in
 from spatial_ssrl_jax.qwen_vl.family import read_config
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from tests.conftest import ROOT
+from tests.helpers.images import record as room_record
 
 NAMES = ("sft_3b", "sft_7b", "grpo_3b", "grpo_7b", "grpo_3b_lora")
 
@@ -57,6 +59,30 @@ def test_released_pictures_cost_what_they_did(shared: Path):
     assert TASKS_BY_NAME["depth"].sizes(size, tasks["depth"]) == [(618, 930)]
     assert TASKS_BY_NAME["position"].sizes(size, tasks["position"]) == [(768, 1155)]
     assert tasks["depth"].bands == tasks["position"].choice == "released"
+    assert tasks["position"].headings == {"left": 30, "right": 30, "towards": 30, "away": 10}
+
+
+def test_released_markers_are_as_wide_as_matplotlibs():
+    """53 pixels of 15 pt and 41 of 12 pt, for a photo of 1024x768."""
+    tasks, rec = load_config(str(ROOT / "configs" / "grpo_3b.py")).tasks, room_record(3, 768, 1024)
+    for name, wide in (("depth", 53), ("position", 41)):
+        example = TASKS_BY_NAME[name].make(rec, np.random.default_rng(0), tasks[name])
+        (x, y), scale = example.truth["points"][0], example.images[0].shape[0] / 768
+        x, y = int((x + 0.5) * scale), int((y + 0.5) * scale)
+        row = (example.images[0][y - 8] == 255).all(axis=1)[x - 40 : x + 41]
+        chord = np.flatnonzero(row)
+        radius = np.hypot((chord[-1] - chord[0]) / 2, 8)
+        assert abs(2 * radius + 1 - wide) < 8  # without the black edge
+
+
+def test_areas_are_the_papers():
+    limits = {n: load_config(str(ROOT / "configs" / f"{n}.py")).data for n in NAMES}
+    found = {n: (data.min_pixels, data.max_pixels) for n, data in limits.items()}
+    grpo, cold_start = (262_144, 4_194_304), (1, 262_144)
+    assert found == {
+        "sft_3b": cold_start, "sft_7b": cold_start, "grpo_3b": grpo, "grpo_7b": grpo,
+        "grpo_3b_lora": cold_start,
+    }  # fmt: skip
 
 
 def test_the_cold_start_is_3600_examples_five_times():
@@ -68,4 +94,5 @@ def test_the_cold_start_is_3600_examples_five_times():
 def test_one_gpu_gets_a_cold_start_in_the_same_run():
     config = load_config(str(ROOT / "configs" / "grpo_3b_lora.py"))
     assert config.sft.steps == 75 and config.sft.lora.rank and config.grpo.lora.rank
+    assert (config.sft.examples, config.sft.prompts) == (3600, 256)
     check_settings(config)

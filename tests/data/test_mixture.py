@@ -41,12 +41,24 @@ from tests.data.test_sources import save_image
             "crop@arrayrecord:/x/[0-9]*-of-*+flip@folder:/[0-9]",
             [("arrayrecord:/x/[0-9]*-of-*", 1, ("crop",)), ("folder:/[0-9]", 1, ("flip",))],
         ),
+        ("folder:/my+folder", [("folder:/my+folder", 1)]),
+        ("rgbd:/data/rgbd+nyu", [("rgbd:/data/rgbd+nyu", 1)]),
+        (
+            "scenes + flip , crop @ 2 * folder:B",
+            [("scenes", 1), ("folder:B", 2, ("flip", "crop"))],
+        ),
         ("folder:/me@home/a+b@[c]", [("folder:/me@home/a+b@[c]", 1)]),
         ("folder:/a@b+flip@folder:/c+d", [("folder:/a@b", 1), ("folder:/c+d", 1, ("flip",))]),
     ],
 )
 def test_the_written_format(spec: str, parts: list):
     assert split_spec(spec, list(OPENERS)) == [SpecPart(*part) for part in parts]
+
+
+@pytest.mark.parametrize("spec", ["2*depth@nyu:A", "folder:A+2*depth@nyu:A"])
+def test_a_weight_before_the_tasks_is_explained(spec: str):
+    with pytest.raises(UserError, match=r"in '2\*depth@nyu:A' the weight comes first"):
+        open_source(spec)
 
 
 def test_an_unknown_task_is_named():

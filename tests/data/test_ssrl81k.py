@@ -134,9 +134,16 @@ def test_bad_questions_are_named(tmp_path: Path, changes: dict, message: str):
 
 
 def test_damaged_and_missing_files_are_named(tmp_path: Path):
-    for content in ("[{}]", "no json"):
+    row = {"instruction": SHUFFLE["1x3"], "output": "\\boxed{0}"}
+    for content, message in (
+        ("no json", r"x\.json is not valid JSON"),
+        ("{}", r"x\.json holds no list of questions"),
+        ("[{}]", r"question 0 of .*x\.json lacks the key 'instruction'"),
+        (json.dumps([row | {"images": []}]), r"images is \[\], expected at least one path"),
+        (json.dumps([row | {"images": [3]}]), r"images is \[3\], expected text"),
+    ):
         (tmp_path / "x.json").write_text(content)
-        with pytest.raises(UserError, match=r"x\.json cannot be read"):
+        with pytest.raises(UserError, match=message):
             open_source(f"ssrl81k:{tmp_path}")
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"x\.parquet cannot be read"):

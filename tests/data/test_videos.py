@@ -92,6 +92,21 @@ def test_a_truncated_video_is_named(film):
         open_video(path)
 
 
+def test_a_title_that_is_no_unicode_is_no_damage(av, tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(path, "w") as container:
+        container.metadata["title"] = "title" * 9
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        image = av.VideoFrame.from_ndarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8), format="rgb24")
+        for frame in (image, None):
+            container.mux(stream.encode(frame))
+    content = path.read_bytes()
+    assert b"title" * 9 in content
+    path.write_bytes(content.replace(b"title" * 9, b"\xff" * 45))
+    assert open_video(path).frames.shape == (1, HEIGHT, WIDTH, 3)
+
+
 @pytest.mark.parametrize("content", [b"", b"no video", b"\x00\x00\x00\x18ftypmp42" + b"x" * 90])
 def test_what_is_no_video_is_named(av, tmp_path, content):
     path = tmp_path / "x.mp4"

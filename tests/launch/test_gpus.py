@@ -38,8 +38,12 @@ def test_gpu_names_the_command_that_makes_a_missing_cold_start(cloud: Cloud, ven
         "error: configs/grpo_7b.py starts from runs/sft_7b/export, which is not there: make it "
         "with launch/gpu.sh --config=configs/sft_7b.py, or give --model=FOLDER.\n"
     )
+    words[2] = f"--config={ROOT}/configs/grpo_7b.py"
+    other = cloud.run(*words, "--source=folder:p").stderr
+    assert "launch/gpu.sh --config=configs/sft_7b.py --source=folder:p, or give" in other
+    assert cloud.run(*words, "--dry-run").returncode == 0
     for word in ("--model=m", "--config.model.path=m", "--config.grpo.init_from=m"):
-        assert cloud.run(*words, word, "--dry-run").returncode == 0
+        assert "sft_7b" not in cloud.run(*words, word).stderr
     alone = cloud.run("gpu.sh", f"--venv={venv}", "--config=configs/grpo_3b_lora.py", "--dry-run")
     assert alone.returncode == 0
 

@@ -81,7 +81,7 @@ def test_packed_loss_is_the_one_by_one_loss(adapted, examples, reference, rows: 
         assert float(sums["policy/entropy"]) > 0
         gradients = jax.tree.map(jnp.add, gradients, more)
     assert total == pytest.approx(reference[0], rel=1e-5)
-    assert_close(gradients, reference[1], 1e-5)
+    assert_close(gradients, reference[1], 3e-5)
 
 
 def test_rows_without_any_token_add_nothing(adapted, examples):

@@ -12,12 +12,13 @@ from PIL import Image
 
 from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.rl.stages import stages
 from spatial_ssrl_jax.tasks import flip
-from spatial_ssrl_jax.trainer.context import pipeline
+from spatial_ssrl_jax.trainer.context import open_components, pipeline
 from tests.data.test_ssrl81k import SHUFFLE
 
 
@@ -91,6 +92,16 @@ def test_a_file_keeps_its_own_shares_unless_told_otherwise(file: Path):
     assert sum(answers(1, examples=2).values()) == 2
     by_weight = answers(1, task_shares="tasks")
     assert by_weight["shuffle", "3-0"] > 1
+
+
+def test_a_response_that_is_too_long_is_named_before_the_run(file: Path):
+    rows = json.loads(file.read_text())
+    rows[2]["output"] = "<think>" + "far " * 3000 + "</think> \\boxed{2-0}"
+    file.write_text(json.dumps(rows))
+    config = cold_start(responses=str(file))
+    data = replace(config.data, source="scenes:40", heldout_fraction=0.0)
+    with pytest.raises(UserError, match=r"the response of sft\.json#2 has \d+ tokens, above roll"):
+        open_components(replace(config, data=data))
 
 
 def test_the_tasks_weights_do_not_leave_out_a_files_questions(file: Path):

@@ -1,6 +1,7 @@
 """`train --check`: its sizes are the run's own, what it refuses, and that nothing is written."""
 
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -11,14 +12,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from rich.console import Console
 
 from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax import train as command
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.data.processor import ImageArea
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
+from spatial_ssrl_jax.trainer import context
 from spatial_ssrl_jax.trainer import preflight as check_module
 from spatial_ssrl_jax.trainer.preflight import preflight
+from spatial_ssrl_jax.trainer.preflight_report import print_report
 from tests.helpers.toy_runs import make_config
 
 
@@ -51,6 +56,25 @@ def checkpoint_bytes(step: Path) -> int:
         tree = ocp.StandardCheckpointHandler().metadata(step / item).tree
         sizes += sum(int(np.prod(m.shape)) * m.dtype.itemsize for m in jax.tree.leaves(tree))
     return sizes
+
+
+def test_sources_and_areas_are_those_of_the_config(fresh, tmp_path: Path):
+    spec = "shuffle@scenes:30:112x112+flip@scenes:20:112x112+flip@3*scenes:30:112x112"
+    config = fresh()
+    data = dataclasses.replace(config.data, source=spec, min_pixels=99, max_pixels=9999)
+    config = dataclasses.replace(config, data=data)
+    report = preflight(config, tmp_path / "w")
+    assert report["source"]["shares"] == {
+        "shuffle": {"scenes:30:112x112": 1.0},
+        "flip": {"scenes:20:112x112": 0.25, "scenes:30:112x112": 0.75},
+    }
+    console = Console(file=io.StringIO(), width=200)
+    print_report(report, console)
+    assert "25% scenes:20:112x112, 75% scenes:30:112x112" in console.file.getvalue()
+    assert context.open_components(config).processor.area == ImageArea(99, 9999)
+    data = dataclasses.replace(data, source=f"{spec}+crop@scenes:9")
+    with pytest.raises(UserError, match="scenes:9 in .* serves none of the tasks that train"):
+        preflight(dataclasses.replace(config, data=data), tmp_path / "w")
 
 
 def test_it_counts_on_from_a_stopped_run_and_leaves_it_alone(taught_config, taught: Path):

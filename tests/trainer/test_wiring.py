@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax import config as c
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.eval.heldout import HeldoutEval
 from spatial_ssrl_jax.inference.policy import Policy
@@ -173,6 +174,9 @@ def test_a_checkpoints_meta_gives_the_state_back():
     older = context.RunState()
     older.restore({"heldout": {}, "seconds": {"sft": 1.0}, "best": None})
     assert older == context.RunState(seconds={"sft": 1.0})
+    for wrong in ({"best": [1]}, {"best": {"step": 3}}, {"tried": "a"}, {"heldout": 7}):
+        with pytest.raises(UserError, match="checkpoint's meta .*: rename the newest step"):
+            context.RunState().restore(wrong)
 
 
 def test_what_a_response_earns(toy):

@@ -36,7 +36,7 @@ __all__ = ["OPENERS", "AnySource", "Mixture", "QuestionSource", "Reading", "Sour
 
 
 def open_source(spec: str, reading: Reading = READING) -> AnySource:
-    """Opens a source by its SPEC: `KIND`, `KIND:ARGUMENT`, or a mixture as in `2*nyu:A+folder:B`.
+    """Opens a source by its SPEC: `KIND`, `KIND:ARGUMENT`, or a mixture as `flip@folder:A+2*nyu:B`.
 
     It lists files and reads no pixels. See each kind's file for its argument, and `mixture`.
 

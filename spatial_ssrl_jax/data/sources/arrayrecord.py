@@ -6,7 +6,8 @@ The folder of the first file also holds `features.json`, as TFDS writes it.
 import os
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.common.paths import NEEDS_GCS
+from spatial_ssrl_jax.common.json_file import FETCH
+from spatial_ssrl_jax.common.paths import NEEDS_GCS, check_regular
 from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.sources.base import Source
@@ -35,6 +36,8 @@ def open_arrayrecord(spec: str, pattern: str, reading: Reading = READING) -> Sou
             f"source '{spec}': {folder / 'features.json'} is missing: copy it from where the files "
             "were written."
         )
+    for path in (folder / "features.json", *files):
+        check_regular(path, FETCH)
     try:
         features = tfds.features.FeaturesDict.from_config(os.fspath(folder))
         rows = ArrayRecordDataSource(files)

@@ -19,7 +19,9 @@ from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.example import Example, Task
 from spatial_ssrl_jax.tasks.record import Record
 
-_TASKS, _WEIGHT = r"(?:[\w,\- ]+@)?", r"(?:\d+(?:\.\d*)?\*)?"
+_TASKS, _WEIGHT = r"(?:[\w,\- ]+@\s*)?", r"(?:\d+(?:\.\d*)?\s*\*\s*)?"
+_SWAPPED = r"\d+(?:\.\d*)?\s*\*\s*[\w,\- ]+@\s*"  # a weight before tasks
+_ALONE = "scenes"  # the kind that needs no argument
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def split_spec(spec: str, kinds: Sequence[str]) -> list[SpecPart]:
     Raises:
       UserError: a weight is 0, or a task is unknown.
     """
-    follows = rf"(?={_TASKS}{_WEIGHT}(?:{'|'.join(kinds)})(?::|\+|$))"
+    any_kind = rf"(?:(?:{'|'.join(kinds)}):|{_ALONE}(?:\s*\+|$))"
+    follows = rf"(?={_TASKS}{_WEIGHT}{any_kind}|{_SWAPPED}{any_kind})"
     return [_part(spec, part) for part in re.split(rf"\s*\+\s*{follows}", spec)]
 
 
@@ -154,9 +157,16 @@ def _part(spec: str, text: str) -> SpecPart:
     match = re.match(rf"({_TASKS})({_WEIGHT})(.*)", text, re.DOTALL)
     assert match is not None  # each group may be empty
     names, weight, rest = match.groups()
-    if weight and float(weight[:-1]) <= 0:
+    if re.match(_SWAPPED, text):
+        raise UserError(
+            f"source '{spec}': in '{text}' the weight comes first: write the tasks before it, as "
+            "in depth@2*nyu:PATH."
+        )
+    weight = weight.replace("*", "").strip()
+    if weight and float(weight) <= 0:
         raise UserError(f"source '{spec}': the weight of '{text}' must be above 0.")
-    tasks = tuple(name.strip() for name in names[:-1].split(",")) if names else None
+    names = names.strip().removesuffix("@")
+    tasks = tuple(name.strip() for name in names.split(",")) if names else None
     for name in tasks or ():
         if name not in TASKS_BY_NAME:
             near = difflib.get_close_matches(name, TASKS_BY_NAME, n=1, cutoff=0.0)[0]
@@ -164,4 +174,4 @@ def _part(spec: str, text: str) -> SpecPart:
                 f"source '{spec}': there is no task '{name}'; did you mean '{near}'? Tasks: "
                 f"{', '.join(TASKS_BY_NAME)}."
             )
-    return SpecPart(rest, float(weight[:-1]) if weight else 1.0, tasks)
+    return SpecPart(rest, float(weight) if weight else 1.0, tasks)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.retry import with_retries
+from spatial_ssrl_jax.common.text import error_line
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ColumnSchema, ParquetFile
@@ -35,14 +36,21 @@ class RowGroups:
         self.column, self._local = state["column"], threading.local()
 
     def value(self, file: str, row: int) -> Any:
-        """The value of one row, as Python types; retries an unavailable file."""
+        """The value of one row, as Python types; retries an unavailable file.
+
+        Raises:
+          BadImage: the row is damaged.
+        """
 
         def read() -> Any:
             try:
                 return self._value(file, row)
-            except OSError:
+            except (OSError, ValueError) as error:
                 self._local.__dict__.setdefault("files", {}).pop(file, None)  # reopened
-                raise
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                reason = error_line(error)
+                raise BadImage(f"{file}#{row}: cannot be read ({reason}).") from error
 
         return with_retries(read, file)
 

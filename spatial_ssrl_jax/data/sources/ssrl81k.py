@@ -11,7 +11,6 @@ Questions whose first images have the same path are of one image, and are held o
 are those whose paths agree up to a `#`, as in the files that `preview` writes.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.fingerprint import fingerprint, hash_texts
+from spatial_ssrl_jax.common.json_file import FETCH, as_object, read_json
+from spatial_ssrl_jax.common.paths import check_regular
 from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.images import image_size, open_source_image
@@ -172,7 +173,10 @@ class QuestionSource:
         question = self.questions[index]
         cells = question.images
         if cells is None:
-            cells = [_cell(cell) for cell in self._groups.value(question.file, question.row)]
+            found = self._groups.value(question.file, question.row)
+            cells = [_cell(cell) for cell in found] if isinstance(found, list) else []
+        if not cells:
+            raise BadImage(f"{self.name(index)}: its row has no image.")
         return [self._complete(question, c) if isinstance(c, str) else c for c in cells]
 
 
@@ -199,6 +203,7 @@ def _question_files(folder: Path) -> list[Path]:
 
 
 def _read(spec: str, file: Path) -> list[ReleasedQuestion]:
+    check_regular(file, FETCH)
     try:
         rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
         return [_question(spec, os.fspath(file), i, *row) for i, row in enumerate(rows)]
@@ -217,15 +222,22 @@ def _parquet_rows(file: Path) -> list[tuple[str, str, str, None, str]]:
 
 
 def _json_rows(file: Path) -> list[tuple[str, str, str, tuple[str, ...], str]]:
-    rows = []
-    for row in json.loads(file.read_text()):
-        text = "\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
-        answer = last_box(row["output"])
+    rows, found = [], read_json(file)
+    if not isinstance(found, list):
+        raise UserError(f"{file} holds no list of questions; expected {LAYOUT}.")
+    for number, row in enumerate(found):
+        name = f"question {number} of {file}"
+        fields = as_object(row, name, "fix or remove it")
+        texts = fields.get("instruction", str), fields.get("input", str, "")
+        output = fields.get("output", str)
+        answer = last_box(output)
         if answer is None:
-            raise UserError(f"{file}: output {len(rows)} has no \\boxed answer; fix or remove it.")
-        images = row["images"]
-        images = (images,) if isinstance(images, str) else tuple(images)
-        rows.append((text, answer, row["output"], images, images[0]))
+            raise UserError(f"{name}: its output has no \\boxed answer; fix or remove it.")
+        alone = isinstance(fields.values.get("images"), str)
+        images = (fields.get("images", str),) if alone else fields.items("images", str)
+        if not images:
+            fields.refuse("images", "at least one path")
+        rows.append(("\n".join(filter(None, texts)), answer, output, images, images[0]))
     return rows
 
 

@@ -80,7 +80,7 @@ class StoredSource:
 
     def fingerprint(self) -> str:
         step = -(-len(self) // _HASHED)
-        return hash_texts([str(len(self)), *(self._rows[i] for i in range(0, len(self), step))])
+        return hash_texts([str(len(self)), *(self._bytes(i) for i in range(0, len(self), step))])
 
     def name(self, index: int) -> str:
         return f"{self.prefix}/{range(len(self))[index]:08d}"
@@ -100,7 +100,11 @@ class StoredSource:
     def _bytes(self, index: int) -> bytes:
         """A record as it is stored; each thread caches its last one, as `size` precedes reading."""
         if getattr(self._last, "index", None) != index:
-            self._last.bytes, self._last.index = self._rows[index], index
+            try:
+                self._last.bytes, self._last.index = self._rows[index], index
+            except RuntimeError as error:  # ArrayRecord's, of a damaged file
+                name = self.name(index)
+                raise BadImage(f"{name}: cannot be read ({error_line(error)}).") from error
         return self._last.bytes
 
     def _decode(self, features: tfds.features.FeaturesDict, index: int) -> dict[str, Any]:

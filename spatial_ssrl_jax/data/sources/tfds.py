@@ -8,10 +8,12 @@ slice such as train[:10%]. DATA_DIR may begin with gs://.
 
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.common.paths import NEEDS_GCS
+from spatial_ssrl_jax.common.json_file import FETCH
+from spatial_ssrl_jax.common.paths import NEEDS_GCS, check_regular, in_bucket
 from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.sources.base import Source
@@ -43,6 +45,8 @@ def open_tfds(spec: str, argument: str, reading: Reading = READING) -> Source:
             split,  # pyright: ignore[reportCallIssue]  # TFDS's decorator hides the parameter
             deserialize_method=method,
         )
+    except UserError:
+        raise
     except Exception as error:  # TFDS raises many kinds, with texts of many lines
         if isinstance(error, ImportError) and (match["folder"] or "").startswith("gs://"):
             raise UserError(f"source '{spec}': {NEEDS_GCS}.") from error
@@ -61,6 +65,10 @@ def _builder(name: str, folder: str | None) -> "DatasetBuilder":
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
+    if folder and not in_bucket(folder):
+        for path in (Path(folder) / name).rglob("*"):
+            if not path.is_dir():  # TFDS would wait for a pipe
+                check_regular(path, FETCH)
     try:
         builder = read_only_builder.builder_from_files(name, data_dir=folder)
     except tfds.core.DatasetNotFoundError:

@@ -1,10 +1,10 @@
 """OCRBench and ChartQA: reading text in images."""
 
-import ast
 from collections.abc import Sequence
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.eval.benchmarks import prompts
+from spatial_ssrl_jax.eval.benchmarks.images import cell_items
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow
 from spatial_ssrl_jax.eval.benchmarks.spec import KIT_PIXELS, BenchmarkSpec, area
@@ -63,11 +63,12 @@ def _parse_ocr(row: QuestionRow) -> Question:
     """A row of the original JSON, or of the TSV, which writes its answers as a Python list."""
     if row.get("dataset_name"):
         name, kind = f"{row.text('dataset_name')}-{row.text('id')}", row.text("type")
-        target = row.get("answers") or row.text("answers")
+        answers = row.get("answers")
+        target = answers if answers and isinstance(answers, list) else row.text("answers")
     else:
         name, kind, target = row.text("index"), row.text("category"), row.text("answer")
         if target.startswith("["):
-            target = [str(answer) for answer in ast.literal_eval(target)]
+            target = cell_items(target)
     if kind not in _OCR_TYPES:
         raise UserError(f"{row.name} is of the type {kind!r}, which OCRBench does not have.")
     return Question(

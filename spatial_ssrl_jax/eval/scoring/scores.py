@@ -106,6 +106,7 @@ def summarise(benchmark: str, metric: Metric, predictions: Sequence[Prediction])
         return mean(cells_of(metric, part), metric.weights)
 
     extras = [metric.extra(sample) for sample in _samples(predictions)]
+    shared = [name for name in extras[0] if all(name in extra for extra in extras)]
     names = sorted({prediction.category for prediction in predictions})
     parts = {name: [r for r in predictions if r.category == name] for name in names}
     return Scores(
@@ -118,7 +119,7 @@ def summarise(benchmark: str, metric: Metric, predictions: Sequence[Prediction])
             for name, part in parts.items()
         },
         ci95=interval(cells_of(metric, predictions), metric.weights),
-        extra={name: float(np.mean([extra[name] for extra in extras])) for name in extras[0]},
+        extra={name: float(np.mean([extra[name] for extra in extras])) for name in shared},
     )
 
 
