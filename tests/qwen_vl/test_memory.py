@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from spatial_ssrl_jax.qwen_vl.family import config_from_dict, config_to_dict
+from spatial_ssrl_jax.qwen_vl.qwen2_5 import TOKEN_IDS
 from spatial_ssrl_jax.qwen_vl.weights import entries
 from tests.conftest import ROOT
 
@@ -76,6 +77,8 @@ def load(folder: Path) -> tuple[int, int, int, float]:
 def test_a_small_checkpoint_is_not_held_twice(shared, tmp_path):
     """Seven matrices a layer of equal size: one of them more than the weights, not all."""
     text = dict(hidden_size=1024, num_key_value_heads=16, intermediate_size=1024)
+    text |= {name: number for number, name in enumerate(TOKEN_IDS)}  # of a small vocabulary
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": [8, 12, 12]}
     total = write_zeros(tmp_path, shared, layers=12, vocab_size=2048, **text)
     before, peak, held, shard = load(tmp_path)
     assert total == held > 100e6 and shard < 0.3
