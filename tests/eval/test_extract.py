@@ -68,6 +68,57 @@ def test_nothing_is_guessed(response: str):
     assert extract.choice(response, OPTIONS) is None
 
 
+CHOSEN = (
+    "{}", "({})", "[{}]", "{}.", "{})", "**{}**", "$\\text{{{}}}$", "{}. thing", "({}) thing", "{}: thing",
+    "Answer: {}", "answer: {}.", "Answer: ({})", "**Answer:** {}", "The answer is {}.",
+    "The answer is ({}).", "The correct answer is {}", "The correct option is {}.", "Option {}",
+    "Option {}.", "option {} is correct.", "{} is correct.", "{} is the correct answer.",
+    "{} is the right choice because the thing is nearer to the camera than all the others.",
+    "Option {} is correct.", "{} because the thing is in front of everything else here.",
+    "{}, because it is nearer.", "It is {}.", "I choose {}.", "I would pick {}", "My choice is {}.",
+    "The thing is nearer, so the answer is {}", "The thing is nearer.\n\n{}", "{}\n\nIt is nearer.",
+    "选{}", "选{}。", "选择{}", "答案是{}。", "答案:{}", "答案：{}",
+    "\\boxed{{{}}}", "\\boxed{{({})}}", "\\boxed{{\\text{{{}}}}}", "\\boxed{{{} is correct}}",
+    "\\boxed{{Option {}}}", "\\boxed{{The answer is {}}}", "<think>Maybe not.</think> \\boxed{{{}}}",
+)  # fmt: skip
+SMALL = ("answer: {}", "Answer: {}.", "option {}", "Option {}.", "{}", "({})", "The answer is {}.")
+HEDGED = (
+    "{} or {}", "Both {} and {}", "Neither {} nor {}", "Either {} or {}", "{} and {}", "{}/{}",
+    "{}, {}", "({}) or ({})", "({}), ({})", "Answer: {}, {}", "Answer: {} or {}", "Answer: ({}) or ({})",
+    "The answer is {} or {}.", "The answer is either {} or {}.", "Option {} or option {}",
+    "Options {} and {}", "It is {} or {}.", "{} or {} is correct.", "选{}或{}", "{}\nor\n{}",
+    "\\boxed{{{} or {}}}", "\\boxed{{{}, {}}}", "\\boxed{{{} and {}}}", "\\boxed{{Neither {} nor {}}}",
+)  # fmt: skip
+DENIED = ("Not {}", "{} is not correct.", "{} is wrong.", "\\boxed{{not {}}}")
+LETTERS = {letter: f"thing {letter.lower()}{letter.lower()}" for letter in "ABCD"}
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("template", CHOSEN)
+def test_a_choice_is_read_whatever_its_letter(template: str, letter: str):
+    assert extract.choice(template.format(letter), LETTERS) == letter
+    wide = chr(ord(letter) - ord("A") + ord("Ａ"))
+    assert extract.choice(template.format(wide), LETTERS) == letter
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("template", SMALL)
+def test_small_letters_are_read_where_an_answer_is_declared(template: str, letter: str):
+    assert extract.choice(template.format(letter.lower()), LETTERS) == letter
+
+
+@pytest.mark.parametrize("pair", ["AB", "BA", "AC", "CD", "DA", "BC"])
+@pytest.mark.parametrize("template", HEDGED)
+def test_two_letters_are_no_answer(template: str, pair: str):
+    assert extract.choice(template.format(*pair), LETTERS) is None
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("template", DENIED)
+def test_a_letter_that_is_denied_is_no_answer(template: str, letter: str):
+    assert extract.choice(template.format(letter), LETTERS) is None
+
+
 words = st.text(string.ascii_letters + " .,\n()", max_size=80)
 
 
@@ -99,6 +150,31 @@ def test_unwrapping_undoes_text(text: str, depth: int):
     for _ in range(depth):
         wrapped = rf"\text{{{wrapped}}}"
     assert extract.unwrap(wrapped) == text.strip()
+
+
+UNITS = {
+    "meters": 100, "meter": 100, "m": 100, "metres": 100, "cm": 1, "centimeters": 1, "mm": 0.1,
+    "millimeters": 0.1, "feet": 30.48, "foot": 30.48, "ft": 30.48, "inches": 2.54, "in": 2.54,
+}  # fmt: skip
+LENGTHS = (
+    "\\boxed{{3 \\text{{ {}}}}}", "\\boxed{{3 \\, \\text{{{}}}}}", "\\boxed{{3\\ \\mathrm{{{}}}}}",
+    "\\boxed{{3 \\distance_unit{{{}}}}}", "\\scalar{{3}} \\unit{{{}}}", "\\boxed{{3 {}}}",
+    "\\scalar{{3}} \\distance_unit{{{}}}", "\\boxed{{\\scalar{{3}} \\distance_unit{{{}}}}}",
+    "<think>1 m or 2 m</think> \\boxed{{3 {}.}}", "\\boxed{{2-4 {}}}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("template", LENGTHS)
+def test_lengths_are_read_in_every_form_and_unit(template: str, unit: str):
+    assert extract.distance(template.format(unit)) == pytest.approx(3 * UNITS[unit])
+
+
+@pytest.mark.parametrize(
+    "response", [r"\boxed{3}", r"\boxed{3 parsecs}", r"\boxed{3 or 4 m}", "3 m", r"\boxed{m}", ""]
+)
+def test_no_length_is_guessed(response: str):
+    assert extract.distance(response) is None
 
 
 def test_marks_of_one_side_belong_to_the_answer():

@@ -281,6 +281,30 @@ def test_relaxed_match_is_relative_to_the_true_number():
     assert not relaxed("about 14", "14")
 
 
+@pytest.mark.parametrize(
+    ("response", "target", "right", "released"),
+    [
+        (r"\boxed{62\%}", "62%", 1, 0),  # the released code drops the sign of the answer alone
+        (r"\boxed{62\%}", "62", 0, 1),
+        (r"\boxed{31,846}", "31846", 1, 1),
+        (r"\boxed{\$57}", "57", 1, 0),
+        (r"\boxed{12{,}345}", "12345", 1, 0),
+        (r"\boxed{\text{Yes}}", "yes", 1, 1),
+        (r"\boxed{1:4}", "0.25", 0, 1),
+        (r"\boxed{100}", "95", 0, 1),  # within 5 % of what is found, not of what is true
+        (r"\boxed{95}", "100", 1, 0),
+        ("<think>14", "14", 0, 0),
+        ("14", "14", 1, 1),
+    ],
+)
+def test_chartqa_by_its_own_rule_and_by_the_released_one(response, target, right, released):
+    made = prediction("chartqa", target, response, split="human")
+    other = prediction("chartqa", "1", "1", split="augmented", name="2")
+    _, scores = score_predictions([made, other])
+    assert scores.score == 50 * right + 50
+    assert scores.extra["paper"] == 50 * released + 50
+
+
 def test_chartqa_is_the_mean_of_both_halves():
     predictions = numbered(
         [

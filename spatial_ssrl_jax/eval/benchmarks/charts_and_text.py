@@ -1,5 +1,6 @@
 """OCRBench and ChartQA: reading text in images."""
 
+import re
 from collections.abc import Sequence
 
 from spatial_ssrl_jax.common.errors import UserError
@@ -16,7 +17,7 @@ from spatial_ssrl_jax.eval.questions import (
     score_of,
 )
 from spatial_ssrl_jax.eval.scoring import extract
-from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric
+from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric, mean
 from spatial_ssrl_jax.tasks.answers import last_box
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
@@ -32,6 +33,7 @@ _OCR_TYPES = {
 }
 _TOLERANCE, _ROUNDING = 0.05, 1e-9
 _HALVES = ("human", "augmented")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
 
 
 def judge_ocr(prediction: Prediction) -> Judgement:
@@ -103,7 +105,7 @@ def relaxed(found: str, target: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    text = text.strip()
+    text = _THOUSANDS.sub("", text.strip()).removeprefix("$")
     try:
         return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -112,6 +114,43 @@ def _number(text: str) -> float | None:
 
 def _cells_chart(predictions: Sequence[Prediction]) -> list[Cell]:
     return [(prediction.id, _half(prediction), score_of(prediction)) for prediction in predictions]
+
+
+def _paper(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The score by the released code's own reading, which the paper's row was made with."""
+    cells = [
+        (prediction.id, _half(prediction), float(as_released(prediction)))
+        for prediction in predictions
+    ]
+    return {"paper": mean(cells)}
+
+
+def as_released(prediction: Prediction) -> bool:
+    """Right by the released code (arXiv 2510.27606), as it stands.
+
+    The last `boxed{…}` up to its first closing brace; per cent signs with a backslash, `\\text{` and
+    thousands separators go, `1:4` is 0.25, and 5 % are of the number that is found.
+    """
+    boxes = re.findall(r"boxed\{([^}]*)\}", prediction.response)
+    text = (boxes[-1] if boxes else prediction.response).replace("\\%", "")
+    text = _THOUSANDS.sub("", text.replace("\\text{", "")).replace("\\", "")
+    if (ratio := re.fullmatch(r"([^:]+):([^:]+)", text)) and ratio[2] != "0":
+        top, bottom = (_plain_number(part) for part in ratio.groups())
+        if top is not None and bottom:
+            text = f"{top / bottom:.8f}"
+    text, target = text.strip(), str(prediction.target)
+    found, true = _plain_number(text), _plain_number(target)
+    if true is None or not found:
+        return text.lower() == target.lower()
+    return abs(true - found) / abs(found) <= _TOLERANCE
+
+
+def _plain_number(text: str) -> float | None:
+    """A number as the benchmark's script reads it."""
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
 
 
 def _half(prediction: Prediction) -> str:
@@ -163,5 +202,5 @@ CHARTQA = BenchmarkSpec(
     columns=(("index", "question", "answer", "split"),),
     parse=_parse_chart,
     ask=ask_chart,
-    metric=Metric(judge_chart, _cells_chart),
+    metric=Metric(judge_chart, _cells_chart, extra=_paper),
 )

@@ -5,6 +5,7 @@ hold several. Without an answer nothing is guessed.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,21 +14,37 @@ from spatial_ssrl_jax.tasks.answers import last_box
 _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}"
 )
+_ESCAPED, _SPACE = re.compile(r"\\([%$&#])"), re.compile(r"\\[,;:! ]|~")
 # Pairs of marks around an answer without a meaning: emphasis, code, quotes, LaTeX.
 _PAIRS = (("*", "*"), ("_", "_"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"))
 _LATEX = (("$", "$"), ("\\(", "\\)"))
 _REASONED = ("<think>", "</think>", "\\boxed")
+_VERB = r"(?:is|was|would be|should be|must be|seems|appears|looks)"
 _DECLARED = re.compile(
-    r"\b(?:answer|option|choice)\b(?:\s+(?:is|would be|should be|option))*\s*:?\s*"
-    r"[*(\[\"'`\s]*([A-Z])(?=[*)\]\"'`\s]*(?:$|[.,;:\n)]|because\b|since\b))",
+    rf"(?:\b(?:answer|option|choice)\b(?:\s+(?:{_VERB}|option))*\s*:?\s*"
+    r"|(?:答案|选择|选项|选)(?:应该)?[是为]?\s*:?\s*)"
+    r"[*(\[\"'`\s]*([A-Z])(?=[*)\]\"'`\s]*(?:$|[.,;:\n)。，/]|because\b|since\b|as\b|or\b|and\b))",
     re.IGNORECASE | re.MULTILINE,
 )
+# "B is correct", "Option B because …": a letter that a whole response is about.
+_LEADING = re.compile(
+    rf"(?:[Oo]ption\s+|[Cc]hoice\s+)?[(\[]?([A-Z])[)\]]?,?\s+(?:{_VERB}\s+(?!not\b|wrong\b|incorrect\b)|because\b|since\b)"
+)
+_DENIED = re.compile(r"\b(?:not|neither|nor|isn't|wrong|incorrect)\b", re.IGNORECASE)
 _ENCLOSED = re.compile(r"\(([^()]*)\)")
 _BARE = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
 _LETTERED = re.compile(r"(?:[(\[]([A-Z])[)\]]|([A-Z])[.:)\]])(?=\s|[*]|$)", re.IGNORECASE)
-_ANOTHER = re.compile(r"\s*(?:or|and|/)\s*[(\[]?[A-Za-z](?![\w'’-])")
-# A letter by itself; "A chair" begins with an article, not with an option.
-_ALONE = re.compile(r"(?<![\w'’-])([A-Z])(?![\w'’-])(?!(?<=[AI])\s+[a-z])")
+# Another letter behind one: "A or B", "(A), (B)", "A/B"; "B, A is wrong" is about B alone.
+_ANOTHER = re.compile(
+    r"[*)\]\"'`.\s]*(?:,|/|;|&|\bor\b|\band\b|\bnor\b)[\s,]*(?:or\s+|and\s+|option\s+)*"
+    rf"[*(\[\"'`]*[A-Za-z](?![\w'’-])(?!\s+{_VERB}\b)",
+    re.IGNORECASE,
+)
+# A letter by itself. "A chair" begins with an article, which no verb or conjunction can follow.
+_NO_NOUN = rf"(?:{_VERB}|are|and|or|nor|but|because|since|as|if|which|that)"
+_ALONE = re.compile(
+    rf"(?<![\w'’-])([A-Z])(?![\w'’-])(?!(?<=A)\s+(?!{_NO_NOUN}\b)[a-z])(?!(?<=I)\s+[a-z])"
+)
 _FEW_WORDS = 5
 _OPTION_LINE = re.compile(r"^([A-Z])[.:)] ?(.+)$", re.MULTILINE)
 _NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?![\d])")
@@ -38,6 +55,9 @@ _UNITS_IN_CM = {
     **dict.fromkeys(("feet", "foot", "ft"), 30.48),
     **dict.fromkeys(("inches", "inch", "in"), 2.54),
 }
+_SCALAR = re.compile(r"\\?scalar\s*\{([^{}]*)\}")
+_UNIT = re.compile(r"\\?(?:distance_)?unit\s*\{([^{}]*)\}")
+_MEASURE = re.compile(r"([\d.,]+(?:\s*[-–]\s*[\d.,]+)?)\s*([A-Za-z]+)\.?")
 NUMBER_WORDS = {
     word: str(number)
     for number, word in enumerate(
@@ -83,20 +103,22 @@ def unwrap(text: str) -> str:
 
 
 def _without_text(text: str) -> str:
-    """`\\text{a}` as `a`, from the inside out."""
+    """`\\text{a}` as `a`, from the inside out; `62\\%`, `\\$57`, `12{,}345` and spaces as they look."""
     before = None
     while before != text:
         before, text = text, _TEXT.sub(r"\1", text)
-    return text
+    text = _SPACE.sub(" ", text.replace("{,}", ","))
+    return _ESCAPED.sub(r"\1", text)
 
 
 def choice(response: str, options: Mapping[str, str]) -> str | None:
     """The letter of the option that a response chooses.
 
     In this order: a letter that fills the first or last line, the last letter that is declared
-    ("the answer is B"), a letter with its delimiter in front ("A. chair", "(A) chair", "A: chair"),
-    the text of just one option, and a letter alone in a box or in a few words. None where there is
-    none, or where the letter is of no option.
+    ("the answer is B"), a letter in front, with its delimiter ("A. chair", "(A) chair") or a verb
+    ("A is correct"), the text of just one option, and a letter alone in a box or in a few words.
+    None where there is none, where several are named ("A or B", "neither A nor B"), or where the
+    letter is of no option.
 
     Args:
       response: the model's text.
@@ -105,29 +127,31 @@ def choice(response: str, options: Mapping[str, str]) -> str | None:
     answer = final_answer(response)
     if answer is None:
         return None
-    text = answer.text
+    text = unicodedata.normalize("NFKC", answer.text)  # Ａ and （ as A and (
     if match := _ENCLOSED.fullmatch(text):
         text = match[1].strip()
-    letter = _written_letter(text)
-    if letter is None:
-        letter = _by_text(text, options)
+    written = _written_letters(text)
+    if len(written) > 1:
+        return None
+    letter = written.pop() if written else _by_text(text, options)
     if letter is None and (answer.boxed or len(text.split()) <= _FEW_WORDS):
         alone = set(_ALONE.findall(text)) & (set(options) or set(_ALONE.findall(text)))
-        letter = alone.pop() if len(alone) == 1 else None
+        letter = alone.pop() if len(alone) == 1 and not _DENIED.search(text) else None
     return letter if letter is None or not options or letter in options else None
 
 
-def _written_letter(text: str) -> str | None:
+def _written_letters(text: str) -> set[str]:
+    """The letters that the form of a text names as its answer: none, one, or those of a hedge."""
     lines = text.splitlines() or [""]
-    bare = {m[1].upper() for i in (0, -1) if (m := _BARE.fullmatch(unwrap(lines[i])))}
-    if len(bare) == 1:
-        return bare.pop()
-    if declared := [m[1] for m in _DECLARED.finditer(text) if m[1].isupper()]:
-        return declared[-1]
-    match = _LETTERED.match(text)
-    if match and _ANOTHER.match(text, match.end()):
-        return None
-    return (match[1] or match[2]).upper() if match else None
+    if bare := {m[1].upper() for i in (0, -1) if (m := _BARE.fullmatch(unwrap(lines[i])))}:
+        return bare
+    declared = list(_DECLARED.finditer(text))
+    match = declared[-1] if declared else _LETTERED.match(text) or _LEADING.match(text)
+    if match is None:
+        return set()
+    letter = next(filter(None, match.groups())).upper()
+    ends = [m.end(1) for m in declared] or [match.end(match.lastindex or 1)]
+    return {letter, "another"} if any(_ANOTHER.match(text, end) for end in ends) else {letter}
 
 
 def _by_text(text: str, options: Mapping[str, str]) -> str | None:
@@ -141,7 +165,8 @@ def _by_text(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _plain(text: str) -> str:
-    return " ".join(unwrap(text).casefold().split()).rstrip(".")
+    text = unicodedata.normalize("NFKC", unwrap(text))
+    return " ".join(text.casefold().split()).rstrip(".")
 
 
 def options_in(question: str) -> dict[str, str]:
@@ -176,18 +201,26 @@ def _numbers(text: str) -> list[float]:
 
 
 def distance(response: str) -> float | None:
-    """Centimetres from the last `\\scalar{…} \\distance_unit{…}`; of a range the middle.
+    """Centimetres from the last `\\scalar{…} \\distance_unit{…}`, else from a box with a number and
+    its unit, such as `\\boxed{3 \\text{ feet}}`; of a range the middle.
 
-    QSpatial-plus asks for this format with or without reasoning, so a box is not looked for.
+    QSpatial-plus asks for the first form with or without reasoning.
     """
     text = _without_text(response)
-    scalars = re.findall(r"scalar\s*\{([^{}]*)\}", text)
-    units = re.findall(r"distance_unit\s*\{([^{}]*)\}", text)
-    if not scalars or not units:
-        return None
+    scalars, units = _SCALAR.findall(text), _UNIT.findall(text)
+    if scalars and units:
+        return _length(scalars[-1], units[-1])
+    box = last_box(response)
+    plain = _UNIT.sub(r" \1", _without_text(box or ""))
+    match = _MEASURE.fullmatch(unwrap(plain))
+    return _length(*match.groups()) if match else None
+
+
+def _length(number: str, unit: str) -> float | None:
+    """Centimetres of a number or a range; None where either cannot be read."""
     # A hyphen between two numbers is a range, not a sign.
-    values = _numbers(re.sub(r"(?<=\d)\s*[-–]\s*(?=\d)", " ", scalars[-1]))
-    scale = centimetres(units[-1])
+    values = _numbers(re.sub(r"(?<=\d)\s*[-–]\s*(?=\d)", " ", number))
+    scale = centimetres(unit)
     return sum(values) / len(values) * scale if values and scale else None
 
 

@@ -60,7 +60,7 @@ ROWS = (
     _row("Spatial-SSRL-7B", GENERAL, 82.60, 56.23, 53.18, 69.28, 89.6, 88.08, 71.85),
 )
 # Which value of `Scores.extra` is the paper's, where it is not the score itself.
-VARIANT = {"vsi_bench": "paper"}
+VARIANT = {"vsi_bench": "paper", "chartqa": "paper"}
 
 # The paper has a mean of the spatial benchmarks only.
 _MEAN = {SPATIAL: ("mean",), GENERAL: ()}
