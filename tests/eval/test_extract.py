@@ -69,7 +69,8 @@ def test_nothing_is_guessed(response: str):
 
 
 CHOSEN = (
-    "{}", "({})", "[{}]", "{}.", "{})", "**{}**", "$\\text{{{}}}$", "{}. thing", "({}) thing", "{}: thing",
+    "{}", "({})", "[{}]", "{}.", "{})", "**{}**", "$\\text{{{}}}$", "{}. thing", "({}) thing",
+    "{}: thing",
     "Answer: {}", "answer: {}.", "Answer: ({})", "**Answer:** {}", "The answer is {}.",
     "The answer is ({}).", "The correct answer is {}", "The correct option is {}.", "Option {}",
     "Option {}.", "option {} is correct.", "{} is correct.", "{} is the correct answer.",
@@ -79,15 +80,18 @@ CHOSEN = (
     "The thing is nearer, so the answer is {}", "The thing is nearer.\n\n{}", "{}\n\nIt is nearer.",
     "选{}", "选{}。", "选择{}", "答案是{}。", "答案:{}", "答案：{}",
     "\\boxed{{{}}}", "\\boxed{{({})}}", "\\boxed{{\\text{{{}}}}}", "\\boxed{{{} is correct}}",
-    "\\boxed{{Option {}}}", "\\boxed{{The answer is {}}}", "<think>Maybe not.</think> \\boxed{{{}}}",
+    "\\boxed{{Option {}}}", "\\boxed{{The answer is {}}}",
+    "<think>Maybe not.</think> \\boxed{{{}}}",
 )  # fmt: skip
 SMALL = ("answer: {}", "Answer: {}.", "option {}", "Option {}.", "{}", "({})", "The answer is {}.")
 HEDGED = (
     "{} or {}", "Both {} and {}", "Neither {} nor {}", "Either {} or {}", "{} and {}", "{}/{}",
-    "{}, {}", "({}) or ({})", "({}), ({})", "Answer: {}, {}", "Answer: {} or {}", "Answer: ({}) or ({})",
+    "{}, {}", "({}) or ({})", "({}), ({})", "Answer: {}, {}", "Answer: {} or {}",
+    "Answer: ({}) or ({})",
     "The answer is {} or {}.", "The answer is either {} or {}.", "Option {} or option {}",
     "Options {} and {}", "It is {} or {}.", "{} or {} is correct.", "选{}或{}", "{}\nor\n{}",
-    "\\boxed{{{} or {}}}", "\\boxed{{{}, {}}}", "\\boxed{{{} and {}}}", "\\boxed{{Neither {} nor {}}}",
+    "\\boxed{{{} or {}}}", "\\boxed{{{}, {}}}", "\\boxed{{{} and {}}}",
+    "\\boxed{{Neither {} nor {}}}",
 )  # fmt: skip
 DENIED = ("Not {}", "{} is not correct.", "{} is wrong.", "\\boxed{{not {}}}")
 LETTERS = {letter: f"thing {letter.lower()}{letter.lower()}" for letter in "ABCD"}

@@ -128,8 +128,8 @@ def _paper(predictions: Sequence[Prediction]) -> dict[str, float]:
 def as_released(prediction: Prediction) -> bool:
     """Right by the released code (arXiv 2510.27606), as it stands.
 
-    The last `boxed{…}` up to its first closing brace; per cent signs with a backslash, `\\text{` and
-    thousands separators go, `1:4` is 0.25, and 5 % are of the number that is found.
+    The last `boxed{…}` up to its first closing brace; per cent signs with a backslash, `\\text{`
+    and thousands separators go, `1:4` is 0.25, and 5 % are of the number that is found.
     """
     boxes = re.findall(r"boxed\{([^}]*)\}", prediction.response)
     text = (boxes[-1] if boxes else prediction.response).replace("\\%", "")

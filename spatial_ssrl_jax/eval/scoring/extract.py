@@ -103,7 +103,7 @@ def unwrap(text: str) -> str:
 
 
 def _without_text(text: str) -> str:
-    """`\\text{a}` as `a`, from the inside out; `62\\%`, `\\$57`, `12{,}345` and spaces as they look."""
+    """`\\text{a}` as `a`, from the inside out, and `62\\%`, `12{,}345` and spaces as they look."""
     before = None
     while before != text:
         before, text = text, _TEXT.sub(r"\1", text)
