@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
         return
     for reason in skipped[:_MAX_NAMED]:
         print(f"skipped {printable(reason)}")
-    print(f"{folder}: {written} images, {len(skipped)} skipped; read it with --source={spec}")
+    line = f"{folder}: {written} images, {len(skipped)} skipped; read it with --source={spec}"
+    print(printable(line))
 
 
 def _write(args: argparse.Namespace, source: FileSource, local: Path) -> tuple[int, list[str], str]:

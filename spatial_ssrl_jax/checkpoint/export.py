@@ -3,14 +3,16 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
 
 from spatial_ssrl_jax.checkpoint.models import ModelFolder, load_split
 from spatial_ssrl_jax.checkpoint.params import weight_folders
+from spatial_ssrl_jax.common.json_file import read_object
 from spatial_ssrl_jax.common.outputs import atomic_folder
 from spatial_ssrl_jax.data.processor import PROCESSOR_FILES
 from spatial_ssrl_jax.parallel.collectives import gather_to_host, is_primary
@@ -22,20 +24,54 @@ from spatial_ssrl_jax.qwen_vl.model import Params
 from spatial_ssrl_jax.qwen_vl.peft import write_adapter
 from spatial_ssrl_jax.qwen_vl.weights import write_params
 
+_IMAGES, _VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
+
 
 def copy_files(source: ModelFolder, folder: Path) -> None:
-    """Copies tokenizer, template, processor and generation settings.
+    """Copies tokenizer, template, processor and generation settings, as Transformers 4.49 to 5 read
+    them.
 
-    What Transformers 5 keeps in `processor_config.json` alone is written as earlier versions read
-    it, too.
+    Transformers 5 keeps both processors in `processor_config.json`, at which earlier versions fail,
+    and an image's area in `size`, where they take their own limits; and it lists special tokens
+    under a name that is an object's in them.
     """
     for name in PROCESSOR_FILES:
-        if (source.files / name).is_file():
+        if (source.files / name).is_file() and name != "processor_config.json":
             shutil.copyfile(source.files / name, folder / name)
-    settings = read_processor(source.files, "image").values
-    target = folder / "preprocessor_config.json"
-    if settings and not target.exists():
-        target.write_text(json.dumps(settings, indent=2) + "\n")
+    for settings, name in (
+        (read_processor(source.files, "image"), _IMAGES),
+        (read_processor(source.files, "video"), _VIDEOS),
+    ):
+        after, file = _with_area(settings.values), Path(settings.name).name
+        changed = file == name and after != settings.values
+        if changed or file == "processor_config.json":
+            _write_settings(folder / name, after)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.exists():
+        before = read_object(tokenizer).values
+        if (after := _with_listed_tokens(before)) != before:
+            _write_settings(tokenizer, after)
+
+
+def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _with_area(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """An image processor's settings with its limits under their earlier names too."""
+    size = settings.get("size") or {}
+    limits = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+    lacking = {k: v for k, v in limits.items() if v is not None and settings.get(k) is None}
+    return {**settings, **lacking}
+
+
+def _with_listed_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer's settings with a list of special tokens under its earlier name."""
+    listed = settings.get("extra_special_tokens")
+    if not isinstance(listed, list):
+        return dict(settings)
+    kept = {k: v for k, v in settings.items() if k != "extra_special_tokens"}
+    return {"additional_special_tokens": listed} | kept
 
 
 def write_generation_config(

@@ -133,6 +133,9 @@ def open_header(path_or_bytes: str | os.PathLike[str] | bytes, name: str) -> Ima
         raise BadImage(f"{name}: not an image in a format that Pillow reads.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(f"{name}: larger than {MAX_PIXELS:,} pixels; shrink it first.") from error
+    if image.format == "EPS":  # a program, which Pillow lets Ghostscript run
+        image.close()
+        raise BadImage(f"{name}: is PostScript, which is not read; save it as PNG.")
     width, height = image.size
     if width * height > MAX_PIXELS or width * height == 0:
         image.close()

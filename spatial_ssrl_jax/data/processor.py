@@ -334,6 +334,12 @@ class Processor:
         Raises:
           UserError: the question's placeholders do not match the images and videos given.
         """
+        try:
+            question.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                "the question holds characters that are no Unicode text: write it as UTF-8."
+            ) from None
         content, order = _chat_content(question, {"image": images, "video": videos})
         try:
             text = self.tokenizer.apply_chat_template(
@@ -482,7 +488,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if (folder / name).is_file():
             read_object(folder / name)  # says better than Transformers what is wrong
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = tokenizer(_TRIAL, add_special_tokens=False)["input_ids"]
         tokenizer.decode(ids, skip_special_tokens=True)
     except Exception as error:  # Transformers passes on any error of its parsers

@@ -115,7 +115,11 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[ModuleType]:
 
 def _open(av: ModuleType, path: str | os.PathLike[str]) -> "InputContainer":
     """An open file, whatever its titles and other metadata hold."""
-    return av.open(os.fspath(path), metadata_errors="replace")
+    container = av.open(os.fspath(path), metadata_errors="replace")
+    if {"hls", "dash", "concat", "image2", "sdp"} & set(container.format.name.split(",")):
+        container.close()
+        raise BadImage(f"{path}: is a list of other files, which is not read; give a video.")
+    return container
 
 
 def _count(av: ModuleType, path: str | os.PathLike[str]) -> tuple[int, float]:

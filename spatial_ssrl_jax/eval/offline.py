@@ -55,7 +55,10 @@ def score_files(args: argparse.Namespace) -> None:
             continue
         kept = [p for p in predictions if p.target or not args.allow_missing]
         if len(kept) < len(predictions):
-            print(f"{path}: {len(predictions) - len(kept)} left out, no target", file=sys.stderr)
+            print(
+                printable(f"{path}: {len(predictions) - len(kept)} left out, no target"),
+                file=sys.stderr,
+            )
         found.append(score_predictions(kept))
     if args.out and found:
         _check_out(args.out, (RESULTS,), args.overwrite)

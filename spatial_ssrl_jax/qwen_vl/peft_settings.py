@@ -93,6 +93,9 @@ def _numbered(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.")
 
 
+_REPEATED_GROUP = re.compile(r"\)[*+{?]")  # which a search may need ages for
+
+
 def read_settings(path: Path) -> AdapterSettings:
     """Reads an adapter's settings, and refuses those with which it is no plain LoRA.
 
@@ -136,6 +139,9 @@ def _checked(path: Path, values: dict[str, Any]) -> AdapterSettings:
                 _numbered(key)
         except (re.error, OverflowError, RecursionError) as error:
             problem = f"a pattern is not a regular expression ({error_line(error)})"
+    patterns = (*settings.rank_pattern, *settings.alpha_pattern, *settings.layers_pattern)
+    if problem is None and any(map(_REPEATED_GROUP.search, patterns)):
+        problem = "a pattern repeats a group, which is not read"
     if problem is not None:
         raise UserError(f"{path}: {problem}, so fetch it again.")
     return settings

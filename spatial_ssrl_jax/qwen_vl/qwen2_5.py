@@ -152,13 +152,12 @@ def _refuse_variants(text: JsonObject, vision: JsonObject, rope: JsonObject, nam
         "use_sliding_window": (text, ("use_sliding_window",), (False,)),
     }
     for key, (section, names, known) in settings.items():
-        given = (section.values.get(name) for name in names)
-        value = next((value for value in given if value is not None), known[0])
-        if value not in known:
-            raise UserError(
-                f"{name} sets {key} to {shown(value)}, which is not supported; expected "
-                f"{' or '.join(map(shown, known))}."
-            )
+        for value in (section.values.get(name) for name in names):
+            if value is not None and value not in known:
+                raise UserError(
+                    f"{name} sets {key} to {shown(value)}, which is not supported; expected "
+                    f"{' or '.join(map(shown, known))}."
+                )
 
 
 def _token_ids(text: JsonObject) -> dict[str, int]:

@@ -196,7 +196,13 @@ def _stored(folder: Path, config: QwenVLConfig) -> dict[str, StoredTensor]:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     tensor = file.get_slice(name)
                     shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-                    found[canonical_name(config, name)] = StoredTensor(path, name, shape, dtype)
+                    known = canonical_name(config, name)
+                    if other := found.get(known):
+                        raise UserError(
+                            f"{path} and {other.path} both hold the tensor {known}: keep the "
+                            "files of one model alone."
+                        )
+                    found[known] = StoredTensor(path, name, shape, dtype)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
     return found
@@ -238,7 +244,10 @@ def _files(folder: Path) -> list[Path]:
 def _listed(index: Path) -> list[Path]:
     """The files that an index names; raises `UserError` where one of them is not there."""
     names = JsonObject(read_object(index).get("weight_map", dict), str(index), prefix="weight_map.")
-    files = sorted({index.parent / names.get(tensor, str) for tensor in names.values})
+    listed = {names.get(tensor, str) for tensor in names.values}
+    if outside := [name for name in sorted(listed) if Path(name).name != name]:
+        raise UserError(f"{index} names {outside[0]}, which is in another folder: fetch it again.")
+    files = sorted(index.parent / name for name in listed)
     missing = [path for path in files if not path.is_file()]
     if missing:
         raise UserError(

@@ -17,6 +17,7 @@ from spatial_ssrl_jax.checkpoint.models import TINY, ModelFolder, open_model
 from spatial_ssrl_jax.checkpoint.params import PARAMS, save_params
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import MeshSettings
+from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
@@ -154,6 +155,47 @@ def test_numbers_of_quantised_weights_are_refused(tmp_path: Path, layout: Layout
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"model.norm.weight holds I8 numbers, as quantised"):
+        open_model(str(folder)).check_weights()
+
+
+def test_what_transformers_5_writes_is_exported_as_earlier_versions_read_it(tmp_path: Path, params):
+    """One file of both processors, an area by its size alone, and a list of special tokens."""
+    folder, tiny = tmp_path / "five", open_model("tiny")
+    shutil.copytree(TINY, folder)
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    limits = images.pop("min_pixels"), images.pop("max_pixels")
+    images["size"] = dict(zip(("shortest_edge", "longest_edge"), limits, strict=True))
+    both = {"image_processor": images, "video_processor": images | {"fps": 2.0}}
+    (folder / "processor_config.json").write_text(json.dumps(both))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    listed = tokenizer.pop("additional_special_tokens", ["<|vision_start|>"])
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(tokenizer | {"extra_special_tokens": listed}))
+    export(open_model(str(folder)), params, tmp_path / "out", "float32")
+    out = {p.name: p for p in (tmp_path / "out").iterdir()}
+    assert "processor_config.json" not in out
+    for name, more in (("preprocessor", {}), ("video_preprocessor", {"fps": 2.0})):
+        written = json.loads(out[f"{name}_config.json"].read_text())
+        assert written == images | more | {"min_pixels": limits[0], "max_pixels": limits[1]}
+    written = json.loads(out["tokenizer_config.json"].read_text())
+    assert written["additional_special_tokens"] == listed
+    assert "extra_special_tokens" not in written
+    again = Processor(tmp_path / "out", tiny.config)
+    assert again.grid(600, 800) == Processor(folder, tiny.config).grid(600, 800)
+
+
+def test_tensors_that_two_files_hold_are_refused(tmp_path: Path, params):
+    folder = tmp_path / "hf"
+    export(open_model("tiny"), params, folder, "float32")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    shutil.copy(folder / "model-00001-of-00001.safetensors", folder / "other.safetensors")
+    with pytest.raises(UserError, match=r"other\.safetensors and .*of-00001\.saf.* both hold the"):
+        open_model(str(folder)).check_weights()
+    (folder / "other.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "../hf/model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"names \.\./hf/model-00001.*, which is in another folder"):
         open_model(str(folder)).check_weights()
 
 

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,3 +298,13 @@ def test_real_photos(name, size):
     assert image.shape == (size[1], size[0], 3)
     assert image.std() > 20
     assert image_size(PHOTOS / f"{name}.jpg") == size
+
+
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pillow would start Ghostscript, whatever the file's name."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "x.png")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("ran a program"))
+    for read in (open_image, image_size):
+        with pytest.raises(BadImage, match=r"x\.png: is PostScript, which is not read"):
+            read(tmp_path / "x.png")

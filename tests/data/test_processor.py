@@ -327,8 +327,10 @@ def test_the_processor_of_transformers_5(shared: Path, tmp_path: Path):
     source = dataclasses.replace(open_model("tiny"), files=tmp_path)
     (tmp_path / "out").mkdir()
     copy_files(source, tmp_path / "out")
-    (tmp_path / "out" / "processor_config.json").unlink()  # as versions before 5 read it
-    assert Processor(tmp_path / "out", config).grid(1000, 1000) == (1, 16, 16)
+    assert not (tmp_path / "out" / "processor_config.json").exists()  # versions before 5 fail at it
+    again = Processor(tmp_path / "out", config)
+    assert again.grid(1000, 1000) == (1, 16, 16)
+    assert again.video_grid(2, 1000, 1000) == processor.video_grid(2, 1000, 1000)
 
 
 @pytest.fixture

@@ -131,6 +131,21 @@ def test_other_files_are_named(av, tmp_path):
         open_video(tmp_path / "sound.wav")
 
 
+def test_a_list_of_other_files_is_refused(av, tmp_path):
+    """A playlist would lead out of the folder that its path is in."""
+    lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:10", "#EXTINF:2,", "part.ts", "#EXT-X-ENDLIST"]
+    (tmp_path / "a.m3u8").write_text("\n".join(lines) + "\n")
+    with av.open(str(tmp_path / "part.ts"), "w") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(50):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(BadImage, match=r"a\.m3u8: is a list of other files"):
+        open_video(tmp_path / "a.m3u8")
+
+
 def test_without_pyav_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"v\.mp4: reading videos needs PyAV.*\[video\]"):

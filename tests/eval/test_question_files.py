@@ -344,7 +344,8 @@ def test_damaged_tables_are_refused(content: bytes, message: str, tmp_path: Path
 
 def test_damaged_json_and_unknown_endings_are_refused(tmp_path: Path):
     for name, content, message in (
-        ("x.json", "[{", "cannot be read"),
+        ("x.json", "[{", "x.json is not valid JSON"),
+        ("x.json", '[{"question": "\\ud800"}]', "half of a character"),
         ("x.json", "[1]", "row 1 of x.json is no object"),
         ("x.xlsx", "", "expected a file that ends in .tsv"),
         ("x.parquet", "PAR1", "cannot be read"),

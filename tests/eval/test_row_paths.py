@@ -206,13 +206,16 @@ def test_images_of_benchmarks_outside_are_refused(place: Path, image: str):
 
 
 def test_a_file_that_is_named_alone(place: Path):
-    """Images are found above it too, but no row leads there by itself."""
+    """Its folder is what is named; what is above it needs the flag."""
     for image in ("../images/b.png", "PLACE/named/images/b.png"):
         path = write_benchmark(place, "tsv", image)
         with pytest.raises(UserError, match="row 2 of BLINK.tsv: .* name a folder that holds both"):
             open_benchmark("blink", path)
-    path = write_benchmark(place, "tsv", "images/b.png")
-    assert open_benchmark("blink", path).questions[1].images[0].open().shape == (60, 60, 3)
+    path = write_benchmark(place, "tsv", "images/b.png")  # beside its folder
+    with pytest.raises(UserError, match="row 2 of BLINK.tsv: .* is outside of"):
+        open_benchmark("blink", path)
+    allowed = open_benchmark("blink", path, allow_outside_paths=True)
+    assert allowed.questions[1].images[0].open().shape == (60, 60, 3)
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])

@@ -96,6 +96,7 @@ def test_settings_that_leave_the_merged_weights_alone_are_accepted(tmp_path: Pat
         ("rank_pattern", {"q_proj": 2.5}, "must be a whole number"),
         ("alpha_pattern", {"q_proj": None}, "must be a number"),
         ("alpha_pattern", {"(": 2}, "is not a regular expression"),
+        ("rank_pattern", {"([a-z_]+)+X": 8}, "repeats a group"),
         ("layers_to_transform", [0, "1"], "must be a whole number"),
         ("layers_to_transform", {"0": 1}, "must be a whole number"),
         ("layers_pattern", ["layers", 3], "must be text"),

@@ -111,7 +111,7 @@ def read_paths(file: Path, column: str) -> list[str]:
     if found is None:
         return [""] * reader.metadata.num_rows
     cells = reader.read(columns=[found])[column].to_pylist()
-    firsts = [row[0] if row else "" for row in cells]
+    firsts = [row[0] if isinstance(row, list) and row else "" for row in cells]
     return [(cell["path"] if isinstance(cell, dict) else cell) or "" for cell in firsts]
 
 

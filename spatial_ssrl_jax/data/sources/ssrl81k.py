@@ -217,6 +217,12 @@ def _read(spec: str, file: Path) -> list[ReleasedQuestion]:
 def _parquet_rows(file: Path) -> list[tuple[str, str, str, None, str]]:
     check_columns(file, ("problem", "answer", "images"))
     texts, paths = read_texts(file, ("problem", "answer")), read_paths(file, "images")
+    for number, row in enumerate(texts):
+        if not all(isinstance(text, str) and text.strip() for text in row):
+            raise UserError(
+                f"question {number} of {file} has a problem or an answer that is no text: fix or "
+                "remove it."
+            )
     rows = zip(texts, paths, strict=True)
     return [(problem, answer, "", None, path) for (problem, answer), path in rows]
 

@@ -138,8 +138,7 @@ def find_file(folder: Path, name: str, inside: Path | None) -> Path | None:
     Args:
       folder: of the question file.
       name: the path in the row.
-      inside: the folder into which an absolute path, or one that leaves those four by `..`, must
-        lead; None allows any.
+      inside: the folder that the file must be below; None allows any.
 
     Returns:
       The file, None where it is missing.
@@ -148,14 +147,13 @@ def find_file(folder: Path, name: str, inside: Path | None) -> Path | None:
       ValueError: it is not found, and might be where it may not be read.
     """
     refused = False
-    for place in (folder / f for f in _FOLDERS):
-        path = complete_path(place, name)
-        stays = is_inside(path, place) and not os.path.isabs(name)
-        if inside is None or stays or is_inside(path, inside):
+    for above in _FOLDERS:
+        path = complete_path(folder / above, name)
+        if inside is None or is_inside(path, inside):
             if os.path.isfile(path):
                 return Path(path)
-        else:
-            refused = True
+        else:  # a plain name may be looked for above the folder in vain
+            refused |= above != ".." or os.path.isfile(path)
     if refused:
         raise ValueError(f"outside of {inside}")
     return None

@@ -131,7 +131,7 @@ def _parse_mmbench(row: QuestionRow) -> Question:
     """Rows of the test split have no answer; the benchmark's server scores their responses."""
     target = str(row.get("answer")).strip() or None
     index = row.text("index")
-    if not index.isdigit():
+    if not index.isdecimal():
         raise UserError(f"{row.name}: its index {index!r} is no number, as MMBench's is.")
     words = {} if target else {"text": row.words("question")}  # its server needs them
     return _question("mmbench", row, target, group=int(index) % _ROTATION, **words)
@@ -140,7 +140,7 @@ def _parse_mmbench(row: QuestionRow) -> Question:
 def _group(prediction: Prediction) -> int:
     """The group of a question's rotations, by meta or by their index."""
     group = prediction.meta.get("group")
-    if group is None and not prediction.id.isdigit():
+    if group is None and not prediction.id.isdecimal():
         raise UserError(f"{prediction.id}: its meta has no group, and its id is no MMBench index.")
     return int(prediction.id) % _ROTATION if group is None else group
 

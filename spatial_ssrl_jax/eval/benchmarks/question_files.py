@@ -3,13 +3,13 @@
 A row is read once; its images' bytes stay in the file until an image is opened.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.json_file import parse_json, read_json
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.sources.parquet import RowGroups
 from spatial_ssrl_jax.data.sources.row_paths import ALLOW_HINT
@@ -82,6 +82,8 @@ class QuestionRow:
             names = value if isinstance(value, list) else cell_items(str(value))
         except ValueError as error:
             raise BadQuestionRow(f"{self.name}: its {column} is {error}: {FIX_HINT}.") from None
+        if not names:
+            raise BadQuestionRow(f"{self.name} has no {column}: {FIX_HINT}.")
         return tuple(self._file(str(name)) for name in names)
 
     def _file(self, name: str) -> Path:
@@ -220,12 +222,13 @@ def _read_tsv(file: Path) -> list[QuestionRow]:
 
 
 def _read_json(file: Path) -> list[QuestionRow]:
-    found = json.loads(file.read_text("utf-8"))
+    found = read_json(file)
     return _rows(file, found if isinstance(found, list) else [found])
 
 
 def _read_jsonl(file: Path) -> list[QuestionRow]:
-    return _rows(file, [json.loads(x) for x in file.read_text("utf-8").split("\n") if x.strip()])
+    lines = file.read_bytes().split(b"\n")
+    return _rows(file, [parse_json(x, _name(file, i)) for i, x in enumerate(lines) if x.strip()])
 
 
 def _rows(file: Path, values: Sequence[Any]) -> list[QuestionRow]:
