@@ -5,10 +5,12 @@ import io
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 from absl import logging as absl_logging
 
@@ -128,7 +130,8 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         # Orbax logs the tracebacks of errors that it then raises.
         absl_logging.set_verbosity(absl_logging.FATAL)
     try:
-        code = main(argv) or 0
+        with _interruptible_imports():
+            code = main(argv) or 0
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
@@ -143,6 +146,37 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         print(f"error: {sentence}", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+@contextmanager
+def _interruptible_imports() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once while libraries are imported.
+
+    A `KeyboardInterrupt` is lost there in JAX's callbacks of the garbage collector, or ends the
+    initialisation of a compiled module with a traceback of its own.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            code = frame.f_code
+            if code.co_filename.startswith("<frozen importlib") or code.co_name in _CALLBACKS:
+                print("stopped", file=sys.stderr)
+                exit_now(EXIT_INTERRUPTED)
+            frame = frame.f_back
+        signal.default_int_handler(number, None)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # a shell's background job, or a caller with a handler of its own
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_CALLBACKS = ("_xla_gc_callback",)
 
 
 def explain(error: Exception) -> str | None:

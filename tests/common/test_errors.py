@@ -353,6 +353,27 @@ def test_ctrl_c_while_the_libraries_load_is_one_word(command: str):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
+LOST = """
+import os, signal
+from spatial_ssrl_jax.common.errors import run_command
+class Garbage:
+    def __del__(self):
+        def _xla_gc_callback():
+            os.kill(os.getpid(), signal.SIGINT)
+        _xla_gc_callback()
+def main(argv):
+    Garbage()
+    print("went on")
+run_command(main)
+"""
+
+
+def test_ctrl_c_in_a_callback_that_ignores_errors_is_not_lost():
+    command = [sys.executable, "-c", LOST]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
 @pytest.mark.parametrize("debug", [False, True])
 def test_ctrl_c_ends_at_once_without_a_traceback(debug: bool):
     child = subprocess.Popen(
