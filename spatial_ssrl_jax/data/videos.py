@@ -115,7 +115,10 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[ModuleType]:
 
 def _open(av: ModuleType, path: str | os.PathLike[str]) -> "InputContainer":
     """An open file, whatever its titles and other metadata hold."""
-    container = av.open(os.fspath(path), metadata_errors="replace")
+    try:
+        container = av.open(os.fspath(path), metadata_errors="replace")
+    except TypeError:  # later versions have no such option
+        container = av.open(os.fspath(path))
     if {"hls", "dash", "concat", "image2", "sdp"} & set(container.format.name.split(",")):
         container.close()
         raise BadImage(f"{path}: is a list of other files, which is not read; give a video.")

@@ -131,7 +131,7 @@ def test_a_run_that_does_not_fit_exits_with_1(
 ):
     """SFT alone, on a device of 1 MiB; with 16 GiB the same command exits with 0."""
     sft = dataclasses.replace(toy_plan, grpo=c.GrpoSettings(steps=0))
-    monkeypatch.setattr("spatial_ssrl_jax.plan.load_config", lambda *_: sft)
+    monkeypatch.setattr("spatial_ssrl_jax.config.load.load_config", lambda *_: sft)
     for size, code in ((2**20, 1), (2**34, 0)):
         spec = DeviceSpec(1e12, 1e9, memory=size, network=1e9)
         monkeypatch.setattr(
