@@ -14,33 +14,25 @@ and a step of GRPO at the longest prompts and responses 2.5 minutes. It has not 
 weights.
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 from spatial_ssrl_jax import config as c
 
 
 def get_config() -> c.Config:
     """75 steps of 256 samples, then 64 prompts x 5 samples a step, one update."""
+    cold_start = c.load_config(str(Path(__file__).with_name("sft_3b.py")))
     return c.Config(
         name="grpo_3b_lora",
         model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", attention_chunk=256),
-        data=c.DataSettings(
-            source="shuffle,flip,crop@folder:data/coco"
-            "+depth,position@diode:data/diode+depth,position@megadepth:data/megadepth",
-            transparency="drop",
-            min_pixels=1,
-            max_pixels=262_144,
+        data=replace(
+            cold_start.data,
             prompt_buckets=(528, 720, 800, 1024, 2048),
             window_buckets=(24, 40, 60, 128),
         ),
-        tasks=c.released_tasks(),
-        sft=c.SftSettings(
-            steps=75,
-            prompts=256,
-            row_tokens=3456,
-            row_windows=(208,),
-            row_responses=1024,
-            micro_batch_rows=1,
-            lora=c.LoraSettings(rank=128, alpha=256.0),
-        ),
+        tasks=cold_start.tasks,
+        sft=replace(cold_start.sft, micro_batch_rows=1),
         grpo=c.GrpoSettings(
             prompts=64,
             minibatches_per_rollout=1,

@@ -22,12 +22,18 @@ from spatial_ssrl_jax.common.paths import local_copy, user_path
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.family import read_config
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, unflatten_params
-from spatial_ssrl_jax.qwen_vl.weights import Entry, canonical_name, entries
+from spatial_ssrl_jax.qwen_vl.weights import (
+    EMBED,
+    HEAD,
+    Entry,
+    canonical_name,
+    entries,
+    stack_layers,
+)
 
 if TYPE_CHECKING:
     import torch
 
-_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"  # names on the Hub
 _FIRST = re.compile(r"model_world_size_(\d+)_rank_0\.pt")
 _WHICH = "give the actor/ folder of a step that verl wrote"
 
@@ -69,8 +75,8 @@ class FsdpFolder:
         model, config = self.model, self.model.config
         tensors = _merge(self.shards, config, dtype)
         if config.tie_word_embeddings:
-            head = tensors.get(_HEAD)
-            if head is not None and not np.array_equal(head, tensors[_EMBED]):
+            head = tensors.get(HEAD)
+            if head is not None and not np.array_equal(head, tensors[EMBED]):
                 model = replace(model, config=replace(config, tie_word_embeddings=False))
         flat = {entry.path: _take(entry, tensors) for entry in entries(model.config)}
         return model, unflatten_params(flat)
@@ -195,7 +201,7 @@ def _read(
         )
     missing, extra = shapes.keys() - pieces, pieces.keys() - shapes
     if config.tie_word_embeddings:
-        missing.discard(_HEAD)
+        missing.discard(HEAD)
     for what, names in (("lacks", missing), ("also holds", extra)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -229,9 +235,6 @@ def _to_numpy(tensor: "torch.Tensor") -> np.ndarray:
 
 def _take(entry: Entry, tensors: dict[str, np.ndarray]) -> np.ndarray:
     """One parameter, whose tensors are removed one by one as they are copied."""
-    if entry.layers is None:
-        return entry.from_hub(tensors.pop(entry.name))
-    stacked = np.empty(entry.shape, jnp.result_type(*(tensors[n].dtype for n in entry.hub_names)))
-    for i, name in enumerate(entry.hub_names):
-        stacked[i] = entry.from_hub(tensors.pop(name))
-    return stacked
+    dtype = jnp.result_type(*(tensors[name].dtype for name in entry.hub_names))
+    layers = (entry.from_hub(tensors.pop(name)) for name in entry.hub_names)
+    return stack_layers(layers, entry, dtype)

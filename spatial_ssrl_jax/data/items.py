@@ -18,7 +18,7 @@ from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.processor import Processor, Prompt, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, QuestionSource, Source
 from spatial_ssrl_jax.data.sources.mixture import mixture_parts
-from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, TaskSettings
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
@@ -209,8 +209,10 @@ class MakeItem(grain.transforms.RandomMap):
                 bad = isinstance(error, BadImage)
                 skipped.append(SkippedRecord(self.maker.source.name(index), str(error), bad))
             index = int(self.pool[int(rng.integers(len(self.pool)))])
-        reasons = sorted({skip.reason for skip in skipped})
-        task, fix = self.maker.task, f"set tasks.{self.maker.task}.weight=0 or use other images"
+        reasons, task = sorted({skip.reason for skip in skipped}), self.maker.task
+        fix = "use other images"
+        if task in TASKS_BY_NAME:
+            fix = f"set tasks.{task}.weight=0 or {fix}"
         raise UserError(
             f"{self.maker.source.spec} has no valid {task} example in {_TRIES} tries "
             f"({'; '.join(reasons[:3])}): {_LARGER if reasons == [TOO_LONG] else fix}."

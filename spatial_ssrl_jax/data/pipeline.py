@@ -201,6 +201,7 @@ class BatchStream:
     def _watched_next(self) -> Batch:
         """The next batch, read in a thread: a worker that is killed while it writes to its pipe
         lets the reader wait for ever."""
+        self._note_workers()  # those that have died since are no active children
         results: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
         threading.Thread(target=_put_next, args=(self._stream, results), daemon=True).start()
         died = None
@@ -214,13 +215,17 @@ class BatchStream:
                     self._waits_forever = True
                     raise _killed(code) from None
                 continue
+            self._note_workers()
             if isinstance(found, BaseException):
                 raise found
             return found
 
+    def _note_workers(self) -> None:
+        self._workers |= set(multiprocessing.active_children())
+
     def _exit_code(self) -> int | None:
         """The exit code of a worker that was killed, if any was."""
-        self._workers |= set(multiprocessing.active_children())
+        self._note_workers()
         return next((w.exitcode for w in self._workers if w.exitcode), None)
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from spatial_ssrl_jax.qwen_vl.lora import TARGETS, LoraSettings, adapter_setting
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, flatten_params, unflatten_params
 from spatial_ssrl_jax.qwen_vl.peft_settings import AdapterSettings, read_settings
-from spatial_ssrl_jax.qwen_vl.weights import Entry, canonical_name, entries, newer_name
+from spatial_ssrl_jax.qwen_vl.weights import DTYPES, Entry, canonical_name, entries, newer_name
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -33,7 +33,6 @@ _PICKLE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _HALVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 _EVERY = LoraSettings(1, targets=tuple(TARGETS))
-_DTYPES = ("F64", "F32", "F16", "BF16")  # those of safetensors that an adapter may have
 
 
 def write_adapter(folder: Path, config: QwenVLConfig, adapters: Params, base: str | None) -> None:
@@ -174,7 +173,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         with safe_open(path, "np") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 dtype = file.get_slice(name).get_dtype()
-                if dtype not in _DTYPES:
+                if dtype not in DTYPES:
                     raise UserError(
                         f"{path}: {name} holds {dtype} numbers, which are not read: save the "
                         "adapter again with PEFT as float32 or bfloat16."

@@ -15,6 +15,7 @@ import numpy as np
 
 from spatial_ssrl_jax.common.bounds import Bounds, Count, invalid_values
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.json_file import read_object
 from spatial_ssrl_jax.common.text import error_line
 
 # Settings that change no merged weight, whatever their value: where the adapter comes from, how it
@@ -104,12 +105,7 @@ def read_settings(path: Path) -> AdapterSettings:
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: give a folder that PEFT or a run wrote.")
-    try:
-        raw: Any = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error_line(error)}): fetch it again.") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} does not hold settings by name: fetch it again.")
+    raw = read_object(path).values
     applied = [field.name for field in dataclasses.fields(AdapterSettings)]
     for key, value in {"peft_type": None, **raw}.items():
         empty = key != "peft_type" and (value is None or value is False or value in ("", [], {}))

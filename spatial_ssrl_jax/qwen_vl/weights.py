@@ -26,9 +26,9 @@ from spatial_ssrl_jax.qwen_vl.family import member_of
 from spatial_ssrl_jax.qwen_vl.model import abstract_params, contracted_axes
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, flatten_params, unflatten_params
 
-_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"  # names on the Hub
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"  # names on the Hub
 _TABLES = ("text/embed", "text/head")  # [V, D] here and on the Hub
-_DTYPES = {  # those of safetensors that weights may have
+DTYPES = {  # those of safetensors that weights may have
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -144,11 +144,13 @@ def _read(entry: Entry, stored: dict[str, StoredTensor]) -> np.ndarray:
     with ExitStack() as stack:
         files = {p: stack.enter_context(safe_open(p, "np")) for p in {x.path for x in tensors}}
         layers = (entry.from_hub(files[x.path].get_tensor(x.name)) for x in tensors)
-        return _stack(layers, entry, jax.numpy.result_type(*{_DTYPES[x.dtype] for x in tensors}))
+        return stack_layers(
+            layers, entry, jax.numpy.result_type(*{DTYPES[x.dtype] for x in tensors})
+        )
 
 
-def _stack(layers: Iterator[np.ndarray], entry: Entry, dtype: np.dtype) -> np.ndarray:
-    """The parameter, of its tensors in our shape."""
+def stack_layers(layers: Iterator[np.ndarray], entry: Entry, dtype: np.dtype) -> np.ndarray:
+    """The parameter, of its tensors in our shape, which are taken one by one."""
     first = next(layers)
     if entry.layers is None:
         return first.astype(dtype, copy=False)
@@ -215,10 +217,10 @@ def has_own_head(folder: Path, config: QwenVLConfig) -> bool:
       UserError: no file, or a broken one.
     """
     stored = _stored(folder, config)
-    head, embed = (stored.get(config_name) for config_name in (_HEAD, _EMBED))
+    head, embed = (stored.get(config_name) for config_name in (HEAD, EMBED))
     if not config.tie_word_embeddings or head is None or embed is None:
         return False
-    if not {head.dtype, embed.dtype} <= _DTYPES.keys():
+    if not {head.dtype, embed.dtype} <= DTYPES.keys():
         return False  # refused when they are read
     tensors = []
     for tensor in (head, embed):
@@ -277,8 +279,8 @@ def _check(folder: Path, config: QwenVLConfig, stored: dict[str, StoredTensor]) 
     expected = {n: entry.hub_shape for entry in entries(config) for n in entry.hub_names}
     missing = sorted(expected.keys() - stored.keys())
     extra = sorted(stored.keys() - expected.keys())
-    if config.tie_word_embeddings and _HEAD in extra:
-        extra.remove(_HEAD)
+    if config.tie_word_embeddings and HEAD in extra:
+        extra.remove(HEAD)
     extra = [name for name in extra if not re.search(r"rotary_emb\.inv_freq$", name)]
     for what, names in (("lacks", missing), ("also holds", extra)):
         if names:
@@ -292,7 +294,7 @@ def _check(folder: Path, config: QwenVLConfig, stored: dict[str, StoredTensor]) 
             raise UserError(
                 f"{folder}: {name} has shape {found.shape}, but config.json asks for {shape}."
             )
-        if found.dtype not in _DTYPES:
+        if found.dtype not in DTYPES:
             raise UserError(
                 f"{folder}: {name} holds {found.dtype} numbers, as quantised weights do, which are "
                 "not read: give the model that it was made from."

@@ -307,16 +307,16 @@ def pipeline(components: RunComponents, stage: SftStage | GrpoStage, start: int)
       stage: the stage.
       start: steps already done.
     """
-    config, epoch = components.config, None
-    items = items_of(
-        config, components.source, components.split.train, components.processor, stage.seed
-    )
+    config, source, epoch = components.config, components.source, None
     if isinstance(stage, SftStage):
         epoch = stage.settings.examples or None
-        if stage.settings.responses != "synthetic":
-            source = open_source(f"ssrl81k:{stage.settings.responses}", config.data.reading)
-            items = _items_of_file(components, stage, source)
-            epoch = min(epoch or len(source), len(source))
+    if isinstance(stage, SftStage) and stage.settings.responses != "synthetic":
+        source = open_source(f"ssrl81k:{stage.settings.responses}", config.data.reading)
+        items = _items_of_file(components, stage, source)
+        epoch = min(epoch or len(source), len(source))
+    else:
+        pool = components.split.train
+        items = items_of(config, source, pool, components.processor, stage.seed)
     if epoch:
         items = repeated(items, epoch, stage.seed)
     return batches(

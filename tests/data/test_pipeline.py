@@ -183,6 +183,33 @@ def test_a_worker_killed_while_it_writes_is_the_same_sentence(monkeypatch: pytes
     stream.close()
 
 
+def test_a_worker_that_dies_between_two_batches_is_known(monkeypatch: pytest.MonkeyPatch):
+    """A dead process is no active child: it is noted while it lives."""
+    monkeypatch.setattr(pipeline, "_WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(pipeline, "_GRACE_SECONDS", 0.2)
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    worker.start()
+    stream = pipeline.BatchStream(Once(), has_workers=True)
+    assert next(stream) == "batch"
+    worker.kill()
+    worker.join()
+    with pytest.raises(UserError, match=r"was killed \(exit code -9"):
+        next(stream)
+
+
+class Once:
+    """A stream that gives one batch at once, and then none."""
+
+    def __init__(self):
+        self.given = iter(["batch"])
+
+    def __next__(self) -> str:
+        for batch in self.given:
+            return batch
+        time.sleep(60)
+        raise AssertionError
+
+
 class Waiting:
     """A stream whose worker dies, and which never gets an item."""
 
