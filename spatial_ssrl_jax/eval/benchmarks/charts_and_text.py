@@ -117,7 +117,7 @@ def _cells_chart(predictions: Sequence[Prediction]) -> list[Cell]:
 
 
 def _paper(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """The score by the released code's own reading, which the paper's row was made with."""
+    """The score by the released code's own reading, to compare with the paper's row."""
     cells = [
         (prediction.id, _half(prediction), float(as_released(prediction)))
         for prediction in predictions

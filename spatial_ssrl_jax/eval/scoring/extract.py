@@ -28,7 +28,8 @@ _DECLARED = re.compile(
 )
 # "B is correct", "Option B because …": a letter that a whole response is about.
 _LEADING = re.compile(
-    rf"(?:[Oo]ption\s+|[Cc]hoice\s+)?[(\[]?([A-Z])[)\]]?,?\s+(?:{_VERB}\s+(?!not\b|wrong\b|incorrect\b)|because\b|since\b)"
+    r"(?:[Oo]ption\s+|[Cc]hoice\s+)?[(\[]?([A-Z])[)\]]?,?\s+"
+    rf"(?:{_VERB}\s+(?!not\b|wrong\b|incorrect\b)|because\b|since\b)"
 )
 _DENIED = re.compile(r"\b(?:not|neither|nor|isn't|wrong|incorrect)\b", re.IGNORECASE)
 _ENCLOSED = re.compile(r"\(([^()]*)\)")
