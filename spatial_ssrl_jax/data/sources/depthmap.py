@@ -1,25 +1,23 @@
-"""Depth files of every kind, read as one format: float32 at the image's size, NaN = invalid."""
+"""Depth of every kind, as one format: float32 at the image's size, NaN = invalid."""
 
-import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import h5py
 import numpy as np
-from h5py import h5l  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
-from spatial_ssrl_jax.common.errors import BadImage, UserError
-from spatial_ssrl_jax.common.retry import with_retries
-from spatial_ssrl_jax.common.text import error_line
-from spatial_ssrl_jax.data.images import SOURCE_PIXELS, open_header
+from spatial_ssrl_jax.common.errors import BadImage
+from spatial_ssrl_jax.data.sources.depth_files import read_values, to_metres
 
 MAX_ASPECT_ERROR = 0.02  # of width/height, between an image and its depth
-_MILLIMETRES = 1e-3
 
 
 def read_depth(
-    path: str, size: tuple[int, int], mask_path: str | None = None, *, no_negatives: bool = False
+    path: str,
+    size: tuple[int, int],
+    mask_path: str | None = None,
+    *,
+    decode: Callable[[np.ndarray], np.ndarray] | None = None,
+    no_negatives: bool = False,
 ) -> np.ndarray:
     """Reads one depth file and fits it to its image.
 
@@ -30,6 +28,7 @@ def read_depth(
       path: the depth file.
       size: (height, width) of the image.
       mask_path: a `.npy` of the depth's own shape, non-zero where it is valid.
+      decode: the stored values -> [H, W] float32, where a layout has a unit or code of its own.
       no_negatives: whether a value below 0 means that the file holds no depth (MegaDepth).
 
     Returns:
@@ -39,15 +38,29 @@ def read_depth(
       BadImage: a file is missing, cannot be read, has more than `SOURCE_PIXELS` pixels, keeps its
         values in other files, has another shape than its image or no valid pixel.
     """
-    depth = _plane(_read(path))
+    values = read_values(path)
+    mask = None if mask_path is None else _read_mask(mask_path, values.shape)
+    depth = to_metres(values, path) if decode is None else decode(values)
+    return fit_depth(depth, size, path, mask, no_negatives=no_negatives)
+
+
+def fit_depth(
+    depth: np.ndarray,
+    size: tuple[int, int],
+    name: str,
+    mask: np.ndarray | None = None,
+    *,
+    no_negatives: bool = False,
+) -> np.ndarray:
+    """Depth [H, W] float32, from wherever, as `read_depth` returns it; `name` is for errors."""
     if no_negatives and (depth < 0).any():
-        raise BadImage(f"{path}: has negative values, so it holds an ordinal map and no depth.")
+        raise BadImage(f"{name}: has negative values, so it holds an ordinal map and no depth.")
     valid = np.isfinite(depth) & (depth > 0)
-    if mask_path is not None:
-        valid &= _read_mask(mask_path, depth.shape)
+    if mask is not None:
+        valid &= mask
     if not valid.any():
-        raise BadImage(f"{path}: has no pixel with a valid depth.")
-    return _resample(np.where(valid, depth, np.float32(np.nan)), size, path)
+        raise BadImage(f"{name}: has no pixel with a valid depth.")
+    return _resample(np.where(valid, depth, np.float32(np.nan)), size, name)
 
 
 def first_existing(paths: Sequence[str], image_path: str) -> str:
@@ -59,87 +72,10 @@ def first_existing(paths: Sequence[str], image_path: str) -> str:
     raise BadImage(f"{image_path}: has no depth; expected {wanted} in {os.path.dirname(paths[0])}.")
 
 
-def _read(path: str) -> np.ndarray:
-    """The values of one file, any shape; PNG scaled to metres. Retries an unavailable file."""
-    ending = os.path.splitext(path)[1]
-    read = {".png": _read_png, ".h5": _read_h5}.get(ending, _read_npy)
-    try:
-        return with_retries(lambda: read(path), path)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise BadImage(f"{path}: there is no such file.") from error
-    except Exception as error:  # readers raise nearly anything on a damaged file
-        raise BadImage(f"{path}: cannot be read as depth ({error_line(error)}).") from error
-
-
-def _read_npy(path: str) -> np.ndarray:
-    with open(path, "rb") as file:
-        format = np.lib.format
-        old = format.read_magic(file) == (1, 0)
-        header = format.read_array_header_1_0 if old else format.read_array_header_2_0
-        shape, _, dtype = header(file)
-        _check_header(shape, dtype, path)
-        file.seek(0)
-        return format.read_array(file, allow_pickle=False)
-
-
-def _read_png(path: str) -> np.ndarray:
-    with open_header(path, path) as image:
-        if not image.mode.startswith("I"):
-            raise BadImage(f"{path}: is {image.mode}, not 16-bit grey in millimetres.")
-        _check_pixels(image.size, path)
-        return np.asarray(image).astype(np.float32) * np.float32(_MILLIMETRES)
-
-
-def _read_h5(path: str) -> np.ndarray:
-    with h5py.File(path, "r") as file:
-        # Before any object is opened: opening a link into another file would read that file.
-        if file.id.links.visit(_leaves_file, info=True):
-            raise BadImage(f"{path}: has a link to another file; copy its depth into this one.")
-        names = sorted(file, key="depth".__ne__)  # it comes first
-        items = (file[name] for name in names)
-        values = next((item for item in items if isinstance(item, h5py.Dataset)), None)
-        if values is None:
-            raise BadImage(f"{path}: holds no data set; expected one named 'depth'.")
-        if values.is_virtual or values.external:
-            raise BadImage(f"{path}: keeps its values in other files; copy them into this one.")
-        _check_header(values.shape or (), values.dtype, path)
-        _check_pixels(values.chunks or (), path)  # a chunk is read whole
-        return values[()]
-
-
-def _leaves_file(name: bytes, link: Any) -> bool | None:
-    """Whether a link points out of its file; None, which goes on to the next, where it does not."""
-    return link.type not in (h5l.TYPE_HARD, h5l.TYPE_SOFT) or None
-
-
-def _check_header(shape: tuple[int, ...], dtype: np.dtype, path: str) -> None:
-    """Raises `BadImage` for what is no plane of numbers, or is too large, before it is read."""
-    is_plane = len(shape) == 2 or (len(shape) == 3 and 1 in (shape[0], shape[2]))
-    if not is_plane or min(shape) < 1 or dtype.kind not in "fiub":
-        what = f"{dtype} {list(shape)}"
-        raise BadImage(f"{path}: holds {what}; expected numbers [H, W] or [H, W, 1].")
-    _check_pixels(shape, path)
-
-
-def _check_pixels(shape: tuple[int, ...], path: str) -> None:
-    if math.prod(shape) > SOURCE_PIXELS:
-        size = "x".join(map(str, shape))
-        raise BadImage(f"{path}: {size} is more than {SOURCE_PIXELS:,} pixels; shrink it first.")
-
-
-def _plane(values: np.ndarray) -> np.ndarray:
-    """[H, W] or [H, W, 1] or [1, H, W] of any real type -> [H, W] float32."""
-    if values.ndim == 3:
-        values = values[..., 0] if values.shape[2] == 1 else values[0]
-    return values.astype(np.float32)
-
-
-def _read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
+def _read_mask(path: str, shape: tuple[int, ...]) -> np.ndarray:
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadImage(f"{path}: is no file; give one with a mask.")  # a pipe would hang
-    mask = _plane(_read(path))
+    mask = read_values(path)
     if mask.shape != shape:
         raise BadImage(f"{path}: is {mask.shape}, but the depth it masks is {shape}.")
     return np.isfinite(mask) & (mask != 0)
