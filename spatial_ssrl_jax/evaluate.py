@@ -87,6 +87,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with the benchmark's own reasoning prompt, where it has one",
     )
+    group.add_argument(
+        "--paper-prompts",
+        action="store_true",
+        help="as the paper's released code asks, its faults included (BUILD.md names them)",
+    )
     group.add_argument("--max-frames", type=int, help="of a video: by the benchmark")
     add_inference_options(group, new_tokens=None, by="the benchmark")
     group.add_argument("--prompts", type=int, default=16, help="max in a batch on each shard")
@@ -135,6 +140,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if getattr(args, other) is not None:
         raise UserError(f"{args.benchmark} takes --{data}: leave out --{other}.")
+    if args.paper_prompts and args.benchmark == PRETEXT.name:
+        raise UserError("the pretext tasks have one wording: leave out --paper-prompts.")
     if args.reasoning and args.own_prompt:
         raise UserError("--reasoning and --own-prompt are two prompts: leave one out.")
     from spatial_ssrl_jax.inference.options import check_inference_options

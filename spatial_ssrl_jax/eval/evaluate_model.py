@@ -56,6 +56,8 @@ def evaluate_model(args: argparse.Namespace) -> list[Scores] | None:
         }
         if args.source is not None:
             about |= {"source": args.source, "heldout_fraction": args.heldout_fraction}
+        if args.paper_prompts:
+            about |= {"paper_prompts": True}
         if is_primary():
             if not args.out.exists():
                 args.out.mkdir(parents=True)
@@ -87,7 +89,12 @@ def _open(args: argparse.Namespace, model: ModelFolder, progress: Progress) -> l
     """The benchmarks, opened before the model is loaded."""
     if args.source is None:
         return open_set(
-            args.benchmark, args.data, args.allow_missing, args.allow_outside_paths, progress.say
+            args.benchmark,
+            args.data,
+            args.allow_missing,
+            args.allow_outside_paths,
+            args.paper_prompts,
+            progress.say,
         )
     reading = Reading(allow_outside_paths=args.allow_outside_paths)
     source = open_source(args.source, reading)

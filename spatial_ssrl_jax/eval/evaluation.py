@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.eval.benchmarks.mcq import DROPPED
 from spatial_ssrl_jax.eval.benchmarks.registry import (
     SPECS,
     Benchmark,
@@ -28,6 +29,7 @@ def open_set(
     data: Path,
     allow_missing: bool,
     allow_outside_paths: bool,
+    as_released: bool,
     say: Callable[[str], None],
 ) -> list[Benchmark]:
     """Opens a benchmark, or all of a set before any is run.
@@ -36,7 +38,7 @@ def open_set(
       name: of a benchmark, or `spatial`, `general` or `all`.
       data: a question file, or a folder with the files of each; see `open_benchmark`.
       allow_missing: leave out rows, and of a set benchmarks, whose files are missing.
-      allow_outside_paths: see `open_benchmark`.
+      allow_outside_paths, as_released: see `open_benchmark`.
       say: receives what is left out.
 
     Raises:
@@ -50,8 +52,10 @@ def open_set(
         if len(names) > 1 and allow_missing and not any(spec.of_folder(data)):
             say(f"{spec.title} is left out: {data} has no file of it")
             continue
-        found.append(open_benchmark(each, data, allow_missing, allow_outside_paths))
+        found.append(open_benchmark(each, data, allow_missing, allow_outside_paths, as_released))
         report_left_out(found[-1].left_out, spec.title, say)
+        if dropped := sum(DROPPED in question.meta for question in found[-1].questions):
+            say(f'{spec.title}: options such as "None" are dropped in {dropped} questions')
     if not found:
         raise UserError(f"{data} has no file of any benchmark of {name}: put them there.")
     return found

@@ -21,7 +21,7 @@ _NEEDED = ("id", "benchmark", "category", "question", "target", "response")
 _FIX = "fix the line, or leave it out"
 _META: dict[str, type] = {  # of all benchmarks
     **dict.fromkeys(("qid", "set_id", "figure_id", "question_id", "subcategory"), str),
-    **dict.fromkeys(("task", "kind", "split", "text"), str),
+    **dict.fromkeys(("task", "kind", "split", "text", "dropped"), str),
     **dict.fromkeys(("options", "source", "truth"), dict),
     **dict.fromkeys(("group", SAMPLE), int),
     "chance": float,

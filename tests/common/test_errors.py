@@ -180,6 +180,7 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (evaluate.main, ["--benchmark=blink", *ASKED, "--max-frames=1"], ["--max-frames"]),
     (evaluate.main, ["--benchmark=blink", *ASKED, "--prompts=0"], ["--prompts"]),
     (evaluate.main, ["--benchmark=blink", *ASKED, "--reasoning", "--own-prompt"], ["two prompts"]),
+    (evaluate.main, [*PRETEXT, "--source=scenes", "--paper-prompts"], ["one wording: leave out"]),
     (evaluate.main, [*PRETEXT, "--source=scene"], ["did you mean 'scenes'"]),
     (evaluate.main, [*PRETEXT, "--source=scenes", "--heldout-fraction=1"], ["--heldout-fraction"]),
     (evaluate.main, ["--score=DIR/x.jsonl"], ["x.jsonl cannot be read"]),

@@ -123,6 +123,29 @@ def test_a_letter_that_is_denied_is_no_answer(template: str, letter: str):
     assert extract.choice(template.format(letter), LETTERS) is None
 
 
+# Whether VLMEvalKit's exact matching reads a letter: one that is a word, else one option's text.
+KIT = {
+    "{}": True, "({})": True, "The answer is {}.": True, "**{}**": True, "{}: thing": True,
+    "It is {}, not further.": True, "\\boxed{{{}": True, "\\boxed{{{}}}": True,
+    "I see that {} is nearer": True, "{}'s": False, "{}/x": False, "answer:{}": True,
+    "option{}": False, "It is thing {0}{0}.": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("template", KIT)
+def test_what_the_kit_reads_behind_the_thought(template: str, letter: str):
+    text = template.format(letter)
+    expected = letter if KIT[template] else None
+    assert extract.kit_choice(f"<think>A, B, C or D?</think>{text}", LETTERS) == expected
+    assert extract.kit_choice(f"<think>A</think>B, no.</think>\n{text}", LETTERS) == expected
+    assert extract.kit_choice(text, LETTERS) is None  # no thought ended
+    assert extract.kit_choice(f"{text}</think>", LETTERS) is None
+    other = "BADC"["ABCD".index(letter)]
+    assert extract.kit_choice(f"</think>{letter} or {other}", LETTERS) is None
+    assert extract.kit_choice(f"</think>{letter.lower()}", LETTERS) is None
+
+
 words = st.text(string.ascii_letters + " .,\n()", max_size=80)
 
 

@@ -20,6 +20,7 @@ from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.eval.benchmarks.registry import SETS, SPECS, open_benchmark
+from spatial_ssrl_jax.eval.predictions import read_predictions
 from spatial_ssrl_jax.rollout.engine import Engine
 from tests.conftest import ROOT
 from tests.helpers import benchmark_files as files
@@ -212,6 +213,24 @@ def test_answers_of_another_evaluation_are_kept_apart(
     assert code == 2 and "predictions.jsonl exists" in err
     (whole / "x").rename(whole / "asked.json")
     assert (whole / "predictions.jsonl").read_text() == before
+
+
+def test_the_papers_prompts_are_another_evaluation(run, checkpoint: Path, tmp_path: Path):
+    """What pandas takes for a missing value is dropped, counted, and stored with the answers."""
+    rows = [files.mcq_row(i, "A", C=text) for i, text in enumerate(["None", "N/A", "stool"])]
+    data, out = files.write_tsv(tmp_path / "BLINK.tsv", rows), tmp_path / "out"
+    words = argv(checkpoint, "blink", data, out)
+    code, _, err = run(*words, "--paper-prompts")
+    assert code == 0 and 'BLINK: options such as "None" are dropped in 2 questions' in err
+    stored = read_predictions(out / "predictions.jsonl")
+    assert [p.meta.get("dropped") for p in stored] == ["C", "C", None]
+    assert ["C. " in p.question for p in stored] == [False, False, True]
+    assert json.loads((out / "asked.json").read_text())["paper_prompts"] is True
+    code, _, err = run(*words)
+    assert code == 2 and "(paper_prompts True, not None)" in err
+    code, _, err = run(*words, "--overwrite")
+    assert code == 0 and "dropped" not in err
+    assert "paper_prompts" not in json.loads((out / "asked.json").read_text())
 
 
 def test_samples_do_not_depend_on_the_batch(run, checkpoint: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ import pytest
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.eval.benchmarks.charts_and_text import relaxed
+from spatial_ssrl_jax.eval.benchmarks.mcq import AS_RELEASED
 from spatial_ssrl_jax.eval.benchmarks.registry import SPECS, open_benchmark, score_predictions
 from spatial_ssrl_jax.eval.benchmarks.vsi_bench import relative_accuracy
 from spatial_ssrl_jax.eval.questions import Prediction, unscored_prediction
@@ -18,6 +19,7 @@ from tests.helpers import benchmark_files as files
 
 OPTIONS = {"A": "chair", "B": "table"}
 KIT = ("blink", "realworldqa", "seedbench2_plus", "spatialeval", "3dsrbench", "viewspatial")
+OF_VLMEVALKIT = [spec.name for spec in AS_RELEASED]
 FORMULA = "Handwritten Mathematical Expression Recognition"
 
 
@@ -98,6 +100,48 @@ def test_mmbench_needs_every_rotation():
         score_predictions([prediction("mmbench", "A", "A", name="x1")])
 
 
+# reasoning: with_unboxed
+
+
+@pytest.mark.parametrize("benchmark", OF_VLMEVALKIT)
+def test_an_unboxed_letter_counts_in_a_second_score_alone(benchmark: str):
+    """One boxed, one unboxed, one unboxed and wrong, one cut off, and one that hedges."""
+    responses = (r"\boxed{A}", "It is A.", "B", None, "A or B")
+    predictions = [
+        prediction(
+            benchmark,
+            "A",
+            "<think>A" if said is None else f"<think>A or B?</think>{said}",
+            name=str(index),
+            options=OPTIONS,
+        )
+        for index, said in enumerate(responses)
+    ]
+    scored, found = score_predictions(predictions)
+    assert found.score == 20 and found.unparsed == 4
+    assert [p.extracted for p in scored] == ["A", None, None, None, None]
+    assert found.extra["with_unboxed"] == 40
+    direct = [dataclasses.replace(p, response="A") for p in predictions]
+    assert "with_unboxed" not in score_predictions(direct)[1].extra
+
+
+def test_an_answer_that_is_found_stands_whatever_the_kit_reads():
+    """The kit finds two letters behind the thought, and so none."""
+    given = prediction("blink", "A", r"<think>x</think>Not B: \boxed{A}", options=OPTIONS)
+    assert score_predictions([given])[1].extra == {"with_unboxed": 100}
+
+
+def test_rotations_need_unboxed_letters_in_all():
+    def ask(*said: str) -> float:
+        predictions = [
+            prediction("mmbench", "A", f"<think>x</think>{text}", name=name, options=OPTIONS)
+            for name, text in zip(("1", "1000001", "2"), said, strict=True)
+        ]
+        return score_predictions(predictions)[1].extra["with_unboxed"]
+
+    assert ask("A", r"\boxed{A}", "A") == 100 and ask("A", "B", "A") == 50
+
+
 # short answers
 
 
@@ -159,20 +203,21 @@ def test_qspatial_plus_without_a_unit_is_unparsed():
 def test_relative_accuracy_by_hand():
     assert relative_accuracy(10, 10) == 1
     assert relative_accuracy(9.5, 10) == 1  # off by 0.05, the limit of θ = 0.95
-    assert relative_accuracy(9.5, 10, strict=True) == 0.9
+    assert relative_accuracy(9.4, 10) == relative_accuracy(9.4, 10, strict=True) == 0.9
     assert relative_accuracy(3, 2) == 0.1  # off by 0.5, the limit of θ = 0.5
     assert relative_accuracy(3, 2, strict=True) == 0
     assert relative_accuracy(7, 10) == 0.5  # limits 0.3, 0.35, …, 0.5
     assert relative_accuracy(100, 10) == 0
 
 
-def test_every_limit_counts_once():
-    """At each of the ten limits itself, in spite of rounding."""
-    steps = range(1, 11)
-    assert [relative_accuracy(100 + 5 * i, 100) for i in steps] == [(11 - i) / 10 for i in steps]
-    assert [relative_accuracy(10.3 * (1 - i / 20), 10.3) for i in steps] == [
-        (11 - i) / 10 for i in steps
-    ]
+def test_at_exact_limits_rounding_decides_as_in_both_scripts():
+    """Off by 0, 5, … 50 %: the official ≤ misses 20 and 45 %, the paper's < counts 5 and 30 %."""
+    official = [1, 1, 0.9, 0.8, 0.6, 0.6, 0.5, 0.4, 0.3, 0.1, 0.1]
+    paper = [1, 1, 0.8, 0.7, 0.6, 0.5, 0.5, 0.3, 0.2, 0.1, 0]
+    for sign in (-5, 5):
+        numbers = [100 + sign * i for i in range(11)]
+        assert [relative_accuracy(number, 100) for number in numbers] == official
+        assert [relative_accuracy(number, 100, strict=True) for number in numbers] == paper
 
 
 def test_vsi_bench_is_the_mean_of_eight_tasks_and_the_papers_of_all_questions():

@@ -2,7 +2,8 @@
 MMBench v1.1, which asks each question in every rotation of its options."""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.eval.benchmarks import prompts
@@ -21,12 +22,26 @@ from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric, all_right, each, 
 
 _ROTATION = 1_000_000  # MMBench numbers rotations of question i as i + n · 1,000,000
 _FLIP = "-flip"  # 3DSRBench: "ABCDEFGH", mirrored "ABCDEFGH-flip", then "-1" for another order
+# Cells that pandas 2, with which the released code reads these files, takes for missing values.
+_MISSING = frozenset((
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
+    "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+))  # fmt: skip
+DROPPED = "dropped"  # in meta: letters of the options that were dropped as missing
 
 
 def judge_choice(prediction: Prediction) -> Judgement:
     """Right when the chosen letter is the target's; the options come from meta or the prompt."""
+    options, target = _choices(prediction)
+    letter = extract.choice(prediction.response, options)
+    return Judgement(letter, float(letter == target))
+
+
+def _choices(prediction: Prediction) -> tuple[dict[str, str], str]:
+    """The options that were asked, by letter, and the right letter, even that of a dropped one."""
     options = prediction.meta.get("options") or extract.options_in(prediction.question)
-    target = extract.choice(str(prediction.target), options)  # files write "A", "(A)" or "A. chair"
+    known = {**options, **dict.fromkeys(prediction.meta.get(DROPPED, ""), "")}
+    target = extract.choice(str(prediction.target), known)  # files write "A", "(A)" or "A. chair"
     if target is None:  # the lines of the prompt that look like options are none
         options = {}
         target = extract.choice(str(prediction.target), options)
@@ -34,8 +49,29 @@ def judge_choice(prediction: Prediction) -> Judgement:
         raise UserError(
             f"{prediction.id}: its target {prediction.target!r} is no letter of an option."
         )
-    letter = extract.choice(prediction.response, options)
-    return Judgement(letter, float(letter == target))
+    return options, target
+
+
+def _with_unboxed(
+    predictions: Sequence[Prediction],
+    cells: Callable[[Sequence[Prediction]], Iterable[Cell]] = each,
+) -> dict[str, float]:
+    """The score where a letter behind `</think>` counts outside a box too, as in VLMEvalKit.
+
+    Nothing where no response has a `</think>`.
+    """
+    if not any(extract.THOUGHT_END in prediction.response for prediction in predictions):
+        return {}
+    return {"with_unboxed": mean(cells([_judged_unboxed(p) for p in predictions]))}
+
+
+def _judged_unboxed(prediction: Prediction) -> Prediction:
+    """A scored prediction, one without an answer scored by what VLMEvalKit reads."""
+    if prediction.extracted is not None:
+        return prediction
+    options, target = _choices(prediction)
+    letter = extract.kit_choice(prediction.response, options)
+    return replace(prediction, score=float(letter == target))
 
 
 def ask_choice(question: Question, style: Style) -> BenchmarkPrompt:
@@ -91,7 +127,31 @@ def _spec(name: str, title: str, *files: str) -> BenchmarkSpec:
         columns=(("index", "question", "A", "B", "answer"),),
         parse=lambda row: _question(name, row, row.text("answer")),
         ask=ask_choice,
-        metric=Metric(judge_choice),
+        metric=Metric(judge_choice, extra=_with_unboxed),
+    )
+
+
+def _as_released(spec: BenchmarkSpec) -> BenchmarkSpec:
+    """A benchmark as the released code reads it: options and hints such as "None" are not asked.
+
+    A dropped option cannot be chosen: where it is the right one, every answer is wrong.
+    """
+
+    def parse(row: QuestionRow) -> Question | None:
+        question = spec.parse(row) if spec.parse else None
+        return None if question is None else _without_missing(question)
+
+    return replace(spec, parse=parse)
+
+
+def _without_missing(question: Question) -> Question:
+    kept = {key: text for key, text in question.options.items() if text not in _MISSING}
+    dropped = "".join(key for key in question.options if key not in kept)
+    return replace(
+        question,
+        options=kept,
+        hint="" if question.hint in _MISSING else question.hint,
+        meta={**question.meta, DROPPED: dropped} if dropped else question.meta,
     )
 
 
@@ -124,7 +184,7 @@ def _extra_3dsrbench(predictions: Sequence[Prediction]) -> dict[str, float]:
         for name, key in groups.items():
             right = all_right(predictions, lambda prediction, key=key: key(prediction.meta["qid"]))
             found[name] = 100 * sum(right.values()) / len(right)
-    return found
+    return found | _with_unboxed(predictions, _cells_3dsrbench)
 
 
 def _parse_mmbench(row: QuestionRow) -> Question:
@@ -149,6 +209,10 @@ def _cells_mmbench(predictions: Sequence[Prediction]) -> list[Cell]:
     return [(group, "circular", right) for group, right in all_right(predictions, _group).items()]
 
 
+def _extra_mmbench(predictions: Sequence[Prediction]) -> dict[str, float]:
+    return {"vanilla": mean(each(predictions))} | _with_unboxed(predictions, _cells_mmbench)
+
+
 BLINK = _spec("blink", "BLINK", "BLINK.tsv")
 REALWORLDQA = _spec("realworldqa", "RealWorldQA", "RealWorldQA.tsv")
 SEEDBENCH2_PLUS = _spec("seedbench2_plus", "SEEDBench2-Plus", "SEEDBench2_Plus.tsv")
@@ -169,8 +233,9 @@ MMBENCH = BenchmarkSpec(
     columns=(("index", "question", "A", "B"),),
     parse=_parse_mmbench,
     ask=ask_choice,
-    metric=Metric(
-        judge_choice, _cells_mmbench, extra=lambda predictions: {"vanilla": mean(each(predictions))}
-    ),
+    metric=Metric(judge_choice, _cells_mmbench, extra=_extra_mmbench),
     public=False,
+)
+AS_RELEASED = tuple(
+    map(_as_released, (BLINK, REALWORLDQA, SEEDBENCH2_PLUS, SPATIALEVAL, SRBENCH_3D, MMBENCH))
 )

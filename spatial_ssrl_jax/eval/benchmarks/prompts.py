@@ -1,7 +1,8 @@
 """The benchmarks' prompts, character by character; each family's file combines them.
 
 Scores are comparable only with these strings, misspellings included. With reasoning, the training
-format prompt of `tasks/protocol.py` comes last, once.
+format prompt of `tasks/protocol.py` comes last, once, and as in the released code without a space
+in front.
 """
 
 from typing import Literal
@@ -34,6 +35,8 @@ VIEWSPATIAL_DIRECT = "\nReply only to the corresponding option.\nAnswer:"
 LETTER_LAST = "\nThe final answer should be the option letter from the given choices.\n"
 
 VSI = "Watch the given video and anser the following question.\n\n"
+VSI_OPTION = "\n{letter}. {text}"
+VSI_OPTION_AS_RELEASED = "{letter}. {letter}. {text}"  # the file's options have their letters
 VSI_NUMBER_DIRECT = "\nAnswer directly with a number(integer or decimal)."
 VSI_LETTER_DIRECT = "\nAnswer directly with the option letter from the given choices."
 VSI_NUMBER_LAST = "\nThe final answer should be a number(integer or decimal).\n"
@@ -94,11 +97,6 @@ SPATIAL457_JSON = (
 )
 
 
-def followed_by(text: str, tail: str) -> str:
-    """A prompt with one more sentence, after one space where there is no white space yet."""
-    return text + tail if text[-1:].isspace() else f"{text} {tail}"
-
-
 def in_style(text: str, style: Style, tail: str = FORMAT_PROMPT) -> str:
     """A benchmark's own prompt, followed by `tail` unless it is asked directly."""
-    return text if style == "direct" else followed_by(text, tail)
+    return text if style == "direct" else text + tail

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.eval.benchmarks import charts_and_text, mcq
+from spatial_ssrl_jax.eval.benchmarks import charts_and_text, mcq, spatial457, vsi_bench
 from spatial_ssrl_jax.eval.benchmarks.hallusionbench import HALLUSIONBENCH
 from spatial_ssrl_jax.eval.benchmarks.pretext import PRETEXT
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
@@ -18,10 +18,8 @@ from spatial_ssrl_jax.eval.benchmarks.question_files import (
     QuestionRow,
     read_rows,
 )
-from spatial_ssrl_jax.eval.benchmarks.spatial457 import SPATIAL457
 from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec
 from spatial_ssrl_jax.eval.benchmarks.viewspatial import VIEWSPATIAL
-from spatial_ssrl_jax.eval.benchmarks.vsi_bench import VSI_BENCH
 from spatial_ssrl_jax.eval.benchmarks.whatsup import WHATSUP
 from spatial_ssrl_jax.eval.questions import SAMPLE, BenchmarkPrompt, Prediction, Question
 from spatial_ssrl_jax.eval.scoring.published import GENERAL, SPATIAL
@@ -30,13 +28,13 @@ from spatial_ssrl_jax.eval.scoring.scores import Scores, summarise
 SPECS = {
     spec.name: spec
     for spec in (
-        SPATIAL457,
+        spatial457.SPATIAL457,
         mcq.SRBENCH_3D,
         mcq.SPATIALEVAL,
         QSPATIAL_PLUS,
         WHATSUP,
         VIEWSPATIAL,
-        VSI_BENCH,
+        vsi_bench.VSI_BENCH,
         mcq.MMBENCH,
         mcq.BLINK,
         HALLUSIONBENCH,
@@ -48,6 +46,10 @@ SPECS = {
 }
 # The fourteen, and the pretext tasks, which have no file.
 SCORED = SPECS | {PRETEXT.name: PRETEXT}
+# Benchmarks that the released code asks otherwise: the paper's variant.
+AS_RELEASED = {
+    spec.name: spec for spec in (spatial457.AS_RELEASED, vsi_bench.AS_RELEASED, *mcq.AS_RELEASED)
+}
 SETS = {"spatial": SPATIAL, "general": GENERAL, "all": SPATIAL + GENERAL}
 
 
@@ -89,7 +91,11 @@ def names_of(benchmark: str) -> tuple[str, ...]:
 
 
 def open_benchmark(
-    name: str, path: Path, allow_missing: bool = False, allow_outside_paths: bool = False
+    name: str,
+    path: Path,
+    allow_missing: bool = False,
+    allow_outside_paths: bool = False,
+    as_released: bool = False,
 ) -> Benchmark:
     """Reads a benchmark's questions.
 
@@ -99,13 +105,14 @@ def open_benchmark(
         in a folder of its own each.
       allow_missing: leave out rows whose image, video or answer is missing.
       allow_outside_paths: let paths in rows leave the folder `path`, or that of the file `path`.
+      as_released: ask to the letter as the released code does, see `AS_RELEASED`.
 
     Raises:
       UserError: no such file, a file of another benchmark, a damaged one, an id that occurs twice,
         or, unless `allow_missing`, a row that cannot be asked or scored.
     """
     (name,) = names_of(name)
-    spec = SPECS[name]
+    spec = AS_RELEASED.get(name, SPECS[name]) if as_released else SPECS[name]
     if spec.parse is None:
         raise ValueError(f"the questions of {name} are in no file")
     found: list[tuple[QuestionRow, Question]] = []
@@ -133,7 +140,8 @@ def open_benchmark(
 
 def _files(spec: BenchmarkSpec, path: Path, allow_missing: bool) -> list[Path]:
     if path.is_file():
-        other = [s for s in SPECS.values() if s is not spec and path.name.lower() in s.file_names()]
+        name = path.name.lower()
+        other = [s for s in SPECS.values() if s.name != spec.name and name in s.file_names()]
         if other:
             raise UserError(
                 f"{path} is a file of {other[0].title}, not of {spec.title}: give --benchmark="

@@ -1,6 +1,8 @@
 """Spatial457: short answers about rendered vehicles, in seven levels."""
 
 import re
+from dataclasses import replace
+from functools import partial
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.eval.benchmarks import prompts
@@ -22,6 +24,11 @@ _KINDS = {
 }
 _KIND_OF = {shape: kind for kind, shapes in _KINDS.items() for shape in shapes.split()}
 _FIELD = re.compile(r"""Answer['"]?\s*:\s*(?:'([^']*)'|"([^"]*)"|([^'",}\n]+))""")
+_LAST: dict[Style, str] = {
+    "direct": prompts.DIRECTLY,
+    "reasoning": FORMAT_PROMPT,
+    "own": prompts.SPATIAL457_JSON,
+}
 _MAX_WORDS = 4  # of a direct answer; none of the right ones has more than two
 
 
@@ -77,19 +84,18 @@ def _parse(row: QuestionRow) -> Question:
     )
 
 
-def ask(question: Question, style: Style) -> BenchmarkPrompt:
-    """The benchmark's steps, then its JSON in style "own", the format prompt in "reasoning".
+def ask(question: Question, style: Style, repeat: bool = False) -> BenchmarkPrompt:
+    """The benchmark's instructions with the answers that it allows, then the style's sentence.
 
-    The released script repeats the format prompt after each piece of the text; here it comes once.
+    Args:
+      question, style: what is asked, and how.
+      repeat: put that sentence after each of the three pieces of text, as the released code does;
+        the benchmark's own JSON template comes once.
     """
-    if style == "direct":
-        text = prompts.followed_by(question.text, prompts.DIRECTLY)
-        return BenchmarkPrompt(text, question.images)
-    what = prompts.SPATIAL457_LEVELS[question.category]
-    text = f"{prompts.SPATIAL457_PROMPT.format(what=what)}<image>{question.text}"
-    text += prompts.SPATIAL457_STEPS
-    text += prompts.SPATIAL457_JSON if style == "own" else FORMAT_PROMPT
-    return BenchmarkPrompt(text, question.images)
+    what, last = prompts.SPATIAL457_LEVELS[question.category], _LAST[style]
+    each = last if repeat and style != "own" else ""
+    text = f"{prompts.SPATIAL457_PROMPT.format(what=what)}{each}<image>{question.text}{each}"
+    return BenchmarkPrompt(text + prompts.SPATIAL457_STEPS + last, question.images)
 
 
 SPATIAL457 = BenchmarkSpec(
@@ -101,3 +107,4 @@ SPATIAL457 = BenchmarkSpec(
     ask=ask,
     metric=Metric(judge),
 )
+AS_RELEASED = replace(SPATIAL457, ask=partial(ask, repeat=True))

@@ -1,6 +1,10 @@
 """VSI-Bench: questions about videos of rooms, with a letter or a number as the answer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.eval.benchmarks import prompts
@@ -28,8 +32,10 @@ _NUMBERS = {
 # The three levels are one task of the eight.
 _DIRECTIONS = tuple(f"object_rel_direction_{level}" for level in ("easy", "medium", "hard"))
 _LETTERS = {*_DIRECTIONS, "object_rel_distance", "obj_appearance_order", "route_planning"}
-# 1 − θ for θ from 0.5 to 0.95, in twentieths, so that rounding decides at no limit.
-_TWENTIETHS, _ROUNDING = range(1, 11), 1e-9
+# 1 − θ as the official script and as the paper's compute it: at a limit itself rounding decides
+# (0.2 is above 1 − 0.8).
+_LIMITS = 1 - np.linspace(0.5, 0.95, 10)
+_PAPER_LIMITS = 1 - (0.5 + np.arange(10) * 0.05)
 
 
 def judge(prediction: Prediction) -> Judgement:
@@ -42,9 +48,14 @@ def judge(prediction: Prediction) -> Judgement:
 
 
 def relative_accuracy(found: float, right: float, strict: bool = False) -> float:
-    """Fraction of θ in {.5, .55, …, .95} with |found − right| / right ≤ 1 − θ, or < if strict."""
-    off, margin = 20 * abs(found - right) / right, -_ROUNDING if strict else _ROUNDING
-    return sum(off < limit + margin for limit in _TWENTIETHS) / len(_TWENTIETHS)
+    """Fraction of θ in {.5, .55, …, .95} with |found − right| / right ≤ 1 − θ.
+
+    Args:
+      found, right: the number that is judged, and the right one.
+      strict: with < and the limits of the paper's script.
+    """
+    off = abs(found - right) / right
+    return float(np.mean(off < _PAPER_LIMITS if strict else off <= _LIMITS))
 
 
 def _true_number(prediction: Prediction) -> float:
@@ -104,11 +115,16 @@ def _parse(row: QuestionRow) -> Question:
     )
 
 
-def ask(question: Question, style: Style) -> BenchmarkPrompt:
-    """Options are on lines of their own; the released script joins them, with two letters each."""
+def ask(question: Question, style: Style, joined: bool = False) -> BenchmarkPrompt:
+    """The question with its options, each on a line of its own.
+
+    Args:
+      question, style: what is asked, and how.
+      joined: as the released script does, without line breaks and with two letters each.
+    """
+    form = prompts.VSI_OPTION_AS_RELEASED if joined else prompts.VSI_OPTION
     options = "".join(
-        "\n" + prompts.OPTION.format(letter=letter, text=text).rstrip("\n")
-        for letter, text in question.options.items()
+        form.format(letter=letter, text=text) for letter, text in question.options.items()
     )
     text = prompts.VSI + question.text + options
     if style == "direct":
@@ -130,3 +146,4 @@ VSI_BENCH = BenchmarkSpec(
     frames=128,
     new_tokens=4096,
 )
+AS_RELEASED = replace(VSI_BENCH, ask=partial(ask, joined=True))

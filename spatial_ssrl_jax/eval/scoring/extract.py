@@ -18,7 +18,9 @@ _ESCAPED, _SPACE = re.compile(r"\\([%$&#])"), re.compile(r"\\[,;:! ]|~")
 # Pairs of marks around an answer without a meaning: emphasis, code, quotes, LaTeX.
 _PAIRS = (("*", "*"), ("_", "_"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"))
 _LATEX = (("$", "$"), ("\\(", "\\)"))
-_REASONED = ("<think>", "</think>", "\\boxed")
+THOUGHT_END = "</think>"
+_REASONED = ("<think>", THOUGHT_END, "\\boxed")
+_KIT_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _VERB = r"(?:is|was|would be|should be|must be|seems|appears|looks)"
 _DECLARED = re.compile(
     rf"(?:\b(?:answer|option|choice)\b(?:\s+(?:{_VERB}|option))*\s*:?\s*"
@@ -139,6 +141,24 @@ def choice(response: str, options: Mapping[str, str]) -> str | None:
         alone = set(_ALONE.findall(text)) & (set(options) or set(_ALONE.findall(text)))
         letter = alone.pop() if len(alone) == 1 and not _DENIED.search(text) else None
     return letter if letter is None or not options or letter in options else None
+
+
+def kit_choice(response: str, options: Mapping[str, str]) -> str | None:
+    """The letter that VLMEvalKit's exact matching reads behind the last `</think>`, boxed or not.
+
+    The only letter of an option that is a word there, else that of the only option whose text
+    occurs; None where there is none, or no `</think>`. The article "A" counts as a letter.
+
+    Args:
+      response: the model's text.
+      options: text of each option by letter.
+    """
+    _, end, text = response.rpartition(THOUGHT_END)
+    words = text.translate(_KIT_MARKS).split()
+    found = [letter for letter in options if letter in words]
+    if len(found) != 1:
+        found = [letter for letter, option in options.items() if option.lower() in text.lower()]
+    return found[0] if end and len(found) == 1 else None
 
 
 def _written_letters(text: str) -> set[str]:
