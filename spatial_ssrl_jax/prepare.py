@@ -14,8 +14,11 @@ from spatial_ssrl_jax.common.errors import UserError, disk_problem, run_command
 from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.common.outputs import check_inputs, check_writable
 from spatial_ssrl_jax.common.paths import in_bucket, partial_name, user_path
+from spatial_ssrl_jax.common.reading import READING
 from spatial_ssrl_jax.common.text import error_line, printable
 from spatial_ssrl_jax.data.sources.files import FileSource
+from spatial_ssrl_jax.data.sources.options import open_with_options
+from spatial_ssrl_jax.tasks import TASKS
 
 _MAX_NAMED = 10  # skipped images in the output
 
@@ -30,7 +33,9 @@ def main(argv: Sequence[str]) -> None:
     from spatial_ssrl_jax.data.builder.ssrl_pictures import KINDS
 
     parser.add_argument("kind", choices=list(KINDS), help="the folder's layout; coco: any images")
-    parser.add_argument("src", help="the folder that is read")
+    parser.add_argument(
+        "src", help="the folder that is read, perhaps with ,depth=… or ,exif=… as in a SPEC"
+    )
     parser.add_argument("dst", help="the folder that is written; may begin with gs://")
     parser.add_argument(
         "--max-bad-fraction", type=float, default=0.2, help="stop above this fraction of bad images"
@@ -41,7 +46,8 @@ def main(argv: Sequence[str]) -> None:
     if not 0 <= args.max_bad_fraction < 1:
         raise UserError("--max-bad-fraction must be at least 0 and below 1.")
 
-    source = KINDS[args.kind](f"{args.kind}:{args.src}", args.src)
+    spec = f"{args.kind}:{args.src}"
+    source = open_with_options(KINDS[args.kind], spec, args.src, READING)
     if "://" in args.dst:  # ArrayRecord's writer knows local files alone
         with tempfile.TemporaryDirectory() as local:
             written, skipped, folder = _write(args, source, Path(local))
@@ -56,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
                 written, skipped, folder = _write(args, source, local)
             finally:
                 shutil.rmtree(local, ignore_errors=True)
-    spec = f"tfds:ssrl_pictures/{args.kind}@{args.dst}"
+    spec = f"{_tasks(source)}tfds:ssrl_pictures/{args.kind}@{args.dst}"
     if args.json:
         report = {"source": spec, "folder": folder, "written": written, "skipped": skipped}
         print(json.dumps(report))
@@ -65,6 +71,13 @@ def main(argv: Sequence[str]) -> None:
         print(f"skipped {printable(reason)}")
     line = f"{folder}: {written} images, {len(skipped)} skipped; read it with --source={spec}"
     print(printable(line))
+
+
+def _tasks(source: FileSource) -> str:
+    """The tasks to write before the packed set's SPEC, where its depth does not serve all."""
+    if not source.has_depth or source.has_distances:
+        return ""
+    return ",".join(task.name for task in TASKS if not task.needs_distances) + "@"
 
 
 def _write(args: argparse.Namespace, source: FileSource, local: Path) -> tuple[int, list[str], str]:

@@ -1,6 +1,7 @@
 """Reading images: from any file an upright 8-bit RGB image, or a `BadImage`."""
 
 import io
+import math
 import os
 import stat
 from collections.abc import Callable
@@ -21,7 +22,8 @@ Value = TypeVar("Value")
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 SOURCE_PIXELS = 2**26  # of a source's image: many are open at a time, 200 MB each at this size
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # old Pillows open a 16-bit PNG as "I"
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_UPSIDE_DOWN, _MIRRORED = (3, 4, 7, 8), (2, 3, 6, 7)  # that reverse rows and columns after that
 # A PNG's transparent colour has the file's depth, and Pillow's pixels have 8 bits.
 _KEY_SCALE = {"L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}
 
@@ -59,18 +61,30 @@ def open_source_image(
     transparency: Transparency = "white",
 ) -> np.ndarray:
     """`open_image` for a source: rejects more than `SOURCE_PIXELS` pixels before decoding."""
+    return open_oriented_image(path_or_bytes, name, transparency)[0]
+
+
+def open_oriented_image(
+    path_or_bytes: str | os.PathLike[str] | bytes,
+    name: str = "",
+    transparency: Transparency = "white",
+) -> tuple[np.ndarray, int]:
+    """`open_source_image`, and the EXIF orientation, 1 to 8, that the image was turned by."""
+
+    def convert(image: Image.Image, name: str) -> tuple[np.ndarray, int]:
+        pixels = upright_rgb(image, name, transparency)
+        return pixels, _orientation(image.getexif())
+
     name = name or _name(path_or_bytes)
     check_pixels(image_size(path_or_bytes, name, listed=True), name)
-    return open_image(path_or_bytes, name, True, transparency)
+    return _read(path_or_bytes, name, True, convert)
 
 
-def check_pixels(size: tuple[int, int], name: str) -> None:
-    """Raises `BadImage` for a (width, height) of more than `SOURCE_PIXELS` pixels."""
-    width, height = size
-    if width * height > SOURCE_PIXELS:
-        raise BadImage(
-            f"{name}: {width}x{height} is more than {SOURCE_PIXELS:,} pixels; shrink it first."
-        )
+def check_pixels(size: tuple[int, ...], name: str) -> None:
+    """Raises `BadImage` for sides, of an image or an array, of more than `SOURCE_PIXELS` pixels."""
+    if math.prod(size) > SOURCE_PIXELS:
+        sides = "x".join(map(str, size))
+        raise BadImage(f"{name}: {sides} is more than {SOURCE_PIXELS:,} pixels; shrink it first.")
 
 
 def image_size(
@@ -149,9 +163,26 @@ def open_header(path_or_bytes: str | os.PathLike[str] | bytes, name: str) -> Ima
 def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
     """(width, height) of an open image after its EXIF rotation."""
     # The base class's method: that of PNG decodes the whole image to find it.
-    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    orientation = _orientation(Image.Image.getexif(image))
     width, height = image.size
-    return (height, width) if orientation in _SIDEWAYS else (width, height)
+    return (height, width) if orientation in SIDEWAYS else (width, height)
+
+
+def _orientation(exif: Image.Exif) -> int:
+    """The EXIF orientation, 1 to 8; Pillow ignores any other value, as 1."""
+    found = exif.get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
+
+
+def upright(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Values [H, W, …] of a picture as it is stored, turned by its EXIF orientation, as it is."""
+    if orientation in SIDEWAYS:
+        values = values.swapaxes(0, 1)
+    if orientation in _UPSIDE_DOWN:
+        values = values[::-1]
+    if orientation in _MIRRORED:
+        values = values[:, ::-1]
+    return np.ascontiguousarray(values)
 
 
 def upright_rgb(image: Image.Image, name: str, transparency: Transparency = "white") -> np.ndarray:

@@ -356,4 +356,6 @@ def unusable(source: AnySource, task: Task[Any]) -> str:
         return f"no source in {source.spec} is for the task {task.name}"
     if task.needs_depth and not ready and not source.has_depth:
         return f"the task {task.name} needs depth and {source.spec} has none"
+    if task.needs_distances and not ready and not any(p.source.has_distances for p in parts):
+        return f"the task {task.name} needs distances and {source.spec} has only orders of depths"
     return f"the task {task.name} finds no record in {source.spec}"

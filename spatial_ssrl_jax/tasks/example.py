@@ -71,6 +71,7 @@ class Task(Generic[Settings]):
     Attributes:
       name: key of its settings in a config.
       needs_depth: whether it needs records with depth.
+      needs_distances: whether it also needs distances, and not the order of depths alone.
       settings: class of its settings, with the paper's defaults.
       make: (record, rng, settings) -> `Example`, or raises `Reject`. Every draw comes from `rng`,
         so the same record, generator state and settings give the same example.
@@ -87,6 +88,7 @@ class Task(Generic[Settings]):
     make: Callable[[Record, np.random.Generator, Settings], Example]
     sizes: Callable[[Size, Settings], list[Size]] = single_image
     chance: Callable[[str], float] | None = None
+    needs_distances: bool = False
 
 
 def source_of(record: Record) -> dict[str, str]:

@@ -264,4 +264,12 @@ def sizes(size: Size, settings: PositionSettings) -> list[Size]:
     return [fitted_size(size, settings.fit_box)]
 
 
-TASK = Task("position", True, PositionSettings, make, sizes, chance=lambda answer: 1 / 4)
+TASK = Task(
+    "position",
+    True,
+    PositionSettings,
+    make,
+    sizes,
+    chance=lambda answer: 1 / 4,
+    needs_distances=True,
+)

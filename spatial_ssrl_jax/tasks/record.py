@@ -16,6 +16,7 @@ class Record:
       name: identifies the record inside its source: a relative path or an id.
       spec: the source's SPEC as the user wrote it, for example `nyu:/data/nyu`.
       path: where the image came from (a file), or its id for a source without files.
+      turned: whether its EXIF orientation turned it, so that its file's pixels are another way up.
     """
 
     image: np.ndarray
@@ -23,3 +24,4 @@ class Record:
     name: str
     spec: str
     path: str
+    turned: bool = False

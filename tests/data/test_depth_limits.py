@@ -14,12 +14,13 @@ from PIL import Image
 from spatial_ssrl_jax.common.errors import BadImage
 from spatial_ssrl_jax.data.images import SOURCE_PIXELS
 from spatial_ssrl_jax.data.sources import depth_files
-from spatial_ssrl_jax.data.sources.depthmap import read_depth
+from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, read_depth
 from spatial_ssrl_jax.data.sources.stored import StoredSource
 from tests.data.test_images import png_of_size
 from tests.data.test_sources import HEIGHT, WIDTH, check_ramp, ramp, save_depth, save_image
 
 SIZE = (HEIGHT, WIDTH)
+TARGET = DepthTarget(SIZE)
 SIDES = (120_000, 60_000)  # 26.8 GiB of float32
 
 
@@ -28,7 +29,7 @@ def refused(path: Path, reason: str, mask: Path | None = None) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(BadImage, match=f"{(mask or path).name}.*{reason}") as caught:
-            read_depth(str(path), SIZE, mask and str(mask))
+            read_depth(str(path), TARGET, mask and str(mask))
         assert tracemalloc.get_traced_memory()[1] < SOURCE_PIXELS / 100
     finally:
         tracemalloc.stop()
@@ -96,17 +97,17 @@ def test_the_limit_itself_is_allowed(tmp_path: Path, monkeypatch, ending: str):
     path = tmp_path / f"d{ending}"
     save_depth(path, ramp())
     monkeypatch.setattr(depth_files, "SOURCE_PIXELS", HEIGHT * WIDTH)
-    check_ramp(read_depth(str(path), SIZE), 6e-4)
+    check_ramp(read_depth(str(path), TARGET), 6e-4)
     monkeypatch.setattr(depth_files, "SOURCE_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(BadImage, match=f"d{ending}: .* is more than 191 pixels"):
-        read_depth(str(path), SIZE)
+        read_depth(str(path), TARGET)
 
 
 def test_other_versions_of_npy_are_read(tmp_path: Path):
     for version in ((2, 0), (3, 0)):
         with (tmp_path / "d.npy").open("wb") as file:
             np.lib.format.write_array(file, np.asfortranarray(ramp()), version)
-        check_ramp(read_depth(str(tmp_path / "d.npy"), SIZE))
+        check_ramp(read_depth(str(tmp_path / "d.npy"), TARGET))
 
 
 def test_what_is_no_plane_of_numbers_is_not_read(tmp_path: Path):
@@ -180,7 +181,7 @@ def test_soft_links_inside_a_file_are_followed(tmp_path: Path):
         file["more/values"], file["circle"] = ramp(), h5py.SoftLink("/circle")
         file["depth"] = h5py.SoftLink("/more/values")
         file["more/up"] = file["/"]
-    check_ramp(read_depth(str(tmp_path / "d.h5"), SIZE))
+    check_ramp(read_depth(str(tmp_path / "d.h5"), TARGET))
     with h5py.File(tmp_path / "d.h5", "a") as file:
         del file["depth"]
     refused(tmp_path / "d.h5", "cannot be read as depth")  # for the link to itself

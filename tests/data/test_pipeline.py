@@ -365,6 +365,7 @@ class Damaged:
     bad: tuple[int, ...]
     spec: str = "folder:damaged"
     has_depth: bool = False
+    has_distances: bool = False
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -428,6 +429,7 @@ class OneLarge:
     large: tuple[int, ...]
     spec: str = "scenes:one-large"
     has_depth: bool = True
+    has_distances: bool = True
 
     def __len__(self) -> int:
         return 6

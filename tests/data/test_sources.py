@@ -11,7 +11,7 @@ from PIL import Image
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.sources import OPENERS, open_source
-from spatial_ssrl_jax.data.sources.depthmap import read_depth
+from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, read_depth
 from tests.conftest import ROOT
 
 SHARED = ROOT.parent / "shared"
@@ -177,7 +177,7 @@ def test_invalid_values_become_nan(tmp_path):
     depth = ramp()
     depth[1, :5] = [np.nan, np.inf, -np.inf, -1, 0]
     np.save(tmp_path / "d.npy", depth)
-    read = read_depth(str(tmp_path / "d.npy"), (HEIGHT, WIDTH))
+    read = read_depth(str(tmp_path / "d.npy"), DepthTarget((HEIGHT, WIDTH)))
     assert np.isnan(read[1, :5]).all() and np.isnan(read).sum() == 6
     assert np.nanmin(read) > 0
 
@@ -185,24 +185,24 @@ def test_invalid_values_become_nan(tmp_path):
 @pytest.mark.parametrize("shape", [(HEIGHT, WIDTH, 1), (1, HEIGHT, WIDTH)])
 def test_a_channel_of_one_is_dropped(tmp_path, shape):
     np.save(tmp_path / "d.npy", ramp().astype(np.float64).reshape(shape))
-    check_ramp(read_depth(str(tmp_path / "d.npy"), (HEIGHT, WIDTH)))
+    check_ramp(read_depth(str(tmp_path / "d.npy"), DepthTarget((HEIGHT, WIDTH))))
 
 
 def test_other_sizes_are_resampled_to_the_nearest(tmp_path):
     values = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
     np.save(tmp_path / "d.npy", values)
-    larger = read_depth(str(tmp_path / "d.npy"), (4, 6))
+    larger = read_depth(str(tmp_path / "d.npy"), DepthTarget((4, 6)))
     np.testing.assert_array_equal(larger, values.repeat(2, 0).repeat(2, 1))
     np.save(tmp_path / "d.npy", values.repeat(3, 0).repeat(3, 1))
-    np.testing.assert_array_equal(read_depth(str(tmp_path / "d.npy"), (2, 3)), values)
+    np.testing.assert_array_equal(read_depth(str(tmp_path / "d.npy"), DepthTarget((2, 3))), values)
 
 
 def test_the_aspect_may_differ_by_two_percent(tmp_path):
     np.save(tmp_path / "d.npy", np.ones((100, 202), np.float32))
-    assert read_depth(str(tmp_path / "d.npy"), (50, 100)).shape == (50, 100)
+    assert read_depth(str(tmp_path / "d.npy"), DepthTarget((50, 100))).shape == (50, 100)
     np.save(tmp_path / "d.npy", np.ones((100, 206), np.float32))
     with pytest.raises(BadImage, match=r"d\.npy.*206x100.*100x50"):
-        read_depth(str(tmp_path / "d.npy"), (50, 100))
+        read_depth(str(tmp_path / "d.npy"), DepthTarget((50, 100)))
 
 
 def bad_depths(folder: Path) -> dict[str, str]:
@@ -238,7 +238,7 @@ def bad_depths(folder: Path) -> dict[str, str]:
 def test_bad_depth_files_are_named(tmp_path):
     for name, reason in bad_depths(tmp_path).items():
         with pytest.raises(BadImage, match=f"{name}.*{reason}") as caught:
-            read_depth(str(tmp_path / name), (HEIGHT, WIDTH))
+            read_depth(str(tmp_path / name), DepthTarget((HEIGHT, WIDTH)))
         assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 

@@ -1,11 +1,13 @@
 """A TFDS builder that packs a folder of images, perhaps with depth, into ArrayRecord files."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from spatial_ssrl_jax.common.errors import BadImage
 from spatial_ssrl_jax.data.sources.base import Source
@@ -14,6 +16,7 @@ from spatial_ssrl_jax.data.sources.folder import open_folder
 from spatial_ssrl_jax.data.sources.megadepth import open_megadepth
 from spatial_ssrl_jax.data.sources.nyu import open_nyu
 from spatial_ssrl_jax.data.sources.rgbd import open_rgbd
+from spatial_ssrl_jax.tasks.record import Record
 
 KINDS = {
     "rgbd": open_rgbd,
@@ -25,7 +28,7 @@ KINDS = {
 
 
 class SsrlPictures(tfds.core.GeneratorBasedBuilder):
-    """`ssrl_pictures/KIND`: name, image as its file holds it, depth as its source has it.
+    """`ssrl_pictures/KIND`: name, image as its file holds it, depth as its source reads it.
 
     Depth is stored in float32 at the image's size with NaN where invalid, so that the data set
     equals the folder, to the bit.
@@ -75,6 +78,15 @@ class SsrlPictures(tfds.core.GeneratorBasedBuilder):
             except BadImage as reason:
                 self.skipped.append(str(reason))
                 continue
-            # Encoded bytes as they are: TFDS would need TensorFlow to encode an array.
-            row = {"name": record.name, "image": Path(record.path).read_bytes()}
+            # Encoded bytes: TFDS would need TensorFlow to encode an array.
+            row: dict[str, Any] = {"name": record.name, "image": _encoded(record)}
             yield index, row | ({} if record.depth is None else {"depth": record.depth})
+
+
+def _encoded(record: Record) -> bytes:
+    """The bytes of a record's image; as a PNG where its EXIF, which its depth lacks, turns it."""
+    if record.depth is None or not record.turned:
+        return Path(record.path).read_bytes()
+    buffer = io.BytesIO()
+    Image.fromarray(record.image).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -12,6 +12,7 @@ from spatial_ssrl_jax.data.sources.folder import open_folder
 from spatial_ssrl_jax.data.sources.megadepth import open_megadepth
 from spatial_ssrl_jax.data.sources.mixture import Mixture, mix, split_spec
 from spatial_ssrl_jax.data.sources.nyu import open_nyu
+from spatial_ssrl_jax.data.sources.options import open_with_options
 from spatial_ssrl_jax.data.sources.rgbd import open_rgbd
 from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource, open_ssrl81k
@@ -38,11 +39,12 @@ __all__ = ["OPENERS", "AnySource", "Mixture", "QuestionSource", "Reading", "Sour
 def open_source(spec: str, reading: Reading = READING) -> AnySource:
     """Opens a source by its SPEC: `KIND`, `KIND:ARGUMENT`, or a mixture as `flip@folder:A+2*nyu:B`.
 
-    It lists files and reads no pixels. See each kind's file for its argument, and `mixture`.
+    It lists files and reads no pixels. See each kind's file for its argument, `options` for what
+    may follow it, as in `rgbd:A,depth=inverse`, and `mixture`.
 
     Args:
       spec: the SPEC.
-      reading: how each of its parts reads its files.
+      reading: how each of its parts reads its files, where its options do not say.
 
     Raises:
       UserError: a kind is unknown, its argument holds nothing of that kind, or a question file
@@ -58,7 +60,7 @@ def _open_one(spec: str, reading: Reading) -> Source | QuestionSource:
     kind, _, argument = spec.partition(":")
     if kind not in OPENERS:
         raise UserError(_unknown(spec, kind))
-    return OPENERS[kind](spec, argument, reading)
+    return open_with_options(OPENERS[kind], spec, argument, reading)
 
 
 def _unknown(spec: str, kind: str) -> str:

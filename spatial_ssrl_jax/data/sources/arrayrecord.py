@@ -50,4 +50,4 @@ def open_arrayrecord(spec: str, pattern: str, reading: Reading = READING) -> Sou
         raise UserError(f"source '{spec}': its files hold no record; write them anew.")
     prefix = os.path.basename(files[0]).partition(".array_record")[0]
     inputs = (*files, os.fspath(folder))
-    return StoredSource(spec, prefix, rows, features, inputs, reading.transparency)
+    return StoredSource(spec, prefix, rows, features, inputs, reading)

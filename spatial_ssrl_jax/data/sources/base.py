@@ -11,6 +11,8 @@ class Source(Protocol):
     Attributes:
       spec: the SPEC that opened it, as the user wrote it.
       has_depth: whether its records have depth (a single record without it is a `BadImage`).
+      has_distances: whether that depth is a distance, in metres or up to scale; else its order
+        alone is right.
     """
 
     @property
@@ -18,6 +20,9 @@ class Source(Protocol):
 
     @property
     def has_depth(self) -> bool: ...
+
+    @property
+    def has_distances(self) -> bool: ...
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -11,13 +11,15 @@ import numpy as np
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.fingerprint import fingerprint
 from spatial_ssrl_jax.common.outputs import MARKER
-from spatial_ssrl_jax.common.reading import Transparency
+from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.common.retry import with_retries
-from spatial_ssrl_jax.data.images import image_size, open_source_image
+from spatial_ssrl_jax.data.images import image_size, open_oriented_image
+from spatial_ssrl_jax.data.sources.depthmap import DepthTarget
 from spatial_ssrl_jax.tasks.record import Record
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_DEPTH_SUFFIXES = (".npy", ".h5")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_PLUGINS = {".avif": reads_avif, ".heic": reads_heif, ".heif": reads_heif}
+_DATA_SUFFIXES = (*_SUFFIXES, *_PLUGINS, *DEPTH_ENDINGS)
 _HASHED = 64  # files whose content is hashed
 
 
@@ -29,25 +31,33 @@ class FileSource:
       spec: the SPEC as the user wrote it.
       root: the folder.
       files: the images' paths relative to `root` with `/`, sorted; they are the records' names.
-      depth_of: (image's path, (height, width)) -> [H, W] float32, NaN where invalid, raising
-        `BadImage`; None for images without depth. A module's function, so that it pickles.
-      transparency: of the images, see `Reading`.
+      depth_of: (image's path, target) -> [H, W] float32, NaN where invalid, raising `BadImage`;
+        None for images without depth. A module's function, so that it pickles.
+      reading: how the files are read.
+      notes: what was left out of the listing, as sentences without an end.
+      depth_files: the depth files' paths relative to `root`, where they are known.
     """
 
     spec: str
     root: str
     files: tuple[str, ...]
-    depth_of: Callable[[str, tuple[int, int]], np.ndarray] | None = None
-    transparency: Transparency = "white"
+    depth_of: Callable[[str, DepthTarget], np.ndarray] | None = None
+    reading: Reading = READING
+    notes: tuple[str, ...] = ()
+    depth_files: tuple[str, ...] = ()
 
     @property
     def has_depth(self) -> bool:
         return self.depth_of is not None
 
     @property
+    def has_distances(self) -> bool:
+        return self.has_depth and self.reading.depth != "relative-inverse"
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """The folder, and what links below it point to."""
-        files = [os.path.join(self.root, file) for file in self.files]
+        files = [os.path.join(self.root, file) for file in (*self.files, *self.depth_files)]
         linked = {os.path.realpath(file) for file in files if os.path.islink(file)}
         folders = set(map(os.path.realpath, {os.path.dirname(file) for file in files}))
         return (self.root, *sorted(folders | linked))
@@ -69,9 +79,10 @@ class FileSource:
     def __getitem__(self, index: int) -> Record:
         name = self.files[index]
         path = os.path.join(self.root, name)
-        image = open_source_image(path, transparency=self.transparency)
-        depth = None if self.depth_of is None else self.depth_of(path, image.shape[:2])
-        return Record(image=image, depth=depth, name=name, spec=self.spec, path=path)
+        image, orientation = open_oriented_image(path, transparency=self.reading.transparency)
+        target = DepthTarget(image.shape[:2], orientation, self.reading)
+        depth = None if self.depth_of is None else self.depth_of(path, target)
+        return Record(image, depth, name, self.spec, path, turned=orientation != 1)
 
 
 def list_files(spec: str, path: str, layout: str) -> tuple[str, list[str]]:
@@ -109,12 +120,24 @@ def require_images(spec: str, root: str, files: list[str], layout: str) -> tuple
 
 
 def is_image(file: str) -> bool:
-    """Whether a file's name ends as that of an image."""
-    return file.lower().endswith(IMAGE_SUFFIXES)
+    """Whether a file's name ends as that of an image which Pillow reads here."""
+    ending = os.path.splitext(file)[1].lower()
+    return ending in _SUFFIXES or (ending in _PLUGINS and _PLUGINS[ending]())
+
+
+def unreadable(files: Sequence[str]) -> tuple[str, ...]:
+    """A note of the images that Pillow does not read here, if there are any."""
+    found = [f for f in files if f.lower().endswith(tuple(_PLUGINS)) and not is_image(f)]
+    return left_out(found, f"images in a format that needs more: {HEIF_HINT}") if found else ()
+
+
+def left_out(files: Sequence[str], what: str) -> tuple[str, ...]:
+    """A note of files that a listing leaves out."""
+    return (f"{len(files):,} {what}, are left out, for example {files[0]}",)
 
 
 def _is_data(file: str) -> bool:
-    return file.lower().endswith(IMAGE_SUFFIXES + _DEPTH_SUFFIXES)
+    return file.lower().endswith(_DATA_SUFFIXES)
 
 
 def _wait_for(root: str) -> None:

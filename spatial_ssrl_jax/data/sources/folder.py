@@ -10,6 +10,4 @@ def open_folder(spec: str, path: str, reading: Reading = READING) -> FileSource:
     """Lists the images below `path`; raises `UserError` if there are none."""
     root, files = list_files(spec, path, LAYOUT)
     images = [file for file in files if is_image(file)]
-    return FileSource(
-        spec, root, require_images(spec, root, images, LAYOUT), None, reading.transparency
-    )
+    return FileSource(spec, root, require_images(spec, root, images, LAYOUT), None, reading)

@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from spatial_ssrl_jax.common.reading import READING, Reading
-from spatial_ssrl_jax.data.sources.depthmap import first_existing, read_depth
+from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, first_existing, read_depth
 from spatial_ssrl_jax.data.sources.files import FileSource, is_image, list_files, require_images
 
 LAYOUT = "MegaDepth's SCENE/denseN/imgs/NAME.jpg with SCENE/denseN/depths/NAME.h5"
@@ -24,16 +24,16 @@ def open_megadepth(spec: str, path: str, reading: Reading = READING) -> FileSour
         root,
         require_images(spec, root, images, LAYOUT),
         megadepth_depth,
-        reading.transparency,
+        reading,
     )
 
 
-def megadepth_depth(image_path: str, size: tuple[int, int]) -> np.ndarray:
+def megadepth_depth(image_path: str, target: DepthTarget) -> np.ndarray:
     """Depth of the image at path `image_path`: [H, W] float32 up to scale, NaN = invalid."""
     folder, file = os.path.split(os.path.abspath(image_path))
     name = os.path.splitext(file)[0] + ".h5"
     depth = first_existing([os.path.join(os.path.dirname(folder), "depths", name)], image_path)
-    return read_depth(depth, size, no_negatives=True)
+    return read_depth(depth, target, no_negatives=True)
 
 
 def _in_imgs(root: str, file: str) -> bool:

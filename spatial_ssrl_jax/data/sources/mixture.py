@@ -110,7 +110,16 @@ class Mixture:
 def _can_serve(source: Source | QuestionSource, task: Task[Any]) -> bool:
     if isinstance(source, QuestionSource):
         return any(question.task == task.name for question in source.questions)
+    if task.needs_distances:
+        return source.has_distances
     return source.has_depth or not task.needs_depth
+
+
+def lacks(source: Source | QuestionSource, task: Task[Any]) -> str:
+    """What a source lacks for a task that it cannot serve."""
+    if isinstance(source, QuestionSource):
+        return "no question of it"
+    return "only the order of depths, no distances" if source.has_depth else "no depth"
 
 
 def mixture_parts(source: Source | QuestionSource | Mixture) -> tuple[MixturePart, ...]:
@@ -129,10 +138,9 @@ def mix(spec: str, sources: Sequence[tuple[Source | QuestionSource, SpecPart]]) 
         for name in given.tasks or ():
             task = TASKS_BY_NAME[name]
             if not _can_serve(source, task):
-                lacks = "question of it" if isinstance(source, QuestionSource) else "depth"
                 raise UserError(
-                    f"source '{spec}': the task {name} is asked of {given.spec}, which has no "
-                    f"{lacks}: name the task before another source."
+                    f"source '{spec}': the task {name} is asked of {given.spec}, which has "
+                    f"{lacks(source, task)}: name the task before another source."
                 )
         parts.append(MixturePart(source, given.weight, start, given.tasks))
         start += len(source)

@@ -34,6 +34,7 @@ class SceneSource:
     width: int
     height: int
     has_depth: bool = True
+    has_distances: bool = True
     inputs: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:

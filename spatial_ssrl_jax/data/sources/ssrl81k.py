@@ -79,7 +79,7 @@ class QuestionSource:
       UserError: an image is outside of `root`, where that is known without reading a row's images.
     """
 
-    has_depth = False
+    has_depth = has_distances = False
 
     def __init__(
         self,

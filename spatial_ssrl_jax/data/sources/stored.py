@@ -8,13 +8,14 @@ import tensorflow_datasets as tfds
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.fingerprint import hash_texts
-from spatial_ssrl_jax.common.reading import Transparency
+from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.images import (
     check_pixels,
     image_size,
-    open_source_image,
+    open_oriented_image,
 )
+from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, below_limit, fit_depth
 from spatial_ssrl_jax.tasks.record import Record
 
 DEPTH = "depth"
@@ -41,7 +42,7 @@ class StoredSource:
       rows: random access to the records as TFDS encodes them; can be pickled.
       features: of the data set.
       inputs: files and folders that hold the records.
-      transparency: of the images, see `Reading`.
+      reading: how images and depth are read.
 
     Raises:
       UserError: the data set has no image.
@@ -54,18 +55,19 @@ class StoredSource:
         rows: EncodedRecords,
         features: tfds.features.FeatureConnector | None,
         inputs: tuple[str, ...],
-        transparency: Transparency = "white",
+        reading: Reading = READING,
     ):
         if not isinstance(features, tfds.features.FeaturesDict):
             raise UserError(
                 f"source '{spec}': its records have no named features; use another one."
             )
         self.spec, self.prefix, self._rows, self.inputs = spec, prefix, rows, inputs
-        self.transparency: Transparency = transparency
+        self.reading = reading
         self._image = _image_key(spec, features)
         self._features = _select(features, self._image, DEPTH, *_NAMES)  # no other is decoded
         self._sized = _select(features, self._image)
         self.has_depth = DEPTH in features
+        self.has_distances = self.has_depth and reading.depth != "relative-inverse"
         self._last = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,10 +94,12 @@ class StoredSource:
 
     def __getitem__(self, index: int) -> Record:
         name, row = self.name(index), self._decode(self._features, index)
-        image = open_source_image(row[self._image], name, self.transparency)
+        encoded, transparency = row[self._image], self.reading.transparency
+        image, orientation = open_oriented_image(encoded, name, transparency)
         path = next((row[key].decode() for key in _NAMES if key in row), name)
-        depth = _clean(row[DEPTH], image.shape[:2], name) if self.has_depth else None
-        return Record(image=image, depth=depth, name=name, spec=self.spec, path=path)
+        target = DepthTarget(image.shape[:2], orientation, self.reading)
+        depth = _depth(row[DEPTH], target, name) if self.has_depth else None
+        return Record(image, depth, name, self.spec, path, turned=orientation != 1)
 
     def _bytes(self, index: int) -> bytes:
         """A record as it is stored; each thread caches its last one, as `size` precedes reading."""
@@ -141,13 +145,7 @@ def _image_key(spec: str, features: tfds.features.FeaturesDict) -> str:
     return "image" if "image" in images else images[0]
 
 
-def _clean(depth: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
+def _depth(values: np.ndarray, target: DepthTarget, name: str) -> np.ndarray:
     """[H, W] float32 with NaN where invalid, from any [H, W] or [H, W, 1]."""
-    depth = np.asarray(depth, np.float32)
-    depth = depth[..., 0] if depth.ndim == 3 else depth
-    if depth.shape != size:
-        raise BadImage(f"{name}: its depth is {depth.shape}, but its image is {size}.")
-    depth = np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(np.nan))
-    if np.isnan(depth).all():
-        raise BadImage(f"{name}: has no pixel with a valid depth.")
-    return depth
+    values = values[..., 0] if values.ndim == 3 else values
+    return fit_depth(values.astype(np.float32), target, f"the depth of {name}", below_limit(values))

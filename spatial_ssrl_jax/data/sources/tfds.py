@@ -57,7 +57,7 @@ def open_tfds(spec: str, argument: str, reading: Reading = READING) -> Source:
     if not len(rows):
         raise UserError(f"source '{spec}': its split {split} holds no record; name another split.")
     name, folder = f"{builder.info.full_name}/{split}", os.fspath(builder.data_path)
-    return StoredSource(spec, name, rows, builder.info.features, (folder,), reading.transparency)
+    return StoredSource(spec, name, rows, builder.info.features, (folder,), reading)
 
 
 def _builder(name: str, folder: str | None) -> "DatasetBuilder":
