@@ -17,9 +17,8 @@ from spatial_ssrl_jax.data.images import image_size, open_oriented_image
 from spatial_ssrl_jax.data.sources.depthmap import DepthTarget
 from spatial_ssrl_jax.tasks.record import Record
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-_PLUGINS = {".avif": reads_avif, ".heic": reads_heif, ".heif": reads_heif}
-_DATA_SUFFIXES = (*_SUFFIXES, *_PLUGINS, *DEPTH_ENDINGS)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_DEPTH_SUFFIXES = (".npy", ".h5")
 _HASHED = 64  # files whose content is hashed
 
 
@@ -34,8 +33,6 @@ class FileSource:
       depth_of: (image's path, target) -> [H, W] float32, NaN where invalid, raising `BadImage`;
         None for images without depth. A module's function, so that it pickles.
       reading: how the files are read.
-      notes: what was left out of the listing, as sentences without an end.
-      depth_files: the depth files' paths relative to `root`, where they are known.
     """
 
     spec: str
@@ -43,8 +40,6 @@ class FileSource:
     files: tuple[str, ...]
     depth_of: Callable[[str, DepthTarget], np.ndarray] | None = None
     reading: Reading = READING
-    notes: tuple[str, ...] = ()
-    depth_files: tuple[str, ...] = ()
 
     @property
     def has_depth(self) -> bool:
@@ -57,7 +52,7 @@ class FileSource:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The folder, and what links below it point to."""
-        files = [os.path.join(self.root, file) for file in (*self.files, *self.depth_files)]
+        files = [os.path.join(self.root, file) for file in self.files]
         linked = {os.path.realpath(file) for file in files if os.path.islink(file)}
         folders = set(map(os.path.realpath, {os.path.dirname(file) for file in files}))
         return (self.root, *sorted(folders | linked))
@@ -120,24 +115,12 @@ def require_images(spec: str, root: str, files: list[str], layout: str) -> tuple
 
 
 def is_image(file: str) -> bool:
-    """Whether a file's name ends as that of an image which Pillow reads here."""
-    ending = os.path.splitext(file)[1].lower()
-    return ending in _SUFFIXES or (ending in _PLUGINS and _PLUGINS[ending]())
-
-
-def unreadable(files: Sequence[str]) -> tuple[str, ...]:
-    """A note of the images that Pillow does not read here, if there are any."""
-    found = [f for f in files if f.lower().endswith(tuple(_PLUGINS)) and not is_image(f)]
-    return left_out(found, f"images in a format that needs more: {HEIF_HINT}") if found else ()
-
-
-def left_out(files: Sequence[str], what: str) -> tuple[str, ...]:
-    """A note of files that a listing leaves out."""
-    return (f"{len(files):,} {what}, are left out, for example {files[0]}",)
+    """Whether a file's name ends as that of an image."""
+    return file.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _is_data(file: str) -> bool:
-    return file.lower().endswith(_DATA_SUFFIXES)
+    return file.lower().endswith(IMAGE_SUFFIXES + _DEPTH_SUFFIXES)
 
 
 def _wait_for(root: str) -> None:
