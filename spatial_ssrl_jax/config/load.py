@@ -3,15 +3,14 @@
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.common.text import error_line
-from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.config.schema import Config, RewardFunction
+from spatial_ssrl_jax.config.user_code import broken, load_function, load_module, source_of
 from spatial_ssrl_jax.config.validate import check_settings
 
 
@@ -27,18 +26,11 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """
     if not Path(path).is_file():
         raise UserError(f"the config file {path} does not exist: give one such as configs/tiny.py.")
-    spec = importlib.util.spec_from_file_location("config_file", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no Python file: give one such as configs/tiny.py.")
-    module = importlib.util.module_from_spec(spec)
+    module = load_module(path, "config_file")
     try:
-        spec.loader.exec_module(module)
         config = module.get_config()
     except (Exception, SystemExit) as error:  # it is a program, which may raise any
-        raise UserError(
-            f"{path} cannot be run ({type(error).__name__}: {error_line(error)}): fix it; --debug "
-            "shows where."
-        ) from error
+        raise UserError(broken(path, error)) from error
     if not isinstance(config, Config):
         raise UserError(
             f"{path}: get_config() gives {type(config).__name__}; it must give a Config, as that "
@@ -95,10 +87,14 @@ def _override(node: Any, keys: list[str], text: str, whole: str) -> Any:
         )
     if rest:
         new = _override(value, rest, text, whole)
-    elif not is_dict and typing.get_type_hints(type(node))[key] == tuple[str, ...]:
-        new = _parse_words(text)
     else:
-        new = _parse(text, type(value), whole)
+        hint = None if is_dict else typing.get_type_hints(type(node))[key]
+        if hint == tuple[str, ...]:
+            new = _parse_words(text)
+        elif RewardFunction in typing.get_args(hint):
+            new = load_function(text, f"config.{whole}") if text else None
+        else:
+            new = _parse(text, type(value), whole)
     return {**node, key: new} if is_dict else dataclasses.replace(node, **{key: new})
 
 
@@ -138,7 +134,7 @@ def _is_whole_numbers(value: Any) -> bool:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain JSON types."""
+    """The config as plain JSON types; functions are given by their source, see `source_of`."""
     return typing.cast(dict[str, Any], _plain(config))
 
 
@@ -147,4 +143,9 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if callable(value):
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        return {"name": name, "source": source_of(value)}
+    return value

@@ -3,6 +3,7 @@
 A field's type has its range (`Count`, `Bounds`) or, as a `Literal`, its choices.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -20,14 +21,20 @@ from spatial_ssrl_jax.common.reading import Reading, Transparency
 from spatial_ssrl_jax.qwen_vl.compute import Dtype, Remat
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
-from spatial_ssrl_jax.tasks.example import TaskSettings
+from spatial_ssrl_jax.tasks.example import Example, TaskSettings
 
 Schedule = Literal["constant", "cosine"]
+AdvantageEstimator = Literal["grpo", "rloo"]
+PolicyLoss = Literal["ppo", "gspo", "cispo"]
 KlEstimator = Literal["k1", "k2", "k3"]
+KlSchedule = Literal["constant", "linear", "cosine"]
 Aggregation = Literal["token", "sequence", "dr_grpo"]
 OldLogprobs = Literal["recomputed", "sampler"]
 ImportanceCorrection = Literal["none", "truncate", "mask"]
-RewardRule = Literal["paper", "strict", "tolerant"]
+ImportanceLevel = Literal["token", "sequence"]
+RewardRule = Literal["paper", "strict", "tolerant", "numeric", "choice", "math"]
+# (response, answer, example, tokens) -> the reward, or named parts of it.
+RewardFunction = Callable[[str, str, Example, int], float | Mapping[str, float]]
 PromptStyle = Literal["direct", "reasoning", "own"]
 BestBy = Literal["auto", "benchmark", "heldout", "none"]
 
@@ -203,13 +210,22 @@ class GrpoSettings(StageSettings):
         stage starts from, in place of the model's; needs `sft.steps=0`.
       lora: as of every stage; with LoRA the KL's reference is the base itself.
       temperature: of sampling, and of the log-probabilities.
+      advantage: a sample's reward less the mean of its group (`grpo`), or less the mean of the
+        others in the group (`rloo`, arXiv 2402.14740; needs `scale_rewards=False`).
       scale_rewards: divide the advantage by the group's standard deviation; off in Dr. GRPO, arXiv
         2503.20783.
+      policy_loss: `ppo`, which clips the ratio of each token (arXiv 1707.06347); `gspo`, which
+        clips that of each sample, the geometric mean over its tokens (arXiv 2507.18071, with
+        `aggregation="sequence"`, `clip_low=3e-4` and `clip_high=4e-4`); or `cispo`, which clips a
+        token's ratio as a constant weight of its log-probability, so that no token is left out
+        (arXiv 2506.13585, with `clip_low=1`; needs `dual_clip=0`).
       clip_low: ε_low of the ratio's clip (PPO, arXiv 1707.06347).
       clip_high: ε_high of the ratio's clip (DAPO, arXiv 2503.14476).
       dual_clip: c of the dual clip (arXiv 1912.09729): for a negative advantage A the loss is at
         most -c·A; 0 turns it off.
       kl_coef: β, weight of the KL to the reference in the loss; 0 needs no reference.
+      kl_schedule: β over the stage's steps: `constant`, or `linear` or `cosine` decay from
+        `kl_coef` at the first one to zero after the last.
       kl_estimator: k1, k2 or k3 of Schulman's "Approximating KL divergence"; k3 is never negative
         and of low variance.
       aggregation: how tokens are averaged: over all tokens of the optimizer step (`token`, DAPO),
@@ -217,13 +233,18 @@ class GrpoSettings(StageSettings):
       old_logprobs: π_old of the ratio: `recomputed` by the trainer before the updates, or the
         `sampler`'s own.
       importance_correction: weight tokens by the ratio of trainer to sampler: `none`, `truncate` it
-        at `importance_max` (truncated importance sampling), or `mask` tokens outside
-        [1/importance_max, importance_max].
+        at `importance_max` (truncated importance sampling), or `mask` what is outside
+        [1/importance_max, importance_max]; needs `old_logprobs="recomputed"`.
+      importance_level: that ratio is each `token`'s own, or of a whole `sequence`, the product over
+        its tokens.
       importance_max: the ratio's bound, at least 1.
       mask_truncated_completions: leave samples that reached `rollout.max_new_tokens` without an end
         token out of the loss (overlong filtering, DAPO).
-      filter_zero_variance_groups: leave out groups whose accuracy does not vary, and sample others
-        in their place (dynamic sampling, DAPO).
+      filter_groups: leave out groups whose `filter_key` does not vary, or has a mean that is not
+        above `filter_low` and below `filter_high`, and sample others in their place (dynamic
+        sampling, DAPO).
+      filter_key: `accuracy`, or `overall`, the whole reward.
+      filter_low, filter_high: of a group's mean; 0 and 1 leave out no group whose accuracy varies.
       max_resamples: at most so many times a step groups are sampled again for that.
     """
 
@@ -236,18 +257,25 @@ class GrpoSettings(StageSettings):
     response_buckets: Annotated[tuple[int, ...], Bounds(min=1)] = ()
     init_from: str = ""
     temperature: Positive = 1.0
+    advantage: AdvantageEstimator = "grpo"
     scale_rewards: bool = True
+    policy_loss: PolicyLoss = "ppo"
     clip_low: Annotated[float, Bounds(above=0, max=1)] = 0.2
     clip_high: Positive = 0.3
     dual_clip: NonNegative = 3.0
     kl_coef: NonNegative = 0.01
+    kl_schedule: KlSchedule = "constant"
     kl_estimator: KlEstimator = "k3"
     aggregation: Aggregation = "token"
     old_logprobs: OldLogprobs = "recomputed"
     importance_correction: ImportanceCorrection = "none"
+    importance_level: ImportanceLevel = "token"
     importance_max: Annotated[float, Bounds(min=1)] = 2.0
     mask_truncated_completions: bool = False
-    filter_zero_variance_groups: bool = False
+    filter_groups: bool = False
+    filter_key: Literal["accuracy", "overall"] = "accuracy"
+    filter_low: Annotated[float, Bounds()] = 0.0
+    filter_high: Annotated[float, Bounds()] = 1.0
     max_resamples: Whole = 2
 
     @property
@@ -262,11 +290,9 @@ class GrpoSettings(StageSettings):
     def recomputes_old_logprobs(self) -> bool:
         """Whether the trainer's log-probabilities of before the updates are computed.
 
-        With a single update they are the current ones, and with the sampler's as π_old and no
-        correction nothing needs them.
+        With a single update they are the current ones.
         """
-        needed = self.old_logprobs == "recomputed" or self.importance_correction != "none"
-        return self.minibatches_per_rollout > 1 and needed
+        return self.minibatches_per_rollout > 1 and self.old_logprobs == "recomputed"
 
 
 @dataclass(frozen=True)
@@ -274,9 +300,23 @@ class RewardSettings:
     """What a response earns; the defaults are the paper's.
 
     Attributes:
-      rule: `paper`; `strict` (a thought and after it a box, neither empty); or `tolerant` (spaces,
-        `\\text{…}` and parentheses around the answer are accepted).
+      rule: whether answer and format are right: `paper`; `strict` (a thought and after it a box,
+        neither empty); or, with the paper's format, `tolerant` (spaces, `\\text{…}` and
+        parentheses around the answer are accepted), `numeric` (numbers within `tolerance`),
+        `choice` (the letter of an option, with or without its text) or `math` (equal as
+        expressions, by the package math-verify).
       accuracy_weight: weight of accuracy; the format has the rest.
+      partial_credit: a wrong answer to a task that grades its answers earns a part of the
+        accuracy's reward, see `Task.grade`.
+      tolerance: of `numeric`, relative to the right number.
+      function: a reward of one's own, which takes the place of accuracy and format: (response,
+        answer, example, tokens) -> a finite number, or a mapping of named parts with their sum, or
+        their `overall`, as the reward. A part named `accuracy` or `format` replaces the rule's in
+        the metrics. The example comes without its images. On a command line: FILE.py:NAME.
+      workers: processes that rewards are computed in, for `function` and `math`.
+      timeout: seconds that they may take for a response.
+      max_failed_fraction: fraction of a step's responses without a reward, as it failed or took
+        longer, above which the run stops; up to it they earn 0.
       task_weights: factor on the reward of each task.
       length_penalty: taken off at `length_penalty_start + length_penalty_span` tokens and more.
       length_penalty_start: tokens up to which nothing is taken off; from there it rises linearly.
@@ -285,6 +325,12 @@ class RewardSettings:
 
     rule: RewardRule = "paper"
     accuracy_weight: Fraction = 0.9
+    partial_credit: bool = False
+    tolerance: NonNegative = 0.01
+    function: RewardFunction | None = None
+    workers: Count = 4
+    timeout: Positive = 10.0
+    max_failed_fraction: Fraction = 0.1
     task_weights: Weights = field(default_factory=lambda: dict.fromkeys(TASKS_BY_NAME, 1.0))
     length_penalty: NonNegative = 0.0
     length_penalty_start: Whole = 1024

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from spatial_ssrl_jax.config.schema import EvalSettings, RewardSettings, RolloutSettings
+from spatial_ssrl_jax.config.schema import EvalSettings, RolloutSettings
 from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.parallel.collectives import all_gather
 from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length
-from spatial_ssrl_jax.rl.rewards import score_response
+from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer
 from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
 
@@ -29,7 +29,7 @@ class HeldoutEval:
       buckets: sizes that programs are compiled for.
       settings: the config's `eval` section.
       rollout: the config's `rollout` section.
-      reward: the config's `reward` section.
+      scorer: rewards responses.
       temperature: the training temperature.
     """
 
@@ -37,7 +37,7 @@ class HeldoutEval:
     buckets: Buckets
     settings: EvalSettings
     rollout: RolloutSettings
-    reward: RewardSettings
+    scorer: Scorer
     temperature: float
 
     def measure(self, policy: Policy, trained: Sequence[str], seed: int) -> HeldoutTable:
@@ -95,19 +95,19 @@ class HeldoutEval:
                 prompt_index=policy.layout.put_batch(index[numbers].astype(np.int32)),
                 sampling=Sampling(self.temperature, greedy_last=True),
             )
-            scored = [
-                self._scores(policy.processor, items[n], rollout, row)
-                for row, n in enumerate(numbers)
-            ]
-            rewards[batch.rows] = all_gather(np.array(scored))
+            scored = self.scorer.score(
+                [_group(policy.processor, items[n], rollout, row) for row, n in enumerate(numbers)]
+            )
+            values = [[(r.overall, r.accuracy, r.format) for r in group] for group in scored]
+            rewards[batch.rows] = all_gather(np.array(values))
         return rewards[:count]
 
-    def _scores(
-        self, processor: Processor, item: Item, rollout: Rollout, row: int
-    ) -> list[tuple[float, float, float]]:
-        found = []
-        for ids, length in zip(rollout.tokens[row], rollout.length[row].tolist(), strict=True):
-            text = processor.decode(ids[:length])
-            reward = score_response(text, length, item.example, self.reward)
-            found.append((reward.overall, reward.accuracy, reward.format))
-        return found
+
+def _group(processor: Processor, item: Item, rollout: Rollout, row: int) -> SampledGroup:
+    """The responses of one row of a rollout."""
+    lengths = rollout.length[row].tolist()
+    texts = [
+        processor.decode(ids[:length])
+        for ids, length in zip(rollout.tokens[row], lengths, strict=True)
+    ]
+    return SampledGroup(item.example, texts, lengths)

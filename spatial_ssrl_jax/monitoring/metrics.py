@@ -29,8 +29,8 @@ _PART_STEPS = 100
 _STEPS, _TIMES = Bounds(min=0, max=2**31), Bounds(min=0, max=2**37)
 _VALUES = Bounds(min=-1e100, max=1e100)
 
-# `<task>` and `<benchmark>` stand for a name. Metrics that depend on the clock or the machine are
-# under perf/ or memory/; all others are equal in two equal runs.
+# `<task>`, `<benchmark>` and `<part>`, of `reward.function`, stand for a name. Metrics that depend
+# on the clock or the machine are under perf/ or memory/; all others are equal in two equal runs.
 NAMES = (
     "reward/overall_mean",
     "reward/overall_std",
@@ -38,6 +38,8 @@ NAMES = (
     "reward/accuracy_std",
     "reward/format_mean",
     "reward/format_std",
+    "reward/<part>_mean",
+    "reward/failed_share",
     "task/<task>/reward",
     "task/<task>/accuracy",
     "task/<task>/format",
@@ -53,6 +55,7 @@ NAMES = (
     "loss/kl",
     "loss/sft",
     "kl/mean",
+    "kl/coef",
     "policy/entropy",
     "policy/ratio_mean",
     "policy/clip_low",
@@ -71,6 +74,7 @@ NAMES = (
     "mismatch/logprob_mean",
     "mismatch/logprob_max",
     "mismatch/correction_mean",
+    "mismatch/correction_clipped",
     "prompt/refilled",
     "heldout/<task>/accuracy_greedy",
     "heldout/<task>/accuracy_sampled",

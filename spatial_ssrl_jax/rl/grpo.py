@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from spatial_ssrl_jax.config.schema import GrpoSettings, RewardSettings, RolloutSettings
+from spatial_ssrl_jax.config.schema import GrpoSettings, RolloutSettings
 from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.pipeline import Batch
@@ -24,8 +24,8 @@ from spatial_ssrl_jax.rl.batch import GroupBatch
 from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
 from spatial_ssrl_jax.rl.losses import GrpoLoss, sample_weights
-from spatial_ssrl_jax.rl.resampling import resample_groups, zero_variance_groups
-from spatial_ssrl_jax.rl.rewards import score_response
+from spatial_ssrl_jax.rl.resampling import filtered_groups, resample_groups
+from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer
 from spatial_ssrl_jax.rl.step_metrics import (
     Metrics,
     ScoredRollout,
@@ -44,23 +44,23 @@ def score_rollout(
     items: Sequence[Item],
     rollout: Rollout,
     processor: Processor,
-    settings: RewardSettings,
-    scale_rewards: bool,
+    scorer: Scorer,
+    settings: GrpoSettings,
 ) -> ScoredRollout:
     """Decodes every response, rewards it and takes the groups' advantages."""
     texts = [
         [processor.decode(t[:n]) for t, n in zip(tokens, lengths, strict=True)]
         for tokens, lengths in zip(rollout.tokens, rollout.length, strict=True)
     ]
-    rewards = [
+    rewards = scorer.score(
         [
-            score_response(t, int(n), item.example, settings)
-            for t, n in zip(group, lengths, strict=True)
+            SampledGroup(item.example, group, lengths.tolist())
+            for item, group, lengths in zip(items, texts, rollout.length, strict=True)
         ]
-        for item, group, lengths in zip(items, texts, rollout.length, strict=True)
-    ]
+    )
     overall = np.array([[r.overall for r in group] for group in rewards])
-    return ScoredRollout(rollout, texts, rewards, group_advantage(overall, scale_rewards))
+    advantage = group_advantage(overall, settings.advantage, settings.scale_rewards)
+    return ScoredRollout(rollout, texts, rewards, advantage)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Grpo:
     """The stage's fixed parts; `step` does one rollout with its updates.
 
     Attributes:
-      settings, sampling_settings, reward_settings: the config's `grpo`, `rollout` and `reward`
-        sections.
+      settings, sampling_settings: the config's `grpo` and `rollout` sections.
+      scorer: rewards responses.
       engine: samples.
       loss: the policy loss.
       optimizer: the gradient transformation.
@@ -81,7 +81,7 @@ class Grpo:
 
     settings: GrpoSettings
     sampling_settings: RolloutSettings
-    reward_settings: RewardSettings
+    scorer: Scorer
     engine: Engine
     loss: GrpoLoss
     optimizer: optax.GradientTransformation
@@ -96,6 +96,7 @@ class Grpo:
         batch: Batch,
         key: Array,
         resample: Callable[[int], Batch],
+        kl_coef: np.float32 | None = None,
     ) -> tuple[TrainState, Metrics, Batch, ScoredRollout]:
         """Samples groups for the batch's prompts and makes the updates over them.
 
@@ -104,7 +105,8 @@ class Grpo:
           batch: this process's prompts.
           key: the step's key.
           resample: gives the prompts of resample 1, 2, …; called only with
-            `filter_zero_variance_groups`.
+            `filter_groups`.
+          kl_coef: of this step, see `scheduled_kl_coef`.
 
         Returns:
           The new state, the step's metrics, and the prompts trained on with their scored rollout.
@@ -114,18 +116,16 @@ class Grpo:
         clock.lap("perf/rollout_seconds")
         scored = self._score(batch, rollout)
         clock.lap("perf/reward_seconds")
-        if self.settings.filter_zero_variance_groups:
+        if self.settings.filter_groups:
 
             def draw(number: int) -> tuple[Batch, ScoredRollout]:
                 drawn = resample(number)
                 rollout = self.sample(state.params, drawn, jax.random.fold_in(key, number))
                 return drawn, self._score(drawn, rollout)
 
-            batch, scored, resampled = resample_groups(
-                batch, scored, draw, self.settings.max_resamples
-            )
+            batch, scored, resampled = resample_groups(batch, scored, draw, self.settings)
             clock.lap("perf/refill_seconds")
-        minibatches, padded_tokens = self.micro_batches(state.params, batch, scored)
+        minibatches, padded_tokens = self.micro_batches(state.params, batch, scored, kl_coef)
         clock.lap("perf/reference_seconds")
         updates = []
         for micro_batches in minibatches:
@@ -145,9 +145,7 @@ class Grpo:
         return state, metrics, batch, scored
 
     def _score(self, batch: Batch, rollout: Rollout) -> ScoredRollout:
-        return score_rollout(
-            batch.items, rollout, self.processor, self.reward_settings, self.settings.scale_rewards
-        )
+        return score_rollout(batch.items, rollout, self.processor, self.scorer, self.settings)
 
     def sample(self, params: Params, batch: Batch, key: Array) -> Rollout:
         """Samples the batch's groups, `rollout.batch_prompts` prompts of like length at a time."""
@@ -172,7 +170,11 @@ class Grpo:
         return concatenate_rollouts(rollouts, np.concatenate([part.rows for part in slices]))
 
     def micro_batches(
-        self, params: Params, batch: Batch, scored: ScoredRollout
+        self,
+        params: Params,
+        batch: Batch,
+        scored: ScoredRollout,
+        kl_coef: np.float32 | None = None,
     ) -> tuple[list[list[GroupBatch[Array]]], int]:
         """Each update's micro-batches, with old and reference log-probabilities filled in.
 
@@ -187,8 +189,8 @@ class Grpo:
         rows = settings.micro_batch_prompts // jax.process_count()
         per_update = len(batch.items) // settings.minibatches_per_rollout
         counted = rollout.finished | (not settings.mask_truncated_completions)
-        if settings.filter_zero_variance_groups:
-            counted &= ~zero_variance_groups(scored)[:, None]
+        if settings.filter_groups:
+            counted &= ~filtered_groups(settings, scored)[:, None]
         reference = None if self.reference is None else offload.to_device(self.reference)
         updates, padded_tokens = [], 0
         for first in range(0, len(batch.items), per_update):
@@ -201,7 +203,8 @@ class Grpo:
             tokens, micro_batches = np.float32(all_sum(lengths.sum())), []
             for part in bucket_by_length(sizes[mine], rows, self.buckets):
                 part = replace(part, rows=part.rows + first)
-                groups = self.layout.put_batch(_micro_batch(batch, scored, weight, tokens, part))
+                groups = _micro_batch(batch, scored, weight, tokens, part)
+                groups = self.layout.put_batch(replace(groups, kl_coef=kl_coef))
                 micro_batches.append(self._with_logprobs(params, reference, groups))
                 padded_tokens += part.padded_tokens(settings.group_size)
             updates.append(micro_batches)

@@ -15,6 +15,7 @@ from spatial_ssrl_jax.tasks import TASKS
 Metrics = dict[str, float]
 Columns = dict[str, np.ndarray]
 _REWARDS = ("overall", "accuracy", "format")
+_PART = "part/"  # before the name of a part of the reward
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,34 @@ def prompt_rows(batch: Batch) -> Columns:
 
 
 def rollout_rows(items: Sequence[Item], scored: ScoredRollout) -> Columns:
-    """What the metrics need of each group; arrays [b] and [b, G]."""
+    """What the metrics need of each group; arrays [b] and [b, G].
+
+    Parts of the reward are NaN where a response has none.
+    """
     numbers = {task.name: i for i, task in enumerate(TASKS)}
     rewards = {
         name: np.array([[getattr(r, name) for r in group] for group in scored.rewards])
         for name in _REWARDS
     }
+    for name in _part_names(scored.rewards):
+        values = [[r.parts.get(name, np.nan) for r in group] for group in scored.rewards]
+        rewards[_PART + name] = np.array(values)
     return rewards | {
+        "failed": np.array([[bool(r.failure) for r in group] for group in scored.rewards]),
         "task": np.array([numbers[item.example.task] for item in items]),
         "advantage": scored.advantage,
         "length": scored.rollout.length,
         "finished": scored.rollout.finished,
     }
+
+
+def _part_names(rewards: Sequence[Sequence[Reward]]) -> list[str]:
+    """The names of the rewards' parts on any process, sorted."""
+    mine = sorted({name for group in rewards for reward in group for name in reward.parts})
+    text = "\n".join(mine).encode()
+    size = int(all_gather(np.array([len(text)])).max())
+    rows = all_gather(np.frombuffer(text.ljust(size), np.uint8)[None])
+    return sorted({name for row in rows for name in row.tobytes().decode().split()})
 
 
 def gather_ordered(rows: Columns) -> Columns:
@@ -81,6 +98,9 @@ def rollout_metrics(rows: Columns) -> Metrics:
     for name in _REWARDS:
         metrics[f"reward/{name}_mean"] = float(rows[name].mean())
         metrics[f"reward/{name}_std"] = float(rows[name].std())
+    for name, values in rows.items():
+        if name.startswith(_PART) and np.isfinite(values).any():
+            metrics[f"reward/{name.removeprefix(_PART)}_mean"] = float(np.nanmean(values))
     for number, task in enumerate(TASKS):
         mine = rows["task"] == number
         if mine.any():
@@ -90,6 +110,7 @@ def rollout_metrics(rows: Columns) -> Metrics:
             metrics[f"task/{task.name}/count"] = float(mine.sum())
     overall, length = rows["overall"], rows["length"]
     return metrics | {
+        "reward/failed_share": float(rows["failed"].mean()),
         "advantage/mean": float(rows["advantage"].mean()),
         "advantage/std": float(rows["advantage"].std()),
         "advantage/zero_variance_share": float(np.mean(overall.max(1) == overall.min(1))),

@@ -4,6 +4,11 @@ import re
 
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
 _BOX = "\\boxed{"
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
+_LETTER = re.compile(
+    r"(?:[Oo]ption )?(?:\(([A-Z])\)(?:\s.*)?|([A-Z])(?:[.:)](?:\s.*)?)?)", re.DOTALL
+)
+_DISCOUNT = 0.2
 
 
 def plain_answer(text: str) -> str:
@@ -12,6 +17,32 @@ def plain_answer(text: str) -> str:
     while text.startswith("(") and text.endswith(")"):
         text = text[1:-1]
     return text
+
+
+def number(text: str) -> float | None:
+    """The one number in a text, whatever its unit; None without one, or with several."""
+    found = _NUMBER.findall(_TEXT.sub(r"\1", text))
+    return float(found[0].replace(",", "")) if len(found) == 1 else None
+
+
+def letter(text: str) -> str | None:
+    """The letter of an option: `B`, `(B)`, `B. the red one`; None without one."""
+    match = _LETTER.fullmatch(_TEXT.sub(r"\1", text).strip())
+    return (match[1] or match[2]) if match else None
+
+
+def grade_order(given: str, right: str) -> float:
+    """What an order such as `2-0-1` earns where it is wrong: 0.2 times the fraction of its places
+    that are right, and nothing if it is no order of the same labels (arXiv 2509.25190).
+
+    Args:
+      given: a response's answer.
+      right: the right order.
+    """
+    found, wanted = plain_answer(given).split("-"), right.split("-")
+    if sorted(found) != sorted(wanted):
+        return 0.0
+    return _DISCOUNT * sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
 
 
 def last_box(text: str) -> str | None:

@@ -64,6 +64,10 @@ def single_image(size: Size, settings: TaskSettings) -> list[Size]:
     return [size]
 
 
+# (a response's answer, the right one) -> the part of the accuracy's reward in [0, 1].
+Grade = Callable[[str, str], float]
+
+
 @dataclass(frozen=True)
 class Task(Generic[Settings]):
     """A pretext task.
@@ -80,6 +84,8 @@ class Task(Generic[Settings]):
         it is decoded.
       chance: right answer -> probability that a random answer in its format is right; None where
         that is not known.
+      grade: (a wrong answer, the right one) -> what it earns of the accuracy's reward, in [0, 1],
+        with `reward.partial_credit`; None where a wrong answer earns nothing.
     """
 
     name: str
@@ -88,6 +94,7 @@ class Task(Generic[Settings]):
     make: Callable[[Record, np.random.Generator, Settings], Example]
     sizes: Callable[[Size, Settings], list[Size]] = single_image
     chance: Callable[[str], float] | None = None
+    grade: Grade | None = None
     needs_distances: bool = False
 
 

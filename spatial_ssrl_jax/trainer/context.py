@@ -37,9 +37,12 @@ from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.placement import check_sharding, compute_settings
+from spatial_ssrl_jax.rl.rewards import check_rule
+from spatial_ssrl_jax.rl.scorer import Scorer
 from spatial_ssrl_jax.rl.sft import check_response
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rollout.engine import Engine
+from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval, eval_options, open_eval_benchmark
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from spatial_ssrl_jax.trainer.initial_state import check_initial_weights
@@ -116,6 +119,7 @@ class Run(RunComponents):
 
     workdir: epath.Path
     engine: Engine
+    scorer: Scorer
     evaluation: HeldoutEval
     benchmark: BenchmarkEval | None
     checkpoints: Checkpoints
@@ -141,6 +145,7 @@ def open_components(config: Config) -> RunComponents:
     model = open_model(config.model.path)
     check_initial_weights(config, model)
     check_wandb(config.log.wandb)
+    check_rule(config.reward.rule)
     source = open_source(config.data.source, config.data.reading)
     layout = Layout(make_mesh(config.mesh))
     compute = compute_settings(config, layout)
@@ -197,7 +202,7 @@ def open_run(
       overwrite: empty the folder first.
       preemption: receives the signals.
       progress: shows what is done.
-      resources: gets the folder's lock, to hold until the run ends.
+      resources: what ends with the run: the folder's lock, and processes.
 
     Raises:
       UserError: something is missing, or does not fit.
@@ -219,6 +224,8 @@ def open_run(
         components.rollout_layout.batch_shards,
         components.rollout_layout,
     )
+    scorer = Scorer(config.reward, {t.name: t.grade for t in TASKS if t.grade is not None})
+    resources.callback(scorer.close)
     between = [stage.last_step for stage in stages(config)[:-1]]  # where the next stage starts
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, always=between)
     train, heldout = (len(pool) for pool in (components.split.train, components.split.heldout))
@@ -227,12 +234,13 @@ def open_run(
         **vars(components),
         workdir=workdir,
         engine=engine,
+        scorer=scorer,
         evaluation=HeldoutEval(
             heldout_items(heldout_datasets(components), config.eval.examples, progress.say),
             Buckets.of(config),
             config.eval,
             config.rollout,
-            config.reward,
+            scorer,
             config.grpo.temperature,
         ),
         benchmark=_benchmark(components),

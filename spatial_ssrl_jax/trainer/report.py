@@ -22,8 +22,8 @@ from spatial_ssrl_jax.trainer.curves import COLOURS, figure, legend
 MetricRows = list[dict[str, Any]]
 
 _FILES = 12  # files of rollout samples on the page, spread over the run
-_CURVES = (  # title, and the metrics drawn together; * stands for every task or benchmark
-    ("Reward", {"": "reward/overall_mean"}),
+_CURVES = (  # title, and the metrics drawn together; * stands for every name that there is
+    ("Reward and its parts", {"*": "reward/*_mean"}),
     ("Accuracy per task", {"*": "task/*/accuracy"}),
     ("Held-out accuracy, greedy", {"*": "heldout/*/accuracy_greedy"}),
     ("Benchmark score", {"*": "benchmark/*/score"}),
@@ -175,13 +175,20 @@ def _curves(rows: MetricRows) -> list[str]:
 
 
 def _expanded(names: dict[str, str], rows: MetricRows) -> dict[str, str]:
-    """Metrics by label, with * replaced by each task or benchmark in the rows."""
+    """Metrics by label, with * replaced by each name in the rows; known tasks come first."""
     found = {}
+    known = {name: None for row in rows for name in row}  # in order
+    first = list(TASKS_BY_NAME)
     for label, key in names.items():
-        for each in (*TASKS_BY_NAME, *SPECS) if label == "*" else ("",):
-            name = key.replace("*", each)
-            if any(name in row for row in rows):
-                found[each or label] = name
+        before, star, after = key.partition("*")
+        each = [
+            name[len(before) : len(name) - len(after)]
+            for name in known
+            if star and name.startswith(before) and name.endswith(after)
+        ]
+        each.sort(key=lambda name: first.index(name) if name in first else len(first))
+        for name in each if star else ([""] if key in known else []):
+            found[name or label] = key.replace("*", name)
     return found
 
 

@@ -34,11 +34,23 @@ def log_step(run: Run, number: int, first: int, sampled: Sampled | None) -> None
       sampled: prompts and rollout of a GRPO step; None in SFT.
     """
     log = run.config.log
+    if sampled is not None:
+        _say_failures(run, number, sampled[1])
     if sampled is not None and log.rollouts_every and (number - first) % log.rollouts_every == 0:
         rows = list(_rollout_rows(*sampled, log.rollouts_count))
         _write(run, FOLDER, lambda: write_rollouts(run.workdir, number, rows))
     if number % log.report_every == 0:
         refresh_report(run)
+
+
+def _say_failures(run: Run, number: int, scored: ScoredRollout) -> None:
+    """Says which response of a step has no reward, the first of them."""
+    failures = [r.failure for group in scored.rewards for r in group if r.failure]
+    if failures:
+        run.progress.say(
+            f"step {number}: {len(failures)} responses have no reward, so they earn 0; the first: "
+            f"{failures[0]}"
+        )
 
 
 def log_benchmark(run: Run, number: int, predictions: Sequence[Prediction], scores: Scores) -> None:
@@ -64,6 +76,8 @@ def _rollout_rows(batch: Batch, scored: ScoredRollout, count: int) -> Iterator[d
                     "reward": reward.overall,
                     "accuracy": reward.accuracy,
                     "format": reward.format,
+                    **({"parts": dict(reward.parts)} if reward.parts else {}),
+                    **({"failure": reward.failure} if reward.failure else {}),
                     "advantage": float(scored.advantage[b, g]),
                     "length": int(rollout.length[b, g]),
                     "finished": bool(rollout.finished[b, g]),

@@ -15,6 +15,7 @@ from spatial_ssrl_jax.perf.mfu import useful_flops
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.grpo import Grpo
+from spatial_ssrl_jax.rl.losses import scheduled_kl_coef
 from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage
 from spatial_ssrl_jax.rl.step_metrics import gather_ordered, prompt_metrics, prompt_rows
@@ -73,7 +74,7 @@ def grpo_step(
     grpo = Grpo(
         settings,
         config.rollout,
-        config.reward,
+        run.scorer,
         run.engine,
         stage.loss(run.model.config, run.compute),
         optimizer,
@@ -89,11 +90,14 @@ def grpo_step(
     ) -> tuple[TrainState, dict[str, float], Sampled]:
         rate = float(np.asarray(rates(number * settings.minibatches_per_rollout)))
         resample = partial(_resample, run, settings, number)
+        kl_coef = scheduled_kl_coef(settings, number)
         state, metrics, trained_on, scored = grpo.step(
-            state, batch, jax.random.fold_in(key, number), resample
+            state, batch, jax.random.fold_in(key, number), resample, kl_coef
         )
         needed = useful_flops(run.model.config, settings, trained_on.prompts, scored.rollout.length)
         more = {"optim/learning_rate": rate, "perf/useful_flops": needed}
+        if kl_coef is not None:
+            more["kl/coef"] = float(kl_coef)
         return state, metrics | more, (trained_on, scored)
 
     return step

@@ -175,6 +175,28 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
         ),
         ({"grpo.vision_learning_rate_scale": "0"}, r"rate_scale=0\.0 must be above 0"),
         ({"grpo.dual_clip": "0.5"}, r"grpo\.dual_clip=0\.5 must be above 1, or 0 to turn it off"),
+        (
+            {"grpo.policy_loss": "cispo"},
+            r"grpo\.dual_clip=3\.0 does nothing with grpo\.policy_loss=cispo.*set .*dual_clip=0",
+        ),
+        ({"grpo.advantage": "rloo"}, r"rloo is not divided .* set grpo\.scale_rewards=False"),
+        (
+            {"grpo.kl_schedule": "cosine", "grpo.kl_coef": "0"},
+            r"grpo\.kl_schedule=cosine does nothing with grpo\.kl_coef=0",
+        ),
+        (
+            {"grpo.importance_level": "sequence"},
+            r"grpo\.importance_level=sequence does nothing .*: choose truncate or mask",
+        ),
+        (
+            {"grpo.importance_correction": "mask", "grpo.old_logprobs": "sampler"},
+            r"grpo\.importance_correction=mask would count the sampler twice",
+        ),
+        ({"grpo.filter_high": "0.9"}, r"filter_high do nothing without grpo\.filter_groups"),
+        (
+            {"grpo.filter_groups": "True", "grpo.filter_low": "1"},
+            r"grpo\.filter_low=1\.0 must be below grpo\.filter_high=1\.0",
+        ),
         ({"data.max_pixels": "9"}, r"data\.min_pixels=262144 must be at most data\.max_pixels=9"),
         (
             {"sft.steps": "2", "grpo.init_from": "a/b"},
@@ -245,7 +267,7 @@ def numbers(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
             value = getattr(node, key)
             if dataclasses.is_dataclass(value) or key == "tasks":
                 yield from numbers(value, f"{prefix}{key}.")
-            elif re.search(r"\b(int|float)\b", str(hint)):
+            elif re.search(r"\b(int|float)\b", str(hint)) and "Callable" not in str(hint):
                 yield f"{prefix}{key}", hint
 
 

@@ -32,6 +32,7 @@ from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.grpo import Grpo
 from spatial_ssrl_jax.rl.losses import GrpoLoss
+from spatial_ssrl_jax.rl.scorer import Scorer
 from spatial_ssrl_jax.rl.sft import PackedStep, pack_step
 from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
@@ -158,10 +159,10 @@ def make_grpo(
     """The stage's parts for `CONFIG`, without a processor and a reference."""
     loss = GrpoLoss(CONFIG, Compute(attention_chunk=16, vocab_block=32), settings)
     layout = Layout(make_mesh(MeshSettings()))
+    scorer = Scorer(RewardSettings(), {})
     return Grpo(
-        settings, rollout, RewardSettings(), engine, loss, optax.sgd(1.0), layout, buckets, None,
-        None,
-    )  # fmt: skip
+        settings, rollout, scorer, engine, loss, optax.sgd(1.0), layout, buckets, None, None
+    )
 
 
 def batch_of(prompts: Sequence[Prompt], index: Sequence[int]) -> Batch:

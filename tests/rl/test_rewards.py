@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import RewardSettings
-from spatial_ssrl_jax.rl.rewards import score_response
-from spatial_ssrl_jax.tasks.answers import last_box, plain_answer
+from spatial_ssrl_jax.rl.rewards import check_rule, score_response
+from spatial_ssrl_jax.tasks.answers import grade_order, last_box, plain_answer
 from spatial_ssrl_jax.tasks.example import Example
 
 GOOD = "<think>left is 2</think>\\boxed{2-0-1-3}"
@@ -65,6 +66,73 @@ def test_tolerant(box):
     assert rate(response, rule="tolerant").accuracy == 1
     assert rate(response).accuracy == (box == "2-0-1-3")
     assert rate("\\boxed{2-0-3-1}", rule="tolerant").accuracy == 0
+
+
+@pytest.mark.parametrize(
+    ("box", "accuracy"),
+    [("100", 1), ("101", 1), ("101.1", 0), ("$99.5$ cm", 1), ("1,00", 1), ("about", 0),
+     ("100 or 5", 0), ("\\text{1e2}", 1), ("-100", 0)],
+)  # fmt: skip
+def test_numeric(box, accuracy):
+    reward = rate(f"<think>a</think>\\boxed{{{box}}}", "100", rule="numeric")
+    assert (reward.accuracy, reward.format) == (accuracy, 1)
+
+
+def test_the_tolerance_of_numbers():
+    response = "<think>a</think>\\boxed{109}"
+    assert rate(response, "100", rule="numeric", tolerance=0.1).accuracy == 1
+    assert rate(response, "100", rule="numeric", tolerance=0.0).accuracy == 0
+
+
+@pytest.mark.parametrize(
+    ("box", "accuracy"),
+    [("B", 1), ("(B)", 1), ("B. the red one", 1), ("\\text{B}", 1), ("option B", 1), ("A", 0),
+     ("Both", 0), ("B or C", 0), ("", 0), ("b", 0)],
+)  # fmt: skip
+def test_choice(box, accuracy):
+    for answer in ("B", "(B)", "B. the red one"):
+        reward = rate(f"<think>a</think>\\boxed{{{box}}}", answer, rule="choice")
+        assert (reward.accuracy, reward.format) == (accuracy, 1)
+
+
+@pytest.mark.parametrize(
+    ("box", "accuracy"),
+    [("\\frac{1}{2}", 1), ("0.5", 1), ("\\frac{2}{4}", 1), ("2", 0), ("", 0)],
+)
+def test_math(box, accuracy):
+    pytest.importorskip("math_verify")
+    reward = rate(f"<think>a</think>\\boxed{{{box}}}", "\\frac12", rule="math")
+    assert (reward.accuracy, reward.format) == (accuracy, 1)
+
+
+def test_a_rule_without_its_package_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_rule("paper")
+    with pytest.raises(UserError, match=r"spatial_ssrl_jax\[math\]"):
+        check_rule("math")
+
+
+@pytest.mark.parametrize(
+    ("box", "credit"),
+    [
+        ("2-0-1-3", 1.0),
+        ("2-0-3-1", 0.2 * 2 / 4),
+        ("0-2-3-1", 0.0),
+        ("(2 - 1-0-3)", 0.2 * 2 / 4),
+        ("2-0-1-1", 0.0),  # no order of the labels
+        ("2-0-1", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_partial_credit(box, credit):
+    response = f"<think>a</think>\\boxed{{{box}}}"
+    example = Example("shuffle", "2x2", (PICTURE,), "?", "2-0-1-3", "", {}, {})
+    found = score_response(response, 9, example, RewardSettings(partial_credit=True), grade_order)
+    assert found.credit == pytest.approx(credit)
+    assert found.accuracy == (credit == 1)  # metrics stay exact
+    assert found.overall == pytest.approx(0.9 * credit + 0.1)
+    plain = score_response(response, 9, example, RewardSettings(), grade_order)
+    assert plain.overall == pytest.approx(0.9 * (credit == 1) + 0.1)
 
 
 def test_plain_answer():

@@ -1,7 +1,8 @@
 """Depth: answers recomputed from `truth`, constraints rechecked on the windows that it names."""
 
+import math
 from collections import Counter
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 import pytest
@@ -34,9 +35,9 @@ def check(rec, example, min_valid=0.9):
         assert unit.max() - unit.min() < 0.15 + ROUNDING
         assert abs(unit.mean() - depth_mean) < ROUNDING
         near_far.append((unit.min(), unit.max()))
-    order = sorted(range(3), key=lambda i: near_far[i])
+    order = sorted(range(len(points)), key=lambda i: near_far[i])
     assert example.answer == "-".join(str(i + 1) for i in order)
-    for near, far in zip(order, order[1:], strict=False):
+    for near, far in pairwise(order):
         assert near_far[far][0] - near_far[near][1] > 0.05 - ROUNDING
     radius = max(8, round(19 * min(height, width) / 768))
     for (x1, y1), (x2, y2) in combinations(points, 2):
@@ -97,26 +98,57 @@ def test_orders_are_even():
     assert_even(Counter(make(rec, seed).answer for seed in range(draws)), draws, 6, 0.15)
 
 
-def test_triples_are_drawn_evenly():
+@pytest.mark.parametrize("count", [3, 4])
+def test_chains_are_drawn_evenly(count: int):
     low = np.array([0.0, 0.1, 0.1, 0.2, 0.3, 0.45, 0.5, 0.9])
     high = low + np.array([0.04, 0.05, 0.14, 0.02, 0.1, 0.1, 0.0, 0.05])
     x = np.array([10, 40, 12, 70, 100, 130, 40, 70])
     y = np.array([10, 10, 10, 10, 10, 10, 60, 60])
     found = Regions(np.zeros((90, 150), np.float32), 3, x, y, low, high)
     valid = set()
-    for a, b, c in permutations(range(8), 3):
-        clear = low[b] - high[a] > 0.05 and low[c] - high[b] > 0.05
-        pairs = combinations((a, b, c), 2)
+    for chain in permutations(range(8), count):
+        clear = all(low[b] - high[a] > 0.05 for a, b in pairwise(chain))
+        pairs = combinations(chain, 2)
         if clear and all(np.hypot(x[i] - x[j], y[i] - y[j]) > 18 for i, j in pairs):
-            valid.add((a, b, c))
+            valid.add(chain)
     assert len(valid) > 10
     draws, limits = 200 * len(valid), depth.DepthSettings(min_gap=0.05)
     rng = np.random.default_rng(0)
     counts = Counter(
-        tuple(int(i) for i in depth._draw(found, rng, limits, 18)) for _ in range(draws)
+        tuple(int(i) for i in depth._draw(found, rng, limits, count, 18)) for _ in range(draws)
     )
     assert set(counts) == valid
     assert_even(counts, draws, len(valid), 0.35)
+
+
+def test_no_chain_where_gaps_are_too_small():
+    low = np.linspace(0, 0.9, 6)
+    found = Regions(np.zeros((90, 600), np.float32), 3, np.arange(6) * 90, np.full(6, 9), low, low)
+    rng = np.random.default_rng(0)
+    assert depth._draw(found, rng, depth.DepthSettings(min_gap=0.17), 6, 18).tolist() == [*range(6)]
+    assert depth._draw(found, rng, depth.DepthSettings(min_gap=0.19), 6, 18) is None
+
+
+@pytest.mark.parametrize("count", [4, 5, 6])
+def test_more_points(count: int):
+    made = 0
+    for seed in range(12):
+        rec = record(seed, 240, 320)
+        try:
+            example = make(rec, seed, kinds={f"{count}_points": 1.0}, max_range=0.1)
+        except Reject:
+            continue
+        check(rec, example)
+        made += 1
+        assert example.kind == f"{count}_points" and len(example.truth["points"]) == count
+        assert depth.chance(example.answer) == 1 / math.factorial(count)
+    assert made >= 3
+    assert depth.question(6) == (
+        "The original image has six regions marked as 1, 2, 3, 4, 5, and 6. Consider the content, "
+        "positional relationships, depths of the six regions and other cues, and sort the depths "
+        "of the six regions from smallest to largest from the camera, where the format of the "
+        "answer is 'Smallest-Second-Third-Fourth-Fifth-Largest'."
+    )
 
 
 def test_units_do_not_matter():

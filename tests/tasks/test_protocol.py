@@ -36,6 +36,9 @@ SHUFFLE = {
     + CLUES
     + "arrangement of the strips to restore the original image, where the format is "
     "'Top-Middle1-Middle2-Bottom'.",
+    "3x3": "The image has been divided into 9 shuffled patches labeled 0, 1, 2, 3, 4, 5, 6, 7, and "
+    "8. " + CLUES + "arrangement of the patches to restore the original image, where the format is "
+    "'TopLeft-Top-TopRight-Left-Middle-Right-BottomLeft-Bottom-BottomRight'.",
 }
 FLIP = (
     "The image has been divided into 4 labeled 0, 1, 2, and 3. One of the four patches is flipped "

@@ -52,7 +52,7 @@ class Alone:
         flat = self.sample(state, prompts, np.repeat(batch.index, group), key)
         rollout = Rollout(*(self.grouped(x) for x in vars(flat).values()))
         scored = score_rollout(
-            batch.items, given, grpo.processor, grpo.reward_settings, grpo.settings.scale_rewards
+            batch.items, given, grpo.processor, grpo.scorer, grpo.settings
         )
         count, updates = len(batch.items) // grpo.settings.minibatches_per_rollout, []
         old = [

@@ -17,6 +17,7 @@ from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.placement import compute_settings
+from spatial_ssrl_jax.rl.scorer import Scorer
 from spatial_ssrl_jax.rl.stages import stages
 from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.tasks.example import Example
@@ -137,7 +138,12 @@ def heldout(toy, config: c.Config, counts: dict[str, int]) -> HeldoutEval:
         for task, count in counts.items()
     }
     return HeldoutEval(
-        items, BUCKETS, config.eval, config.rollout, config.reward, config.grpo.temperature
+        items,
+        BUCKETS,
+        config.eval,
+        config.rollout,
+        Scorer(config.reward, {}),
+        config.grpo.temperature,
     )
 
 
@@ -189,7 +195,7 @@ def test_what_a_response_earns(toy):
         grpo = replace(
             make_grpo(settings, BASE.rollout, BUCKETS),
             processor=Answers(),
-            reward_settings=c.RewardSettings(**changes),
+            scorer=Scorer(c.RewardSettings(**changes), {}),
         )
         tokens = np.array([[[7, 0], [0, 0]], [[7, 0], [0, 0]]], np.int32)
         ones = np.ones((2, 2), np.int32)
@@ -249,16 +255,25 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
     items = tuple(replace(item, example=example("flip", "9")) for item in prompts.items)
     engine, asked = Recorder(), []
     settings = replace(
-        BASE.grpo, prompts=8, filter_zero_variance_groups=True, max_resamples=2, kl_coef=0.0
+        BASE.grpo,
+        prompts=8,
+        steps=4,
+        filter_groups=True,
+        max_resamples=2,
+        kl_coef=0.5,
+        kl_schedule="linear",
     )
     config = replace(BASE, seed=3, grpo=settings)
     grpo = replace(
         make_grpo(settings, config.rollout, BUCKETS, engine),
         processor=Answers(),
-        reward_settings=config.reward,
+        scorer=Scorer(config.reward, {}),
     )
 
-    def step(_self, state, batch, key, resample):
+    kl_coefs = []
+
+    def step(_self, state, batch, key, resample, kl_coef):
+        kl_coefs.append(kl_coef)
         sampled = grpo.sample(None, batch, key)
         for number in (1, 2):
             resample(number)
@@ -288,7 +303,8 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
     make = stage_steps.grpo_step(run, stage, None, None)
     batch = replace(prompts, items=items)
     make(0, None, batch)
-    make(1, None, batch)
+    _, metrics, _ = make(1, None, batch)
+    assert kl_coefs == [0.5, 0.375] and metrics["kl/coef"] == 0.375
     keys = [jax.random.key_data(call["key"]).tolist() for call in engine.calls]
     assert keys[0] != keys[-1]
     assert [number for _, number in asked] == [0, 1, 2, 3]
