@@ -2,6 +2,7 @@
 
 "✗" is a model that answers directly. The general benchmarks have four models; on the first four of
 them they were asked directly, on the last three with the format prompt for Spatial-SSRL only.
+BUILD.md has what is known of each row.
 """
 
 from collections.abc import Iterator, Mapping
