@@ -347,7 +347,7 @@ def test_damaged_json_and_unknown_endings_are_refused(tmp_path: Path):
         ("x.json", "[{", "x.json is not valid JSON"),
         ("x.json", '[{"question": "\\ud800"}]', "half of a character"),
         ("x.json", "[1]", "row 1 of x.json is no object"),
-        ("x.xlsx", "", "expected a file that ends in .tsv"),
+        ("x.csv", "", "expected a file that ends in .tsv"),
         ("x.parquet", "PAR1", "cannot be read"),
     ):
         (tmp_path / name).write_text(content)

@@ -20,6 +20,7 @@ from spatial_ssrl_jax.eval.scoring.scores import Cell, Metric, all_right, mean
 _ANSWERS = {"0": "No", "1": "Yes", "no": "No", "yes": "Yes"}
 _TEXT_ONLY = "0"  # visual_input of the rows that have no image
 _GROUPS = ("set_id", "figure_id", "question_id")
+_FIELDS = ("category", "subcategory", "visual_input", *_GROUPS)
 
 
 def judge(prediction: Prediction) -> Judgement:
@@ -60,24 +61,11 @@ def _extra(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 
 def _parse(row: QuestionRow) -> Question | None:
-    """A row of the original JSON, or of the TSV, whose index is made of the same fields."""
-    if row.get("filename") or row.get("visual_input"):
-        if str(row.get("visual_input")) == _TEXT_ONLY:
-            return None
-        category, subcategory = row.text("category"), row.text("subcategory")
-        visual, groups = row.text("visual_input"), [row.text(column) for column in _GROUPS]
-        name = "_".join((category, subcategory, visual, *groups))
-        answer, column = row.text("gt_answer"), "filename"
-    else:
-        name, answer, column = row.text("index"), row.text("answer"), "image_path"
-        parts = name.split("_")
-        if len(parts) != 6:
-            raise UserError(
-                f"{row.name}: its index {name!r} is not of HallusionBench's six fields."
-            )
-        category, subcategory, visual, *groups = parts
-        if visual == _TEXT_ONLY:
-            return None
+    """A row of the original JSON, or of a TSV; None where it has no image."""
+    name, (category, subcategory, visual, *groups) = _identity(row)
+    if visual == _TEXT_ONLY:
+        return None
+    answer = str(row.get("gt_answer")).strip() or row.text("answer")
     if answer.casefold() not in _ANSWERS:
         raise BadQuestionRow(
             f"{row.name}: its answer {answer!r} is neither yes nor no: {FIX_HINT}."
@@ -88,9 +76,24 @@ def _parse(row: QuestionRow) -> Question | None:
         category=category,
         text=row.words("question"),
         target=_ANSWERS[answer.casefold()],
-        images=row.images(column),
+        images=row.images("filename" if row.get("filename") else "image_path"),
         meta={"subcategory": subcategory, **dict(zip(_GROUPS, groups, strict=True))},
     )
+
+
+def _identity(row: QuestionRow) -> tuple[str, list[str]]:
+    """The id and the fields that it is made of; an index such as "VD_math_1_0_1_0" has them all."""
+    name = str(row.get("index")).strip()
+    fields = name.split("_")
+    if len(fields) == len(_FIELDS):
+        return name, fields
+    if not str(row.get("visual_input")).strip():
+        raise UserError(
+            f"{row.name}: its index {name!r} is not of HallusionBench's six fields, and it has no "
+            "visual_input."
+        )
+    fields = [row.text(column) for column in _FIELDS]
+    return "_".join(fields), fields
 
 
 def ask(question: Question, style: Style) -> BenchmarkPrompt:
@@ -102,7 +105,7 @@ HALLUSIONBENCH = BenchmarkSpec(
     title="HallusionBench",
     files=(("HallusionBench.tsv", "HallusionBench.json"),),
     columns=(
-        ("visual_input", "set_id", "figure_id", "question_id", "gt_answer", "filename"),
+        (*_FIELDS, "question"),
         ("index", "question", "answer", "l2-category"),
     ),
     parse=_parse,

@@ -1,4 +1,4 @@
-"""Rows of a benchmark's question file: TSV, JSON, JSONL or parquet, without the images' bytes.
+"""Rows of a benchmark's question file: TSV, JSON, JSONL, parquet or xlsx, without images' bytes.
 
 A row is read once; its images' bytes stay in the file until an image is opened.
 """
@@ -22,9 +22,11 @@ from spatial_ssrl_jax.eval.benchmarks.images import (
     find_file,
     tsv_cells,
 )
+from spatial_ssrl_jax.eval.benchmarks.xlsx import read_xlsx
 
-# How an error about a bad row ends.
+# How an error about a bad row ends, and one about a damaged file.
 FIX_HINT = "fix it, or leave it out (--allow-missing)"
+_AGAIN = "copy or download it again"
 _IMAGE, _INDEX = "image", "index"
 # VLMEvalKit writes another row's index, never longer than this, for that row's image.
 _LONGEST_INDEX = 64
@@ -46,6 +48,7 @@ class QuestionRow:
       number: of the row in it, from 0.
       encoded: its images, where the file itself holds them.
       inside: the folder that the user named, which its paths may not leave; None allows any.
+      media_optional: images and a video that are not found are left out, and no error.
     """
 
     values: Mapping[str, Any]
@@ -54,11 +57,12 @@ class QuestionRow:
     number: int
     encoded: tuple[BenchmarkImage, ...] = ()
     inside: Path | None = None
+    media_optional: bool = False
 
     def get(self, column: str) -> Any:
-        """A value as the file has it, "" where there is none."""
+        """A value as the file has it, "" where there is none; pandas writes NaN into JSON."""
         value = self.values.get(column)
-        return "" if value is None else value
+        return "" if value is None or value != value else value
 
     def words(self, column: str) -> str:
         """A value as text, unchanged; raises `BadQuestionRow` where there is none."""
@@ -102,10 +106,28 @@ class QuestionRow:
         return path
 
     def images(self, column: str = "image_path") -> tuple[BenchmarkImage, ...]:
-        """The row's images, from the file itself or by their paths; raises `BadQuestionRow`."""
-        if not self.encoded and not self.get(column):
-            raise BadQuestionRow(f"{self.name} has no image: {FIX_HINT}.")
-        return self.encoded or tuple(FileImage(path) for path in self.find(column))
+        """The row's images, from the file itself or by their paths.
+
+        Raises:
+          BadQuestionRow: it has none, or one is missing, and must not be.
+        """
+        try:
+            if not self.encoded and not self.get(column):
+                raise BadQuestionRow(f"{self.name} has no image: {FIX_HINT}.")
+            return self.encoded or tuple(FileImage(path) for path in self.find(column))
+        except BadQuestionRow:
+            if not self.media_optional:
+                raise
+            return ()
+
+    def video(self, name: str) -> Path | None:
+        """The video under a name; raises `BadQuestionRow` where it is missing and must not be."""
+        try:
+            return self._file(name)
+        except BadQuestionRow:
+            if not self.media_optional:
+                raise
+            return None
 
 
 def read_rows(file: Path, inside: Path | None) -> list[QuestionRow]:
@@ -123,6 +145,7 @@ def read_rows(file: Path, inside: Path | None) -> list[QuestionRow]:
         ".json": _read_json,
         ".jsonl": _read_jsonl,
         ".parquet": _read_parquet,
+        ".xlsx": _read_xlsx,
     }
     if file.suffix not in readers:
         raise UserError(f"{file}: expected a file that ends in {', '.join(readers)}.")
@@ -132,9 +155,9 @@ def read_rows(file: Path, inside: Path | None) -> list[QuestionRow]:
         raise
     except Exception as error:  # readers raise nearly anything on a damaged file
         reason = f"{type(error).__name__}: {error_line(error)}"
-        raise UserError(f"{file} cannot be read ({reason}): download it again.") from error
+        raise UserError(f"{file} cannot be read ({reason}): {_AGAIN}.") from error
     if not rows:
-        raise UserError(f"{file} holds no row: download it again.")
+        raise UserError(f"{file} holds no row: {_AGAIN}.")
     return [replace(row, inside=inside) for row in rows]
 
 
@@ -203,8 +226,8 @@ def _read_tsv(file: Path) -> list[QuestionRow]:
             name = _name(file, number)
             if len(line) != len(header):
                 raise UserError(
-                    f"{name} has {len(line)} columns and the first line {len(header)}: download "
-                    "the file again."
+                    f"{name} has {len(line)} columns and the first line {len(header)}: copy or "
+                    "download the file again."
                 )
             values = dict(zip(header, line, strict=True))
             image = values.pop(_IMAGE, "")
@@ -229,6 +252,10 @@ def _read_json(file: Path) -> list[QuestionRow]:
 def _read_jsonl(file: Path) -> list[QuestionRow]:
     lines = file.read_bytes().split(b"\n")
     return _rows(file, [parse_json(x, _name(file, i)) for i, x in enumerate(lines) if x.strip()])
+
+
+def _read_xlsx(file: Path) -> list[QuestionRow]:
+    return _rows(file, read_xlsx(file))
 
 
 def _rows(file: Path, values: Sequence[Any]) -> list[QuestionRow]:

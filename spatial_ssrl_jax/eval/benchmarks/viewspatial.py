@@ -1,6 +1,7 @@
 """ViewSpatial-Bench: directions from the camera's and from a person's view, 1 to 32 images."""
 
 from spatial_ssrl_jax.eval.benchmarks import prompts
+from spatial_ssrl_jax.eval.benchmarks.images import cell_items
 from spatial_ssrl_jax.eval.benchmarks.mcq import check_target, judge_choice
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow
@@ -21,10 +22,11 @@ _CATEGORIES = {
 
 
 def _parse(row: QuestionRow) -> Question:
-    choices, kind = row.words("choices"), row.text("question_type")
+    """A row of the original JSON, or of VLMEvalKit's TSV, which calls the choices candidates."""
+    choices, kind = _choices(row), row.text("question_type")
     options = extract.options_in(choices)
     return Question(
-        id=str(row.number),
+        id=str(row.get("index")).strip() or str(row.number),
         benchmark="viewspatial",
         category=_CATEGORIES.get(kind, kind),
         text=row.words("question"),
@@ -33,6 +35,12 @@ def _parse(row: QuestionRow) -> Question:
         images=row.images(),
         meta={"choices": choices},
     )
+
+
+def _choices(row: QuestionRow) -> str:
+    """Options with their letters, one a line; a TSV may write them as a Python list."""
+    choices = row.words("choices" if row.get("choices") else "candidates")
+    return "\n".join(cell_items(choices)) if choices.startswith("[") else choices
 
 
 def ask(question: Question, style: Style) -> BenchmarkPrompt:
@@ -45,8 +53,11 @@ def ask(question: Question, style: Style) -> BenchmarkPrompt:
 VIEWSPATIAL = BenchmarkSpec(
     name="viewspatial",
     title="ViewSpatial",
-    files=(("ViewSpatial-Bench.json",),),
-    columns=(("question_type", "image_path", "question", "choices", "answer"),),
+    files=(("ViewSpatial-Bench.json", "ViewSpatialBench.tsv"),),
+    columns=(
+        ("question_type", "image_path", "question", "choices", "answer"),
+        ("index", "question_type", "question", "candidates", "answer"),
+    ),
     parse=_parse,
     ask=ask,
     metric=Metric(judge_choice),
