@@ -7,6 +7,7 @@ from PIL import Image
 
 from spatial_ssrl_jax.common.bounds import Count, NonNegative, Weights
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.tasks.content import MIN_CONTRAST, check_content
 from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
 from spatial_ssrl_jax.tasks.frame import Box, inner_box
 from spatial_ssrl_jax.tasks.patches import difference, thumbnail
@@ -36,6 +37,7 @@ class CropSettings:
       distractors: weight of each kind of wrong option; three distinct ones are drawn.
       min_difference: options must differ by more than this, in grey levels (see `patches`).
       min_side: minimum side of the square in pixels.
+      min_contrast: an image of less contrast is without content, see `content`.
       trim_frame: keep squares and options inside a white or black frame around the image, which
         would reveal the answer.
       tries: positions of the square that are tried, for images with plain areas.
@@ -45,6 +47,7 @@ class CropSettings:
     distractors: Weights = field(default_factory=lambda: dict.fromkeys(DISTRACTORS, 0.2))
     min_difference: NonNegative = 4.0
     min_side: Count = 28
+    min_contrast: NonNegative = MIN_CONTRAST
     trim_frame: bool = True
     tries: Count = 6
 
@@ -63,6 +66,7 @@ def make(record: Record, rng: np.random.Generator, settings: CropSettings) -> Ex
     size = min(height, width) // 2
     if size < settings.min_side:
         raise Reject("image too small for the square")
+    check_content(record.image, settings.min_contrast)
     framed = _FramedImage(
         Image.fromarray(record.image),
         inner_box(record.image) if settings.trim_frame else (0, 0, width, height),

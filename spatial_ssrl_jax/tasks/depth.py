@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from spatial_ssrl_jax.common.bounds import Bounds, Count, Fraction, NonNegative, Positive, Widths
+from spatial_ssrl_jax.tasks.content import MIN_CONTRAST, check_content
 from spatial_ssrl_jax.tasks.drawing import draw_markers_fitted, fitted_size
 from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
 from spatial_ssrl_jax.tasks.record import Record
@@ -43,6 +44,7 @@ class DepthSettings:
       centre: side in pixels of the image of a region's centre that must be wholly valid.
       bands: `free`, or `released`: as in the released code, the regions' centres are one in each of
         [0, 0.3], [0.35, 0.65] and [0.7, 1] of normalised depth, which makes wider gaps.
+      min_contrast: an image of less contrast is without content, see `content`.
       marker: radius of a marker in pixels.
       min_marker: its minimum in pixels of the image.
       fit_box: (width, height) in pixels that the picture is fitted into once its regions are found,
@@ -57,6 +59,7 @@ class DepthSettings:
     min_valid: Fraction = 0.9
     centre: Count = 7
     bands: Literal["free", "released"] = "free"
+    min_contrast: NonNegative = MIN_CONTRAST
     marker: Positive = 19.0
     min_marker: Positive = 8.0
     fit_box: Annotated[tuple[int, ...], Bounds(min=28)] = ()
@@ -64,6 +67,7 @@ class DepthSettings:
 
 def make(record: Record, rng: np.random.Generator, settings: DepthSettings) -> Example:
     """Marks three disjoint regions of clearly different depth."""
+    check_content(record.image, settings.min_contrast)
     depth = normalised_depth(record)
     radius = round(scaled(settings.marker, settings.min_marker, depth.shape))
     for window in settings.windows:

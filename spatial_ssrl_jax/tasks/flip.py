@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spatial_ssrl_jax.common.bounds import Count, NonNegative, Weights
+from spatial_ssrl_jax.tasks.content import MIN_CONTRAST, check_content
 from spatial_ssrl_jax.tasks.drawing import draw_labels
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
 from spatial_ssrl_jax.tasks.frame import trim_frame
@@ -32,6 +33,7 @@ class FlipSettings:
       min_difference: a patch and its two flips must differ from one another by more than this, in
         grey levels (see `patches`).
       min_side: minimum side of a patch in pixels.
+      min_contrast: an image of less contrast is without content, see `content`.
       trim_frame: trim a white or black frame around the image, which reveals patches' positions.
     """
 
@@ -39,6 +41,7 @@ class FlipSettings:
     kinds: Weights = field(default_factory=lambda: {"vertical": 1.0, "horizontal": 1.0})
     min_difference: NonNegative = 4.0
     min_side: Count = 24
+    min_contrast: NonNegative = MIN_CONTRAST
     trim_frame: bool = True
 
 
@@ -47,6 +50,7 @@ def make(record: Record, rng: np.random.Generator, settings: FlipSettings) -> Ex
     kind = weighted_choice(rng, settings.kinds)
     axis = DIRECTIONS.index(kind)
     image, trimmed = trim_frame(record.image) if settings.trim_frame else (record.image, {})
+    check_content(image, settings.min_contrast)
     patches = split_patches(image, 2, 2)
     if min(patches[0].shape[:2]) < settings.min_side:
         raise Reject("image too small for the patches")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from spatial_ssrl_jax.common.bounds import Bounds, Count, Fraction, NonNegative, Positive, Weights
+from spatial_ssrl_jax.tasks.content import MIN_CONTRAST, check_content
 from spatial_ssrl_jax.tasks.drawing import draw_markers_fitted, fitted_size
 from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
 from spatial_ssrl_jax.tasks.record import Record
@@ -61,6 +62,7 @@ class PositionSettings:
       choice: `uniform` over the valid pairs, or `released`: as in the released code, depths are
         normalised by their least and largest, the pair nearest the image's centre is taken, and it
         is more than an eighth of the image's shorter side apart, at like depth from left to right.
+      min_contrast: an image of less contrast is without content, see `content`.
       marker: radius of a marker in pixels.
       min_marker: its minimum in pixels of the image.
       fit_box: (width, height) in pixels that the picture is fitted into once its regions are found,
@@ -82,6 +84,7 @@ class PositionSettings:
     near_height: NonNegative = 30.0
     min_near_height: NonNegative = 4.0
     choice: Literal["uniform", "released"] = "uniform"
+    min_contrast: NonNegative = MIN_CONTRAST
     marker: Positive = 19.0
     min_marker: Positive = 8.0
     fit_box: Annotated[tuple[int, ...], Bounds(min=28)] = ()
@@ -133,6 +136,7 @@ class View:
 
 def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -> Example:
     """Marks two regions, puts a camera at one and asks for the other."""
+    check_content(record.image, settings.min_contrast)
     released = settings.choice == "released"
     depth = normalised_depth(record, extremes=released)
     radius = round(scaled(settings.marker, settings.min_marker, depth.shape))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spatial_ssrl_jax.common.bounds import Count, NonNegative, Weights
+from spatial_ssrl_jax.tasks.content import MIN_CONTRAST, check_content
 from spatial_ssrl_jax.tasks.drawing import draw_labels
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
 from spatial_ssrl_jax.tasks.frame import trim_frame
@@ -51,6 +52,7 @@ class ShuffleSettings:
       kinds: weight of each grid, named rows x columns; the paper's counts.
       min_difference: patches must differ by more than this, in grey levels (see `patches`).
       min_side: minimum side of a patch in pixels.
+      min_contrast: an image of less contrast is without content, see `content`.
       trim_frame: trim a white or black frame around the image, which reveals patches' positions.
     """
 
@@ -58,6 +60,7 @@ class ShuffleSettings:
     kinds: Weights = field(default_factory=lambda: dict(_WEIGHTS))
     min_difference: NonNegative = 4.0
     min_side: Count = 24
+    min_contrast: NonNegative = MIN_CONTRAST
     trim_frame: bool = True
 
 
@@ -66,6 +69,7 @@ def make(record: Record, rng: np.random.Generator, settings: ShuffleSettings) ->
     kind = weighted_choice(rng, settings.kinds)
     rows, cols = (int(n) for n in kind.removesuffix("_masked").split("x"))
     image, trimmed = trim_frame(record.image) if settings.trim_frame else (record.image, {})
+    check_content(image, settings.min_contrast)
     patches = split_patches(image, rows, cols)
     if min(patches[0].shape[:2]) < settings.min_side:
         raise Reject("image too small for the patches")

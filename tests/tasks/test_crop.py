@@ -105,7 +105,7 @@ def test_a_distractor_equal_to_the_answer_is_passed_over():
 
 def test_rejections_and_settings():
     with pytest.raises(Reject, match="options look alike"):
-        make(record(image=np.full((112, 112, 3), 90, np.uint8)), 0)
+        make(record(image=np.full((112, 112, 3), 90, np.uint8)), 0, min_contrast=0.0)
     with pytest.raises(Reject, match="too small"):
         make(record(0, 50, 200), 0)
     with pytest.raises(UserError, match="at least three"):

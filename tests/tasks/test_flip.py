@@ -59,6 +59,6 @@ def test_a_patch_that_looks_the_same_after_its_flip_is_left_alone():
 
 def test_rejections():
     with pytest.raises(Reject, match="same after its flip"):
-        make(record(image=np.full((112, 112, 3), 90, np.uint8)), 0)
+        make(record(image=np.full((112, 112, 3), 90, np.uint8)), 0, min_contrast=0.0)
     with pytest.raises(Reject, match="too small"):
         make(record(0, 40, 200), 0)

@@ -136,6 +136,6 @@ def test_rejections():
     flat = record(image=np.full((112, 112, 3), 90, np.uint8))
     for kind in KINDS:
         with pytest.raises(Reject, match="two patches look alike"):
-            make(flat, 0, kinds={kind: 1.0})
+            make(flat, 0, kinds={kind: 1.0}, min_contrast=0.0)
     with pytest.raises(Reject, match="too small"):
         make(record(0, 40, 200), 0, kinds={"2x2": 1.0})
