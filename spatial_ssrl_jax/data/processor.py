@@ -15,6 +15,7 @@ from spatial_ssrl_jax.common.bounds import Bounds
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.json_file import JsonObject, read_object
 from spatial_ssrl_jax.common.text import error_line
+from spatial_ssrl_jax.data.responses import ResponseCodec
 from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, VisionConfig
 from spatial_ssrl_jax.qwen_vl.family import member_of, read_processor
@@ -150,7 +151,8 @@ class Processor:
         frames = read_processor(self.folder, "video")
         self._frames = self._image_settings(frames, min_pixels, max_pixels)
         self.stop_ids = self._read_stop_ids()
-        self._check_template()
+        opening = self._check_template()
+        self._responses = ResponseCodec(self.tokenizer, config.eos_token_id, opening)
 
     def _image_settings(
         self, settings: JsonObject, min_pixels: int | None, max_pixels: int | None
@@ -218,8 +220,11 @@ class Processor:
             return settings.items("eos_token_id", int, bounds=known) or default
         return (settings.get("eos_token_id", int, *default, known),)
 
-    def _check_template(self) -> None:
+    def _check_template(self) -> str:
         """Checks with a trial chat that the text and the token of an image come out of it.
+
+        Returns:
+          What follows the question: the end of the user's turn, and what begins the assistant's.
 
         Raises:
           UserError: the template is broken, or of another model.
@@ -231,6 +236,7 @@ class Processor:
                 f"{self._template_file} does not make a chat with an image, whose token is "
                 f"{self.config.image_token_id} in config.json: fetch the model's files again."
             )
+        return text[text.rindex(_TRIAL) + len(_TRIAL) :]
 
     def grid(self, height: int, width: int) -> Grid:
         """The patch grid of an image, from its size in pixels alone.
@@ -440,14 +446,12 @@ class Processor:
         return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
     def encode_response(self, text: str) -> np.ndarray:
-        """[R] int32 token ids of a response, the end token included."""
-        return np.append(self._token_ids(text), np.int32(self.config.eos_token_id))
+        """[R] int32 token ids of a response, the end token included; see `ResponseCodec`."""
+        return self._responses.encode(text)
 
     def decode(self, ids: np.ndarray) -> str:
-        """Text of response tokens, without special tokens."""
-        text = self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
-        assert isinstance(text, str)  # a list only for a batch
-        return text
+        """Text of response tokens, without special tokens; see `ResponseCodec`."""
+        return self._responses.decode(ids)
 
 
 def _chat_content(

@@ -16,6 +16,7 @@ from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.config.schema import RewardSettings
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.rl.rewards import Reward, score_answer, score_response
+from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Example, Grade
 
 _START_SECONDS = 120  # for a worker to import what it needs
@@ -115,6 +116,11 @@ class Scorer:
                 f"{failed:.0f} of {total:.0f} responses have no reward; the first: {first}: fix "
                 "reward.function, or raise reward.timeout or reward.max_failed_fraction."
             )
+
+
+def make_scorer(settings: RewardSettings) -> Scorer:
+    """A scorer with the grades of all tasks that have one."""
+    return Scorer(settings, {task.name: task.grade for task in TASKS if task.grade is not None})
 
 
 class _Worker:

@@ -38,15 +38,15 @@ from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.placement import check_sharding, compute_settings
 from spatial_ssrl_jax.rl.rewards import check_rule
-from spatial_ssrl_jax.rl.scorer import Scorer
+from spatial_ssrl_jax.rl.scorer import Scorer, make_scorer
 from spatial_ssrl_jax.rl.sft import check_response
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rollout.engine import Engine
-from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval, eval_options, open_eval_benchmark
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from spatial_ssrl_jax.trainer.initial_state import check_initial_weights
 from spatial_ssrl_jax.trainer.preemption import Preemption
+from spatial_ssrl_jax.trainer.reward_check import check_rewards
 from spatial_ssrl_jax.trainer.run_inputs import RunInputs
 from spatial_ssrl_jax.trainer.workdir import check_workdir, claim_workdir, write_model_files
 
@@ -159,6 +159,8 @@ def open_components(config: Config) -> RunComponents:
     check_fits(source, split.train, config.tasks, processor, _limit(config))
     if config.sft.steps and config.sft.responses != "synthetic":
         _check_responses(config, processor)
+    if config.grpo.steps:
+        check_rewards(config, source, split.train, processor)
     rollout_layout = check_sharding(config, model.config, layout)
     questions = open_eval_benchmark(config)
     return RunComponents(
@@ -224,7 +226,7 @@ def open_run(
         components.rollout_layout.batch_shards,
         components.rollout_layout,
     )
-    scorer = Scorer(config.reward, {t.name: t.grade for t in TASKS if t.grade is not None})
+    scorer = make_scorer(config.reward)
     resources.callback(scorer.close)
     between = [stage.last_step for stage in stages(config)[:-1]]  # where the next stage starts
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, always=between)
