@@ -16,7 +16,7 @@ from spatial_ssrl_jax.common.outputs import check_inputs, check_writable
 from spatial_ssrl_jax.common.paths import in_bucket, partial_name, user_path
 from spatial_ssrl_jax.common.reading import READING
 from spatial_ssrl_jax.common.text import error_line, printable
-from spatial_ssrl_jax.data.sources.files import FileSource
+from spatial_ssrl_jax.data.sources.base import Source
 from spatial_ssrl_jax.data.sources.options import open_with_options
 from spatial_ssrl_jax.tasks import TASKS
 
@@ -73,14 +73,14 @@ def main(argv: Sequence[str]) -> None:
     print(printable(line))
 
 
-def _tasks(source: FileSource) -> str:
+def _tasks(source: Source) -> str:
     """The tasks to write before the packed set's SPEC, where its depth does not serve all."""
     if not source.has_depth or source.has_distances:
         return ""
     return ",".join(task.name for task in TASKS if not task.needs_distances) + "@"
 
 
-def _write(args: argparse.Namespace, source: FileSource, local: Path) -> tuple[int, list[str], str]:
+def _write(args: argparse.Namespace, source: Source, local: Path) -> tuple[int, list[str], str]:
     """Runs the builder, and replaces the target when all is written.
 
     Args:

@@ -5,7 +5,7 @@ import math
 import os
 import stat
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ Value = TypeVar("Value")
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 SOURCE_PIXELS = 2**26  # of a source's image: many are open at a time, 200 MB each at this size
+HEIF_EXTRA = "spatial_ssrl_jax[heif]"
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # old Pillows open a 16-bit PNG as "I"
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _UPSIDE_DOWN, _MIRRORED = (3, 4, 7, 8), (2, 3, 6, 7)  # that reverse rows and columns after that
@@ -142,9 +143,11 @@ def open_header(path_or_bytes: str | os.PathLike[str] | bytes, name: str) -> Ima
         if not stat.S_ISREG(os.stat(file).st_mode):
             raise BadImage(f"{name}: is no file; give one with an image.")  # a pipe would hang
     try:
-        image = Image.open(file)
+        image = _open(file)
     except UnidentifiedImageError as error:
-        raise BadImage(f"{name}: not an image in a format that Pillow reads.") from error
+        is_heif = name.lower().endswith((".heic", ".heif")) and not reads_heif()
+        more = f"; HEIF needs pip install '{HEIF_EXTRA}'" if is_heif else ""
+        raise BadImage(f"{name}: not an image in a format that Pillow reads{more}.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(f"{name}: larger than {MAX_PIXELS:,} pixels; shrink it first.") from error
     if image.format == "EPS":  # a program, which Pillow lets Ghostscript run
@@ -158,6 +161,27 @@ def open_header(path_or_bytes: str | os.PathLike[str] | bytes, name: str) -> Ima
         )
         raise BadImage(f"{name}: {width}x{height} pixels is {problem}.")
     return image
+
+
+def _open(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
+    """Pillow's `open`, with HEIF where its library is installed."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        if not reads_heif():
+            raise
+        return Image.open(file)
+
+
+@cache
+def reads_heif() -> bool:
+    """Whether Pillow reads HEIF here; it does by a library, which this lets it know."""
+    try:
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:

@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from spatial_ssrl_jax.common.errors import BadImage
+from spatial_ssrl_jax.data import images
 from spatial_ssrl_jax.data.images import SOURCE_PIXELS
-from spatial_ssrl_jax.data.sources import depth_files
 from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, read_depth
 from spatial_ssrl_jax.data.sources.stored import StoredSource
 from tests.data.test_images import png_of_size
@@ -96,9 +96,9 @@ def test_a_mask_has_the_same_limit(tmp_path: Path):
 def test_the_limit_itself_is_allowed(tmp_path: Path, monkeypatch, ending: str):
     path = tmp_path / f"d{ending}"
     save_depth(path, ramp())
-    monkeypatch.setattr(depth_files, "SOURCE_PIXELS", HEIGHT * WIDTH)
+    monkeypatch.setattr(images, "SOURCE_PIXELS", HEIGHT * WIDTH)
     check_ramp(read_depth(str(path), TARGET), 6e-4)
-    monkeypatch.setattr(depth_files, "SOURCE_PIXELS", HEIGHT * WIDTH - 1)
+    monkeypatch.setattr(images, "SOURCE_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(BadImage, match=f"d{ending}: .* is more than 191 pixels"):
         read_depth(str(path), TARGET)
 

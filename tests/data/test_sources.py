@@ -134,12 +134,16 @@ def test_rgbd_depth_files(tmp_path, image, ending, tolerance):
     check_ramp(source[0].depth, tolerance)
 
 
-def test_rgbd_h5_takes_depth_else_the_first_data_set(tmp_path):
+def test_rgbd_h5_takes_depth_else_the_only_data_set(tmp_path):
     save_image(tmp_path / "a.png")
     save_depth(tmp_path / "a_depth.h5", ramp(), name="other")
     check_ramp(open_source(f"rgbd:{tmp_path}")[0].depth)
     with h5py.File(tmp_path / "a_depth.h5", "a") as file:
-        file["another"], file["depth"] = np.ones((2, 2)), ramp()
+        file["another"] = np.ones((2, 2))
+    with pytest.raises(BadImage, match=r"named 'depth'; it holds several \(another, other\)"):
+        open_source(f"rgbd:{tmp_path}")[0]
+    with h5py.File(tmp_path / "a_depth.h5", "a") as file:
+        file["depth"] = ramp()
         file["other"][...] = 9
     check_ramp(open_source(f"rgbd:{tmp_path}")[0].depth)
 
@@ -160,7 +164,7 @@ def test_rgbd_mask(tmp_path):
 def test_rgbd_a_image_without_depth_is_named(tmp_path):
     save_image(tmp_path / "a.png")
     save_image(tmp_path / "b.jpg")
-    with pytest.raises(UserError, match="found no image"):  # none has depth: the wrong kind
+    with pytest.raises(UserError, match=r"2 images below .*a\.png has no a_depth\.png"):
         open_source(f"rgbd:{tmp_path}")
     save_depth(tmp_path / "a_depth.png", ramp())
     source = open_source(f"rgbd:{tmp_path}")
@@ -227,7 +231,7 @@ def bad_depths(folder: Path) -> dict[str, str]:
         "none.npy": "expected numbers",
         "pickled.npy": "holds object .*expected numbers",
         "8bit.png": "not 16-bit grey",
-        "nothing.h5": "no data set",
+        "nothing.h5": "one data set named 'depth'; it holds none",
         "broken.npy": "cannot be read as depth",
         "broken.png": "not an image",
         "broken.h5": "cannot be read as depth",

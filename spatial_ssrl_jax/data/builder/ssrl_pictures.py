@@ -84,8 +84,12 @@ class SsrlPictures(tfds.core.GeneratorBasedBuilder):
 
 
 def _encoded(record: Record) -> bytes:
-    """The bytes of a record's image; as a PNG where its EXIF, which its depth lacks, turns it."""
-    if record.depth is None or not record.turned:
+    """The bytes of a record's image file.
+
+    It is a PNG of the image where that is no file of its own, or where EXIF turns it and its depth
+    would lack that.
+    """
+    if Path(record.path).is_file() and (record.depth is None or not record.turned):
         return Path(record.path).read_bytes()
     buffer = io.BytesIO()
     Image.fromarray(record.image).save(buffer, "PNG")

@@ -9,7 +9,7 @@ import numpy as np
 from spatial_ssrl_jax.common.errors import BadImage
 from spatial_ssrl_jax.common.reading import READING, DepthValues, Reading
 from spatial_ssrl_jax.data.images import SIDEWAYS, upright
-from spatial_ssrl_jax.data.sources.depth_files import read_values, to_metres
+from spatial_ssrl_jax.data.sources.depth_files import read_mask_values, read_values, to_metres
 
 MAX_ASPECT_ERROR = 0.02  # of width/height, between an image and its depth
 _LEAST = np.finfo(np.float32).tiny  # so that the inverse is finite too
@@ -40,15 +40,15 @@ def read_depth(
 ) -> np.ndarray:
     """Reads one depth file and fits it to its image.
 
-    `.png` is 16 bit in millimetres; `.npy` and `.h5` (data set `depth`, else the first) are taken
-    as they are: metres, or up to scale. Invalid is a value that is not finite or not above 0, and
+    An image of integers is in millimetres; other files are taken as they are: metres, or up to
+    scale. Invalid is a value that is not finite or not above 0, and
     in integers the largest of their type: the sensor saw nothing there, or nothing as far (7-Scenes
     marks so a tenth of its pixels; no depth camera sees as far as 65.535 m).
 
     Args:
       path: the depth file.
       target: what it is fitted to.
-      mask_path: a `.npy` of the depth's own shape, non-zero where it is valid.
+      mask_path: a file of the depth's own shape, an image too, non-zero where it is valid.
       decode: the stored values -> [H, W] float32, where a layout has a unit or code of its own.
       no_negatives: whether a value below 0 means that the file holds no depth (MegaDepth).
 
@@ -108,7 +108,7 @@ def first_existing(paths: Sequence[str], image_path: str) -> str:
 def _read_mask(path: str, shape: tuple[int, ...]) -> np.ndarray:
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadImage(f"{path}: is no file; give one with a mask.")  # a pipe would hang
-    mask = read_values(path)
+    mask = read_mask_values(path)
     if mask.shape != shape:
         raise BadImage(f"{path}: is {mask.shape}, but the depth it masks is {shape}.")
     return np.isfinite(mask) & (mask != 0)

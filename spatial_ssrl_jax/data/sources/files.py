@@ -1,24 +1,33 @@
 """Sources that read a folder: the listing of its files, and a source over them."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
+from PIL import features
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.fingerprint import fingerprint
 from spatial_ssrl_jax.common.outputs import MARKER
 from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.common.retry import with_retries
-from spatial_ssrl_jax.data.images import image_size, open_oriented_image
+from spatial_ssrl_jax.data.images import HEIF_EXTRA, image_size, open_oriented_image, reads_heif
+from spatial_ssrl_jax.data.sources.depth_files import DEPTH_ENDINGS
 from spatial_ssrl_jax.data.sources.depthmap import DepthTarget
 from spatial_ssrl_jax.tasks.record import Record
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_DEPTH_SUFFIXES = (".npy", ".h5")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_HEIF = reads_heif, f"pip install '{HEIF_EXTRA}'"
+_BY_PLUGIN = {  # whether Pillow reads it here, and what helps where not
+    ".avif": (partial(features.check, "avif"), "pip install -U pillow"),
+    ".heic": _HEIF,
+    ".heif": _HEIF,
+}
+_DATA_SUFFIXES = (*_SUFFIXES, *_BY_PLUGIN, *DEPTH_ENDINGS)
 _HASHED = 64  # files whose content is hashed
 
 
@@ -33,6 +42,8 @@ class FileSource:
       depth_of: (image's path, target) -> [H, W] float32, NaN where invalid, raising `BadImage`;
         None for images without depth. A module's function, so that it pickles.
       reading: how the files are read.
+      notes: what the listing leaves out.
+      depth_files: the depth files' paths relative to `root`, where they are known.
     """
 
     spec: str
@@ -40,6 +51,8 @@ class FileSource:
     files: tuple[str, ...]
     depth_of: Callable[[str, DepthTarget], np.ndarray] | None = None
     reading: Reading = READING
+    notes: tuple[str, ...] = ()
+    depth_files: tuple[str, ...] = ()
 
     @property
     def has_depth(self) -> bool:
@@ -52,7 +65,7 @@ class FileSource:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The folder, and what links below it point to."""
-        files = [os.path.join(self.root, file) for file in self.files]
+        files = [os.path.join(self.root, file) for file in (*self.files, *self.depth_files)]
         linked = {os.path.realpath(file) for file in files if os.path.islink(file)}
         folders = set(map(os.path.realpath, {os.path.dirname(file) for file in files}))
         return (self.root, *sorted(folders | linked))
@@ -115,12 +128,28 @@ def require_images(spec: str, root: str, files: list[str], layout: str) -> tuple
 
 
 def is_image(file: str) -> bool:
-    """Whether a file's name ends as that of an image."""
-    return file.lower().endswith(IMAGE_SUFFIXES)
+    """Whether a file's name ends as that of an image which Pillow reads here."""
+    ending = os.path.splitext(file)[1].lower()
+    return ending in _SUFFIXES or (ending in _BY_PLUGIN and _BY_PLUGIN[ending][0]())
+
+
+def unreadable(files: Sequence[str]) -> tuple[str, ...]:
+    """Notes of images in formats that Pillow does not read here."""
+    notes: list[str] = []
+    for ending, (is_read, fix) in _BY_PLUGIN.items():
+        found = [file for file in files if file.lower().endswith(ending)]
+        if found and not is_read():
+            notes += (f"{note}; {fix}" for note in left_out(found, f"{ending} images"))
+    return tuple(notes)
+
+
+def left_out(files: Sequence[str], what: str) -> tuple[str, ...]:
+    """A note of files that are left out, if there are any."""
+    return (f"{what} left out: {len(files):,}, for example {files[0]}",) if files else ()
 
 
 def _is_data(file: str) -> bool:
-    return file.lower().endswith(IMAGE_SUFFIXES + _DEPTH_SUFFIXES)
+    return file.lower().endswith(_DATA_SUFFIXES)
 
 
 def _wait_for(root: str) -> None:

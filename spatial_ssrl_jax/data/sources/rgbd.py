@@ -1,44 +1,100 @@
-"""`rgbd:PATH`: images, each with its depth beside it; the plain layout for one's own data.
+"""`rgbd:PATH`: images with depth, in the layouts that RGB-D data sets have.
 
-NAME.jpg or NAME.png goes with NAME_depth.png (16 bit, millimetres, 0 = invalid), NAME_depth.npy
-(metres) or NAME_depth.h5 (data set `depth`, else the first), and perhaps with NAME_depth_mask.npy
-(non-zero = valid).
+One's own data is NAME.jpg with NAME_depth.png (16 bit, millimetres, 0 = invalid), NAME_depth.npy or
+another kind of `depth_files` (metres) beside it, and perhaps with NAME_depth_mask.npy or .png
+(non-zero = valid). `layouts` knows the files of other data sets, `frames` those of NYU Depth v2 in
+HDF5; PATH may be one such file.
 """
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
+from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.reading import READING, Reading
-from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, first_existing, read_depth
-from spatial_ssrl_jax.data.sources.files import FileSource, list_files, require_images
+from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, read_depth
+from spatial_ssrl_jax.data.sources.files import (
+    FileSource,
+    is_image,
+    left_out,
+    list_files,
+    require_images,
+    unreadable,
+)
+from spatial_ssrl_jax.data.sources.frames import ENDINGS, FrameSource, open_frames
+from spatial_ssrl_jax.data.sources.layouts import OWN, Pair, find_pairs
+from spatial_ssrl_jax.data.sources.listing import Listing
 
-LAYOUT = "NAME.jpg or NAME.png with NAME_depth.png, NAME_depth.npy or NAME_depth.h5 beside it"
-DEPTHS = ("_depth.png", "_depth.npy", "_depth.h5")
-_ENDINGS = (".jpg", ".jpeg", ".png")
+LAYOUT = (
+    "NAME.jpg with NAME_depth.png, .npy, .npz, .h5, .pfm, .tif or .exr beside it, or the files of "
+    "TUM RGB-D, ScanNet, 7-Scenes, SUN RGB-D, Hypersim, KITTI depth, ARKitScenes or NYU Depth v2"
+)
 
 
-def open_rgbd(spec: str, path: str, reading: Reading = READING) -> FileSource:
-    """Lists images below `path`; raises `UserError` if none of them has a depth file.
+@dataclass(frozen=True)
+class PairedDepth:
+    """Depth of images by a table of pairs; can be pickled.
 
-    A single image without depth stays listed and raises `BadImage` when it is read, so that it is
-    counted and named.
+    Attributes:
+      root: the pairs' paths are relative to this folder.
+      pairs: by the whole path of the image.
     """
-    root, files = list_files(spec, path, LAYOUT)
-    stems = {file.removesuffix(depth) for file in files for depth in DEPTHS if file.endswith(depth)}
-    images = [file for file in files if _is_image(file)]
-    if not any(os.path.splitext(file)[0] in stems for file in images):
-        images = []
-    return FileSource(spec, root, require_images(spec, root, images, LAYOUT), rgbd_depth, reading)
+
+    root: str
+    pairs: Mapping[str, Pair]
+
+    def __call__(self, image_path: str, target: DepthTarget) -> np.ndarray:
+        """Depth of an image: [H, W] float32, NaN = invalid; raises `BadImage`."""
+        pair = self.pairs.get(image_path)
+        if pair is None:
+            stem = os.path.splitext(os.path.basename(image_path))[0]
+            raise BadImage(
+                f"{image_path}: has no depth; expected {stem}_depth.png or another kind of depth "
+                "file beside it."
+            )
+        mask = pair.mask and os.path.join(self.root, pair.mask)
+        path = os.path.join(self.root, pair.depth)
+        return read_depth(path, target, mask, decode=pair.decode)
 
 
-def rgbd_depth(image_path: str, target: DepthTarget) -> np.ndarray:
-    """Depth of the image at path `image_path`: [H, W] float32, NaN = invalid, or `BadImage`."""
-    stem = os.path.splitext(image_path)[0]
-    depth = first_existing([stem + ending for ending in DEPTHS], image_path)
-    mask = stem + "_depth_mask.npy"
-    return read_depth(depth, target, mask if os.path.isfile(mask) else None)
+def open_rgbd(spec: str, path: str, reading: Reading = READING) -> FileSource | FrameSource:
+    """Pairs the images below `path`; raises `UserError` if none of them has depth.
+
+    In the layout of one's own data, an image without depth stays listed and raises `BadImage` when
+    it is read, so that it is counted and named. In the others it is left out, and noted.
+    """
+    file = os.path.expanduser(path)
+    if file.lower().endswith(ENDINGS) and os.path.isfile(file):
+        root, files = os.path.dirname(file) or ".", [os.path.basename(file)]
+    else:
+        root, files = list_files(spec, path, LAYOUT)
+    found = find_pairs(Listing(root, files))
+    pairs = [pair for of_layout in found.values() for pair in of_layout]
+    used = {file for pair in pairs for file in (pair.image, pair.depth, pair.mask)}
+    rest = [file for file in files if is_image(file) and file not in used]
+    if not pairs:
+        frames = open_frames(spec, root, files, reading)
+        return frames or _refuse(spec, root, rest)
+    images, notes = [pair.image for pair in pairs], unreadable(files)
+    if list(found) == [OWN]:
+        images += rest
+    else:
+        notes += left_out(rest, "images without depth")
+    table = {os.path.join(root, pair.image): pair for pair in pairs}
+    depths = tuple(pair.depth for pair in pairs)
+    return FileSource(
+        spec, root, tuple(sorted(images)), PairedDepth(root, table), reading, notes, depths
+    )
 
 
-def _is_image(file: str) -> bool:
-    return file.lower().endswith(_ENDINGS) and not file.endswith(DEPTHS)
+def _refuse(spec: str, root: str, images: list[str]) -> NoReturn:
+    images = [image for image in images if "depth" not in image.lower()] or images
+    require_images(spec, root, images, LAYOUT)
+    first, count = images[0], f"{len(images):,} image{'s' if len(images) > 1 else ''}"
+    raise UserError(
+        f"source '{spec}': {count} below {root}, none with depth: for example {first} has no "
+        f"{os.path.splitext(first)[0]}_depth.png; expected {LAYOUT}."
+    )
