@@ -5,6 +5,9 @@ import pickle
 import re
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -201,23 +204,34 @@ def test_images_are_not_held_in_memory(tmp_path: Path):
     assert len(questions) == 20 and kept < 1_000_000 and peak < 16_000_000
 
 
-def test_hallusionbench_has_the_same_ids_and_groups_in_both_formats(tmp_path: Path):
-    of_json = open_benchmark("hallusionbench", files.write_hallusion(tmp_path)).questions
-    rows = [
-        {
-            "index": f"VS_chart_1_0_1_{i}",
-            "question": "Is it so?",
-            "answer": ("No", "Yes")[i],
-            "category": "VS",
-            "l2-category": "chart",
-            "image": files.encoded(i),
-        }
-        for i in range(2)
-    ]
-    of_tsv = open_benchmark("hallusionbench", files.write_tsv(tmp_path / "x.tsv", rows)).questions
-    for one, other in zip(of_json, of_tsv, strict=True):
-        assert (one.id, one.target, one.category) == (other.id, other.target, other.category)
-        assert one.meta == other.meta
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("vsi_bench", files.write_vsi, files.write_vsi_hub),
+        ("vsi_bench", files.write_vsi, files.write_vsi_tsv),
+        ("viewspatial", files.write_viewspatial, files.write_viewspatial_tsv),
+        ("hallusionbench", files.write_hallusion, files.write_hallusion_tsv),
+        ("hallusionbench", files.write_hallusion, partial(files.write_hallusion_tsv, index=False)),
+    ],
+)
+def test_a_benchmark_has_the_same_questions_in_each_layout(
+    name: str, one: Callable[[Path], Path], other: Callable[[Path], Path], tmp_path: Path
+):
+    paths = [write(tmp_path) for write in (one, other)]
+    found = [open_benchmark(name, path).questions for path in paths]
+    a, b = (sorted(questions, key=lambda q: q.id) for questions in found)
+    assert [replace(q, images=()) for q in a] == [replace(q, images=()) for q in b]
+    assert [len(q.images) for q in a] == [len(q.images) for q in b]
+    assert len(a) == COUNTS[name]
+
+
+def test_a_file_that_is_called_test_is_taken_for_no_other_benchmark(tmp_path: Path):
+    """`test.jsonl` is VSI-Bench's name on the Hub, and may be anyone's."""
+    hub = files.write_vsi_hub(tmp_path)
+    assert len(open_benchmark("vsi_bench", tmp_path).questions) == 2  # vsi_bench.json comes first
+    hub.write_text(json.dumps(files.mcq_row(0, image_path="one.bin")))
+    assert len(open_benchmark("vsi_bench", tmp_path).questions) == 2
+    assert len(open_benchmark("blink", hub).questions) == 1
 
 
 def test_ocrbench_of_the_kit_writes_its_answers_as_a_list(tmp_path: Path):
@@ -353,7 +367,7 @@ def test_damaged_json_and_unknown_endings_are_refused(tmp_path: Path):
         (tmp_path / name).write_text(content)
         refused("vsi_bench", tmp_path / name, message)
     refused("vsi_bench", tmp_path / "none", "there is no such file or folder")
-    refused("vsi_bench", tmp_path, "has no file of VSI-Bench: put vsi_bench.json there")
+    refused("vsi_bench", tmp_path, "has no file of VSI-Bench: put vsi_bench.json or test.jsonl")
 
 
 def test_a_image_that_is_none_is_named_when_it_is_opened(tmp_path: Path):

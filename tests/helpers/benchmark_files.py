@@ -181,6 +181,66 @@ def write_vsi(folder: Path) -> Path:
     return write_json(folder / "vsi_bench.json", rows)
 
 
+def write_vsi_hub(folder: Path) -> Path:
+    """The questions of `write_vsi` in the Hub's layout, whose ids have gaps."""
+    write_vsi(folder)
+    rows = [
+        {
+            "id": 3 * i,
+            "dataset": "rooms",
+            "scene_name": "1",
+            "question_type": kind,
+            "question": question,
+            "ground_truth": answer,
+            "options": options,
+            "pruned": False,
+        }
+        for i, (kind, question, answer, options) in enumerate(
+            [
+                ("object_counting", "How many?", "4", None),
+                ("object_rel_direction_easy", "Where?", "B", ["A. left", "B. right"]),
+            ]
+        )
+    ]
+    path = folder / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_vsi_tsv(folder: Path) -> Path:
+    """The questions of `write_vsi` as VLMEvalKit has them."""
+    hub = [json.loads(line) for line in write_vsi_hub(folder).read_text().splitlines()]
+    rows = [
+        {
+            "index": i,
+            "video": "rooms/1.mp4",
+            "question": row["question"],
+            "question_type": row["question_type"],
+            "candidates": row["options"] and str(row["options"]),
+            "answer": row["ground_truth"],
+        }
+        for i, row in enumerate(hub)
+    ]
+    return write_tsv(folder / "VSI-Bench.tsv", rows)
+
+
+def write_viewspatial_tsv(folder: Path) -> Path:
+    """The questions of `write_viewspatial` as VLMEvalKit has them, in another order."""
+    of_json = json.loads(write_viewspatial(folder).read_text())
+    rows = [
+        {
+            "index": i,
+            "image_path": str(row["image_path"]),
+            "question": row["question"],
+            "question_type": row["question_type"],
+            "candidates": row["choices"] if i else str(row["choices"].split("\n")),
+            "answer": row["answer"],
+        }
+        for i, row in enumerate(of_json)
+    ]
+    return write_tsv(folder / "ViewSpatialBench.tsv", rows[::-1])
+
+
 def write_hallusion(folder: Path) -> Path:
     """A figure with two questions, and one question of text alone."""
     rows = [
@@ -199,6 +259,20 @@ def write_hallusion(folder: Path) -> Path:
     ]
     write_media(folder, (row["filename"] for row in rows if row["filename"]))
     return write_json(folder / "HallusionBench.json", rows)
+
+
+def write_hallusion_tsv(folder: Path, index: bool = True) -> Path:
+    """The questions of `write_hallusion` with their images inside; `index` has the six fields."""
+    fields = ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id")
+    rows = []
+    for number, row in enumerate(json.loads(write_hallusion(folder).read_text())):
+        name = "_".join(row[field] for field in fields) if index else number
+        groups = {"l2-category": "chart"} if index else {field: row[field] for field in fields}
+        image = encoded(number) if row["filename"] else ""
+        answer = ("No", "Yes")[int(row["gt_answer"])]
+        more = {"question": row["question"], "answer": answer, "category": row["category"]}
+        rows.append({"index": name, **more, **groups, "image": image})
+    return write_tsv(folder / "HallusionBench.tsv", rows)
 
 
 def write_ocrbench(folder: Path) -> Path:

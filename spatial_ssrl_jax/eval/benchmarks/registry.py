@@ -1,9 +1,8 @@
 """The fourteen benchmarks by name: opening their files, making prompts, scoring predictions."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spatial_ssrl_jax.common.errors import UserError
@@ -96,6 +95,7 @@ def open_benchmark(
     allow_missing: bool = False,
     allow_outside_paths: bool = False,
     as_released: bool = False,
+    media_optional: bool = False,
 ) -> Benchmark:
     """Reads a benchmark's questions.
 
@@ -106,6 +106,7 @@ def open_benchmark(
       allow_missing: leave out rows whose image, video or answer is missing.
       allow_outside_paths: let paths in rows leave the folder `path`, or that of the file `path`.
       as_released: ask to the letter as the released code does, see `AS_RELEASED`.
+      media_optional: keep questions whose images or video are not found, without these.
 
     Raises:
       UserError: no such file, a file of another benchmark, a damaged one, an id that occurs twice,
@@ -121,7 +122,7 @@ def open_benchmark(
     inside = None if allow_outside_paths else path if path.is_dir() else path.parent
     for row in _rows(spec, _files(spec, path, allow_missing), inside):
         try:
-            question = spec.parse(row)
+            question = spec.parse(replace(row, media_optional=media_optional))
         except BadQuestionRow as reason:
             if not allow_missing:
                 raise
@@ -243,7 +244,7 @@ def judge_prediction(prediction: Prediction) -> Prediction:
     if not prediction.target:
         return prediction
     judgement = SCORED[prediction.benchmark].metric.judge(prediction)
-    return dataclasses.replace(
+    return replace(
         prediction,
         extracted=judgement.extracted,
         parsed=judgement.extracted is not None,

@@ -20,7 +20,8 @@ class BenchmarkSpec:
     Attributes:
       name: on the command line and in predictions.
       title: in tables, as the paper writes it.
-      files: names under which it is published; one of each group is needed.
+      files: names under which it is published; one of each group is needed, the first before the
+        others.
       columns: of its rows; one of these groups must be complete.
       parse: makes a question of a row, None of a row that is not asked; raises
         `BadQuestionRow`. None where its questions come from no file.
@@ -46,8 +47,9 @@ class BenchmarkSpec:
     public: bool = True
 
     def file_names(self) -> set[str]:
-        """All names under which its files are published, in lower case."""
-        return {name.lower() for group in self.files for name in group}
+        """The names that tell its files from those of others, in lower case."""
+        names = {name.lower() for group in self.files for name in group}
+        return {name for name in names if not name.startswith("test.")}  # might be anyone's
 
     def of_folder(self, folder: Path) -> list[Path | None]:
         """Its files in a folder or one below it, None for each group that has none there."""
@@ -60,6 +62,7 @@ def area(tokens: int) -> int:
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
-    wanted = {name.lower() for name in names}
-    found = [*folder.glob("*"), *folder.glob("*/*")]
-    return next((p for p in sorted(found) if p.name.lower() in wanted and p.is_file()), None)
+    order = {name.lower(): place for place, name in enumerate(names)}
+    paths = [*folder.glob("*"), *folder.glob("*/*")]
+    found = [path for path in paths if path.name.lower() in order and path.is_file()]
+    return min(found, key=lambda path: (order[path.name.lower()], path), default=None)

@@ -8,6 +8,7 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.eval.benchmarks import prompts
+from spatial_ssrl_jax.eval.benchmarks.images import cell_items
 from spatial_ssrl_jax.eval.benchmarks.mcq import check_target, judge_choice, row_options
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import FIX_HINT, BadQuestionRow, QuestionRow
@@ -94,7 +95,9 @@ def _paper(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 
 def _parse(row: QuestionRow) -> Question:
-    kind, answer, options = row.text("question_type"), row.text("answer"), row_options(row)
+    """A row of the released JSON, the Hub's test.jsonl or VLMEvalKit's TSV."""
+    kind, options = row.text("question_type"), _options(row)
+    answer = row.text("ground_truth" if row.get("ground_truth") else "answer")
     try:
         fits = float(answer) > 0 if _is_number(kind, row.name) else bool(options)
     except ValueError:
@@ -104,15 +107,28 @@ def _parse(row: QuestionRow) -> Question:
             f"{row.name}: its answer {answer!r} does not fit its type {kind}: {FIX_HINT}."
         )
     return Question(
-        id=str(row.number),
+        id=str(row.get("index")).strip() or str(row.number),  # the Hub's own ids have gaps
         benchmark="vsi_bench",
         category=kind,
         text=row.words("question"),
         target=check_target(row, answer, options) if options else answer,
-        # They carry their letters already.
-        options={key: text.removeprefix(f"{key}. ") for key, text in options.items()},
-        video=row.find("mp4_path")[0],
+        options=options,
+        video=row.video(_video_name(row)),
     )
+
+
+def _options(row: QuestionRow) -> dict[str, str]:
+    """Options by letter, from columns or a list; in both, they carry their letters already."""
+    listed = row.get("options") or row.get("candidates")
+    if listed:
+        lines = listed if isinstance(listed, list) else cell_items(str(listed))
+        return extract.options_in("\n".join(map(str, lines)))
+    return {key: text.removeprefix(f"{key}. ") for key, text in row_options(row).items()}
+
+
+def _video_name(row: QuestionRow) -> str:
+    name = row.get("mp4_path") or row.get("video")
+    return str(name) if name else f"{row.text('dataset')}/{row.text('scene_name')}.mp4"
 
 
 def ask(question: Question, style: Style, joined: bool = False) -> BenchmarkPrompt:
@@ -137,8 +153,12 @@ def ask(question: Question, style: Style, joined: bool = False) -> BenchmarkProm
 VSI_BENCH = BenchmarkSpec(
     name="vsi_bench",
     title="VSI-Bench",
-    files=(("vsi_bench.json",),),
-    columns=(("mp4_path", "question_type", "question", "answer"),),
+    files=(("vsi_bench.json", "test.jsonl", "VSI-Bench.tsv"),),
+    columns=(
+        ("mp4_path", "question_type", "question", "answer"),
+        ("dataset", "scene_name", "question_type", "question", "options", "ground_truth"),
+        ("index", "video", "question_type", "question", "candidates", "answer"),
+    ),
     parse=_parse,
     ask=ask,
     metric=Metric(judge, _cells, dict.fromkeys(_DIRECTIONS, 1 / 3), _paper),
