@@ -3,6 +3,7 @@
 import argparse
 import html
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ Row = dict[str, Any]  # a line of `examples.jsonl`, or a row of `examples.parque
 def main(argv: Sequence[str]) -> None:
     args, config = _parse(argv)
     # Imports that take seconds come after the options are checked.
+    from spatial_ssrl_jax.data.depth_direction import depth_warnings
     from spatial_ssrl_jax.data.items import source_shares
 
     source = open_source(config.data.source, config.data.reading)
@@ -43,23 +45,27 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f"{source.spec} gave no example at all ({reasons}): use other images or --tasks."
         )
+    warnings = depth_warnings(source, tasks)
     with atomic_folder(args.out, args.overwrite, source.inputs) as out:
         (out / "images").mkdir()
         rows = [_write(out, f"{i:05d}", example) for i, example in enumerate(examples)]
         lines = (json.dumps(row) + "\n" for row in rows)
         (out / "examples.jsonl").write_text("".join(lines))
         statistics = _statistics(examples, tries, rejected, shares)
+        statistics = "".join(f"<p><b>{html.escape(w)}.</b></p>" for w in warnings) + statistics
         (out / "index.html").write_text(_page(source.spec, rows, examples, statistics))
         if args.parquet:
             write_questions(out / "examples.parquet", [_released_row(out, r) for r in rows])
     counts = Counter(example.task for example in examples)
     if args.json:
         report = {"out": str(args.out), "tasks": counts, "tries": tries, "rejected": rejected}
-        print(json.dumps(report | {"sources": shares}))
+        print(json.dumps(report | {"sources": shares, "warnings": warnings}))
     else:
         made = ", ".join(f"{n} {task}" for task, n in counts.items())
         line = f"{args.out / 'index.html'}: {made}; {sum(rejected.values())} tries rejected"
         print(printable(line))
+        for warning in warnings:
+            print(printable(f"warning: {warning}"), file=sys.stderr)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, "Config"]:

@@ -70,6 +70,8 @@ def make(record: Record, rng: np.random.Generator, settings: DepthSettings) -> E
     check_content(record.image, settings.min_contrast)
     depth = normalised_depth(record)
     radius = round(scaled(settings.marker, settings.min_marker, depth.shape))
+    reason = "no three regions of clearly different depth"
+    rejected = Reject(reason)
     for window in settings.windows:
         limits = WindowLimits(
             half=round(scaled(window, settings.min_window, depth.shape)) // 2,
@@ -82,7 +84,8 @@ def make(record: Record, rng: np.random.Generator, settings: DepthSettings) -> E
         triple = _draw(found, rng, settings, 2 * radius + 2)
         if triple is not None:
             return _example(record, found, rng.permutation(triple), radius, settings.fit_box)
-    raise Reject("no three regions of clearly different depth")
+        rejected = found.reject("depth", reason)
+    raise rejected
 
 
 def _draw(

@@ -9,7 +9,7 @@ import numpy as np
 from spatial_ssrl_jax.common.bounds import Bounds, Count, Fraction, NonNegative, Positive, Weights
 from spatial_ssrl_jax.tasks.content import MIN_CONTRAST, check_content
 from spatial_ssrl_jax.tasks.drawing import draw_markers_fitted, fitted_size
-from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
+from spatial_ssrl_jax.tasks.example import Example, Size, Task, source_of
 from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.regions import (
     Regions,
@@ -161,7 +161,7 @@ def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -
             )
             right = view.direction(settings.plane_of(kind, depth.shape), settings.depth)
             return _example(record, view, kind, right, radius, settings.fit_box, rng)
-    raise Reject("no pair of regions that is clearly apart")
+    raise found.reject("position", "no pair of regions that is clearly apart")
 
 
 def _uniform(

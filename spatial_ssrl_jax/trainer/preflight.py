@@ -15,6 +15,7 @@ from spatial_ssrl_jax.common.paths import check_bucket, in_bucket, list_tree, us
 from spatial_ssrl_jax.common.text import byte_size
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.batching import prompt_sizes
+from spatial_ssrl_jax.data.depth_direction import depth_warnings
 from spatial_ssrl_jax.data.items import source_shares, task_sources
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.eval.heldout_items import heldout_items
@@ -134,7 +135,7 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     resumes = check_workdir(config, workdir, overwrite, inputs)
     check_unlocked(workdir)
     done = _steps_done(workdir) if resumes else 0
-    notes: list[str] = []
+    notes = depth_warnings(components.source, config.trained_tasks)
     heldout_items(heldout_datasets(components), 1, notes.append)
     if not components.split.heldout:
         notes.append(

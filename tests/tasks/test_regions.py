@@ -1,12 +1,17 @@
 """Window statistics against brute force, on dense, holed, sparse and scaled maps."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spatial_ssrl_jax.tasks import regions
-from spatial_ssrl_jax.tasks.example import Reject
+from spatial_ssrl_jax.tasks.depth import TASK as DEPTH
+from spatial_ssrl_jax.tasks.example import Reject, Task
+from spatial_ssrl_jax.tasks.position import TASK as POSITION
+from spatial_ssrl_jax.tasks.record import Record
 from tests.helpers.images import record, room
 
 LIMITS = {"max_range": 0.15, "min_valid": 0.9, "centre": 7}
@@ -105,3 +110,33 @@ def test_percentiles_of_a_large_map_are_about_those_of_all_pixels():
 def test_maps_that_say_nothing_are_rejected(depth, reason):
     with pytest.raises(Reject, match=reason):
         regions.normalised_depth(record(0, depth=depth))
+
+
+# ------------------------------------------------------------------------------ sparse maps
+
+
+def sparse(share: float) -> Record:
+    """A room of which some pixels have depth."""
+    has_depth = np.random.default_rng(0).random((224, 224)) < share
+    return record(0, 224, 224, depth=np.where(has_depth, room(0, 224, 224), np.float32(np.nan)))
+
+
+@pytest.mark.parametrize("task", [DEPTH, POSITION], ids=lambda task: task.name)
+@pytest.mark.parametrize("share", [0.06, 0.2])
+def test_sparse_maps_are_rejected_by_the_settings_that_allow_them(task: Task, share: float):
+    plain, rng = task.settings(), np.random.default_rng(0)
+    named = rf"enough valid depth.*tasks\.{task.name}\.min_valid and tasks\.{task.name}\.centre"
+    for strict in (plain, replace(plain, min_valid=0.01), replace(plain, centre=1)):
+        with pytest.raises(Reject, match=named):
+            task.make(sparse(share), rng, strict)
+    assert task.make(sparse(share), rng, replace(plain, min_valid=share / 4, centre=1)).answer
+
+
+@pytest.mark.parametrize("task", [DEPTH, POSITION], ids=lambda task: task.name)
+def test_dense_maps_are_rejected_by_their_depth(task: Task):
+    step = np.ones((224, 224), np.float32)
+    step[:, 200:] = 2
+    plain = task.settings()
+    clear = plain if task is DEPTH else replace(plain, plane=1e6, depth=1.0)
+    with pytest.raises(Reject, match="^no .* clearly (different depth|apart)$"):
+        task.make(record(0, 224, 224, depth=step), np.random.default_rng(0), clear)
