@@ -157,8 +157,11 @@ def _math(response: str, answer: str, settings: RewardSettings) -> tuple[bool, b
     box = last_box(response)
     if box is None:
         return False, _has_format(response)
-    # The limits of time are those of the worker, as signals reach the main thread alone.
-    given, wanted = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (box, answer))
+    # The limit of time is the worker's: theirs would need signals.
+    given, wanted = (
+        parse(f"\\boxed{{{text}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+        for text in (box, answer)
+    )
     return bool(verify(wanted, given, timeout_seconds=None)), _has_format(response)
 
 

@@ -9,7 +9,7 @@ from spatial_ssrl_jax.common.text import shown
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import AnySource
-from spatial_ssrl_jax.eval.heldout_items import task_datasets
+from spatial_ssrl_jax.eval.heldout_items import heldout_items, task_datasets
 from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer, make_scorer
 from spatial_ssrl_jax.tasks.example import Example
 from spatial_ssrl_jax.tasks.protocol import response_text
@@ -25,9 +25,10 @@ def check_rewards(
     """
     settings = replace(config.reward, workers=1, max_failed_fraction=1.0)
     datasets = task_datasets(source, pool, config.tasks, processor, config.seed)
+    trained = {name: datasets[name] for name in config.trained_tasks if name in datasets}
     with closing(make_scorer(settings)) as scorer:
-        for task in set(config.trained_tasks) & datasets.keys():
-            check_reward(datasets[task][0].example, processor, scorer)
+        for items in heldout_items(trained, 1, lambda _: None).values():
+            check_reward(items[0].example, processor, scorer)
 
 
 def check_reward(example: Example, processor: Processor, scorer: Scorer) -> None:
