@@ -6,7 +6,7 @@ from typing import Any
 
 from spatial_ssrl_jax.common.bounds import invalid_values
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.config.schema import Config, StageSettings
+from spatial_ssrl_jax.config.schema import Config, GrpoSettings, StageSettings
 from spatial_ssrl_jax.qwen_vl.kernels import DECODE_KERNELS, KERNELS
 from spatial_ssrl_jax.qwen_vl.lora import known_targets
 from spatial_ssrl_jax.qwen_vl.param_tree import PARTS
@@ -24,10 +24,7 @@ def check_settings(config: Config) -> None:
         raise UserError(f"{problem}.")
     for name, known in _choices(config).items():
         _check_choice(name, _value(config, name), known)
-    if 0 < config.grpo.dual_clip <= 1:
-        raise UserError(
-            f"grpo.dual_clip={config.grpo.dual_clip} must be above 1, or 0 to turn it off."
-        )
+    _check_policy_loss(config.grpo)
     if config.data.min_pixels > config.data.max_pixels:
         raise UserError(
             f"data.min_pixels={config.data.min_pixels} must be at most "
@@ -110,6 +107,47 @@ def _check_batches(config: Config) -> None:
     for name in ("kv_block", "max_new_tokens"):
         total = getattr(rollout, name)
         _check_divides("rollout.check_every", rollout.check_every, f"rollout.{name}", total)
+
+
+def _check_policy_loss(grpo: GrpoSettings) -> None:
+    """Refuses settings of GRPO's loss that have no effect, or would count something twice."""
+    if 0 < grpo.dual_clip <= 1:
+        raise UserError(f"grpo.dual_clip={grpo.dual_clip} must be above 1, or 0 to turn it off.")
+    if grpo.policy_loss == "cispo" and grpo.dual_clip:
+        raise UserError(
+            f"grpo.dual_clip={grpo.dual_clip} does nothing with grpo.policy_loss=cispo, whose "
+            "weights are clipped on both sides: set grpo.dual_clip=0."
+        )
+    if grpo.advantage == "rloo" and grpo.scale_rewards:
+        raise UserError(
+            "grpo.advantage=rloo is not divided by a standard deviation: set "
+            "grpo.scale_rewards=False."
+        )
+    if grpo.kl_schedule != "constant" and not grpo.kl_coef:
+        raise UserError(
+            f"grpo.kl_schedule={grpo.kl_schedule} does nothing with grpo.kl_coef=0: set "
+            "grpo.kl_coef above 0, or the schedule to constant."
+        )
+    if grpo.importance_level == "sequence" and grpo.importance_correction == "none":
+        raise UserError(
+            "grpo.importance_level=sequence does nothing with grpo.importance_correction=none: "
+            "choose truncate or mask."
+        )
+    if grpo.importance_correction != "none" and grpo.old_logprobs == "sampler":
+        raise UserError(
+            f"grpo.importance_correction={grpo.importance_correction} would count the sampler "
+            "twice, as grpo.old_logprobs=sampler has it in the ratio already: set one of them to "
+            "none or recomputed."
+        )
+    if not grpo.filter_groups and (grpo.filter_low, grpo.filter_high) != (0, 1):
+        raise UserError(
+            "grpo.filter_low and grpo.filter_high do nothing without grpo.filter_groups: set it "
+            "to True."
+        )
+    if grpo.filter_low >= grpo.filter_high:
+        raise UserError(
+            f"grpo.filter_low={grpo.filter_low} must be below grpo.filter_high={grpo.filter_high}."
+        )
 
 
 def _check_stages(config: Config) -> None:

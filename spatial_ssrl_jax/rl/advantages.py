@@ -2,20 +2,31 @@
 
 import numpy as np
 
+from spatial_ssrl_jax.config.schema import AdvantageEstimator
 
-def group_advantage(reward_BG: np.ndarray, scale_rewards: bool = True) -> np.ndarray:
-    """(r - mean) / (std + 1e-6) in each group, the standard deviation with G - 1 (GRPO, arXiv
-    2402.03300).
+
+def group_advantage(
+    reward_BG: np.ndarray, estimator: AdvantageEstimator = "grpo", scale_rewards: bool = True
+) -> np.ndarray:
+    """The advantage of each sample of each group.
+
+    - `grpo`: (r - mean) / (std + 1e-6), the standard deviation with G - 1 (arXiv 2402.03300);
+    - `rloo`: r - mean of the other G - 1 samples, which is not biased by r (arXiv 2402.14740).
 
     Args:
       reward_BG: [B, G] float rewards.
-      scale_rewards: False leaves the division out.
+      estimator: which of them.
+      scale_rewards: False leaves the division out, as for `rloo` it must be.
 
     Returns:
       [B, G] float32; zero throughout a group whose rewards do not vary.
     """
     reward = reward_BG.astype(np.float64)
-    advantage = reward - reward.mean(axis=1, keepdims=True)
+    if estimator == "rloo":
+        others = reward.sum(axis=1, keepdims=True) - reward
+        advantage = reward - others / (reward.shape[1] - 1)
+    else:
+        advantage = reward - reward.mean(axis=1, keepdims=True)
     if scale_rewards:
         advantage /= reward.std(axis=1, ddof=1, keepdims=True) + 1e-6
     advantage[reward.max(axis=1) == reward.min(axis=1)] = 0.0

@@ -47,12 +47,14 @@ class GroupBatch(ResponseBatch[Leaf]):
       old_logprobs: [B, G, R] float32, the trainer's before the first update of this rollout; None
         when this is the first update, where they are the current ones.
       reference_logprobs: [B, G, R] float32, or None without KL.
+      kl_coef: [] float32, β of this step, or None where it is the config's in all.
     """
 
     advantage: Leaf
     sampled_logprobs: Leaf
     old_logprobs: Leaf | None
     reference_logprobs: Leaf | None
+    kl_coef: Leaf | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -4,6 +4,7 @@ A loss is a sum over tokens that are already weighted within the optimizer step 
 so that micro-batches add up, and so do the parts of the step's metrics that come with it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -85,13 +86,16 @@ def grpo_loss(
 
     With the advantage A and the ratio r = π / π_old of a token:
 
+        ln r   = mean of ln r over the sample's tokens          GSPO alone, 2507.18071
         policy = max(-A·r, -A·clip(r, 1 - ε_low, 1 + ε_high))   PPO 1707.06347, DAPO 2503.14476
         policy = min(policy, -c·A)  where A < 0                 dual clip, 1912.09729
+        policy = -A·sg(clip(r, 1 - ε_low, 1 + ε_high))·log π    CISPO, 2506.13585, for these two
         policy = ρ·policy                                       ρ = π_trainer / π_sampler, bounded
         loss   = Σ_tokens w·m·policy + β·Σ_tokens w·m·KL(π, π_ref)
 
-    w is the sample's weight per token (`sample_weights`), m is 1 inside of responses. ln r and ln ρ
-    are clipped to ±20, so that no exponential overflows.
+    w is the sample's weight per token (`sample_weights`), m is 1 inside of responses. ρ is a
+    token's, or the product over the sample's tokens. ln r and ln ρ are clipped to ±20, so that no
+    exponential overflows. sg stops gradients.
 
     Args:
       settings: the config's `grpo` section.
@@ -109,31 +113,28 @@ def grpo_loss(
     old = batch.sampled_logprobs if settings.old_logprobs == "sampler" else trainer
     gap = trainer - batch.sampled_logprobs
 
-    ratio = jnp.exp(jnp.clip(logprob - old, -20.0, 20.0))
-    unclipped = -advantage * ratio
-    clipped = -advantage * jnp.clip(ratio, 1.0 - settings.clip_low, 1.0 + settings.clip_high)
-    policy = jnp.maximum(unclipped, clipped)
-    is_clipped = clipped > unclipped
-    metrics = {
-        "policy/ratio_mean": ratio,
-        "policy/clip_high": (is_clipped & (ratio > 1.0)).astype(jnp.float32),
-        "policy/clip_low": (is_clipped & (ratio < 1.0)).astype(jnp.float32),
-    }
-    if settings.dual_clip:
-        bound = -advantage * settings.dual_clip
-        is_bound = (advantage < 0) & (policy > bound)
-        policy = jnp.where(is_bound, bound, policy)
-        metrics["policy/clip_dual"] = is_bound.astype(jnp.float32)
+    log_ratio = logprob - old
+    if settings.policy_loss == "gspo":
+        log_ratio = sequence_log_ratio(log_ratio, mask)
+    ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
+    policy, metrics = policy_terms(settings, advantage, logprob, ratio)
     if settings.importance_correction != "none":
-        correction = importance_weight(settings.importance_correction, gap, settings.importance_max)
+        by_token = settings.importance_level == "token"
+        correction, is_bounded = importance_weight(
+            settings.importance_correction,
+            gap if by_token else jnp.sum(gap * mask, axis=-1, keepdims=True),
+            settings.importance_max,
+        )
         policy = policy * correction
         metrics["mismatch/correction_mean"] = correction
+        metrics["mismatch/correction_clipped"] = is_bounded
 
     policy_loss = jnp.sum(policy * weight)
     loss, losses = policy_loss, {"loss/policy": policy_loss}
     if batch.reference_logprobs is not None:
         kl = KL_ESTIMATORS[settings.kl_estimator](logprob, batch.reference_logprobs)
-        kl_loss = settings.kl_coef * jnp.sum(kl * weight)
+        kl_coef = settings.kl_coef if batch.kl_coef is None else batch.kl_coef
+        kl_loss = kl_coef * jnp.sum(kl * weight)
         loss = policy_loss + kl_loss
         losses["loss/kl"] = kl_loss
         metrics["kl/mean"] = kl
@@ -144,19 +145,71 @@ def grpo_loss(
     return loss, losses | means | largest | {"loss/total": loss}
 
 
-def importance_weight(kind: ImportanceCorrection, gap: Array, bound: float) -> Array:
-    """ρ = π_trainer / π_sampler of each token, truncated at a bound or 0 where masked.
+def policy_terms(
+    settings: GrpoSettings, advantage: Array, logprob: Array, ratio: Array
+) -> tuple[Array, Sums]:
+    """The policy loss of each token before any correction, and where it is clipped.
+
+    Args:
+      settings: the config's `grpo` section.
+      advantage: [B, G, 1] float32.
+      logprob: [B, G, R] float32.
+      ratio: [B, G, R] float32 r.
+
+    Returns:
+      [B, G, R] float32, and metrics of that shape.
+    """
+    unclipped = -advantage * ratio
+    bounded = jnp.clip(ratio, 1.0 - settings.clip_low, 1.0 + settings.clip_high)
+    clipped = -advantage * bounded
+    is_cispo = settings.policy_loss == "cispo"
+    if is_cispo:
+        policy, is_clipped = jax.lax.stop_gradient(clipped) * logprob, bounded != ratio
+    else:
+        policy, is_clipped = jnp.maximum(unclipped, clipped), clipped > unclipped
+    metrics = {
+        "policy/ratio_mean": ratio,
+        "policy/clip_high": (is_clipped & (ratio > 1.0)).astype(jnp.float32),
+        "policy/clip_low": (is_clipped & (ratio < 1.0)).astype(jnp.float32),
+    }
+    if settings.dual_clip and not is_cispo:
+        bound = -advantage * settings.dual_clip
+        is_bound = (advantage < 0) & (policy > bound)
+        policy = jnp.where(is_bound, bound, policy)
+        metrics["policy/clip_dual"] = is_bound.astype(jnp.float32)
+    return policy, metrics
+
+
+def sequence_log_ratio(log_ratio: Array, mask: Array) -> Array:
+    """[B, G, R] the mean of each sample's log-ratios (GSPO, arXiv 2507.18071), at all its tokens.
+
+    Each has the gradient of its own token, as in the paper's GSPO-token: their sum is that of the
+    mean at all tokens, and a weight of single tokens, such as ρ, weighs their gradients alone.
+    """
+    constant = jax.lax.stop_gradient(log_ratio)
+    tokens = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1.0)
+    mean = jnp.sum(constant * mask, axis=-1, keepdims=True) / tokens
+    return mean + (log_ratio - constant)
+
+
+def importance_weight(kind: ImportanceCorrection, gap: Array, bound: float) -> tuple[Array, Array]:
+    """ρ = π_trainer / π_sampler, truncated at a bound or 0 where masked, and where that happens.
 
     Args:
       kind: `truncate` (truncated importance sampling, Ionides 2008), or `mask` (0 outside
         [1/bound, bound]).
-      gap: float32 log π_trainer - log π_sampler.
+      gap: float32 log π_trainer - log π_sampler, of tokens or summed over a sample's.
       bound: at least 1.
+
+    Returns:
+      Two float32 arrays of `gap`'s shape; the second has 1 and 0.
     """
     ratio = jnp.exp(jnp.clip(gap, -20.0, 20.0))
     if kind == "truncate":
-        return jnp.minimum(ratio, bound)
-    return jnp.where((ratio >= 1.0 / bound) & (ratio <= bound), ratio, 0.0)
+        weight = jnp.minimum(ratio, bound)
+    else:
+        weight = jnp.where((ratio >= 1.0 / bound) & (ratio <= bound), ratio, 0.0)
+    return weight, (weight != ratio).astype(jnp.float32)
 
 
 # The estimators k1, k2 and k3 of KL(π, π_ref) are those of Schulman, "Approximating KL Divergence"
@@ -184,6 +237,16 @@ KL_ESTIMATORS: dict[KlEstimator, Callable[[Array, Array], Array]] = {
     "k2": k2_kl,
     "k3": k3_kl,
 }
+
+
+def scheduled_kl_coef(settings: GrpoSettings, step: int) -> np.float32 | None:
+    """β at a step of the stage, from 0, where it decays to zero; None where it is constant."""
+    progress = step / settings.steps
+    if settings.kl_schedule == "linear":
+        return np.float32(settings.kl_coef * (1.0 - progress))
+    if settings.kl_schedule == "cosine":
+        return np.float32(settings.kl_coef * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return None
 
 
 def sample_weights(

@@ -1,4 +1,4 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): other prompts in place of groups without variance."""
+"""Dynamic sampling (DAPO, arXiv 2503.14476): other prompts in place of groups that are left out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from spatial_ssrl_jax.config.schema import GrpoSettings
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
@@ -14,39 +15,41 @@ from spatial_ssrl_jax.rollout.engine import Rollout
 Element = TypeVar("Element")
 
 
-def zero_variance_groups(scored: ScoredRollout) -> np.ndarray:
-    """[b] bool: all samples of the group are right, or all are wrong."""
-    accuracy = np.array([[r.accuracy for r in group] for group in scored.rewards])
-    return accuracy.max(axis=1) == accuracy.min(axis=1)
+def filtered_groups(settings: GrpoSettings, scored: ScoredRollout) -> np.ndarray:
+    """[b] bool: groups whose `filter_key` does not vary, or has a mean that is not in the range."""
+    key = settings.filter_key
+    found = np.array([[getattr(r, key) for r in group] for group in scored.rewards])
+    mean, varies = found.mean(axis=1), found.max(axis=1) > found.min(axis=1)
+    return ~(varies & (mean > settings.filter_low) & (mean < settings.filter_high))
 
 
 def resample_groups(
     batch: Batch,
     scored: ScoredRollout,
     draw: Callable[[int], tuple[Batch, ScoredRollout]],
-    rounds: int,
+    settings: GrpoSettings,
 ) -> tuple[Batch, ScoredRollout, int]:
-    """Replaces groups whose accuracy does not vary by others that vary, as far as some are found.
+    """Replaces groups that are left out by others that are not, as far as some are found.
 
-    Each process replaces its own groups, and all draw until none is left anywhere or the rounds are
-    used up.
+    Each process replaces its own groups, and all draw until none is left anywhere, `max_resamples`
+    times at most.
 
     Args:
       batch, scored: this process's groups.
       draw: the sampled and scored groups of round 1, 2, …; as many as `batch` has.
-      rounds: draws at most.
+      settings: the config's `grpo` section.
 
     Returns:
       The groups to train on, and how many more prompts this process sampled.
     """
     sampled = 0
-    for number in range(1, rounds + 1):
-        replaced = np.flatnonzero(zero_variance_groups(scored))
+    for number in range(1, settings.max_resamples + 1):
+        replaced = np.flatnonzero(filtered_groups(settings, scored))
         if all_sum(len(replaced)) == 0:
             break
         more, more_scored = draw(number)
         sampled += len(more.items)
-        rows = np.flatnonzero(~zero_variance_groups(more_scored))
+        rows = np.flatnonzero(~filtered_groups(settings, more_scored))
         count = min(len(replaced), len(rows))
         batch, scored = replace_groups(
             batch, scored, replaced[:count], more, more_scored, rows[:count]

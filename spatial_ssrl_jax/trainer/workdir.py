@@ -94,10 +94,12 @@ def _check_same(before: Mapping[str, Any], now: dict[str, Any], workdir: epath.P
 def _is_safe(key: str, config: dict[str, Any]) -> bool:
     """Whether a setting may change when a run resumes.
 
-    The number of GRPO steps may, unless the learning rate follows it.
+    The number of GRPO steps may, unless the learning rate or the KL's weight follows it.
     """
     if key == "grpo.steps":
-        return config["grpo"]["schedule"] == "constant" and not config["grpo"]["warmup_ratio"]
+        grpo = config["grpo"]
+        schedules = {grpo["schedule"], grpo["kl_schedule"]}
+        return schedules == {"constant"} and not grpo["warmup_ratio"]
     return key.split(".")[0] in _SAFE_SECTIONS or key in _SAFE_KEYS
 
 

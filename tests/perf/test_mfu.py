@@ -56,7 +56,6 @@ def test_every_response_counts_at_its_own_length(toy, prompts):
         (GrpoSettings(), (6, 6)),
         (GrpoSettings(minibatches_per_rollout=1), (5, 5)),
         (GrpoSettings(old_logprobs="sampler", kl_coef=0.0), (4, 4)),
-        (GrpoSettings(old_logprobs="sampler", importance_correction="mask"), (6, 6)),
         (GrpoSettings(freeze=("vision", "merger")), (4, 6)),
     ],
 )

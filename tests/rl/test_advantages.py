@@ -12,7 +12,17 @@ def test_by_hand():
     std = 0.3**0.5
     expected = np.array([[0.6, -0.4, -0.4, 0.6, -0.4]]) / (std + 1e-6)
     np.testing.assert_allclose(group_advantage(reward), expected, rtol=1e-6)
-    np.testing.assert_allclose(group_advantage(reward, False), expected * (std + 1e-6), rtol=1e-6)
+    plain = group_advantage(reward, scale_rewards=False)
+    np.testing.assert_allclose(plain, expected * (std + 1e-6), rtol=1e-6)
+
+
+def test_leave_one_out_by_hand():
+    # others' means: of 1.0 (0 + .4 + .2) / 3 = .2, of 0.0 1.6 / 3, of 0.4 1.2 / 3, of 0.2 1.4 / 3
+    reward = np.array([[1.0, 0.0, 0.4, 0.2]])
+    expected = [[0.8, -1.6 / 3, 0.0, -0.8 / 3]]
+    found = group_advantage(reward, "rloo", scale_rewards=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    assert not group_advantage(np.full((2, 7), 0.1), "rloo", scale_rewards=False).any()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.0])

@@ -1,6 +1,7 @@
 """GRPO's loss and gradient against torch: Transformers' model, one sample after another."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from spatial_ssrl_jax.qwen_vl.family import config_to_dict
 from spatial_ssrl_jax.qwen_vl.pixels import normalize_patches
 from spatial_ssrl_jax.qwen_vl.qwen2_5 import lay_out_windows
 from spatial_ssrl_jax.qwen_vl.weights import entries, write_params
-from spatial_ssrl_jax.rl.losses import GrpoLoss
+from spatial_ssrl_jax.rl.losses import GrpoLoss, grpo_loss
 from tests.rl.conftest import CONFIG, GRIDS
 
 torch = pytest.importorskip("torch", reason="compares with Transformers, which needs torch")
@@ -64,6 +65,70 @@ def sample_loss(logprob, old, reference, advantage: float):
         policy = torch.minimum(policy, torch.tensor(-3.0 * advantage))
     d = torch.clamp(reference - logprob, -20, 20)
     return (policy + 0.01 * torch.clamp(torch.exp(d) - d - 1, -10, 10)).sum()
+
+
+def variant_loss(s: GrpoSettings, logprob, old, sampled, advantage: float):
+    """GSPO (2507.18071, eq. 5), CISPO (2506.13585, eq. 4) or PPO, for the tokens of one sample.
+
+    Each with its correction by the ratio of trainer to sampler; summed.
+    """
+    ratio = torch.exp(logprob - old)
+    if s.policy_loss == "gspo":
+        ratio = torch.exp((logprob - old).sum() / len(old)).expand(len(old))
+    bounded = torch.clamp(ratio, 1 - s.clip_low, 1 + s.clip_high)
+    policy = -torch.minimum(ratio * advantage, bounded * advantage)
+    if s.policy_loss == "cispo":
+        policy = -bounded.detach() * advantage * logprob
+    gap = old - sampled
+    correction = torch.exp(gap.sum() if s.importance_level == "sequence" else gap)
+    if s.importance_correction == "truncate":
+        policy = policy * torch.clamp(correction, max=s.importance_max)
+    elif s.importance_correction == "mask":
+        outside = (correction > s.importance_max) | (correction < 1 / s.importance_max)
+        policy = policy * correction.masked_fill(outside, 0.0)
+    return policy.sum()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"policy_loss": "gspo"},
+        {"policy_loss": "gspo", "clip_low": 0.05, "clip_high": 0.05},
+        {"policy_loss": "cispo"},
+        {"importance_correction": "truncate", "importance_level": "sequence"},
+        {"importance_correction": "mask", "importance_level": "sequence"},
+        {
+            "policy_loss": "gspo",
+            "importance_correction": "truncate",
+            "importance_level": "sequence",
+        },
+    ],
+    ids=lambda changes: "+".join(map(str, changes.values())),
+)
+def test_gradients_of_the_other_losses(mixed_batch, changes: dict):
+    """By log-probability, near the old ones, so that some ratios are clipped and some are not."""
+    settings = GrpoSettings(dual_clip=0.0, **changes)
+    batch = replace(mixed_batch, reference_logprobs=None)
+    rng = np.random.default_rng(3)
+    logprob = (batch.old_logprobs + rng.normal(0, 0.2, batch.tokens.shape)).astype(np.float32)
+
+    def loss(x):
+        return grpo_loss(settings, batch, x, 0 * x)[0]
+
+    value, slope = jax.value_and_grad(loss)(jnp.asarray(logprob))
+    theirs = torch.tensor(logprob, requires_grad=True)
+    total = torch.zeros(())
+    for b, g in np.ndindex(batch.length.shape):
+        n = int(batch.length[b, g])
+        old, sampled = (
+            torch.tensor(x[b, g, :n]) for x in (batch.old_logprobs, batch.sampled_logprobs)
+        )
+        advantage, weight = float(batch.advantage[b, g]), float(batch.weight[b, g])
+        total = total + weight * variant_loss(settings, theirs[b, g, :n], old, sampled, advantage)
+    total.backward()
+    assert float(value) == pytest.approx(float(total.detach()), rel=1e-5)
+    np.testing.assert_allclose(slope, theirs.grad, rtol=1e-4, atol=1e-7)
+    assert np.abs(slope).max() > 1e-3
 
 
 def test_loss_and_gradient(small_params, mixed_batch, reference, measure):

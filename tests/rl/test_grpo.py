@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import pytest
 
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.qwen_vl.compute import Compute
@@ -16,10 +17,16 @@ from tests.rl.test_exactness import assert_close
 STOPS = tuple(range(0, 680, 5))  # a fifth of what is drawn ends a response
 
 
+BY_SEQUENCE = replace(
+    SETTINGS, policy_loss="gspo", importance_correction="truncate", importance_level="sequence"
+)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, BY_SEQUENCE], ids=["tokens", "sequences"])
 def test_bucketed_micro_batches_have_the_gradient_of_the_whole(
-    small_params, mixed_batch, grpo_step
+    small_params, mixed_batch, grpo_step, settings
 ):
-    grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((8, 28, 30, 40), (0, 1, 2, 3), (3, 8)))
+    grpo = make_grpo(settings, ROLLOUT, Buckets((8, 28, 30, 40), (0, 1, 2, 3), (3, 8)))
     (micro,), places = grpo.micro_batches(small_params, *grpo_step)
     shapes = [(m.prompts.ids.shape[1], m.prompts.vision.frame.shape[1]) for m in micro]
     widths = [m.tokens.shape[2] for m in micro]

@@ -18,7 +18,7 @@ LOGPROB = np.random.default_rng(7).normal(-4.5, 0.4, (3, 4, 8)).astype(np.float3
 
 
 def by_hand(s: GrpoSettings, batch, logprob: np.ndarray) -> float:
-    """The loss as arXiv 2510.27606 states it, in float64."""
+    """The loss as the papers that `grpo_loss` names state it, in float64."""
     x = {
         name: np.asarray(getattr(batch, name), np.float64)
         for name in ("sampled_logprobs", "old_logprobs", "reference_logprobs", "weight")
@@ -27,12 +27,19 @@ def by_hand(s: GrpoSettings, batch, logprob: np.ndarray) -> float:
     advantage = np.broadcast_to(np.asarray(batch.advantage)[..., None], mask.shape)
     old = x["sampled_logprobs"] if s.old_logprobs == "sampler" else x["old_logprobs"]
     ratio = np.exp(logprob - old)
-    policy = np.maximum(
-        -advantage * ratio, -advantage * np.clip(ratio, 1 - s.clip_low, 1 + s.clip_high)
-    )
-    if s.dual_clip:
+    if s.policy_loss == "gspo":  # the geometric mean over each sample's own tokens
+        for b, g in np.ndindex(batch.length.shape):
+            n = int(batch.length[b, g])
+            ratio[b, g] = np.prod(ratio[b, g, :n]) ** (1 / n)
+    bounded = np.clip(ratio, 1 - s.clip_low, 1 + s.clip_high)
+    policy = np.maximum(-advantage * ratio, -advantage * bounded)
+    if s.policy_loss == "cispo":
+        policy = -advantage * bounded * logprob
+    elif s.dual_clip:
         policy = np.where(advantage < 0, np.minimum(policy, -s.dual_clip * advantage), policy)
     correction = np.exp(x["old_logprobs"] - x["sampled_logprobs"])  # trainer over sampler
+    if s.importance_level == "sequence":
+        correction = np.prod(np.where(mask, correction, 1.0), axis=-1, keepdims=True)
     if s.importance_correction == "truncate":
         policy = policy * np.minimum(correction, s.importance_max)
     elif s.importance_correction == "mask":
@@ -57,6 +64,13 @@ CHANGES = [
     {"importance_correction": "truncate", "importance_max": 4.0},
     {"importance_correction": "mask", "importance_max": 1.2},
     {"importance_correction": "mask", "importance_max": 1.5},
+    {"importance_correction": "truncate", "importance_level": "sequence"},
+    {"importance_correction": "mask", "importance_level": "sequence"},
+    {"policy_loss": "gspo"},
+    {"policy_loss": "gspo", "clip_low": 0.05, "clip_high": 0.05},
+    {"policy_loss": "gspo", "importance_correction": "truncate"},
+    {"policy_loss": "cispo", "dual_clip": 0.0},
+    {"policy_loss": "cispo", "dual_clip": 0.0, "clip_high": 4.0, "clip_low": 1.0},
 ]
 
 
@@ -88,8 +102,6 @@ def test_old_logprobs_are_those_before_the_updates(small_params, grpo_step):
     for changes in ({"minibatches_per_rollout": 1}, {"old_logprobs": "sampler"}):
         for update in updates_of(small_params, grpo_step, replace(several, **changes)):
             assert all(micro.old_logprobs is None for micro in update)
-    corrected = replace(several, old_logprobs="sampler", importance_correction="truncate")
-    assert updates_of(small_params, grpo_step, corrected)[0][0].old_logprobs is not None
 
 
 def test_reference_logprobs_are_the_references(small_params, grpo_step):
@@ -140,7 +152,7 @@ def test_groups_without_variance_are_left_out_of_the_loss(small_params, grpo_ste
     rewards = [[right, wrong] * 2, [right] * 4, [wrong, right] * 2]
     scored = replace(scored, rewards=rewards)
     varies = np.array([True, False, True])[:, None]
-    filtered = replace(SETTINGS, filter_zero_variance_groups=True)
+    filtered = replace(SETTINGS, filter_groups=True)
     found = weights(small_params, (batch, scored), filtered)
     length = scored.rollout.length
     np.testing.assert_allclose(

@@ -1,6 +1,7 @@
 """The policy loss against numbers computed by hand, and the KL estimators."""
 
 import typing
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -20,6 +21,7 @@ from spatial_ssrl_jax.rl.losses import (
     k1_kl,
     k2_kl,
     k3_kl,
+    scheduled_kl_coef,
 )
 
 
@@ -117,11 +119,131 @@ def test_gradients_of_the_estimators():
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("truncate", [0.5, 1.5, 2.0]), ("mask", [0.5, 1.5, 0.0])]
+    ("kind", "expected"), [("truncate", [0.4, 0.6, 1.5, 2.0]), ("mask", [0.0, 0.6, 1.5, 0.0])]
 )
 def test_importance_weight(kind, expected):
-    gap = jnp.log(jnp.array([0.5, 1.5, 2.5]))  # trainer minus sampler
-    np.testing.assert_allclose(importance_weight(kind, gap, 2.0), expected, rtol=1e-5)
+    gap = jnp.log(jnp.array([0.4, 0.6, 1.5, 2.5]))  # trainer minus sampler
+    found, bounded = importance_weight(kind, gap, 2.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert bounded.tolist() == [float(kind == "mask"), 0, 0, 1]
+
+
+def of_samples(
+    settings: GrpoSettings,
+    logprob: Sequence[Sequence[float]],
+    length: Sequence[int],
+    advantage: Sequence[float],
+    sampled: Sequence[Sequence[float]] | None = None,
+) -> tuple[float, np.ndarray, dict[str, float]]:
+    """Loss, its gradient and metrics of a group; old log-probabilities are 0, a token's weight 1.
+
+    `sampled` is also 0 unless given; `length` of them are a sample's tokens, the rest is padding.
+    """
+    values = jnp.array(logprob, jnp.float32)[None]
+    rows = jnp.array(length)[None]
+    batch = GroupBatch(
+        prompts=None,
+        tokens=values.astype(jnp.int32),
+        length=rows,
+        weight=jnp.ones(rows.shape),
+        normaliser=jnp.float32(sum(length)),
+        advantage=jnp.array(advantage, jnp.float32)[None],
+        sampled_logprobs=0 * values if sampled is None else jnp.array(sampled, jnp.float32)[None],
+        old_logprobs=0 * values,
+        reference_logprobs=None,
+    )
+
+    def loss(x: Array) -> tuple[Array, dict[str, Array]]:
+        return grpo_loss(settings, batch, x, 0 * x)
+
+    (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(values)
+    return float(value), np.asarray(slope[0]), {k: float(v) for k, v in metrics.items()}
+
+
+def test_gspo():
+    """The log-ratios' means are 0.1, not clipped, and -0.2, clipped at 0.9; a 5 is padding.
+
+    e^0.1 = 1.105171: with A = 2 each token of the first adds -2.210342, and with A = -1 each of
+    the second 0.9, also its first one, whose own ratio is above 1.
+    """
+    settings = GrpoSettings(policy_loss="gspo", clip_low=0.1, clip_high=0.2)
+    logprob = [[0.3, -0.1, 5.0, 5.0], [0.2, -0.5, -0.3, 5.0]]
+    value, slope, metrics = of_samples(settings, logprob, [2, 3], [2.0, -1.0])
+    assert value == pytest.approx(2 * -2.210342 + 3 * 0.9, rel=1e-5)
+    np.testing.assert_allclose(slope, [[-2.210342, -2.210342, 0, 0], [0, 0, 0, 0]], rtol=1e-5)
+    assert metrics["policy/clip_low"] == pytest.approx(3 / 5)
+    assert metrics["policy/clip_high"] == 0
+    assert metrics["policy/ratio_mean"] == pytest.approx((2 * 1.105171 + 3 * 0.818731) / 5)
+
+
+def test_gspo_has_the_gradient_of_the_sequences_ratio():
+    """Of A·s with s = exp(mean): at each of n tokens A·s/n, once the weights are 1/n."""
+    settings = GrpoSettings(policy_loss="gspo")
+    _, slope, _ = of_samples(settings, [[0.1, 0.2, -0.6, 9.0]], [3], [1.0])
+    np.testing.assert_allclose(slope / 3, [[-0.904837 / 3] * 3 + [0]], rtol=1e-5)  # e^-0.1
+
+
+def test_cispo():
+    """Weights e^0.5 -> 1.3, e^-0.5 -> 0.8, e^0.1 = 1.105171, each with a gradient; the -5 is none.
+
+    With A = 2: -2·(1.3·0.5 + 0.8·-0.5 + 1.105171·0.1) = -0.721034.
+    """
+    settings = GrpoSettings(policy_loss="cispo")
+    value, slope, metrics = of_samples(settings, [[0.5, -0.5, 0.1, -5.0]], [3], [2.0])
+    assert value == pytest.approx(-0.721034, rel=1e-5)
+    np.testing.assert_allclose(slope, [[-2.6, -1.6, -2.210342, 0]], rtol=1e-5)
+    assert metrics["policy/clip_high"] == metrics["policy/clip_low"] == pytest.approx(1 / 3)
+    assert "policy/clip_dual" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("level", "kind", "expected", "mean", "clipped"),
+    [
+        # ρ of the tokens: 1.5, 1.5 and 2.5, 0.5; their products: 2.25 and 1.25. A = 1, ratio 1.
+        ("token", "truncate", [[1.5, 1.5, 0], [2, 0.5, 0]], 5.5 / 4, 1 / 4),
+        ("token", "mask", [[1.5, 1.5, 0], [0, 0.5, 0]], 3.5 / 4, 1 / 4),
+        ("sequence", "truncate", [[2, 2, 0], [1.25, 1.25, 0]], 6.5 / 4, 2 / 4),
+        ("sequence", "mask", [[0, 0, 0], [1.25, 1.25, 0]], 2.5 / 4, 2 / 4),
+    ],
+)
+def test_importance_correction(level, kind, expected, mean, clipped):
+    settings = GrpoSettings(importance_correction=kind, importance_level=level, importance_max=2.0)
+    sampled = -np.log([[1.5, 1.5, 7.0], [2.5, 0.5, 7.0]])  # the trainer's are 0
+    value, slope, metrics = of_samples(settings, np.zeros((2, 3)), [2, 2], [1.0, 1.0], sampled)
+    np.testing.assert_allclose(slope, -np.array(expected), rtol=1e-5)
+    assert value == pytest.approx(-np.sum(expected), rel=1e-5)
+    assert metrics["mismatch/correction_mean"] == pytest.approx(mean, rel=1e-5)
+    assert metrics["mismatch/correction_clipped"] == pytest.approx(clipped)
+
+
+def test_the_product_of_a_long_sequence_is_bounded():
+    settings = GrpoSettings(
+        importance_correction="truncate", importance_level="sequence", importance_max=1e30
+    )
+    value, _, _ = of_samples(settings, np.zeros((1, 3)), [3], [1.0], np.full((1, 3), -50.0))
+    assert value == pytest.approx(-3 * float(np.exp(20.0)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.4, 0.3, 0.2, 0.1]),
+        ("cosine", [0.4, 0.2 * (1 + 0.5**0.5), 0.2, 0.2 * (1 - 0.5**0.5)]),
+    ],
+)
+def test_the_kl_decays_to_zero_at_the_end_of_the_stage(schedule, expected):
+    settings = GrpoSettings(steps=4, kl_coef=0.4, kl_schedule=schedule)
+    found = [scheduled_kl_coef(settings, step) for step in range(5)]
+    np.testing.assert_allclose(found, [*expected, 0.0], rtol=1e-6, atol=1e-9)
+    assert scheduled_kl_coef(replace(settings, kl_schedule="constant"), 1) is None
+
+
+def test_the_batchs_kl_coef_takes_the_place_of_the_configs(mixed_batch):
+    settings, logprob = GrpoSettings(kl_coef=0.5), jnp.asarray(mixed_batch.old_logprobs)
+    scheduled = replace(mixed_batch, kl_coef=np.float32(0.125))
+    found = [grpo_loss(settings, b, logprob, logprob)[1] for b in (mixed_batch, scheduled)]
+    assert float(found[1]["loss/kl"]) == pytest.approx(float(found[0]["loss/kl"]) / 4, rel=1e-6)
+    assert float(found[1]["loss/policy"]) == float(found[0]["loss/policy"])
 
 
 def test_kl_without_a_reference_is_refused(mixed_batch):

@@ -5,9 +5,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax.config.schema import GrpoSettings
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.pipeline import Batch
-from spatial_ssrl_jax.rl.resampling import resample_groups, zero_variance_groups
+from spatial_ssrl_jax.rl.resampling import filtered_groups, resample_groups
 from spatial_ssrl_jax.rl.rewards import Reward
 from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
 from spatial_ssrl_jax.rollout.engine import Rollout
@@ -32,9 +33,21 @@ def groups(kinds: list, first: int) -> tuple[Batch, ScoredRollout]:
     return batch, ScoredRollout(rollout, texts, list(kinds), rows.astype(np.float32))
 
 
-def test_flat_is_by_accuracy_alone():
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [False, True, True, True]),  # without variance in accuracy
+        ({"filter_key": "overall"}, [False, True, False, True]),
+        ({"filter_low": 0.4, "filter_high": 0.6}, [False, True, True, True]),
+        ({"filter_low": 0.5}, [True] * 4),  # the mean accuracy of the first is 0.5: not above
+        ({"filter_high": 0.5}, [True] * 4),
+        ({"filter_key": "overall", "filter_high": 0.5}, [True, True, False, True]),  # 0.55, 0.05
+        ({"filter_key": "overall", "filter_low": 0.06}, [False, True, True, True]),
+    ],
+)
+def test_which_groups_are_left_out(changes: dict, expected: list[bool]):
     _, scored = groups([VARIED, FLAT, FORM_ONLY, (RIGHT, RIGHT)], 0)
-    assert zero_variance_groups(scored).tolist() == [False, True, True, True]
+    assert filtered_groups(GrpoSettings(**changes), scored).tolist() == expected
 
 
 def test_groups_are_replaced_in_order():
@@ -50,7 +63,7 @@ def test_groups_are_replaced_in_order():
         asked.append(number)
         return rounds[number]
 
-    batch, scored, sampled = resample_groups(*start, draw, rounds=5)
+    batch, scored, sampled = resample_groups(*start, draw, GrpoSettings(max_resamples=5))
     assert asked == [1, 2] and sampled == 8
     numbers = [12, 1, 20, 21]
     assert [item.example for item in batch.items] == [f"example {n}" for n in numbers]
@@ -67,11 +80,24 @@ def test_groups_are_replaced_in_order():
 
 def test_what_is_not_found_stays_flat():
     start = groups([FLAT, VARIED], 0)
-    batch, scored, sampled = resample_groups(*start, lambda _: groups([FLAT, FLAT], 10), rounds=2)
-    assert sampled == 4 and zero_variance_groups(scored).tolist() == [True, False]
+    settings = GrpoSettings(max_resamples=2)
+    batch, scored, sampled = resample_groups(*start, lambda _: groups([FLAT, FLAT], 10), settings)
+    assert sampled == 4 and filtered_groups(settings, scored).tolist() == [True, False]
     assert [item.example for item in batch.items] == ["example 0", "example 1"]
 
 
 def test_nothing_is_drawn_where_all_vary():
     start = groups([VARIED, VARIED], 0)
-    assert resample_groups(*start, lambda _: pytest.fail("drawn"), rounds=2)[2] == 0
+    settings = GrpoSettings(max_resamples=2)
+    assert resample_groups(*start, lambda _: pytest.fail("drawn"), settings)[2] == 0
+
+
+def test_groups_outside_the_range_are_replaced():
+    """One of four is right: 0.25, which is too hard; a group with one of two right is drawn."""
+    hard, fair = (RIGHT, WRONG, WRONG, WRONG), (RIGHT, WRONG, RIGHT, WRONG)
+    settings = GrpoSettings(max_resamples=1, filter_low=0.3)
+    batch, _, sampled = resample_groups(
+        *groups([fair, hard], 0), lambda _: groups([hard, fair], 10), settings
+    )
+    assert sampled == 2
+    assert [item.example for item in batch.items] == ["example 0", "example 11"]

@@ -51,9 +51,7 @@ class Alone:
         prompts = jax.tree.map(lambda x: np.repeat(x, group, axis=0), padded)
         flat = self.sample(state, prompts, np.repeat(batch.index, group), key)
         rollout = Rollout(*(self.grouped(x) for x in vars(flat).values()))
-        scored = score_rollout(
-            batch.items, given, grpo.processor, grpo.scorer, grpo.settings
-        )
+        scored = score_rollout(batch.items, given, grpo.processor, grpo.scorer, grpo.settings)
         count, updates = len(batch.items) // grpo.settings.minibatches_per_rollout, []
         old = [
             self.batch(prompts, scored, i * count, count)

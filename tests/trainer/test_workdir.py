@@ -185,7 +185,12 @@ def test_images_given_by_path_have_a_fingerprint(photos: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("changes", "resumes"),
-    [({}, True), ({"schedule": "cosine"}, False), ({"warmup_ratio": 0.1}, False)],
+    [
+        ({}, True),
+        ({"schedule": "cosine"}, False),
+        ({"warmup_ratio": 0.1}, False),
+        ({"kl_schedule": "linear"}, False),
+    ],
 )
 def test_more_steps_are_the_same_run_unless_a_schedule_follows_them(
     config: c.Config, tmp_path: Path, changes: dict, resumes: bool
