@@ -7,7 +7,6 @@ import pytest
 
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.data.processor import Processor
-from spatial_ssrl_jax.eval.benchmarks.mcq import AS_RELEASED
 from spatial_ssrl_jax.eval.benchmarks.prompts import (
     QSPATIAL,
     SPATIAL457_LEVELS,
@@ -196,7 +195,9 @@ def test_other_cells_are_kept(cell: str, tmp_path: Path):
     assert benchmark.questions[0].meta == {}
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in AS_RELEASED])
+@pytest.mark.parametrize(
+    "name", ["3dsrbench", "spatialeval", "mmbench", "blink", "realworldqa", "seedbench2_plus"]
+)
 def test_every_benchmark_of_the_kit_drops_them(name: str, tmp_path: Path):
     path = kit_file(name, tmp_path, B="None")
     assert options_of(open_benchmark(name, path)) == "ABCD"
