@@ -79,7 +79,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, "Config"]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="--config.tasks.TASK.NAME=VALUE overrides a task's setting.",
     )
-    parser.add_argument("--source", help="for example scenes, folder:PATH, nyu:PATH")
+    parser.add_argument("--source", help="for example folder:PATH or rgbd:PATH,depth=inverse")
     parser.add_argument("--config", help="a Python file whose source and tasks' settings are used")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     parser.add_argument("--count", type=int, default=20, help="examples")

@@ -71,8 +71,8 @@ class DataSettings:
     """Where images come from and what they are turned into.
 
     Attributes:
-      source: a SPEC, for example `scenes`, `folder:PATH`, or several with tasks and weights, for
-        example `shuffle,flip,crop@folder:PATH+depth,position@2*nyu:PATH`.
+      source: a SPEC, for example `scenes`, `folder:PATH`, `rgbd:PATH,depth=inverse`, or several
+        with tasks and weights: `shuffle,flip,crop@folder:PATH+depth,position@2*nyu:PATH`.
       transparency: what becomes of transparent pixels of its images: `white` blends them with
         white, `drop` takes their colours, mostly black, as the released code does.
       allow_outside_paths: paths in question files, those of `eval.benchmark` too, may leave the

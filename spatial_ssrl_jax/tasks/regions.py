@@ -76,8 +76,8 @@ class Regions:
         """Why a task finds too few regions: a `reason`, or depth too sparse for its settings."""
         if self.valid < _SPARSE:
             reason = (
-                "hardly any region has enough valid depth: of sparse maps, lower "
-                f"tasks.{task}.min_valid and tasks.{task}.centre"
+                "hardly any region has enough valid depth (for sparse maps lower "
+                f"tasks.{task}.min_valid and tasks.{task}.centre)"
             )
         return Reject(reason)
 

@@ -41,9 +41,9 @@ def read_depth(
     """Reads one depth file and fits it to its image.
 
     An image of integers is in millimetres; other files are taken as they are: metres, or up to
-    scale. Invalid is a value that is not finite or not above 0, and
-    in integers the largest of their type: the sensor saw nothing there, or nothing as far (7-Scenes
-    marks so a tenth of its pixels; no depth camera sees as far as 65.535 m).
+    scale. Invalid is a value that is not finite or not above 0, and of integers the largest of
+    their type: nothing was measured, as in 7-Scenes, or nothing as far, as Virtual KITTI's sky; no
+    depth camera sees as far as 65.535 m.
 
     Args:
       path: the depth file.
