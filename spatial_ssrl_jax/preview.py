@@ -18,6 +18,7 @@ from spatial_ssrl_jax.common.html import filters, page, table
 from spatial_ssrl_jax.common.outputs import atomic_folder, check_output_folder
 from spatial_ssrl_jax.common.text import printable
 from spatial_ssrl_jax.data.sources import AnySource, open_source
+from spatial_ssrl_jax.data.sources.mixture import source_notes
 from spatial_ssrl_jax.data.sources.parquet import write_questions
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.example import Example, Reject, TaskSettings
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f"{source.spec} gave no example at all ({reasons}): use other images or --tasks."
         )
-    warnings = depth_warnings(source, tasks)
+    warnings = [*source_notes(source), *depth_warnings(source, tasks)]
     with atomic_folder(args.out, args.overwrite, source.inputs) as out:
         (out / "images").mkdir()
         rows = [_write(out, f"{i:05d}", example) for i, example in enumerate(examples)]

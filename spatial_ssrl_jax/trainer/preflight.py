@@ -18,6 +18,7 @@ from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.depth_direction import depth_warnings
 from spatial_ssrl_jax.data.items import source_shares, task_sources
 from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.data.sources.mixture import source_notes
 from spatial_ssrl_jax.eval.heldout_items import heldout_items
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.parallel.sharding import shard_bytes
@@ -135,7 +136,8 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     resumes = check_workdir(config, workdir, overwrite, inputs)
     check_unlocked(workdir)
     done = _steps_done(workdir) if resumes else 0
-    notes = depth_warnings(components.source, config.trained_tasks)
+    notes = source_notes(components.source)
+    notes += depth_warnings(components.source, config.trained_tasks)
     heldout_items(heldout_datasets(components), 1, notes.append)
     if not components.split.heldout:
         notes.append(

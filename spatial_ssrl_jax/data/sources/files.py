@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -23,7 +22,7 @@ from spatial_ssrl_jax.tasks.record import Record
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _HEIF = reads_heif, f"pip install '{HEIF_EXTRA}'"
 _BY_PLUGIN = {  # whether Pillow reads it here, and what helps where not
-    ".avif": (partial(features.check, "avif"), "pip install -U pillow"),
+    ".avif": (lambda: features.check("avif"), "pip install -U pillow"),
     ".heic": _HEIF,
     ".heif": _HEIF,
 }
@@ -120,10 +119,13 @@ def list_files(spec: str, path: str, layout: str) -> tuple[str, list[str]]:
         raise UserError(f"source '{spec}': cannot read the folder {where} ({why}).") from error
 
 
-def require_images(spec: str, root: str, files: list[str], layout: str) -> tuple[str, ...]:
+def require_images(
+    spec: str, root: str, files: Sequence[str], layout: str, notes: Sequence[str] = ()
+) -> tuple[str, ...]:
     """The files as a tuple; raises `UserError` naming the expected layout if there are none."""
     if not files:
-        raise UserError(f"source '{spec}': found no image below {root}; expected {layout}.")
+        what = "; ".join([f"found no image below {root}", *notes])
+        raise UserError(f"source '{spec}': {what}; expected {layout}.")
     return tuple(files)
 
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from spatial_ssrl_jax.common.errors import BadImage
 from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.data.images import open_header
+from spatial_ssrl_jax.data.sources.depth_files import IMAGE_ENDINGS
 from spatial_ssrl_jax.data.sources.files import (
     FileSource,
     is_image,
@@ -22,9 +23,7 @@ from spatial_ssrl_jax.data.sources.files import (
 from spatial_ssrl_jax.data.sources.layouts import find_pairs
 from spatial_ssrl_jax.data.sources.listing import Listing
 
-LAYOUT = (
-    "a folder with .jpg, .jpeg, .png, .webp, .bmp, .tif or .gif images, at any depth of folders"
-)
+LAYOUT = "a folder with .jpg, .png, .webp, .bmp, .tif or .gif images, at any depth of folders"
 _DEPTH_MODES = ("I", "F")  # Pillow's modes of 16 or 32 bits begin so
 
 
@@ -37,7 +36,8 @@ def open_folder(spec: str, path: str, reading: Reading = READING) -> FileSource:
     notes = unreadable(files)
     if len(photos) < len(images):
         notes += left_out(sorted(depths.intersection(images)), "depth maps and masks")
-    return FileSource(spec, root, require_images(spec, root, photos, LAYOUT), None, reading, notes)
+    listed = require_images(spec, root, photos, LAYOUT, notes)
+    return FileSource(spec, root, listed, None, reading, notes)
 
 
 def _depth_maps(root: str, files: Sequence[str], images: Sequence[str]) -> Iterator[str]:
@@ -46,13 +46,14 @@ def _depth_maps(root: str, files: Sequence[str], images: Sequence[str]) -> Itera
     for pairs in find_pairs(Listing(root, files)).values():
         known |= {file for pair in pairs for file in (pair.depth, pair.mask)}
     yield from filter(None, known)
-    folder, deep = None, False
+    folders: dict[str, bool] = {}  # whether a folder's first image is deep, as its others may be
     for file in images:
-        if file in known or not file.lower().endswith((".png", ".tif", ".tiff")):
+        if file in known or not file.lower().endswith(IMAGE_ENDINGS):
             continue
-        if os.path.dirname(file) != folder:  # the first of a folder tells what the others may be
-            folder, deep = os.path.dirname(file), _is_deep(root, file)
-        if (deep or "depth" in os.path.basename(file).lower()) and _is_deep(root, file):
+        folder, name = os.path.split(file)
+        if folder not in folders:
+            folders[folder] = _is_deep(root, file)
+        if (folders[folder] or "depth" in name.lower()) and _is_deep(root, file):
             yield file
 
 

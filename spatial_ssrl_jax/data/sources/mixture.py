@@ -127,6 +127,12 @@ def mixture_parts(source: Source | QuestionSource | Mixture) -> tuple[MixturePar
     return source.parts if isinstance(source, Mixture) else (MixturePart(source, 1.0, 0),)
 
 
+def source_notes(source: Source | QuestionSource | Mixture) -> list[str]:
+    """What the listings of a source's parts leave out, one sentence each, without its full stop."""
+    parts = [part.source for part in mixture_parts(source)]
+    return [f"{part.spec}: {note}" for part in parts for note in getattr(part, "notes", ())]
+
+
 def mix(spec: str, sources: Sequence[tuple[Source | QuestionSource, SpecPart]]) -> Mixture:
     """Concatenates opened sources with their weights and tasks.
 

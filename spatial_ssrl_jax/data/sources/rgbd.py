@@ -75,14 +75,15 @@ def open_rgbd(spec: str, path: str, reading: Reading = READING) -> FileSource | 
     pairs = [pair for of_layout in found.values() for pair in of_layout]
     used = {file for pair in pairs for file in (pair.image, pair.depth, pair.mask)}
     rest = [file for file in files if is_image(file) and file not in used]
+    notes = unreadable(files)
     if not pairs:
         frames = open_frames(spec, root, files, reading)
-        return frames or _refuse(spec, root, rest)
-    images, notes = [pair.image for pair in pairs], unreadable(files)
+        return frames or _refuse(spec, root, rest, notes)
+    images = [pair.image for pair in pairs]
     if list(found) == [OWN]:
         images += rest
     else:
-        notes += left_out(rest, "images without depth")
+        notes += left_out(_photos(rest), "images without depth")
     table = {os.path.join(root, pair.image): pair for pair in pairs}
     depths = tuple(pair.depth for pair in pairs)
     return FileSource(
@@ -90,9 +91,14 @@ def open_rgbd(spec: str, path: str, reading: Reading = READING) -> FileSource | 
     )
 
 
-def _refuse(spec: str, root: str, images: list[str]) -> NoReturn:
-    images = [image for image in images if "depth" not in image.lower()] or images
-    require_images(spec, root, images, LAYOUT)
+def _photos(images: list[str]) -> list[str]:
+    """Images that are not in files or folders of depth."""
+    return [image for image in images if "depth" not in image.lower()]
+
+
+def _refuse(spec: str, root: str, images: list[str], notes: tuple[str, ...]) -> NoReturn:
+    require_images(spec, root, images, LAYOUT, notes)
+    images = _photos(images) or images
     first, count = images[0], f"{len(images):,} image{'s' if len(images) > 1 else ''}"
     raise UserError(
         f"source '{spec}': {count} below {root}, none with depth: for example {first} has no "
