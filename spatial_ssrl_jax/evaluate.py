@@ -10,12 +10,17 @@ from spatial_ssrl_jax.common.paths import write_atomic
 from spatial_ssrl_jax.eval.benchmarks.pretext import PRETEXT
 from spatial_ssrl_jax.eval.benchmarks.registry import SCORED, SETS
 from spatial_ssrl_jax.eval.offline import compare_files, score_files
+from spatial_ssrl_jax.eval.other_tools import tool_of
 from spatial_ssrl_jax.eval.predictions import TABLE
 from spatial_ssrl_jax.eval.reports.comparison_page import COMPARED
 from spatial_ssrl_jax.eval.reports.text import print_scores
 from spatial_ssrl_jax.eval.scoring.published import comparable, table_json
 
-_DATA = "its question file, or the folder of it; with --score or --compare, for images"
+_DATA = (
+    "its question file, or the folder of it; with --score or --compare, for images, and for the "
+    "questions of other tools' answers"
+)
+_BENCHMARK = "{}; with --score or --compare, of another tool's file whose name does not say it"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,7 +74,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("with a model (the same command resumes after a stop)")
     group.add_argument("--model", help="folder, checkpoint or hub id")
-    group.add_argument("--benchmark", metavar="NAME", help=", ".join([*SETS, *SCORED]))
+    group.add_argument(
+        "--benchmark", metavar="NAME", help=_BENCHMARK.format(", ".join([*SETS, *SCORED]))
+    )
     group.add_argument("--data", type=Path, help=_DATA)
     group.add_argument("--source", metavar="SPEC", help="pretext: where its images come from")
     group.add_argument("--examples", type=int, default=64, help="pretext: questions a task")
@@ -106,14 +113,16 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
         "--score",
         type=Path,
         nargs="+",
-        help="a predictions.jsonl; of several benchmarks several, for one table",
+        help="a predictions.jsonl, a table of VLMEvalKit (.xlsx, .tsv, .json) or samples of "
+        "lmms-eval (.jsonl); of several benchmarks several, for one table",
     )
     group.add_argument(
         "--compare",
         type=Path,
         nargs=2,
         metavar=("A", "B"),
-        help="two predictions.jsonl of one benchmark, or their folders: how B differs from A",
+        help="two such files of one benchmark, or folders with predictions.jsonl: how B differs "
+        "from A",
     )
 
 
@@ -123,10 +132,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--score and --compare exclude each other: leave one out.")
     if args.score or args.compare:
         what = "--score" if args.score else "--compare"
-        given = [n for n in ("model", "benchmark", "source") if getattr(args, n) is not None]
+        others = any(map(tool_of, args.score or args.compare))
+        unused = ("model", "source") if others else ("model", "benchmark", "source")
+        given = [n for n in unused if getattr(args, n) is not None]
         if given:
             raise UserError(f"{what} needs no --{given[0]}: leave it out, or leave out {what}.")
-        if args.data and not args.out:
+        if args.data and not args.out and not others:
             raise UserError(f"with {what}, --data is for a page's images: give --out=DIR too.")
         return
     data, other = "data", "source"

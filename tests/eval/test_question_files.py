@@ -334,6 +334,14 @@ def test_an_answer_of_the_wrong_kind(tmp_path: Path):
     rows = json.loads(hallusion.read_text())
     rows[2]["gt_answer"] = "maybe"
     refused("hallusionbench", files.write_json(hallusion, rows), "row 3 .*'maybe'")
+    for name, write, column in (
+        ("vsi_bench", files.write_vsi_tsv, "candidates"),
+        ("viewspatial", files.write_viewspatial_tsv, "candidates"),
+        ("ocrbench", files.write_ocrbench_tsv, "answer"),
+    ):
+        path = write(tmp_path)
+        path.write_text(re.sub(r"\['A.*?\]", "['A", path.read_text()))
+        refused(name, path, f"row . of .*: its {column} is no list: fix it")
 
 
 def test_an_id_that_occurs_twice_is_refused(tmp_path: Path):

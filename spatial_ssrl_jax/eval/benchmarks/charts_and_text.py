@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.eval.benchmarks import prompts
-from spatial_ssrl_jax.eval.benchmarks.images import cell_items
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow
 from spatial_ssrl_jax.eval.benchmarks.spec import KIT_PIXELS, BenchmarkSpec, area
@@ -70,7 +69,7 @@ def _parse_ocr(row: QuestionRow) -> Question:
     else:
         name, kind, target = row.text("index"), row.text("category"), row.text("answer")
         if target.startswith("["):
-            target = cell_items(target)
+            target = row.items("answer")
     if kind not in _OCR_TYPES:
         raise UserError(f"{row.name} is of the type {kind!r}, which OCRBench does not have.")
     return Question(

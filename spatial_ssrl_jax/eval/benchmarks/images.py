@@ -128,8 +128,8 @@ def cell_items(cell: str) -> list[str]:
         return [cell] if cell else []
     try:
         return [str(item) for item in ast.literal_eval(cell)]
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"no list of images ({error})") from None
+    except (SyntaxError, ValueError):
+        raise ValueError("no list") from None
 
 
 def find_file(folder: Path, name: str, inside: Path | None) -> Path | None:

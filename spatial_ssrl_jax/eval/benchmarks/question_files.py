@@ -48,7 +48,7 @@ class QuestionRow:
       number: of the row in it, from 0.
       encoded: its images, where the file itself holds them.
       inside: the folder that the user named, which its paths may not leave; None allows any.
-      media_optional: images and a video that are not found are left out, and no error.
+      media: whether its images and its video are wanted; without, none are looked for.
     """
 
     values: Mapping[str, Any]
@@ -57,7 +57,7 @@ class QuestionRow:
     number: int
     encoded: tuple[BenchmarkImage, ...] = ()
     inside: Path | None = None
-    media_optional: bool = False
+    media: bool = True
 
     def get(self, column: str) -> Any:
         """A value as the file has it, "" where there is none; pandas writes NaN into JSON."""
@@ -81,14 +81,18 @@ class QuestionRow:
         Raises:
           BadQuestionRow: one is missing, or is where it may not be read.
         """
-        value = self.get(column) or self.text(column)
-        try:
-            names = value if isinstance(value, list) else cell_items(str(value))
-        except ValueError as error:
-            raise BadQuestionRow(f"{self.name}: its {column} is {error}: {FIX_HINT}.") from None
+        names = self.items(column)
         if not names:
             raise BadQuestionRow(f"{self.name} has no {column}: {FIX_HINT}.")
-        return tuple(self._file(str(name)) for name in names)
+        return tuple(self._file(name) for name in names)
+
+    def items(self, column: str) -> list[str]:
+        """The items of a list, which a table spells out in Python; raises `BadQuestionRow`."""
+        value = self.get(column) or self.text(column)
+        try:
+            return list(map(str, value)) if isinstance(value, list) else cell_items(str(value))
+        except ValueError as error:
+            raise BadQuestionRow(f"{self.name}: its {column} is {error}: {FIX_HINT}.") from None
 
     def _file(self, name: str) -> Path:
         try:
@@ -109,25 +113,17 @@ class QuestionRow:
         """The row's images, from the file itself or by their paths.
 
         Raises:
-          BadQuestionRow: it has none, or one is missing, and must not be.
+          BadQuestionRow: it has none, or one is missing.
         """
-        try:
-            if not self.encoded and not self.get(column):
-                raise BadQuestionRow(f"{self.name} has no image: {FIX_HINT}.")
-            return self.encoded or tuple(FileImage(path) for path in self.find(column))
-        except BadQuestionRow:
-            if not self.media_optional:
-                raise
+        if not self.media:
             return ()
+        if not self.encoded and not self.get(column):
+            raise BadQuestionRow(f"{self.name} has no image: {FIX_HINT}.")
+        return self.encoded or tuple(FileImage(path) for path in self.find(column))
 
     def video(self, name: str) -> Path | None:
-        """The video under a name; raises `BadQuestionRow` where it is missing and must not be."""
-        try:
-            return self._file(name)
-        except BadQuestionRow:
-            if not self.media_optional:
-                raise
-            return None
+        """The video under a name; raises `BadQuestionRow` where it is missing."""
+        return self._file(name) if self.media else None
 
 
 def read_rows(file: Path, inside: Path | None) -> list[QuestionRow]:

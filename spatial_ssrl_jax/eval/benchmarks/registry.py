@@ -95,7 +95,7 @@ def open_benchmark(
     allow_missing: bool = False,
     allow_outside_paths: bool = False,
     as_released: bool = False,
-    media_optional: bool = False,
+    media: bool = True,
 ) -> Benchmark:
     """Reads a benchmark's questions.
 
@@ -106,7 +106,7 @@ def open_benchmark(
       allow_missing: leave out rows whose image, video or answer is missing.
       allow_outside_paths: let paths in rows leave the folder `path`, or that of the file `path`.
       as_released: ask to the letter as the released code does, see `AS_RELEASED`.
-      media_optional: keep questions whose images or video are not found, without these.
+      media: whether the questions have their images and videos; without, none are looked for.
 
     Raises:
       UserError: no such file, a file of another benchmark, a damaged one, an id that occurs twice,
@@ -122,7 +122,7 @@ def open_benchmark(
     inside = None if allow_outside_paths else path if path.is_dir() else path.parent
     for row in _rows(spec, _files(spec, path, allow_missing), inside):
         try:
-            question = spec.parse(replace(row, media_optional=media_optional))
+            question = spec.parse(replace(row, media=media))
         except BadQuestionRow as reason:
             if not allow_missing:
                 raise

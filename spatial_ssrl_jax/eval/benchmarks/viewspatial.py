@@ -1,7 +1,6 @@
 """ViewSpatial-Bench: directions from the camera's and from a person's view, 1 to 32 images."""
 
 from spatial_ssrl_jax.eval.benchmarks import prompts
-from spatial_ssrl_jax.eval.benchmarks.images import cell_items
 from spatial_ssrl_jax.eval.benchmarks.mcq import check_target, judge_choice
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow
@@ -39,8 +38,8 @@ def _parse(row: QuestionRow) -> Question:
 
 def _choices(row: QuestionRow) -> str:
     """Options with their letters, one a line; a TSV may write them as a Python list."""
-    choices = row.words("choices" if row.get("choices") else "candidates")
-    return "\n".join(cell_items(choices)) if choices.startswith("[") else choices
+    column = "choices" if row.get("choices") else "candidates"
+    return "\n".join(row.items(column))
 
 
 def ask(question: Question, style: Style) -> BenchmarkPrompt:

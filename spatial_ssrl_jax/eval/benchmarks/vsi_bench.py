@@ -8,7 +8,6 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.eval.benchmarks import prompts
-from spatial_ssrl_jax.eval.benchmarks.images import cell_items
 from spatial_ssrl_jax.eval.benchmarks.mcq import check_target, judge_choice, row_options
 from spatial_ssrl_jax.eval.benchmarks.prompts import Style
 from spatial_ssrl_jax.eval.benchmarks.question_files import FIX_HINT, BadQuestionRow, QuestionRow
@@ -119,10 +118,9 @@ def _parse(row: QuestionRow) -> Question:
 
 def _options(row: QuestionRow) -> dict[str, str]:
     """Options by letter, from columns or a list; in both, they carry their letters already."""
-    listed = row.get("options") or row.get("candidates")
-    if listed:
-        lines = listed if isinstance(listed, list) else cell_items(str(listed))
-        return extract.options_in("\n".join(map(str, lines)))
+    for column in ("options", "candidates"):
+        if row.get(column):
+            return extract.options_in("\n".join(row.items(column)))
     return {key: text.removeprefix(f"{key}. ") for key, text in row_options(row).items()}
 
 

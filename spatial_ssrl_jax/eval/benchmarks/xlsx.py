@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -28,6 +29,7 @@ def read_xlsx(file: Path) -> list[dict[str, str]]:
     _check_size(file)
     from openpyxl import load_workbook
 
+    warnings.filterwarnings("ignore", module="openpyxl")  # of styles, which are not read
     with closing(load_workbook(file, read_only=True, data_only=True)) as book:
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # what the file claims; rows are as wide as their last cell
