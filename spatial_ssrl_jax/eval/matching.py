@@ -10,8 +10,11 @@ from spatial_ssrl_jax.eval.questions import (
     BenchmarkPrompt,
     Prediction,
     Question,
+    Target,
     unscored_prediction,
 )
+
+_LONGEST = 80  # characters of a question in an error
 
 
 def tool_predictions(
@@ -126,10 +129,15 @@ def _check_same(answers: ToolAnswers, row: ToolAnswer, question: Question) -> No
         same = right.extracted is None or right.score == 1
     if not same:
         raise UserError(
-            f"{row.name} asks {asked!r:.80} with the right answer {row.target!r:.40}, and question "
-            f"{question.id} is {question.text!r:.80} with {question.target!r:.40}: give the "
-            f"question file of {answers.spec.title} that was asked there as --data."
+            f"{row.name} asks {_quoted(asked)}, right answer {_quoted(row.target)}, and question "
+            f"{question.id} is {_quoted(question.text)}, right answer {_quoted(question.target)}: "
+            f"give the question file of {answers.spec.title} that was asked there as --data."
         )
+
+
+def _quoted(value: Target) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def _words(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.json_file import JsonObject, as_object, parse_json
 from spatial_ssrl_jax.common.paths import check_regular
+from spatial_ssrl_jax.eval.benchmarks.images import cell_items
 from spatial_ssrl_jax.eval.benchmarks.question_files import QuestionRow, read_rows
 from spatial_ssrl_jax.eval.benchmarks.registry import SPECS
 from spatial_ssrl_jax.eval.benchmarks.spec import BenchmarkSpec
@@ -189,7 +191,10 @@ def _of_table(row: QuestionRow, question: Question | None, number: int) -> ToolA
 
 
 def _one(target: Target) -> str:
-    """One of the right answers; lmms-eval's Spatial457 says True and False for yes and no."""
+    """One of the right answers; lmms-eval spells lists out, and may have True and False."""
+    if isinstance(target, str) and target.startswith("["):
+        with suppress(ValueError):
+            target = cell_items(target)
     one = target[0] if isinstance(target, list) and target else target
     return {"True": "Yes", "False": "No"}.get(str(one), str(one or ""))
 

@@ -31,6 +31,7 @@ KIT = {
     "chartqa": ("ChartQA_TEST", files.write_chartqa, files.write_chartqa),
 }
 MODEL = "Model-7B"
+OCR_FORMULA = "Handwritten Mathematical Expression Recognition"
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ REFUSED = {
     "missing": (lambda rows: rows.pop(1), "answers 3 of the 4 questions of .* .not 1.: give all"),
     "text": (
         lambda rows: rows[2].update(question="What is it?"),
-        "row 3 of M_BLINK.tsv asks 'What is it.' .* question 2 is 'What is 2.'",
+        "row 3 of M_BLINK.tsv asks 'What is it.', right answer 'A', and question 2 is 'What is 2.'",
     ),
     "longer text": (
         lambda rows: rows[2].update(question="What is 2? And 3?"),
@@ -188,7 +189,7 @@ REFUSED = {
     ),
     "right answer": (
         lambda rows: [row.update(answer="B") for row in rows[2:]],
-        "row 3 of M_BLINK.tsv .* right answer 'B', and question 2 .* 'A'",
+        "row 3 of M_BLINK.tsv .* right answer 'B', and question 2 .* right answer 'A':",
     ),
     "twice": (
         lambda rows: rows.append({**rows[1], "prediction": "B"}),
@@ -316,9 +317,9 @@ def test_questions_are_found_by_the_ids_that_samples_log(score: Callable, tmp_pa
     [
         (
             {"input": "What is 7?"},
-            "line 2 of .*jsonl asks 'What is 7.' .* question 1 is 'What is 1",
+            "line 2 of .*jsonl asks 'What is 7.', .* question 1 is 'What is 1",
         ),
-        ({"target": "(A)"}, "line 2 of .* with the right answer '.A.', and question 1 .* with 'B'"),
+        ({"target": "(A)"}, "line 2 of .* right answer '.A.', and question 1 .* right answer 'B':"),
         ({"resps": [["-1.5", "False"], ["-2.5", "True"]]}, "has no answer in words in 'resps'"),
         ({"resps": ["A", "B"]}, "line 2 of .* has 2 samples and the first 1"),
         ({"doc_id": "x"}, 'line 2 of .*doc_id is "x", expected a whole number'),
@@ -331,6 +332,24 @@ def test_samples_of_other_questions_are_refused(
     given = samples(tmp_path / "1_samples_blink.jsonl", rows)
     code, out, err = score("--score", given, f"--data={blink(tmp_path)}")
     assert (code, out) == (2, "") and err.count("\n") == 1 and re.search(message, err), err
+
+
+def test_right_answers_are_compared_as_lmms_eval_spells_them(score: Callable, tmp_path: Path):
+    """A list in Python's words, and True for yes: they are taken for no other release's."""
+    formula = [{"answer": str(["\\\\frac 1 2", "y"]), "category": OCR_FORMULA}]
+    yes = [{"answer": "Yes", "category": "L4_pose"}]
+    for name, rows, target in (
+        ("ocrbench", formula, formula[0]["answer"]),
+        ("spatial457", yes, "True"),
+    ):
+        data = files.write_tsv(
+            tmp_path / "x.tsv", [{"index": 0, "question": "What?", "image": "", **rows[0]}]
+        )
+        line = {"doc_id": 0, "input": "What?", "target": target, "filtered_resps": "no"}
+        given = samples(tmp_path / f"1_samples_{name}.jsonl", [line])
+        assert score("--score", given, f"--data={data}")[0] == 0
+        given = samples(given, [{**line, "target": "['x']" if name == "ocrbench" else "False"}])
+        assert score("--score", given, f"--data={data}")[0] == 2
 
 
 def test_samples_without_questions_need_the_question_file(score: Callable, tmp_path: Path):
