@@ -5,8 +5,9 @@ import html
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,7 @@ from spatial_ssrl_jax.common.text import printable
 from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.data.sources.mixture import source_notes
 from spatial_ssrl_jax.data.sources.parquet import write_questions
-from spatial_ssrl_jax.tasks import TASKS_BY_NAME
-from spatial_ssrl_jax.tasks.example import Example, Reject, TaskSettings
+from spatial_ssrl_jax.tasks.example import Example, Reject, Task
 
 if TYPE_CHECKING:
     from spatial_ssrl_jax.config.schema import Config
@@ -36,8 +36,9 @@ def main(argv: Sequence[str]) -> None:
     from spatial_ssrl_jax.data.depth_direction import depth_warnings
     from spatial_ssrl_jax.data.items import source_shares
 
-    source = open_source(config.data.source, config.data.reading)
-    tasks = _choose_tasks(args.tasks, source, config.tasks)
+    source = open_source(config.data.source, config.data.reading, config.all_tasks)
+    chosen = _choose_tasks(args.tasks, source, config)
+    tasks = {task.name: found for task, found in chosen.items()}
     shares = {name: source_shares(found) for name, found in tasks.items()}
     check_output_folder(args.out, args.overwrite, *source.inputs)
     examples, tries, rejected = _make(tasks, args.count, args.seed)
@@ -46,13 +47,14 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f"{source.spec} gave no example at all ({reasons}): use other images or --tasks."
         )
-    warnings = [*source_notes(source), *depth_warnings(source, tasks)]
+    warnings = [*source_notes(source), *depth_warnings(source, chosen)]
     with atomic_folder(args.out, args.overwrite, source.inputs) as out:
         (out / "images").mkdir()
         rows = [_write(out, f"{i:05d}", example) for i, example in enumerate(examples)]
         lines = (json.dumps(row) + "\n" for row in rows)
         (out / "examples.jsonl").write_text("".join(lines))
-        statistics = _statistics(examples, tries, rejected, shares)
+        kinds = {t.name: getattr(config.tasks[t.name], "kinds", {}) for t in chosen}
+        statistics = _statistics(examples, tries, rejected, shares, kinds)
         statistics = "".join(f"<p><b>{html.escape(w)}.</b></p>" for w in warnings) + statistics
         (out / "index.html").write_text(_page(source.spec, rows, examples, statistics))
         if args.parquet:
@@ -114,22 +116,22 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, "Config"]:
 
 
 def _choose_tasks(
-    names: str | None, source: AnySource, settings: Mapping[str, TaskSettings]
-) -> dict[str, list["TaskSource"]]:
+    names: str | None, source: AnySource, config: "Config"
+) -> dict[Task[Any], list["TaskSource"]]:
     """The source's examples for each of the tasks in `names`, or for all that it can serve."""
-    from spatial_ssrl_jax.data.items import task_sources, unusable
+    from spatial_ssrl_jax.data.items import task_sources, trained, unusable
 
-    wanted = [name for name, s in settings.items() if s.weight > 0]
+    wanted, known = trained(config.task_settings), {task.name: task for task in config.all_tasks}
     if names is not None:
-        wanted = names.split(",")
+        for name in names.split(","):
+            if name not in known:
+                raise UserError(f"unknown task {name}: choose among {', '.join(known)}.")
+        wanted = [known[name] for name in names.split(",")]
     chosen = {}
-    for name in wanted:
-        if name not in TASKS_BY_NAME:
-            raise UserError(f"unknown task {name}: choose among {', '.join(TASKS_BY_NAME)}.")
-        task = TASKS_BY_NAME[name]
-        found = task_sources(source, range(len(source)), task, settings[name])
+    for task in wanted:
+        found = task_sources(source, range(len(source)), task, config.tasks[task.name])
         if found:
-            chosen[name] = found
+            chosen[task] = found
         elif names is not None:
             raise UserError(unusable(source, task) + ": use another source.")
     return chosen
@@ -217,12 +219,13 @@ def _statistics(
     tries: Counter[str],
     rejected: Counter[str],
     shares: dict[str, dict[str, float]],
+    weights: dict[str, dict[str, float]],
 ) -> str:
     """Tables: sources, accepted tries and kinds of each task, gaps in depth, rejected tries."""
     made = Counter(example.task for example in examples)
     counts = Counter((e.task, e.kind) for e in examples)
     for task in {e.task for e in examples if e.kind != "released"}:
-        for kind in getattr(TASKS_BY_NAME[task].settings(), "kinds", ()):
+        for kind in (kind for kind, weight in weights[task].items() if weight):
             counts[task, kind] += 0  # kinds without an example are listed too
     kinds = sorted(counts.items())
     per_task = [
@@ -250,7 +253,7 @@ _GAPS = ("smaller gap between means of neighbours", "examples", "fraction")
 def _gap_rows(examples: list[Example]) -> list[tuple[str, int, str]]:
     """How many depth examples have their smaller gap, between means of regions, in each tenth."""
     depths = [sorted(e.truth["depths"]) for e in examples if e.task == "depth" and e.truth]
-    gaps = [min(b - a, c - b) for a, b, c in depths]
+    gaps = [min(b - a for a, b in pairwise(found)) for found in depths]
     ends = (0.0, 0.1, 0.2, 0.3, 0.5)
     counts = np.histogram(gaps, ends)[0].tolist()
     return [

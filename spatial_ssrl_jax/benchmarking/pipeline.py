@@ -148,10 +148,10 @@ def _stream(spec: str, model: str, batch: int, threads: int, workers: int):
         raise UserError("--batch and --threads must be at least 1, and --workers at least 0.")
     source, folder = open_source(spec), open_model(model)
     processor = Processor(folder.files, folder.config, *_PIXELS)
-    pool, settings = range(len(source)), dict(Config("bench").tasks)
-    for task in TASKS:
-        if not task_sources(source, pool, task, settings[task.name]):
-            settings[task.name] = dataclasses.replace(settings[task.name], weight=0.0)
+    pool, settings = range(len(source)), dict(Config("bench").task_settings)
+    for task in settings:
+        if not task_sources(source, pool, task, settings[task]):
+            settings[task] = dataclasses.replace(settings[task], weight=0.0)
     items = item_dataset(source, pool, settings, processor, seed=0)
     return pipeline.batches(
         items,

@@ -8,14 +8,13 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import task_sources, unusable
+from spatial_ssrl_jax.data.items import task_sources, tasks_for, trained, unusable
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.data.stand_ins import own_source
 from spatial_ssrl_jax.perf.flops import GroupShape, step_flops
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import Grid
-from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
@@ -55,10 +54,9 @@ def task_prompts(config: Config, processor: Processor) -> Prompts:
     """
     found: Prompts = {}
     source = own_source(config)
-    for task in TASKS:
-        settings = config.tasks[task.name]
-        if settings.weight <= 0:
-            continue
+    tasks = tasks_for(source, config.task_settings)
+    for task in trained(tasks):
+        settings = tasks[task]
         parts = task_sources(source, range(len(source)), task, settings)
         if not parts:
             raise UserError(f"{unusable(source, task)}: give another source.")

@@ -5,7 +5,7 @@ A field's type has its range (`Count`, `Bounds`) or, as a `Literal`, its choices
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from spatial_ssrl_jax.common.bounds import (
     Bounds,
@@ -20,8 +20,8 @@ from spatial_ssrl_jax.common.bounds import (
 from spatial_ssrl_jax.common.reading import Reading, Transparency
 from spatial_ssrl_jax.qwen_vl.compute import Dtype, Remat
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
-from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
-from spatial_ssrl_jax.tasks.example import Example, TaskSettings
+from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME, questions
+from spatial_ssrl_jax.tasks.example import Example, Task, Tasks, TaskSettings
 
 Schedule = Literal["constant", "cosine"]
 AdvantageEstimator = Literal["grpo", "rloo"]
@@ -446,19 +446,23 @@ class EvalSettings:
     benchmark_every: Whole = 0
 
 
-def _task_settings() -> dict[str, TaskSettings]:
-    return {task.name: task.settings() for task in TASKS}
-
-
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A whole run.
+
+    Attributes:
+      name: of the run.
+      seed: of every draw.
+      tasks: settings by the name of a task; one that is not given has its defaults.
+      extra_tasks: tasks beside those of the package. Their functions may stand in a config file.
+    """
 
     name: str
     seed: Annotated[int, Bounds(min=0, below=2**31)] = 0
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
-    tasks: dict[str, TaskSettings] = field(default_factory=_task_settings)
+    tasks: dict[str, TaskSettings] = field(default_factory=dict)
+    extra_tasks: tuple[Task[Any], ...] = ()
     mesh: MeshSettings = field(default_factory=MeshSettings)
     sft: SftSettings = field(default_factory=SftSettings)
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
@@ -469,7 +473,17 @@ class Config:
     log: LogSettings = field(default_factory=LogSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
 
+    def __post_init__(self):
+        if isinstance(self.tasks, dict):  # else it is refused with a sentence
+            defaults = {task.name: task.settings() for task in self.all_tasks}
+            object.__setattr__(self, "tasks", defaults | self.tasks)
+
     @property
-    def trained_tasks(self) -> tuple[str, ...]:
-        """Tasks with a weight in the training mixture."""
-        return tuple(name for name, settings in self.tasks.items() if settings.weight > 0)
+    def all_tasks(self) -> tuple[Task[Any], ...]:
+        """The package's tasks, questions of one's own, and the extra tasks."""
+        return (*TASKS, questions.TASK, *self.extra_tasks)
+
+    @property
+    def task_settings(self) -> Tasks:
+        """Every task with its settings."""
+        return {task: self.tasks[task.name] for task in self.all_tasks}

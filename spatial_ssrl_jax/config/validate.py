@@ -1,6 +1,7 @@
 """Which settings go together: what contradicts itself is refused before anything is built."""
 
 import dataclasses
+import re
 import typing
 from typing import Any
 
@@ -10,7 +11,7 @@ from spatial_ssrl_jax.config.schema import Config, GrpoSettings, StageSettings
 from spatial_ssrl_jax.qwen_vl.kernels import DECODE_KERNELS, KERNELS
 from spatial_ssrl_jax.qwen_vl.lora import known_targets
 from spatial_ssrl_jax.qwen_vl.param_tree import PARTS
-from spatial_ssrl_jax.tasks import TASKS_BY_NAME
+from spatial_ssrl_jax.tasks.example import Task
 
 
 def check_settings(config: Config) -> None:
@@ -19,7 +20,7 @@ def check_settings(config: Config) -> None:
     Raises:
       UserError: names the setting and what it must be.
     """
-    _check_tasks(config.tasks)
+    _check_tasks(config)
     if problem := next(invalid_values(config), None):
         raise UserError(f"{problem}.")
     for name, known in _choices(config).items():
@@ -39,13 +40,24 @@ def check_settings(config: Config) -> None:
     _check_benchmark(config)
 
 
-def _check_tasks(tasks: Any) -> None:
-    """Refuses what is not the settings of each task by its name."""
+def _check_tasks(config: Config) -> None:
+    """Refuses what is not the settings of each task by its name, and extra tasks that are none."""
+    tasks: Any = config.tasks  # a config file may give anything
     if not isinstance(tasks, dict):
         raise UserError(f"tasks must be a dict of settings, not {type(tasks).__name__}.")
+    for task in config.extra_tasks:
+        if not isinstance(task, Task):
+            raise UserError(f"extra_tasks must hold Tasks, not {type(task).__name__}.")
+        names = [other.name for other in config.all_tasks]
+        if names.count(task.name) > 1 or not re.fullmatch(r"[a-z]\w*", task.name):
+            raise UserError(
+                f"extra_tasks has a task named {task.name!r}: give each a name of its own, in "
+                "lower-case letters, digits and _."
+            )
+    known = {task.name: task.settings for task in config.all_tasks}
     for name, settings in tasks.items():
-        _check_choice("tasks", name, tuple(TASKS_BY_NAME))
-        kind = TASKS_BY_NAME[name].settings
+        _check_choice("tasks", name, tuple(known))
+        kind = known[name]
         if not isinstance(settings, kind):
             raise UserError(
                 f"tasks.{name} must be a {kind.__name__}, not {type(settings).__name__}."
@@ -158,7 +170,7 @@ def _check_stages(config: Config) -> None:
             f"grpo.group_size={grpo.group_size} must be at least 2: a group of one has no "
             "advantage, and with grpo.scale_rewards no standard deviation."
         )
-    if not config.trained_tasks:
+    if not any(settings.weight > 0 for settings in config.tasks.values()):
         raise UserError("every task has weight 0: give at least one tasks.NAME.weight above 0.")
     if sft.steps == 0 and grpo.steps == 0:
         raise UserError(

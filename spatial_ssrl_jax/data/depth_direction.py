@@ -1,6 +1,7 @@
 """Whether depth maps may be inverse or upside down: the ground is near, and at the bottom."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -8,22 +9,22 @@ from spatial_ssrl_jax.common.errors import BadImage
 from spatial_ssrl_jax.data.sources import AnySource
 from spatial_ssrl_jax.data.sources.mixture import MixturePart, mixture_parts
 from spatial_ssrl_jax.data.sources.options import split_options
-from spatial_ssrl_jax.tasks import TASKS_BY_NAME
+from spatial_ssrl_jax.tasks.example import Task
 from spatial_ssrl_jax.tasks.record import Record
 
 _PICTURES = 16  # of a part, drawn at random
 
 
-def depth_warnings(source: AnySource, tasks: Iterable[str]) -> list[str]:
+def depth_warnings(source: AnySource, tasks: Iterable[Task[Any]]) -> list[str]:
     """A sentence for each part of a source in most of whose pictures the bottom is farthest.
 
     A few pictures are read for it. Sources without files are right by construction.
 
     Args:
       source: what questions are made of.
-      tasks: names of the tasks; parts that serve none of them with depth are not read.
+      tasks: parts that serve none of them with depth are not read.
     """
-    needs_depth, found = [t for name in tasks if (t := TASKS_BY_NAME[name]).needs_depth], []
+    needs_depth, found = [task for task in tasks if task.needs_depth], []
     for part in mixture_parts(source):
         if part.source.inputs and any(part.serves(task) for task in needs_depth):
             farther = _farther_below(part)

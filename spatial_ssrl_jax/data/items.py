@@ -6,7 +6,7 @@ from the index's own generator.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,8 +18,8 @@ from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.processor import Processor, Prompt, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, QuestionSource, Source
 from spatial_ssrl_jax.data.sources.mixture import mixture_parts
-from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME
-from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, TaskSettings
+from spatial_ssrl_jax.tasks import TASKS, questions
+from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, Tasks, TaskSettings
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 TOO_LONG = "prompt above the largest of data.prompt_buckets or data.window_buckets"
@@ -161,16 +161,36 @@ def source_shares(sources: Sequence[TaskSource]) -> dict[str, float]:
     return shares
 
 
-def check_served(source: AnySource, tasks: Mapping[str, TaskSettings]) -> None:
+def tasks_for(source: AnySource, tasks: Tasks) -> Tasks:
+    """The tasks, those that a source is not for with weight 0.
+
+    Questions of one's own are a task of `questions:` alone, and all others of everything else.
+    """
+    own = [
+        isinstance(part.source, QuestionSource) and part.serves(questions.TASK)
+        for part in mixture_parts(source)
+    ]
+    fits = {task: any(own) if task is questions.TASK else not all(own) for task in tasks}
+    return {
+        task: settings if fits[task] else dataclasses.replace(settings, weight=0.0)
+        for task, settings in tasks.items()
+    }
+
+
+def trained(tasks: Tasks) -> list[Task[Any]]:
+    """The tasks with a weight in the mixture."""
+    return [task for task, settings in tasks.items() if settings.weight > 0]
+
+
+def check_served(source: AnySource, tasks: Tasks) -> None:
     """Checks that each part of a source serves one of the tasks with a weight above 0.
 
     Raises:
       UserError: one serves none.
     """
-    trained = [task for task in TASKS if tasks[task.name].weight > 0]
     for part in mixture_parts(source):
-        if not any(part.serves(task) for task in trained):
-            names = ", ".join(task.name for task in trained) or "none"
+        if not any(part.serves(task) for task in trained(tasks)):
+            names = ", ".join(task.name for task in trained(tasks)) or "none"
             raise UserError(
                 f"{part.source.spec} in {source.spec} serves none of the tasks that train "
                 f"({names}): leave it out, or name other tasks before its @."
@@ -211,7 +231,7 @@ class MakeItem(grain.transforms.RandomMap):
             index = int(self.pool[int(rng.integers(len(self.pool)))])
         reasons, task = sorted({skip.reason for skip in skipped}), self.maker.task
         fix = "use other images"
-        if task in TASKS_BY_NAME:
+        if isinstance(self.maker, ImageExampleMaker):
             fix = f"set tasks.{task}.weight=0 or {fix}"
         raise UserError(
             f"{self.maker.source.spec} has no valid {task} example in {_TRIES} tries "
@@ -238,7 +258,7 @@ class MakeItem(grain.transforms.RandomMap):
 def item_dataset(
     source: AnySource,
     pool: Sequence[int],
-    tasks: Mapping[str, TaskSettings],
+    tasks: Tasks,
     processor: Processor,
     seed: int,
     limit: PromptSize | None = None,
@@ -248,7 +268,7 @@ def item_dataset(
     Args:
       source: where images or questions come from.
       pool: record indices to draw from.
-      tasks: settings by task name; a weight of 0 leaves the task out.
+      tasks: with their settings; a weight of 0 leaves a task out.
       processor: makes prompts.
       seed: of shuffling and of every draw.
       limit: the largest prompt, in tokens and in vision windows.
@@ -258,8 +278,7 @@ def item_dataset(
         question of it.
     """
     streams, weights = [], []
-    for number, task in enumerate(TASKS):
-        settings = tasks[task.name]
+    for number, (task, settings) in enumerate(tasks.items()):
         if settings.weight <= 0:
             continue
         parts, part_weights = [], []
@@ -296,7 +315,7 @@ def question_dataset(
 def check_fits(
     source: AnySource,
     pool: Sequence[int],
-    tasks: Mapping[str, TaskSettings],
+    tasks: Tasks,
     processor: Processor,
     limit: PromptSize,
 ) -> None:
@@ -308,10 +327,8 @@ def check_fits(
     Raises:
       UserError: none of them does, for a task with a weight above 0.
     """
-    for task in TASKS:
-        if tasks[task.name].weight <= 0:
-            continue
-        for found in task_sources(source, pool, task, tasks[task.name]):
+    for task in trained(tasks):
+        for found in task_sources(source, pool, task, tasks[task]):
             sizes = _min_sizes(found, processor)
             if sizes and not any(_fits(size, limit) for size in sizes):
                 smallest = min(sizes, key=lambda size: (size.tokens, size.windows))
@@ -345,7 +362,8 @@ def _mixed(
 
 def _seed(seed: int, task: int, part: int) -> int:
     """A seed of its own for each task and each part of a mixture."""
-    return (seed * len(TASKS) + task + part * 1_000_003) % 2**32
+    block, place = divmod(task, len(TASKS))  # of extra tasks, apart from another seed's
+    return (seed * len(TASKS) + place + part * 1_000_003 + block * 15_485_863) % 2**32
 
 
 def unusable(source: AnySource, task: Task[Any]) -> str:

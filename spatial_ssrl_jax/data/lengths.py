@@ -8,11 +8,16 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import ImageExampleMaker, TaskSource, task_sources
+from spatial_ssrl_jax.data.items import (
+    ImageExampleMaker,
+    TaskSource,
+    task_sources,
+    tasks_for,
+    trained,
+)
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, open_source
 from spatial_ssrl_jax.data.stand_ins import own_source
-from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Reject, Size, Task, TaskSettings
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
 
@@ -68,9 +73,10 @@ class Lengths:
         Raises:
           UserError: the source has no image for a task, or no example of it.
         """
-        source = open_source(spec, config.data.reading) if spec else own_source(config)
-        trained = [task for task in TASKS if config.tasks[task.name].weight > 0]
-        found = [_measure(task, config.tasks[task.name], source, processor) for task in trained]
+        opened = open_source(spec, config.data.reading, config.all_tasks) if spec else None
+        source = own_source(config) if opened is None else opened
+        tasks = tasks_for(source, config.task_settings)
+        found = [_measure(task, tasks[task], source, processor) for task in trained(tasks)]
         return cls(source.spec, tuple(found))
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,6 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.sources import OPENERS, AnySource, open_source
 from spatial_ssrl_jax.data.sources.mixture import split_spec
-from spatial_ssrl_jax.tasks import TASKS
 
 # Width x height and share of each kind's images. Those of COCO and MegaDepth are assumptions: of
 # COCO the four commonest, of MegaDepth photos whose longer side is 1,600 pixels.
@@ -27,19 +26,19 @@ def own_source(config: Config) -> AnySource:
       UserError: see `stand_in`.
     """
     try:
-        return open_source(config.data.source, config.data.reading)
+        return open_source(config.data.source, config.data.reading, config.all_tasks)
     except UserError:
-        return open_source(stand_in(config.data.source))
+        return open_source(stand_in(config), tasks=config.all_tasks)
 
 
-def stand_in(spec: str) -> str:
-    """The SPEC with each source replaced by scenes of its sizes; weights and tasks stay.
+def stand_in(config: Config) -> str:
+    """The config's SPEC with each source replaced by scenes of its sizes; weights and tasks stay.
 
     Raises:
       UserError: nothing is known of the sizes of one of its kinds.
     """
     parts = []
-    for part in split_spec(spec, list(OPENERS)):
+    for part in split_spec(config.data.source, list(OPENERS), config.all_tasks):
         kind, _, argument = part.spec.partition(":")
         if kind == "tfds":  # what `prepare` packs, or a data set of the catalogue
             kind = argument.removeprefix("ssrl_pictures/").partition("@")[0].partition("/")[0]
@@ -54,7 +53,7 @@ def stand_in(spec: str) -> str:
                 "give a source that is here."
             )
         if tasks is None and kind in _WITHOUT_DEPTH:
-            tasks = tuple(task.name for task in TASKS if not task.needs_depth)
+            tasks = tuple(task.name for task in config.all_tasks if not task.needs_depth)
         names, total = f"{','.join(tasks)}@" if tasks else "", sum(sizes.values())
         parts += [f"{names}{part.weight * n / total:.6f}*{size}" for size, n in sizes.items()]
     return "+".join(parts)

@@ -1,6 +1,6 @@
 """The held-out items of the pretext tasks: of a run's evaluation, and as a benchmark."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import grain
@@ -13,14 +13,13 @@ from spatial_ssrl_jax.data.sources import AnySource
 from spatial_ssrl_jax.data.split import split_records
 from spatial_ssrl_jax.eval.benchmarks.pretext import PRETEXT, question_of
 from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark
-from spatial_ssrl_jax.tasks import TASKS
-from spatial_ssrl_jax.tasks.example import TaskSettings
+from spatial_ssrl_jax.tasks.example import Tasks
 
 
 def task_datasets(
     source: AnySource,
     pool: Sequence[int],
-    tasks: Mapping[str, TaskSettings],
+    tasks: Tasks,
     processor: Processor,
     seed: int,
     limit: PromptSize | None = None,
@@ -30,10 +29,10 @@ def task_datasets(
     Tasks for which none of the records can serve are left out.
     """
     datasets = {}
-    for task in TASKS:
-        if not task_sources(source, pool, task, tasks[task.name]):
+    for task, settings in tasks.items():
+        if not task_sources(source, pool, task, settings):
             continue
-        alone = {name: replace(s, weight=float(name == task.name)) for name, s in tasks.items()}
+        alone = {other: replace(s, weight=float(other is task)) for other, s in tasks.items()}
         datasets[task.name] = item_dataset(source, pool, alone, processor, seed, limit)
     return datasets
 
@@ -55,7 +54,7 @@ def open_pretext(
       UserError: its held-out images give no question.
     """
     pool = split_records(source, heldout_fraction).heldout
-    datasets = task_datasets(source, pool, Config("pretext").tasks, processor, seed + 1)
+    datasets = task_datasets(source, pool, Config("pretext").task_settings, processor, seed + 1)
     questions, left_out = [], []
     for task, items in datasets.items():
         try:

@@ -17,7 +17,7 @@ from spatial_ssrl_jax.config.schema import RewardSettings
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.rl.rewards import Reward, score_answer, score_response
 from spatial_ssrl_jax.tasks import TASKS
-from spatial_ssrl_jax.tasks.example import Example, Grade
+from spatial_ssrl_jax.tasks.example import Example, Grade, Task
 
 _START_SECONDS = 120  # for a worker to import what it needs
 
@@ -118,9 +118,9 @@ class Scorer:
             )
 
 
-def make_scorer(settings: RewardSettings) -> Scorer:
-    """A scorer with the grades of all tasks that have one."""
-    return Scorer(settings, {task.name: task.grade for task in TASKS if task.grade is not None})
+def make_scorer(settings: RewardSettings, tasks: Sequence[Task[Any]] = TASKS) -> Scorer:
+    """A scorer with the grades of the tasks that have one."""
+    return Scorer(settings, {task.name: task.grade for task in tasks if task.grade is not None})
 
 
 class _Worker:

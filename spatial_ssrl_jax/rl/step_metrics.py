@@ -1,6 +1,6 @@
 """A step's metrics, over the rows of all processes: prompts, rewards, advantages, lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,13 @@ from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.parallel.collectives import all_gather
 from spatial_ssrl_jax.rl.rewards import Reward
 from spatial_ssrl_jax.rollout.engine import Rollout
-from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.tasks import questions
+from spatial_ssrl_jax.tasks.example import Example
 
 Metrics = dict[str, float]
 Columns = dict[str, np.ndarray]
 _REWARDS = ("overall", "accuracy", "format")
-_PART = "part/"  # before the name of a part of the reward
+_PART, _TASK = "part/", "task/"  # before the name of a part of the reward, and of a task
 
 
 @dataclass(frozen=True)
@@ -49,27 +50,39 @@ def rollout_rows(items: Sequence[Item], scored: ScoredRollout) -> Columns:
 
     Parts of the reward are NaN where a response has none.
     """
-    numbers = {task.name: i for i, task in enumerate(TASKS)}
+    names = _all_names(name for item in items for name in _names(item.example))
+    tasks = {
+        _TASK + name: np.array([name in _names(item.example) for item in items]) for name in names
+    }
     rewards = {
         name: np.array([[getattr(r, name) for r in group] for group in scored.rewards])
         for name in _REWARDS
     }
-    for name in _part_names(scored.rewards):
+    for name in _all_names(n for group in scored.rewards for r in group for n in r.parts):
         values = [[r.parts.get(name, np.nan) for r in group] for group in scored.rewards]
         rewards[_PART + name] = np.array(values)
-    return rewards | {
-        "failed": np.array([[bool(r.failure) for r in group] for group in scored.rewards]),
-        "task": np.array([numbers[item.example.task] for item in items]),
-        "advantage": scored.advantage,
-        "length": scored.rollout.length,
-        "finished": scored.rollout.finished,
-    }
+    return (
+        rewards
+        | tasks
+        | {
+            "failed": np.array([[bool(r.failure) for r in group] for group in scored.rewards]),
+            "advantage": scored.advantage,
+            "length": scored.rollout.length,
+            "finished": scored.rollout.finished,
+        }
+    )
 
 
-def _part_names(rewards: Sequence[Sequence[Reward]]) -> list[str]:
-    """The names of the rewards' parts on any process, sorted."""
-    mine = sorted({name for group in rewards for reward in group for name in reward.parts})
-    text = "\n".join(mine).encode()
+def _names(example: Example) -> tuple[str, ...]:
+    """What an example's metrics go by: its task; and the name that a question of one's own has."""
+    if example.task == questions.TASK.name and example.kind:
+        return example.task, f"{example.task}_{example.kind}"
+    return (example.task,)
+
+
+def _all_names(names: Iterable[str]) -> list[str]:
+    """The names on any process, sorted."""
+    text = "\n".join(sorted(set(names))).encode()
     size = int(all_gather(np.array([len(text)])).max())
     rows = all_gather(np.frombuffer(text.ljust(size), np.uint8)[None])
     return sorted({name for row in rows for name in row.tobytes().decode().split()})
@@ -101,13 +114,12 @@ def rollout_metrics(rows: Columns) -> Metrics:
     for name, values in rows.items():
         if name.startswith(_PART) and np.isfinite(values).any():
             metrics[f"reward/{name.removeprefix(_PART)}_mean"] = float(np.nanmean(values))
-    for number, task in enumerate(TASKS):
-        mine = rows["task"] == number
-        if mine.any():
+    for column, mine in rows.items():
+        if column.startswith(_TASK):
             for key, name in (("overall", "reward"), ("accuracy",) * 2, ("format",) * 2):
-                metrics[f"task/{task.name}/{name}"] = float(rows[key][mine].mean())
-                metrics[f"task/{task.name}/{name}_std"] = float(rows[key][mine].std())
-            metrics[f"task/{task.name}/count"] = float(mine.sum())
+                metrics[f"{column}/{name}"] = float(rows[key][mine].mean())
+                metrics[f"{column}/{name}_std"] = float(rows[key][mine].std())
+            metrics[f"{column}/count"] = float(mine.sum())
     overall, length = rows["overall"], rows["length"]
     return metrics | {
         "reward/failed_share": float(rows["failed"].mean()),

@@ -1,4 +1,7 @@
-"""The pretext tasks. A new one is a file with a `TASK`, and an entry in this tuple."""
+"""The pretext tasks.
+
+A new one is a file with a `TASK` and an entry in this tuple, or one of a config's `extra_tasks`.
+"""
 
 from typing import Any
 

@@ -1,12 +1,22 @@
-"""Regional depth ordering: sort three marked regions from near to far."""
+"""Regional depth ordering: sort marked regions from near to far, three in the paper."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
 
-from spatial_ssrl_jax.common.bounds import Bounds, Count, Fraction, NonNegative, Positive, Widths
+from spatial_ssrl_jax.common.bounds import (
+    Bounds,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Weights,
+    Widths,
+)
+from spatial_ssrl_jax.tasks.answers import grade_order
 from spatial_ssrl_jax.tasks.content import MIN_CONTRAST, check_content
 from spatial_ssrl_jax.tasks.drawing import draw_markers_fitted, fitted_size
 from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
@@ -18,13 +28,22 @@ from spatial_ssrl_jax.tasks.regions import (
     normalised_depth,
     scaled,
 )
+from spatial_ssrl_jax.tasks.weights import weighted_choice
 
-QUESTION = (
-    "The original image has three regions marked as 1, 2, and 3. Consider the content, positional "
-    "relationships, depths of the three regions and other cues, and sort the depths of the three "
-    "regions from smallest to largest from the camera, where the format of the answer is "
-    "'Smallest-Middle-Largest'."
+_QUESTION = (
+    "The original image has {count} regions marked as {marks}. Consider the content, positional "
+    "relationships, depths of the {count} regions and other cues, and sort the depths of the "
+    "{count} regions from smallest to largest from the camera, where the format of the answer is "
+    "'{format}'."
 )
+_WORDS = {3: "three", 4: "four", 5: "five", 6: "six"}
+_BETWEEN = {  # names of the depths between the smallest and the largest
+    3: "Middle",
+    4: "Second-Third",
+    5: "Second-Third-Fourth",
+    6: "Second-Third-Fourth-Fifth",
+}
+_WEIGHTS = {"3_points": 1.0, "4_points": 0.0, "5_points": 0.0, "6_points": 0.0}
 RELEASED_BOX = (930, 693)  # that the released pictures of the task fill, in pixels
 _BANDS = ((0.0, 0.3), (0.35, 0.65), (0.7, 1.0))
 _DRAWS = 4096
@@ -36,14 +55,15 @@ class DepthSettings:
 
     Attributes:
       weight: of the task in the training mixture.
+      kinds: weight of each number of regions; the paper's has three.
       windows: window widths in pixels, tried in this order.
       min_window: minimum width of a window in pixels of the image.
       max_range: a region's depths differ by less than this, in normalised depth.
       min_gap: neighbouring regions are further apart than this, in normalised depth.
       min_valid: minimum fraction of valid pixels in a region; lower it for sparse maps.
       centre: side in pixels of the image of a region's centre that must be wholly valid.
-      bands: `free`, or `released`: as in the released code, the regions' centres are one in each of
-        [0, 0.3], [0.35, 0.65] and [0.7, 1] of normalised depth, which makes wider gaps.
+      bands: `free`, or `released`: as in the released code, the centres of three regions are one in
+        each of [0, 0.3], [0.35, 0.65] and [0.7, 1] of normalised depth, which makes wider gaps.
       min_contrast: an image of less contrast is without content, see `content`.
       marker: radius of a marker in pixels.
       min_marker: its minimum in pixels of the image.
@@ -52,6 +72,7 @@ class DepthSettings:
     """
 
     weight: NonNegative = 20620.0
+    kinds: Weights = field(default_factory=lambda: dict(_WEIGHTS))
     windows: Widths = (25, 11)
     min_window: Count = 7
     max_range: Fraction = 0.15
@@ -66,11 +87,13 @@ class DepthSettings:
 
 
 def make(record: Record, rng: np.random.Generator, settings: DepthSettings) -> Example:
-    """Marks three disjoint regions of clearly different depth."""
+    """Marks disjoint regions of clearly different depth."""
+    kind = weighted_choice(rng, settings.kinds)
+    count = int(kind.removesuffix("_points"))
     check_content(record.image, settings.min_contrast)
     depth = normalised_depth(record)
     radius = round(scaled(settings.marker, settings.min_marker, depth.shape))
-    reason = "no three regions of clearly different depth"
+    reason = f"no {_WORDS[count]} regions of clearly different depth"
     rejected = Reject(reason)
     for window in settings.windows:
         limits = WindowLimits(
@@ -81,46 +104,51 @@ def make(record: Record, rng: np.random.Generator, settings: DepthSettings) -> E
             margin=radius + 1,
         )
         found = find_regions(depth, limits, rng)
-        triple = _draw(found, rng, settings, 2 * radius + 2)
-        if triple is not None:
-            return _example(record, found, rng.permutation(triple), radius, settings.fit_box)
+        chain = _draw(found, rng, settings, count, 2 * radius + 2)
+        if chain is not None:
+            return _example(record, found, rng.permutation(chain), radius, settings.fit_box)
         rejected = found.reject("depth", reason)
     raise rejected
 
 
 def _draw(
-    found: Regions, rng: np.random.Generator, settings: DepthSettings, distance: float
+    found: Regions, rng: np.random.Generator, settings: DepthSettings, count: int, distance: float
 ) -> np.ndarray | None:
-    """Three windows from near to far, uniform over all valid triples; None where there is none.
+    """`count` windows from near to far, uniform over all valid ones; None where there is none.
 
-    For each window as the middle one, the clearly nearer and the clearly farther windows are
-    counted in sorted order; their product is the number of triples around it. Drawing the middle by
-    that number and the others evenly is uniform over the triples with clear gaps, and taking the
-    first draw whose windows and markers are apart keeps it so.
+    Rank by rank, it is counted in how many chains with clear gaps each window is the farthest so
+    far: as many as all windows clearly nearer have in the rank before. From the last rank back,
+    windows are drawn by those numbers, which is uniform over chains, and taking the first draw
+    whose windows and markers are apart keeps it so.
     """
-    near, middle, far = _candidates(found, settings.bands)
-    if not len(middle):
+    ranks = _candidates(found, settings.bands, count)
+    ranks = [rank[np.argsort(found.high[rank])] for rank in ranks]
+    chains, nearer = [np.ones(len(ranks[0]))], []  # of each window; windows of the rank before
+    for before, rank in zip(ranks[:-1], ranks[1:], strict=True):
+        low = found.low[rank] - settings.min_gap
+        nearer.append(np.searchsorted(found.high[before], low, side="left"))
+        ends = np.concatenate([[0.0], np.cumsum(chains[-1])])
+        chains.append(ends[nearer[-1]])
+    ends = np.cumsum(chains[-1])
+    if not len(ends) or ends[-1] == 0:
         return None
-    by_high, by_low = near[np.argsort(found.high[near])], far[np.argsort(found.low[far])]
-    low, high = found.low[middle] - settings.min_gap, found.high[middle] + settings.min_gap
-    nearer = np.searchsorted(found.high[by_high], low, side="left")
-    below = np.searchsorted(found.low[by_low], high, side="right")
-    farther = len(far) - below
-    ways = np.cumsum(nearer * farther)
-    if ways[-1] == 0:
-        return None
-    drawn = np.searchsorted(ways, rng.integers(ways[-1], size=_DRAWS), side="right")
-    nearest = by_high[rng.integers(nearer[drawn])]
-    farthest = by_low[below[drawn] + rng.integers(farther[drawn])]
-    triples = np.stack([nearest, middle[drawn], farthest], axis=1)
-    fine = np.flatnonzero(found.apart(triples, distance))
-    return triples[fine[0]] if len(fine) else None
+    drawn = np.searchsorted(ends, rng.random(_DRAWS) * ends[-1], side="right")
+    places = [drawn]  # in their ranks, from far to near
+    for rank in range(count - 2, -1, -1):
+        ends = np.concatenate([[0.0], np.cumsum(chains[rank])])
+        below = ends[nearer[rank][places[-1]]]
+        drawn = np.searchsorted(ends[1:], rng.random(_DRAWS) * below, side="right")
+        places.append(drawn)
+    columns = [rank[place] for rank, place in zip(ranks, reversed(places), strict=True)]
+    groups = np.stack(columns, axis=1)
+    fine = np.flatnonzero(found.apart(groups, distance))
+    return groups[fine[0]] if len(fine) else None
 
 
-def _candidates(found: Regions, bands: str) -> list[np.ndarray]:
-    """Indices of the windows that may be the near, the middle and the far region."""
-    if bands == "free":
-        return [np.arange(len(found))] * 3
+def _candidates(found: Regions, bands: str, count: int) -> list[np.ndarray]:
+    """Indices of the windows that may have each rank, from near to far."""
+    if bands == "free" or count != len(_BANDS):
+        return [np.arange(len(found))] * count
     centres = found.depth[found.y, found.x]
     return [np.flatnonzero((centres >= low) & (centres <= high)) for low, high in _BANDS]
 
@@ -128,19 +156,29 @@ def _candidates(found: Regions, bands: str) -> list[np.ndarray]:
 def _example(
     record: Record, found: Regions, chosen: np.ndarray, radius: int, box: Sequence[int]
 ) -> Example:
-    """The example whose markers 1 to 3 are on the windows `chosen`."""
+    """The example whose markers are on the windows `chosen`."""
     points = [found.point(i) for i in chosen]
     depths = [found.mean(i) for i in chosen]
     order = [str(marker + 1) for marker in np.argsort(depths)]
     return Example(
         task="depth",
-        kind="depth",
+        kind=f"{len(chosen)}_points",
         images=(draw_markers_fitted(record.image, points, radius, box),),
-        question=QUESTION,
+        question=question(len(chosen)),
         answer="-".join(order),
         reason="From near to far the regions are " + ", ".join(order) + ".",
         truth={"points": [list(p) for p in points], "depths": depths, "half": found.half},
         source=source_of(record),
+    )
+
+
+def question(count: int) -> str:
+    """The protocol's question for three regions, and its like for more."""
+    marks = [str(mark) for mark in range(1, count + 1)]
+    return _QUESTION.format(
+        count=_WORDS[count],
+        marks=", ".join(marks[:-1]) + f", and {marks[-1]}",
+        format=f"Smallest-{_BETWEEN[count]}-Largest",
     )
 
 
@@ -149,4 +187,9 @@ def sizes(size: Size, settings: DepthSettings) -> list[Size]:
     return [fitted_size(size, settings.fit_box)]
 
 
-TASK = Task("depth", True, DepthSettings, make, sizes, chance=lambda answer: 1 / 6)
+def chance(answer: str) -> float:
+    """One over the number of orders."""
+    return 1 / math.factorial(len(answer.split("-")))
+
+
+TASK = Task("depth", True, DepthSettings, make, sizes, chance, grade_order)

@@ -1,6 +1,6 @@
 """The types that all pretext tasks share: an example, a task and its settings, a rejection."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -96,6 +96,10 @@ class Task(Generic[Settings]):
     chance: Callable[[str], float] | None = None
     grade: Grade | None = None
     needs_distances: bool = False
+
+
+# Tasks, each with its settings.
+Tasks = Mapping[Task[Any], TaskSettings]
 
 
 def source_of(record: Record) -> dict[str, str]:

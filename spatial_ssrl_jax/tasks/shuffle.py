@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spatial_ssrl_jax.common.bounds import Count, NonNegative, Weights
+from spatial_ssrl_jax.tasks.answers import grade_order
 from spatial_ssrl_jax.tasks.content import MIN_CONTRAST, check_content
 from spatial_ssrl_jax.tasks.drawing import draw_labels
 from spatial_ssrl_jax.tasks.example import Example, Reject, Task, source_of
@@ -15,10 +16,9 @@ from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.weights import weighted_choice
 
 _GRID = (
-    "The image has been divided into 4 shuffled patches labeled 0, 1, 2, and 3.{masked} Based on "
+    "The image has been divided into {count} shuffled patches labeled {labels}.{masked} Based on "
     "visual clues such as continuity, alignment, and context, answer the correct arrangement of "
-    "the patches to restore the original image, where the format is "
-    "'TopLeft-TopRight-BottomLeft-BottomRight'."
+    "the patches to restore the original image, where the format is '{format}'."
 )
 _MASKED = " One of the four patches is masked completely by white pixels."
 _STRIPS = (
@@ -26,8 +26,9 @@ _STRIPS = (
     "on visual clues such as continuity, alignment, and context, answer the correct arrangement of "
     "the strips to restore the original image, where the format is '{format}'."
 )
-_LABELS = {3: "0, 1, and 2", 4: "0, 1, 2, and 3"}
 _FORMATS = {
+    (2, 2): "TopLeft-TopRight-BottomLeft-BottomRight",
+    (3, 3): "TopLeft-Top-TopRight-Left-Middle-Right-BottomLeft-Bottom-BottomRight",
     (1, 3): "Left-Middle-Right",
     (1, 4): "Left-Middle1-Middle2-Right",
     (3, 1): "Top-Middle-Bottom",
@@ -40,6 +41,7 @@ _WEIGHTS = {
     "1x4": 2495.5,
     "3x1": 1504.5,
     "4x1": 1504.5,
+    "3x3": 0.0,
 }
 
 
@@ -49,7 +51,7 @@ class ShuffleSettings:
 
     Attributes:
       weight: of the task in the training mixture.
-      kinds: weight of each grid, named rows x columns; the paper's counts.
+      kinds: weight of each grid, named rows x columns; the paper's counts, which has no 3x3.
       min_difference: patches must differ by more than this, in grey levels (see `patches`).
       min_side: minimum side of a patch in pixels.
       min_contrast: an image of less contrast is without content, see `content`.
@@ -98,15 +100,13 @@ def make(record: Record, rng: np.random.Generator, settings: ShuffleSettings) ->
 
 
 def question(rows: int, cols: int, masked: bool) -> str:
-    """The protocol's question for a grid."""
-    if rows == cols == 2:
-        return _GRID.format(masked=_MASKED if masked else "")
-    return _STRIPS.format(
-        count=rows * cols,
-        direction="horizontal" if rows == 1 else "vertical",
-        labels=_LABELS[rows * cols],
-        format=_FORMATS[rows, cols],
-    )
+    """The protocol's question for a grid, and its like for 3x3."""
+    count = rows * cols
+    labels = ", ".join(map(str, range(count - 1))) + f", and {count - 1}"
+    words = {"count": count, "labels": labels, "format": _FORMATS[rows, cols]}
+    if rows > 1 and cols > 1:
+        return _GRID.format(masked=_MASKED if masked else "", **words)
+    return _STRIPS.format(direction="horizontal" if rows == 1 else "vertical", **words)
 
 
 def _permutation(count: int, rng: np.random.Generator) -> np.ndarray:
@@ -150,4 +150,4 @@ def chance(answer: str) -> float:
     return 1 / (math.factorial(len(answer.split("-"))) - 1)
 
 
-TASK = Task("shuffle", False, ShuffleSettings, make, chance=chance)
+TASK = Task("shuffle", False, ShuffleSettings, make, chance=chance, grade=grade_order)

@@ -18,7 +18,14 @@ from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.common.paths import check_bucket
 from spatial_ssrl_jax.config.load import to_dict
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import check_fits, check_served, item_dataset, question_dataset
+from spatial_ssrl_jax.data.items import (
+    check_fits,
+    check_served,
+    item_dataset,
+    question_dataset,
+    tasks_for,
+    trained,
+)
 from spatial_ssrl_jax.data.pipeline import BatchStream, batches, repeated
 from spatial_ssrl_jax.data.processor import ImageArea, Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, QuestionSource, open_source
@@ -42,6 +49,7 @@ from spatial_ssrl_jax.rl.scorer import Scorer, make_scorer
 from spatial_ssrl_jax.rl.sft import check_response
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rollout.engine import Engine
+from spatial_ssrl_jax.tasks.example import Tasks
 from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval, eval_options, open_eval_benchmark
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from spatial_ssrl_jax.trainer.initial_state import check_initial_weights
@@ -63,9 +71,15 @@ class RunComponents:
     model: ModelFolder
     processor: Processor
     source: AnySource
+    tasks: Tasks
     split: RecordSplit
     compute: Compute
     questions: Benchmark | None
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the tasks with a weight in the training mixture."""
+        return tuple(task.name for task in trained(self.tasks))
 
 
 @dataclass
@@ -146,7 +160,8 @@ def open_components(config: Config) -> RunComponents:
     check_initial_weights(config, model)
     check_wandb(config.log.wandb)
     check_rule(config.reward.rule)
-    source = open_source(config.data.source, config.data.reading)
+    source = open_source(config.data.source, config.data.reading, config.all_tasks)
+    tasks = tasks_for(source, config.task_settings)
     layout = Layout(make_mesh(config.mesh))
     compute = compute_settings(config, layout)
     data = config.data
@@ -154,17 +169,20 @@ def open_components(config: Config) -> RunComponents:
     processor = Processor(model.files, model.config, area=area)
     _check_end_token(processor)
     split = split_records(source, data.heldout_fraction)
-    check_served(source, config.tasks)
-    items_of(config, source, split.train, processor, config.seed)  # checks the tasks' needs
-    check_fits(source, split.train, config.tasks, processor, _limit(config))
+    check_served(source, tasks)
+    limit = _limit(config)
+    item_dataset(source, split.train, tasks, processor, config.seed, limit)  # checks needs
+    check_fits(source, split.train, tasks, processor, limit)
     if config.sft.steps and config.sft.responses != "synthetic":
         _check_responses(config, processor)
     if config.grpo.steps:
-        check_rewards(config, source, split.train, processor)
+        datasets = task_datasets(source, split.train, tasks, processor, config.seed, limit)
+        names = [task.name for task in trained(tasks)]
+        check_rewards(config, {name: datasets[name] for name in names}, processor)
     rollout_layout = check_sharding(config, model.config, layout)
     questions = open_eval_benchmark(config)
     return RunComponents(
-        config, layout, rollout_layout, model, processor, source, split, compute, questions
+        config, layout, rollout_layout, model, processor, source, tasks, split, compute, questions
     )
 
 
@@ -226,7 +244,7 @@ def open_run(
         components.rollout_layout.batch_shards,
         components.rollout_layout,
     )
-    scorer = make_scorer(config.reward)
+    scorer = make_scorer(config.reward, config.all_tasks)
     resources.callback(scorer.close)
     between = [stage.last_step for stage in stages(config)[:-1]]  # where the next stage starts
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, always=between)
@@ -306,7 +324,8 @@ def heldout_datasets(components: RunComponents) -> dict[str, grain.MapDataset]:
     """Each task's examples of the held-out records."""
     config, pool = components.config, components.split.heldout
     processor, limit = components.processor, _limit(config)
-    return task_datasets(components.source, pool, config.tasks, processor, config.seed + 1, limit)
+    tasks, seed = components.tasks, config.seed + 1
+    return task_datasets(components.source, pool, tasks, processor, seed, limit)
 
 
 def pipeline(components: RunComponents, stage: SftStage | GrpoStage, start: int) -> BatchStream:
@@ -326,7 +345,7 @@ def pipeline(components: RunComponents, stage: SftStage | GrpoStage, start: int)
         epoch = min(epoch or len(source), len(source))
     else:
         pool = components.split.train
-        items = items_of(config, source, pool, components.processor, stage.seed)
+        items = items_of(components, stage.seed, source, pool)
     if epoch:
         items = repeated(items, epoch, stage.seed)
     return batches(
@@ -349,7 +368,7 @@ def _items_of_file(
     config, pool = components.config, range(len(source))
     if stage.settings.task_shares == "file" and isinstance(source, QuestionSource):
         return question_dataset(source, components.processor, stage.seed, _limit(config))
-    return items_of(config, source, pool, components.processor, stage.seed)
+    return items_of(components, stage.seed, source, pool)
 
 
 def check_bad_fraction(components: RunComponents, bad: int, tried: int) -> None:
@@ -366,10 +385,11 @@ def check_bad_fraction(components: RunComponents, bad: int, tried: int) -> None:
 
 
 def items_of(
-    config: Config, source: AnySource, pool: Sequence[int], processor: Processor, seed: int
+    components: RunComponents, seed: int, source: AnySource, pool: Sequence[int]
 ) -> grain.MapDataset:
     """An endless stream of the config's tasks over the records `pool` of a source."""
-    return item_dataset(source, pool, config.tasks, processor, seed, _limit(config))
+    tasks, limit = tasks_for(source, components.config.task_settings), _limit(components.config)
+    return item_dataset(source, pool, tasks, components.processor, seed, limit)
 
 
 def _limit(config: Config) -> PromptSize:

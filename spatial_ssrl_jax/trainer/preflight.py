@@ -16,7 +16,7 @@ from spatial_ssrl_jax.common.text import byte_size
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.depth_direction import depth_warnings
-from spatial_ssrl_jax.data.items import source_shares, task_sources
+from spatial_ssrl_jax.data.items import source_shares, task_sources, trained
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.sources.mixture import source_notes
 from spatial_ssrl_jax.eval.heldout_items import heldout_items
@@ -29,7 +29,6 @@ from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rl.train_step import TrainState
 from spatial_ssrl_jax.rollout.cache import kv_token_bytes
-from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.trainer.best_checkpoint import best_metric
 from spatial_ssrl_jax.trainer.context import (
     RunComponents,
@@ -137,7 +136,7 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     check_unlocked(workdir)
     done = _steps_done(workdir) if resumes else 0
     notes = source_notes(components.source)
-    notes += depth_warnings(components.source, config.trained_tasks)
+    notes += depth_warnings(components.source, trained(components.tasks))
     heldout_items(heldout_datasets(components), 1, notes.append)
     if not components.split.heldout:
         notes.append(
@@ -175,12 +174,11 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
 
 
 def _shares(components: RunComponents) -> dict[str, dict[str, float]]:
-    config, pool = components.config, components.split.train
-    found = {}
-    for name in config.trained_tasks:
-        parts = task_sources(components.source, pool, TASKS_BY_NAME[name], config.tasks[name])
-        found[name] = source_shares(parts)
-    return found
+    source, pool, tasks = components.source, components.split.train, components.tasks
+    return {
+        task.name: source_shares(task_sources(source, pool, task, tasks[task]))
+        for task in trained(tasks)
+    }
 
 
 def _stage_report(

@@ -117,7 +117,7 @@ def warnings(rows: list[dict[str, Any]]) -> list[str]:
     clipped = mean("response/clipped_share", late)
     check(clipped > 0.2, f"{clipped:.0%} of the responses are truncated at the limit.")
     dropped = mean("prompt/dropped", late)
-    kept = sum(mean(f"task/{task}/count", late) for task in TASKS_BY_NAME)
+    kept = sum(mean(f"task/{task}/count", late) for task in _tasks(late, "task"))
     check(
         dropped > kept > 0,
         f"Of {dropped + kept:.0f} prompts a step {dropped:.0f} are dropped: they are too "
@@ -192,6 +192,16 @@ def _expanded(names: dict[str, str], rows: MetricRows) -> dict[str, str]:
     return found
 
 
+def _tasks(rows: MetricRows, prefix: str) -> list[str]:
+    """The tasks in the names of metrics, those of the package first."""
+    found = dict.fromkeys(
+        name.split("/")[1] for row in rows for name in row if name.startswith(f"{prefix}/")
+    )
+    known = [task for task in TASKS_BY_NAME if task in found]
+    own = [task for task in found if task not in known and not task.startswith("questions_")]
+    return known + [task for task in own if task != "mean"]
+
+
 def _timing(rows: MetricRows) -> str:
     """The seconds of each phase of a step, as the mean of the last ten GRPO steps."""
     late = [r for r in rows if r.get("perf/rollout_seconds") is not None][-10:]
@@ -225,7 +235,7 @@ def _heldout(rows: MetricRows) -> str:
         name = f"{_label(stage)}, step {row['step']}"
         head += [f"{name}: greedy", "sampled", "format"]
     lines = []
-    for task in TASKS_BY_NAME:
+    for task in _tasks(measured, "heldout"):
         values = [
             row.get(f"heldout/{task}/{name}")
             for row in newest.values()

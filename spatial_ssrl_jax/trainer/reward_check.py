@@ -1,33 +1,31 @@
 """Checks before a run that a right response earns its reward."""
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+
+import grain
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.text import shown
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.processor import Processor
-from spatial_ssrl_jax.data.sources import AnySource
-from spatial_ssrl_jax.eval.heldout_items import heldout_items, task_datasets
+from spatial_ssrl_jax.eval.heldout_items import heldout_items
 from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer, make_scorer
 from spatial_ssrl_jax.tasks.example import Example
 from spatial_ssrl_jax.tasks.protocol import response_text
 
 
 def check_rewards(
-    config: Config, source: AnySource, pool: Sequence[int], processor: Processor
+    config: Config, datasets: dict[str, grain.MapDataset], processor: Processor
 ) -> None:
-    """Checks one example of each task that trains, of the records `pool` of a source.
+    """Checks one example of each task; see `task_datasets`.
 
     Raises:
       UserError: see `check_reward`.
     """
     settings = replace(config.reward, workers=1, max_failed_fraction=1.0)
-    datasets = task_datasets(source, pool, config.tasks, processor, config.seed)
-    trained = {name: datasets[name] for name in config.trained_tasks if name in datasets}
-    with closing(make_scorer(settings)) as scorer:
-        for items in heldout_items(trained, 1, lambda _: None).values():
+    with closing(make_scorer(settings, config.all_tasks)) as scorer:
+        for items in heldout_items(datasets, 1, lambda _: None).values():
             check_reward(items[0].example, processor, scorer)
 
 

@@ -106,13 +106,7 @@ def grpo_step(
 def _resample(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
     """The prompts of resample `number`, from 1, of a GRPO step, from a separate stream."""
     return batch_at(
-        items_of(
-            run.config,
-            run.source,
-            run.split.train,
-            run.processor,
-            run.config.seed * 2 + _RESAMPLE_SEED,
-        ),
+        items_of(run, run.config.seed * 2 + _RESAMPLE_SEED, run.source, run.split.train),
         settings.prompts,
         settings.micro_batch_prompts,
         step * settings.max_resamples + number - 1,

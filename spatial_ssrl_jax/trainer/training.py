@@ -290,7 +290,7 @@ def _finish(run: Run, start: StageInitializer) -> None:
     config = run.config
     summary = {
         "heldout": run.state.heldout,
-        "trained": list(config.trained_tasks),
+        "trained": list(run.trained),
         "seconds": run.state.seconds,
         "seed": config.seed,
         "skipped_steps": run.state.skipped,
@@ -307,7 +307,7 @@ def _finish(run: Run, start: StageInitializer) -> None:
         write_atomic(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
         refresh_report(run)
     if run.state.heldout:
-        run.progress.table(run.state.heldout, config.trained_tasks)
+        run.progress.table(run.state.heldout, run.trained)
     if run.state.skipped:
         run.progress.say(
             f"{run.state.skipped} optimizer steps were skipped, as their gradient was not finite"

@@ -59,7 +59,7 @@ def _has_heldout(run: Run) -> bool:
 def _heldout(run: Run, stage: str, number: int, policy: Policy) -> HeldoutTable:
     run.progress.doing(f"measuring held-out images ({stage}, step {number})")
     start = time.perf_counter()
-    table = run.evaluation.measure(policy, run.config.trained_tasks, run.config.seed)
+    table = run.evaluation.measure(policy, run.trained, run.config.seed)
     run.state.heldout[stage] = table
     _add_seconds(run, "heldout", start)
     return table

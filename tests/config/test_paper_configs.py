@@ -9,7 +9,7 @@ import pytest
 from spatial_ssrl_jax.benchmarking.prompt_sharing import task_prompts
 from spatial_ssrl_jax.config import Config, load_config
 from spatial_ssrl_jax.config.validate import check_settings
-from spatial_ssrl_jax.data.items import check_served, source_shares, task_sources
+from spatial_ssrl_jax.data.items import check_served, source_shares, task_sources, tasks_for
 from spatial_ssrl_jax.data.processor import ImageArea, Processor
 from spatial_ssrl_jax.data.sources import OPENERS, open_source
 from spatial_ssrl_jax.data.sources.mixture import split_spec
@@ -33,8 +33,8 @@ def test_tasks_draw_from_the_papers_sources(config: Config):
     assert [(part.spec.partition(":")[0], part.tasks, part.weight) for part in parts] == [
         ("folder", plain, 1), ("diode", depth, 1), ("megadepth", depth, 1),
     ]  # fmt: skip
-    source = open_source(stand_in(config.data.source))
-    check_served(source, config.tasks)
+    source = open_source(stand_in(config))
+    check_served(source, tasks_for(source, config.task_settings))
     found = task_sources(source, range(len(source)), TASKS_BY_NAME["depth"], config.tasks["depth"])
     shares = source_shares(found)
     assert shares["scenes:9:1024x768"] == pytest.approx(0.5)

@@ -14,7 +14,7 @@ from spatial_ssrl_jax import preview
 from spatial_ssrl_jax.data import depth_direction
 from spatial_ssrl_jax.data.depth_direction import depth_warnings, lower_is_farther
 from spatial_ssrl_jax.data.sources import open_source
-from spatial_ssrl_jax.tasks import TASKS_BY_NAME
+from spatial_ssrl_jax.tasks import TASKS, crop, depth, flip
 from spatial_ssrl_jax.trainer.preflight import preflight
 from tests.helpers.images import photo, room
 from tests.helpers.toy_runs import make_config
@@ -50,18 +50,18 @@ def save(folder: Path, inverse: int, right: int, bad: int = 0) -> Path:
 )
 def test_most_pictures_decide(tmp_path: Path, inverse: int, right: int, bad: int, said: str | None):
     spec = f"rgbd:{save(tmp_path / 'd', inverse, right, bad)}"
-    found = depth_warnings(open_source(spec), ["depth"])
+    found = depth_warnings(open_source(spec), [depth.TASK])
     assert [warning.partition(" of rgbd")[0] for warning in found] == ([said] if said else [])
 
 
 def test_the_next_thing_to_try_solves_it(tmp_path: Path):
     spec = f"rgbd:{save(tmp_path / 'd', 3, 0)}"
-    (warning,) = depth_warnings(open_source(spec), TASKS_BY_NAME)
+    (warning,) = depth_warnings(open_source(spec), TASKS)
     assert spec in warning and "larger values are nearer, end its SPEC with ,depth=inv" in warning
     for option in (",depth=inverse", ",depth=relative-inverse"):
-        assert depth_warnings(open_source(spec + option), TASKS_BY_NAME) == []
+        assert depth_warnings(open_source(spec + option), TASKS) == []
     spec = f"rgbd:{save(tmp_path / 'e', 0, 3)},depth=inverse"
-    (warning,) = depth_warnings(open_source(spec), TASKS_BY_NAME)
+    (warning,) = depth_warnings(open_source(spec), TASKS)
     assert "larger values are farther, leave depth= out of its SPEC" in warning
 
 
@@ -70,11 +70,11 @@ def test_parts_that_serve_no_depth_are_not_read(tmp_path: Path, monkeypatch: pyt
     spec = f"flip@rgbd:{folder}+folder:{folder}+scenes:9"
     read = []
     monkeypatch.setattr(depth_direction, "_farther_below", lambda part: read.append(part) or [])
-    assert depth_warnings(open_source(spec), TASKS_BY_NAME) == [] and read == []
+    assert depth_warnings(open_source(spec), TASKS) == [] and read == []
     both = open_source(f"{spec}+depth@rgbd:{folder}")
-    depth_warnings(both, ["flip", "crop"])
+    depth_warnings(both, [flip.TASK, crop.TASK])
     assert read == []
-    depth_warnings(both, TASKS_BY_NAME)
+    depth_warnings(both, TASKS)
     assert read == [both.parts[-1]]
 
 

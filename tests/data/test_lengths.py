@@ -9,7 +9,7 @@ from PIL import Image
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import item_dataset
+from spatial_ssrl_jax.data.items import item_dataset, tasks_for
 from spatial_ssrl_jax.data.lengths import Lengths
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import open_source
@@ -35,7 +35,9 @@ def test_prompts_are_as_long_as_measured(config, processor):
     sizes, responses = lengths.draw(np.random.default_rng(0), 400)
     drawn = set(map(tuple, sizes.tolist()))
     source = open_source(SOURCE)
-    items = item_dataset(source, range(len(source)), config.tasks, processor, seed=0)
+    items = item_dataset(
+        source, range(len(source)), tasks_for(source, config.task_settings), processor, seed=0
+    )
     prompts = [items[i].prompt for i in range(24)]
     assert {(len(p.ids), len(p.frame)) for p in prompts} == drawn and len(drawn) == 4
     assert 5 < responses.min() <= responses.max() < 60

@@ -7,7 +7,13 @@ import pytest
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config import Config
-from spatial_ssrl_jax.data.items import check_served, source_shares, task_sources, unusable
+from spatial_ssrl_jax.data.items import (
+    check_served,
+    source_shares,
+    task_sources,
+    tasks_for,
+    unusable,
+)
 from spatial_ssrl_jax.data.sources import OPENERS, open_source
 from spatial_ssrl_jax.data.sources.mixture import SpecPart, split_spec
 from spatial_ssrl_jax.data.split import split_records
@@ -75,9 +81,10 @@ def test_a_task_is_not_asked_of_a_source_without_depth(tmp_path):
 def test_a_task_draws_from_the_sources_that_serve_it(tmp_path):
     save_image(tmp_path / "a.png")
     spec = f"shuffle,crop@folder:{tmp_path}+depth@3*scenes:4+depth,position@scenes:5"
-    source, settings = open_source(spec), Config("x").tasks
+    source = open_source(spec)
+    settings = tasks_for(source, Config("x").task_settings)
     shares = {
-        name: source_shares(task_sources(source, range(10), task, settings[name]))
+        name: source_shares(task_sources(source, range(10), task, settings[task]))
         for name, task in TASKS_BY_NAME.items()
     }
     assert shares == {
@@ -89,7 +96,8 @@ def test_a_task_draws_from_the_sources_that_serve_it(tmp_path):
     }
     assert unusable(source, TASKS_BY_NAME["flip"]) == f"no source in {spec} is for the task flip"
     check_served(source, settings)
-    few = settings | {"depth": replace(settings["depth"], weight=0.0)}
+    depth = TASKS_BY_NAME["depth"]
+    few = {**settings, depth: replace(settings[depth], weight=0.0)}
     with pytest.raises(UserError, match="scenes:4 in .* serves none of the tasks that train"):
         check_served(source, few)
 

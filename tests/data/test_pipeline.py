@@ -31,6 +31,7 @@ from spatial_ssrl_jax.data.sources.scenes import SceneSource
 from spatial_ssrl_jax.data.split import split_records
 from spatial_ssrl_jax.rl.sft import encode_responses
 from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.tasks.example import Tasks
 from spatial_ssrl_jax.tasks.flip import QUESTION
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 from spatial_ssrl_jax.tasks.record import Record
@@ -45,9 +46,9 @@ def processor() -> Processor:
     return Processor(model.files, model.config, min_pixels=28 * 28, max_pixels=112 * 112)
 
 
-def weights(**given: float) -> dict:
-    tasks = Config("test").tasks
-    return {k: dataclasses.replace(s, weight=given.get(k, 0.0)) for k, s in tasks.items()}
+def weights(**given: float) -> Tasks:
+    tasks = Config("test").task_settings
+    return {t: dataclasses.replace(s, weight=given.get(t.name, 0.0)) for t, s in tasks.items()}
 
 
 def take(iterator, count: int) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""BUILD.md's walk-through: its task works everywhere as one file and one entry of the tuple."""
+"""BUILD.md's walk-through: its task works everywhere from a config file."""
 
 import json
 import os
@@ -6,60 +6,76 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from spatial_ssrl_jax.tasks import TASKS
 from tests.conftest import ROOT
 
-START = """
-import sys
-import turn
-import spatial_ssrl_jax.tasks as tasks
-tasks.TASKS = (*tasks.TASKS, turn.TASK)
-tasks.TASKS_BY_NAME[turn.TASK.name] = turn.TASK
+CONFIG = """
+def get_config():
+    return replace(tiny_config(), extra_tasks=(TASK,))
 """
-PREVIEW = """
-from spatial_ssrl_jax import preview
-preview.main(["--source=scenes:3:96x96", "--tasks=turn", "--out=look", "--count=6"])
-"""
-ITEM = """
-from spatial_ssrl_jax.config.load import load_config
-from spatial_ssrl_jax.data.items import item_dataset
-from spatial_ssrl_jax.data.processor import Processor
-from spatial_ssrl_jax.data.sources import open_source
-from spatial_ssrl_jax.rl.rewards import score_response
-from spatial_ssrl_jax.checkpoint.models import open_model
-from spatial_ssrl_jax.tasks.protocol import response_text
-
-weights = [(f"tasks.{name}.weight", str(float(name == "turn"))) for name in tasks.TASKS_BY_NAME]
-config = load_config(sys.argv[1], weights)
-assert config.trained_tasks == ("turn",)
-model, source = open_model(config.model.path), open_source("scenes:3:96x96")
-processor = Processor(model.files, model.config)
-example = item_dataset(source, range(3), config.tasks, processor, 0)[0].example
-assert example.task == "turn"
-text = response_text(example.reason, example.answer)
-assert score_response(text, 9, example, config.reward).overall == 1.0
-"""
+RUN = [
+    *(f"--config.tasks.{task.name}.weight=0" for task in TASKS),
+    "--config.tasks.turn.weight=1",
+    "--config.data.source=scenes:40:96x96",
+    "--config.data.heldout_fraction=0.2",
+    "--config.data.prompt_buckets=(200,)",
+    "--config.data.window_buckets=(5,)",
+    "--config.data.workers=2",
+    "--config.eval.examples=1",
+    "--config.eval.samples=1",
+    "--config.eval.batch_prompts=2",
+    "--config.grpo.prompts=2",
+    "--config.grpo.group_size=2",
+    "--config.grpo.micro_batch_prompts=2",
+    "--config.rollout.batch_prompts=2",
+    "--config.sft.steps=0",
+    "--config.grpo.steps=1",
+]
 
 
-def walk_through() -> str:
-    """The task's file as BUILD.md has it."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with the task of BUILD.md in a config file."""
+    path = tmp_path_factory.mktemp("own")
     section = (ROOT / "BUILD.md").read_text().split("## How to add a task")[1]
-    return section.split("```python\n")[1].split("```")[0]
+    task = section.split("```python\n")[1].split("```")[0]
+    tiny = (ROOT / "configs" / "tiny.py").read_text().replace("def get_config", "def tiny_config")
+    (path / "own.py").write_text(f"{tiny}\n{task}\n{CONFIG}")
+    return path
 
 
-def run(folder: Path, code: str, *argv: str) -> None:
-    (folder / "turn.py").write_text(walk_through())
-    command = [sys.executable, "-c", START + code, *argv]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
-    subprocess.run(command, cwd=folder, check=True, env=environment)
+def run(folder: Path, command: str, *argv: str) -> str:
+    words = [sys.executable, "-m", f"spatial_ssrl_jax.{command}", "--config=own.py", *argv]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        words, cwd=folder, check=True, env=environment, capture_output=True, text=True
+    ).stdout
 
 
-def test_the_walk_throughs_task_is_previewed(tmp_path: Path):
-    run(tmp_path, PREVIEW)
-    rows = [json.loads(line) for line in (tmp_path / "look" / "examples.jsonl").open()]
+def test_the_walk_throughs_task_is_previewed(folder: Path):
+    run(folder, "preview", "--source=scenes:3:96x96", "--tasks=turn", "--out=look", "--count=6")
+    rows = [json.loads(line) for line in (folder / "look" / "examples.jsonl").open()]
     assert len(rows) == 6
     for row in rows:
         assert row["task"] == "turn" and row["answer"] == str(90 * row["truth"]["quarters"])
 
 
-def test_the_walk_throughs_task_is_configured_mixed_and_rewarded(tmp_path: Path):
-    run(tmp_path, ITEM, str(ROOT / "configs" / "tiny.py"))
+def test_it_trains_with_workers_is_held_out_and_resumes(folder: Path):
+    run(folder, "train", *RUN, "--workdir=run")
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+    assert rows[-1]["task/turn/count"] == 2
+    assert 0 <= rows[-1]["heldout/turn/accuracy_greedy"] <= 1
+    config = json.loads((folder / "run" / "config.json").read_text())
+    assert "np.rot90" in config["extra_tasks"][0]["make"]["source"]["make"]
+    more = "--config.grpo.steps=2"
+    assert "resum" in run(folder, "train", *RUN, more, "--workdir=run")
+
+
+def test_a_task_that_has_changed_is_named(folder: Path):
+    text = (folder / "own.py").read_text()
+    (folder / "own.py").write_text(text.replace("rng.integers(1, 4)", "rng.integers(1, 3)"))
+    with pytest.raises(subprocess.CalledProcessError) as found:
+        run(folder, "train", *RUN, "--workdir=run")
+    assert "extra_tasks" in found.value.stderr

@@ -2,6 +2,8 @@
 
 import difflib
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.reading import READING, Reading
@@ -17,6 +19,8 @@ from spatial_ssrl_jax.data.sources.rgbd import open_rgbd
 from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource, open_ssrl81k
 from spatial_ssrl_jax.data.sources.tfds import open_tfds
+from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.tasks.example import Task
 
 # Each takes the whole SPEC, the argument after its first colon, and a `Reading`.
 OPENERS = {
@@ -36,7 +40,9 @@ AnySource = Source | QuestionSource | Mixture
 __all__ = ["OPENERS", "AnySource", "Mixture", "QuestionSource", "Reading", "Source", "open_source"]
 
 
-def open_source(spec: str, reading: Reading = READING) -> AnySource:
+def open_source(
+    spec: str, reading: Reading = READING, tasks: Sequence[Task[Any]] = TASKS
+) -> AnySource:
     """Opens a source by its SPEC: `KIND`, `KIND:ARGUMENT`, or a mixture as `flip@folder:A+2*nyu:B`.
 
     It lists files and reads no pixels. See each kind's file for its argument, `options` for what
@@ -45,15 +51,16 @@ def open_source(spec: str, reading: Reading = READING) -> AnySource:
     Args:
       spec: the SPEC.
       reading: how each of its parts reads its files, where its options do not say.
+      tasks: that may be named before an `@`.
 
     Raises:
       UserError: a kind is unknown, its argument holds nothing of that kind, or a question file
         names files that are not allowed.
     """
-    parts = split_spec(spec, list(OPENERS))
+    parts = split_spec(spec, list(OPENERS), tasks)
     opened = [(_open_one(part.spec, reading), part) for part in parts]
     alone = len(parts) == 1 and parts[0].tasks is None
-    return opened[0][0] if alone else mix(spec, opened)
+    return opened[0][0] if alone else mix(spec, opened, tasks)
 
 
 def _open_one(spec: str, reading: Reading) -> Source | QuestionSource:

@@ -15,7 +15,7 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.fingerprint import hash_texts
 from spatial_ssrl_jax.data.sources.base import Source
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource
-from spatial_ssrl_jax.tasks import TASKS_BY_NAME
+from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Example, Task
 from spatial_ssrl_jax.tasks.record import Record
 
@@ -133,16 +133,25 @@ def source_notes(source: Source | QuestionSource | Mixture) -> list[str]:
     return [f"{part.spec}: {note}" for part in parts for note in getattr(part, "notes", ())]
 
 
-def mix(spec: str, sources: Sequence[tuple[Source | QuestionSource, SpecPart]]) -> Mixture:
+def mix(
+    spec: str,
+    sources: Sequence[tuple[Source | QuestionSource, SpecPart]],
+    tasks: Sequence[Task[Any]] = TASKS,
+) -> Mixture:
     """Concatenates opened sources with their weights and tasks.
+
+    Args:
+      spec: the SPEC of the whole.
+      sources: each with its part of the SPEC.
+      tasks: that parts may name.
 
     Raises:
       UserError: a source cannot serve a task that is named before it.
     """
-    parts, start = [], 0
+    parts, start, known = [], 0, {task.name: task for task in tasks}
     for source, given in sources:
         for name in given.tasks or ():
-            task = TASKS_BY_NAME[name]
+            task = known[name]
             if not _can_serve(source, task):
                 raise UserError(
                     f"source '{spec}': the task {name} is asked of {given.spec}, which has "
@@ -153,21 +162,29 @@ def mix(spec: str, sources: Sequence[tuple[Source | QuestionSource, SpecPart]]) 
     return Mixture(spec, tuple(parts))
 
 
-def split_spec(spec: str, kinds: Sequence[str]) -> list[SpecPart]:
+def split_spec(
+    spec: str, kinds: Sequence[str], tasks: Sequence[Task[Any]] = TASKS
+) -> list[SpecPart]:
     """The parts of a mixture's SPEC; any other SPEC is one part.
 
     A `+` joins only where a kind, perhaps with tasks and a weight, follows, so that paths may hold
     one.
+
+    Args:
+      spec: the SPEC.
+      kinds: of sources.
+      tasks: that parts may name.
 
     Raises:
       UserError: a weight is 0, or a task is unknown.
     """
     any_kind = rf"(?:(?:{'|'.join(kinds)}):|{_ALONE}(?:\s*\+|$))"
     follows = rf"(?={_TASKS}{_WEIGHT}{any_kind}|{_SWAPPED}{any_kind})"
-    return [_part(spec, part) for part in re.split(rf"\s*\+\s*{follows}", spec)]
+    known = [task.name for task in tasks]
+    return [_part(spec, part, known) for part in re.split(rf"\s*\+\s*{follows}", spec)]
 
 
-def _part(spec: str, text: str) -> SpecPart:
+def _part(spec: str, text: str, known: Sequence[str]) -> SpecPart:
     match = re.match(rf"({_TASKS})({_WEIGHT})(.*)", text, re.DOTALL)
     assert match is not None  # each group may be empty
     names, weight, rest = match.groups()
@@ -182,10 +199,10 @@ def _part(spec: str, text: str) -> SpecPart:
     names = names.strip().removesuffix("@")
     tasks = tuple(name.strip() for name in names.split(",")) if names else None
     for name in tasks or ():
-        if name not in TASKS_BY_NAME:
-            near = difflib.get_close_matches(name, TASKS_BY_NAME, n=1, cutoff=0.0)[0]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise UserError(
                 f"source '{spec}': there is no task '{name}'; did you mean '{near}'? Tasks: "
-                f"{', '.join(TASKS_BY_NAME)}."
+                f"{', '.join(known)}."
             )
     return SpecPart(rest, float(weight) if weight else 1.0, tasks)
