@@ -71,11 +71,16 @@ def with_retries(read: Callable[[], Value], path: str, listed: bool = True) -> V
 
 
 def _folder_is_missing(path: str, error: OSError) -> bool:
-    """Whether the file's whole folder is missing or empty, as after an unmount."""
+    """Whether the error may be that the file's whole folder is away."""
     if error.errno not in (errno.ENOENT, errno.ENOTDIR, *_TRANSIENT):
         return False
+    return is_away(os.path.dirname(path))
+
+
+def is_away(folder: str) -> bool:
+    """Whether a folder is missing or empty, as after an unmount."""
     try:
-        with os.scandir(os.path.dirname(path) or ".") as entries:
+        with os.scandir(folder or ".") as entries:
             return next(entries, None) is None
     except OSError:
         return True

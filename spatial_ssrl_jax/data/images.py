@@ -60,15 +60,17 @@ def open_source_image(
     path_or_bytes: str | os.PathLike[str] | bytes,
     name: str = "",
     transparency: Transparency = "white",
+    listed: bool = True,
 ) -> np.ndarray:
     """`open_image` for a source: rejects more than `SOURCE_PIXELS` pixels before decoding."""
-    return open_oriented_image(path_or_bytes, name, transparency)[0]
+    return open_oriented_image(path_or_bytes, name, transparency, listed)[0]
 
 
 def open_oriented_image(
     path_or_bytes: str | os.PathLike[str] | bytes,
     name: str = "",
     transparency: Transparency = "white",
+    listed: bool = True,
 ) -> tuple[np.ndarray, int]:
     """`open_source_image`, and the EXIF orientation, 1 to 8, that the image was turned by."""
 
@@ -77,8 +79,8 @@ def open_oriented_image(
         return pixels, _orientation(image.getexif())
 
     name = name or _name(path_or_bytes)
-    check_pixels(image_size(path_or_bytes, name, listed=True), name)
-    return _read(path_or_bytes, name, True, convert)
+    check_pixels(image_size(path_or_bytes, name, listed), name)
+    return _read(path_or_bytes, name, listed, convert)
 
 
 def check_pixels(size: tuple[int, ...], name: str) -> None:

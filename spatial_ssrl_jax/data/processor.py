@@ -1,7 +1,6 @@
 """From question, images and videos to the model's inputs: text, tokens, patches, indices."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from spatial_ssrl_jax.common.bounds import Bounds
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.json_file import JsonObject, read_object
 from spatial_ssrl_jax.common.text import error_line
+from spatial_ssrl_jax.data.placeholders import MediaSlot, chat_content
 from spatial_ssrl_jax.data.responses import ResponseCodec
 from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, VisionConfig
@@ -41,9 +41,6 @@ _MAX_TEMPLATE = 100_000  # characters that a chat template may add to a question
 _SMALLEST, _LARGEST = Bounds(min=1, max=2**26), Bounds(min=1)
 _ALWAYS = ("do_resize", "do_rescale", "do_normalize")
 _RESAMPLING = Bounds(min=min(Image.Resampling), max=max(Image.Resampling))
-_PLACEHOLDER = re.compile(r"<(image|video)(\d*)>")
-# An image or video of a prompt: "image" or "video", and its index among those of its kind.
-MediaSlot = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -346,7 +343,7 @@ class Processor:
             raise UserError(
                 "the question holds characters that are no Unicode text: write it as UTF-8."
             ) from None
-        content, order = _chat_content(question, {"image": images, "video": videos})
+        content, order = chat_content(question, {"image": images, "video": videos})
         try:
             text = self.tokenizer.apply_chat_template(
                 # Its annotation knows no content of several parts.
@@ -452,38 +449,6 @@ class Processor:
     def decode(self, ids: np.ndarray) -> str:
         """Text of response tokens, without special tokens; see `ResponseCodec`."""
         return self._responses.decode(ids)
-
-
-def _chat_content(
-    question: str, given: dict[str, int]
-) -> tuple[list[dict[str, str]], list[MediaSlot]]:
-    """The chat message's content parts, and its images and videos in their order.
-
-    Args:
-      question: with or without placeholders; see `Processor.chat`.
-      given: number of images and of videos.
-    """
-    marks = list(_PLACEHOLDER.finditer(question))
-    marked = {mark[1] for mark in marks}
-    order = [(kind, i) for kind in given if kind not in marked for i in range(given[kind])]
-    content, end = [{"type": kind} for kind, _ in order], 0
-    for mark in marks:
-        if mark.start() > end:
-            content.append({"type": "text", "text": question[end : mark.start()]})
-        content.append({"type": mark[1]})
-        earlier = sum(kind == mark[1] for kind, _ in order)
-        order.append((mark[1], int(mark[2]) - 1 if mark[2] else earlier))
-        end = mark.end()
-    content.append({"type": "text", "text": question[end:]})
-    for kind, count in given.items():
-        indices = [i for of, i in order if of == kind]
-        if sorted(indices) != list(range(count)):
-            numbers = ", ".join(str(i + 1) for i in indices) or "none"
-            raise UserError(
-                f"the question has placeholders for {len(indices)} {kind}s (number {numbers}), "
-                f"but {count} were given: give as many as it has placeholders for."
-            )
-    return content, order
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

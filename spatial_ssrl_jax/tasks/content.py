@@ -1,7 +1,7 @@
 """Pictures without content: nearly black, nearly white, or of one colour.
 
 What they show cannot be told, and so neither can the answer to a question about them. A picture's
-contrast is the standard deviation of its thumbnail, in grey levels. Noise averages out there: black,
+contrast is the standard deviation of its thumbnail, in grey levels. Noise averages out: black,
 white and single colours stay below 1.6 on a megapixel with noise of up to 40 levels, a covered lens
 with vignetting below 1.2. The least of 236 photos, a third of them of low light (DICM, LIME, LOL),
 is 8.5, a lit monument at night; the others are above 11. A smooth gradient has contrast, as a clear

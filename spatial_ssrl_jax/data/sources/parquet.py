@@ -115,6 +115,22 @@ def read_paths(file: Path, column: str) -> list[str]:
     return [(cell["path"] if isinstance(cell, dict) else cell) or "" for cell in firsts]
 
 
+def holds_bytes(file: Path, column: str) -> bool:
+    """Whether a list of images holds any encoded one, or may: from the file's footer alone."""
+    import pyarrow.parquet as pq
+
+    reader = pq.ParquetFile(file)
+    leaves = [reader.schema.column(i) for i in range(len(reader.schema.names))]
+    for number, leaf in enumerate(leaves):
+        if leaf.path.split(".")[0] != column or leaf.logical_type.type == "STRING":
+            continue
+        for group in range(reader.num_row_groups):
+            counts = reader.metadata.row_group(group).column(number).statistics
+            if counts is None or not counts.has_null_count or counts.num_values:
+                return True
+    return False
+
+
 def _is_path(leaf: "ColumnSchema", column: str) -> bool:
     """Whether a leaf of the schema holds paths: strings of a list, or the `path` of its structs."""
     path = leaf.path.split(".")  # column, list, its element's name, perhaps a field's name
