@@ -24,6 +24,7 @@ from spatial_ssrl_jax.tasks.record import Record
 from tests.conftest import ROOT
 from tests.data.test_images import TURNS
 from tests.data.test_sources import save_depth, save_image
+from tests.helpers.images import photo
 
 FIELD = ROOT.parent / "shared" / "field" / "rgbd"
 HEIGHT, WIDTH = 12, 16
@@ -188,7 +189,7 @@ def test_an_inverse_of_almost_nothing_is_finite(tmp_path: Path):
 
 
 def scene(depth: np.ndarray) -> Record:
-    return Record(np.zeros((*depth.shape, 3), np.uint8), depth, "x", "x", "x")
+    return Record(photo(0, *depth.shape), depth, "x", "x", "x")
 
 
 def example(task: str, depth: np.ndarray, seed: int) -> tuple[str, str, list[list[int]]]:
