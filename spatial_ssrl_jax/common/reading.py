@@ -9,6 +9,25 @@ DepthExif = Literal["unknown", "stored", "displayed"]
 
 
 @dataclass(frozen=True)
+class QuestionFields:
+    """Names of the columns of `questions:` files; "" is one of the usual names.
+
+    Attributes:
+      problem: the question.
+      answer: the right answer.
+      images: images, or a single one.
+      response: a whole response to learn.
+      task: a name for metrics.
+    """
+
+    problem: str = ""
+    answer: str = ""
+    images: str = ""
+    response: str = ""
+    task: str = ""
+
+
+@dataclass(frozen=True)
 class Reading:
     """How a source reads its files.
 
@@ -20,6 +39,7 @@ class Reading:
       depth: what depth files hold: a `distance`, in metres or up to scale; its `inverse`, up to
         scale, as stereo disparity is; or, with an unknown shift too, its `relative-inverse`, as of
         MiDaS and Depth Anything, which has the order of depths and no distances.
+      fields: names of columns of `questions:` files.
       exif: which picture a depth map is of where an EXIF orientation turns its image: the `stored`
         one, so that it is turned too, or the `displayed` one. `unknown` leaves it to their shapes,
         and refuses maps whose shape fits both.
@@ -29,6 +49,7 @@ class Reading:
     allow_outside_paths: bool = False
     depth: DepthValues = "distance"
     exif: DepthExif = "unknown"
+    fields: QuestionFields = QuestionFields()
 
 
 READING = Reading()

@@ -17,7 +17,7 @@ from spatial_ssrl_jax.common.bounds import (
     Whole,
     Widths,
 )
-from spatial_ssrl_jax.common.reading import Reading, Transparency
+from spatial_ssrl_jax.common.reading import QuestionFields, Reading, Transparency
 from spatial_ssrl_jax.qwen_vl.compute import Dtype, Remat
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.tasks import TASKS, TASKS_BY_NAME, questions
@@ -77,6 +77,7 @@ class DataSettings:
         white, `drop` takes their colours, mostly black, as the released code does.
       allow_outside_paths: paths in question files, those of `eval.benchmark` too, may leave the
         folder that is named.
+      question_fields: names of the columns of `questions:` files where they are not the usual ones.
       heldout_fraction: fraction of the records kept apart for held-out metrics, never trained on.
       min_pixels, max_pixels: an image's area is brought between these, in pixels, before the
         model's own processor resizes it, as in the released trainers.
@@ -90,6 +91,7 @@ class DataSettings:
     source: str = "scenes"
     transparency: Transparency = "white"
     allow_outside_paths: bool = False
+    question_fields: QuestionFields = field(default_factory=QuestionFields)
     heldout_fraction: Annotated[float, Bounds(min=0, below=1)] = 0.05
     min_pixels: Count = 262_144
     max_pixels: Count = 4_194_304
@@ -102,7 +104,7 @@ class DataSettings:
     @property
     def reading(self) -> Reading:
         """How the run's sources read their files."""
-        return Reading(self.transparency, self.allow_outside_paths)
+        return Reading(self.transparency, self.allow_outside_paths, fields=self.question_fields)
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,10 @@ class SftSettings(StageSettings):
       prompts: examples an optimizer step.
       examples: the stage's distinct examples, which it learns again and again in another order; the
         last batch of each time may be smaller. 0 has new ones in every step.
-      responses: `synthetic`, made of the true reasons of the examples of `data.source`, or the path
-        of released cold-start data (see the source `ssrl81k`), whose questions the stage then uses:
-        all of them, or `examples` of them.
-      task_shares: with such a path, how often each task comes: as in the `file`, or by the weights
+      responses: `synthetic`, made of the true reasons of the examples of `data.source`, or those of
+        a file: the path of released cold-start data (see the source `ssrl81k`), or
+        `questions:PATH`. The stage then uses its questions: all of them, or `examples` of them.
+      task_shares: with such a file, how often each task comes: as in the `file`, or by the weights
         of `tasks`.
       row_tokens: tokens of a row, in which examples of a step are packed one after another; at
         least the largest of `data.prompt_buckets` plus `rollout.max_new_tokens`.
@@ -191,6 +193,14 @@ class SftSettings(StageSettings):
     row_windows: Widths = (256, 384)
     row_responses: Count = 2048
     micro_batch_rows: Count = 8
+
+    @property
+    def responses_spec(self) -> str | None:
+        """The SPEC of the file with responses; None where they are made of `data.source`."""
+        if self.responses == "synthetic":
+            return None
+        is_spec = self.responses.startswith(("questions:", "ssrl81k:"))
+        return self.responses if is_spec else f"ssrl81k:{self.responses}"
 
 
 @dataclass(frozen=True)

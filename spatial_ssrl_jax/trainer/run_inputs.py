@@ -15,6 +15,7 @@ from spatial_ssrl_jax.common.paths import write_atomic
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.processor import PROCESSOR_FILES
 from spatial_ssrl_jax.data.sources import AnySource, open_source
+from spatial_ssrl_jax.data.sources.mixture import source_notes
 
 INPUTS_FILE = "inputs.json"
 
@@ -100,9 +101,16 @@ def _changed(config: Config, before: Mapping[str, Any], now: dict[str, str]) -> 
 
 def _responses(config: Config) -> AnySource | None:
     """The responses that SFT reads; None where it makes its own."""
-    if not config.sft.steps or config.sft.responses == "synthetic":
+    spec = config.sft.responses_spec
+    if not config.sft.steps or spec is None:
         return None
-    return open_source(f"ssrl81k:{config.sft.responses}", config.data.reading)
+    return open_source(spec, config.data.reading)
+
+
+def left_out(config: Config, source: AnySource) -> list[str]:
+    """Sentences about files and rows that a run's inputs leave out."""
+    responses = _responses(config)
+    return source_notes(source) + (source_notes(responses) if responses is not None else [])
 
 
 def _model_fingerprint(model: ModelFolder, from_scratch: bool = False) -> str:

@@ -15,6 +15,7 @@ from spatial_ssrl_jax.data.sources.megadepth import open_megadepth
 from spatial_ssrl_jax.data.sources.mixture import Mixture, mix, split_spec
 from spatial_ssrl_jax.data.sources.nyu import open_nyu
 from spatial_ssrl_jax.data.sources.options import open_with_options
+from spatial_ssrl_jax.data.sources.questions import open_questions
 from spatial_ssrl_jax.data.sources.rgbd import open_rgbd
 from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource, open_ssrl81k
@@ -33,6 +34,7 @@ OPENERS = {
     "tfds": open_tfds,
     "arrayrecord": open_arrayrecord,
     "ssrl81k": open_ssrl81k,
+    "questions": open_questions,
 }
 
 AnySource = Source | QuestionSource | Mixture

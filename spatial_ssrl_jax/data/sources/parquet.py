@@ -12,6 +12,7 @@ from spatial_ssrl_jax.common.retry import with_retries
 from spatial_ssrl_jax.common.text import error_line
 
 if TYPE_CHECKING:
+    from pyarrow import Table
     from pyarrow.parquet import ColumnSchema, ParquetFile
 
 _KEPT = 4  # row groups a thread caches: they are decoded whole, for a single row too
@@ -56,6 +57,10 @@ class RowGroups:
 
     def _value(self, file: str, row: int) -> Any:
         files = self._local.__dict__.setdefault("files", {})
+        if file.endswith(".arrow"):
+            if file not in files:
+                files[file] = open_arrow(file)
+            return files[file][self.column][row].as_py()
         if file not in files:
             files[file] = _open(file)
         reader, starts = files[file]
@@ -75,6 +80,35 @@ def _open(file: str) -> tuple["ParquetFile", np.ndarray]:
     reader = pq.ParquetFile(file)
     sizes = [reader.metadata.row_group(i).num_rows for i in range(reader.num_row_groups)]
     return reader, np.cumsum([0, *sizes[:-1]])
+
+
+def column_names(file: Path) -> list[str]:
+    """The columns of a parquet or Arrow file."""
+    import pyarrow.parquet as pq
+
+    return (open_arrow(file).schema if file.suffix == ".arrow" else pq.read_schema(file)).names
+
+
+def read_rows(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of some columns of a parquet or Arrow file; nothing else of it is read."""
+    import pyarrow.parquet as pq
+
+    if file.suffix == ".arrow":
+        return open_arrow(file).select(list(columns)).to_pylist()
+    rows = pq.ParquetFile(file).metadata.num_rows
+    return pq.read_table(file, columns=list(columns)).to_pylist() if columns else [{}] * rows
+
+
+def open_arrow(file: str | Path) -> "Table":
+    """An Arrow file, stream or random access, mapped into memory."""
+    import pyarrow as pa
+
+    mapped = pa.memory_map(str(file))
+    try:
+        return pa.ipc.open_stream(mapped).read_all()
+    except pa.ArrowInvalid:
+        mapped.seek(0)
+        return pa.ipc.open_file(mapped).read_all()
 
 
 def read_texts(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
@@ -99,19 +133,21 @@ def check_columns(file: Path, columns: Sequence[str]) -> None:
 
 
 def read_paths(file: Path, column: str) -> list[str]:
-    """The first image's path in each row of a list of images, "" where none is given.
+    """The first image's path in each row of images, or of lists of them; "" where none is given.
 
-    The images' bytes are not read.
+    The images' bytes are not read, and of Arrow files no paths either.
     """
     import pyarrow.parquet as pq
 
+    if file.suffix == ".arrow":
+        return [""] * open_arrow(file).num_rows
     reader = pq.ParquetFile(file)
     leaves = [reader.schema.column(i) for i in range(len(reader.schema.names))]
     found = next((leaf.path for leaf in leaves if _is_path(leaf, column)), None)
     if found is None:
         return [""] * reader.metadata.num_rows
     cells = reader.read(columns=[found])[column].to_pylist()
-    firsts = [row[0] if isinstance(row, list) and row else "" for row in cells]
+    firsts = [(row or [None])[0] if isinstance(row, list) else row for row in cells]
     return [(cell["path"] if isinstance(cell, dict) else cell) or "" for cell in firsts]
 
 
@@ -132,10 +168,11 @@ def holds_bytes(file: Path, column: str) -> bool:
 
 
 def _is_path(leaf: "ColumnSchema", column: str) -> bool:
-    """Whether a leaf of the schema holds paths: strings of a list, or the `path` of its structs."""
-    path = leaf.path.split(".")  # column, list, its element's name, perhaps a field's name
+    """Whether a leaf of the schema holds paths: strings, or the `path` of structs."""
+    name, *rest = leaf.path.split(".")  # column, perhaps list and element, perhaps a field
     is_text = leaf.logical_type.type == "STRING"
-    return path[0] == column and is_text and path[3:] in ([], ["path"])
+    rest = rest[2:] if rest[:1] == ["list"] else rest
+    return name == column and is_text and rest in ([], ["path"])
 
 
 def write_questions(file: Path, rows: Sequence[dict[str, Any]]) -> None:
