@@ -4,6 +4,7 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.sources import OPENERS, AnySource, open_source
 from spatial_ssrl_jax.data.sources.mixture import split_spec
+from spatial_ssrl_jax.data.sources.options import split_options
 
 # Width x height and share of each kind's images. Those of COCO and MegaDepth are assumptions: of
 # COCO the four commonest, of MegaDepth photos whose longer side is 1,600 pixels.
@@ -39,7 +40,8 @@ def stand_in(config: Config) -> str:
     """
     parts = []
     for part in split_spec(config.data.source, list(OPENERS), config.all_tasks):
-        kind, _, argument = part.spec.partition(":")
+        spec, _ = split_options(part.spec, part.spec)
+        kind, _, argument = spec.partition(":")
         if kind == "tfds":  # what `prepare` packs, or a data set of the catalogue
             kind = argument.removeprefix("ssrl_pictures/").partition("@")[0].partition("/")[0]
         tasks = part.tasks

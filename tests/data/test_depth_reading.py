@@ -13,12 +13,13 @@ from PIL import Image
 from spatial_ssrl_jax import prepare
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.reading import READING, Reading
-from spatial_ssrl_jax.config import Config
+from spatial_ssrl_jax.config import Config, DataSettings
 from spatial_ssrl_jax.data.items import task_sources, unusable
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, read_depth
 from spatial_ssrl_jax.data.sources.options import split_options
 from spatial_ssrl_jax.data.sources.stored import StoredSource
+from spatial_ssrl_jax.data.stand_ins import stand_in
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.record import Record
 from tests.conftest import ROOT
@@ -336,6 +337,11 @@ def test_wrong_options_are_named(tmp_path: Path, spec: str, reason: str):
     with pytest.raises(UserError, match=reason) as error:
         open_source(spec.replace("PATH", str(tmp_path)))
     assert str(error.value).startswith("source '") and "\n" not in str(error.value)
+
+
+def test_images_of_the_same_sizes_stand_in_for_a_source_with_options():
+    data = DataSettings(source="depth@tfds:ssrl_pictures/nyu,depth=inverse")
+    assert stand_in(Config("x", data=data)) == "depth@1.000000*scenes:9:640x480"
 
 
 # ------------------------------------------------------------------------------ prepare
