@@ -15,7 +15,7 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.fingerprint import hash_texts
 from spatial_ssrl_jax.data.sources.base import Source
 from spatial_ssrl_jax.data.sources.ssrl81k import QuestionSource
-from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.tasks import TASKS, questions
 from spatial_ssrl_jax.tasks.example import Example, Task
 from spatial_ssrl_jax.tasks.record import Record
 
@@ -110,6 +110,8 @@ class Mixture:
 def _can_serve(source: Source | QuestionSource, task: Task[Any]) -> bool:
     if isinstance(source, QuestionSource):
         return any(question.task == task.name for question in source.questions)
+    if task == questions.TASK:
+        return False
     if task.needs_distances:
         return source.has_distances
     return source.has_depth or not task.needs_depth
