@@ -1,24 +1,22 @@
 """`rgbd:` over the layouts of RGB-D data sets, and their depth files of every kind."""
 
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image
 
 from spatial_ssrl_jax import prepare
 from spatial_ssrl_jax.common.errors import BadImage, UserError
-from spatial_ssrl_jax.data.images import open_image, reads_heif
 from spatial_ssrl_jax.data.sources import open_source
-from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, read_depth
+from spatial_ssrl_jax.data.sources.depthmap import DepthTarget
 from spatial_ssrl_jax.data.sources.layouts import find_pairs
 from spatial_ssrl_jax.data.sources.listing import Listing
 from spatial_ssrl_jax.data.sources.mixture import source_notes
-from tests.data.test_sources import HEIGHT, WIDTH, check_ramp, ramp, save_depth, save_image
+from tests.data.test_sources import HEIGHT, WIDTH, check_ramp, ramp, save_image
 
 TARGET = DepthTarget((HEIGHT, WIDTH))
 
@@ -222,6 +220,16 @@ def test_frames_of_a_labeled_file(tmp_path: Path, spec: str):
         source[3]
 
 
+def test_hdf5_files_without_frames_are_named(tmp_path: Path):
+    (tmp_path / "splits.mat").write_bytes(b"MATLAB 5.0 MAT-file")
+    for spec in (f"rgbd:{tmp_path}", f"rgbd:{tmp_path}/splits.mat"):
+        with pytest.raises(UserError, match=r"HDF5 files without frames .*splits\.mat"):
+            open_source(spec)
+    save_image(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.jpg has no a_depth\.png; HDF5 .*: 1, for example"):
+        open_source(f"rgbd:{tmp_path}")
+
+
 def test_frames_of_several_files_follow_each_other(tmp_path: Path):
     write_labeled(tmp_path / "a.mat", 2)
     images = write_labeled(tmp_path / "b.MAT", 1)
@@ -281,122 +289,14 @@ def test_bad_frames_are_named(tmp_path: Path, make: Callable[[Path], None], reas
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------ depth files
-
-
-def pfm(values: np.ndarray, order: str = "<") -> bytes:
-    scale = -1.0 if order == "<" else 1.0
-    head = f"Pf\n{values.shape[1]} {values.shape[0]}\n{scale}\n".encode()
-    return head + values[::-1].astype(f"{order}f4").tobytes()
-
-
-def save_npz(path: Path, **arrays: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
-DEPTH_FILES: dict[str, tuple[Callable[[Path], object], float]] = {  # and the tolerance in metres
-    "a.PNG": (lambda path: save_units(path, 1000), 6e-4),
-    "a.tif": (lambda path: save_units(path, 1000), 6e-4),
-    "b.tif": (lambda path: Image.fromarray(ramp()).save(path), 0),
-    "c.TIFF": (lambda path: Image.fromarray(ramp()).save(path, compression="tiff_lzw"), 0),
-    "a.npy": (lambda path: np.save(path, ramp()), 0),
-    "a.npz": (lambda path: save_npz(path, depth=ramp(), other=ramp()[:2]), 0),
-    "b.npz": (lambda path: save_npz(path, arr_0=ramp()), 0),
-    "a.pfm": (lambda path: path.write_bytes(pfm(ramp())), 0),
-    "b.pfm": (lambda path: path.write_bytes(pfm(ramp(), ">")), 0),
-    "a.hdf5": (lambda path: frame_of(dataset=ramp())(path), 0),
-    "b.h5": (lambda path: frame_of(depth=ramp(), other=RGB)(path), 0),
-}
-
-
-@pytest.mark.parametrize("name", DEPTH_FILES)
-def test_depth_files(tmp_path: Path, name: str):
-    make, tolerance = DEPTH_FILES[name]
-    make(tmp_path / name)
-    check_ramp(read_depth(str(tmp_path / name), TARGET), tolerance)
-
-
-def write_exr(path: Path, **channels: np.ndarray) -> None:
-    OpenEXR = pytest.importorskip("OpenEXR", reason="pip install 'spatial_ssrl_jax[exr]'")
-    header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
-    OpenEXR.File(header, channels).write(str(path))
-
-
-def test_exr_files(tmp_path: Path):
-    others = {"A": np.ones((HEIGHT, WIDTH), np.float32), "B": ramp() + 1}
-    write_exr(tmp_path / "a.exr", Z=ramp(), **others)
-    check_ramp(read_depth(str(tmp_path / "a.exr"), TARGET))
-    write_exr(tmp_path / "b.exr", **others)
-    with pytest.raises(BadImage, match=r"b\.exr: .*several \(A, B\)"):
-        read_depth(str(tmp_path / "b.exr"), TARGET)
-
-
-def test_exr_without_its_library(tmp_path: Path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "OpenEXR", None)
-    (tmp_path / "a.exr").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pip install 'spatial_ssrl_jax\[exr\]'") as caught:
-        read_depth(str(tmp_path / "a.exr"), TARGET)
-    assert not isinstance(caught.value, BadImage)
-
-
-BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "several.h5": (lambda path: frame_of(a=ramp(), b=ramp())(path), r"several \(a, b\)"),
-    "several.npz": (lambda path: save_npz(path, a=ramp(), b=ramp()), r"several \(a, b\)"),
-    "none.npz": (lambda path: save_npz(path), "holds none"),
-    "pickle.npz": (lambda path: save_npz(path, depth=np.array([[{}]])), "holds object"),
-    "rgb.tif": (lambda path: save_image(path), "is RGB, not 16-bit grey"),
-    "colour.pfm": (lambda path: path.write_bytes(b"PF\n2 2\n-1\n" + bytes(48)), "is no PFM"),
-    "huge.pfm": (lambda path: path.write_bytes(b"Pf\n99999 99999\n-1\n"), "is more than"),
-    "short.pfm": (lambda path: path.write_bytes(pfm(ramp())[:-9]), "cannot be read"),
-    "scale.pfm": (lambda path: path.write_bytes(b"Pf\n2 2\n-.-\n" + bytes(16)), "cannot be read"),
-    "cut.npz": (lambda path: path.write_bytes(b"PK\3\4" + bytes(40)), "cannot be read"),
-    "empty.tif": (lambda path: path.write_bytes(b""), "not an image"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_depth_files_are_named(tmp_path: Path, name: str):
-    make, reason = BAD_FILES[name]
-    make(tmp_path / name)
-    with pytest.raises(BadImage, match=rf"{name}: .*{reason}") as caught:
-        read_depth(str(tmp_path / name), TARGET)
-    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-def huge_npz(path: Path) -> None:
-    """A zipped array whose header promises 26.8 GiB."""
-    import io
-    import zipfile
-
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": "<f4", "fortran_order": False, "shape": (120_000, 60_000)}
-    )
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("depth.npy", file.getvalue())
-
-
-def test_an_npz_is_refused_by_its_header(tmp_path: Path):
-    huge_npz(tmp_path / "a.npz")
-    with pytest.raises(BadImage, match="120000x60000 is more than"):
-        read_depth(str(tmp_path / "a.npz"), TARGET)
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "I;16"])
-def test_a_mask_may_be_an_image(tmp_path: Path, mode: str):
-    save_image(tmp_path / "a.webp")
-    save_depth(tmp_path / "a_depth.npy", ramp() + 1)
-    valid = np.ones((HEIGHT, WIDTH), np.uint8)
-    valid[3:5] = 0
-    mask = Image.fromarray(255 * valid)
-    mask.convert(mode).save(tmp_path / "a_depth_mask.png")
-    source = open_source(f"rgbd:{tmp_path}")
-    assert [source.name(i) for i in range(len(source))] == ["a.webp"]
-    np.testing.assert_array_equal(np.isnan(source[0].depth), valid == 0)
-
-
-# ------------------------------------------------------------- what is left out, and said
+def test_depth_behind_a_link_is_among_the_inputs(tmp_path: Path):
+    write(tmp_path, {"src/color/0.jpg": None, "elsewhere/0.png": 1000})
+    (tmp_path / "src/depth").symlink_to(tmp_path / "elsewhere")
+    source = open_source(f"rgbd:{tmp_path}/src")
+    assert source.name(0) == "color/0.jpg" and str(tmp_path / "elsewhere") in source.inputs
+    before = source.fingerprint()
+    save_units(tmp_path / "elsewhere/0.png", 500)
+    assert source.fingerprint() != before
 
 
 def test_images_without_depth_are_left_out_and_counted(tmp_path: Path):
@@ -407,79 +307,6 @@ def test_images_without_depth_are_left_out_and_counted(tmp_path: Path):
         f"rgbd:{tmp_path}: images without depth left out: 1, for example "
         "fr1/rgb/1305031103.000000.png"
     ]
-
-
-@pytest.mark.parametrize("name", [*LAYOUTS, "beside"])
-def test_a_folder_of_photos_has_no_depth_maps(tmp_path: Path, name: str):
-    beside: dict[str, float | None] = {"b.png": None, "b_depth.png": 1000, "c_depth.jpg": None}
-    files = LAYOUTS[name][0] if name in LAYOUTS else beside
-    write(tmp_path, files)
-    if name == "beside":
-        save_units(tmp_path / "b_depth_mask.png", 1)
-        save_units(tmp_path / "other/sync_depth_00000.png", 1000)
-        save_image(tmp_path / "other/rgb_00000.jpg")
-        files = files | {"other/rgb_00000.jpg": None}
-        left_out = 3
-    else:
-        left_out = sum(unit is not None for unit in files.values())
-    source = open_source(f"folder:{tmp_path}")
-    photos = sorted(name for name, unit in files.items() if unit is None)
-    assert [source.name(i) for i in range(len(source))] == photos
-    (note,) = source_notes(source)
-    assert f"depth maps and masks left out: {left_out}, for example " in note
-
-
-def test_grey_images_of_16_bits_are_depth_only_beside_photos(tmp_path: Path):
-    for name in ("x/1.png", "x/2.png"):
-        save_units(tmp_path / name, 1000)
-    source = open_source(f"folder:{tmp_path}")  # a folder of nothing else: X-ray images, perhaps
-    assert (len(source), source_notes(source)) == (2, [])
-    write(tmp_path, {"y/1.jpg": None, "x/3.png": None})
-    source = open_source(f"folder:{tmp_path}")
-    assert [source.name(i) for i in range(len(source))] == ["x/3.png", "y/1.jpg"]
-
-
-# ------------------------------------------------------------------- images of other formats
-
-
-def save_as(path: Path, format: str) -> None:
-    values = np.full((HEIGHT, WIDTH, 3), (200, 30, 90), np.uint8)
-    Image.fromarray(values).save(path, format)
-
-
-@pytest.mark.parametrize("name", ["a.TIF", "a.tiff", "a.gif", "a.avif", "a.heic"])
-def test_other_images_are_read_where_pillow_can(tmp_path: Path, name: str, monkeypatch):
-    format = {"heic": "HEIF", "tif": "TIFF"}.get(name[2:].lower(), name[2:].upper())
-    if format == "AVIF" and not features.check("avif"):
-        pytest.skip("Pillow has no AVIF here")
-    if format == "HEIF":
-        pytest.importorskip("pillow_heif", reason="pip install 'spatial_ssrl_jax[heif]'")
-        assert reads_heif()
-    save_as(tmp_path / name, format)
-    source = open_source(f"folder:{tmp_path}")
-    assert (source.name(0), source.size(0)) == (name, (HEIGHT, WIDTH))
-    assert np.abs(source[0].image.mean((0, 1)) - (200, 30, 90)).max() < 6
-
-
-def test_unread_formats_are_counted_and_named(tmp_path: Path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    monkeypatch.setattr(features, "check", lambda name: False)
-    reads_heif.cache_clear()
-    for name in ("a.heic", "b.HEIC", "c.avif"):
-        (tmp_path / name).write_bytes(b"\0\0\0\x1cftypheic")
-    with pytest.raises(UserError, match=r"\.heic images left out: 2.*pip install"):
-        open_source(f"folder:{tmp_path}")
-    save_image(tmp_path / "d.jpg")
-    source = open_source(f"folder:{tmp_path}")
-    assert [source.name(i) for i in range(len(source))] == ["d.jpg"]
-    notes = source_notes(source)
-    assert [note.split(": ", 1)[1] for note in notes] == [
-        ".avif images left out: 1, for example c.avif; pip install -U pillow",
-        ".heic images left out: 2, for example a.heic; pip install 'spatial_ssrl_jax[heif]'",
-    ]
-    with pytest.raises(BadImage, match=r"a\.heic: .*HEIF needs pip install"):
-        open_image(tmp_path / "a.heic")
-    reads_heif.cache_clear()
 
 
 # ------------------------------------------------------------------------------- packed

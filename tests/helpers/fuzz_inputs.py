@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, features
 
 from spatial_ssrl_jax import evaluate, prepare
 from spatial_ssrl_jax.checkpoint.export import copy_files
@@ -24,7 +24,7 @@ from spatial_ssrl_jax.checkpoint.manager import MODEL, Checkpoints, set_aside_da
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.config.load import load_config, split_overrides, to_dict
 from spatial_ssrl_jax.config.schema import Config, MeshSettings
-from spatial_ssrl_jax.data.images import open_image
+from spatial_ssrl_jax.data.images import open_image, reads_heif
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import QuestionSource, open_source
 from spatial_ssrl_jax.data.sources.parquet import write_questions
@@ -49,7 +49,7 @@ from spatial_ssrl_jax.trainer.report import write_report
 from spatial_ssrl_jax.trainer.run_inputs import RunInputs
 from spatial_ssrl_jax.trainer.workdir import check_workdir, claim_workdir
 from tests.conftest import SMALL_TEXT, SMALL_VISION, random_params
-from tests.helpers import benchmark_files, corruptions
+from tests.helpers import benchmark_files, corruptions, rgbd_files
 from tests.helpers.corruptions import Corrupt
 from tests.helpers.images import photo, room
 
@@ -208,6 +208,14 @@ def model_inputs() -> Iterator[Input]:
 # Images, depth, videos, questions -----------------------------------------------------------------
 
 
+OTHER_IMAGES = tuple(
+    file
+    for file, is_read in (("a.avif", features.check("avif")), ("a.heic", reads_heif()))
+    if is_read
+)
+IMAGES = ("a.jpg", "a.png", "palette.png", "grey.png", "a.webp", "a.gif", "a.bmp", "a.tif")
+
+
 def write_images(folder: Path) -> None:
     image = Image.fromarray(photo(0, 60, 80))
     exif = Image.Exif()
@@ -220,6 +228,8 @@ def write_images(folder: Path) -> None:
     image.save(folder / "a.bmp")
     image.save(folder / "a.gif", save_all=True, append_images=[image.rotate(90)])
     image.save(folder / "a.tif", compression="tiff_lzw")
+    for file in OTHER_IMAGES:
+        image.save(folder / file)
 
 
 def read_images(folder: Path) -> None:
@@ -331,11 +341,19 @@ def data_inputs() -> Iterator[Input]:
     def questions(folder: Path) -> None:
         read_source(f"ssrl81k:{folder}")
 
-    for file in ("a.jpg", "a.png", "palette.png", "grey.png", "a.webp", "a.gif", "a.bmp", "a.tif"):
+    for file in (*IMAGES, *OTHER_IMAGES):
         yield Input(f"image {file}", write_images, file, read_images, corruptions.binary)
     yield Input("depth png", write_rgbd, "a_depth.png", read_rgbd, corruptions.binary)
     yield Input("depth npy", write_rgbd, "b_depth*.npy", read_rgbd, corruptions.npy)
     yield Input("depth h5", write_rgbd, "c_depth.h5", read_rgbd, corruptions.hdf5)
+    for file in ("a_depth.pfm", "b_depth.tif", "c_depth.npz", "d_depth_mask.png"):
+        yield Input(file, rgbd_files.write_depths, file, read_rgbd, corruptions.binary)
+    if rgbd_files.HAS_EXR:
+        yield Input("a_depth.exr", rgbd_files.write_exr, "*.exr", read_rgbd, corruptions.binary)
+    yield Input("TUM depth", rgbd_files.write_tum, "depth/*", read_rgbd, corruptions.binary)
+    yield Input("associations", rgbd_files.write_tum, "*.txt", read_rgbd, corruptions.text)
+    yield Input("labeled .mat", rgbd_files.write_labeled, "*.mat", read_rgbd, corruptions.binary)
+    yield Input("frame .h5", rgbd_files.write_frames, "1.h5", read_rgbd, corruptions.hdf5)
     yield Input("video", write_video, "a.mp4", read_video, corruptions.binary)
     yield Input("SFT JSON", write_sft, "sft.json", questions, corruptions.json_file)
     yield Input("SFT image", write_sft, "images/*.png", questions, corruptions.binary)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from spatial_ssrl_jax import config as c
@@ -75,6 +76,17 @@ def test_sources_and_areas_are_those_of_the_config(fresh, tmp_path: Path):
     data = dataclasses.replace(data, source=f"{spec}+crop@scenes:9")
     with pytest.raises(UserError, match="scenes:9 in .* serves none of the tasks that train"):
         preflight(dataclasses.replace(config, data=data), tmp_path / "w")
+
+
+def test_what_a_source_leaves_out_is_noted(fresh, tmp_path: Path):
+    image = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+    for name in "abcdefghijkl":
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    Image.fromarray(image[..., 0].astype(np.uint16)).save(tmp_path / "a_depth.png")
+    data = dataclasses.replace(fresh().data, source=f"folder:{tmp_path}")
+    notes = preflight(dataclasses.replace(fresh(), data=data), tmp_path / "w")["notes"]
+    note = "depth maps and masks left out: 1, for example a_depth.png"
+    assert f"folder:{tmp_path}: {note}" in notes
 
 
 def test_it_counts_on_from_a_stopped_run_and_leaves_it_alone(taught_config, taught: Path):

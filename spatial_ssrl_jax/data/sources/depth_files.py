@@ -153,9 +153,12 @@ def _read_exr(path: str) -> np.ndarray:
         raise UserError(
             f"{path}: reading OpenEXR needs a library: pip install 'spatial_ssrl_jax[exr]'."
         ) from error
-    header = OpenEXR.File(path, header_only=True).header()
-    (left, top), (right, bottom) = (side.tolist() for side in header["dataWindow"])
+    with open(path, "rb"):  # for the system's error, which OpenEXR does not tell
+        header = OpenEXR.File(path, header_only=True).header()
+    (left, top), (right, bottom) = window = [side.tolist() for side in header["dataWindow"]]
     check_plane((bottom - top + 1, right - left + 1), np.dtype(np.float32), path)
+    if window != [side.tolist() for side in header["displayWindow"]]:
+        raise BadImage(f"{path}: holds a part of its picture; save all of it.")
     channels = OpenEXR.File(path, separate_channels=True).channels()
     return channels[_choose(channels, _EXR_CHANNELS, path, "channel")].pixels
 

@@ -78,7 +78,7 @@ def open_rgbd(spec: str, path: str, reading: Reading = READING) -> FileSource | 
     notes = unreadable(files)
     if not pairs:
         frames = open_frames(spec, root, files, reading)
-        return frames or _refuse(spec, root, rest, notes)
+        return frames or _refuse(spec, root, rest, (*notes, *_without_frames(files)))
     images = [pair.image for pair in pairs]
     if list(found) == [OWN]:
         images += rest
@@ -96,11 +96,15 @@ def _photos(images: list[str]) -> list[str]:
     return [image for image in images if "depth" not in image.lower()]
 
 
+def _without_frames(files: list[str]) -> tuple[str, ...]:
+    found = [file for file in files if file.lower().endswith(ENDINGS)]
+    return left_out(found, "HDF5 files without frames (images and depths, or rgb and depth)")
+
+
 def _refuse(spec: str, root: str, images: list[str], notes: tuple[str, ...]) -> NoReturn:
     require_images(spec, root, images, LAYOUT, notes)
     images = _photos(images) or images
     first, count = images[0], f"{len(images):,} image{'s' if len(images) > 1 else ''}"
-    raise UserError(
-        f"source '{spec}': {count} below {root}, none with depth: for example {first} has no "
-        f"{os.path.splitext(first)[0]}_depth.png; expected {LAYOUT}."
-    )
+    lacks = f"{first} has no {os.path.splitext(first)[0]}_depth.png"
+    what = "; ".join([f"{count} below {root}, none with depth: for example {lacks}", *notes])
+    raise UserError(f"source '{spec}': {what}; expected {LAYOUT}.")
