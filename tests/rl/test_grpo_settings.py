@@ -104,6 +104,14 @@ def test_old_logprobs_are_those_before_the_updates(small_params, grpo_step):
             assert all(micro.old_logprobs is None for micro in update)
 
 
+def test_a_kl_coef_that_decays_is_that_of_every_micro_batch(small_params, grpo_step):
+    grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((40,), (3,), (8,)))
+    (update,), _ = grpo.micro_batches(small_params, *grpo_step, np.float32(0.25))
+    assert [float(micro.kl_coef) for micro in update] == [0.25] * 3
+    (update,), _ = grpo.micro_batches(small_params, *grpo_step)
+    assert all(micro.kl_coef is None for micro in update)
+
+
 def test_reference_logprobs_are_the_references(small_params, grpo_step):
     reference = jax.tree.map(lambda x: 1.1 * x, small_params)
     grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((40,), (3,), (8,)))

@@ -212,6 +212,8 @@ def test_what_a_response_earns(toy):
     np.testing.assert_allclose(plain.advantage, [[0.707, -0.707]] * 2, atol=2e-3)
     unscaled = scored(grpo={"scale_rewards": False})
     np.testing.assert_allclose(unscaled.advantage, [[0.5, -0.5], [0.05, -0.05]], atol=1e-6)
+    alone = scored(grpo={"scale_rewards": False, "advantage": "rloo"})
+    np.testing.assert_allclose(alone.advantage, [[1.0, -1.0], [0.1, -0.1]], atol=1e-6)
 
 
 @pytest.mark.parametrize(
