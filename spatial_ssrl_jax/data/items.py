@@ -27,6 +27,16 @@ _LARGER = "add a larger one to data.prompt_buckets or data.window_buckets, or lo
 _TRIES = 50
 
 
+class NoExample(UserError):
+    """The records tried give no example of a task; the message ends with what to change in a run.
+
+    Attributes:
+      cause: the message without that end.
+    """
+
+    cause = ""
+
+
 @dataclass(frozen=True)
 class SkippedRecord:
     """A record without an example: its name, the reason, and whether its file is bad."""
@@ -233,10 +243,11 @@ class MakeItem(grain.transforms.RandomMap):
         fix = "use other images"
         if isinstance(self.maker, ImageExampleMaker):
             fix = f"set tasks.{task}.weight=0 or {fix}"
-        raise UserError(
-            f"{self.maker.source.spec} has no valid {task} example in {_TRIES} tries "
-            f"({'; '.join(reasons[:3])}): {_LARGER if reasons == [TOO_LONG] else fix}."
-        )
+        spec, why = self.maker.source.spec, "; ".join(reason.rstrip(".") for reason in reasons[:3])
+        cause = f"{spec} has no valid {task} example in {_TRIES} tries ({why})"
+        error = NoExample(f"{cause}: {_LARGER if reasons == [TOO_LONG] else fix}.")
+        error.cause = cause
+        raise error
 
     def _item(
         self, index: int, rng: np.random.Generator, skipped: tuple[SkippedRecord, ...]
@@ -275,7 +286,7 @@ def item_dataset(
 
     Raises:
       UserError: a task with a weight above 0 finds no record: the source has no depth, or no
-        question of it.
+        question of it, or all of its records are outside of `pool`.
     """
     streams, weights = [], []
     for number, (task, settings) in enumerate(tasks.items()):
@@ -287,6 +298,11 @@ def item_dataset(
             transform = MakeItem(found.maker, found.indices, processor, limit)
             parts.append(records.shuffle().repeat().random_map(transform))
             part_weights.append(found.weight)
+        if not parts and task_sources(source, range(len(source)), task, settings):
+            raise UserError(
+                f"all records of {source.spec} for the task {task.name} are held out: lower "
+                "data.heldout_fraction, or use another source."
+            )
         if not parts:
             raise UserError(
                 f"{unusable(source, task)}: set --config.tasks.{task.name}.weight=0 or use another "

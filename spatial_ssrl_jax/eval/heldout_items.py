@@ -7,7 +7,7 @@ import grain
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import Item, item_dataset, task_sources
+from spatial_ssrl_jax.data.items import Item, NoExample, item_dataset, task_sources
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource
 from spatial_ssrl_jax.data.split import split_records
@@ -59,8 +59,8 @@ def open_pretext(
     for task, items in datasets.items():
         try:
             examples = [item.example for item in _first(items, count)]
-        except UserError as error:
-            left_out.append(f"{task}: {error}")
+        except NoExample as error:
+            left_out.append(f"{task}: {error.cause}.")
             continue
         questions += [question_of(example, number) for number, example in enumerate(examples)]
     if not questions:
@@ -73,18 +73,32 @@ def open_pretext(
 
 
 def heldout_items(
-    datasets: dict[str, grain.MapDataset], count: int, say: Callable[[str], None]
+    datasets: dict[str, grain.MapDataset],
+    count: int,
+    trained: Sequence[str],
+    say: Callable[[str], None],
 ) -> dict[str, list[Item]]:
     """The first `count` items of each task's held-out stream.
 
-    A task for which the held-out images give no example is left out, and `say` receives why.
+    A task for which no record is held out, or none that gives an example, is left out.
+
+    Args:
+      datasets: by task; see `task_datasets`.
+      count: items a task.
+      trained: names of the tasks that should have held-out items.
+      say: receives why one of them, or one that has records, is left out.
     """
-    found = {}
+    found, more = {}, "raise data.heldout_fraction"
     for task, items in datasets.items():
         try:
             found[task] = _first(items, count)
-        except UserError as error:
-            say(f"no held-out scores of {task}: {error}")
+        except NoExample as error:
+            say(f"no held-out metrics of {task}, as {error.cause}: {more}, or use other images")
+    lacking = [task for task in trained if task not in datasets]
+    if not datasets:
+        say(f"no image is held out, so there are no held-out metrics: {more}")
+    elif lacking:
+        say(f"no held-out metrics of {', '.join(lacking)}, as no record is held out: {more}")
     return found
 
 

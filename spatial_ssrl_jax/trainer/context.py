@@ -50,12 +50,13 @@ from spatial_ssrl_jax.rl.sft import check_response
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.tasks.example import Tasks
+from spatial_ssrl_jax.trainer.bad_records import check_bad_rows
 from spatial_ssrl_jax.trainer.benchmark_eval import BenchmarkEval, eval_options, open_eval_benchmark
 from spatial_ssrl_jax.trainer.best_checkpoint import BestCheckpoint
 from spatial_ssrl_jax.trainer.initial_state import check_initial_weights
 from spatial_ssrl_jax.trainer.preemption import Preemption
 from spatial_ssrl_jax.trainer.reward_check import check_rewards
-from spatial_ssrl_jax.trainer.run_inputs import RunInputs
+from spatial_ssrl_jax.trainer.run_inputs import RunInputs, left_out
 from spatial_ssrl_jax.trainer.workdir import check_workdir, claim_workdir, write_model_files
 
 _FOLDER_SECONDS = 900  # for the primary process to wait for the lock and hash the inputs
@@ -161,6 +162,7 @@ def open_components(config: Config) -> RunComponents:
     check_wandb(config.log.wandb)
     check_rule(config.reward.rule)
     source = open_source(config.data.source, config.data.reading, config.all_tasks)
+    check_bad_rows(config, source)
     tasks = tasks_for(source, config.task_settings)
     layout = Layout(make_mesh(config.mesh))
     compute = compute_settings(config, layout)
@@ -173,8 +175,8 @@ def open_components(config: Config) -> RunComponents:
     limit = _limit(config)
     item_dataset(source, split.train, tasks, processor, config.seed, limit)  # checks needs
     check_fits(source, split.train, tasks, processor, limit)
-    if config.sft.steps and config.sft.responses != "synthetic":
-        _check_responses(config, processor)
+    if config.sft.steps and config.sft.responses_spec:
+        _check_responses(config, config.sft.responses_spec, processor)
     if config.grpo.steps:
         datasets = task_datasets(source, split.train, tasks, processor, config.seed, limit)
         names = [task.name for task in trained(tasks)]
@@ -186,10 +188,11 @@ def open_components(config: Config) -> RunComponents:
     )
 
 
-def _check_responses(config: Config, processor: Processor) -> None:
+def _check_responses(config: Config, spec: str, processor: Processor) -> None:
     """Opens a cold start's file; raises `UserError` where a response is longer than the limit."""
-    source = open_source(f"ssrl81k:{config.sft.responses}", config.data.reading)
+    source = open_source(spec, config.data.reading)
     assert isinstance(source, QuestionSource)  # as the SPEC says
+    check_bad_rows(config, source)
     for index, question in enumerate(source.questions):
         tokens = len(processor.encode_response(question.response))
         check_response(tokens, config.rollout.max_new_tokens, source.name(index))
@@ -250,13 +253,20 @@ def open_run(
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, always=between)
     train, heldout = (len(pool) for pool in (components.split.train, components.split.heldout))
     progress.say(f"{train} training and {heldout} held-out images from {components.source.spec}")
+    for note in left_out(config, components.source):
+        progress.say(note)
     return Run(
         **vars(components),
         workdir=workdir,
         engine=engine,
         scorer=scorer,
         evaluation=HeldoutEval(
-            heldout_items(heldout_datasets(components), config.eval.examples, progress.say),
+            heldout_items(
+                heldout_datasets(components),
+                config.eval.examples,
+                components.trained,
+                progress.say,
+            ),
             Buckets.of(config),
             config.eval,
             config.rollout,
@@ -339,8 +349,8 @@ def pipeline(components: RunComponents, stage: SftStage | GrpoStage, start: int)
     config, source, epoch = components.config, components.source, None
     if isinstance(stage, SftStage):
         epoch = stage.settings.examples or None
-    if isinstance(stage, SftStage) and stage.settings.responses != "synthetic":
-        source = open_source(f"ssrl81k:{stage.settings.responses}", config.data.reading)
+    if isinstance(stage, SftStage) and stage.settings.responses_spec:
+        source = open_source(stage.settings.responses_spec, config.data.reading)
         items = _items_of_file(components, stage, source)
         epoch = min(epoch or len(source), len(source))
     else:
@@ -369,19 +379,6 @@ def _items_of_file(
     if stage.settings.task_shares == "file" and isinstance(source, QuestionSource):
         return question_dataset(source, components.processor, stage.seed, _limit(config))
     return items_of(components, stage.seed, source, pool)
-
-
-def check_bad_fraction(components: RunComponents, bad: int, tried: int) -> None:
-    """Checks the fraction of images that could not be used.
-
-    Raises:
-      UserError: it exceeds `data.max_bad_fraction`, of at least twenty images.
-    """
-    if tried >= 20 and bad > components.config.data.max_bad_fraction * tried:
-        raise UserError(
-            f"{bad} of {tried} images from {components.source.spec} could not be used: "
-            "fix the source, or raise data.max_bad_fraction."
-        )
 
 
 def items_of(

@@ -18,7 +18,6 @@ from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.depth_direction import depth_warnings
 from spatial_ssrl_jax.data.items import source_shares, task_sources, trained
 from spatial_ssrl_jax.data.pipeline import Batch
-from spatial_ssrl_jax.data.sources.mixture import source_notes
 from spatial_ssrl_jax.eval.heldout_items import heldout_items
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.parallel.sharding import shard_bytes
@@ -29,15 +28,15 @@ from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rl.train_step import TrainState
 from spatial_ssrl_jax.rollout.cache import kv_token_bytes
+from spatial_ssrl_jax.trainer.bad_records import check_bad_fraction
 from spatial_ssrl_jax.trainer.best_checkpoint import best_metric
 from spatial_ssrl_jax.trainer.context import (
     RunComponents,
-    check_bad_fraction,
     heldout_datasets,
     open_components,
     pipeline,
 )
-from spatial_ssrl_jax.trainer.run_inputs import RunInputs
+from spatial_ssrl_jax.trainer.run_inputs import RunInputs, left_out
 from spatial_ssrl_jax.trainer.workdir import check_workdir
 
 _EXAMPLES = 32  # of SFT that each process makes
@@ -135,13 +134,9 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     resumes = check_workdir(config, workdir, overwrite, inputs)
     check_unlocked(workdir)
     done = _steps_done(workdir) if resumes else 0
-    notes = source_notes(components.source)
+    notes = left_out(config, components.source)
     notes += depth_warnings(components.source, trained(components.tasks))
-    heldout_items(heldout_datasets(components), 1, notes.append)
-    if not components.split.heldout:
-        notes.append(
-            "no image is held out, so there are no held-out metrics: raise data.heldout_fraction"
-        )
+    heldout_items(heldout_datasets(components), 1, components.trained, notes.append)
     found: dict[str, StageReport] = {}
     for stage in stages(config):
         if left := stage.steps_left(done):
@@ -192,7 +187,8 @@ def _stage_report(
     settings, batch = stage.settings, _first_prompts(components, stage)
     skips = [skip for item in batch.items for skip in item.skipped]
     bad = sum(skip.bad for skip in skips)
-    check_bad_fraction(components, bad, bad + len(batch.items))
+    spec, tried = components.source.spec, bad + len(batch.items)
+    check_bad_fraction(components.config, spec, bad, tried)
     if skips:
         seen, reason = len(batch.items) + len(skips), skips[0].reason
         notes.append(f"{len(skips)} of {seen} records gave no prompt (the first: {reason})")

@@ -25,7 +25,7 @@ def check_rewards(
     """
     settings = replace(config.reward, workers=1, max_failed_fraction=1.0)
     with closing(make_scorer(settings, config.all_tasks)) as scorer:
-        for items in heldout_items(datasets, 1, lambda _: None).values():
+        for items in heldout_items(datasets, 1, (), lambda _: None).values():
             check_reward(items[0].example, processor, scorer)
 
 

@@ -24,9 +24,9 @@ from spatial_ssrl_jax.perf.mfu import mfu_metrics
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, Stage, stages
 from spatial_ssrl_jax.rl.train_step import TrainState
+from spatial_ssrl_jax.trainer.bad_records import check_bad_fraction
 from spatial_ssrl_jax.trainer.context import (
     Run,
-    check_bad_fraction,
     newest_step,
     open_run,
     pipeline,
@@ -250,7 +250,7 @@ def _count_bad(run: Run, batch: Batch) -> None:
         run.progress.say(f"skipped {skip.name}: {skip.reason}")
     run.state.bad += round(all_sum(len(skips)))
     run.state.tried += round(all_sum(len(skips) + len(batch.items)))
-    check_bad_fraction(run, run.state.bad, run.state.tried)
+    check_bad_fraction(run.config, run.source.spec, run.state.bad, run.state.tried)
 
 
 def _count_skipped(

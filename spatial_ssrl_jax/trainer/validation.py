@@ -29,7 +29,7 @@ def validate(
       The metrics, and whether the step is the best so far.
     """
     metrics: dict[str, float] = {}
-    heldout = _due(steps_done, run.config.eval.every) and _has_heldout(run)
+    heldout = _due(steps_done, run.config.eval.every) and bool(run.evaluation.items)
     benchmark = run.benchmark if _due(steps_done, run.config.eval.benchmark_every) else None
     if heldout or benchmark is not None:
         engine = run.engine
@@ -47,13 +47,6 @@ def validate(
 
 def _due(steps_done: int | None, every: int) -> bool:
     return steps_done is None or (every > 0 and steps_done % every == 0)
-
-
-def _has_heldout(run: Run) -> bool:
-    """Whether there are held-out images; says so where there are none."""
-    if not run.evaluation.items:
-        run.progress.say("no image is held out, so there are no held-out metrics")
-    return bool(run.evaluation.items)
 
 
 def _heldout(run: Run, stage: str, number: int, policy: Policy) -> HeldoutTable:
