@@ -1,20 +1,28 @@
 """Folders with every kind of bad file: usable files are used, the rest is skipped and named."""
 
+import json
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from spatial_ssrl_jax import preview
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.items import Item, SkippedRecord, item_dataset
+from spatial_ssrl_jax.data.pipeline import batches
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.tasks.crop import QUESTION as CROP
 from spatial_ssrl_jax.trainer import training
 from spatial_ssrl_jax.trainer.context import RunState
 from tests.data.test_images import png_of_size
@@ -148,6 +156,48 @@ def test_a_constant_map_is_rejected_but_not_bad(tmp_path: Path, processor: Proce
     assert skips and {(s.name, s.reason, s.bad) for s in skips} == {
         ("flat.png", "constant depth map", False)
     }
+
+
+@pytest.mark.parametrize("task", [task.name for task in TASKS])
+def test_a_picture_without_content_is_rejected_but_not_bad(
+    tmp_path: Path, processor: Processor, task: str, capsys: pytest.CaptureFixture
+):
+    whole(tmp_path / "good.png")
+    Image.new("RGB", SIZE[::-1], (4, 3, 5)).save(tmp_path / "black.png")
+    for name in ("good", "black"):
+        save_depth(tmp_path / f"{name}_depth.npy", room(1, *SIZE))
+    items = items_of(f"rgbd:{tmp_path}", processor, task, 8)
+    assert {item.example.source["record"] for item in items} == {"good.png"}
+    skips = {(s.name, s.reason, s.bad) for item in items for s in item.skipped}
+    assert skips == {("black.png", "without content", False)}
+    argv = [f"--source=rgbd:{tmp_path}", f"--tasks={task}", f"--out={tmp_path / 'look'}"]
+    preview.main([*argv, "--count=8", "--json"])
+    rejected = json.loads(capsys.readouterr().out.splitlines()[-1])["rejected"]
+    assert set(rejected) == {f"{task}: without content"}
+    preview.main(
+        [*argv, "--count=8", "--json", "--overwrite", f"--config.tasks.{task}.min_contrast=0"]
+    )
+    rejected = json.loads(capsys.readouterr().out.splitlines()[-1])["rejected"]
+    assert f"{task}: without content" not in rejected
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_question_that_its_images_do_not_fit_is_a_bad_image(
+    tmp_path: Path, processor: Processor, workers: int
+):
+    """Its file and number are named, and the run goes on."""
+    whole(tmp_path / "a.png")
+    rows = [{"problem": CROP, "answer": "A", "images": ["a.png"] * n} for n in (5, 5, 1)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    source = open_source(f"ssrl81k:{tmp_path}")
+    items = item_dataset(source, range(3), weights(crop=1.0), processor, seed=0)
+    with closing(
+        batches(items, 6, 6, start=0, threads=1, workers=workers, process=0, processes=1)
+    ) as stream:
+        skips = {skip for item in next(stream).items for skip in item.skipped}
+    (skip,) = skips
+    assert skip.name == "train.parquet#2" and skip.bad
+    assert "placeholders for 5 images" in skip.reason and "1 were given" in skip.reason
 
 
 def test_a_run_stops_above_its_fraction_of_bad_images():
