@@ -1,6 +1,6 @@
 """Puts the answers of other tools to a benchmark's questions, which each row must agree with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spatial_ssrl_jax.common.errors import UserError
@@ -85,17 +85,12 @@ def _by_question(
     answers: ToolAnswers, questions: Sequence[Question]
 ) -> tuple[dict[str, ToolAnswer], int, int]:
     """The row of each question by its id, how many have no question, and how many come twice."""
-    by_key = {str(q.meta["qid"]): q for q in questions if "qid" in q.meta}
-    by_key |= {question.id: question for question in questions}
-    named = any(key in by_key for row in answers.rows for key in row.keys)
     found: dict[str, ToolAnswer] = {}
     extra = repeated = 0
-    for row in answers.rows:
-        question = _find(row, by_key) if named else _at(row.number, questions)
+    for row, question in zip(answers.rows, _places(answers, questions), strict=True):
         if question is None:
             extra += 1
             continue
-        _check_same(answers, row, question)
         first = found.setdefault(question.id, row)
         samples = len(next(iter(found.values())).responses)
         if len(row.responses) != samples:
@@ -112,27 +107,47 @@ def _by_question(
     return found, extra, repeated
 
 
-def _find(row: ToolAnswer, by_key: Mapping[str, Question]) -> Question | None:
-    return next((by_key[key] for key in row.keys if key in by_key), None)
+def _places(answers: ToolAnswers, questions: Sequence[Question]) -> list[Question | None]:
+    """The question of each row, by its id, or by its number where ids are of another kind.
+
+    Raises:
+      UserError: neither way all rows agree with their questions; it names the first that does not.
+    """
+    by_key = {str(q.meta["qid"]): q for q in questions if "qid" in q.meta}
+    by_key |= {question.id: question for question in questions}
+    rows, numbered = answers.rows, dict(enumerate(questions))
+    by_id = [next((by_key[key] for key in row.keys if key in by_key), None) for row in rows]
+    ways = [places for places in (by_id, [numbered.get(row.number) for row in rows]) if any(places)]
+    wrong = None
+    for places in ways:
+        pairs = [(row, q) for row, q in zip(rows, places, strict=True) if q is not None]
+        other = next((pair for pair in pairs if not _agree(answers, *pair)), None)
+        if other is None:
+            return places
+        wrong = wrong or other
+    if wrong is None:
+        return [None] * len(rows)
+    row, question = wrong
+    raise UserError(
+        f"{row.name} asks {_quoted(_asked(row))}, right answer {_quoted(row.target)}, and question "
+        f"{question.id} is {_quoted(question.text)}, right answer {_quoted(question.target)}: "
+        f"give the question file of {answers.spec.title} that was asked there as --data."
+    )
 
 
-def _at(number: int, questions: Sequence[Question]) -> Question | None:
-    return questions[number] if 0 <= number < len(questions) else None
+def _agree(answers: ToolAnswers, row: ToolAnswer, question: Question) -> bool:
+    """Whether a row has the question's text and right answer, as far as it has any."""
+    text, asked = _words(question.text), _words(_asked(row))
+    if asked and not (asked == text if row.question else text in asked):
+        return False
+    if not row.target or not question.target:
+        return True
+    right = judge_prediction(_predictions(answers, question, row, (row.target,))[0])
+    return right.extracted is None or right.score == 1
 
 
-def _check_same(answers: ToolAnswers, row: ToolAnswer, question: Question) -> None:
-    """Raises `UserError` where a row's question or right answer is not the question's."""
-    text, asked = _words(question.text), row.question.text if row.question else row.asked
-    same = not asked or (text == _words(asked) if row.question else text in _words(asked))
-    if same and row.target and question.target:
-        right = judge_prediction(_predictions(answers, question, row, (row.target,))[0])
-        same = right.extracted is None or right.score == 1
-    if not same:
-        raise UserError(
-            f"{row.name} asks {_quoted(asked)}, right answer {_quoted(row.target)}, and question "
-            f"{question.id} is {_quoted(question.text)}, right answer {_quoted(question.target)}: "
-            f"give the question file of {answers.spec.title} that was asked there as --data."
-        )
+def _asked(row: ToolAnswer) -> str:
+    return row.question.text if row.question else row.asked
 
 
 def _quoted(value: Target) -> str:

@@ -177,6 +177,15 @@ def test_rows_are_found_by_their_index_whatever_their_order(score: Callable, tmp
     assert "rows left out, of no question: 1; rows given twice: 1" in said
 
 
+def test_ids_of_another_kind_leave_the_order_to_tell(score: Callable, tmp_path: Path):
+    """The Hub's ids of VSI-Bench have gaps: 0, 1, 3, … of the questions 0, 1, 2, …"""
+    given = table(
+        tmp_path, lambda rows: [row.update(index=str(i * 3)) for i, row in enumerate(rows)]
+    )
+    found, _ = scored(score, tmp_path / "out", given, f"--data={blink(tmp_path)}")
+    assert [p.id for p in found] == ["0", "1", "2", "3"]
+
+
 REFUSED = {
     "missing": (lambda rows: rows.pop(1), "answers 3 of the 4 questions of .* .not 1.: give all"),
     "text": (

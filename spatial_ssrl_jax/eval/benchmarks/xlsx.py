@@ -29,8 +29,10 @@ def read_xlsx(file: Path) -> list[dict[str, str]]:
     _check_size(file)
     from openpyxl import load_workbook
 
-    warnings.filterwarnings("ignore", module="openpyxl")  # of styles, which are not read
-    with closing(load_workbook(file, read_only=True, data_only=True)) as book:
+    with (
+        warnings.catch_warnings(action="ignore"),  # of styles, which are not read
+        closing(load_workbook(file, read_only=True, data_only=True)) as book,
+    ):
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # what the file claims; rows are as wide as their last cell
         return list(_by_name(sheet.iter_rows(values_only=True, max_row=_MOST_ROWS)))
