@@ -94,9 +94,9 @@ def test_depth_of_the_displayed_shape_is_taken_as_it_is(tmp_path: Path, orientat
 @pytest.mark.parametrize(
     ("stored", "depth", "certain"),
     [
-        ((100, 101), (100, 101), "stored"),
-        ((100, 101), (101, 100), "displayed"),
-        ((100, 101), (50, 50), None),  # within 2 % of both
+        ((200, 201), (200, 201), "stored"),
+        ((200, 201), (201, 200), "displayed"),
+        ((200, 201), (50, 50), None),  # within 2 % of both
         ((100, 100), (100, 100), None),
         ((100, 103), (50, 51), "stored"),
     ],
