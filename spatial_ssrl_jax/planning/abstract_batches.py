@@ -72,7 +72,6 @@ class AbstractBatches:
             sampled_logprobs=self.rows(rows, group, limit, dtype=np.float32),
             old_logprobs=None,
             reference_logprobs=None,
-            kl_coef=None if settings.kl_schedule == "constant" else self._scalar(),
         )
 
     def keys(self, rows: int, group: int) -> ShapeDtypeStruct:
