@@ -1,10 +1,11 @@
 """How depth is read by a source's options: turned with its image, inverse, and saturated."""
 
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
+import h5py
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -12,14 +13,12 @@ from PIL import Image
 
 from spatial_ssrl_jax import prepare
 from spatial_ssrl_jax.common.errors import BadImage, UserError
-from spatial_ssrl_jax.common.reading import READING, Reading
-from spatial_ssrl_jax.config import Config, DataSettings
+from spatial_ssrl_jax.common.reading import READING, DepthValues, Reading
+from spatial_ssrl_jax.config import Config
 from spatial_ssrl_jax.data.items import task_sources, unusable
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, read_depth
-from spatial_ssrl_jax.data.sources.options import split_options
 from spatial_ssrl_jax.data.sources.stored import StoredSource
-from spatial_ssrl_jax.data.stand_ins import stand_in
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.record import Record
 from tests.conftest import ROOT
@@ -153,18 +152,17 @@ def test_a_real_picture_upside_down(tmp_path: Path):
 # ------------------------------------------------------------------ what the values are
 
 
-# option -> what becomes of valid values x
-VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "": lambda x: x,
-    ",depth=distance": lambda x: x,
-    ",depth=inverse": lambda x: 1 / x,
-    " , depth = relative-inverse ": lambda x: 2 * np.nanmax(x) - x,
+# what files hold -> what becomes of valid values x
+VALUES: dict[DepthValues, Callable[[np.ndarray], np.ndarray]] = {
+    "distance": lambda x: x,
+    "inverse": lambda x: 1 / x,
+    "relative-inverse": lambda x: 2 * np.nanmax(x) - x,
 }
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("option", VALUES)
-def test_values_of_every_kind(tmp_path: Path, kind: str, option: str):
+@pytest.mark.parametrize("held", [None, *get_args(DepthValues)])
+def test_values_of_every_kind(tmp_path: Path, kind: str, held: DepthValues | None):
     image, depth = LAYOUTS[kind]
     values = metres()
     values[2, 3:5] = 0
@@ -173,10 +171,11 @@ def test_values_of_every_kind(tmp_path: Path, kind: str, option: str):
         np.save(tmp_path / "a_depth_mask.npy", np.ones((HEIGHT, WIDTH)))
     save_image(tmp_path / image)
     save_depth(tmp_path / depth, values)
+    option = f",depth={held}" if held else ""
     source = pickle.loads(pickle.dumps(open_source(f"{kind}:{tmp_path}{option}")))
     valid = np.where(np.isfinite(values) & (values > 0), values, np.nan)
-    check(source[0].depth, VALUES[option](valid))
-    assert source.has_depth and source.has_distances == ("relative" not in option)
+    check(source[0].depth, VALUES[held or "distance"](valid))
+    assert source.has_depth and source.has_distances == (held != "relative-inverse")
 
 
 def test_an_inverse_of_almost_nothing_is_finite(tmp_path: Path):
@@ -266,102 +265,46 @@ def test_the_largest_integer_is_no_depth(tmp_path: Path, ending: str, dtype: str
 
 
 def test_a_largest_integer_in_a_record_and_as_a_float(tmp_path: Path):
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "depth": tfds.features.Tensor(shape=(2, 3), dtype=np.uint16),
-        }
-    )
     save_image(tmp_path / "a.png", (2, 3))
     values = np.array([[1, 65535, 2], [3, 0, 4]], np.uint16)
-    row = {"image": (tmp_path / "a.png").read_bytes(), "depth": values}
-    stored = StoredSource("tfds:x", "x", [features.serialize_example(row)], features, ())
-    np.testing.assert_array_equal(stored[0].depth, [[1, np.nan, 2], [3, np.nan, 4]])
+    depth = stored(tmp_path / "a.png", values)[0].depth
+    np.testing.assert_array_equal(depth, [[1, np.nan, 2], [3, np.nan, 4]])
     np.save(tmp_path / "d.npy", np.full((2, 3), 65535, np.float32))
     assert (read_depth(str(tmp_path / "d.npy"), DepthTarget((2, 3))) == 65535).all()
 
 
-# ------------------------------------------------------------------- options of a SPEC
+# ------------------------------------------------- records of TFDS, and frames of HDF5 files
 
 
-@pytest.mark.parametrize(
-    ("argument", "path", "reading"),
-    [
-        ("/a", "/a", READING),
-        ("/a,depth=inverse", "/a", Reading(depth="inverse")),
-        (
-            "/a,exif=stored,depth=relative-inverse",
-            "/a",
-            Reading("white", False, "relative-inverse", "stored"),
-        ),
-        ("/a, depth = distance", "/a", READING),
-        ("/a,b=c,depth=inverse", "/a,b=c", Reading(depth="inverse")),
-        ("/a,depth=inverse/b", "/a,depth=inverse/b", READING),
-    ],
-)
-def test_options_are_at_the_end(argument: str, path: str, reading: Reading):
-    assert split_options("x", argument) == (path, reading)
+def stored(image: Path, depth: np.ndarray, reading: Reading = READING) -> StoredSource:
+    """One record as TFDS stores it."""
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "depth": tfds.features.Tensor(shape=depth.shape, dtype=depth.dtype),
+        }
+    )
+    record = features.serialize_example({"image": image.read_bytes(), "depth": depth})
+    return StoredSource("tfds:x", "x", [record], features, (), reading)
 
 
-def test_options_are_of_their_part_alone(tmp_path: Path):
-    for name in "ab":
-        save_image(tmp_path / name / "a.png")
-        save_depth(tmp_path / name / "a_depth.npy", metres())
-    spec = f"depth@2*rgbd:{tmp_path}/a,depth=inverse + rgbd:{tmp_path}/b"
-    source = open_source(spec, Reading("drop", True))
-    assert source.spec == spec
-    assert [part.source.reading for part in source.parts] == [
-        Reading("drop", True, "inverse"),
-        Reading("drop", True),
-    ]
-    check(source[0].depth, 1 / metres())
-    check(source[1].depth, metres())
+@pytest.mark.parametrize("values", get_args(DepthValues))
+def test_records_are_read_as_files_are(tmp_path: Path, values: DepthValues):
+    save_turned(tmp_path / "a.jpg", 3)
+    with pytest.raises(BadImage, match="the depth of x/00000000: .*EXIF orientation 3"):
+        stored(tmp_path / "a.jpg", metres(), Reading(depth=values))[0]
+    source = stored(tmp_path / "a.jpg", metres(), Reading(depth=values, exif="stored"))
+    check(source[0].depth, TURNS[3](VALUES[values](metres())))
+    assert source.has_depth and source.has_distances == (values != "relative-inverse")
 
 
-@pytest.mark.parametrize(
-    ("spec", "reason"),
-    [
-        (
-            "rgbd:PATH,depth=disparity",
-            "depth=disparity is unknown: choose one of distance, inverse",
-        ),
-        ("rgbd:PATH,exif=6", "exif=6 is unknown: choose one of unknown, stored, displayed"),
-        ("rgbd:PATH,depth=inverse,depth=inverse", "has depth= twice"),
-        ("folder:PATH,depth=inverse", "reads no depth files"),
-        ("scenes:9,exif=stored", "reads no depth files"),
-    ],
-)
-def test_wrong_options_are_named(tmp_path: Path, spec: str, reason: str):
-    save_image(tmp_path / "a.png")
-    save_depth(tmp_path / "a_depth.npy", metres())
-    with pytest.raises(UserError, match=reason) as error:
-        open_source(spec.replace("PATH", str(tmp_path)))
-    assert str(error.value).startswith("source '") and "\n" not in str(error.value)
-
-
-def test_images_of_the_same_sizes_stand_in_for_a_source_with_options():
-    data = DataSettings(source="depth@tfds:ssrl_pictures/nyu,depth=inverse")
-    assert stand_in(Config("x", data=data)) == "depth@1.000000*scenes:9:640x480"
-
-
-# ------------------------------------------------------------------------------ prepare
-
-
-@pytest.mark.parametrize("options", ["", ",depth=inverse", ",depth=relative-inverse"])
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_prepare_stores_what_it_has_read(tmp_path: Path, options: str, orientation: int, capsys):
-    """Depth is turned and converted once, so the packed set has no EXIF to turn it by again."""
-    folder = tmp_path / "in"
-    save_turned(folder / "a.jpg", orientation)
-    save_depth(folder / "a_depth.npy", metres())
-    options += ",exif=stored"
-    prepare.main(["rgbd", f"{folder}{options}", str(tmp_path / "out"), "--json"])
-    before = open_source(f"rgbd:{folder}{options}")[0]
-    spec = json.loads(capsys.readouterr().out)["source"]
-    source = open_source(spec)
-    after = source[0]
-    np.testing.assert_array_equal(after.image, before.image)
-    np.testing.assert_array_equal(after.depth, before.depth)
-    assert not after.turned
-    serves = bool(task_sources(source, [0], TASKS_BY_NAME["position"], None))
-    assert serves == ("relative" not in options)
+@pytest.mark.parametrize("values", get_args(DepthValues))
+def test_frames_are_read_as_files_are(tmp_path: Path, values: DepthValues):
+    depth = np.arange(1, 1 + HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)
+    depth[:4] = 65535
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["rgb"], file["depth"] = np.zeros((3, HEIGHT, WIDTH), np.uint8), depth
+    source = open_source(f"rgbd:{tmp_path},depth={values}")
+    valid = np.where(depth < 65535, depth, np.nan)
+    check(source[0].depth, VALUES[values](valid))
+    assert source.has_depth and source.has_distances == (values != "relative-inverse")
