@@ -50,7 +50,7 @@ def all_gather(tree: Tree) -> Tree:
         x = np.ascontiguousarray(x)
         rows = x.reshape(len(x), -1).view(np.uint8)
         whole = np.asarray(multihost_utils.process_allgather(rows, tiled=True))
-        return whole.view(x.dtype).reshape(-1, *x.shape[1:])
+        return whole.view(x.dtype).reshape(len(whole), *x.shape[1:])
 
     return jax.tree.map(gather, tree)
 
