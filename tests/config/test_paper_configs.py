@@ -1,6 +1,7 @@
 """The shipped configs of the paper: sources, sizes and counts as it has them."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +97,24 @@ def test_one_gpu_gets_a_cold_start_in_the_same_run():
     assert config.sft.steps == 75 and config.sft.lora.rank and config.grpo.lora.rank
     assert (config.sft.examples, config.sft.prompts) == (3600, 256)
     check_settings(config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tasks_beyond_the_papers_are_off(name: str):
+    config = load_config(str(ROOT / "configs" / f"{name}.py"))
+    assert config.tasks["shuffle"].kinds["3x3"] == 0 and not config.reward.partial_credit
+    assert {k for k, w in config.tasks["depth"].kinds.items() if w} == {"3_points"}
+
+
+def test_the_config_beyond_the_paper_changes_nothing_else():
+    paper, plus = (load_config(str(ROOT / "configs" / f"grpo_7b{x}.py")) for x in ("", "_plus"))
+    kinds = plus.tasks["shuffle"].kinds
+    assert kinds["3x3"] == sum(kinds.values()) / 2 and plus.reward.partial_credit
+    assert {k for k, w in plus.tasks["depth"].kinds.items() if w} == {"3_points", "6_points"}
+    tasks = {
+        name: replace(plus.tasks[name], kinds=paper.tasks[name].kinds)
+        for name in paper.tasks
+        if hasattr(paper.tasks[name], "kinds")
+    }
+    same = replace(plus, name=paper.name, reward=paper.reward, tasks=plus.tasks | tasks)
+    assert same == paper
