@@ -198,6 +198,18 @@ def test_other_folders_are_not_looked_in(
         open_source(f"ssrl81k:{tmp_path / file}")
 
 
+def test_beside_images_of_a_folder_above_nothing_else_there_is_read(tmp_path: Path):
+    paths = ["images/flip/image_0.png", "../private.png", f"{tmp_path}/data/private.png"]
+    write_released(tmp_path, "data/parquets/train.parquet", paths, "data/images")
+    (tmp_path / "data/private.png").write_bytes(encoded(1))
+    source = open_source(f"ssrl81k:{tmp_path / 'data/parquets'}")
+    assert source[0].images[0].shape == (30, 40, 3)
+    with pytest.raises(BadImage, match=r"its image '\.\./private\.png' is outside of"):
+        source[1]
+    with pytest.raises(BadImage, match=r"images/.*/private\.png: there is no such file"):
+        source[2]  # the path is looked for in the images' folder alone
+
+
 @pytest.mark.parametrize("file", ["train.parquet", "sft.json"])
 def test_images_that_are_not_there_are_said_at_once(tmp_path: Path, impatient, file: str):
     write_released(tmp_path, file, [f"images/flip/image_{n}.png" for n in range(4)], "images")
@@ -332,6 +344,14 @@ def test_copies_in_another_file_are_left_out(tmp_path: Path):
     ]
     (note,) = source.notes
     assert re.search("copies of questions left out: 2, for example question 0 of .*train", note)
+
+
+def test_questions_without_an_images_name_are_no_copies(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_parquet(tmp_path / name, "bytes")
+    source = open_source(f"ssrl81k:{tmp_path}")
+    assert len(source) == 10 and not source.notes
 
 
 def test_damaged_and_missing_files_are_named(tmp_path: Path):

@@ -85,7 +85,7 @@ class RowPaths:
 
 def _released_path(path: str) -> str | None:
     """A path from the released images' folder on, whatever is before it; None where it climbs."""
-    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
+    parts = [part for part in path.replace("\\", "/").split("/") if part]
     if ".." in parts:
         return None
     starts = [i for i, part in enumerate(parts) if part in IMAGE_FOLDERS]
