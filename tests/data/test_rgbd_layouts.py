@@ -13,7 +13,7 @@ from spatial_ssrl_jax import prepare
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.depthmap import DepthTarget
-from spatial_ssrl_jax.data.sources.layouts import find_pairs
+from spatial_ssrl_jax.data.sources.layouts import OWN, find_pairs
 from spatial_ssrl_jax.data.sources.listing import Listing
 from spatial_ssrl_jax.data.sources.mixture import source_notes
 from tests.data.test_sources import HEIGHT, WIDTH, check_ramp, ramp, save_image
@@ -39,6 +39,10 @@ def write(folder: Path, files: dict[str, float | None]) -> None:
 
 # (files, with units a metre where they hold depth; what is paired)
 LAYOUTS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
+    OWN: (
+        {"A.JPG": None, "A_depth.PNG": 1000, "room/b.webp": None, "room/b_depth.tiff": 1000},
+        {"A.JPG": "A_depth.PNG", "room/b.webp": "room/b_depth.tiff"},
+    ),
     "TUM RGB-D": (
         {
             "fr1/rgb/1305031102.175304.png": None,
@@ -59,6 +63,9 @@ LAYOUTS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
             "scene0000_00/color/1.jpg": None,
             "scene0000_00/depth/0.png": 1000,
             "scene0000_00/label/0.png": None,
+            "scene0000_00/depth_rgb/0.png": None,
+            "kinect/left/1.png": None,
+            "kinect/left_depth/1.png": 1000,
             "41048190/lowres_wide/41048190_3418.817.png": None,
             "41048190/lowres_depth/41048190_3418.817.png": 1000,
             "41048190/wide/41048190_3418.817.png": None,
@@ -69,6 +76,7 @@ LAYOUTS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
             "P001/depth_right/000000_left_depth.png": 1000,
         },
         {
+            "kinect/left/1.png": "kinect/left_depth/1.png",
             "scene0000_00/color/0.jpg": "scene0000_00/depth/0.png",
             "41048190/lowres_wide/41048190_3418.817.png": (
                 "41048190/lowres_depth/41048190_3418.817.png"
@@ -85,9 +93,13 @@ LAYOUTS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
             "seq-01/frame-000002.depth.png": 1000,
             "lab/rgb_7.JPG": None,
             "lab/depth_7.PNG": 1000,
+            "lab/8.jpg": None,
+            "lab/8-depth.png": 1000,
+            "lab/8-depth.rgb.png": 1000,
         },
         {
             "seq-01/frame-000000.color.png": "seq-01/frame-000000.depth.png",
+            "lab/8.jpg": "lab/8-depth.png",
             "lab/rgb_7.JPG": "lab/depth_7.PNG",
         },
     ),
@@ -167,6 +179,12 @@ def test_sun_rgbd_has_rotated_bits(tmp_path: Path, depths: str):
     depth = open_source(f"rgbd:{tmp_path}")[0].depth
     assert depth is not None and depth[1, 1] == pytest.approx(9.3)
     np.testing.assert_allclose(depth.ravel()[1:], metres.ravel()[1:], atol=6e-4)
+
+
+def test_sun_rgbd_takes_depth_as_it_was_measured(tmp_path: Path):
+    write(tmp_path, {"image/a.jpg": None, "depth/b.png": 1000, "depth_bfx/b.png": 500})
+    (pairs,) = find_pairs(Listing(str(tmp_path), sorted(all_files(tmp_path)))).values()
+    assert [pair.depth for pair in pairs] == ["depth/b.png"]
 
 
 def test_two_images_in_a_folder_are_no_frame_of_sun_rgbd(tmp_path: Path):

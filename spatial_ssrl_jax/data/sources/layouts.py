@@ -54,8 +54,8 @@ def beside(listing: Listing) -> Iterator[Pair]:
 def words(listing: Listing) -> Iterator[Pair]:
     """7-Scenes' `frame-000000.color.png` with `frame-000000.depth.png`, or with such words."""
     for folder in listing.folders:
-        images = [(s, i) for s, i in listing.images(folder) if _IMAGE_WORD.search(s)]
-        depths = [(s, d) for s, d in listing.entries(folder, DEPTH_ENDINGS) if _is_depth(s)]
+        images = ((s, image) for s, image in listing.images(folder) if not _is_depth(s))
+        depths = ((s, d) for s, d in listing.entries(folder, DEPTH_ENDINGS) if _is_depth(s))
         yield from _by_key(images, depths)
 
 
@@ -92,8 +92,7 @@ def hypersim(listing: Listing) -> Iterator[Pair]:
         depths = f"{folder[:-1].removesuffix('_final_preview')}_geometry_hdf5/"
         for stem, image in listing.images(folder) if depths in listing.folders else ():
             name = f"{stem.removesuffix('.tonemap')}.depth_meters"
-            depth = listing.find(depths, name, (".hdf5",))
-            if depth and stem.endswith(".tonemap"):
+            if depth := listing.find(depths, name, (".hdf5",)):
                 yield Pair(image, depth)
 
 
@@ -122,10 +121,8 @@ def kitti(listing: Listing) -> Iterator[Pair]:
 def folders(listing: Listing) -> Iterator[Pair]:
     """ScanNet's `color/N.jpg` with `depth/N.png`, ARKitScenes', and others with such names."""
     for folder in listing.folders:
-        name = base(folder)
         for other in listing.below(parent(folder)):
-            alike = _IMAGE_WORD.search(name) and _is_depth(base(other))
-            if _ARKIT.get(name) == base(other) or (alike and _key(base(other)) == _key(name)):
+            if _go_together(base(folder), base(other)):
                 depths = listing.entries(other, DEPTH_ENDINGS)
                 yield from _by_key(listing.images(folder), depths)
 
@@ -143,14 +140,14 @@ LAYOUTS = {
 
 
 def find_pairs(listing: Listing) -> dict[str, list[Pair]]:
-    """The pairs of each layout that is there; an image is of the first layout that knows it."""
+    """The pairs of each layout that is there; the first one of an image holds."""
     found: dict[str, list[Pair]] = {}
     known: set[str] = set()
     for name, layout in LAYOUTS.items():
-        pairs = {pair.image: pair for pair in layout(listing) if pair.image not in known}
-        known |= pairs.keys()
-        if pairs:
-            found[name] = list(pairs.values())
+        for pair in layout(listing):
+            if pair.image not in known:
+                known.add(pair.image)
+                found.setdefault(name, []).append(pair)
     return found
 
 
@@ -183,10 +180,18 @@ def _by_key(images: Iterable[tuple[str, str]], depths: Iterable[tuple[str, str]]
     by_key: dict[str, str] = {}
     for stem, depth in depths:
         by_key.setdefault(_key(stem), depth)
-    for stem, image in images:
-        depth = by_key.get(_key(stem))
-        if depth is not None and depth != image:
+    for stem, image in images if by_key else ():
+        if depth := by_key.get(_key(stem)):
             yield Pair(image, depth)
+
+
+def _go_together(images: str, depths: str) -> bool:
+    """Whether two folders of these names have images and their depth."""
+    if images in _ARKIT:
+        return _ARKIT[images] == depths
+    pictures = _IMAGE_WORD.search(depths)  # as of depth in colours
+    alike = _is_depth(depths) and not _is_depth(images) and _key(images) == _key(depths)
+    return alike and not pictures
 
 
 def _is_depth(name: str) -> bool:
