@@ -26,7 +26,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """
     if not Path(path).is_file():
         raise UserError(f"the config file {path} does not exist: give one such as configs/tiny.py.")
-    module = load_module(path, "config_file")
+    module = load_module(path)
     try:
         config = module.get_config()
     except (Exception, SystemExit) as error:  # it is a program, which may raise any
@@ -139,7 +139,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
