@@ -120,6 +120,20 @@ def test_several_images_and_none(folder: Path):
     assert source.sizes(2) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ({"answer": 3.0}, "3"),
+        ({"solution": "It is $\\boxed{3}$."}, "3"),
+        ({"solution": "<think>3 or 4</think> <answer> 3 </answer>"}, "3"),
+        ({"answer": "", "output": "<think>\\boxed{4}</think>3"}, "4"),
+        ({"answer": "a</think> b"}, "b"),
+    ],
+)
+def test_an_answer_is_what_its_box_or_tag_holds(folder: Path, given: dict, answer: str):
+    assert written(folder, {"problem": "How many?", **given})[0].answer == answer
+
+
 BAD = [
     ({"answer": "B"}, "its question is empty"),
     ({"problem": None, "answer": "B"}, "its question is empty"),
@@ -130,6 +144,11 @@ BAD = [
     ({"problem": "<image>?", "answer": "B"}, "marks for 1 images, but it has 0"),
     ({"problem": "<image>?", "answer": "B", "images": ["a.png", "b.png"]}, "but it has 2"),
     ({"problem": "?", "answer": "B", "images": [None]}, "its image is null; expected a path"),
+    ({"problem": "?", "answer": "B", "images": ["data:image/png;base64,AA"]}, "expected the path"),
+    ({"problem": "?", "answer": "B", "image": "https://a.b/c.png"}, "expected the path of a file"),
+    ({"problem": "?", "answer": float("nan")}, "it has no answer"),
+    ({"problem": "<|image_pad|>?", "answer": "B"}, "its question holds <|image_pad|>"),
+    ({"problem": "?<|im_end|>", "answer": "B"}, "its question holds <|im_end|>"),
     ({"problem": "<video>?", "answer": "B"}, "it asks about a video"),
     ([1], "it is no object"),
     (
@@ -224,6 +243,7 @@ def test_only_files_for_training_are_read_of_a_folder(folder: Path):
     [
         ("", "PATH is missing"),
         ("{folder}/none.json", "there is no such file or folder; expected parquet"),
+        ("mine/train.jsonl", "there is no such file or folder; expected parquet"),
         ("{folder}/a.png", "is no question file; expected parquet"),
         ("{folder}/empty.json", "found no question; expected parquet"),
         ("{folder}/bad.parquet", "cannot be read"),

@@ -3,7 +3,10 @@
 - `problem, answer, images`, as EasyR1 has it; `image` for a single one;
 - `prompt` and `reward_model.ground_truth`, as verl has it;
 - `instruction, input, output` (Alpaca), `conversations` (LLaVA, ShareGPT), `messages` (chat), whose
-  answer is that in the response's box, or what follows its thought.
+  answer is that of the response.
+
+An answer, or a response's, is what its last box holds, or its `<answer>…</answer>`, or what follows
+its thought, which is all of it where there is none.
 """
 
 import re
@@ -26,6 +29,8 @@ _NAMES = {
 _TURNS = ("messages", "conversations", "prompt")
 _ROLES = {"human": "user", "gpt": "assistant"}
 _MARK, _VIDEO = re.compile(r"<image\d*>"), "<video>"
+_TOKEN = re.compile(r"<\|(?:im|image|video|vision)_\w+\|>")  # of a chat template
+_ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
 
 
 class BadRow(Exception):
@@ -84,10 +89,12 @@ def parse_row(row: Mapping[str, Any], fields: QuestionFields, images_later: bool
     text, response, images = _problem(row, fields)
     if _VIDEO in text:
         raise BadRow("it asks about a video; only images are supported")
+    if token := _TOKEN.search(text):
+        raise BadRow(f"its question holds {token[0]}, a token of chat templates")
     text = text.replace(FORMAT_PROMPT, "").strip()
     if not _MARK.sub("", text).strip():
         raise BadRow("its question is empty")
-    answer = _text(row, "answer", fields) or _answer_of(response)
+    answer = _answer_of(_text(row, "answer", fields)) or _answer_of(response)
     if not answer:
         raise BadRow("it has no answer")
     task = re.sub(r"\W+", "_", _text(row, "task", fields))
@@ -159,10 +166,11 @@ def _content(content: Any) -> tuple[str, tuple[str, ...]]:
     return text, tuple(images)
 
 
-def _answer_of(response: str) -> str:
-    """What a response answers: its last box, or else what follows its thought."""
-    box = last_box(response)
-    return (response.rpartition("</think>")[2] if box is None else box).strip()
+def _answer_of(text: str) -> str:
+    """What a text answers: its last box, its `<answer>`, or else what follows its thought."""
+    text, box = text.rpartition("</think>")[2], last_box(text)
+    tagged = _ANSWER.search(text)
+    return (box if box is not None else tagged[1] if tagged else text).strip()
 
 
 def _path(cell: Any) -> str:
@@ -171,7 +179,10 @@ def _path(cell: Any) -> str:
         cell = cell.get("path") or cell.get("url") or ""
     if not isinstance(cell, str) or not cell:
         raise BadRow(f"its image is {shown(cell)}; expected a path")
-    return cell.removeprefix("file://")
+    path = cell.removeprefix("file://")
+    if path.startswith("data:") or "://" in path:
+        raise BadRow(f"its image is {shown(cell)}; expected the path of a file")
+    return path
 
 
 def _names(key: str, fields: QuestionFields) -> tuple[str, ...]:
@@ -196,9 +207,11 @@ def _text(row: Mapping[str, Any], key: str, fields: QuestionFields) -> str:
 
 
 def _plain(value: Any, what: str) -> str:
-    """Text or a number as text; "" for nothing."""
-    if value is None:
+    """Text or a number as text, a whole one without a point; "" for nothing, and for NaN."""
+    if value is None or value != value:
         return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, (bool, int, float)):
         return str(value)
     if not isinstance(value, str):

@@ -72,7 +72,7 @@ def open_questions(spec: str, path: str, reading: Reading = READING) -> Question
 
 def _from_hub(spec: str, path: str) -> Path:
     """The folder of a data set of the Hub."""
-    if not _HUB_ID.fullmatch(path):
+    if not _HUB_ID.fullmatch(path) or path.endswith(_TABLES + _TEXTS):
         raise UserError(f"source '{spec}': there is no such file or folder; expected {LAYOUT}.")
     from huggingface_hub import snapshot_download
 
