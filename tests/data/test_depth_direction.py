@@ -46,6 +46,7 @@ def save(folder: Path, inverse: int, right: int, bad: int = 0) -> Path:
         (1, 0, 0, "in 1 of 1 pictures"),
         (20, 0, 0, "in 16 of 16 pictures"),  # no more are read
         (2, 0, 3, "in 2 of 2 pictures"),
+        (10, 0, 12, "in 10 of 10 pictures"),  # others are tried in place of bad ones
     ],
 )
 def test_most_pictures_decide(tmp_path: Path, inverse: int, right: int, bad: int, said: str | None):
