@@ -281,8 +281,8 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
             resample(number)
         return state, {}, batch, SimpleNamespace(rollout=sampled)
 
-    def stream(*arguments):
-        return arguments[-1]
+    def stream(_run, seed, *_):
+        return seed
 
     def drawn(items, batch, micro, number, **_):
         asked.append((items, number))
@@ -300,6 +300,7 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
         layout=None,
         compute=None,
         engine=None,
+        scorer=None,
         model=SimpleNamespace(config=None),
     )
     make = stage_steps.grpo_step(run, stage, None, None)
