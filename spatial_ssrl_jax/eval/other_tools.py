@@ -25,7 +25,6 @@ _REFUSED = {
 }
 _ANSWER, _THOUGHTS, _JUDGED = "prediction", "thinking", "hit"  # columns
 _FAILED = "Failed to obtain answer"  # what VLMEvalKit writes where a model failed
-_SAMPLES = "_samples_"  # between time and task in the name of a file
 _ROW = "copy the file again"
 
 
@@ -60,7 +59,7 @@ class ToolAnswers:
       path: the file.
       tool: its name.
       spec: of the benchmark.
-      task: what the file's name says, letters and digits alone: "blinkartstyle".
+      task: the file's name, letters and digits alone; it ends like "blinkartstyle".
       rows: in the order of the file.
       bad_rows: why rows have no whole question, in a table that holds the questions too.
       counts: how many answers there are of kinds that are worth knowing.
@@ -89,7 +88,7 @@ def tool_of(path: Path) -> str | None:
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        start = next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t")
+        start = next((line for line in file if line.strip()), b"")
     if kind == ".json" and start.startswith(b"["):
         return KIT
     try:
@@ -113,8 +112,8 @@ def read_tool_answers(path: Path, tool: str, benchmark: str | None) -> ToolAnswe
     check_regular(path, "check the path")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file.")
-    name = path.stem.rpartition(_SAMPLES)[2] if tool == LMMS else path.stem
-    task, spec = plain(name), _spec(path, plain(name), benchmark)
+    task = plain(path.stem)
+    spec = _spec(path, task, benchmark)
     return _read_table(path, spec, task) if tool == KIT else _read_samples(path, spec, task)
 
 
@@ -148,7 +147,9 @@ def _read_table(path: Path, spec: BenchmarkSpec, task: str) -> ToolAnswers:
             f"{path} has no column {_ANSWER!r} (but {', '.join(sorted(columns)[:8])}): {_TABLES}."
         )
     if _JUDGED in columns:
-        raise UserError(f"{path} is VLMEvalKit's table of judged answers, not of all: {_TABLES}.")
+        raise UserError(
+            f"{path} is VLMEvalKit's table of judged answers, which may lack some: {_TABLES}."
+        )
     parsed = [(row, *_question(spec, row)) for row in rows]
     asked = [(row, question) for row, question, reason in parsed if question or reason]
     found = [_of_table(row, question, number) for number, (row, question) in enumerate(asked)]

@@ -31,7 +31,6 @@ KIT = {
     "chartqa": ("ChartQA_TEST", files.write_chartqa, files.write_chartqa),
 }
 MODEL = "Model-7B"
-OCR_FORMULA = "Handwritten Mathematical Expression Recognition"
 
 
 @pytest.fixture
@@ -47,10 +46,11 @@ def scored(score: Callable, out: Path, *argv) -> tuple[list[Prediction], str]:
 
 
 def blink(folder: Path, count: int = 4, kinds: Sequence[str] = ("thing",)) -> Path:
-    """Questions of kinds in turn, whose right answers are A, B, A, …"""
+    """Questions of kinds in turn, whose right answers are A, B, A, …; the last marks its image."""
     rows = [
         files.mcq_row(i, "AB"[i % 2], category=kinds[i * len(kinds) // count]) for i in range(count)
     ]
+    rows[-1]["question"] = "<image>" + rows[-1]["question"]
     return files.write_tsv(folder / "BLINK.tsv", rows)
 
 
@@ -192,6 +192,10 @@ REFUSED = {
         lambda rows: rows[2].update(question="What is it?"),
         "row 3 of M_BLINK.tsv asks 'What is it.', right answer 'A', and question 2 is 'What is 2.'",
     ),
+    "text, in another order": (
+        lambda rows: (rows.reverse(), rows[1].update(question="What is it?")),
+        "row 2 of M_BLINK.tsv asks 'What is it.', right answer 'A', and question 2",
+    ),
     "longer text": (
         lambda rows: rows[2].update(question="What is 2? And 3?"),
         "row 3 of M_BLINK.tsv asks",
@@ -210,7 +214,7 @@ REFUSED = {
     ),
     "judged": (
         lambda rows: [row.update(hit="1") for row in rows],
-        "table of judged answers, not of all",
+        "table of judged answers, which may lack some: give its",
     ),
 }
 
@@ -343,22 +347,27 @@ def test_samples_of_other_questions_are_refused(
     assert (code, out) == (2, "") and err.count("\n") == 1 and re.search(message, err), err
 
 
-def test_right_answers_are_compared_as_lmms_eval_spells_them(score: Callable, tmp_path: Path):
-    """A list in Python's words, and True for yes: they are taken for no other release's."""
-    formula = [{"answer": str(["\\\\frac 1 2", "y"]), "category": OCR_FORMULA}]
-    yes = [{"answer": "Yes", "category": "L4_pose"}]
-    for name, rows, target in (
-        ("ocrbench", formula, formula[0]["answer"]),
-        ("spatial457", yes, "True"),
-    ):
-        data = files.write_tsv(
-            tmp_path / "x.tsv", [{"index": 0, "question": "What?", "image": "", **rows[0]}]
-        )
-        line = {"doc_id": 0, "input": "What?", "target": target, "filtered_resps": "no"}
-        given = samples(tmp_path / f"1_samples_{name}.jsonl", [line])
-        assert score("--score", given, f"--data={data}")[0] == 0
-        given = samples(given, [{**line, "target": "['x']" if name == "ocrbench" else "False"}])
-        assert score("--score", given, f"--data={data}")[0] == 2
+LATEX = "Handwritten Mathematical Expression Recognition"
+FORMULA = str(["\\frac 1 2"])  # in Python's words, with two backslashes
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "kind", "target", "other"),
+    [
+        ("ocrbench", FORMULA, LATEX, FORMULA, "['x']"),
+        ("spatial457", "Yes", "L4_pose", "True", "False"),
+        ("hallusionbench", "No", "VS", "The figure says so.", "Yes, it is."),
+    ],
+)
+def test_right_answers_are_compared_as_lmms_eval_spells_them(
+    score: Callable, name: str, answer: str, kind: str, target: str, other: str, tmp_path: Path
+):
+    row = {"index": "VS_a_1_0_1_0", "question": "What?", "answer": answer, "category": kind}
+    data = files.write_tsv(tmp_path / "x.tsv", [{**row, "l2-category": "a"}])
+    line = {"doc_id": 0, "input": "What?", "target": target, "filtered_resps": "no"}
+    path = tmp_path / f"1_samples_{name}.jsonl"
+    assert score("--score", samples(path, [line]), f"--data={data}")[0] == 0
+    assert score("--score", samples(path, [{**line, "target": other}]), f"--data={data}")[0] == 2
 
 
 def test_samples_without_questions_need_the_question_file(score: Callable, tmp_path: Path):
