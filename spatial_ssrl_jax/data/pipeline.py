@@ -7,7 +7,6 @@ workers and threads, so that the pipeline's whole state is one integer.
 import errno
 import multiprocessing
 import multiprocessing.connection
-import os
 import queue
 import re
 import threading
@@ -22,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.processes import end_with_parent
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.processor import Prompt
 
@@ -269,18 +269,6 @@ def _killed(code: int | None) -> UserError:
         f"a worker process that makes prompts was killed (exit code {code}; -9 is often the "
         "system, out of memory): lower data.workers or data.threads; the same command then resumes."
     )
-
-
-def end_with_parent(worker: int = 0, workers: int = 1) -> None:
-    """Ends this worker process as soon as its parent has ended, however it did."""
-    parent = multiprocessing.parent_process()
-
-    def watch(sentinel: int) -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    if parent is not None:
-        threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def batch_at(

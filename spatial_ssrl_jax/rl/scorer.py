@@ -10,8 +10,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import cloudpickle
+import jax
 
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.common.processes import end_with_parent
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.config.schema import RewardSettings
 from spatial_ssrl_jax.parallel.collectives import all_sum
@@ -42,6 +44,7 @@ class Scorer:
     def __init__(self, settings: RewardSettings, grades: Mapping[str, Grade]):
         self.settings, self._grades = settings, grades
         self._in_workers = settings.function is not None or settings.rule == "math"
+        self._workers: list[_Worker] = []
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
 
@@ -49,7 +52,8 @@ class Scorer:
         """The rewards of each group's responses.
 
         Raises:
-          UserError: more of them failed than `reward.max_failed_fraction`, over all processes.
+          UserError: more of them failed than `reward.max_failed_fraction`, over all processes; or
+            the function cannot be sent to workers.
         """
         if not self._in_workers:
             return [
@@ -69,20 +73,29 @@ class Scorer:
         return rewards
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, also those that are scoring."""
+        for worker in self._workers:
+            worker.end()
         if self._threads is not None:
-            self._threads.shutdown()
-            self._threads = None
-        while not self._idle.empty():
-            self._idle.get().stop()
+            self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.stop()
+        self._workers, self._threads, self._idle = [], None, queue.SimpleQueue()
 
     def _grade(self, example: Example) -> Grade | None:
         return self._grades.get(example.task)
 
     def _start(self) -> None:
-        program = cloudpickle.dumps((self.settings, dict(self._grades)))
+        try:
+            program = cloudpickle.dumps((self.settings, dict(self._grades)))
+        except Exception as error:  # of any object that the user's code holds
+            raise UserError(
+                "reward.function cannot be sent to other processes "
+                f"({type(error).__name__}: {error_line(error)}): make what it holds inside of it."
+            ) from error
         for _ in range(self.settings.workers):
-            self._idle.put(_Worker(program))
+            self._workers.append(_Worker(program))
+            self._idle.put(self._workers[-1])
         self._threads = ThreadPoolExecutor(self.settings.workers, "rewards")
 
     def _score_group(self, group: SampledGroup) -> list[Reward]:
@@ -131,11 +144,13 @@ class _Worker:
     """
 
     def __init__(self, program: bytes):
-        self._program = program
+        self._program, self._ended = program, False
         self._spawn()
 
     def score(self, job: tuple[str, int, Example], seconds: float) -> Reward | str:
         """The reward, or why there is none."""
+        if self._ended:
+            return "the run ends"
         if not self._ready:  # a start is not counted as time for a response
             if not self._pipe.poll(_START_SECONDS):
                 return self._replace("its process does not start")
@@ -151,15 +166,21 @@ class _Worker:
         except (EOFError, OSError):
             return self._replace("its process ends")
 
+    def end(self) -> None:
+        """Ends the process while another thread may wait for it."""
+        self._ended = True
+        self._process.kill()
+
     def stop(self) -> None:
-        """Ends the process."""
+        """Ends the process; no thread waits for it."""
         self._process.kill()
         self._process.join()
         self._pipe.close()
 
     def _replace(self, why: str) -> str:
-        self.stop()
-        self._spawn()
+        if not self._ended:
+            self.stop()
+            self._spawn()
         return why
 
     def _spawn(self) -> None:
@@ -174,6 +195,8 @@ class _Worker:
 def _serve(pipe: "Connection[Any, Any]", program: bytes) -> None:
     """A worker's loop: receives a response and sends its reward, or why it failed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run ends its workers
+    end_with_parent()  # also where the function never returns
+    jax.config.update("jax_platforms", "cpu")  # the run holds the accelerators
     settings, grades = cloudpickle.loads(program)
     pipe.send(True)
     while True:

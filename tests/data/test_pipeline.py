@@ -239,7 +239,7 @@ def test_a_full_dev_shm_is_named(stream, monkeypatch: pytest.MonkeyPatch):
 
 PARENT = """
 import multiprocessing, sys, time
-from spatial_ssrl_jax.data.pipeline import end_with_parent
+from spatial_ssrl_jax.common.processes import end_with_parent
 
 def work():
     end_with_parent()

@@ -1,11 +1,18 @@
 """Rewards of one's own: what they may give, and what becomes of those that fail or hang."""
 
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +23,7 @@ from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer
 from spatial_ssrl_jax.rl.step_metrics import ScoredRollout, rollout_metrics, rollout_rows
 from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.tasks.example import Example
+from tests.conftest import ROOT
 
 EXAMPLE = Example(
     "flip", "x", (np.zeros((9, 9, 3), np.uint8),), "?", "4", "", {"n": 4}, {"record": "a.png"}
@@ -35,6 +43,8 @@ def own(response: str, answer: str, example: Example, tokens: int) -> float | di
         os._exit(1)
     if response == "raise":
         raise KeyError("no such thing")
+    if response == "platform":
+        return jax.config.jax_platforms == "cpu"
     if response == "pictures":
         return len(example.images)
     bad = {"nan": float("nan"), "text": "1", "none": None, "empty": {}, "name": {"a b": 1.0}}
@@ -47,6 +57,9 @@ def own(response: str, answer: str, example: Example, tokens: int) -> float | di
 def scorer() -> Iterator[Scorer]:
     settings = RewardSettings(function=own, workers=1, timeout=2.0, max_failed_fraction=1.0)
     found = Scorer(settings, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_PLATFORMS", raising=False)
+        score(found, GOOD)  # starts the worker
     yield found
     found.close()
 
@@ -56,7 +69,10 @@ def score(scorer: Scorer, *texts: str):
 
 
 def test_what_a_function_gives(scorer: Scorer):
-    number, parts, overall, pictures = score(scorer, GOOD, "parts", "overall", "pictures")
+    platform, number, parts, overall, pictures = score(
+        scorer, "platform", GOOD, "parts", "overall", "pictures"
+    )
+    assert platform.overall == 1  # the accelerators are the run's
     assert (number.overall, number.accuracy, number.format) == (pytest.approx(11.04), 1, 1)
     assert (parts.overall, parts.parts) == (0.75, {"near": 0.25, "far": 0.5})
     assert (parts.accuracy, parts.format) == (0, 0)  # by the rule
@@ -98,6 +114,62 @@ def test_too_many_failures_stop_the_run():
         scorer.close()
 
 
+def test_closing_does_not_wait_for_responses():
+    scorer = Scorer(RewardSettings(function=own, workers=1, timeout=600.0), {})
+    groups = [SampledGroup(EXAMPLE, ["hang"] * 3, [7] * 3)] * 3
+
+    def run():
+        with suppress(CancelledError):
+            scorer.score(groups)
+
+    threading.Thread(target=run, daemon=True).start()
+    time.sleep(1)
+    start = time.monotonic()
+    scorer.close()
+    assert time.monotonic() - start < 30 and not scorer._workers
+
+
+KILLED = """
+import multiprocessing, os, signal, sys, threading, time
+from spatial_ssrl_jax.config.schema import RewardSettings
+from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer
+from spatial_ssrl_jax.tasks.example import Example
+
+def hang(r, a, e, n):
+    open(r, "w").write(str(os.getpid()))
+    while True:
+        pass
+
+if __name__ == "__main__":
+    path = sys.argv.pop()
+    group = SampledGroup(Example("flip", "x", (), "?", "4", "", {}, {}), [path], [1])
+    scorer = Scorer(RewardSettings(function=hang, workers=1, timeout=600.0), {})
+    threading.Thread(target=scorer.score, args=([group],), daemon=True).start()
+    while not (os.path.exists(path) and os.path.getsize(path)):
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_that_hangs_ends_with_a_run_that_is_killed(tmp_path: Path):
+    (tmp_path / "run.py").write_text(KILLED)
+    words = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "pid")]
+    run = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    assert run.returncode == -signal.SIGKILL
+    pid, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_function_that_cannot_be_sent_is_named():
+    lock = threading.Lock()
+    scorer = Scorer(RewardSettings(function=lambda *_: float(lock.locked()), workers=1), {})
+    with pytest.raises(UserError, match=r"cannot be sent to other processes \(TypeError"):
+        score(scorer, GOOD)
+    scorer.close()
+
+
 def test_parts_and_failures_are_metrics(scorer: Scorer):
     rewards = scorer.score([SampledGroup(EXAMPLE, [GOOD, "parts", "raise", "overall"], [7] * 4)])
     ones = np.ones((1, 4), np.int32)
@@ -115,7 +187,8 @@ def test_a_function_is_named_by_its_file_and_recorded_with_what_it_uses(tmp_path
     recorded = []
     for scale in (0.5, 0.25):
         file.write_text(text.format(scale))
-        config = with_overrides(Config("x"), [("reward.function", f"{file}:reward")])
+        set_to = [("reward.function", f"{file}:reward"), ("reward.workers", "1")]
+        config = with_overrides(Config("x"), set_to)
         recorded.append(to_dict(config)["reward"]["function"])
         scorer = Scorer(config.reward, {})
         assert scorer.score([SampledGroup(EXAMPLE, ["x"], [8])])[0][0].overall == 8 * scale
