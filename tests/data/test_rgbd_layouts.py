@@ -11,7 +11,7 @@ from PIL import Image
 
 from spatial_ssrl_jax import prepare
 from spatial_ssrl_jax.common.errors import BadImage, UserError
-from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.data.sources import layouts, open_source
 from spatial_ssrl_jax.data.sources.depthmap import DepthTarget
 from spatial_ssrl_jax.data.sources.layouts import OWN, find_pairs
 from spatial_ssrl_jax.data.sources.listing import Listing
@@ -64,6 +64,8 @@ LAYOUTS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
             "scene0000_00/depth/0.png": 1000,
             "scene0000_00/label/0.png": None,
             "scene0000_00/depth_rgb/0.png": None,
+            "nerf/images/1.jpg": None,
+            "nerf/depths/1.png": 1000,
             "kinect/left/1.png": None,
             "kinect/left_depth/1.png": 1000,
             "41048190/lowres_wide/41048190_3418.817.png": None,
@@ -77,6 +79,7 @@ LAYOUTS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
         },
         {
             "kinect/left/1.png": "kinect/left_depth/1.png",
+            "nerf/images/1.jpg": "nerf/depths/1.png",
             "scene0000_00/color/0.jpg": "scene0000_00/depth/0.png",
             "41048190/lowres_wide/41048190_3418.817.png": (
                 "41048190/lowres_depth/41048190_3418.817.png"
@@ -174,6 +177,7 @@ def test_sun_rgbd_has_rotated_bits(tmp_path: Path, depths: str):
     values = np.rint(1000 * metres).astype(np.uint16)
     save_image(scene / "image/0000103.jpg")
     (scene / "intrinsics.txt").write_text("1 0 0 0 1 0 0 0 1")
+    (scene / "scene.txt").write_text("office")
     (scene / depths).mkdir()
     Image.fromarray((values << 3) | (values >> 13)).save(scene / depths / "0000104.png")
     depth = open_source(f"rgbd:{tmp_path}")[0].depth
@@ -185,6 +189,13 @@ def test_sun_rgbd_takes_depth_as_it_was_measured(tmp_path: Path):
     write(tmp_path, {"image/a.jpg": None, "depth/b.png": 1000, "depth_bfx/b.png": 500})
     (pairs,) = find_pairs(Listing(str(tmp_path), sorted(all_files(tmp_path)))).values()
     assert [pair.depth for pair in pairs] == ["depth/b.png"]
+
+
+@pytest.mark.parametrize("text", ["intrinsics.txt", "scene.txt"])
+def test_one_text_beside_a_frame_does_not_make_it_sun_rgbd(tmp_path: Path, text: str):
+    write(tmp_path, {"image/a.jpg": None, "depth/a.png": 1000})
+    (tmp_path / text).write_text("office")
+    check_ramp(open_source(f"rgbd:{tmp_path}")[0].depth, 6e-4)
 
 
 def test_two_images_in_a_folder_are_no_frame_of_sun_rgbd(tmp_path: Path):
@@ -325,6 +336,41 @@ def test_images_without_depth_are_left_out_and_counted(tmp_path: Path):
         f"rgbd:{tmp_path}: images without depth left out: 1, for example "
         "fr1/rgb/1305031103.000000.png"
     ]
+
+
+def test_depth_without_an_image_is_no_image(tmp_path: Path):
+    write(tmp_path, {"a.jpg": None, "a_depth.png": 1000, "b_depth.png": 1000, "c.jpg": None})
+    save_image(tmp_path / "b_depth_mask.png")
+    source = open_source(f"rgbd:{tmp_path}")
+    assert [source.name(i) for i in range(len(source))] == ["a.jpg", "c.jpg"]
+    assert source_notes(source) == [
+        f"rgbd:{tmp_path}: depth maps and masks without an image left out: 2, for example "
+        "b_depth.png"
+    ]
+
+
+def test_frames_beside_images_are_left_out_and_counted(tmp_path: Path):
+    write(tmp_path, {"a.jpg": None, "b.jpg": None, "b_depth.png": 1000})
+    frame_of(rgb=RGB, depth=ramp())(tmp_path / "c.h5")
+    frame_of(depth=ramp())(tmp_path / "a_depth.h5")  # of an image, which has no frames
+    source = open_source(f"rgbd:{tmp_path}")
+    assert len(source) == 2
+    assert source_notes(source) == [
+        f"rgbd:{tmp_path}: HDF5 files of frames beside images left out: 1, for example c.h5"
+    ]
+
+
+def test_a_folder_is_not_compared_with_every_other(monkeypatch):
+    compared, key = [], layouts._key
+
+    def count(name: str) -> str:
+        compared.append(name)
+        return key(name)
+
+    monkeypatch.setattr(layouts, "_key", count)
+    files = [f"{i}{kind}/1.png" for i in range(100) for kind in ("", "_depth")]
+    assert len(find_pairs(Listing("", files))["ScanNet or ARKitScenes"]) == 100
+    assert 200 <= len(compared) < 1000
 
 
 # ------------------------------------------------------------------------------- packed

@@ -18,8 +18,8 @@ _MASK_ENDINGS = (".npy", ".png")
 _SECONDS = 0.02  # that an image and its depth may be apart, as TUM's own tool has it
 _ASSOCIATIONS = ("associations", "association", "associate", "assoc")
 # A word in a name that says what a file or folder holds; without it, the names of both are equal.
-_IMAGE_WORD = re.compile(r"(?<![a-z])(?:rgb|colou?r|image|img)(?![a-z])", re.IGNORECASE)
-_DEPTH_WORD = re.compile(r"(?<![a-z])depth(?![a-z])", re.IGNORECASE)
+_IMAGE_WORD = re.compile(r"(?<![a-z])(?:rgb|colou?r|image|img)s?(?![a-z])", re.IGNORECASE)
+_DEPTH_WORD = re.compile(r"(?<![a-z])depths?(?![a-z])", re.IGNORECASE)
 _ARKIT = {"lowres_wide": "lowres_depth", "wide": "highres_depth"}
 _PROJECTED = re.compile(r"(?:^|/)([^/]+)/proj_depth/groundtruth/(image_\d\d)/$")
 _RAW = re.compile(r"(?:^|/)([^/]+)/(image_\d\d)/data/$")
@@ -68,11 +68,15 @@ def tum(listing: Listing) -> Iterator[Pair]:
 
 
 def sun(listing: Listing) -> Iterator[Pair]:
-    """SUN RGB-D's folders of one image in `image/` and one depth in `depth/` or `depth_bfx/`."""
+    """SUN RGB-D's folders of one image in `image/` and one depth in `depth/` or `depth_bfx/`.
+
+    Its bits are another order in one's own depth, so one of its files alone, such as
+    `intrinsics.txt`, does not make it this.
+    """
     for folder in listing.named("image"):
         top = parent(folder)
         texts = (listing.find(top, stem, (".txt",)) for stem in ("intrinsics", "scene"))
-        if not any(texts) and f"{top}depth_bfx/" not in listing.folders:
+        if not all(texts) and f"{top}depth_bfx/" not in listing.folders:
             continue
         images = [image for _, image in listing.images(folder)]
         as_measured, filled = (
@@ -120,11 +124,16 @@ def kitti(listing: Listing) -> Iterator[Pair]:
 
 def folders(listing: Listing) -> Iterator[Pair]:
     """ScanNet's `color/N.jpg` with `depth/N.png`, ARKitScenes', and others with such names."""
+    depths: dict[tuple[str, str], list[str]] = {}  # by parent and key
     for folder in listing.folders:
-        for other in listing.below(parent(folder)):
-            if _go_together(base(folder), base(other)):
-                depths = listing.entries(other, DEPTH_ENDINGS)
-                yield from _by_key(listing.images(folder), depths)
+        name = base(folder)
+        if _is_depth(name) and not _IMAGE_WORD.search(name):  # as of depth in colours
+            depths.setdefault((parent(folder), _key(name)), []).append(folder)
+    for folder in listing.folders if depths else ():
+        name = base(folder)
+        key = parent(folder), _key(_ARKIT.get(name, name))
+        for other in () if _is_depth(name) else depths.get(key, ()):
+            yield from _by_key(listing.images(folder), listing.entries(other, DEPTH_ENDINGS))
 
 
 OWN = "NAME_depth beside NAME"
@@ -183,15 +192,6 @@ def _by_key(images: Iterable[tuple[str, str]], depths: Iterable[tuple[str, str]]
     for stem, image in images if by_key else ():
         if depth := by_key.get(_key(stem)):
             yield Pair(image, depth)
-
-
-def _go_together(images: str, depths: str) -> bool:
-    """Whether two folders of these names have images and their depth."""
-    if images in _ARKIT:
-        return _ARKIT[images] == depths
-    pictures = _IMAGE_WORD.search(depths)  # as of depth in colours
-    alike = _is_depth(depths) and not _is_depth(images) and _key(images) == _key(depths)
-    return alike and not pictures
 
 
 def _is_depth(name: str) -> bool:

@@ -25,13 +25,10 @@ class Listing:
     def __init__(self, root: str, files: Sequence[str]):
         self.root = root
         self.folders: dict[str, dict[str, list[str]]] = {}
-        self._below: dict[str, list[str]] = {}
         for file in files:
             at = file.rfind("/") + 1
             stem, ending = os.path.splitext(file[at:])
             self.folders.setdefault(file[:at], {}).setdefault(stem, []).append(ending)
-        for folder in self.folders:
-            self._below.setdefault(parent(folder), []).append(folder)
 
     def __contains__(self, file: str) -> bool:
         at = file.rfind("/") + 1
@@ -41,10 +38,6 @@ class Listing:
     def named(self, name: str) -> list[str]:
         """Folders of a name, in any case."""
         return [folder for folder in self.folders if base(folder).lower() == name]
-
-    def below(self, folder: str) -> list[str]:
-        """The folders in a folder that have files."""
-        return self._below.get(folder, [])
 
     def entries(self, folder: str, endings: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         """(stem, path) of a folder's files with one of the endings, in any case."""

@@ -7,6 +7,7 @@ HDF5; PATH may be one such file.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
@@ -32,6 +33,8 @@ LAYOUT = (
     "NAME.jpg with NAME_depth.png, .npy, .npz, .h5, .pfm, .tif or .exr beside it, or the files of "
     "TUM RGB-D, ScanNet, 7-Scenes, SUN RGB-D, Hypersim, KITTI depth, ARKitScenes or NYU Depth v2"
 )
+
+_OWN_DEPTH = re.compile(r"_depth(?:_mask)?\.(?:png|tiff?)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def open_rgbd(spec: str, path: str, reading: Reading = READING) -> FileSource | 
     """Pairs the images below `path`; raises `UserError` if none of them has depth.
 
     In the layout of one's own data, an image without depth stays listed and raises `BadImage` when
-    it is read, so that it is counted and named. In the others it is left out, and noted.
+    it is read, so that it is counted and named. In the others it is left out, and noted, as are
+    depth maps without an image, and frames in HDF5 files beside other images.
     """
     file = os.path.expanduser(path)
     if file.lower().endswith(ENDINGS) and os.path.isfile(file):
@@ -76,12 +80,16 @@ def open_rgbd(spec: str, path: str, reading: Reading = READING) -> FileSource | 
     used = {file for pair in pairs for file in (pair.image, pair.depth, pair.mask)}
     rest = [file for file in files if is_image(file) and file not in used]
     notes = unreadable(files)
+    frames = open_frames(spec, root, [file for file in files if file not in used], reading)
     if not pairs:
-        frames = open_frames(spec, root, files, reading)
         return frames or _refuse(spec, root, rest, (*notes, *_without_frames(files)))
+    if frames:
+        notes += left_out(frames.files, "HDF5 files of frames beside images")
     images = [pair.image for pair in pairs]
     if list(found) == [OWN]:
-        images += rest
+        maps = [file for file in rest if _OWN_DEPTH.search(file)]
+        notes += left_out(maps, "depth maps and masks without an image")
+        images += sorted(set(rest).difference(maps))
     else:
         notes += left_out(_photos(rest), "images without depth")
     table = {os.path.join(root, pair.image): pair for pair in pairs}
