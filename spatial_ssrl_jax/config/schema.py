@@ -254,7 +254,8 @@ class GrpoSettings(StageSettings):
         above `filter_low` and below `filter_high`, and sample others in their place (dynamic
         sampling, DAPO).
       filter_key: `accuracy`, or `overall`, the whole reward.
-      filter_low, filter_high: of a group's mean; 0 and 1 leave out no group whose accuracy varies.
+      filter_low, filter_high: of a group's mean; 0 and 1 leave out no group whose accuracy varies,
+        but with `overall` all of those that a reward of another range gives 1 and more.
       max_resamples: at most so many times a step groups are sampled again for that.
     """
 
@@ -485,7 +486,8 @@ class Config:
 
     def __post_init__(self):
         if isinstance(self.tasks, dict):  # else it is refused with a sentence
-            defaults = {task.name: task.settings() for task in self.all_tasks}
+            known = [task for task in self.all_tasks if isinstance(task, Task)]
+            defaults = {task.name: task.settings() for task in known}
             object.__setattr__(self, "tasks", defaults | self.tasks)
 
     @property

@@ -23,6 +23,8 @@ def check_settings(config: Config) -> None:
     _check_tasks(config)
     if problem := next(invalid_values(config), None):
         raise UserError(f"{problem}.")
+    for name in config.reward.task_weights:
+        _check_choice("reward.task_weights", name, tuple(config.tasks))
     for name, known in _choices(config).items():
         _check_choice(name, _value(config, name), known)
     _check_policy_loss(config.grpo)
@@ -48,7 +50,8 @@ def _check_tasks(config: Config) -> None:
     for task in config.extra_tasks:
         if not isinstance(task, Task):
             raise UserError(f"extra_tasks must hold Tasks, not {type(task).__name__}.")
-        names = [other.name for other in config.all_tasks]
+    names = [task.name for task in config.all_tasks]
+    for task in config.extra_tasks:
         if names.count(task.name) > 1 or not re.fullmatch(r"[a-z]\w*", task.name):
             raise UserError(
                 f"extra_tasks has a task named {task.name!r}: give each a name of its own, in "
@@ -62,6 +65,16 @@ def _check_tasks(config: Config) -> None:
             raise UserError(
                 f"tasks.{name} must be a {kind.__name__}, not {type(settings).__name__}."
             )
+        for field in dataclasses.fields(settings):
+            _check_keys(f"tasks.{name}.{field.name}", getattr(settings, field.name), kind())
+
+
+def _check_keys(name: str, value: Any, defaults: Any) -> None:
+    """Refuses keys of a setting that is a dict, such as weights of kinds, without a default."""
+    known = getattr(defaults, name.rpartition(".")[2], None)
+    if isinstance(value, dict) and isinstance(known, dict):
+        for key in value:
+            _check_choice(name, key, tuple(known))
 
 
 def _value(config: Config, name: str) -> Any:

@@ -57,7 +57,9 @@ def score_answer(
     response = _AROUND_TAGS.sub(r"\1", response)
     right, has_format = REWARD_RULES[settings.rule](response, answer, settings)
     credit = float(right)
-    if settings.partial_credit and grade is not None and not right:
+    # Of `strict`, a box counts only with the format.
+    counts = has_format or settings.rule != "strict"
+    if settings.partial_credit and grade is not None and not right and counts:
         credit = grade(final_box(response) or "", answer)
     overall = settings.accuracy_weight * credit + (1 - settings.accuracy_weight) * has_format
     return Reward(overall, float(right), float(has_format), credit)

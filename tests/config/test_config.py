@@ -11,8 +11,10 @@ import pytest
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.load import load_config, split_overrides, to_dict
-from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.config.schema import Config, RewardSettings
 from spatial_ssrl_jax.config.validate import check_settings
+from spatial_ssrl_jax.tasks import TASKS
+from spatial_ssrl_jax.tasks.depth import DepthSettings
 from tests.conftest import ROOT
 
 FILE = """
@@ -255,6 +257,24 @@ def test_a_tasks_settings_have_ranges_too():
     tasks["flip"] = dataclasses.replace(tasks["flip"], kinds={"vertical": 0.0})
     with pytest.raises(UserError, match=r"tasks\.flip\.kinds are all 0: give one of vertical"):
         check_settings(Config("test", tasks=tasks))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"tasks": {"depth": DepthSettings(kinds={"7_points": 1.0})}},
+            "tasks.depth.kinds=7_points",
+        ),
+        ({"reward": RewardSettings(task_weights={"shufle": 2.0})}, "reward.task_weights=shufle"),
+        ({"extra_tasks": (TASKS[0],)}, "extra_tasks has a task named 'shuffle'"),
+        ({"extra_tasks": (3,)}, "extra_tasks must hold Tasks, not int"),
+    ],
+)
+def test_names_of_tasks_and_kinds_are_known(changed: dict, said: str):
+    with pytest.raises(UserError) as found:
+        check_settings(Config("test", **changed))
+    assert str(found.value).startswith(said)
 
 
 def numbers(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:

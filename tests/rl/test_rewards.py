@@ -5,7 +5,7 @@ import pytest
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import RewardSettings
-from spatial_ssrl_jax.rl.rewards import check_rule, score_response
+from spatial_ssrl_jax.rl.rewards import check_rule, score_answer, score_response
 from spatial_ssrl_jax.tasks.answers import grade_order, last_box, plain_answer
 from spatial_ssrl_jax.tasks.example import Example
 
@@ -133,6 +133,18 @@ def test_partial_credit(box, credit):
     assert found.overall == pytest.approx(0.9 * credit + 0.1)
     plain = score_response(response, 9, example, RewardSettings(), grade_order)
     assert plain.overall == pytest.approx(0.9 * (credit == 1) + 0.1)
+
+
+def test_strict_gives_no_part_for_a_box_that_does_not_count():
+    settings = RewardSettings(rule="strict", partial_credit=True)
+    for response, credit in (
+        ("<think>a</think>\\boxed{2-1-0}", 0.2 / 3),
+        ("<think>\\boxed{2-0-1}</think>b", 0.0),
+        ("\\boxed{2-1-0}", 0.0),
+    ):
+        assert score_answer(response, "2-0-1", settings, grade_order).credit == pytest.approx(
+            credit
+        )
 
 
 def test_plain_answer():
