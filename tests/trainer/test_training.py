@@ -307,10 +307,7 @@ def test_nothing_compiles_late(whole: Path):
 
 def test_flat_groups_are_refilled_the_same_each_time(toy_config, tmp_path: Path):
     grpo = c.GrpoSettings(
-        **(
-            vars(toy_config().grpo)
-            | {"steps": 1, "filter_groups": True, "max_resamples": 2}
-        )
+        **(vars(toy_config().grpo) | {"steps": 1, "filter_groups": True, "max_resamples": 2})
     )
     config = toy_config(grpo=grpo, sft=c.SftSettings())
     for name in "ab":
