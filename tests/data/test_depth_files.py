@@ -14,7 +14,8 @@ from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data import images
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, read_depth
-from tests.data.test_rgbd_layouts import RGB, frame_of, save_units
+from tests.data.test_frames import RGB, frame_of
+from tests.data.test_rgbd_layouts import save_units
 from tests.data.test_sources import HEIGHT, WIDTH, check_ramp, ramp, save_depth, save_image
 
 TARGET = DepthTarget((HEIGHT, WIDTH))

@@ -23,7 +23,7 @@ def test_a_folder_of_photos_has_no_depth_maps(tmp_path: Path, name: str):
     files = LAYOUTS[name][0] if name in LAYOUTS else beside
     write(tmp_path, files)
     if name == "beside":
-        save_units(tmp_path / "b_depth_mask.png", 1)
+        Image.new("L", (WIDTH, HEIGHT), 255).save(tmp_path / "b_depth_mask.png")
         save_units(tmp_path / "other/sync_depth_00000.png", 1000)
         save_image(tmp_path / "other/rgb_00000.jpg")
         files = files | {"other/rgb_00000.jpg": None}
@@ -76,7 +76,17 @@ def test_other_images_are_read_where_pillow_can(tmp_path: Path, name: str, monke
     save_as(tmp_path / name, format)
     source = open_source(f"folder:{tmp_path}")
     assert (source.name(0), source.size(0)) == (name, (HEIGHT, WIDTH))
+    assert source_notes(source) == []
     assert np.abs(source[0].image.mean((0, 1)) - (200, 30, 90)).max() < 6
+
+
+def test_heif_is_read_by_itself(tmp_path: Path, monkeypatch):
+    pytest.importorskip("pillow_heif", reason="pip install 'spatial_ssrl_jax[heif]'")
+    assert reads_heif()
+    save_as(tmp_path / "a.heic", "HEIF")
+    reads_heif.cache_clear()
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    assert open_image((tmp_path / "a.heic").read_bytes()).shape == (HEIGHT, WIDTH, 3)
 
 
 def test_unread_formats_are_counted_and_named(tmp_path: Path, monkeypatch):

@@ -1,7 +1,6 @@
 """`rgbd:` over the layouts of RGB-D data sets, and their depth files of every kind."""
 
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -9,14 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatial_ssrl_jax import prepare
-from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.sources import layouts, open_source
 from spatial_ssrl_jax.data.sources.depthmap import DepthTarget
 from spatial_ssrl_jax.data.sources.layouts import OWN, find_pairs
 from spatial_ssrl_jax.data.sources.listing import Listing
 from spatial_ssrl_jax.data.sources.mixture import source_notes
-from tests.data.test_sources import HEIGHT, WIDTH, check_ramp, ramp, save_image
+from tests.data.test_sources import HEIGHT, WIDTH, check_ramp, ramp, save_depth, save_image
 
 TARGET = DepthTarget((HEIGHT, WIDTH))
 
@@ -205,10 +203,10 @@ def test_two_images_in_a_folder_are_no_frame_of_sun_rgbd(tmp_path: Path):
 
 
 def test_hypersim(tmp_path: Path):
-    images = tmp_path / "ai_001_001/images"
+    pictures = tmp_path / "ai_001_001/images"
     for name in ("frame.0000.tonemap.jpg", "frame.0000.color.jpg", "frame.0001.tonemap.jpg"):
-        save_image(images / "scene_cam_00_final_preview" / name)
-    depth = images / "scene_cam_00_geometry_hdf5/frame.0000.depth_meters.hdf5"
+        save_image(pictures / "scene_cam_00_final_preview" / name)
+    depth = pictures / "scene_cam_00_geometry_hdf5/frame.0000.depth_meters.hdf5"
     depth.parent.mkdir()
     with h5py.File(depth, "w") as file:
         file["dataset"] = ramp().astype(np.float16)
@@ -219,105 +217,6 @@ def test_hypersim(tmp_path: Path):
     check_ramp(source[0].depth, 2e-3)
 
 
-# ---------------------------------------------------------------------- frames in HDF5 files
-
-
-def write_labeled(path: Path, frames: int = 3) -> np.ndarray:
-    """A `.mat` as NYU's: frame i has depth i + the ramp; returns the images."""
-    images = np.random.default_rng(0).integers(0, 256, (frames, HEIGHT, WIDTH, 3), np.uint8)
-    depths = np.stack([np.where(ramp() > 0, ramp() + i, 0) for i in range(frames)])
-    with h5py.File(path, "w") as file:
-        file["images"] = images.transpose(0, 3, 2, 1)
-        file["depths"] = depths.transpose(0, 2, 1)
-        file["more/names"] = [b"kitchen"]
-    return images
-
-
-@pytest.mark.parametrize("spec", ["rgbd:{0}", "rgbd:{0}/nyu.mat"])
-def test_frames_of_a_labeled_file(tmp_path: Path, spec: str):
-    images = write_labeled(tmp_path / "nyu.mat")
-    (tmp_path / "splits.mat").write_bytes(b"MATLAB 5.0 MAT-file")  # is no HDF5
-    source = pickle.loads(pickle.dumps(open_source(spec.format(tmp_path))))
-    assert (len(source), source.has_depth) == (3, True)
-    assert [source.name(i) for i in range(3)] == [f"nyu.mat#{i}" for i in range(3)]
-    for i in range(3):
-        record = source[i]
-        np.testing.assert_array_equal(record.image, images[i])
-        assert source.size(i) == record.image.shape[:2] == (HEIGHT, WIDTH)
-        check_ramp(record.depth - i, 1e-6)
-    with pytest.raises(IndexError):
-        source[3]
-
-
-def test_hdf5_files_without_frames_are_named(tmp_path: Path):
-    (tmp_path / "splits.mat").write_bytes(b"MATLAB 5.0 MAT-file")
-    for spec in (f"rgbd:{tmp_path}", f"rgbd:{tmp_path}/splits.mat"):
-        with pytest.raises(UserError, match=r"HDF5 files without frames .*splits\.mat"):
-            open_source(spec)
-    save_image(tmp_path / "a.jpg")
-    with pytest.raises(UserError, match=r"a\.jpg has no a_depth\.png; HDF5 .*: 1, for example"):
-        open_source(f"rgbd:{tmp_path}")
-
-
-def test_frames_of_several_files_follow_each_other(tmp_path: Path):
-    write_labeled(tmp_path / "a.mat", 2)
-    images = write_labeled(tmp_path / "b.MAT", 1)
-    source = open_source(f"rgbd:{tmp_path}")
-    assert [source.name(i) for i in range(3)] == ["a.mat#0", "a.mat#1", "b.MAT#0"]
-    np.testing.assert_array_equal(source[2].image, images[0])
-    before = source.fingerprint()
-    write_labeled(tmp_path / "a.mat", 3)
-    assert open_source(f"rgbd:{tmp_path}").fingerprint() != before
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_files_of_one_frame(tmp_path: Path, channels_last: bool):
-    image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-    for name in ("room/00001.h5", "room/00002.h5"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        with h5py.File(tmp_path / name, "w") as file:
-            file["rgb"] = image if channels_last else image.transpose(2, 0, 1)
-            file["depth"] = ramp()
-    source = open_source(f"rgbd:{tmp_path}")
-    assert [source.name(i) for i in range(len(source))] == ["room/00001.h5", "room/00002.h5"]
-    np.testing.assert_array_equal(source[1].image, image)
-    assert source.size(1) == (HEIGHT, WIDTH)
-    check_ramp(source[1].depth)
-
-
-def frame_of(**sets: np.ndarray) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        with h5py.File(path, "w") as file:
-            for name, values in sets.items():
-                file[name] = values
-
-    return write
-
-
-RGB = np.zeros((3, HEIGHT, WIDTH), np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (frame_of(rgb=RGB.astype(np.float32), depth=ramp()), "'rgb' holds float32.*uint8 RGB"),
-        (frame_of(rgb=RGB[:2], depth=ramp()), r"'rgb' holds uint8 \[2, 12, 16\]"),
-        (frame_of(rgb=RGB, depth=ramp()[:, :, None].repeat(3, 2)), r"expected numbers \[H, W\]"),
-        (frame_of(rgb=RGB, depth=ramp((HEIGHT, HEIGHT))), "not that of its image"),
-        (frame_of(rgb=RGB, depth=0 * ramp()), "no pixel with a valid depth"),
-        (frame_of(rgb=RGB), "no data set 'depth'"),
-        (lambda path: path.write_bytes(b"\x89HDF"), "cannot be read"),
-    ],
-)
-def test_bad_frames_are_named(tmp_path: Path, make: Callable[[Path], None], reason: str):
-    frame_of(rgb=RGB, depth=ramp())(tmp_path / "a.h5")
-    make(tmp_path / "b.h5")
-    source = open_source(f"rgbd:{tmp_path}")
-    with pytest.raises(BadImage, match=rf"b\.h5: .*{reason}") as caught:
-        source[1]
-    assert "\n" not in str(caught.value)
-
-
 def test_depth_behind_a_link_is_among_the_inputs(tmp_path: Path):
     write(tmp_path, {"src/color/0.jpg": None, "elsewhere/0.png": 1000})
     (tmp_path / "src/depth").symlink_to(tmp_path / "elsewhere")
@@ -326,6 +225,13 @@ def test_depth_behind_a_link_is_among_the_inputs(tmp_path: Path):
     before = source.fingerprint()
     save_units(tmp_path / "elsewhere/0.png", 500)
     assert source.fingerprint() != before
+
+
+def test_megadepth_is_for_its_own_kind(tmp_path: Path):
+    save_image(tmp_path / "dense0/imgs/a.jpg")
+    save_depth(tmp_path / "dense0/depths/a.h5", ramp())  # perhaps an ordinal map
+    with pytest.raises(UserError, match="1 image below .*none with depth"):
+        open_source(f"rgbd:{tmp_path}")
 
 
 def test_images_without_depth_are_left_out_and_counted(tmp_path: Path):
@@ -349,17 +255,6 @@ def test_depth_without_an_image_is_no_image(tmp_path: Path):
     ]
 
 
-def test_frames_beside_images_are_left_out_and_counted(tmp_path: Path):
-    write(tmp_path, {"a.jpg": None, "b.jpg": None, "b_depth.png": 1000})
-    frame_of(rgb=RGB, depth=ramp())(tmp_path / "c.h5")
-    frame_of(depth=ramp())(tmp_path / "a_depth.h5")  # of an image, which has no frames
-    source = open_source(f"rgbd:{tmp_path}")
-    assert len(source) == 2
-    assert source_notes(source) == [
-        f"rgbd:{tmp_path}: HDF5 files of frames beside images left out: 1, for example c.h5"
-    ]
-
-
 def test_a_folder_is_not_compared_with_every_other(monkeypatch):
     compared, key = [], layouts._key
 
@@ -371,20 +266,3 @@ def test_a_folder_is_not_compared_with_every_other(monkeypatch):
     files = [f"{i}{kind}/1.png" for i in range(100) for kind in ("", "_depth")]
     assert len(find_pairs(Listing("", files))["ScanNet or ARKitScenes"]) == 100
     assert 200 <= len(compared) < 1000
-
-
-# ------------------------------------------------------------------------------- packed
-
-
-@pytest.mark.parametrize("make", [write_labeled, frame_of(rgb=RGB, depth=ramp())])
-def test_frames_are_packed_as_they_are(tmp_path: Path, capsys, make):
-    (tmp_path / "src").mkdir()
-    make(tmp_path / ("src/a.mat" if make is write_labeled else "src/a.h5"))
-    source = open_source(f"rgbd:{tmp_path}/src")
-    prepare.main(["rgbd", f"{tmp_path}/src", f"{tmp_path}/dst"])
-    packed = open_source(f"tfds:ssrl_pictures/rgbd@{tmp_path}/dst")
-    assert len(packed) == len(source) > 0
-    for i in range(len(source)):
-        np.testing.assert_array_equal(packed[i].image, source[i].image)
-        np.testing.assert_array_equal(packed[i].depth, source[i].depth)
-        assert packed[i].path == source[i].name

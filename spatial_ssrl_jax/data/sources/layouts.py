@@ -132,7 +132,9 @@ def folders(listing: Listing) -> Iterator[Pair]:
     for folder in listing.folders if depths else ():
         name = base(folder)
         key = parent(folder), _key(_ARKIT.get(name, name))
-        for other in () if _is_depth(name) else depths.get(key, ()):
+        if _is_depth(name) or name == "imgs":  # MegaDepth's, whose own kind rejects ordinal maps
+            continue
+        for other in depths.get(key, ()):
             yield from _by_key(listing.images(folder), listing.entries(other, DEPTH_ENDINGS))
 
 
