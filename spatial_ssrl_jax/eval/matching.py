@@ -68,10 +68,10 @@ def _own_questions(answers: ToolAnswers, allow_missing: bool) -> list[Question]:
     """The questions that the rows hold themselves."""
     whole = [row.question for row in answers.rows if row.question is not None]
     if not whole or len(whole) < len(answers.rows) and not allow_missing:
-        reason = answers.bad_rows[0] if answers.bad_rows else f"{answers.path} holds no questions"
-        raise UserError(
-            f"{reason.rstrip('.')}; or give the question file of {answers.spec.title} as --data."
-        )
+        fix = f"give the question file of {answers.spec.title} as --data."
+        if answers.bad_rows:
+            raise UserError(f"{answers.bad_rows[0].rstrip('.')}; or {fix}")
+        raise UserError(f"{answers.path} holds answers without their questions: {fix}")
     return list({question.id: question for question in whole}.values())
 
 

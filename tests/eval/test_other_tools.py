@@ -373,7 +373,7 @@ def test_right_answers_are_compared_as_lmms_eval_spells_them(
 def test_samples_without_questions_need_the_question_file(score: Callable, tmp_path: Path):
     given = samples(tmp_path / "1_samples_blink.jsonl", [sample(0)])
     code, _, err = score("--score", given)
-    assert code == 2 and "holds no questions; or give the question file of BLINK as --data" in err
+    assert code == 2 and "without their questions: give the question file of BLINK as --data" in err
 
 
 # comparing, pages
