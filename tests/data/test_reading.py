@@ -53,10 +53,13 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     records = folder / "out" / "ssrl_pictures" / "rgbd" / "1.0.0"
     row = {"instruction": QUESTION, "output": "\\boxed{2-0}", "images": ["folder/a.png"]}
     (folder / "sft.json").write_text(json.dumps([row]))
+    own = {"problem": "What is black?", "answer": "all", "images": ["folder/a.png"]}
+    (folder / "own.jsonl").write_text(json.dumps(own))
     return {kind: f"{kind}:{folder / kind}" for kind in files} | {
         "tfds": f"tfds:ssrl_pictures/rgbd@{folder / 'out'}",
         "arrayrecord": f"arrayrecord:{records}/*.array_record*",
         "ssrl81k": f"ssrl81k:{folder / 'sft.json'}",
+        "questions": f"questions:{folder / 'own.jsonl'}",
         "mixture": f"folder:{folder / 'folder'}+rgbd:{folder / 'rgbd'}",
     }
 
@@ -67,7 +70,7 @@ def test_transparent_pixels_of_every_kind_of_source(specs: dict[str, str], kind:
         source = pickle.loads(pickle.dumps(open_source(specs[kind], reading)))
         for index in range(len(source)):
             found = source[index]
-            image = found.images[0] if kind == "ssrl81k" else found.image
+            image = found.images[0] if kind in ("ssrl81k", "questions") else found.image
             assert image.shape == (*SIZE, 3)
             assert (image[:, :8] == 0).all() and (image[:, 8:] == right).all()
 
