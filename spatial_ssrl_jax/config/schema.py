@@ -33,6 +33,7 @@ OldLogprobs = Literal["recomputed", "sampler"]
 ImportanceCorrection = Literal["none", "truncate", "mask"]
 ImportanceLevel = Literal["token", "sequence"]
 RewardRule = Literal["paper", "strict", "tolerant", "numeric", "choice", "math"]
+QuestionRule = Literal["same", "paper", "strict", "tolerant", "numeric", "choice", "math"]
 # (response, answer, example, tokens) -> the reward, or named parts of it.
 RewardFunction = Callable[[str, str, Example, int], float | Mapping[str, float]]
 PromptStyle = Literal["direct", "reasoning", "own"]
@@ -254,8 +255,7 @@ class GrpoSettings(StageSettings):
         above `filter_low` and below `filter_high`, and sample others in their place (dynamic
         sampling, DAPO).
       filter_key: `accuracy`, or `overall`, the whole reward.
-      filter_low, filter_high: of a group's mean; 0 and 1 leave out no group whose accuracy varies,
-        but with `overall` all of those that a reward of another range gives 1 and more.
+      filter_low, filter_high: of a group's mean; 0 and 1 set no limit.
       max_resamples: at most so many times a step groups are sampled again for that.
     """
 
@@ -316,6 +316,7 @@ class RewardSettings:
         parentheses around the answer are accepted), `numeric` (numbers within `tolerance`),
         `choice` (the letter of an option, with or without its text) or `math` (equal as
         expressions, by the package math-verify).
+      question_rule: the rule of questions of one's own where it is another than that of the tasks.
       accuracy_weight: weight of accuracy; the format has the rest.
       partial_credit: a wrong answer to a task that grades its answers earns a part of the
         accuracy's reward, see `Task.grade`.
@@ -335,6 +336,7 @@ class RewardSettings:
     """
 
     rule: RewardRule = "paper"
+    question_rule: QuestionRule = "same"
     accuracy_weight: Fraction = 0.9
     partial_credit: bool = False
     tolerance: NonNegative = 0.01
@@ -342,10 +344,18 @@ class RewardSettings:
     workers: Count = 4
     timeout: Positive = 10.0
     max_failed_fraction: Fraction = 0.1
-    task_weights: Weights = field(default_factory=lambda: dict.fromkeys(TASKS_BY_NAME, 1.0))
+    task_weights: Weights = field(
+        default_factory=lambda: dict.fromkeys([*TASKS_BY_NAME, questions.TASK.name], 1.0)
+    )
     length_penalty: NonNegative = 0.0
     length_penalty_start: Whole = 1024
     length_penalty_span: Count = 1024
+
+    def rule_of(self, task: str) -> RewardRule:
+        """The rule of a task's answers."""
+        if task != questions.TASK.name or self.question_rule == "same":
+            return self.rule
+        return self.question_rule
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ def filtered_groups(settings: GrpoSettings, scored: ScoredRollout) -> np.ndarray
     key = settings.filter_key
     found = np.array([[getattr(r, key) for r in group] for group in scored.rewards])
     mean, varies = found.mean(axis=1), found.max(axis=1) > found.min(axis=1)
-    return ~(varies & (mean > settings.filter_low) & (mean < settings.filter_high))
+    low, high = settings.filter_low, settings.filter_high
+    above = np.ones_like(varies) if low == 0 else mean > low
+    below = np.ones_like(varies) if high == 1 else mean < high
+    return ~(varies & above & below)
 
 
 def resample_groups(

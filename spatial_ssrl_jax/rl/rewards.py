@@ -42,7 +42,11 @@ class Reward:
 
 
 def score_answer(
-    response: str, answer: str, settings: RewardSettings | None = None, grade: Grade | None = None
+    response: str,
+    answer: str,
+    settings: RewardSettings | None = None,
+    grade: Grade | None = None,
+    task: str = "",
 ) -> Reward:
     """Scores one response by its answer and format alone.
 
@@ -52,13 +56,15 @@ def score_answer(
       settings: the config's `reward` section, of which function, task weights and length penalty
         are not used; None is the paper's.
       grade: of the task, used with `partial_credit`.
+      task: its name, which may have a rule of its own.
     """
     settings = settings or RewardSettings()
+    rule = settings.rule_of(task)
     response = _AROUND_TAGS.sub(r"\1", response)
-    right, has_format = REWARD_RULES[settings.rule](response, answer, settings)
+    right, has_format = REWARD_RULES[rule](response, answer, settings)
     credit = float(right)
     # Of `strict`, a box counts only with the format.
-    counts = has_format or settings.rule != "strict"
+    counts = has_format or rule != "strict"
     if settings.partial_credit and grade is not None and not right and counts:
         credit = grade(final_box(response) or "", answer)
     overall = settings.accuracy_weight * credit + (1 - settings.accuracy_weight) * has_format
@@ -84,7 +90,7 @@ def score_response(
     Raises:
       Exception: any that `reward.function` raises; `ValueError` where it gives no finite number.
     """
-    reward = score_answer(response, example.answer, settings, grade)
+    reward = score_answer(response, example.answer, settings, grade, example.task)
     if settings.function is not None:
         reward = _own_reward(settings.function, response, tokens, example, reward)
     overall = reward.overall * settings.task_weights.get(example.task, 1.0)
@@ -181,9 +187,12 @@ REWARD_RULES: dict[RewardRule, Callable[[str, str, RewardSettings], tuple[bool, 
 }
 
 
-def check_rule(rule: RewardRule) -> None:
+def check_rules(settings: RewardSettings) -> None:
     """Raises `UserError` where a rule needs a package that is not installed."""
-    if rule == "math" and importlib.util.find_spec("math_verify") is None:
+    if (
+        "math" in (settings.rule, settings.question_rule)
+        and importlib.util.find_spec("math_verify") is None
+    ):
         raise UserError(
             "reward.rule=math needs the package math-verify: pip install "
             "'spatial_ssrl_jax[math]', or choose another rule."

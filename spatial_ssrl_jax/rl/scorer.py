@@ -43,7 +43,10 @@ class Scorer:
 
     def __init__(self, settings: RewardSettings, grades: Mapping[str, Grade]):
         self.settings, self._grades = settings, grades
-        self._in_workers = settings.function is not None or settings.rule == "math"
+        self._in_workers = settings.function is not None or "math" in (
+            settings.rule,
+            settings.question_rule,
+        )
         self._workers: list[_Worker] = []
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
@@ -117,7 +120,7 @@ class Scorer:
 
     def _without(self, text: str, example: Example) -> Reward:
         """Of a response whose reward failed: 0, with its format for the metrics."""
-        rule = replace(self.settings, rule="paper", partial_credit=False)
+        rule = replace(self.settings, rule="paper", question_rule="same", partial_credit=False)
         return Reward(0.0, 0.0, score_answer(text, example.answer, rule).format)
 
     def _check_failures(self, rewards: list[list[Reward]]) -> None:

@@ -51,7 +51,8 @@ def check_reward(example: Example, processor: Processor, scorer: Scorer) -> None
     if scorer.settings.function is None and min(reward.accuracy, reward.format) < 1:
         lacks = "the answer" if reward.accuracy < 1 else "the format"
         raise UserError(
-            f"reward.rule={scorer.settings.rule} does not accept {lacks} of a right response to a "
-            f"{example.task} question, which the tokenizer and chat template of {processor.folder} "
-            f"make {shown(text, 200)}: choose another rule, or another model's files."
+            f"the rule {scorer.settings.rule_of(example.task)} does not accept {lacks} of a right "
+            f"response to a {example.task} question, which the tokenizer and chat template of "
+            f"{processor.folder} make {shown(text, 200)}: choose another reward.rule, or "
+            "reward.question_rule for questions of your own, or another model's files."
         )

@@ -5,7 +5,7 @@ import pytest
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import RewardSettings
-from spatial_ssrl_jax.rl.rewards import check_rule, score_answer, score_response
+from spatial_ssrl_jax.rl.rewards import check_rules, score_answer, score_response
 from spatial_ssrl_jax.tasks.answers import grade_order, last_box, plain_answer
 from spatial_ssrl_jax.tasks.example import Example
 
@@ -70,7 +70,8 @@ def test_tolerant(box):
 
 @pytest.mark.parametrize(
     ("box", "accuracy"),
-    [("100", 1), ("101", 1), ("101.1", 0), ("$99.5$ cm", 1), ("1,00", 1), ("about", 0),
+    [("100", 1), ("101", 1), ("101.1", 0), ("$99.5$ cm", 1), ("1,00", 0), ("about", 0),
+     ("1,000", 0), ("100,", 1), (".5", 0),
      ("100 or 5", 0), ("\\text{1e2}", 1), ("-100", 0)],
 )  # fmt: skip
 def test_numeric(box, accuracy):
@@ -107,9 +108,18 @@ def test_math(box, accuracy):
 
 def test_a_rule_without_its_package_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_rule("paper")
-    with pytest.raises(UserError, match=r"spatial_ssrl_jax\[math\]"):
-        check_rule("math")
+    check_rules(RewardSettings())
+    for settings in (RewardSettings(rule="math"), RewardSettings(question_rule="math")):
+        with pytest.raises(UserError, match=r"spatial_ssrl_jax\[math\]"):
+            check_rules(settings)
+
+
+def test_questions_may_have_a_rule_of_their_own():
+    settings = RewardSettings(question_rule="numeric")
+    for task, box, accuracy in (("questions", "4.0", 1), ("flip", "4.0", 0), ("flip", "4", 1)):
+        example = Example(task, "", (), "?", "4", "", {}, {})
+        response = f"<think>a</think>\\boxed{{{box}}}"
+        assert score_response(response, 9, example, settings).accuracy == accuracy
 
 
 @pytest.mark.parametrize(
