@@ -177,6 +177,18 @@ def test_rows_are_found_by_their_index_whatever_their_order(score: Callable, tmp
     assert "rows left out, of no question: 1; rows given twice: 1" in said
 
 
+def test_rows_are_found_by_the_fields_that_an_id_is_made_of(score: Callable, tmp_path: Path):
+    """HallusionBench's rows in another order, numbered, with the six fields in columns."""
+    theirs = files.write_hallusion_tsv(tmp_path, index=False)
+    lines = theirs.read_text().splitlines(keepends=True)
+    theirs.write_text("".join([lines[0], *lines[:0:-1]]))
+    given = files.write_kit_table(tmp_path / "M_HallusionBench.tsv", theirs, ["1", "0", "text"])
+    data = tmp_path / "HallusionBench.json"
+    found, said = scored(score, tmp_path / "out", given, f"--data={data}")
+    answered = {p.id[-1]: p.response for p in found}
+    assert answered == {"0": "0", "1": "1"} and "rows that are not asked: 1" in said
+
+
 def test_ids_of_another_kind_leave_the_order_to_tell(score: Callable, tmp_path: Path):
     """The Hub's ids of VSI-Bench have gaps: 0, 1, 3, … of the questions 0, 1, 2, …"""
     given = table(
@@ -419,6 +431,14 @@ def xlsx_of(folder: Path, replace: bytes = b"", by: bytes = b"") -> Path:
         for name, content in parts.items():
             archive.writestr(name, content.replace(replace, by) if replace else content)
     return path
+
+
+def test_an_xlsx_is_read_whole_whatever_it_says_of_itself(
+    score: Callable, recwarn: pytest.WarningsRecorder, tmp_path: Path
+):
+    for replace, by in ((b'<dimension ref="A1:H5"', b'<dimension ref="A1:A2"'), (b"Normal", b"X")):
+        code, out, _ = score("--score", xlsx_of(tmp_path, replace, by))
+        assert code == 0 and "of 4" in out and not recwarn.list
 
 
 def bad(content: bytes, name: str = "M_BLINK.tsv") -> Callable[[Path], Path]:

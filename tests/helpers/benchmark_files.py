@@ -211,7 +211,7 @@ def write_vsi_hub(folder: Path) -> Path:
 
 
 def write_vsi_tsv(folder: Path) -> Path:
-    """The questions of `write_vsi` as VLMEvalKit has them."""
+    """The questions of `write_vsi` as VLMEvalKit has them, in another order."""
     hub = [json.loads(line) for line in write_vsi_hub(folder).read_text().splitlines()]
     rows = [
         {
@@ -224,7 +224,7 @@ def write_vsi_tsv(folder: Path) -> Path:
         }
         for i, row in enumerate(hub)
     ]
-    return write_tsv(folder / "VSI-Bench.tsv", rows)
+    return write_tsv(folder / "VSI-Bench.tsv", rows[::-1])
 
 
 def write_viewspatial_tsv(folder: Path) -> Path:

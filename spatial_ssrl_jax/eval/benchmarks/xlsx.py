@@ -64,7 +64,5 @@ def _by_name(rows: Iterator[tuple[object, ...]]) -> Iterator[dict[str, str]]:
 
 
 def _text(value: object) -> str:
-    """A cell as text: whole numbers without a point, and \\r, which Excel's format escapes."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    """A cell as text; \\r is escaped in Excel's format."""
     return "" if value is None else str(value).replace("_x000D_", "\r")
