@@ -25,7 +25,7 @@ from spatial_ssrl_jax.tasks.example import Example, Reject, Task
 
 if TYPE_CHECKING:
     from spatial_ssrl_jax.config.schema import Config
-    from spatial_ssrl_jax.data.items import TaskSource
+    from spatial_ssrl_jax.data.task_sources import TaskSource
 
 Row = dict[str, Any]  # a line of `examples.jsonl`, or a row of `examples.parquet`
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     args, config = _parse(argv)
     # Imports that take seconds come after the options are checked.
     from spatial_ssrl_jax.data.depth_direction import depth_warnings
-    from spatial_ssrl_jax.data.items import source_shares
+    from spatial_ssrl_jax.data.task_sources import source_shares
 
     source = open_source(config.data.source, config.data.reading, config.all_tasks)
     chosen = _choose_tasks(args.tasks, source, config)
@@ -119,7 +119,7 @@ def _choose_tasks(
     names: str | None, source: AnySource, config: "Config"
 ) -> dict[Task[Any], list["TaskSource"]]:
     """The source's examples for each of the tasks in `names`, or for all that it can serve."""
-    from spatial_ssrl_jax.data.items import task_sources, trained, unusable
+    from spatial_ssrl_jax.data.task_sources import task_sources, trained, unusable
 
     wanted, known = trained(config.task_settings), {task.name: task for task in config.all_tasks}
     if names is not None:

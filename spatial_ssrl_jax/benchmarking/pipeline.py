@@ -10,9 +10,10 @@ from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data import pipeline
-from spatial_ssrl_jax.data.items import ImageExampleMaker, item_dataset, task_sources
+from spatial_ssrl_jax.data.items import item_dataset
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.data.task_sources import ImageExampleMaker, task_sources
 from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Reject, Task
 from spatial_ssrl_jax.tasks.record import Record

@@ -8,10 +8,10 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import task_sources, tasks_for, trained, unusable
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.data.stand_ins import own_source
+from spatial_ssrl_jax.data.task_sources import task_sources, tasks_for, trained, unusable
 from spatial_ssrl_jax.perf.flops import GroupShape, step_flops
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import Grid

@@ -8,16 +8,16 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import (
+from spatial_ssrl_jax.data.processor import Processor, PromptSize
+from spatial_ssrl_jax.data.sources import AnySource, open_source
+from spatial_ssrl_jax.data.stand_ins import own_source
+from spatial_ssrl_jax.data.task_sources import (
     ImageExampleMaker,
     TaskSource,
     task_sources,
     tasks_for,
     trained,
 )
-from spatial_ssrl_jax.data.processor import Processor, PromptSize
-from spatial_ssrl_jax.data.sources import AnySource, open_source
-from spatial_ssrl_jax.data.stand_ins import own_source
 from spatial_ssrl_jax.tasks.example import Reject, Size, Task, TaskSettings
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
 

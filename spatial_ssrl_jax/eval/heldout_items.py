@@ -7,10 +7,11 @@ import grain
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import Item, NoExample, item_dataset, task_sources
+from spatial_ssrl_jax.data.items import Item, NoExample, item_dataset
 from spatial_ssrl_jax.data.processor import Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource
 from spatial_ssrl_jax.data.split import split_records
+from spatial_ssrl_jax.data.task_sources import task_sources
 from spatial_ssrl_jax.eval.benchmarks.pretext import PRETEXT, question_of
 from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark
 from spatial_ssrl_jax.tasks.example import Tasks

@@ -18,18 +18,12 @@ from spatial_ssrl_jax.common.lock import locked
 from spatial_ssrl_jax.common.paths import check_bucket
 from spatial_ssrl_jax.config.load import to_dict
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import (
-    check_fits,
-    check_served,
-    item_dataset,
-    question_dataset,
-    tasks_for,
-    trained,
-)
+from spatial_ssrl_jax.data.items import check_fits, item_dataset, question_dataset
 from spatial_ssrl_jax.data.pipeline import BatchStream, batches, repeated
 from spatial_ssrl_jax.data.processor import ImageArea, Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, QuestionSource, open_source
 from spatial_ssrl_jax.data.split import RecordSplit, split_records
+from spatial_ssrl_jax.data.task_sources import check_served, tasks_for, trained
 from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark
 from spatial_ssrl_jax.eval.heldout import HeldoutEval, HeldoutTable
 from spatial_ssrl_jax.eval.heldout_items import heldout_items, task_datasets
@@ -44,7 +38,7 @@ from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.placement import check_sharding, compute_settings
-from spatial_ssrl_jax.rl.rewards import check_rule
+from spatial_ssrl_jax.rl.rewards import check_rules
 from spatial_ssrl_jax.rl.scorer import Scorer, make_scorer
 from spatial_ssrl_jax.rl.sft import check_response
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
@@ -160,7 +154,7 @@ def open_components(config: Config) -> RunComponents:
     model = open_model(config.model.path)
     check_initial_weights(config, model)
     check_wandb(config.log.wandb)
-    check_rule(config.reward.rule)
+    check_rules(config.reward)
     source = open_source(config.data.source, config.data.reading, config.all_tasks)
     check_bad_rows(config, source)
     tasks = tasks_for(source, config.task_settings)

@@ -16,8 +16,8 @@ from spatial_ssrl_jax.common.text import byte_size
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.depth_direction import depth_warnings
-from spatial_ssrl_jax.data.items import source_shares, task_sources, trained
 from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.data.task_sources import source_shares, task_sources, trained
 from spatial_ssrl_jax.eval.heldout_items import heldout_items
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.parallel.sharding import shard_bytes

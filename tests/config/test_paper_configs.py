@@ -10,11 +10,11 @@ import pytest
 from spatial_ssrl_jax.benchmarking.prompt_sharing import task_prompts
 from spatial_ssrl_jax.config import Config, load_config
 from spatial_ssrl_jax.config.validate import check_settings
-from spatial_ssrl_jax.data.items import check_served, source_shares, task_sources, tasks_for
 from spatial_ssrl_jax.data.processor import ImageArea, Processor
 from spatial_ssrl_jax.data.sources import OPENERS, open_source
 from spatial_ssrl_jax.data.sources.mixture import split_spec
 from spatial_ssrl_jax.data.stand_ins import stand_in
+from spatial_ssrl_jax.data.task_sources import check_served, source_shares, task_sources, tasks_for
 from spatial_ssrl_jax.qwen_vl.family import read_config
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from tests.conftest import ROOT

@@ -15,10 +15,10 @@ from spatial_ssrl_jax import prepare
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.reading import READING, DepthValues, Reading
 from spatial_ssrl_jax.config import Config
-from spatial_ssrl_jax.data.items import task_sources, unusable
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.depthmap import DepthTarget, read_depth
 from spatial_ssrl_jax.data.sources.stored import StoredSource
+from spatial_ssrl_jax.data.task_sources import task_sources, unusable
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.record import Record
 from tests.conftest import ROOT

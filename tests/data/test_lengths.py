@@ -9,10 +9,11 @@ from PIL import Image
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import item_dataset, tasks_for
+from spatial_ssrl_jax.data.items import item_dataset
 from spatial_ssrl_jax.data.lengths import Lengths
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import open_source
+from spatial_ssrl_jax.data.task_sources import tasks_for
 
 SOURCE = "scenes:6:112x84+scenes:6:140x140"
 

@@ -7,16 +7,16 @@ import pytest
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config import Config
-from spatial_ssrl_jax.data.items import (
+from spatial_ssrl_jax.data.sources import OPENERS, open_source
+from spatial_ssrl_jax.data.sources.mixture import SpecPart, split_spec
+from spatial_ssrl_jax.data.split import split_records
+from spatial_ssrl_jax.data.task_sources import (
     check_served,
     source_shares,
     task_sources,
     tasks_for,
     unusable,
 )
-from spatial_ssrl_jax.data.sources import OPENERS, open_source
-from spatial_ssrl_jax.data.sources.mixture import SpecPart, split_spec
-from spatial_ssrl_jax.data.split import split_records
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from tests.data.test_sources import save_image
 

@@ -14,9 +14,9 @@ from PIL import Image
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.reading import QuestionFields, Reading
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.items import task_sources, tasks_for, trained
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.question_source import QuestionSource
+from spatial_ssrl_jax.data.task_sources import task_sources, tasks_for, trained
 from spatial_ssrl_jax.tasks import questions
 
 

@@ -10,10 +10,10 @@ from spatial_ssrl_jax import prepare
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.reading import READING, Reading
 from spatial_ssrl_jax.config import Config, DataSettings
-from spatial_ssrl_jax.data.items import task_sources
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.options import split_options
 from spatial_ssrl_jax.data.stand_ins import stand_in
+from spatial_ssrl_jax.data.task_sources import task_sources
 from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from tests.data.test_depth_reading import check, metres, save_turned
 from tests.data.test_sources import save_depth, save_image

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def run_of(toy_folder: Path, tmp_path: Path) -> Make:
     return make
 
 
-def write(folder: Path, questions: list[tuple[str, str | None, bool]]) -> None:
+def write(folder: Path, questions: Sequence[tuple[str, str | None, bool]]) -> None:
     """A parquet file of (question, answer, whether it is held out), each with an image."""
     names = count()
     rows = []
@@ -97,7 +97,7 @@ def test_without_held_out_examples_there_is_a_note(
     notes = preflight(run_of(), tmp_path / "run")["notes"]
     (note,) = (note for note in notes if "held-out metrics" in note and "shuffle" not in note)
     assert re.search(message, note)
-    assert "weight" not in note  # held-out metrics are of all tasks, whatever their weights
+    assert note.count("use other images") == broken  # no advice about a run's own examples
 
 
 def test_a_task_whose_questions_are_all_held_out_is_named(run_of: Make, tmp_path: Path):
