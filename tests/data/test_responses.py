@@ -69,7 +69,5 @@ def test_special_tokens_are_dropped(tmp_path: Path):
 def test_a_rule_that_no_right_answer_meets_is_refused(tmp_path: Path):
     processor = folder_of(tmp_path / "model", False, "")
     scorer = make_scorer(RewardSettings(rule="choice"))
-    with pytest.raises(
-        UserError, match="the rule choice does not accept the answer of a right"
-    ):
+    with pytest.raises(UserError, match="the rule choice does not accept the answer of a right"):
         check_reward(EXAMPLE, processor, scorer)

@@ -20,8 +20,9 @@ from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.parallel.collectives import all_gather, gather_to_host, is_primary
 from spatial_ssrl_jax.parallel.distributed import add_options, connect
-from spatial_ssrl_jax.rl import grpo
+from spatial_ssrl_jax.rl import scorer
 from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.grpo import Grpo
 from spatial_ssrl_jax.rl.rewards import Reward
 from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
@@ -99,10 +100,10 @@ def _grpo(run: Run, start: StageInitializer, sft: SftStage, stage: GrpoStage) ->
     optimizer = stage.optimizer(config)
     state = start.state(stage, optimizer, start.params(sft))
     loss = stage.loss(run.model.config, run.compute)
-    made = grpo.Grpo(
+    made = Grpo(
         stage.settings,
         config.rollout,
-        config.reward,
+        run.scorer,
         run.engine,
         loss,
         optimizer,
@@ -198,7 +199,7 @@ def main(argv: list[str]) -> None:
         print("\n".join(table(found)))
         return
     connect(args, 60)
-    grpo.score_response = by_length
+    scorer.score_response = by_length
     found = one_step(pickle.loads((args.step / "config").read_bytes()), args.step / "run")
     if is_primary():
         np.savez(args.step / "found.npz", **found)

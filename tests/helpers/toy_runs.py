@@ -12,7 +12,7 @@ from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax.checkpoint.export import export
 from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
-from spatial_ssrl_jax.rl import grpo
+from spatial_ssrl_jax.rl import scorer
 from spatial_ssrl_jax.rl.rewards import Reward
 from spatial_ssrl_jax.trainer.training import train
 from tests.conftest import ROOT, random_params
@@ -143,7 +143,7 @@ def rewarding_length() -> Iterator[None]:
         return Reward(overall=len(text) / 100, accuracy=0.0, format=0.0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "score_response", by_length)
+        patch.setattr(scorer, "score_response", by_length)
         yield
 
 

@@ -137,7 +137,7 @@ def open_grpo(config, folder: Path, progress: Progress, preemption: Preemption):
     grpo = Grpo(
         stage.settings,
         config.rollout,
-        config.reward,
+        run.scorer,
         run.engine,
         stage.loss(run.model.config, run.compute),
         optimizer,
@@ -162,7 +162,7 @@ def test_sharing_gives_the_same_curve(toy_config, tmp_path: Path, monkeypatch: p
     with Preemption() as preemption, Progress(quiet=True) as progress:
         run, grpo, state = open_grpo(config, tmp_path / "run", progress, preemption)
         alone, other = Alone(grpo), jax.tree.map(lambda x: x + 0, state)
-        items = items_of(config, run.source, run.split.train, run.processor, 1)
+        items = items_of(run, 1, run.source, run.split.train)
         key, size, curve = jax.random.key(0), config.grpo.prompts, []
         for step in range(STEPS):
             rows = [(i, items[step * size + i]) for i in range(size)]
