@@ -9,6 +9,7 @@ import pickle
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -67,7 +68,7 @@ def equality_config(folder: Path) -> c.Config:
 
 def by_length(text: str, *_) -> Reward:
     """Rewards the length: random weights answer nothing right."""
-    return Reward(overall=len(text) / 100, accuracy=0.0, format=0.0)
+    return Reward(overall=len(text) / 100, accuracy=1.0, format=1.0)
 
 
 def flat(name: str, tree) -> Arrays:
@@ -79,7 +80,7 @@ def flat(name: str, tree) -> Arrays:
 def one_step(config: c.Config, workdir: Path) -> Arrays:
     """Losses, gradients, rollouts, metrics and new weights of a step of each stage."""
     with Preemption() as preemption, Progress(quiet=True) as progress:
-        run = open_run(config, workdir, False, preemption, progress)
+        run = open_run(config, workdir, False, preemption, progress, ExitStack())
     start = StageInitializer(config, run.model, run.layout, run.checkpoints, lambda _: None)
     sft, grpo = stages(config)
     return _sft(run, start, sft) | _grpo(run, start, sft, grpo)

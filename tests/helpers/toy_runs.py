@@ -140,7 +140,7 @@ def rewarding_length() -> Iterator[None]:
     """Rewards long answers: those of an untrained model earn nothing else."""
 
     def by_length(text: str, *_) -> Reward:
-        return Reward(overall=len(text) / 100, accuracy=0.0, format=0.0)
+        return Reward(overall=len(text) / 100, accuracy=1.0, format=1.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scorer, "score_response", by_length)

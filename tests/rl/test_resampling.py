@@ -1,6 +1,6 @@
 """Groups without variance give way to others, in order and as far as they are found."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -48,6 +48,15 @@ def groups(kinds: list, first: int) -> tuple[Batch, ScoredRollout]:
 def test_which_groups_are_left_out(changes: dict, expected: list[bool]):
     _, scored = groups([VARIED, FLAT, FORM_ONLY, (RIGHT, RIGHT)], 0)
     assert filtered_groups(GrpoSettings(**changes), scored).tolist() == expected
+
+
+@pytest.mark.parametrize("rewards", [(5.0, -1.0), (1.0, -3.0)])
+def test_0_and_1_limit_no_reward_of_another_range(rewards: tuple[float, float]):
+    _, scored = groups([tuple(Reward(r, 0.0, 0.0) for r in rewards)], 0)
+    settings = GrpoSettings(filter_key="overall")
+    assert filtered_groups(settings, scored).tolist() == [False]
+    for changes in ({"filter_low": 2.5}, {"filter_high": -1.5}):
+        assert filtered_groups(replace(settings, **changes), scored).tolist() == [True]
 
 
 def test_groups_are_replaced_in_order():
