@@ -61,7 +61,8 @@ LAYOUTS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
             "scene0000_00/color/1.jpg": None,
             "scene0000_00/depth/0.png": 1000,
             "scene0000_00/label/0.png": None,
-            "scene0000_00/depth_rgb/0.png": None,
+            "scene0000_01/color/0.jpg": None,
+            "scene0000_01/depth_rgb/0.png": None,  # a picture of depth
             "nerf/images/1.jpg": None,
             "nerf/depths/1.png": 1000,
             "kinect/left/1.png": None,
