@@ -137,7 +137,10 @@ def lora_config(lora_base: Path) -> c.Config:
 
 @contextmanager
 def rewarding_length() -> Iterator[None]:
-    """Rewards long answers: those of an untrained model earn nothing else."""
+    """Rewards long answers: those of an untrained model earn nothing else.
+
+    All count as right, as the check before a run asks of right ones.
+    """
 
     def by_length(text: str, *_) -> Reward:
         return Reward(overall=len(text) / 100, accuracy=1.0, format=1.0)
