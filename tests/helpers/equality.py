@@ -67,7 +67,7 @@ def equality_config(folder: Path) -> c.Config:
 
 
 def by_length(text: str, *_) -> Reward:
-    """Rewards the length, as random weights answer nothing right; the check before a run asks for 1."""
+    """Rewards the length: random weights answer nothing right. Before a run, right ones must be."""
     return Reward(overall=len(text) / 100, accuracy=1.0, format=1.0)
 
 
