@@ -101,7 +101,7 @@ def test_the_page(folder: Path):
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
     last = rows[-1]
     assert last["step"] == 3 and last["reward/failed_share"] == 0
-    assert {"reward/boxed_mean", "reward/near_mean", "task/questions_cubes/accuracy"} <= last.keys()
+    assert {"reward/part/boxed", "reward/part/near", "task/questions_cubes/accuracy"} <= last.keys()
     assert "heldout/questions/accuracy_greedy" in last
     assert (folder / "run" / "export" / "config.json").is_file()
     rollout = json.loads(

@@ -138,8 +138,13 @@ def check_served(source: AnySource, tasks: Tasks) -> None:
     """Checks that each part of a source serves one of the tasks with a weight above 0.
 
     Raises:
-      UserError: one serves none.
+      UserError: one serves none, or no task that the source is for has a weight.
     """
+    if not trained(tasks):
+        raise UserError(
+            f"every task has weight 0 of those that {source.spec} is for: give at least one "
+            "tasks.NAME.weight above 0."
+        )
     for part in mixture_parts(source):
         if not any(part.serves(task) for task in trained(tasks)):
             names = ", ".join(task.name for task in trained(tasks)) or "none"

@@ -38,7 +38,7 @@ NAMES = (
     "reward/accuracy_std",
     "reward/format_mean",
     "reward/format_std",
-    "reward/<part>_mean",
+    "reward/part/<part>",
     "reward/failed_share",
     "task/<task>/reward",
     "task/<task>/accuracy",

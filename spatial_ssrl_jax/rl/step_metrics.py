@@ -113,7 +113,7 @@ def rollout_metrics(rows: Columns) -> Metrics:
         metrics[f"reward/{name}_std"] = float(rows[name].std())
     for name, values in rows.items():
         if name.startswith(_PART) and np.isfinite(values).any():
-            metrics[f"reward/{name.removeprefix(_PART)}_mean"] = float(np.nanmean(values))
+            metrics[f"reward/{name}"] = float(np.nanmean(values))
     for column, mine in rows.items():
         if column.startswith(_TASK):
             for key, name in (("overall", "reward"), ("accuracy",) * 2, ("format",) * 2):

@@ -23,7 +23,8 @@ MetricRows = list[dict[str, Any]]
 
 _FILES = 12  # files of rollout samples on the page, spread over the run
 _CURVES = (  # title, and the metrics drawn together; * stands for every name that there is
-    ("Reward and its parts", {"*": "reward/*_mean"}),
+    ("Reward", {"": "reward/overall_mean"}),
+    ("Parts of the reward", {"*": "reward/part/*"}),
     ("Accuracy per task", {"*": "task/*/accuracy"}),
     ("Held-out accuracy, greedy", {"*": "heldout/*/accuracy_greedy"}),
     ("Benchmark score", {"*": "benchmark/*/score"}),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_an_unknown_name_is_refused_and_not_written(tmp_path: Path, name: str):
 
 def test_every_listed_name_is_accepted(tmp_path: Path):
     writer = MetricsWriter(tmp_path)
-    names = [name.replace("<task>", "flip").replace("<benchmark>", "blink") for name in NAMES]
+    names = [re.sub("<[a-z]+>", "name", name) for name in NAMES]
     writer.write("grpo", 1, dict.fromkeys(names, 1.0))
     writer.close()
     assert len(read_metrics(tmp_path)[0]) == len(NAMES) + 3

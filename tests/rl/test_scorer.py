@@ -176,7 +176,7 @@ def test_parts_and_failures_are_metrics(scorer: Scorer):
     rollout = Rollout(ones[..., None], ones[..., None] * 0.0, ones, ones > 0)
     scored = ScoredRollout(rollout, [], rewards, ones * 0.0)
     metrics = rollout_metrics(rollout_rows([SimpleNamespace(example=EXAMPLE)], scored))
-    assert metrics["reward/near_mean"] == 0.25 and metrics["reward/far_mean"] == 0.5
+    assert metrics["reward/part/near"] == 0.25 and metrics["reward/part/far"] == 0.5
     assert metrics["reward/failed_share"] == 0.25
     assert metrics["reward/accuracy_mean"] == pytest.approx((1 + 0 + 0 + 0.75) / 4)
 

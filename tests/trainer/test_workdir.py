@@ -79,6 +79,8 @@ def test_everything_that_a_run_reads_is_an_input(config: c.Config, photos: Path,
     (tmp_path / "linked").mkdir()
     (photos / "more").symlink_to(tmp_path / "linked")
     shutil.copy(photos / "00.png", tmp_path / "linked" / "a.png")
+    (tmp_path / "answers").mkdir()
+    shutil.copy(photos / "00.png", tmp_path / "answers" / "00.png")
     responses = tmp_path / "sft.json"
     row = {
         "instruction": "one patch is flipped",
