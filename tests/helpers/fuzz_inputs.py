@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 
@@ -416,6 +416,24 @@ def read_predictions(folder: Path) -> None:
     evaluate.main(["--compare", f"{folder}/a.jsonl", f"{folder}/b.jsonl", f"--out={folder}/out"])
 
 
+def write_tool_answers(file: str, folder: Path) -> None:
+    """Answers of VLMEvalKit, or of lmms-eval, to the questions beside them."""
+    table = benchmark_files.write_vsi_tsv(folder)
+    if not file.endswith(".jsonl"):
+        benchmark_files.write_kit_table(folder / file, table, ["4", "B. right"])
+        return
+    docs = map(json.loads, benchmark_files.write_vsi_hub(folder).read_text().splitlines())
+    rows = [
+        {"doc_id": i, "input": "", "resps": [["4"]], "score": doc} for i, doc in enumerate(docs)
+    ]
+    (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_tool_answers(file: str, folder: Path) -> None:
+    for data in ([f"--data={folder}/vsi_bench.json"], []):
+        evaluate.main(["--score", f"{folder}/{file}", "--allow-missing", *data])
+
+
 ABOUT = {"model": "tiny", "benchmark": "blink", "style": "direct"}
 
 
@@ -463,6 +481,14 @@ def eval_inputs() -> Iterator[Input]:
             read_predictions,
             corruptions.json_lines,
         )
+    for file, damage in (
+        ("M_VSI-Bench.xlsx", corruptions.binary),
+        ("M_VSI-Bench.tsv", corruptions.table_text),
+        ("M_VSI-Bench.json", corruptions.json_file),
+        ("1_samples_vsibench.jsonl", corruptions.json_lines),
+    ):
+        write = partial(write_tool_answers, file)
+        yield Input(file, write, file, partial(read_tool_answers, file), damage)
     yield Input("asked.json", write_log, "out/asked.json", read_log, corruptions.json_file)
     yield Input("predictions to resume", write_log, "out/*.jsonl", read_log,
                 corruptions.json_lines)  # fmt: skip
