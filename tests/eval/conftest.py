@@ -1,14 +1,19 @@
 """A small random checkpoint to ask, and small files of all fourteen benchmarks."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax import evaluate
 from spatial_ssrl_jax.checkpoint.export import export
 from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.eval.predictions import read_predictions
+from spatial_ssrl_jax.eval.questions import Prediction
 from tests.conftest import SMALL_TEXT, SMALL_VISION, random_params
 from tests.helpers import benchmark_files as files
 
@@ -60,3 +65,21 @@ def fourteen(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(folder / name)
     write_clip(folder / "vsi_bench" / "rooms" / "1.mp4")
     return folder
+
+
+@pytest.fixture
+def score(run: Callable) -> Callable:
+    """Runs `evaluate`; gives exit code, stdout and stderr."""
+    return partial(run, evaluate.main)
+
+
+@pytest.fixture
+def scored(score: Callable) -> Callable[..., tuple[list[Prediction], str]]:
+    """Scores files; gives the predictions that are written into a folder, and what is said."""
+
+    def call(out: Path, *argv) -> tuple[list[Prediction], str]:
+        code, _, said = score("--score", *argv, f"--out={out}")
+        assert code == 0, said
+        return read_predictions(out / "predictions.jsonl"), said
+
+    return call

@@ -3,16 +3,13 @@
 import base64
 import csv
 import io
-import itertools
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 
 from spatial_ssrl_jax.eval.benchmarks.prompts import SPATIAL457_LEVELS
@@ -327,37 +324,6 @@ def write_ocrbench_tsv(folder: Path) -> Path:
         for i, row in enumerate(json.loads(write_ocrbench(folder).read_text()))
     ]
     return write_tsv(folder / "OCRBench.tsv", rows)
-
-
-def write_kit_table(path: Path, questions: Path, answers: Sequence[str], **columns: str) -> Path:
-    """VLMEvalKit's table, in the format of its ending, of answers in turn to a TSV's rows."""
-    with questions.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    for row, answer in zip(rows, itertools.cycle(answers), strict=False):
-        row.pop("image", None)
-        row |= {"prediction": answer, **columns}
-    return write_rows(path, rows)
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:
-    """Rows as pandas writes them into .xlsx, .tsv or .json; "" is a missing value."""
-    numbers = [{k: int(v) if v.isdecimal() else v for k, v in row.items()} for row in rows]
-    if path.suffix == ".json":
-        values = [{k: math.nan if v == "" else v for k, v in row.items()} for row in numbers]
-        path.write_text(json.dumps(values, indent=4, ensure_ascii=False))
-    elif path.suffix == ".tsv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", quoting=csv.QUOTE_ALL)
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        reason = "reads and writes xlsx, which needs openpyxl"
-        book = pytest.importorskip("openpyxl", reason=reason).Workbook()
-        book.active.append(list(rows[0]))
-        for row in numbers:
-            book.active.append([None if v == "" else v for v in row.values()])
-        book.save(path)
-    return path
 
 
 # Of each benchmark: writes its files into a folder and returns what --data takes.

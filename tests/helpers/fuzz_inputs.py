@@ -49,7 +49,7 @@ from spatial_ssrl_jax.trainer.report import write_report
 from spatial_ssrl_jax.trainer.run_inputs import RunInputs
 from spatial_ssrl_jax.trainer.workdir import check_workdir, claim_workdir
 from tests.conftest import SMALL_TEXT, SMALL_VISION, random_params
-from tests.helpers import benchmark_files, corruptions, rgbd_files
+from tests.helpers import benchmark_files, corruptions, rgbd_files, tool_answers
 from tests.helpers.corruptions import Corrupt
 from tests.helpers.images import photo, room
 
@@ -420,7 +420,7 @@ def write_tool_answers(file: str, folder: Path) -> None:
     """Answers of VLMEvalKit, or of lmms-eval, to the questions beside them."""
     table = benchmark_files.write_vsi_tsv(folder)
     if not file.endswith(".jsonl"):
-        benchmark_files.write_kit_table(folder / file, table, ["4", "B. right"])
+        tool_answers.write_kit_table(folder / file, table, ["4", "B. right"])
         return
     docs = map(json.loads, benchmark_files.write_vsi_hub(folder).read_text().splitlines())
     rows = [
