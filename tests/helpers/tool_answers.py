@@ -53,7 +53,7 @@ def write_blink(folder: Path, count: int = 4, kinds: Sequence[str] = ("thing",))
 def write_table(
     folder: Path, change: Callable[[list[dict]], object], name: str = "M_BLINK.tsv"
 ) -> Path:
-    """VLMEvalKit's answers A to `blink`, with something changed."""
+    """VLMEvalKit's answers A to `write_blink`, with something changed."""
     rows = [{**mcq_row(i, "AB"[i % 2]), "prediction": "A"} for i in range(4)]
     rows = [{k: str(v) for k, v in row.items() if k != "image"} for row in rows]
     change(rows)
@@ -66,7 +66,7 @@ def write_samples(path: Path, rows: Sequence[dict]) -> Path:
 
 
 def sample(number: int, **more) -> dict:
-    """A line of lmms-eval 0.7 for a question of `blink`."""
+    """A line of lmms-eval 0.7 for a question of `write_blink`."""
     prompt = f"Note: one letter.\nWhat is {number}?\nA. chair\nB. table"
     row = {"doc_id": number, "target": f"({'AB'[number % 2]})", "filtered_resps": "A"}
     return {**row, "input": prompt, "blink_acc": {"id": f"val_{number}"}, **more}
