@@ -119,9 +119,10 @@ def _choose_tasks(
     names: str | None, source: AnySource, config: "Config"
 ) -> dict[Task[Any], list["TaskSource"]]:
     """The source's examples for each of the tasks in `names`, or for all that it can serve."""
-    from spatial_ssrl_jax.data.task_sources import task_sources, trained, unusable
+    from spatial_ssrl_jax.data.task_sources import task_sources, trained_tasks, unusable
 
-    wanted, known = trained(config.task_settings), {task.name: task for task in config.all_tasks}
+    wanted = trained_tasks(config.task_settings)
+    known = {task.name: task for task in config.all_tasks}
     if names is not None:
         for name in names.split(","):
             if name not in known:

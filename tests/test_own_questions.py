@@ -1,10 +1,7 @@
 """BUILD.md's page on own questions and rewards, from a folder to a trained model."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ from PIL import Image
 
 from spatial_ssrl_jax.tasks.protocol import response_text
 from tests.conftest import ROOT
+from tests.helpers.commands import run_command
 
 PAGE = (ROOT / "BUILD.md").read_text().split("## Your own questions and rewards")[1]
 PAGE = PAGE.split("\n## ")[0]
@@ -82,21 +80,15 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def run(folder: Path, command: str, *argv: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", f"spatial_ssrl_jax.{command}", *argv]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
-
-
 def test_the_page(folder: Path):
-    found = run(folder, "preview", "--source=questions:mine", "--out=look", "--count=15")
+    found = run_command(folder, "preview", "--source=questions:mine", "--out=look", "--count=15")
     assert found.returncode == 0, found.stderr
     rows = [json.loads(line) for line in (folder / "look" / "examples.jsonl").open()]
     assert {row["task"] for row in rows} == {"questions"} and len(rows) == 15
-    found = run(folder, "train", "--config=own.py", *SMALL, "--check", "--workdir=run")
+    found = run_command(folder, "train", "--config=own.py", *SMALL, "--check", "--workdir=run")
     assert found.returncode == 0, found.stderr
     assert "question 15 of mine/train.jsonl: it has no answer" in " ".join(found.stdout.split())
-    found = run(folder, "train", "--config=own.py", *SMALL, "--workdir=run")
+    found = run_command(folder, "train", "--config=own.py", *SMALL, "--workdir=run")
     assert found.returncode == 0, found.stderr
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
     last = rows[-1]
@@ -115,7 +107,7 @@ def test_the_page(folder: Path):
 def test_a_changed_reward_is_named(folder: Path):
     text = (folder / "own.py").read_text()
     (folder / "own.py").write_text(text.replace("1.0 - error", "0.5 - error"))
-    found = run(folder, "train", "--config=own.py", *SMALL, "--workdir=run")
+    found = run_command(folder, "train", "--config=own.py", *SMALL, "--workdir=run")
     assert found.returncode == 2
     assert "reward.function.source.reward changed" in " ".join(found.stderr.split())
 
@@ -125,7 +117,7 @@ def test_a_reward_that_fails_is_refused_before_the_run(folder: Path):
         "def reward(response, answer, example, tokens):\n    return 1 / 0\n"
     )
     argv = [*SMALL, "--config.reward.function=bad.py:reward", "--workdir=bad"]
-    found = run(folder, "train", "--config=own.py", *argv)
+    found = run_command(folder, "train", "--config=own.py", *argv)
     assert found.returncode == 2
     assert "reward.function fails for a right response to a questions question" in " ".join(
         found.stderr.split()

@@ -11,7 +11,7 @@ from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources.scenes import open_scenes
 from spatial_ssrl_jax.data.stand_ins import own_source
-from spatial_ssrl_jax.data.task_sources import task_sources, tasks_for, trained, unusable
+from spatial_ssrl_jax.data.task_sources import task_sources, tasks_for, trained_tasks, unusable
 from spatial_ssrl_jax.perf.flops import GroupShape, step_flops
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import Grid
@@ -55,7 +55,7 @@ def task_prompts(config: Config, processor: Processor) -> Prompts:
     found: Prompts = {}
     source = own_source(config)
     tasks = tasks_for(source, config.task_settings)
-    for task in trained(tasks):
+    for task in trained_tasks(tasks):
         settings = tasks[task]
         parts = task_sources(source, range(len(source)), task, settings)
         if not parts:

@@ -7,7 +7,11 @@ import threading
 
 
 def end_with_parent(worker: int = 0, workers: int = 1) -> None:
-    """Ends this worker process as soon as its parent has ended, however it did."""
+    """Ends this worker process as soon as its parent has ended, however it did.
+
+    Args:
+      worker, workers: its number and their count, which Grain gives to what starts a worker.
+    """
     parent = multiprocessing.parent_process()
 
     def watch(sentinel: int) -> None:

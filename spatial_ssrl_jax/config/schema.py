@@ -33,7 +33,7 @@ OldLogprobs = Literal["recomputed", "sampler"]
 ImportanceCorrection = Literal["none", "truncate", "mask"]
 ImportanceLevel = Literal["token", "sequence"]
 RewardRule = Literal["paper", "strict", "tolerant", "numeric", "choice", "math"]
-QuestionRule = Literal["same", "paper", "strict", "tolerant", "numeric", "choice", "math"]
+QuestionRule = Literal["same", RewardRule]
 # (response, answer, example, tokens) -> the reward, or named parts of it.
 RewardFunction = Callable[[str, str, Example, int], float | Mapping[str, float]]
 PromptStyle = Literal["direct", "reasoning", "own"]
@@ -350,6 +350,11 @@ class RewardSettings:
     length_penalty: NonNegative = 0.0
     length_penalty_start: Whole = 1024
     length_penalty_span: Count = 1024
+
+    @property
+    def needs_math_verify(self) -> bool:
+        """Whether answers are compared as expressions, by the package math-verify."""
+        return "math" in (self.rule, self.question_rule)
 
     def rule_of(self, task: str) -> RewardRule:
         """The rule of a task's answers."""

@@ -22,7 +22,7 @@ from spatial_ssrl_jax.data.task_sources import (
     QuestionExampleMaker,
     TaskSource,
     task_sources,
-    trained,
+    trained_tasks,
     unusable,
 )
 from spatial_ssrl_jax.tasks import TASKS
@@ -215,7 +215,7 @@ def check_fits(
     Raises:
       UserError: none of them does, for a task with a weight above 0.
     """
-    for task in trained(tasks):
+    for task in trained_tasks(tasks):
         for found in task_sources(source, pool, task, tasks[task]):
             sizes = _min_sizes(found, processor)
             if sizes and not any(_fits(size, limit) for size in sizes):

@@ -16,7 +16,7 @@ from spatial_ssrl_jax.data.task_sources import (
     TaskSource,
     task_sources,
     tasks_for,
-    trained,
+    trained_tasks,
 )
 from spatial_ssrl_jax.tasks.example import Reject, Size, Task, TaskSettings
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
@@ -76,7 +76,7 @@ class Lengths:
         opened = open_source(spec, config.data.reading, config.all_tasks) if spec else None
         source = own_source(config) if opened is None else opened
         tasks = tasks_for(source, config.task_settings)
-        found = [_measure(task, tasks[task], source, processor) for task in trained(tasks)]
+        found = [_measure(task, tasks[task], source, processor) for task in trained_tasks(tasks)]
         return cls(source.spec, tuple(found))
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -129,7 +129,7 @@ def tasks_for(source: AnySource, tasks: Tasks) -> Tasks:
     }
 
 
-def trained(tasks: Tasks) -> list[Task[Any]]:
+def trained_tasks(tasks: Tasks) -> list[Task[Any]]:
     """The tasks with a weight in the mixture."""
     return [task for task, settings in tasks.items() if settings.weight > 0]
 
@@ -140,14 +140,14 @@ def check_served(source: AnySource, tasks: Tasks) -> None:
     Raises:
       UserError: one serves none, or no task that the source is for has a weight.
     """
-    if not trained(tasks):
+    if not trained_tasks(tasks):
         raise UserError(
             f"every task has weight 0 of those that {source.spec} is for: give at least one "
             "tasks.NAME.weight above 0."
         )
     for part in mixture_parts(source):
-        if not any(part.serves(task) for task in trained(tasks)):
-            names = ", ".join(task.name for task in trained(tasks)) or "none"
+        if not any(part.serves(task) for task in trained_tasks(tasks)):
+            names = ", ".join(task.name for task in trained_tasks(tasks))
             raise UserError(
                 f"{part.source.spec} in {source.spec} serves none of the tasks that train "
                 f"({names}): leave it out, or name other tasks before its @."

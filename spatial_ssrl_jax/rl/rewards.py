@@ -15,7 +15,9 @@ _AROUND_TAGS = re.compile(r"\s*([<>/])\s*")
 
 _FORMAT = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
 
-_PART_NAME, _MAX_PARTS = re.compile(r"[A-Za-z_]\w{0,39}", re.ASCII), 32
+MAX_PARTS = 32  # that a reward names, in one response and over a step
+
+_PART_NAME = re.compile(r"[A-Za-z_]\w{0,39}", re.ASCII)
 
 _STRICT_FORMAT = re.compile(r"<think>(?P<thought>.*)</think>(?P<rest>.*)", re.DOTALL)
 
@@ -28,7 +30,6 @@ class Reward:
       overall: what it earns.
       accuracy: 1 where the answer is right, else 0; or what `reward.function` says.
       format: likewise.
-      credit: what the answer earns of the accuracy's reward: its accuracy, or a part of it.
       parts: other parts that `reward.function` names.
       failure: why there is no reward; "" where there is.
     """
@@ -36,7 +37,6 @@ class Reward:
     overall: float
     accuracy: float
     format: float
-    credit: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)
     failure: str = ""
 
@@ -68,7 +68,7 @@ def score_answer(
     if settings.partial_credit and grade is not None and not right and counts:
         credit = grade(final_box(response) or "", answer)
     overall = settings.accuracy_weight * credit + (1 - settings.accuracy_weight) * has_format
-    return Reward(overall, float(right), float(has_format), credit)
+    return Reward(overall, float(right), float(has_format))
 
 
 def score_response(
@@ -114,12 +114,12 @@ def _own_reward(
             raise ValueError(f"it gives {parts[name]} for {name}; expected a finite number")
         if not _PART_NAME.fullmatch(str(name)):
             raise ValueError(f"it names a part {name!r}; expected up to 40 letters, digits or _")
-    if not 0 < len(parts) <= _MAX_PARTS:
-        raise ValueError(f"it gives {len(parts)} numbers; expected 1 to {_MAX_PARTS}")
+    if not 0 < len(parts) <= MAX_PARTS:
+        raise ValueError(f"it gives {len(parts)} numbers; expected 1 to {MAX_PARTS}")
     overall = parts.pop("overall", None)
     overall = sum(parts.values()) if overall is None else overall
     accuracy = parts.pop("accuracy", rule.accuracy)
-    return Reward(overall, accuracy, parts.pop("format", rule.format), accuracy, parts)
+    return Reward(overall, accuracy, parts.pop("format", rule.format), parts)
 
 
 def _paper(response: str, answer: str, settings: RewardSettings) -> tuple[bool, bool]:
@@ -189,10 +189,7 @@ REWARD_RULES: dict[RewardRule, Callable[[str, str, RewardSettings], tuple[bool, 
 
 def check_rules(settings: RewardSettings) -> None:
     """Raises `UserError` where a rule needs a package that is not installed."""
-    if (
-        "math" in (settings.rule, settings.question_rule)
-        and importlib.util.find_spec("math_verify") is None
-    ):
+    if settings.needs_math_verify and importlib.util.find_spec("math_verify") is None:
         raise UserError(
             "reward.rule=math needs the package math-verify: pip install "
             "'spatial_ssrl_jax[math]', or choose another rule."

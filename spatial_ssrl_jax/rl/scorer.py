@@ -43,10 +43,7 @@ class Scorer:
 
     def __init__(self, settings: RewardSettings, grades: Mapping[str, Grade]):
         self.settings, self._grades = settings, grades
-        self._in_workers = settings.function is not None or "math" in (
-            settings.rule,
-            settings.question_rule,
-        )
+        self._in_workers = settings.function is not None or settings.needs_math_verify
         self._workers: list[_Worker] = []
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.parallel.collectives import all_gather
-from spatial_ssrl_jax.rl.rewards import Reward
+from spatial_ssrl_jax.rl.rewards import MAX_PARTS, Reward
 from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.tasks import questions
 from spatial_ssrl_jax.tasks.example import Example
@@ -49,6 +50,9 @@ def rollout_rows(items: Sequence[Item], scored: ScoredRollout) -> Columns:
     """What the metrics need of each group; arrays [b] and [b, G].
 
     Parts of the reward are NaN where a response has none.
+
+    Raises:
+      UserError: `reward.function` names too many parts.
     """
     names = _all_names(name for item in items for name in _names(item.example))
     tasks = {
@@ -58,7 +62,7 @@ def rollout_rows(items: Sequence[Item], scored: ScoredRollout) -> Columns:
         name: np.array([[getattr(r, name) for r in group] for group in scored.rewards])
         for name in _REWARDS
     }
-    for name in _all_names(n for group in scored.rewards for r in group for n in r.parts):
+    for name in _part_names(scored.rewards):
         values = [[r.parts.get(name, np.nan) for r in group] for group in scored.rewards]
         rewards[_PART + name] = np.array(values)
     return (
@@ -71,6 +75,17 @@ def rollout_rows(items: Sequence[Item], scored: ScoredRollout) -> Columns:
             "finished": scored.rollout.finished,
         }
     )
+
+
+def _part_names(rewards: list[list[Reward]]) -> list[str]:
+    """The parts of the rewards on any process, each of which is a metric."""
+    names = _all_names(name for group in rewards for reward in group for name in reward.parts)
+    if len(names) > MAX_PARTS:
+        raise UserError(
+            f"reward.function names {len(names)} parts in one step ({', '.join(names[:3])}, …); "
+            f"expected at most {MAX_PARTS}: name the same few for every response."
+        )
+    return names
 
 
 def _names(example: Example) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from spatial_ssrl_jax.data.pipeline import BatchStream, batches, repeated
 from spatial_ssrl_jax.data.processor import ImageArea, Processor, PromptSize
 from spatial_ssrl_jax.data.sources import AnySource, QuestionSource, open_source
 from spatial_ssrl_jax.data.split import RecordSplit, split_records
-from spatial_ssrl_jax.data.task_sources import check_served, tasks_for, trained
+from spatial_ssrl_jax.data.task_sources import check_served, tasks_for, trained_tasks
 from spatial_ssrl_jax.eval.benchmarks.registry import Benchmark
 from spatial_ssrl_jax.eval.heldout import HeldoutEval, HeldoutTable
 from spatial_ssrl_jax.eval.heldout_items import heldout_items, task_datasets
@@ -74,7 +74,7 @@ class RunComponents:
     @property
     def trained(self) -> tuple[str, ...]:
         """Names of the tasks with a weight in the training mixture."""
-        return tuple(task.name for task in trained(self.tasks))
+        return tuple(task.name for task in trained_tasks(self.tasks))
 
 
 @dataclass
@@ -173,7 +173,7 @@ def open_components(config: Config) -> RunComponents:
         _check_responses(config, config.sft.responses_spec, processor)
     if config.grpo.steps:
         datasets = task_datasets(source, split.train, tasks, processor, config.seed, limit)
-        names = [task.name for task in trained(tasks)]
+        names = [task.name for task in trained_tasks(tasks)]
         check_rewards(config, {name: datasets[name] for name in names}, processor)
     rollout_layout = check_sharding(config, model.config, layout)
     questions = open_eval_benchmark(config)

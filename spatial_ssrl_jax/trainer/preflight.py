@@ -17,7 +17,7 @@ from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.depth_direction import depth_warnings
 from spatial_ssrl_jax.data.pipeline import Batch
-from spatial_ssrl_jax.data.task_sources import source_shares, task_sources, trained
+from spatial_ssrl_jax.data.task_sources import source_shares, task_sources, trained_tasks
 from spatial_ssrl_jax.eval.heldout_items import heldout_items
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.parallel.sharding import shard_bytes
@@ -135,7 +135,7 @@ def preflight(config: Config, workdir: epath.PathLike, overwrite: bool = False) 
     check_unlocked(workdir)
     done = _steps_done(workdir) if resumes else 0
     notes = left_out(config, components.source)
-    notes += depth_warnings(components.source, trained(components.tasks))
+    notes += depth_warnings(components.source, trained_tasks(components.tasks))
     heldout_items(heldout_datasets(components), 1, components.trained, notes.append)
     found: dict[str, StageReport] = {}
     for stage in stages(config):
@@ -172,7 +172,7 @@ def _shares(components: RunComponents) -> dict[str, dict[str, float]]:
     source, pool, tasks = components.source, components.split.train, components.tasks
     return {
         task.name: source_shares(task_sources(source, pool, task, tasks[task]))
-        for task in trained(tasks)
+        for task in trained_tasks(tasks)
     }
 
 

@@ -27,14 +27,19 @@ from spatial_ssrl_jax.trainer.run_inputs import (
     write_fingerprints,
 )
 
-# Sections and keys that may change when a run resumes: they change the results by rounding alone.
+# Sections and keys that may change when a run resumes: they change the results by rounding alone,
+# or are limits that a stopped run is told to raise.
 _SAFE_SECTIONS = ("checkpoint", "log", "mesh")
 _SAFE_KEYS = (
     "data.allow_outside_paths",
+    "data.max_bad_fraction",
     "data.threads",
     "data.workers",
     "model.attention",
     "model.remat",
+    "reward.max_failed_fraction",
+    "reward.timeout",
+    "reward.workers",
     "rollout.attention",
 )
 

@@ -11,12 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from spatial_ssrl_jax.checkpoint.models import TINY, open_model
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.common.reading import QuestionFields, Reading
 from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.data.sources.question_source import QuestionSource
-from spatial_ssrl_jax.data.task_sources import task_sources, tasks_for, trained
+from spatial_ssrl_jax.data.task_sources import task_sources, tasks_for, trained_tasks
+from spatial_ssrl_jax.eval.heldout_items import open_pretext
 from spatial_ssrl_jax.tasks import questions
 
 
@@ -278,7 +281,7 @@ def test_they_are_a_task_of_their_own(folder: Path):
     spec, tasks = f"questions:{folder / 'x.json'}", Config("x").task_settings
 
     def names(spec: str) -> list[str]:
-        return [task.name for task in trained(tasks_for(open_source(spec), tasks))]
+        return [task.name for task in trained_tasks(tasks_for(open_source(spec), tasks))]
 
     pretext = ["shuffle", "flip", "crop", "depth", "position"]
     assert names(spec) == ["questions"]
@@ -289,6 +292,31 @@ def test_they_are_a_task_of_their_own(folder: Path):
     assert [s.maker.source.spec for s in found["shuffle"]] == ["scenes:4"]
     assert [s.maker.source.spec for s in found["questions"]] == [spec]
     assert tasks[questions.TASK].weight == 20000
+
+
+def test_rare_names_have_no_metrics_where_there_are_too_many(folder: Path):
+    rows = [{"problem": "3 + 4?", "answer": "7", "task": f"name{i % 66}"} for i in range(130)]
+    (folder / "x.json").write_text(json.dumps([*rows, {"problem": "3 + 4?", "answer": "7"}]))
+    source = opened(folder / "x.json")
+    named = [question.kind for question in source.questions]
+    assert len(set(named)) == 65 and named.count("") == 3
+    assert "name64" not in named and named.count("name63") == 2
+    assert source.notes[0].startswith("2 questions have no metrics by their name")
+
+
+def test_they_are_questions_of_the_pretext_benchmark_too(folder: Path):
+    rows = []
+    for number in range(16):
+        (folder / f"{number}.png").write_bytes(png())
+        task = {"task": "rooms"} if number % 2 else {}
+        rows.append(FORMS[0] | {"images": [f"{number}.png"]} | task)
+    (folder / "x.json").write_text(json.dumps(rows))
+    model = open_model(TINY)
+    processor = Processor(model.files, model.config)
+    source = opened(folder / "x.json")
+    found = open_pretext(source, processor, 16, heldout_fraction=0.5, seed=0).questions
+    assert {(q.category, q.target) for q in found} == {("questions", "B"), ("questions/rooms", "B")}
+    assert found[0].meta["chance"] is None
 
 
 def test_every_form_of_the_field_is_read(shared: Path):

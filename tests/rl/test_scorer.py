@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import pytest
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.load import to_dict, with_overrides
 from spatial_ssrl_jax.config.schema import Config, RewardSettings
+from spatial_ssrl_jax.rl.rewards import Reward
 from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer
 from spatial_ssrl_jax.rl.step_metrics import ScoredRollout, rollout_metrics, rollout_rows
 from spatial_ssrl_jax.rollout.engine import Rollout
@@ -77,7 +79,7 @@ def test_what_a_function_gives(scorer: Scorer):
     assert (parts.overall, parts.parts) == (0.75, {"near": 0.25, "far": 0.5})
     assert (parts.accuracy, parts.format) == (0, 0)  # by the rule
     assert (overall.overall, overall.parts) == (2, {"near": 0.25})
-    assert (overall.accuracy, overall.format, overall.credit) == (0.75, 0.5, 0.75)
+    assert (overall.accuracy, overall.format) == (0.75, 0.5)
     assert pictures.overall == 0  # they are not sent
 
 
@@ -175,10 +177,14 @@ def test_parts_and_failures_are_metrics(scorer: Scorer):
     ones = np.ones((1, 4), np.int32)
     rollout = Rollout(ones[..., None], ones[..., None] * 0.0, ones, ones > 0)
     scored = ScoredRollout(rollout, [], rewards, ones * 0.0)
-    metrics = rollout_metrics(rollout_rows([SimpleNamespace(example=EXAMPLE)], scored))
+    items = [SimpleNamespace(example=EXAMPLE)]
+    metrics = rollout_metrics(rollout_rows(items, scored))
     assert metrics["reward/part/near"] == 0.25 and metrics["reward/part/far"] == 0.5
     assert metrics["reward/failed_share"] == 0.25
     assert metrics["reward/accuracy_mean"] == pytest.approx((1 + 0 + 0 + 0.75) / 4)
+    named = [[Reward(0, 0, 0, {f"part_{i}": 1.0}) for i in range(33)]]
+    with pytest.raises(UserError, match=r"names 33 parts in one step \(part_0, part_1, part_10"):
+        rollout_rows(items, replace(scored, rewards=named))
 
 
 def test_a_function_is_named_by_its_file_and_recorded_with_what_it_uses(tmp_path: Path):

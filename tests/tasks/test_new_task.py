@@ -1,15 +1,13 @@
 """BUILD.md's walk-through: its task works everywhere from a config file."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from spatial_ssrl_jax.tasks import TASKS
 from tests.conftest import ROOT
+from tests.helpers.commands import run_command
 
 CONFIG = """
 def get_config():
@@ -47,11 +45,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, command: str, *argv: str) -> str:
-    words = [sys.executable, "-m", f"spatial_ssrl_jax.{command}", "--config=own.py", *argv]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        words, cwd=folder, check=True, env=environment, capture_output=True, text=True
-    ).stdout
+    found = run_command(folder, command, "--config=own.py", *argv)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
 
 
 def test_the_walk_throughs_task_is_previewed(folder: Path):
@@ -76,6 +72,6 @@ def test_it_trains_with_workers_is_held_out_and_resumes(folder: Path):
 def test_a_task_that_has_changed_is_named(folder: Path):
     text = (folder / "own.py").read_text()
     (folder / "own.py").write_text(text.replace("rng.integers(1, 4)", "rng.integers(1, 3)"))
-    with pytest.raises(subprocess.CalledProcessError) as found:
-        run(folder, "train", *RUN, "--workdir=run")
-    assert "extra_tasks" in found.value.stderr
+    found = run_command(folder, "train", "--config=own.py", *RUN, "--workdir=run")
+    assert found.returncode == 2
+    assert "extra_tasks" in found.stderr and "changed" in found.stderr

@@ -207,3 +207,28 @@ def test_more_steps_are_the_same_run_unless_a_schedule_follows_them(
         return
     with pytest.raises(UserError, match=r"another config \(grpo\.steps changed\)"):
         check_workdir(after, tmp_path / "run", False, inputs)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "resumes"),
+    [
+        ("data", "max_bad_fraction", 0.5, True),
+        ("reward", "max_failed_fraction", 0.5, True),
+        ("reward", "timeout", 60.0, True),
+        ("reward", "workers", 2, True),
+        ("reward", "accuracy_weight", 0.5, False),
+        ("data", "heldout_fraction", 0.2, False),
+    ],
+)
+def test_limits_that_a_stopped_run_is_told_to_raise_may_change(
+    config: c.Config, tmp_path: Path, section: str, key: str, value: float, resumes: bool
+):
+    changed = dataclasses.replace(getattr(config, section), **{key: value})
+    after = dataclasses.replace(config, **{section: changed})
+    inputs = RunInputs([], {})
+    claim_workdir(config, tmp_path / "run", False, inputs)
+    if resumes:
+        assert check_workdir(after, tmp_path / "run", False, inputs)
+        return
+    with pytest.raises(UserError, match=rf"another config \({section}\.{key} changed\)"):
+        check_workdir(after, tmp_path / "run", False, inputs)

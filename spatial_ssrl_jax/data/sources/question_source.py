@@ -71,11 +71,13 @@ class QuestionRows:
       questions: in order.
       bad: of each row that is no question of a task, why: a sentence with its file and number.
       copies: names of rows that are copies of earlier ones, and left out.
+      unnamed: how many have a rare name, without metrics of its own.
     """
 
     questions: tuple[ReleasedQuestion, ...]
     bad: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
+    unnamed: int = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -90,6 +92,11 @@ class QuestionRows:
         if self.copies:
             count, first = len(self.copies), self.copies[0]
             notes.append(f"copies of questions left out: {count:,}, for example {first}")
+        if self.unnamed:
+            notes.append(
+                f"{self.unnamed:,} questions have no metrics by their name in the column of tasks: "
+                "it has too many names, and theirs are rare"
+            )
         return tuple(notes)
 
 

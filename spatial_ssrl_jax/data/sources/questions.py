@@ -60,14 +60,16 @@ def open_questions(spec: str, path: str, reading: Reading = READING) -> Question
         location = _from_hub(spec, path)
     files = [location] if location.is_file() else _files_below(location)
     found = [row for file in files for row in _read(spec, file, reading.fields)]
-    rows = _with_few_names([row for row in found if not isinstance(row, str)])
+    rows, unnamed = _with_few_names([row for row in found if not isinstance(row, str)])
     bad = tuple(row for row in found if isinstance(row, str))
     if not rows:
         why = f" ({len(bad)} rows are none: {bad[0].rstrip('.')})" if bad else ""
         raise UserError(f"source '{spec}': found no question{why}; expected {LAYOUT}.")
     root = os.fspath(location if location.is_dir() else location.parent)
     paths = {os.fspath(file): RowPaths(os.path.dirname(file)) for file in files}
-    return QuestionSource(spec, root, QuestionRows(tuple(rows), bad), paths, reading)
+    return QuestionSource(
+        spec, root, QuestionRows(tuple(rows), bad, unnamed=unnamed), paths, reading
+    )
 
 
 def _from_hub(spec: str, path: str) -> Path:
@@ -184,8 +186,9 @@ def _name(file: Path, row: int) -> str:
     return f"question {row} of {file}"
 
 
-def _with_few_names(found: list[ReleasedQuestion]) -> list[ReleasedQuestion]:
-    """The questions; those of rare names without one where there are too many names."""
-    names = Counter(question.kind for question in found)
-    kept = {name for name, _ in names.most_common(_NAMES)}
-    return [q if q.kind in kept else replace(q, kind="") for q in found]
+def _with_few_names(found: list[ReleasedQuestion]) -> tuple[list[ReleasedQuestion], int]:
+    """The questions, without the rare of too many names; and how many have lost theirs."""
+    names = Counter(question.kind for question in found if question.kind)
+    rare = {name for name, _ in names.most_common()[_NAMES:]}
+    rows = [replace(q, kind="") if q.kind in rare else q for q in found]
+    return rows, sum(names[name] for name in rare)

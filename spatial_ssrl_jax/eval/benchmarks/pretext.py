@@ -53,11 +53,12 @@ def question_of(example: Example, number: int) -> Question:
       number: its index among the examples of its task.
     """
     task, kind = example.task, example.kind
-    chance = TASKS_BY_NAME[task].chance
+    known = TASKS_BY_NAME.get(task)  # not of questions of one's own
+    chance = known.chance if known else None
     return Question(
         id=f"{task}-{number}",
         benchmark=PRETEXT.name,
-        category=task if kind == task else f"{task}/{kind}",
+        category=f"{task}/{kind}" if kind not in ("", task) else task,
         text=example.question,
         target=example.answer,
         images=tuple(
