@@ -4,6 +4,7 @@ from spatial_ssrl_jax.config.load import load_config, split_overrides, to_dict
 from spatial_ssrl_jax.config.released import released_tasks
 from spatial_ssrl_jax.config.schema import (
     CheckpointSettings,
+    CompileSettings,
     Config,
     DataSettings,
     EvalSettings,
@@ -20,6 +21,7 @@ from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 
 __all__ = [
     "CheckpointSettings",
+    "CompileSettings",
     "Config",
     "DataSettings",
     "EvalSettings",

@@ -131,6 +131,24 @@ class MeshSettings:
 
 
 @dataclass(frozen=True)
+class CompileSettings:
+    """Compiled programs, which a restart reads instead of compiling them again.
+
+    Attributes:
+      cache: their folder, local or `gs://…`; empty is `compilation_cache` in the run's folder, and
+        `none` keeps none. JAX's own JAX_COMPILATION_CACHE_DIR comes first.
+      cache_gb: its size at most, in GB: the programs that were not used for longest go, in a bucket
+        those that were written first, when a run starts.
+      ahead: compile the update's programs in a thread before they are called: at a stage's start
+        for the longest responses, then for those of the next sizes.
+    """
+
+    cache: str = ""
+    cache_gb: Positive = 10.0
+    ahead: bool = True
+
+
+@dataclass(frozen=True)
 class StageSettings:
     """What both stages have.
 
@@ -495,6 +513,7 @@ class Config:
     reward: RewardSettings = field(default_factory=RewardSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    compile: CompileSettings = field(default_factory=CompileSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)

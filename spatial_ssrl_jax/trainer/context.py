@@ -32,6 +32,7 @@ from spatial_ssrl_jax.monitoring.process_stats import CompilationCounter
 from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.monitoring.wandb_run import WandbRun, check_wandb
 from spatial_ssrl_jax.parallel.collectives import all_gather, barrier, is_primary
+from spatial_ssrl_jax.parallel.compilation_cache import compilation_cache
 from spatial_ssrl_jax.parallel.distributed import await_primary
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
@@ -244,6 +245,7 @@ def open_run(
     scorer = make_scorer(config.reward, config.all_tasks)
     resources.callback(scorer.close)
     between = [stage.last_step for stage in stages(config)[:-1]]  # where the next stage starts
+    resources.enter_context(compilation_cache(config.compile, workdir, progress.say))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, always=between)
     train, heldout = (len(pool) for pool in (components.split.train, components.split.heldout))
     progress.say(f"{train} training and {heldout} held-out images from {components.source.spec}")

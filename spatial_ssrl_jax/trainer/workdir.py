@@ -29,7 +29,7 @@ from spatial_ssrl_jax.trainer.run_inputs import (
 
 # Sections and keys that may change when a run resumes: they change the results by rounding alone,
 # or are limits that a stopped run is told to raise.
-_SAFE_SECTIONS = ("checkpoint", "log", "mesh")
+_SAFE_SECTIONS = ("checkpoint", "compile", "log", "mesh")
 _SAFE_KEYS = (
     "data.allow_outside_paths",
     "data.max_bad_fraction",

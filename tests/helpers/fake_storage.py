@@ -135,7 +135,7 @@ def described(bucket: str, name: str, stored: Object) -> dict:
         "crc32c": checksum,  # of another polynomial: here it only has to change with the data
         "contentType": "application/octet-stream",
         "timeCreated": "2026-01-01T00:00:00.000Z",
-        "updated": "2026-01-01T00:00:00.000Z",
+        "updated": f"2026-01-01T00:00:00.{stored.generation:06}Z",
     }
 
 
