@@ -259,8 +259,8 @@ class GrpoSettings(StageSettings):
         and of low variance.
       aggregation: how tokens are averaged: over all tokens of the optimizer step (`token`, DAPO),
         within each sample first (`sequence`, GRPO), or by a constant (`dr_grpo`).
-      old_logprobs: π_old of the ratio: `recomputed` by the trainer before the updates, or the
-        `sampler`'s own.
+      old_logprobs: π_old of the ratio: `recomputed` by the trainer before the updates, for those
+        after the first, or the `sampler`'s own.
       importance_correction: weight tokens by the ratio of trainer to sampler: `none`, `truncate` it
         at `importance_max` (truncated importance sampling), or `mask` what is outside
         [1/importance_max, importance_max]; needs `old_logprobs="recomputed"`.
@@ -319,7 +319,7 @@ class GrpoSettings(StageSettings):
     def recomputes_old_logprobs(self) -> bool:
         """Whether the trainer's log-probabilities of before the updates are computed.
 
-        With a single update they are the current ones.
+        In the first update they are the current ones.
         """
         return self.minibatches_per_rollout > 1 and self.old_logprobs == "recomputed"
 

@@ -1,7 +1,8 @@
 """Model FLOP/s of a step, and model FLOPs utilisation (MFU): their fraction of the devices' peak.
 
 Tokens of prompts, images and responses count, each prompt once a group; padding, recomputation in
-the backward pass, and groups that were sampled and dropped do not.
+the backward pass, and groups that were sampled and dropped do not. Groups without gradient, which
+the update leaves out, count as sampled alone.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ def useful_flops(
     stage: StageSettings,
     prompts: Sequence[Prompt],
     length_BG: np.ndarray,
+    updated_B: np.ndarray | None = None,
 ) -> float:
     """FLOPs that a step of a stage needs, over all processes.
 
@@ -30,22 +32,30 @@ def useful_flops(
       stage: the stage's settings.
       prompts: this process's B prompts.
       length_BG: [B, G] int32 tokens of each response.
+      updated_B: bool, the groups that the update computes; None for all.
     """
+    sampled = sum(batch_flops(config, prompts, length_BG))
+    if updated_B is not None:
+        prompts = [prompt for prompt, updated in zip(prompts, updated_B, strict=True) if updated]
+        length_BG = length_BG[updated_B]
     vision, text = batch_flops(config, prompts, length_BG)
-    vision_passes, text_passes = forward_passes(stage)
-    return all_sum(vision_passes * vision + text_passes * text)
+    vision_passes, text_passes = update_passes(stage)
+    sampling = sampled if isinstance(stage, GrpoSettings) else 0.0
+    return all_sum(sampling + vision_passes * vision + text_passes * text)
 
 
-def forward_passes(stage: StageSettings) -> tuple[int, int]:
-    """Forward passes' worth of a step in the vision tower and in the language model.
+def update_passes(stage: StageSettings) -> tuple[float, float]:
+    """Forward passes' worth of a step's updates in the vision tower and in the language model.
 
-    Sampling, reference and old log-probabilities are one each. An update is one for the forward
-    pass, one for the gradients of activations, and one for those of weights; a layer needs neither
-    gradient where nothing trains at or before it. Adapters' own matmuls are left out.
+    Reference log-probabilities are one, and old ones are those of the updates after the first. An
+    update is one for the forward pass, one for the gradients of activations, and one for those of
+    weights; a layer needs neither gradient where nothing trains at or before it. Adapters' own
+    matmuls are left out.
     """
-    forward = 0
+    forward = 0.0
     if isinstance(stage, GrpoSettings):
-        forward = 1 + (stage.kl_coef > 0) + stage.recomputes_old_logprobs
+        later = 1 - 1 / stage.minibatches_per_rollout  # of the step's prompts
+        forward = (stage.kl_coef > 0) + later * stage.recomputes_old_logprobs
     if stage.lora.rank:
         vision = 2 if stage.trains("vision") else 1
         text = 2

@@ -56,7 +56,7 @@ class AbstractBatches:
             place=self.rows(rows, settings.row_responses),
             vision=self._vision(rows, max(settings.row_windows)),
         )
-        return PackedBatch(packed, self._scalar())
+        return PackedBatch(packed, self.scalar())
 
     def groups(self, settings: GrpoSettings) -> GroupBatch[ShapeDtypeStruct]:
         """A micro-batch of GRPO, without old and reference log-probabilities."""
@@ -67,7 +67,7 @@ class AbstractBatches:
             tokens=self.rows(rows, group, limit),
             length=self.rows(rows, group),
             weight=self.rows(rows, group, dtype=np.float32),
-            normaliser=self._scalar(),
+            normaliser=self.scalar(),
             advantage=self.rows(rows, group, dtype=np.float32),
             sampled_logprobs=self.rows(rows, group, limit, dtype=np.float32),
             old_logprobs=None,
@@ -80,8 +80,9 @@ class AbstractBatches:
         keys = jax.eval_shape(lambda i: sample_keys(jax.random.key(0), i, group), index)
         return self.rows(*keys.shape, dtype=keys.dtype)
 
-    def _scalar(self) -> ShapeDtypeStruct:
-        return ShapeDtypeStruct((), np.float32, sharding=self.layout.replicated())
+    def scalar(self, dtype: DTypeLike = np.float32) -> ShapeDtypeStruct:
+        """A replicated scalar."""
+        return ShapeDtypeStruct((), dtype, sharding=self.layout.replicated())
 
     def _vision(self, rows: int, windows: int) -> VisionInput[ShapeDtypeStruct]:
         shape = (rows, windows, self.model.vision.window_patches)

@@ -164,21 +164,28 @@ class _Planned:
         weights = {"weights": shard_bytes(state.params)}
         temperature, setting = settings.temperature, "grpo.micro_batch_prompts"
 
-        def logprobs(name: str, params: Params, beside: Held) -> PlannedProgram:
+        def logprobs(name: str, params: Params, beside: Held, runs: int) -> PlannedProgram:
             args = (self.model, self.compute, temperature, params, batch)
-            return PlannedProgram(name, logprobs_of, args, micro, beside | waiting, setting)
+            return PlannedProgram(name, logprobs_of, args, runs, beside | waiting, setting)
 
-        old = reference_logprobs = None
+        old = first_update = reference_logprobs = None
         like = self.batches.rows(*batch.tokens.shape, dtype=np.float32)
+        updates = settings.minibatches_per_rollout
         if settings.recomputes_old_logprobs:
-            beside = optimizing | own_reference
-            old = (yield logprobs("old_logprobs", state.params, beside)) or like
+            later = micro - micro // updates  # in the first update they are the current ones
+            yield logprobs("old_logprobs", state.params, optimizing | own_reference, later)
+            old, first_update = like, self.batches.scalar(np.bool_)
         if reference is not None:
             beside = optimizing | weights
-            reference_logprobs = (yield logprobs("reference_logprobs", reference, beside)) or like
-        batch = replace(batch, old_logprobs=old, reference_logprobs=reference_logprobs)
+            found = yield logprobs("reference_logprobs", reference, beside, micro)
+            reference_logprobs = found or like
+        batch = replace(
+            batch,
+            old_logprobs=old,
+            reference_logprobs=reference_logprobs,
+            first_update=first_update,
+        )
         loss = stage.loss(self.model, self.compute)
-        updates = settings.minibatches_per_rollout
         yield from self._update("", loss, optimizer, state, batch, micro, updates, resting, setting)
 
     def _rollout(self, state: TrainState[ShapeDtypeStruct], beside: Held) -> PlannedPrograms:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from spatial_ssrl_jax.config.schema import AdvantageEstimator
+from spatial_ssrl_jax.parallel.collectives import all_sum
 
 
 def group_advantage(
@@ -31,3 +32,21 @@ def group_advantage(
         advantage /= reward.std(axis=1, ddof=1, keepdims=True) + 1e-6
     advantage[reward.max(axis=1) == reward.min(axis=1)] = 0.0
     return advantage.astype(np.float32)
+
+
+def groups_to_update(weight_BG: np.ndarray, advantage_BG: np.ndarray, has_kl: bool) -> np.ndarray:
+    """The groups that an update has to compute: those that may have a gradient.
+
+    A sample has none where it weighs nothing, or, without KL, where its advantage is zero. Where no
+    group of any process has one, all are computed, so that the update has metrics.
+
+    Args:
+      weight_BG: float32 weight of each token of a sample, this process's rows of the update.
+      advantage_BG: float32.
+      has_kl: whether the loss has a KL term.
+
+    Returns:
+      [B] bool.
+    """
+    found = ((weight_BG != 0) & ((advantage_BG != 0) | has_kl)).any(axis=1)
+    return found if all_sum(found.sum()) else np.ones_like(found)

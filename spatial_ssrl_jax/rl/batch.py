@@ -45,9 +45,12 @@ class GroupBatch(ResponseBatch[Leaf]):
       advantage: [B, G] float32.
       sampled_logprobs: [B, G, R] float32, from the sampler.
       old_logprobs: [B, G, R] float32, the trainer's before the first update of this rollout; None
-        when this is the first update, where they are the current ones.
+        where they are the current ones.
       reference_logprobs: [B, G, R] float32, or None without KL.
       kl_coef: [] float32, β of this step, or None where it is the config's in all.
+      first_update: [] bool, whether this is the first update of the rollout: then the current
+        log-probabilities are the old ones, and `old_logprobs` holds anything. So all updates run
+        one program. None where `old_logprobs` are right as they are.
     """
 
     advantage: Leaf
@@ -55,6 +58,7 @@ class GroupBatch(ResponseBatch[Leaf]):
     old_logprobs: Leaf | None
     reference_logprobs: Leaf | None
     kl_coef: Leaf | None = None
+    first_update: Leaf | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -86,6 +86,26 @@ class BatchSlice:
         return len(self.rows) * (self.shape.tokens + group_size * self.shape.response)
 
 
+def fill_batches(wanted: np.ndarray, sizes: np.ndarray, rows: int) -> np.ndarray:
+    """The wanted prompts, and the smallest others that fill up their last batch.
+
+    All processes get equally many batches, as many as the one with most wanted prompts needs.
+
+    Args:
+      wanted: [n] bool, of this process's prompts.
+      sizes: [n, 3] as those of `bucket_by_length`.
+      rows: prompts of a batch on this process; divides n.
+
+    Returns:
+      Their indices, whole batches of them.
+    """
+    others = np.flatnonzero(~wanted)
+    others = others[np.lexsort(sizes[others].T[::-1])]
+    batches = all_gather(np.array([-(-int(wanted.sum()) // rows)])).max()
+    chosen = np.concatenate((np.flatnonzero(wanted), others))
+    return np.sort(chosen[: batches * rows])
+
+
 def bucket_by_length(sizes: np.ndarray, rows: int, buckets: Buckets) -> list[BatchSlice]:
     """Sorts this process's prompts by length and splits them into batches.
 

@@ -19,9 +19,9 @@ from spatial_ssrl_jax.parallel import offload
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.model import Params
-from spatial_ssrl_jax.rl.advantages import group_advantage
+from spatial_ssrl_jax.rl.advantages import group_advantage, groups_to_update
 from spatial_ssrl_jax.rl.batch import GroupBatch
-from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length
+from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length, fill_batches
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
 from spatial_ssrl_jax.rl.losses import GrpoLoss, sample_weights
 from spatial_ssrl_jax.rl.resampling import filtered_groups, resample_groups
@@ -61,6 +61,24 @@ def score_rollout(
     overall = np.array([[r.overall for r in group] for group in rewards])
     advantage = group_advantage(overall, settings.advantage, settings.scale_rewards)
     return ScoredRollout(rollout, texts, rewards, advantage)
+
+
+@dataclass(frozen=True)
+class UpdatedGroups:
+    """What the updates over a rollout compute on this process.
+
+    Attributes:
+      groups: [b] bool, the groups that may have a gradient; the others are left out.
+      padded_tokens: of all micro-batches, padding included.
+    """
+
+    groups: np.ndarray
+    padded_tokens: int
+
+    def padding_share(self, batch: Batch, rollout: Rollout) -> float:
+        """The fraction of all processes' tokens that is padding, groups without gradient too."""
+        tokens = prompt_sizes(batch.prompts)[:, 0] + rollout.length.sum(axis=1)
+        return 1 - all_sum(tokens[self.groups].sum()) / all_sum(self.padded_tokens)
 
 
 @dataclass(frozen=True)
@@ -125,7 +143,8 @@ class Grpo:
 
             batch, scored, resampled = resample_groups(batch, scored, draw, self.settings)
             clock.lap("perf/refill_seconds")
-        minibatches, padded_tokens = self.micro_batches(state.params, batch, scored, kl_coef)
+        minibatches, updated = self.micro_batches(state.params, batch, scored, kl_coef)
+        scored = replace(scored, updated=updated.groups)
         clock.lap("perf/reference_seconds")
         updates = []
         for micro_batches in minibatches:
@@ -136,7 +155,7 @@ class Grpo:
         rows = gather_ordered(prompt_rows(batch) | rollout_rows(batch.items, scored))
         tokens = int(rows["prompt_length"].sum() + rows["length"].sum())
         metrics |= rollout_metrics(rows) | prompt_metrics(rows) | clock.laps
-        metrics["perf/update_padding_share"] = 1 - tokens / all_sum(padded_tokens)
+        metrics["perf/update_padding_share"] = updated.padding_share(batch, scored.rollout)
         metrics["perf/tokens_per_second"] = tokens / clock.total()
         metrics["perf/rollout_tokens_per_second"] = float(
             rows["length"].sum() / clock.laps["perf/rollout_seconds"]
@@ -175,63 +194,95 @@ class Grpo:
         batch: Batch,
         scored: ScoredRollout,
         kl_coef: np.float32 | None = None,
-    ) -> tuple[list[list[GroupBatch[Array]]], int]:
+    ) -> tuple[list[list[GroupBatch[Array]]], UpdatedGroups]:
         """Each update's micro-batches, with old and reference log-probabilities filled in.
 
         The batch's order says which prompts belong to which update; within an update they are
         bucketed by length, which changes nothing, as a token's weight is that in the whole update.
+        Groups that have no gradient are left out, as far as whole micro-batches become fewer; in
+        the others they have responses without tokens.
 
         Returns:
-          The micro-batches of each update, and their tokens on this process, padding included.
+          The micro-batches of each update, and which groups are in them.
         """
         rollout, settings = scored.rollout, self.settings
-        sizes = np.column_stack((prompt_sizes(batch.prompts), rollout.length.max(axis=1)))
         rows = settings.micro_batch_prompts // jax.process_count()
         per_update = len(batch.items) // settings.minibatches_per_rollout
-        counted = rollout.finished | (not settings.mask_truncated_completions)
-        if settings.filter_groups:
-            counted &= ~filtered_groups(settings, scored)[:, None]
+        weight, updated = self._weights(scored, per_update)
+        length = np.where(updated[:, None], rollout.length, 0)
+        sizes = np.column_stack((prompt_sizes(batch.prompts), length.max(axis=1)))
         reference = None if self.reference is None else offload.to_device(self.reference)
         updates, padded_tokens = [], 0
         for first in range(0, len(batch.items), per_update):
             mine = slice(first, first + per_update)
-            lengths = rollout.length[mine]
-            weight = np.zeros(rollout.length.shape, np.float32)
-            weight[mine] = sample_weights(
-                lengths, counted[mine], settings.aggregation, self.sampling_settings.max_new_tokens
-            )
-            tokens, micro_batches = np.float32(all_sum(lengths.sum())), []
-            for part in bucket_by_length(sizes[mine], rows, self.buckets):
-                part = replace(part, rows=part.rows + first)
-                groups = _micro_batch(batch, scored, weight, tokens, part)
+            tokens, micro_batches = np.float32(all_sum(length[mine].sum())), []
+            chosen = first + fill_batches(updated[mine], sizes[mine], rows)
+            for part in bucket_by_length(sizes[chosen], rows, self.buckets):
+                part = replace(part, rows=chosen[part.rows])
+                groups = _micro_batch(batch, scored, length, weight, tokens, part)
                 groups = self.layout.put_batch(replace(groups, kl_coef=kl_coef))
-                micro_batches.append(self._with_logprobs(params, reference, groups))
+                micro_batches.append(self._with_logprobs(params, reference, groups, first == 0))
                 padded_tokens += part.padded_tokens(settings.group_size)
             updates.append(micro_batches)
-        return updates, padded_tokens
+        return updates, UpdatedGroups(updated, padded_tokens)
+
+    def _weights(self, scored: ScoredRollout, per_update: int) -> tuple[np.ndarray, np.ndarray]:
+        """[b, G] float32 weight of each token of a sample, and [b] bool the groups to compute."""
+        settings, rollout = self.settings, scored.rollout
+        counted = rollout.finished | (not settings.mask_truncated_completions)
+        if settings.filter_groups:
+            counted &= ~filtered_groups(settings, scored)[:, None]
+        weights, updated = [], []
+        for first in range(0, len(counted), per_update):
+            mine = slice(first, first + per_update)
+            weight = sample_weights(
+                rollout.length[mine],
+                counted[mine],
+                settings.aggregation,
+                self.sampling_settings.max_new_tokens,
+            )
+            weights.append(weight)
+            updated.append(groups_to_update(weight, scored.advantage[mine], settings.kl_coef > 0))
+        return np.concatenate(weights), np.concatenate(updated)
 
     def _with_logprobs(
-        self, params: Params, reference: Params | None, batch: GroupBatch[Array]
+        self, params: Params, reference: Params | None, batch: GroupBatch[Array], is_first: bool
     ) -> GroupBatch[Array]:
-        """The batch with the log-probabilities before the update, of trainer and reference."""
-        loss, old = self.loss, self.settings.recomputes_old_logprobs
+        """The batch with the log-probabilities before the updates, of trainer and reference.
+
+        Those of the trainer are the current ones in the first update. That has an array of the same
+        shape and sharding in their place, so that all updates run one program.
+        """
+        loss = self.loss
         program = partial(logprobs_of, loss.config, loss.compute, self.settings.temperature)
+        old = first_update = None
+        if self.settings.recomputes_old_logprobs:
+            old = batch.sampled_logprobs
+            if not is_first:
+                old = jax.device_put(program(params, batch), old.sharding)
+            first_update = self.layout.put_batch(np.bool_(is_first))
         return replace(
             batch,
-            old_logprobs=program(params, batch) if old else None,
+            old_logprobs=old,
             reference_logprobs=None if reference is None else program(reference, batch),
+            first_update=first_update,
         )
 
 
 def _micro_batch(
-    batch: Batch, scored: ScoredRollout, weight: np.ndarray, tokens: np.float32, part: BatchSlice
+    batch: Batch,
+    scored: ScoredRollout,
+    length: np.ndarray,
+    weight: np.ndarray,
+    tokens: np.float32,
+    part: BatchSlice,
 ) -> GroupBatch[np.ndarray]:
-    """A part of the step; `weight` is [b, G], `tokens` the response tokens of the update."""
+    """A part of the step; `length` and `weight` are [b, G], `tokens` those of the update."""
     rows, shape, rollout = part.rows, part.shape, scored.rollout
     return GroupBatch(
         prompts=part.pad(batch.prompts),
         tokens=rollout.tokens[rows, :, : shape.response],
-        length=rollout.length[rows],
+        length=length[rows],
         weight=weight[rows],
         normaliser=np.asarray(tokens),
         advantage=scored.advantage[rows],

@@ -109,7 +109,7 @@ def grpo_loss(
     mask = batch.mask
     weight = mask * batch.weight[..., None]
     advantage = batch.advantage[..., None]
-    trainer = jax.lax.stop_gradient(logprob) if batch.old_logprobs is None else batch.old_logprobs
+    trainer = old_logprobs(batch, jax.lax.stop_gradient(logprob))
     old = batch.sampled_logprobs if settings.old_logprobs == "sampler" else trainer
     gap = trainer - batch.sampled_logprobs
 
@@ -143,6 +143,15 @@ def grpo_loss(
     means = {name: jnp.sum(x * mask) / batch.normaliser for name, x in metrics.items()}
     largest = {"mismatch/logprob_max": jnp.max(jnp.abs(gap) * mask)}
     return loss, losses | means | largest | {"loss/total": loss}
+
+
+def old_logprobs(batch: GroupBatch[Array], current: Array) -> Array:
+    """[B, G, R] the trainer's log-probabilities before the first update of the rollout."""
+    if batch.old_logprobs is None:
+        return current
+    if batch.first_update is None:
+        return batch.old_logprobs
+    return jnp.where(batch.first_update, current, batch.old_logprobs)
 
 
 def policy_terms(

@@ -29,12 +29,15 @@ class ScoredRollout:
       texts: B lists of G responses.
       rewards: B lists of G rewards.
       advantage: [B, G] float32.
+      updated: [B] bool, the groups that the updates compute, as the others have no gradient; None
+        before the updates.
     """
 
     rollout: Rollout
     texts: list[list[str]]
     rewards: list[list[Reward]]
     advantage: np.ndarray
+    updated: np.ndarray | None = None
 
 
 def prompt_rows(batch: Batch) -> Columns:

@@ -94,7 +94,9 @@ def grpo_step(
         state, metrics, trained_on, scored = grpo.step(
             state, batch, jax.random.fold_in(key, number), resample, kl_coef
         )
-        needed = useful_flops(run.model.config, settings, trained_on.prompts, scored.rollout.length)
+        needed = useful_flops(
+            run.model.config, settings, trained_on.prompts, scored.rollout.length, scored.updated
+        )
         more = {"optim/learning_rate": rate, "perf/useful_flops": needed}
         if kl_coef is not None:
             more["kl/coef"] = float(kl_coef)

@@ -8,7 +8,7 @@ from spatial_ssrl_jax.config.schema import GrpoSettings, SftSettings, StageSetti
 from spatial_ssrl_jax.perf import mfu as module
 from spatial_ssrl_jax.perf.device_specs import DeviceSpec
 from spatial_ssrl_jax.perf.flops import GroupShape, group_flops, vision_flops
-from spatial_ssrl_jax.perf.mfu import forward_passes, mfu_metrics, useful_flops
+from spatial_ssrl_jax.perf.mfu import mfu_metrics, update_passes, useful_flops
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 
 GRIDS = ((1, 4, 6), (1, 8, 12))  # neither fills its windows
@@ -32,6 +32,10 @@ def test_padding_does_not_count(toy, prompts):
         for length, grids in zip(lengths, (GRIDS[:1], GRIDS), strict=True)
     )
     assert found == pytest.approx(4 * wanted)
+    updated = np.array([True, False])  # the other group counts as sampled alone
+    found = useful_flops(toy.config, stage, batch, np.full((2, 3), 7), updated)
+    first = group_flops(toy.config, GroupShape(lengths[0], GRIDS[:1], 3, 7))
+    assert found == pytest.approx(wanted + 3 * first)
 
 
 def test_every_response_counts_at_its_own_length(toy, prompts):
@@ -53,14 +57,15 @@ def test_every_response_counts_at_its_own_length(toy, prompts):
         (SftSettings(freeze=("language",)), (3, 2)),
         (SftSettings(lora=LoraSettings(4)), (1, 2)),
         (SftSettings(lora=LoraSettings(4, targets=("language", "vision.qkv"))), (2, 2)),
-        (GrpoSettings(), (6, 6)),
-        (GrpoSettings(minibatches_per_rollout=1), (5, 5)),
-        (GrpoSettings(old_logprobs="sampler", kl_coef=0.0), (4, 4)),
-        (GrpoSettings(freeze=("vision", "merger")), (4, 6)),
+        (GrpoSettings(), (4.5, 4.5)),  # old log-probabilities of the second half alone
+        (GrpoSettings(minibatches_per_rollout=4), (4.75, 4.75)),
+        (GrpoSettings(minibatches_per_rollout=1), (4, 4)),
+        (GrpoSettings(old_logprobs="sampler", kl_coef=0.0), (3, 3)),
+        (GrpoSettings(freeze=("vision", "merger")), (2.5, 4.5)),
     ],
 )
-def test_passes_are_those_of_the_stage(stage: StageSettings, wanted: tuple[int, int]):
-    assert forward_passes(stage) == wanted
+def test_passes_are_those_of_the_stage(stage: StageSettings, wanted: tuple[float, float]):
+    assert update_passes(stage) == wanted
 
 
 def test_mfu_is_given_only_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch):

@@ -70,6 +70,7 @@ def test_a_step_is_the_sum_of_its_programs(report: dict):
     """16 prompts are two rollout batches of 8 and two micro-batches, 32 tokens two chunks of 16."""
     runs = {p["name"]: p["runs"] for p in report["programs"]}
     assert runs["prefill"] == runs["gradients"] == runs["apply"] == 2
+    assert runs["old_logprobs"] == 1 and runs["reference_logprobs"] == 2
     assert runs["grow"] == 2 * SMALL_TEXT["num_hidden_layers"]
     assert runs["decode"] == 4 and runs["rollout_weights"] == 1
     grpo = [p for p in report["programs"] if not p["name"].startswith("sft")]

@@ -26,12 +26,17 @@ BY_SEQUENCE = replace(
 def test_bucketed_micro_batches_have_the_gradient_of_the_whole(
     small_params, mixed_batch, grpo_step, settings
 ):
+    """Without the group that does not vary."""
     grpo = make_grpo(settings, ROLLOUT, Buckets((8, 28, 30, 40), (0, 1, 2, 3), (3, 8)))
-    (micro,), places = grpo.micro_batches(small_params, *grpo_step)
+    (micro,), updated = grpo.micro_batches(small_params, *grpo_step)
     shapes = [(m.prompts.ids.shape[1], m.prompts.vision.frame.shape[1]) for m in micro]
     widths = [m.tokens.shape[2] for m in micro]
-    assert len(set(shapes)) == 3 and sorted(shapes) == shapes and sorted(widths) == [3, 8, 8]
-    assert places == sum(t + 4 * r for (t, _), r in zip(shapes, widths, strict=True)) < 3 * 72
+    assert shapes == sorted(shapes) and len(set(shapes)) == 2 and widths == [3, 8]
+    padded = sum(t + 4 * r for (t, _), r in zip(shapes, widths, strict=True))
+    assert updated.padded_tokens == padded < 2 * 72
+    batch, scored = grpo_step
+    tokens = sum(len(batch.prompts[b].ids) + scored.rollout.length[b].sum() for b in (0, 2))
+    assert updated.padding_share(batch, scored.rollout) == pytest.approx(1 - tokens / padded)
     gradient = jax.jit(jax.grad(lambda p, b: grpo.loss(p, b)[0]))
     parts = [gradient(small_params, m) for m in micro]
     whole = replace(

@@ -92,22 +92,24 @@ def updates_of(params, grpo_step, settings: GrpoSettings):
 
 
 def test_old_logprobs_are_those_before_the_updates(small_params, grpo_step):
-    """Computed for several updates a rollout, unless the sampler's are asked for."""
+    """Computed for the updates after the first, unless the sampler's are asked for."""
     several = replace(SETTINGS, minibatches_per_rollout=3)
-    for update in updates_of(small_params, grpo_step, several):
+    for number, update in enumerate(updates_of(small_params, grpo_step, several)):
         (micro,) = update
-        config, compute = program_of(several)
-        expected = logprobs_of(config, compute, several.temperature, small_params, micro)
-        np.testing.assert_array_equal(micro.old_logprobs, expected)
+        assert bool(micro.first_update) == (number == 0)
+        if number:
+            config, compute = program_of(several)
+            expected = logprobs_of(config, compute, several.temperature, small_params, micro)
+            np.testing.assert_array_equal(micro.old_logprobs, expected)
     for changes in ({"minibatches_per_rollout": 1}, {"old_logprobs": "sampler"}):
         for update in updates_of(small_params, grpo_step, replace(several, **changes)):
-            assert all(micro.old_logprobs is None for micro in update)
+            assert all(micro.old_logprobs is micro.first_update is None for micro in update)
 
 
 def test_a_kl_coef_that_decays_is_that_of_every_micro_batch(small_params, grpo_step):
     grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((40,), (3,), (8,)))
     (update,), _ = grpo.micro_batches(small_params, *grpo_step, np.float32(0.25))
-    assert [float(micro.kl_coef) for micro in update] == [0.25] * 3
+    assert [float(micro.kl_coef) for micro in update] == [0.25] * 2
     (update,), _ = grpo.micro_batches(small_params, *grpo_step)
     assert all(micro.kl_coef is None for micro in update)
 
@@ -130,6 +132,7 @@ def program_of(settings: GrpoSettings):
 
 
 def weights(params, grpo_step, settings: GrpoSettings) -> np.ndarray:
+    """[3, 4] of the step's samples; zeros where an update leaves the group out."""
     (update,) = updates_of(params, grpo_step, settings)
     rows = {}
     for micro in update:
@@ -139,7 +142,7 @@ def weights(params, grpo_step, settings: GrpoSettings) -> np.ndarray:
             rows[ids.tobytes()] = weight
     batch, _ = grpo_step
     padded = [np.pad(p.ids, (0, 40 - len(p.ids))) for p in batch.prompts]
-    return np.stack([rows[ids.tobytes()] for ids in padded])
+    return np.stack([rows.get(ids.tobytes(), np.zeros(4)) for ids in padded])
 
 
 def test_truncated_completions_are_left_out_of_the_loss(small_params, grpo_step):
@@ -147,7 +150,8 @@ def test_truncated_completions_are_left_out_of_the_loss(small_params, grpo_step)
     length, finished = scored.rollout.length, scored.rollout.finished
     assert finished.any() and not finished.all()
     np.testing.assert_allclose(
-        weights(small_params, grpo_step, SETTINGS), np.full(length.shape, 1 / length.sum())
+        weights(small_params, grpo_step, replace(SETTINGS, kl_coef=0.01)),
+        np.full(length.shape, 1 / length.sum()),
     )
     masked = replace(SETTINGS, mask_truncated_completions=True)
     expected = finished / (length * finished).sum()

@@ -279,7 +279,7 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
         sampled = grpo.sample(None, batch, key)
         for number in (1, 2):
             resample(number)
-        return state, {}, batch, SimpleNamespace(rollout=sampled)
+        return state, {}, batch, SimpleNamespace(rollout=sampled, updated=None)
 
     def stream(_run, seed, *_):
         return seed

@@ -1,0 +1,143 @@
+"""What a step need not compute: it changes no number of the update."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from spatial_ssrl_jax.config.schema import GrpoSettings
+from spatial_ssrl_jax.rl import bucketing
+from spatial_ssrl_jax.rl import grpo as module
+from spatial_ssrl_jax.rl.advantages import groups_to_update
+from spatial_ssrl_jax.rl.bucketing import Buckets, fill_batches
+from spatial_ssrl_jax.rl.grpo import Grpo
+from spatial_ssrl_jax.rl.logprobs import logprobs_of
+from spatial_ssrl_jax.rl.train_step import initial_train_state, micro_gradients, train_step
+from tests.rl.conftest import ROLLOUT, SETTINGS, make_grpo
+from tests.rl.test_exactness import assert_close
+
+OPTIMIZER = optax.adamw(1e-2, weight_decay=0.1)
+
+
+def stage(settings: GrpoSettings) -> Grpo:
+    return make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (8,)))
+
+
+def after(grpo: Grpo, params, updates) -> tuple[dict, list[dict]]:
+    """What the updates leave, as arrays: the state, and the metrics of each."""
+    params = jax.device_put(jax.tree.map(lambda x: x + 0, params), grpo.layout.replicated())
+    state, found = initial_train_state(OPTIMIZER, params), []
+    for update in updates:
+        state, metrics = train_step(grpo.loss, OPTIMIZER, state, update)
+        found.append(jax.device_get(metrics))
+    return jax.device_get(state), found
+
+
+def assert_equal(found, expected) -> None:
+    """Bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_the_first_update_needs_no_old_logprobs(small_params, grpo_step):
+    """It has the current ones: loss, gradients, metrics and weights as with those computed."""
+    reference = jax.tree.map(lambda x: 1.1 * x, small_params)
+    settings = replace(
+        SETTINGS,
+        minibatches_per_rollout=3,
+        kl_coef=0.1,
+        importance_correction="truncate",
+        importance_max=1.05,
+    )
+    grpo = replace(stage(settings), reference=reference)
+    updates, _ = grpo.micro_batches(small_params, *grpo_step)
+    programs = micro_gradients._cache_size()
+    found = after(grpo, small_params, updates)
+    assert micro_gradients._cache_size() == programs + 1  # one for all updates
+
+    def computed(batch):
+        loss = grpo.loss
+        old = logprobs_of(loss.config, loss.compute, settings.temperature, small_params, batch)
+        return replace(batch, old_logprobs=old, first_update=None)
+
+    expected = after(grpo, small_params, [[computed(b) for b in update] for update in updates])
+    assert_equal(found, expected)
+    ratios = [metrics["policy/ratio_mean"] for metrics in found[1]]
+    assert ratios[0] == 1 and ratios[1] != 1 and ratios[2] != 1
+
+
+@pytest.fixture
+def everything(monkeypatch: pytest.MonkeyPatch):
+    """Makes updates that compute all groups."""
+
+    def updates(grpo: Grpo, params, step):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "groups_to_update", lambda w, *_: np.ones(len(w), bool))
+            return grpo.micro_batches(params, *step)[0]
+
+    return updates
+
+
+def test_groups_without_gradient_are_left_out(small_params, grpo_step, everything):
+    """One of three groups has no variance. Metrics are over the others, the rest is equal."""
+    grpo = stage(SETTINGS)
+    (update,), updated = grpo.micro_batches(small_params, *grpo_step)
+    assert updated.groups.tolist() == [True, False, True] and len(update) == 2
+    state, (metrics,) = after(grpo, small_params, [update])
+    whole = everything(grpo, small_params, grpo_step)
+    assert len(whole[0]) == 3
+    expected, (all_metrics,) = after(grpo, small_params, whole)
+    assert_equal(state, expected)
+    for name in ("loss/total", "loss/policy", "optim/gradient_norm"):
+        assert metrics[name] == all_metrics[name], name
+    length = grpo_step[1].rollout.length
+    kept = [batch for batch in whole[0] if np.asarray(batch.advantage).any()]
+    parts = [micro_gradients(grpo.loss, small_params, {}, batch) for batch in kept]
+    entropy = sum(float(sums["policy/entropy"]) for _, sums in parts) * length.sum()
+    assert metrics["policy/entropy"] == pytest.approx(entropy / length[[0, 2]].sum(), rel=1e-5)
+    assert metrics["policy/entropy"] != pytest.approx(all_metrics["policy/entropy"], rel=1e-4)
+    assert metrics["policy/ratio_mean"] == pytest.approx(1, rel=1e-6)
+
+    # A micro-batch of three rows has to hold the third group, and computes none of its responses.
+    (filled,), _ = stage(replace(SETTINGS, micro_batch_prompts=3)).micro_batches(
+        small_params, *grpo_step
+    )
+    (micro,) = filled
+    assert np.asarray(micro.length).tolist() == [[0] * 4, [3] * 4, [3, 8, 8, 3]]
+    gradients, sums = micro_gradients(grpo.loss, small_params, {}, micro)
+    expected = jax.tree.map(lambda *x: sum(x), *(gradient for gradient, _ in parts))
+    assert_close(gradients, expected, 1e-5)
+    for name, value in sums.items():
+        assert float(value) == pytest.approx(float(metrics[name]), rel=1e-5, abs=1e-7), name
+
+
+def test_an_update_without_any_gradient_is_computed(small_params, grpo_step):
+    """Weights decay; metrics are over all groups."""
+    batch, scored = grpo_step
+    flat = replace(scored, advantage=np.zeros_like(scored.advantage))
+    grpo = stage(SETTINGS)
+    (update,), updated = grpo.micro_batches(small_params, batch, flat)
+    assert updated.groups.all() and len(update) == 3
+    state, (metrics,) = after(grpo, small_params, [update])
+    assert metrics["optim/gradient_norm"] == 0 and metrics["policy/entropy"] > 0
+    for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(small_params), strict=True):
+        np.testing.assert_allclose(new, (1 - 1e-2 * 0.1) * old, rtol=1e-5)
+
+
+def test_which_groups_have_a_gradient():
+    weight = np.array([[1, 1], [1, 1], [0, 0], [0, 1], [1, 0]], np.float32)
+    advantage = np.array([[1, -1], [0, 0], [1, -1], [1, 0], [1, 0]], np.float32)
+    assert groups_to_update(weight, advantage, False).tolist() == [True, False, False, False, True]
+    assert groups_to_update(weight, advantage, True).tolist() == [True, True, False, True, True]
+    assert groups_to_update(weight[1:4], advantage[1:4], False).all()  # none has one
+
+
+def test_processes_have_equally_many_micro_batches(monkeypatch: pytest.MonkeyPatch):
+    """Filled up with the smallest prompts that are left."""
+    sizes = np.array([[9, 0, 3], [5, 2, 0], [7, 0, 0], [5, 1, 0], [6, 0, 4], [8, 0, 0]])
+    wanted = sizes[:, 2] > 0
+    assert fill_batches(wanted, sizes, 2).tolist() == [0, 4]
+    assert fill_batches(wanted, sizes, 3).tolist() == [0, 3, 4]
+    monkeypatch.setattr(bucketing, "all_gather", lambda x: np.concatenate((x, [2])))
+    assert fill_batches(wanted, sizes, 2).tolist() == [0, 1, 3, 4]
