@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Annotated, Literal
 
 import numpy as np
@@ -141,7 +142,9 @@ def _draw(
         places.append(drawn)
     columns = [rank[place] for rank, place in zip(ranks, reversed(places), strict=True)]
     groups = np.stack(columns, axis=1)
-    fine = np.flatnonzero(found.apart(groups, distance))
+    pairs = combinations(range(count), 2)
+    fine = np.all([found.apart(groups[:, i], groups[:, j], distance) for i, j in pairs], axis=0)
+    fine = np.flatnonzero(fine)
     return groups[fine[0]] if len(fine) else None
 
 

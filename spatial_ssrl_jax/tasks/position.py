@@ -12,6 +12,7 @@ from spatial_ssrl_jax.tasks.drawing import draw_markers_fitted, fitted_size
 from spatial_ssrl_jax.tasks.example import Example, Size, Task, source_of
 from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.regions import (
+    Index,
     Regions,
     WindowLimits,
     find_regions,
@@ -176,7 +177,9 @@ def _uniform(
         return None
     for _ in range(_ROUNDS):
         pairs = rng.integers(len(found), size=(_DRAWS, 2))
-        fine = _clear(found, pairs, kind, settings) & found.apart(pairs, distance)
+        first, second = pairs.T
+        fine = _clear(found, first, second, kind, settings)
+        fine &= found.apart(first, second, distance)
         if fine.any():
             return pairs[np.argmax(fine)]
     return None
@@ -200,25 +203,28 @@ def _nearest_centre(
     inside = np.flatnonzero((dx <= _CENTRAL * width) & (dy <= _CENTRAL * height))
     order = inside[np.argsort(np.hypot(dx, dy)[inside], kind="stable")]
     distance = max(distance, min(height, width) / _NEAR_PARTS)
-    for k, first in enumerate(order[:_FIRSTS]):
-        pairs = np.stack([np.full(len(order) - k - 1, first), order[k + 1 :]], axis=1)
-        fine = _clear(found, pairs, kind, settings) & found.apart(pairs, distance)
+    near = found.take(order)
+    for first in range(min(len(near), _FIRSTS)):
+        others = slice(first + 1, None)
+        fine = _clear(near, first, others, kind, settings) & near.apart(first, others, distance)
         if fine.any():
-            return rng.permutation(pairs[np.argmax(fine)])
+            return rng.permutation(order[[first, first + 1 + np.argmax(fine)]])
     return None
 
 
-def _clear(found: Regions, pairs: np.ndarray, kind: str, settings: PositionSettings) -> np.ndarray:
-    """Which pairs [m, 2] are of the kind: [m] bool. A pair clear in neither axis is of no kind."""
+def _clear(
+    found: Regions, first: Index, second: Index, kind: str, settings: PositionSettings
+) -> np.ndarray:
+    """Which pairs of windows are of the kind: [m] bool. One clear in neither axis is of no kind."""
     shape = found.depth.shape
-    x, y, low, high = (a[pairs] for a in (found.x, found.y, found.low, found.high))
-    wide = np.abs(x[:, 0] - x[:, 1]) > settings.plane_of(kind, shape)
+    x, y, low, high = ((a[first], a[second]) for a in (found.x, found.y, found.low, found.high))
+    wide = np.abs(x[0] - x[1]) > settings.plane_of(kind, shape)
     if kind == "near":
         # All depths of both windows, so that no direction along the depth can be called clear.
-        alike = high.max(axis=1) - low.min(axis=1) <= settings.depth
+        alike = np.maximum(*high) - np.minimum(*low) <= settings.depth
         height = scaled(settings.near_height, settings.min_near_height, shape)
-        return alike & wide & (np.abs(y[:, 0] - y[:, 1]) < height)
-    gap = np.maximum(low[:, 0] - high[:, 1], low[:, 1] - high[:, 0])
+        return alike & wide & (np.abs(y[0] - y[1]) < height)
+    gap = np.maximum(low[0] - high[1], low[1] - high[0])
     return (gap > settings.depth) & (wide if kind == "far_combined" else ~wide)
 
 

@@ -5,8 +5,7 @@ offset is drawn, so that every pixel may be a centre while a large map costs lit
 small one.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +17,8 @@ _CENTRES = 32_768  # about as many candidates a map, on the grid
 _SAMPLE = 65_536  # about as many pixels are used for the percentiles
 _MIN_SAMPLE = 1024  # valid ones among them; else all pixels are used
 _SPARSE = 0.1  # of the windows valid enough; of cameras' maps 0.3 to 0.97, of LiDAR's none
+
+Index = int | slice | np.ndarray  # of windows
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,22 @@ class Regions:
             )
         return Reject(reason)
 
-    def apart(self, groups: np.ndarray, distance: float) -> np.ndarray:
-        """Which groups have disjoint windows and centres more than `distance` pixels apart.
+    def apart(self, first: Index, second: Index, distance: float) -> np.ndarray:
+        """Which pairs have disjoint windows and centres more than `distance` pixels apart.
 
         Args:
-          groups: [m, k] indices of windows.
+          first, second: indices of windows, broadcast against each other.
 
         Returns:
           [m] bool.
         """
-        x, y = self.x[groups], self.y[groups]
-        fine = np.ones(len(groups), bool)
-        for i in range(groups.shape[1]):
-            for j in range(i):
-                dx, dy = np.abs(x[:, i] - x[:, j]), np.abs(y[:, i] - y[:, j])
-                fine &= np.maximum(dx, dy) > 2 * self.half
-                fine &= dx * dx + dy * dy > distance**2
-        return fine
+        dx, dy = (np.abs(axis[first] - axis[second]) for axis in (self.x, self.y))
+        return (np.maximum(dx, dy) > 2 * self.half) & (dx * dx + dy * dy > distance**2)
+
+    def take(self, order: np.ndarray) -> "Regions":
+        """Some of the windows, in the order of their indices."""
+        kept = {name: getattr(self, name)[order] for name in ("x", "y", "low", "high")}
+        return replace(self, **kept)
 
 
 def scaled(pixels: float, floor: float, shape: tuple[int, int]) -> float:
@@ -132,11 +132,14 @@ def normalised_depth(record: Record, extremes: bool = False) -> np.ndarray:
         sample = depth[np.isfinite(depth)]
     if sample.size == 0:
         raise Reject("depth map without valid pixels")
-    ends = (0, 100) if extremes else (0.5, 99.5)
-    low, high = np.percentile(sample.astype(np.float64), ends)
+    if extremes:
+        low, high = np.float64(sample.min()), np.float64(sample.max())
+    else:
+        low, high = np.percentile(sample.astype(np.float64), (0.5, 99.5))
     if not high > low:
         raise Reject("constant depth map")
-    unit = (depth - np.float32(low)) / np.float32(high - low)
+    unit = depth - np.float32(low)
+    unit /= np.float32(high - low)
     np.clip(unit, 0.0, 1.0, out=unit)
     infinite = np.isinf(depth)
     if infinite.any():
@@ -174,71 +177,46 @@ def _statistics(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Min and max depth [rows, cols] float64 of each window, and whether it is valid enough.
 
-    Without a valid pixel they are +inf and -inf, and the window counts as not valid enough.
+    Without a valid pixel they are NaN, and the window counts as not valid enough.
     """
     half = limits.half
     shape = (len(y), len(x))
     if 0 in shape:
         return np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
-    invalid = np.isnan(depth)
-    holes = bool(invalid.any())
-    shallow = np.where(invalid, np.float32(np.inf), depth) if holes else depth
-    deep = np.where(invalid, np.float32(-np.inf), depth) if holes else depth
-    low = _over_windows(shallow, half, y, x, _slide(np.minimum)).astype(np.float64)
-    high = _over_windows(deep, half, y, x, _slide(np.maximum)).astype(np.float64)
-    fits = np.ones(shape, bool)
-    if holes:
-        missing = _over_windows(invalid.astype(np.int32), half, y, x, _slide_sum)
+    # Of a number and NaN they take the number.
+    low = _over_windows(depth, half, y, x, np.fmin).astype(np.float64)
+    high = _over_windows(depth, half, y, x, np.fmax).astype(np.float64)
+    fits, invalid = np.ones(shape, bool), np.isnan(depth)
+    if invalid.any():
+        missing = _over_windows(invalid.astype(np.int32), half, y, x, np.add)
         fits &= missing <= (1 - limits.min_valid) * (2 * half + 1) ** 2
-        fits &= np.isfinite(low)
         inner = min(limits.centre // 2, half)
-        fits &= ~_over_windows(invalid, inner, y, x, _slide(np.logical_or))
+        fits &= ~_over_windows(invalid, inner, y, x, np.logical_or)
     return low, high, fits
 
 
-Reduce = Callable[[np.ndarray, int, int], np.ndarray]
-
-
 def _over_windows(
-    values: np.ndarray, half: int, y: np.ndarray, x: np.ndarray, reduce: Reduce
+    values: np.ndarray, half: int, y: np.ndarray, x: np.ndarray, combine: np.ufunc
 ) -> np.ndarray:
-    """`reduce` over the windows around the centres: [len(y), len(x)], one axis after the other."""
-    width = 2 * half + 1
-    rows = reduce(values[y[0] - half : y[-1] + half + 1], width, 0)[y - y[0]]
-    return reduce(rows[:, x[0] - half : x[-1] + half + 1], width, 1)[:, x - x[0]]
+    """`combine` over the windows around evenly spaced centres: [len(y), len(x)]."""
+    rows = _over_rows(values, half, y, combine)
+    return _over_rows(np.ascontiguousarray(rows.T), half, x, combine).T
 
 
-def _slide(combine: np.ufunc) -> Reduce:
-    """For a `combine` under which a value may count twice: by doubling, with overlap at the end."""
+def _over_rows(values: np.ndarray, half: int, centres: np.ndarray, combine: np.ufunc) -> np.ndarray:
+    """`combine` over the rows [c - half, c + half] around each centre: [n, …].
 
-    def reduce(values: np.ndarray, width: int, axis: int) -> np.ndarray:
-        reach = 1
-        while reach < width:
-            step = min(reach, width - reach)
-            size = values.shape[axis] - step
-            values = combine(_take(values, 0, size, axis), _take(values, step, size, axis))
-            reach += step
-        return values
-
-    return reduce
-
-
-def _slide_sum(values: np.ndarray, width: int, axis: int) -> np.ndarray:
-    """Sums of `width` neighbours, composed of sums over powers of two."""
-    size = values.shape[axis] - width + 1
-    total, start, reach = np.zeros((), values.dtype), 0, 1
-    while True:
-        if width & reach:
-            total = total + _take(values, start, size, axis)
-            start += reach
-        if start == width:
-            return total
-        length = values.shape[axis] - reach
-        values = _take(values, 0, length, axis) + _take(values, reach, length, axis)
-        reach *= 2
-
-
-def _take(values: np.ndarray, start: int, size: int, axis: int) -> np.ndarray:
-    """A view of `size` entries from `start` on, along one axis of two."""
-    window = slice(start, start + size)
-    return values[window] if axis == 0 else values[:, window]
+    Rows are first combined in blocks as high as the centres are apart, which windows share.
+    """
+    count, width = len(centres), 2 * half + 1
+    stride = int(centres[1] - centres[0]) if count > 1 else width
+    whole, rest = divmod(width, stride)
+    values = values[centres[0] - half :]
+    size = (count + whole - 1) * stride
+    blocks = combine.reduce(values[:size].reshape(-1, stride, *values.shape[1:]), axis=1)
+    parts = [blocks[i : i + count] for i in range(whole)]
+    parts += [values[whole * stride + i :: stride][:count] for i in range(rest)]
+    found = parts[0].copy()
+    for part in parts[1:]:
+        combine(found, part, out=found)
+    return found

@@ -1,6 +1,7 @@
 """Window statistics against brute force, on dense, holed, sparse and scaled maps."""
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,20 +37,26 @@ def brute_force(depth, half, max_range, min_valid, centre, margin):
 @given(
     height=st.integers(10, 45),
     width=st.integers(10, 45),
-    half=st.integers(2, 8),
+    half=st.integers(1, 8),
     margin=st.integers(0, 9),
     holes=st.sampled_from((0.0, 0.05, 0.4)),
     min_valid=st.sampled_from((0.9, 0.5, 0.05)),
     centre=st.sampled_from((1, 3, 7)),
+    centres=st.sampled_from((40, 32_768)),
     seed=st.integers(0, 1000),
 )
 def test_finds_exactly_the_valid_windows(
-    height, width, half, margin, holes, min_valid, centre, seed
+    height, width, half, margin, holes, min_valid, centre, centres, seed
 ):
+    """At every pixel, and on a grid of some 40 centres, which may be further apart than wide."""
     depth = room(seed, height, width, holes) / 9
     wanted = brute_force(depth, half, 0.15, min_valid, centre, margin)
+    stride, rng = max(1, round(np.sqrt(depth.size / centres))), np.random.default_rng(0)
+    y, x = (regions._centres(size, max(half, margin), stride, rng) for size in depth.shape)
+    wanted = {at: ends for at, ends in wanted.items() if at[0] in x and at[1] in y}
     limits = regions.WindowLimits(half, 0.15, min_valid, centre, margin)
-    found = regions.find_regions(depth, limits, np.random.default_rng(0))
+    with mock.patch.object(regions, "_CENTRES", centres):
+        found = regions.find_regions(depth, limits, np.random.default_rng(0))
     got = {found.point(i): (found.low[i], found.high[i]) for i in range(len(found))}
     assert got == wanted
 
@@ -73,6 +80,16 @@ def test_a_map_smaller_than_a_window_has_no_or_few_regions(shape):
     limits = regions.WindowLimits(half=7, margin=0, **LIMITS)
     found = regions.find_regions(np.zeros(shape, np.float32), limits, np.random.default_rng(0))
     assert len(found) == (1 if shape == (15, 15) else 0)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "distance", "apart"),
+    [(6, 6, 0, False), (7, 0, 0, True), (7, 7, 10, False), (8, 7, 10, True), (0, 10, 10, False)],
+)
+def test_windows_apart_are_disjoint_and_further_than_a_distance(x, y, distance, apart):
+    xs, ys = np.array([20, 20 - x]), np.array([30, 30 + y])
+    found = regions.Regions(np.zeros((50, 50)), 3, xs, ys, np.zeros(2), np.zeros(2))
+    assert found.apart(0, slice(1, None), distance).tolist() == [apart]
 
 
 def test_normalised_depth_ignores_scale_and_outliers():
