@@ -97,6 +97,8 @@ NAMES = (
     "perf/mfu",
     "perf/compilations",
     "perf/compile_seconds",
+    "perf/compilations_read",
+    "perf/model_programs",
     "memory/host_bytes",
     "memory/device_bytes",
 )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
+from inspect import unwrap
 
 import numpy as np
 import optax
@@ -16,14 +17,16 @@ from spatial_ssrl_jax.common.errors import UserError, explain_write_errors
 from spatial_ssrl_jax.common.paths import user_path, write_atomic
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.pipeline import Batch
-from spatial_ssrl_jax.monitoring.process_stats import memory_metrics
+from spatial_ssrl_jax.monitoring.process_stats import Compiled, describe_programs, memory_metrics
 from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.parallel.collectives import all_gather, all_sum, barrier, is_primary
 from spatial_ssrl_jax.parallel.watchdog import Watchdog
 from spatial_ssrl_jax.perf.mfu import mfu_metrics
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
+from spatial_ssrl_jax.rl.logprobs import logprobs_of
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, Stage, stages
-from spatial_ssrl_jax.rl.train_step import TrainState
+from spatial_ssrl_jax.rl.train_step import TrainState, micro_gradients
+from spatial_ssrl_jax.rollout.decode import decode_chunk, prefill
 from spatial_ssrl_jax.trainer.bad_records import check_bad_fraction
 from spatial_ssrl_jax.trainer.context import (
     Run,
@@ -39,6 +42,10 @@ from spatial_ssrl_jax.trainer.stage_steps import Step, grpo_step, sft_step
 from spatial_ssrl_jax.trainer.validation import validate
 
 UNTRAINED = "untrained"  # the held-out table's name for the model before training
+# The jitted functions that run the model's layers; other programs are small.
+_MODEL_PROGRAMS = tuple(
+    unwrap(program).__name__ for program in (prefill, decode_chunk, logprobs_of, micro_gradients)
+)
 _NAMED = 10  # unusable images that are reported by name; the others are only counted
 
 
@@ -155,16 +162,14 @@ def _loop(run: Run, stage: SftStage | GrpoStage, step: Step, state: TrainState, 
         for number in range(first, stage.last_step + 1):
             if number == first:
                 run.progress.doing(f"compiling the programs of {stage.name} (first step)")
-            compiled = run.compilations.count
+            compiled = run.compilations.programs
             state, metrics, sampled, batch = _timed_step(
                 run, step, number - stage.start_step - 1, state, stream
             )
-            compiled = run.compilations.count - compiled
+            _say_compiled(run, number, compiled)
             _count_bad(run, batch)
             measured, is_best = _validate_step(run, stage, number, state)
             _log_step(run, stage, number, metrics | measured, sampled)
-            if compiled and number > first:
-                run.progress.say(f"step {number} has new sizes: {compiled} compilations")
             run.state.seconds[stage.name] = round(time.perf_counter() - begun, 2)
             _count_skipped(run, stage, number, metrics, state)
             stop = _signalled(run)
@@ -177,6 +182,13 @@ def _loop(run: Run, stage: SftStage | GrpoStage, step: Step, state: TrainState, 
     return True
 
 
+def _say_compiled(run: Run, number: int, before: dict[str, Compiled]) -> None:
+    """Says which programs were compiled in a step."""
+    programs = run.compilations.programs
+    if programs != before:
+        run.progress.say(f"step {number} compiled {describe_programs(programs, before)}")
+
+
 def _timed_step(
     run: Run, step: Step, number: int, state: TrainState, stream: Iterator[Batch]
 ) -> tuple[TrainState, dict[str, float], Sampled | None, Batch]:
@@ -185,13 +197,15 @@ def _timed_step(
     batch = next(stream)
     waited = float(all_gather(np.array([time.perf_counter() - begun])).max())  # for the slowest
     state, metrics, sampled = step(number, state, batch)
-    seconds = time.perf_counter() - begun
+    seconds, compiled = time.perf_counter() - begun, run.compilations.waited
     metrics |= memory_metrics() | mfu_metrics(metrics["perf/useful_flops"], seconds)
     metrics |= {
         "perf/step_seconds": seconds,
         "perf/input_wait_seconds": waited,
-        "perf/compilations": float(run.compilations.count),
-        "perf/compile_seconds": run.compilations.seconds,
+        "perf/compilations": float(compiled.count),
+        "perf/compile_seconds": compiled.seconds,
+        "perf/compilations_read": float(compiled.read),
+        "perf/model_programs": float(run.compilations.count(_MODEL_PROGRAMS)),
     }
     return state, metrics, sampled, batch
 
@@ -312,6 +326,7 @@ def _finish(run: Run, start: StageInitializer) -> None:
         run.progress.say(
             f"{run.state.skipped} optimizer steps were skipped, as their gradient was not finite"
         )
+    run.progress.say(f"compiled in all: {describe_programs(run.compilations.programs, {})}")
     run.progress.say(
         f"done: {target} is the trained model, {run.workdir / 'report.html'} the report"
     )

@@ -301,8 +301,12 @@ PROMISED = {
 
 
 def test_nothing_compiles_late(whole: Path):
-    counts = {r["step"]: r["perf/compilations"] for r in read_metrics(whole) if r["step"]}
-    assert counts[5] == counts[4]
+    rows = {r["step"]: r for r in read_metrics(whole) if r["step"]}
+    for name in ("perf/compilations", "perf/model_programs"):
+        assert rows[5][name] == rows[4][name]
+    # SFT's and GRPO's gradients, log-probabilities, prefill and decoding of both batch sizes.
+    assert 4 <= rows[5]["perf/model_programs"] < rows[5]["perf/compilations"]
+    assert 0 <= rows[5]["perf/compilations_read"] <= rows[5]["perf/compilations"]
 
 
 def test_flat_groups_are_refilled_the_same_each_time(toy_config, tmp_path: Path):
