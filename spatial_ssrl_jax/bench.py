@@ -1,4 +1,4 @@
-"""Times one part: python -m spatial_ssrl_jax.bench tasks|padding|flops|rollout|update|step"""
+"""Times one part: python -m spatial_ssrl_jax.bench tasks|padding|flops|rollout|update|step|…"""
 
 import argparse
 import json
@@ -21,6 +21,7 @@ def main(argv: Sequence[str]) -> None:
     _add_padding(commands)
     _add_flops(commands)
     _add_device_parts(commands)
+    _add_verify_kernels(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object")
     args, args.rest = parser.parse_known_args(argv)
@@ -168,6 +169,31 @@ def _add_device_parts(commands: Commands) -> None:
         if name == "rollout":
             add_rollout_options(parser)
         parser.set_defaults(run=within_memory(run), lines=_lines)
+
+
+def _add_verify_kernels(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "verify-kernels",
+        help="which attention is right and fastest on this device: what `auto` should be; two "
+        "layers at the 3B's widths",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--runs", type=int, default=5, help="timed runs after one that compiles")
+    parser.set_defaults(run=_verify_kernels, lines=_kernel_lines)
+
+
+def _verify_kernels(args: argparse.Namespace) -> dict[str, Any]:
+    from spatial_ssrl_jax.benchmarking.kernel_check import verify_kernels
+
+    if args.runs < 1:
+        raise UserError(f"--runs={args.runs} must be at least 1.")
+    return verify_kernels(args.runs)
+
+
+def _kernel_lines(found: dict[str, Any]) -> Sequence[str]:
+    from spatial_ssrl_jax.benchmarking.kernel_check import kernel_lines
+
+    return kernel_lines(found)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class ModelSettings:
         weights and fused attention (`dots`), or all (`full`).
       attention: what computes attention of prompts, rows and whole images to themselves: `xla`
         anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16; `auto` is `splash` on TPUs
-        in bfloat16, else `xla`.
+        in bfloat16, else `xla`; `bench verify-kernels` says which is right on a device.
       attention_chunk: queries that attend at a time, by `xla`.
       vocab_block: entries of the vocabulary whose logits exist at a time, for all tokens.
     """
@@ -394,7 +394,7 @@ class RolloutSettings:
         model has key/value heads, or caches are held twice.
       attention: what computes a decode step's attention: `xla` anywhere, `triton` one kernel on
         NVIDIA GPUs in bfloat16; `auto` is `triton` on one GPU of compute capability 9.0, where it
-        was run, else `xla`.
+        was run, else `xla`; `bench verify-kernels` checks it.
     """
 
     max_new_tokens: Count = 2048

@@ -9,6 +9,7 @@ B groups, G samples, P = N/K + 2 heads of a key/value head, R slots.
 
 import re
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,30 @@ KERNELS = ("xla", "splash", "cudnn")
 FUSED = ("splash", "cudnn")  # compute a whole group by `group_attention`
 DECODE_KERNELS = ("xla", "triton")
 _ON_GPUS = ("cudnn", "triton")
-_MEASURED = 9.0  # compute capability of the GPUs that `triton` was run on
+
+
+class Auto(NamedTuple):
+    """What `auto` is.
+
+    Attributes:
+      attention: of `KERNELS`.
+      decode: of `DECODE_KERNELS`.
+    """
+
+    attention: str
+    decode: str
+
+
+_PLAIN = Auto("xla", "xla")
+# In bfloat16 by a GPU's compute capability; `_PLAIN` on others. `bench verify-kernels` says what is
+# right on the device at hand. `triton` was run on a GPU of 9.0; `cudnn` as it is here, a response a
+# row, was run on none.
+AUTO_ON_GPUS = {
+    8.0: _PLAIN,  # A100
+    8.9: _PLAIN,  # L4, L40S, RTX 40
+    9.0: Auto("xla", "triton"),  # H100, H200
+    10.0: _PLAIN,  # B200
+}
 
 
 def choose_kernel(
@@ -47,11 +71,12 @@ def choose_kernel(
     Raises:
       UserError: it cannot run on these devices.
     """
-    device = mesh.devices.flat[0]
+    device, heads_sharded = mesh.devices.flat[0], mesh.shape["tensor"] > 1
     if name == "auto":
-        name = "splash" if device.platform == "tpu" and dtype == "bfloat16" else "xla"
+        name = auto_kernels(device, dtype).attention
+        name = "xla" if name == "cudnn" and heads_sharded else name
     _check_kernel(setting, name, dtype, device)
-    if name == "cudnn" and mesh.shape["tensor"] > 1:
+    if name == "cudnn" and heads_sharded:
         raise UserError(
             f"{setting}=cudnn is not tested with heads sharded over devices: set the mesh's tensor "
             f"to 1, or {setting}=xla."
@@ -64,17 +89,28 @@ def choose_decode_kernel(
 ) -> AttentionKernel:
     """The kernel of a decode step's attention, as `choose_kernel`; a name of `DECODE_KERNELS`.
 
-    `auto` is `triton` where it was measured: on one GPU of compute capability 9.0, in bfloat16.
+    `auto` is `triton` on one device alone: it was measured on no more.
 
     Raises:
       UserError: it cannot run on these devices.
     """
     device = mesh.devices.flat[0]
     if name == "auto":
-        hopper = device.platform == "gpu" and _capability(device) == _MEASURED
-        name = "triton" if hopper and dtype == "bfloat16" and mesh.size == 1 else "xla"
+        name = auto_kernels(device, dtype).decode if mesh.size == 1 else "xla"
     _check_kernel(setting, name, dtype, device)
     return AttentionKernel(name, mesh)
+
+
+def auto_kernels(
+    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm] - jax types its class as a variable
+    dtype: str,
+) -> Auto:
+    """What `auto` is on one device."""
+    if dtype != "bfloat16":
+        return _PLAIN
+    if device.platform == "gpu":
+        return AUTO_ON_GPUS.get(_capability(device), _PLAIN)
+    return Auto("splash", "xla") if device.platform == "tpu" else _PLAIN
 
 
 def _check_kernel(

@@ -106,6 +106,21 @@ def test_tasks_beyond_the_papers_are_off(name: str):
     assert {k for k, w in config.tasks["depth"].kinds.items() if w} == {"3_points"}
 
 
+def test_eight_gpus_train_the_same():
+    """Only where arrays are and what computes them differs; all sizes divide."""
+    paper, gpus = (load_config(str(ROOT / "configs" / f"grpo_3b{x}.py")) for x in ("", "_8gpu"))
+    check_settings(gpus)
+    assert (gpus.model.attention, gpus.rollout.attention) == ("cudnn", "triton")
+    for prompts in (gpus.grpo.micro_batch_prompts, gpus.rollout.batch_prompts):
+        assert prompts % gpus.mesh.fsdp == 0
+    names = ("name", "mesh", "model", "rollout")
+    same = replace(gpus, **{name: getattr(paper, name) for name in names})
+    grpo = replace(gpus.grpo, micro_batch_prompts=paper.grpo.micro_batch_prompts)
+    assert replace(same, grpo=grpo) == paper
+    assert gpus.model.path == paper.model.path
+    assert gpus.rollout.max_new_tokens == paper.rollout.max_new_tokens
+
+
 def test_the_config_beyond_the_paper_changes_nothing_else():
     paper, plus = (load_config(str(ROOT / "configs" / f"grpo_7b{x}.py")) for x in ("", "_plus"))
     kinds = plus.tasks["shuffle"].kinds

@@ -20,6 +20,7 @@ from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.perf.flops import program_flops
 from spatial_ssrl_jax.planning.topology import open_topology
+from spatial_ssrl_jax.qwen_vl import kernels
 from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.attention import attend, attend_shared
 from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute, Remat
@@ -421,6 +422,15 @@ def test_head_sizes_that_triton_has_no_matmul_for_are_refused(toy):
     own = [jnp.zeros((1, 1, 1, 8, 8))] * 2
     with pytest.raises(UserError, match="takes heads of size 16, .*these are of 8: set rollout"):
         attend_decode(*odd, jnp.array([5]), *own, jnp.int32(0))
+
+
+def test_auto_is_what_the_table_says(monkeypatch: pytest.MonkeyPatch):
+    """On one GPU; of several that shard heads, or hold several copies, only what is tested."""
+    monkeypatch.setitem(kernels.AUTO_ON_GPUS, 8.0, kernels.Auto("cudnn", "triton"))
+    device = SimpleNamespace(platform="gpu", device_kind="Some", compute_capability="8.0")
+    assert kernels_on(device, "bfloat16", {}) == ("cudnn", "triton")
+    assert kernels_on(device, "bfloat16", {}, devices=2) == ("xla", "xla")
+    assert kernels_on(device, "float32", {}) == ("xla", "xla")
 
 
 def kernels_on(
