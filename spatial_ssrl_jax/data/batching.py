@@ -43,9 +43,10 @@ def pad_prompts(prompts: Sequence[Prompt], tokens: int, windows: int) -> PromptB
         arrays = [getattr(prompt, name) for prompt in prompts]
         shape = list(arrays[0].shape)
         shape[axis] = length
-        padded = np.full((len(prompts), *shape), fill, arrays[0].dtype)
-        for row, array in enumerate(arrays):
-            padded[(row, *map(slice, array.shape))] = array
+        padded = np.empty((len(prompts), *shape), arrays[0].dtype)
+        for row, array in zip(padded, arrays, strict=True):
+            used, rest = np.split(row, array.shape[axis : axis + 1], axis)
+            used[...], rest[...] = array, fill
         return padded
 
     return PromptBatch(

@@ -75,12 +75,11 @@ def open_oriented_image(
     """`open_source_image`, and the EXIF orientation, 1 to 8, that the image was turned by."""
 
     def convert(image: Image.Image, name: str) -> tuple[np.ndarray, int]:
+        check_pixels(image.size, name)
         pixels = upright_rgb(image, name, transparency)
         return pixels, _orientation(image.getexif())
 
-    name = name or _name(path_or_bytes)
-    check_pixels(image_size(path_or_bytes, name, listed), name)
-    return _read(path_or_bytes, name, listed, convert)
+    return _read(path_or_bytes, name or _name(path_or_bytes), listed, convert)
 
 
 def check_pixels(size: tuple[int, ...], name: str) -> None:
@@ -221,7 +220,8 @@ def upright_rgb(image: Image.Image, name: str, transparency: Transparency = "whi
         raise BadImage(f"{name}: holds floating-point values, not an 8-bit or 16-bit image.")
     key = _transparent_colour(image)
     image.load()  # before the EXIF is read, which in a PNG may follow the pixels
-    image = ImageOps.exif_transpose(image)
+    if _orientation(image.getexif()) != 1:  # else it would be copied
+        image = ImageOps.exif_transpose(image)
     on_white = transparency == "white"
     if image.mode in _SIXTEEN_BIT:
         values = np.asarray(image)
@@ -230,7 +230,7 @@ def upright_rgb(image: Image.Image, name: str, transparency: Transparency = "whi
             grey[values == key] = 255
         return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
     if not (on_white and image.has_transparency_data):
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     if key is not None:
         image.info["transparency"] = key
     image = image if image.mode == "RGBA" else image.convert("RGBA")

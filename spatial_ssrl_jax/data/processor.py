@@ -1,7 +1,7 @@
 """From question, images and videos to the model's inputs: text, tokens, patches, indices."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ PROCESSOR_FILES = (
     "generation_config.json",
 )
 _TRIAL = "Where is it?"  # a question that shows whether tokenizer and chat template work
+_KEPT_CHATS = 1024  # tokenized questions, as most tasks ask few different ones
 _MAX_TEMPLATE = 100_000  # characters that a chat template may add to a question, and to each image
 # Of the areas in a folder: every image is enlarged to the smallest one.
 _SMALLEST, _LARGEST = Bounds(min=1, max=2**26), Bounds(min=1)
@@ -144,6 +145,7 @@ class Processor:
             )
         self.tokenizer = _read_tokenizer(self.folder)
         self._template, self._template_file = self._read_template()
+        self._chats: dict[tuple[str, int, int], tuple[np.ndarray, list[MediaSlot]]] = {}
         self._images = self._image_settings(settings, min_pixels, max_pixels)
         frames = read_processor(self.folder, "video")
         self._frames = self._image_settings(frames, min_pixels, max_pixels)
@@ -290,8 +292,8 @@ class Processor:
             return PromptSize(
                 sum(merged_tokens(self.config.vision, grid) for grid in every), windows
             )
-        text, order = self.chat(question, len(sizes), len(videos))
-        return PromptSize(len(self._expand(text, order, [grids[k][i] for k, i in order])), windows)
+        ids, order = self._chat_ids(question, len(sizes), len(videos))
+        return PromptSize(len(self._expand(ids, order, [grids[k][i] for k, i in order])), windows)
 
     def patches(self, image: np.ndarray) -> tuple[np.ndarray, Grid]:
         """Resizes one image and splits it into patches.
@@ -304,10 +306,10 @@ class Processor:
         """
         grid, vision = self.grid(*image.shape[:2]), self.config.vision
         height, width = self._first_size(*image.shape[:2])
+        pixels = Image.fromarray(image)
         if (height, width) != image.shape[:2]:
-            first = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-            image = np.asarray(first)
-        resized = _resize(image, grid, vision.patch_size, self._images.resample)
+            pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
+        resized = _resize(pixels, grid, vision.patch_size, self._images.resample)
         frames = np.broadcast_to(resized, (vision.temporal_patch_size, *resized.shape))
         return _patch_rows(frames, vision), grid
 
@@ -321,7 +323,10 @@ class Processor:
         vision = self.config.vision
         grid = self.video_grid(*video.frames.shape[:3])
         resample, count = self._frames.resample, grid[0] * vision.temporal_patch_size
-        frames = [_resize(frame, grid, vision.patch_size, resample) for frame in video.frames]
+        frames = [
+            _resize(Image.fromarray(frame), grid, vision.patch_size, resample)
+            for frame in video.frames
+        ]
         frames += [frames[-1]] * (count - len(frames))
         return _patch_rows(np.stack(frames), vision), grid
 
@@ -385,14 +390,14 @@ class Processor:
           BadImage: an image too long and thin.
         """
         vision = self.config.vision
-        text, order = self.chat(question, len(images), len(videos))
+        ids, order = self._chat_ids(question, len(images), len(videos))
         grids = [
             self.grid(*images[i].shape[:2])
             if kind == "image"
             else self.video_grid(*videos[i].frames.shape[:3])
             for kind, i in order
         ]
-        ids = self._expand(text, order, grids)
+        ids = self._expand(ids, order, grids)
         is_vision = np.isin(ids, (self.config.image_token_id, self.config.video_token_id))
         if max_tokens is not None and len(ids) > max_tokens:
             raise UserError(
@@ -407,11 +412,10 @@ class Processor:
         layout = self._member.lay_out_windows(vision, grids)
         image_index = np.full(len(ids), -1, np.int32)
         image_index[is_vision] = layout.merged
-        patches = [
+        patches = (
             (self.patches(images[i]) if kind == "image" else self.video_patches(videos[i]))[0]
             for kind, i in order
-        ]
-        flat = np.concatenate([*patches, np.zeros((1, vision.patch_dim), np.uint8)])
+        )
         return Prompt(
             ids=ids,
             position=position,
@@ -419,14 +423,28 @@ class Processor:
             # After a long video it is not the largest position, which its rope delta is based on.
             next_position=int(position[0, -1]) + 1,
             image_index=image_index,
-            patches=flat[layout.source],
+            patches=_in_windows(patches, layout.source, vision.patch_dim),
             frame=layout.frame,
             coords=layout.coords,
         )
 
-    def _expand(self, text: str, order: list[MediaSlot], grids: list[Grid]) -> np.ndarray:
+    def _chat_ids(
+        self, question: str, images: int, videos: int
+    ) -> tuple[np.ndarray, list[MediaSlot]]:
+        """`chat` as [t] int32 ids, one an image or video; the latest ones are kept."""
+        key = question, images, videos
+        found = self._chats.get(key)
+        if found is None:
+            text, order = self.chat(*key)
+            found = self._token_ids(text), order
+            if len(self._chats) >= _KEPT_CHATS:
+                self._chats.clear()
+            self._chats[key] = found
+        return found
+
+    def _expand(self, ids: np.ndarray, order: list[MediaSlot], grids: list[Grid]) -> np.ndarray:
         """[T] int32 ids, each image or video token repeated for each merged token of its grid."""
-        token, ids = self._media_tokens, self._token_ids(text)
+        token = self._media_tokens
         indices = np.flatnonzero(np.isin(ids, list(token.values())))
         if ids[indices].tolist() != [token[kind] for kind, _ in order]:
             raise UserError("the question's text itself holds an image token; leave it out.")
@@ -467,10 +485,21 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _resize(image: np.ndarray, grid: Grid, patch: int, resample: int) -> np.ndarray:
-    """[H, W, 3] uint8 resized to the grid's rows and columns of patches, as Transformers does."""
+def _resize(image: Image.Image, grid: Grid, patch: int, resample: int) -> np.ndarray:
+    """[H, W, 3] uint8 of the grid's rows and columns of patches, resized as Transformers does."""
     size = grid[2] * patch, grid[1] * patch
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling(resample)))
+    return np.asarray(image.resize(size, Image.Resampling(resample)))
+
+
+def _in_windows(patches: Iterable[np.ndarray], source: np.ndarray, dim: int) -> np.ndarray:
+    """[W, S, dim] uint8, the rows of all images at their slots, see `WindowLayout.source`."""
+    windows = np.zeros((*source.shape, dim), np.uint8)
+    order = np.argsort(source, axis=None)
+    slots, flat = order[np.count_nonzero(source < 0) :], windows.reshape(-1, dim)
+    for rows in patches:
+        flat[slots[: len(rows)]] = rows
+        slots = slots[len(rows) :]
+    return windows
 
 
 def _patch_rows(frames: np.ndarray, config: VisionConfig) -> np.ndarray:

@@ -55,7 +55,11 @@ def draw_markers(image: np.ndarray, points: Sequence[tuple[int, int]], radius: i
     Returns:
       [H, W, 3] uint8, a new image.
     """
-    canvas = Image.fromarray(image)
+    return _marked(Image.fromarray(image), points, radius)
+
+
+def _marked(canvas: Image.Image, points: Sequence[tuple[int, int]], radius: int) -> np.ndarray:
+    """`draw_markers` onto the canvas itself."""
     for digit, (x, y) in enumerate(points, 1):
         stamp = _marker(digit, radius)
         canvas.paste(stamp, (x - radius, y - radius), stamp)
@@ -81,7 +85,7 @@ def draw_markers_fitted(
     fitted = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     # The centre of a pixel stays the centre.
     moved = [(int((x + 0.5) * x_scale), int((y + 0.5) * y_scale)) for x, y in points]
-    return draw_markers(np.asarray(fitted), moved, round(radius * min(x_scale, y_scale)))
+    return _marked(fitted, moved, round(radius * min(x_scale, y_scale)))
 
 
 def fitted_size(size: tuple[int, int], box: Sequence[int]) -> tuple[int, int]:

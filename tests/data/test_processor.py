@@ -11,6 +11,7 @@ import pytest
 from spatial_ssrl_jax.checkpoint.export import copy_files
 from spatial_ssrl_jax.checkpoint.models import TINY, open_model
 from spatial_ssrl_jax.common.errors import BadImage, UserError
+from spatial_ssrl_jax.data import processor as module
 from spatial_ssrl_jax.data.batching import pad_responses, smallest_bucket
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.videos import Video
@@ -112,6 +113,26 @@ def test_each_image_takes_its_tokens(processor, config):
     assert len(set(prompt.image_index[is_image])) == 14
     assert prompt.position.shape == (3, len(prompt.ids))
     assert prompt.next_position == prompt.position[:, -1].max() + 1 < len(prompt.ids)
+
+
+def test_a_question_asked_again_is_as_it_was_the_first_time(processor, monkeypatch):
+    """Tokenized questions are kept, as many as fit, by their numbers of images and videos."""
+    monkeypatch.setattr(module, "_KEPT_CHATS", 2)
+    sizes, video = [(56, 56)], [(2, 56, 56)]
+    asked = [
+        ("Again?", []),
+        ("Again?", sizes),
+        ("Where?", sizes),
+        ("Again?", []),
+        ("Again?", sizes * 2),
+    ]
+    tokens = [processor.measure(images, question).tokens for question, images in asked]
+    ids = [processor.prompt(q, [random_image(*size) for size in images]).ids for q, images in asked]
+    assert tokens == [len(found) for found in ids]
+    assert tokens[0] == tokens[3] == tokens[1] - 6 == tokens[4] - 12
+    assert processor.measure([], "Again?", video).tokens == tokens[1]
+    assert processor.measure(sizes, "Again?").tokens == tokens[1]
+    assert len(processor._chats) <= 2
 
 
 def test_prompt_without_images(processor):

@@ -53,7 +53,7 @@ def to_metres(values: np.ndarray, path: str) -> np.ndarray:
     """[H, W] float32 of a file's values: an image of integers is in millimetres, others as is."""
     if path.lower().endswith(IMAGE_ENDINGS) and values.dtype.kind in "iu":
         return values.astype(np.float32) * np.float32(_MILLIMETRES)
-    return values.astype(np.float32)
+    return values.astype(np.float32, copy=False)
 
 
 def guarded(read: Callable[[], Value], path: str) -> Value:
