@@ -323,6 +323,13 @@ class GrpoSettings(StageSettings):
         """
         return self.minibatches_per_rollout > 1 and self.old_logprobs == "recomputed"
 
+    @property
+    def reuses_vision(self) -> bool:
+        """Whether images are encoded once a step for old and reference log-probabilities and the
+        update: where the vision tower does not train, and more than one of them needs it.
+        """
+        return not self.trains("vision") and (self.kl_coef > 0 or self.recomputes_old_logprobs)
+
 
 @dataclass(frozen=True)
 class RewardSettings:

@@ -47,7 +47,8 @@ def useful_flops(
 def update_passes(stage: StageSettings) -> tuple[float, float]:
     """Forward passes' worth of a step's updates in the vision tower and in the language model.
 
-    Reference log-probabilities are one, and old ones are those of the updates after the first. An
+    Reference log-probabilities are one, and old ones are those of the updates after the first;
+    images that are encoded once for all of these count once, and the merger with them. An
     update is one for the forward pass, one for the gradients of activations, and one for those of
     weights; a layer needs neither gradient where nothing trains at or before it. Adapters' own
     matmuls are left out.
@@ -56,13 +57,14 @@ def update_passes(stage: StageSettings) -> tuple[float, float]:
     if isinstance(stage, GrpoSettings):
         later = 1 - 1 / stage.minibatches_per_rollout  # of the step's prompts
         forward = (stage.kl_coef > 0) + later * stage.recomputes_old_logprobs
+    reuses = isinstance(stage, GrpoSettings) and stage.reuses_vision
     if stage.lora.rank:
         vision = 2 if stage.trains("vision") else 1
         text = 2
     else:
         vision = 3 if stage.trains("vision") else 1
         text = 3 if stage.trains("language") else 2
-    return forward + vision, forward + text
+    return vision if reuses else forward + vision, forward + text
 
 
 def mfu_metrics(flops: float, seconds: float) -> dict[str, float]:

@@ -22,7 +22,7 @@ from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.lora import drop_adapters
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
-from spatial_ssrl_jax.rl.logprobs import logprobs_of
+from spatial_ssrl_jax.rl.logprobs import logprobs_of, vision_features
 from spatial_ssrl_jax.rl.losses import GrpoLoss, SftLoss
 from spatial_ssrl_jax.rl.placement import abstract_stage_state, compute_settings
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
@@ -160,6 +160,9 @@ class _Planned:
         yield from self._rollout(state, optimizing | resting)
         batch = self.batches.groups(settings)
         micro = settings.prompts // settings.micro_batch_prompts
+        if settings.reuses_vision:
+            beside = optimizing | own_reference
+            batch = yield from self._with_features(settings, state.params, batch, micro, beside)
         waiting = {"other micro-batches": (micro - 1) * shard_bytes(batch)}
         weights = {"weights": shard_bytes(state.params)}
         temperature, setting = settings.temperature, "grpo.micro_batch_prompts"
@@ -187,6 +190,25 @@ class _Planned:
         )
         loss = stage.loss(self.model, self.compute)
         yield from self._update("", loss, optimizer, state, batch, micro, updates, resting, setting)
+
+    def _with_features(
+        self,
+        settings: GrpoSettings,
+        params: Params,
+        batch: GroupBatch[ShapeDtypeStruct],
+        runs: int,
+        beside: Held,
+    ) -> Generator[PlannedProgram, Any, GroupBatch[ShapeDtypeStruct]]:
+        """The batch with features of its images in place of pixels."""
+        merge = not settings.trains("merger")
+        args = (self.model, self.compute, merge, params, batch.prompts.vision)
+        found = yield PlannedProgram(
+            "vision_features", vision_features, args, runs, beside, "grpo.micro_batch_prompts"
+        )
+        if found is None:
+            return batch
+        features = jax.tree.map(lambda x: self.batches.rows(*x.shape, dtype=x.dtype), found)
+        return replace(batch, prompts=replace(batch.prompts, vision=features))
 
     def _rollout(self, state: TrainState[ShapeDtypeStruct], beside: Held) -> PlannedPrograms:
         """Copying the weights, prefill, and the last decode chunk, which has the widest cache."""

@@ -26,9 +26,12 @@ Vision = TypeVar("Vision", bound=VisionConfig)
 
 
 class VisionEncoder(Protocol):
-    """A vision tower: [B, M, D], one vector of the text model's width a merged token."""
+    """A vision tower: its blocks, [B, M, C] of each merged token, and its merger, which makes one
+    vector of the text model's width of each."""
 
-    def __call__(self, vision: VisionInput[Array], compute: Compute) -> Array: ...
+    def encode(self, vision: VisionInput[Array], compute: Compute) -> Array: ...
+
+    def merge(self, x_BMC: Array, compute: Compute) -> Array: ...
 
 
 @dataclass(frozen=True)

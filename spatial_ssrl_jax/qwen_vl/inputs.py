@@ -3,7 +3,7 @@
 Shape letters: B prompts or rows, T tokens, R response tokens, W windows, S patches of a window.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import jax
@@ -41,6 +41,21 @@ class VisionInput(Generic[Leaf]):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class VisionFeatures(Generic[Leaf]):
+    """All images and frames of each prompt after the vision tower, where that does not train.
+
+    Attributes:
+      tokens: [B, M, C], M = W·S/4 merged tokens in window order: what the merger gives, or, where
+        that trains, what it takes.
+      merged: whether the merger was applied.
+    """
+
+    tokens: Leaf
+    merged: bool = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class PromptBatch(Generic[Leaf]):
     """B prompts padded to one bucket, images included.
 
@@ -50,7 +65,7 @@ class PromptBatch(Generic[Leaf]):
       position: [B, 3, T] int32 M-RoPE positions.
       next_position: [B] int32 position of the first response token.
       image_index: [B, T] int32 merged vision token at each token, -1 for text.
-      vision: the images' windows.
+      vision: the images' windows, or their features.
     """
 
     ids: Leaf
@@ -58,7 +73,7 @@ class PromptBatch(Generic[Leaf]):
     position: Leaf
     next_position: Leaf
     image_index: Leaf
-    vision: VisionInput[Leaf]
+    vision: VisionInput[Leaf] | VisionFeatures[Leaf]
 
     @property
     def valid(self: "PromptBatch[Array]") -> Array:

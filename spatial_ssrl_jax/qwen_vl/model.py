@@ -14,7 +14,7 @@ from jax import Array
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.family import member_of
-from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch
+from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch, VisionFeatures, VisionInput
 from spatial_ssrl_jax.qwen_vl.layers import Init, Linear
 from spatial_ssrl_jax.qwen_vl.lora import (
     NO_LORA,
@@ -88,14 +88,25 @@ def bind(config: QwenVLConfig, params: Params) -> QwenVL:
     return nnx.merge(_abstract(config, adapter_settings(params))[0], params)
 
 
+def encode_vision(
+    model: QwenVL, vision: VisionInput[Array], compute: Compute, merge: bool
+) -> VisionFeatures[Array]:
+    """Runs the vision tower on windows of images, and with `merge` its merger."""
+    tokens = model.vision.encode(vision, compute)
+    return VisionFeatures(model.vision.merge(tokens, compute) if merge else tokens, merge)
+
+
 def embed_prompt(
     model: QwenVL, prompts: PromptBatch[Array] | PackedRows[Array], compute: Compute
 ) -> Array:
     """[B, T, D] token embeddings, those of images from the vision tower."""
     x = compute.constrain(model.text.embed[...][prompts.ids].astype(compute.dtype))
-    if prompts.vision.frame.shape[1] == 0:
-        return x
-    merged = model.vision(prompts.vision, compute)
+    vision = prompts.vision
+    if isinstance(vision, VisionInput):
+        if vision.frame.shape[1] == 0:
+            return x
+        vision = encode_vision(model, vision, compute, merge=True)
+    merged = vision.tokens if vision.merged else model.vision.merge(vision.tokens, compute)
     index = jnp.maximum(prompts.image_index, 0)[..., None]
     image = jnp.take_along_axis(merged, index, axis=1)
     return jnp.where(prompts.image_index[..., None] >= 0, image, x)

@@ -319,7 +319,7 @@ class VisionTower(nnx.Module):
         self.blocks = VisionBlock(init.stacked(config.depth), config)
         self.merger = Merger(init, config)
 
-    def __call__(self, vision: VisionInput[Array], compute: Compute) -> Array:
+    def encode(self, vision: VisionInput[Array], compute: Compute) -> Array:
         """Encodes the images of B prompts.
 
         Args:
@@ -327,7 +327,7 @@ class VisionTower(nnx.Module):
           compute: how to compute.
 
         Returns:
-          [B, W·M, D_text]: one vector a merged token, in window order.
+          [B, W·M, 4·D]: the four patches of each merged token, in window order.
         """
         config = self.config
         batch, windows, size = vision.frame.shape
@@ -343,8 +343,12 @@ class VisionTower(nnx.Module):
             return block(x, rotary, *segments, is_full, compute), None
 
         x, _ = scan_layers(self.blocks, step, x, jnp.array(full), remat=compute.remat)
-        x = self.merger.norm(compute.constrain(x))
-        x = x.reshape(batch, windows * size // config.merge_unit, -1)
+        return compute.constrain(x).reshape(batch, windows * size // config.merge_unit, -1)
+
+    def merge(self, x_BMC: Array, compute: Compute) -> Array:
+        """[B, W·M, D_text]: one vector a merged token, of what `encode` gives."""
+        patches = x_BMC.reshape(*x_BMC.shape[:2], self.config.merge_unit, -1)
+        x = self.merger.norm(patches).reshape(x_BMC.shape)
         return compute.constrain(self.merger(x))
 
 

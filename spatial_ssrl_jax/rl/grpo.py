@@ -18,11 +18,12 @@ from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.parallel import offload
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
 from spatial_ssrl_jax.qwen_vl.model import Params
 from spatial_ssrl_jax.rl.advantages import group_advantage, groups_to_update
 from spatial_ssrl_jax.rl.batch import GroupBatch
 from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length, fill_batches
-from spatial_ssrl_jax.rl.logprobs import logprobs_of
+from spatial_ssrl_jax.rl.logprobs import logprobs_of, vision_features
 from spatial_ssrl_jax.rl.losses import GrpoLoss, sample_weights
 from spatial_ssrl_jax.rl.resampling import filtered_groups, resample_groups
 from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer
@@ -221,6 +222,7 @@ class Grpo:
                 part = replace(part, rows=chosen[part.rows])
                 groups = _micro_batch(batch, scored, length, weight, tokens, part)
                 groups = self.layout.put_batch(replace(groups, kl_coef=kl_coef))
+                groups = self._with_features(params, groups)
                 micro_batches.append(self._with_logprobs(params, reference, groups, first == 0))
                 padded_tokens += part.padded_tokens(settings.group_size)
             updates.append(micro_batches)
@@ -244,6 +246,18 @@ class Grpo:
             weights.append(weight)
             updated.append(groups_to_update(weight, scored.advantage[mine], settings.kl_coef > 0))
         return np.concatenate(weights), np.concatenate(updated)
+
+    def _with_features(self, params: Params, batch: GroupBatch[Array]) -> GroupBatch[Array]:
+        """The batch with features of its images in place of pixels, where those are reused."""
+        prompts, loss = batch.prompts, self.loss
+        vision = prompts.vision
+        assert isinstance(vision, VisionInput)  # as put there
+        if not self.settings.reuses_vision or vision.frame.shape[1] == 0:
+            return batch
+        merge = not self.settings.trains("merger")
+        features = vision_features(loss.config, loss.compute, merge, params, vision)
+        features = jax.device_put(features, self.layout.batch_sharding())
+        return replace(batch, prompts=replace(prompts, vision=features))
 
     def _with_logprobs(
         self, params: Params, reference: Params | None, batch: GroupBatch[Array], is_first: bool

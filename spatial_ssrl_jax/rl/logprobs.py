@@ -8,7 +8,7 @@ from jax import Array
 from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
-from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch
+from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch, VisionFeatures, VisionInput
 from spatial_ssrl_jax.qwen_vl.model import Params
 from spatial_ssrl_jax.rl.batch import ResponseBatch
 from spatial_ssrl_jax.rl.head import head_logprobs
@@ -77,3 +77,15 @@ def logprobs_of(
     return response_logprobs(
         config, compute, params, batch.prompts, batch.tokens, batch.length, temperature
     )[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def vision_features(
+    config: QwenVLConfig,
+    compute: Compute,
+    merge: bool,
+    params: Params,
+    vision: VisionInput[Array],
+) -> VisionFeatures[Array]:
+    """The features of a batch's images, without gradient; with `merge` those after the merger."""
+    return qwen.encode_vision(qwen.bind(config, params), vision, compute, merge)

@@ -61,7 +61,9 @@ def test_every_response_counts_at_its_own_length(toy, prompts):
         (GrpoSettings(minibatches_per_rollout=4), (4.75, 4.75)),
         (GrpoSettings(minibatches_per_rollout=1), (4, 4)),
         (GrpoSettings(old_logprobs="sampler", kl_coef=0.0), (3, 3)),
-        (GrpoSettings(freeze=("vision", "merger")), (2.5, 4.5)),
+        (GrpoSettings(freeze=("vision", "merger")), (1, 4.5)),
+        (GrpoSettings(lora=LoraSettings(4)), (1, 3.5)),
+        (GrpoSettings(lora=LoraSettings(4, targets=("language", "vision"))), (3.5, 3.5)),
     ],
 )
 def test_passes_are_those_of_the_stage(stage: StageSettings, wanted: tuple[float, float]):

@@ -69,8 +69,8 @@ def reference(checkpoint, questions, as_numpy):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def run_vision(config, compute, params, vision):
-    tower = qwen.bind(config, params).vision
-    return tower(vision, replace(compute, remat="none"))
+    model, compute = qwen.bind(config, params), replace(compute, remat="none")
+    return qwen.encode_vision(model, vision, compute, merge=True).tokens
 
 
 @partial(jax.jit, static_argnums=(0, 1))

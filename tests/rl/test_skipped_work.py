@@ -8,6 +8,10 @@ import optax
 import pytest
 
 from spatial_ssrl_jax.config.schema import GrpoSettings
+from spatial_ssrl_jax.qwen_vl.inputs import VisionFeatures, VisionInput
+from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
+from spatial_ssrl_jax.qwen_vl.model import init_adapters
+from spatial_ssrl_jax.qwen_vl.param_tree import merge_params
 from spatial_ssrl_jax.rl import bucketing
 from spatial_ssrl_jax.rl import grpo as module
 from spatial_ssrl_jax.rl.advantages import groups_to_update
@@ -15,7 +19,8 @@ from spatial_ssrl_jax.rl.bucketing import Buckets, fill_batches
 from spatial_ssrl_jax.rl.grpo import Grpo
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
 from spatial_ssrl_jax.rl.train_step import initial_train_state, micro_gradients, train_step
-from tests.rl.conftest import ROLLOUT, SETTINGS, make_grpo
+from spatial_ssrl_jax.rl.trainable import Trainable
+from tests.rl.conftest import CONFIG, ROLLOUT, SETTINGS, make_grpo
 from tests.rl.test_exactness import assert_close
 
 OPTIMIZER = optax.adamw(1e-2, weight_decay=0.1)
@@ -141,3 +146,45 @@ def test_processes_have_equally_many_micro_batches(monkeypatch: pytest.MonkeyPat
     assert fill_batches(wanted, sizes, 3).tolist() == [0, 3, 4]
     monkeypatch.setattr(bucketing, "all_gather", lambda x: np.concatenate((x, [2])))
     assert fill_batches(wanted, sizes, 2).tolist() == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "width"),
+    [({"freeze": ("vision",)}, 4 * 32), ({"lora": LoraSettings(2)}, 32)],
+    ids=["the merger trains", "adapters train"],
+)
+def test_images_are_encoded_once(
+    small_params, grpo_step, monkeypatch: pytest.MonkeyPatch, changes: dict, width: int
+):
+    """The update is the same bit for bit; the pixels leave the device."""
+    settings = replace(SETTINGS, kl_coef=0.1, micro_batch_prompts=3, **changes)
+    adapters = init_adapters(CONFIG, settings.lora, jax.random.key(0))
+    params = merge_params(small_params, jax.tree.map(lambda x: x + 0.1, adapters))
+    trained, frozen = Trainable.of(settings).split(params, "float32")
+    reference = small_params | {"text": jax.tree.map(lambda x: 1.1 * x, small_params["text"])}
+    grpo = replace(stage(settings), reference=reference)
+
+    def step():
+        ((batch,),), _ = grpo.micro_batches(params, *grpo_step)
+        gradients, sums = micro_gradients(grpo.loss, trained, frozen, batch)
+        return batch.prompts.vision, (batch.reference_logprobs, gradients, sums)
+
+    features, found = step()
+    assert isinstance(features, VisionFeatures) and features.tokens.shape == (3, 48, width)
+    monkeypatch.setattr(GrpoSettings, "reuses_vision", False)
+    pixels, expected = step()
+    assert isinstance(pixels, VisionInput)
+    assert_equal(found, expected)
+    assert all(np.any(x) for x in jax.tree.leaves(found[1]))
+
+
+def test_when_images_are_encoded_once(small_params, mixed_batch):
+    frozen = replace(SETTINGS, freeze=("vision",))
+    assert not frozen.reuses_vision  # the update alone needs them
+    assert replace(frozen, kl_coef=0.1).reuses_vision
+    assert replace(frozen, minibatches_per_rollout=3).reuses_vision
+    assert not replace(SETTINGS, kl_coef=0.1, freeze=("merger",)).reuses_vision
+    vision = jax.tree.map(lambda x: x[:, :0], mixed_batch.prompts.vision)
+    batch = replace(mixed_batch, prompts=replace(mixed_batch.prompts, vision=vision))
+    grpo = stage(replace(frozen, kl_coef=0.1))
+    assert grpo._with_features(small_params, batch) is batch  # no images at all
