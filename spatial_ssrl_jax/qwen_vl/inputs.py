@@ -38,6 +38,11 @@ class VisionInput(Generic[Leaf]):
     frame: Leaf
     coords: Leaf
 
+    @property
+    def windows(self: "VisionInput[np.ndarray] | VisionInput[Array]") -> int:
+        """W."""
+        return self.frame.shape[1]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -47,10 +52,12 @@ class VisionFeatures(Generic[Leaf]):
     Attributes:
       tokens: [B, M, C], M = W·S/4 merged tokens in window order: what the merger gives, or, where
         that trains, what it takes.
+      windows: W.
       merged: whether the merger was applied.
     """
 
     tokens: Leaf
+    windows: int = field(metadata={"static": True})
     merged: bool = field(metadata={"static": True})
 
 

@@ -93,7 +93,8 @@ def encode_vision(
 ) -> VisionFeatures[Array]:
     """Runs the vision tower on windows of images, and with `merge` its merger."""
     tokens = model.vision.encode(vision, compute)
-    return VisionFeatures(model.vision.merge(tokens, compute) if merge else tokens, merge)
+    tokens = model.vision.merge(tokens, compute) if merge else tokens
+    return VisionFeatures(tokens, vision.windows, merge)
 
 
 def embed_prompt(
@@ -102,9 +103,9 @@ def embed_prompt(
     """[B, T, D] token embeddings, those of images from the vision tower."""
     x = compute.constrain(model.text.embed[...][prompts.ids].astype(compute.dtype))
     vision = prompts.vision
+    if vision.windows == 0:
+        return x
     if isinstance(vision, VisionInput):
-        if vision.frame.shape[1] == 0:
-            return x
         vision = encode_vision(model, vision, compute, merge=True)
     merged = vision.tokens if vision.merged else model.vision.merge(vision.tokens, compute)
     index = jnp.maximum(prompts.image_index, 0)[..., None]

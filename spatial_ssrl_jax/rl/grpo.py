@@ -252,7 +252,7 @@ class Grpo:
         prompts, loss = batch.prompts, self.loss
         vision = prompts.vision
         assert isinstance(vision, VisionInput)  # as put there
-        if not self.settings.reuses_vision or vision.frame.shape[1] == 0:
+        if not self.settings.reuses_vision or vision.windows == 0:
             return batch
         merge = not self.settings.trains("merger")
         features = vision_features(loss.config, loss.compute, merge, params, vision)

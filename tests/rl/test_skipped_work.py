@@ -1,6 +1,7 @@
 """What a step need not compute: it changes no number of the update."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -130,6 +131,25 @@ def test_an_update_without_any_gradient_is_computed(small_params, grpo_step):
         np.testing.assert_allclose(new, (1 - 1e-2 * 0.1) * old, rtol=1e-5)
 
 
+def test_a_step_says_which_groups_it_updates(
+    small_params, grpo_step, monkeypatch: pytest.MonkeyPatch
+):
+    """MFU and the fraction of padding count the others as sampled alone."""
+    batch, scored = grpo_step
+    monkeypatch.setattr(Grpo, "sample", lambda *_: scored.rollout)
+    monkeypatch.setattr(Grpo, "_score", lambda *_: scored)
+    monkeypatch.setattr(
+        module, "train_step", lambda _loss, _optimizer, state, _batches: (state, {})
+    )
+    monkeypatch.setattr(module, "rollout_rows", lambda *_: {"length": scored.rollout.length})
+    monkeypatch.setattr(module, "rollout_metrics", lambda _: {})
+    grpo, state = stage(SETTINGS), SimpleNamespace(params=small_params)
+    _, metrics, _, found = grpo.step(state, batch, jax.random.key(0), pytest.fail)
+    assert found.updated.tolist() == [True, False, True]
+    tokens = sum(len(batch.prompts[b].ids) + scored.rollout.length[b].sum() for b in (0, 2))
+    assert metrics["perf/update_padding_share"] == pytest.approx(1 - tokens / (2 * (40 + 4 * 8)))
+
+
 def test_which_groups_have_a_gradient():
     weight = np.array([[1, 1], [1, 1], [0, 0], [0, 1], [1, 0]], np.float32)
     advantage = np.array([[1, -1], [0, 0], [1, -1], [1, 0], [1, 0]], np.float32)
@@ -171,6 +191,7 @@ def test_images_are_encoded_once(
 
     features, found = step()
     assert isinstance(features, VisionFeatures) and features.tokens.shape == (3, 48, width)
+    assert features.windows == 3
     monkeypatch.setattr(GrpoSettings, "reuses_vision", False)
     pixels, expected = step()
     assert isinstance(pixels, VisionInput)

@@ -272,14 +272,14 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
         scorer=Scorer(config.reward, {}),
     )
 
-    kl_coefs = []
+    kl_coefs, counted, updated = [], [], np.ones(8, bool)
 
     def step(_self, state, batch, key, resample, kl_coef):
         kl_coefs.append(kl_coef)
         sampled = grpo.sample(None, batch, key)
         for number in (1, 2):
             resample(number)
-        return state, {}, batch, SimpleNamespace(rollout=sampled, updated=None)
+        return state, {}, batch, SimpleNamespace(rollout=sampled, updated=updated)
 
     def stream(_run, seed, *_):
         return seed
@@ -288,7 +288,7 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
         asked.append((items, number))
 
     monkeypatch.setattr(stage_steps.Grpo, "step", step)
-    monkeypatch.setattr(stage_steps, "useful_flops", lambda *_: 0.0)
+    monkeypatch.setattr(stage_steps, "useful_flops", lambda *args: counted.append(args[-1]) or 0.0)
     monkeypatch.setattr(stage_steps, "items_of", stream)
     monkeypatch.setattr(stage_steps, "batch_at", drawn)
     (_, stage) = stages(config)
@@ -307,6 +307,7 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
     batch = replace(prompts, items=items)
     make(0, None, batch)
     _, metrics, _ = make(1, None, batch)
+    assert all(groups is updated for groups in counted) and len(counted) == 2
     assert kl_coefs == [0.5, 0.375] and metrics["kl/coef"] == 0.375
     keys = [jax.random.key_data(call["key"]).tolist() for call in engine.calls]
     assert keys[0] != keys[-1]
