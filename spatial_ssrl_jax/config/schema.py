@@ -37,6 +37,7 @@ QuestionRule = Literal["same", RewardRule]
 # (response, answer, example, tokens) -> the reward, or named parts of it.
 RewardFunction = Callable[[str, str, Example, int], float | Mapping[str, float]]
 PromptStyle = Literal["direct", "reasoning", "own"]
+Ahead = Literal["auto", "always", "never"]
 BestBy = Literal["auto", "benchmark", "heldout", "none"]
 
 
@@ -139,13 +140,14 @@ class CompileSettings:
         `none` keeps none. JAX's own JAX_COMPILATION_CACHE_DIR comes first.
       cache_gb: its size at most, in GB: the programs that were not used for longest go, in a bucket
         those that were written first, when a run starts.
-      ahead: compile the update's programs in a thread before they are called: at a stage's start
-        for the longest responses, then for those of the next sizes.
+      ahead: whether a thread compiles programs of GRPO's updates before they are called, first those
+        of the longest responses, then those of the next sizes: `always`, `never`, or `auto`, on
+        TPUs alone, as elsewhere the compiler takes what the run computes with.
     """
 
     cache: str = ""
     cache_gb: Positive = 10.0
-    ahead: bool = True
+    ahead: Ahead = "auto"
 
 
 @dataclass(frozen=True)
@@ -515,12 +517,12 @@ class Config:
     tasks: dict[str, TaskSettings] = field(default_factory=dict)
     extra_tasks: tuple[Task[Any], ...] = ()
     mesh: MeshSettings = field(default_factory=MeshSettings)
+    compile: CompileSettings = field(default_factory=CompileSettings)
     sft: SftSettings = field(default_factory=SftSettings)
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
-    compile: CompileSettings = field(default_factory=CompileSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)

@@ -144,6 +144,22 @@ class Layout:
 
         return jax.tree.map(put, tree)
 
+    def abstract_batch(self, tree: Any, rows: int) -> Any:
+        """The `jax.ShapeDtypeStruct`s of what `put_batch` gives for a batch of `rows` in all.
+
+        Args:
+          tree: NumPy arrays as those of the batch, of any number of rows.
+          rows: B.
+        """
+
+        def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
+            shape, sharding = (), self.replicated()
+            if np.ndim(x):
+                shape, sharding = (rows, *x.shape[1:]), self.batch_sharding()
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(abstract, tree)
+
 
 def shard_bytes(tree: Any, itemsize: int | None = None) -> int:
     """Bytes of one device's shards.

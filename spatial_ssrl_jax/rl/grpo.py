@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.parallel import offload
 from spatial_ssrl_jax.parallel.collectives import all_sum
+from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
 from spatial_ssrl_jax.qwen_vl.model import Params
@@ -37,6 +39,7 @@ from spatial_ssrl_jax.rl.step_metrics import (
     rollout_rows,
 )
 from spatial_ssrl_jax.rl.train_step import TrainState, train_step
+from spatial_ssrl_jax.rl.updates_ahead import UpdatesAhead
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout, concatenate_rollouts
 from spatial_ssrl_jax.rollout.sampling import Sampling
 
@@ -96,6 +99,7 @@ class Grpo:
       buckets: sizes that programs are compiled for.
       processor: decodes responses.
       reference: the weights that GRPO started from, or None without KL.
+      queue: compiles programs of updates before they are called.
     """
 
     settings: GrpoSettings
@@ -108,6 +112,13 @@ class Grpo:
     buckets: Buckets
     processor: Processor
     reference: Params | None
+    queue: CompileAhead = CompileAhead(enabled=False)
+
+    @property
+    def _ahead(self) -> UpdatesAhead:
+        return UpdatesAhead(
+            self.queue, self.settings, self.loss, self.optimizer, self.layout, self.buckets
+        )
 
     def step(
         self,
@@ -131,6 +142,7 @@ class Grpo:
           The new state, the step's metrics, and the prompts trained on with their scored rollout.
         """
         clock, resampled = _Clock(), 0
+        self._ahead.expect_first(state, self.reference, batch, kl_coef)
         rollout = self.sample(state.params, batch, key)
         clock.lap("perf/rollout_seconds")
         scored = self._score(batch, rollout)
@@ -147,6 +159,7 @@ class Grpo:
         minibatches, updated = self.micro_batches(state.params, batch, scored, kl_coef)
         scored = replace(scored, updated=updated.groups)
         clock.lap("perf/reference_seconds")
+        self._ahead.expect_next(state, self.reference, chain(*minibatches))
         updates = []
         for micro_batches in minibatches:
             state, metrics = train_step(self.loss, self.optimizer, state, micro_batches)
@@ -222,6 +235,7 @@ class Grpo:
                 part = replace(part, rows=chosen[part.rows])
                 groups = _micro_batch(batch, scored, length, weight, tokens, part)
                 groups = self.layout.put_batch(replace(groups, kl_coef=kl_coef))
+                self._ahead.claim(groups)
                 groups = self._with_features(params, groups)
                 micro_batches.append(self._with_logprobs(params, reference, groups, first == 0))
                 padded_tokens += part.padded_tokens(settings.group_size)

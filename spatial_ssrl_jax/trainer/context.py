@@ -33,6 +33,7 @@ from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.monitoring.wandb_run import WandbRun, check_wandb
 from spatial_ssrl_jax.parallel.collectives import all_gather, barrier, is_primary
 from spatial_ssrl_jax.parallel.compilation_cache import compilation_cache
+from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead, compiles_ahead
 from spatial_ssrl_jax.parallel.distributed import await_primary
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
@@ -136,6 +137,7 @@ class Run(RunComponents):
     progress: Progress
     preemption: Preemption
     compilations: CompilationCounter
+    ahead: CompileAhead
     metrics: MetricsWriter | None
     state: RunState = field(default_factory=RunState)
     unwritten: set[str] = field(default_factory=set)
@@ -232,6 +234,7 @@ def open_run(
         _open_workdir(components, workdir, overwrite, progress.say, resources)
     await_primary("the run's folder", _FOLDER_SECONDS)
     barrier("the run's folder")
+    resources.enter_context(compilation_cache(config.compile, workdir, progress.say))
     rollout = config.rollout
     engine = Engine(
         model.config,
@@ -245,7 +248,6 @@ def open_run(
     scorer = make_scorer(config.reward, config.all_tasks)
     resources.callback(scorer.close)
     between = [stage.last_step for stage in stages(config)[:-1]]  # where the next stage starts
-    resources.enter_context(compilation_cache(config.compile, workdir, progress.say))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, always=between)
     train, heldout = (len(pool) for pool in (components.split.train, components.split.heldout))
     progress.say(f"{train} training and {heldout} held-out images from {components.source.spec}")
@@ -274,6 +276,7 @@ def open_run(
         progress=progress,
         preemption=preemption,
         compilations=CompilationCounter(),
+        ahead=CompileAhead(compiles_ahead(config.compile.ahead), progress.say),
         metrics=_metrics(config, workdir, checkpoints.latest() or 0) if is_primary() else None,
     )
 

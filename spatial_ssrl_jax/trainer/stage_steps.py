@@ -82,6 +82,7 @@ def grpo_step(
         Buckets.of(config),
         run.processor,
         reference,
+        run.ahead,
     )
     key = jax.random.key(config.seed)
 

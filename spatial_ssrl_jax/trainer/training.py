@@ -93,7 +93,11 @@ def train(config: Config, workdir: epath.PathLike, overwrite: bool = False) -> b
 
 
 def _close(run: Run) -> None:
-    """Closes the metric writers; their errors are ignored, since the run's outcome is reported."""
+    """Ends compiling ahead, and closes the metric writers.
+
+    Their errors are ignored, since the run's outcome is reported.
+    """
+    run.ahead.close()
     if run.metrics is not None:
         with suppress(Exception):
             run.metrics.close()

@@ -1,0 +1,54 @@
+"""What is compiled ahead of an update is what the update calls."""
+
+from dataclasses import replace
+from itertools import chain
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spatial_ssrl_jax.monitoring.process_stats import CompilationCounter
+from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead
+from spatial_ssrl_jax.rl.bucketing import BatchShape, Buckets
+from spatial_ssrl_jax.rl.train_step import initial_train_state, train_step
+from tests.rl.conftest import CONFIG, ROLLOUT, SETTINGS, make_grpo
+
+PROGRAMS = ("logprobs_of", "micro_gradients", "apply_gradients")
+
+
+class AtOnce(CompileAhead):
+    """Does each job when it is added."""
+
+    def add(self, key, job) -> None:
+        if key not in self._jobs:
+            super().add(key, lambda: None)
+            job()
+
+
+def test_the_first_updates_and_the_next_widths_compile_nothing(small_params, grpo_step):
+    settings = replace(SETTINGS, minibatches_per_rollout=3, kl_coef=0.1)
+    grpo = make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (4, 8)))
+    params = jax.tree.map(jnp.copy, small_params)  # a step donates them
+    params = jax.device_put(params, grpo.layout.param_shardings(CONFIG))
+    reference = jax.tree.map(lambda x: x + 1, params)
+    grpo = replace(grpo, reference=reference, queue=AtOnce(enabled=True))
+    state, kl_coef = initial_train_state(grpo.optimizer, params), np.float32(0.1)
+    batch, scored = grpo_step
+    of_width = {
+        width: replace(scored.rollout, length=np.full_like(scored.rollout.length, width))
+        for width in (8, 4)
+    }
+    counter = CompilationCounter()
+    grpo._ahead.expect_first(state, reference, batch, kl_coef)
+    for width, rollout in of_width.items():
+        assert list(grpo.queue._jobs)[-1] == BatchShape(40, 3, width)
+        before = counter.programs
+        of_step = batch, replace(scored, rollout=rollout), kl_coef
+        updates, _ = grpo.micro_batches(state.params, *of_step)
+        state, _ = train_step(grpo.loss, grpo.optimizer, state, updates[0])
+        assert {n: counter.programs[n] for n in PROGRAMS} == {n: before[n] for n in PROGRAMS}
+        grpo._ahead.expect_next(state, reference, chain(*updates))
+    assert len(grpo.queue._jobs) == 2
+    assert (
+        counter.count(PROGRAMS) == 5
+    )  # log-probabilities and gradients of both, one step of the optimizer
