@@ -20,10 +20,11 @@ from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.parallel import offload
 from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead, abstract, compile_abstract
 from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
 from spatial_ssrl_jax.rl.batch import GroupBatch
 from spatial_ssrl_jax.rl.bucketing import BatchShape, Buckets, bucket_by_length
-from spatial_ssrl_jax.rl.logprobs import logprobs_of
+from spatial_ssrl_jax.rl.logprobs import logprobs_of, vision_features
 from spatial_ssrl_jax.rl.losses import GrpoLoss
 from spatial_ssrl_jax.rl.train_step import (
     TrainState,
@@ -136,6 +137,7 @@ class UpdatesAhead:
         logprobs = partial(
             compile_abstract, logprobs_of, loss.config, loss.compute, self.settings.temperature
         )
+        batch = self._with_features(state.params, batch)
         old = first_update = None
         if self.settings.recomputes_old_logprobs:
             logprobs(state.params, batch)
@@ -152,11 +154,28 @@ class UpdatesAhead:
         args = (self.optimizer, replace(state, frozen={}), gradients, param_shardings(trained))
         compile_abstract(apply_gradients, *args)
 
+    def _with_features(
+        self, params: Params, batch: GroupBatch[ShapeDtypeStruct]
+    ) -> GroupBatch[ShapeDtypeStruct]:
+        """With features of the images, where the updates reuse them and the batch has pixels."""
+        prompts, loss, settings = batch.prompts, self.loss, self.settings
+        vision = prompts.vision
+        if not isinstance(vision, VisionInput) or not settings.reuses_vision:
+            return batch
+        if not vision.frame.shape[1]:
+            return batch
+        args = (loss.config, loss.compute, not settings.trains("merger"), params, vision)
+        features = jax.tree.map(
+            lambda x: x.update(sharding=self.layout.batch_sharding()),
+            compile_abstract(vision_features, *args),
+        )
+        return replace(batch, prompts=replace(prompts, vision=features))
+
 
 def _shape(batch: GroupBatch[Any]) -> BatchShape:
     return BatchShape(
         tokens=batch.prompts.ids.shape[1],
-        windows=jax.tree.leaves(batch.prompts.vision)[0].shape[1],
+        windows=batch.prompts.vision.windows,
         response=batch.tokens.shape[2],
     )
 

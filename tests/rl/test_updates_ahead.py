@@ -13,7 +13,7 @@ from spatial_ssrl_jax.rl.bucketing import BatchShape, Buckets
 from spatial_ssrl_jax.rl.train_step import initial_train_state, train_step
 from tests.rl.conftest import CONFIG, ROLLOUT, SETTINGS, make_grpo
 
-PROGRAMS = ("logprobs_of", "micro_gradients", "apply_gradients")
+PROGRAMS = ("vision_features", "logprobs_of", "micro_gradients", "apply_gradients")
 
 
 class AtOnce(CompileAhead):
@@ -26,7 +26,7 @@ class AtOnce(CompileAhead):
 
 
 def test_the_first_updates_and_the_next_widths_compile_nothing(small_params, grpo_step):
-    settings = replace(SETTINGS, minibatches_per_rollout=3, kl_coef=0.1)
+    settings = replace(SETTINGS, minibatches_per_rollout=3, kl_coef=0.1, freeze=("vision",))
     grpo = make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (4, 8)))
     params = jax.tree.map(jnp.copy, small_params)  # a step donates them
     params = jax.device_put(params, grpo.layout.param_shardings(CONFIG))
@@ -49,6 +49,5 @@ def test_the_first_updates_and_the_next_widths_compile_nothing(small_params, grp
         assert {n: counter.programs[n] for n in PROGRAMS} == {n: before[n] for n in PROGRAMS}
         grpo._ahead.expect_next(state, reference, chain(*updates))
     assert len(grpo.queue._jobs) == 2
-    assert (
-        counter.count(PROGRAMS) == 5
-    )  # log-probabilities and gradients of both, one step of the optimizer
+    # Log-probabilities and gradients of both widths, the images' features, the optimizer's step.
+    assert counter.count(PROGRAMS) == 6
