@@ -48,6 +48,6 @@ def get_config() -> c.Config:
         ),
         tasks=c.released_tasks(),
         grpo=c.GrpoSettings(response_buckets=(32, 64, 128, 192, 256, 320, 384, 512, 1024)),
-        rollout=c.RolloutSettings(batch_prompts=64, tensor=2),
+        rollout=c.RolloutSettings(tensor=2),
         eval=c.EvalSettings(examples=64, every=5),
     )

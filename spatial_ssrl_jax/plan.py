@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from spatial_ssrl_jax.common.errors import run_command
+from spatial_ssrl_jax.common.errors import UserError, run_command
 
 
 def main(argv: Sequence[str]) -> int:
     from spatial_ssrl_jax.config.load import load_config, split_overrides
+    from spatial_ssrl_jax.data.batching import smallest_bucket
 
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.plan",
@@ -25,15 +26,35 @@ def main(argv: Sequence[str]) -> int:
         help="v5e:4x4, v6e:4x4 or v5p:2x2x4, optionally followed by ,slices=2; h100, a100-80gb or "
         "rtx4090; or cpu",
     )
+    parser.add_argument(
+        "--lengths",
+        help="of responses, for the time of decoding: mean=300,sigma=0.6,cap=2048,correlation=0.4, "
+        "or a file with one length or group a line; default all the longest",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, help="of each prompt's cache, with --lengths; default all"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     rest, overrides = split_overrides(argv)
     args = parser.parse_args(rest)
     config = load_config(args.config, overrides)
 
+    from spatial_ssrl_jax.perf.response_lengths import parse_lengths
     from spatial_ssrl_jax.planning.planner import plan
+    from spatial_ssrl_jax.planning.programs import RolloutLengths
     from spatial_ssrl_jax.planning.report import lines
 
-    found = plan(config, args.topology, report=partial(print, file=sys.stderr, flush=True))
+    lengths = None
+    if args.lengths is not None:
+        tokens = smallest_bucket(
+            args.prompt_tokens or max(config.data.prompt_buckets),
+            config.data.prompt_buckets,
+            "data.prompt_buckets",
+        )
+        lengths = RolloutLengths(parse_lengths(args.lengths), tokens)
+    elif args.prompt_tokens is not None:
+        raise UserError("--prompt-tokens goes with --lengths: give both.")
+    found = plan(config, args.topology, partial(print, file=sys.stderr, flush=True), lengths)
     print(json.dumps(found.as_json()) if args.json else "\n".join(lines(found)))
     return 0 if found.fits else 1
 

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,15 +10,16 @@ import jax.numpy as jnp
 
 from spatial_ssrl_jax.benchmarking.matmuls import replay, rollout_matmuls
 from spatial_ssrl_jax.benchmarking.timing import median_seconds, timing_report
-from spatial_ssrl_jax.benchmarking.workload import Workload
+from spatial_ssrl_jax.benchmarking.workload import Workload, token_rates
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.perf.device_specs import device_spec
-from spatial_ssrl_jax.perf.flops import decode_flops, group_flops
+from spatial_ssrl_jax.perf.flops import decode_flops
 from spatial_ssrl_jax.perf.memory_traffic import decode_bytes, rollout_bytes
 from spatial_ssrl_jax.qwen_vl.layers import cast
 from spatial_ssrl_jax.qwen_vl.model import Params
 from spatial_ssrl_jax.rollout.cache import DecodeState
 from spatial_ssrl_jax.rollout.decode import decode_chunk, initial_samples, prefill
+from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling, sample_keys
 
 
@@ -35,7 +35,8 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
 def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
     """Sampling alone: all sampled tokens over the time of the whole call.
 
-    Metrics that begin with `decode_`, and `--profile`, are of the decode steps alone. With
+    Metrics that begin with `decode_`, and `--profile`, are of the decode steps alone; with
+    `--lengths` there are none, and the profile is of the whole. With
     `--matmuls`, `matmul_seconds` is the time of the rollout's own matmuls by themselves,
     and `share_of_matmul_bound` the fraction of that rate that the rollout reaches.
     """
@@ -44,19 +45,24 @@ def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--matmuls counts XLA's matmuls alone: set --step-attention=xla with it.")
     params = cast(master, workload.compute.dtype)
     del master
-    whole = median_seconds(partial(workload.sample, params), args.runs)
-    metrics: dict[str, float | None] = {
-        "rollout_tok_s": args.prompts * args.group * args.new / whole
-    }
+    rollouts: list[Rollout] = []
+
+    def sample() -> None:
+        rollouts[:] = [workload.sample(params)]
+
+    whole = median_seconds(sample, args.runs)
+    metrics: dict[str, float | None] = {"rollout_tok_s": float(workload.length.sum()) / whole}
+    metrics |= token_rates(workload, whole) | rollouts[0].use.metrics()
     if args.matmuls:
         bound = _matmul_seconds(workload, params)
         metrics |= {"matmul_seconds": bound, "share_of_matmul_bound": bound / whole}
-    decode = _decode_program(workload, params)
-    metrics |= _decode_metrics(workload, decode)
-    config, dtype, shape = workload.config, workload.compute.dtype, workload.shape
-    flops = args.prompts * group_flops(config, shape)
-    traffic = rollout_bytes(config, dtype, shape, args.prompts)
-    return timing_report(args, flops, traffic, whole, metrics, decode)
+    profiled = sample
+    if args.lengths is None:
+        profiled = _decode_program(workload, params)
+        metrics |= _decode_metrics(workload, profiled)
+    config, dtype = workload.config, workload.compute.dtype
+    traffic = rollout_bytes(config, dtype, workload.shape.prompt, workload.length)
+    return timing_report(args, workload.passes(1), traffic, whole, metrics, profiled)
 
 
 def _decode_program(workload: Workload, params: Params) -> Callable[[], DecodeState]:
@@ -87,7 +93,7 @@ def _decode_metrics(workload: Workload, decode: Callable[[], Any]) -> dict[str, 
     args, config, shape = workload.args, workload.config, workload.shape
     spec, devices = device_spec(), jax.device_count()
     seconds = median_seconds(decode, args.runs) / args.new
-    traffic = decode_bytes(config, workload.compute.dtype, shape, args.prompts) / args.new
+    traffic = decode_bytes(config, workload.compute.dtype, shape.prompt, workload.length) / args.new
     flops = args.prompts * decode_flops(config, shape) / args.new
     bound = max(traffic / spec.bandwidth, flops / spec.flops) / devices if spec else None
     return {

@@ -13,9 +13,8 @@ import optax
 from jax import Array
 
 from spatial_ssrl_jax.benchmarking.timing import median_seconds, timing_report
-from spatial_ssrl_jax.benchmarking.workload import Workload
+from spatial_ssrl_jax.benchmarking.workload import Workload, token_rates
 from spatial_ssrl_jax.config.schema import GrpoSettings, OptimSettings
-from spatial_ssrl_jax.perf.flops import group_flops
 from spatial_ssrl_jax.perf.memory_traffic import rollout_bytes, update_bytes, weight_bytes
 from spatial_ssrl_jax.qwen_vl.layers import cast
 from spatial_ssrl_jax.qwen_vl.model import Params
@@ -33,7 +32,7 @@ def bench_update(args: argparse.Namespace) -> dict[str, Any]:
     workload = trainer.workload
     run = partial(trainer.update, workload.groups(_random_rollout(workload)))
     seconds = median_seconds(run, args.runs)
-    flops = 3 * args.prompts * group_flops(workload.config, workload.shape)
+    flops = workload.passes(3)
     traffic = update_bytes(workload.config, workload.compute.dtype)
     return timing_report(args, flops, traffic, seconds, {"step_seconds": seconds}, run)
 
@@ -67,11 +66,11 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     seconds = median_seconds(step, args.runs)
     phases = {name: statistics.median(lap[name] for lap in laps[1:]) for name in laps[0]}
     mismatch = {f"mismatch_{k}": float(metrics[f"mismatch/logprob_{k}"]) for k in ("max", "mean")}
-    config, dtype, shape = workload.config, workload.compute.dtype, workload.shape
-    flops = 5 * args.prompts * group_flops(config, shape)
-    traffic = rollout_bytes(config, dtype, shape, args.prompts)
+    config, dtype = workload.config, workload.compute.dtype
+    flops = workload.passes(5)
+    traffic = rollout_bytes(config, dtype, workload.shape.prompt, workload.length)
     traffic += weight_bytes(config, dtype) + update_bytes(config, dtype)
-    found = {"step_seconds": seconds, **phases, **mismatch}
+    found = {"step_seconds": seconds, **token_rates(workload, seconds), **phases, **mismatch}
     return timing_report(args, flops, traffic, seconds, found, step)
 
 
@@ -122,6 +121,6 @@ def _random_rollout(workload: Workload) -> Rollout:
     return Rollout(
         tokens.astype(np.int32),
         np.full(shape, -5.0, np.float32),
-        np.full(shape[:2], args.new, np.int32),
+        workload.length,
         np.zeros(shape[:2], bool),
     )

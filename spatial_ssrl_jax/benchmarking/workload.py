@@ -17,7 +17,8 @@ from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.inference.options import default_dtype
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
-from spatial_ssrl_jax.perf.flops import GroupShape
+from spatial_ssrl_jax.perf.flops import GroupShape, groups_flops, vision_flops
+from spatial_ssrl_jax.perf.response_lengths import parse_lengths
 from spatial_ssrl_jax.qwen_vl.compute import Compute, Dtype, Remat
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
@@ -33,6 +34,8 @@ from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
 from spatial_ssrl_jax.trainer.memory import explain_out_of_memory, keep_freed_memory
 
+_BLOCKS = 8  # sizes of the cache of responses up to --new, where their lengths differ
+
 _MEMORY_ADVICE = (
     "lower --micro-batch-prompts, --prompts or --new",
     "set --remat=full",
@@ -46,7 +49,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random-weights", action="store_true", help="read only the config")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=5, help="samples a prompt")
-    parser.add_argument("--new", type=int, default=64, help="tokens of every sample")
+    parser.add_argument("--new", type=int, default=64, help="tokens of a sample at most")
+    parser.add_argument(
+        "--lengths",
+        help="of samples: mean=300,sigma=0.6,cap=2048,correlation=0.4, or a file with one length "
+        "or group a line; default all --new",
+    )
     parser.add_argument("--grid", type=int, default=20, help="patches along an image's side")
     parser.add_argument("--prompt-tokens", type=int, default=227, help="text and image together")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="float32 on CPU")
@@ -81,7 +89,8 @@ class Workload:
       layout: for training.
       compute: how to compute.
       prompts: the prompts, all alike.
-      shape: each prompt and its group.
+      shape: each prompt, and the longest group.
+      length: [B, G] int32 tokens of the samples.
     """
 
     args: argparse.Namespace
@@ -90,6 +99,7 @@ class Workload:
     compute: Compute
     prompts: PromptBatch[Array]
     shape: GroupShape
+    length: np.ndarray
 
     @classmethod
     def open(cls, args: argparse.Namespace) -> tuple["Workload", Params]:
@@ -118,14 +128,22 @@ class Workload:
             Compute(dtype, remat=args.remat, attention=kernel, decode_attention=decode_kernel),
             layout.put_batch(batch),
             GroupShape(len(prompt.ids), (grid,), args.group, args.new),
+            _lengths(args),
         )
         return workload, params
 
     @property
     def engine(self) -> Engine:
-        """The engine whose samples all run to `--new` tokens."""
-        check_every = next(n for n in (8, 4, 2, 1) if self.args.new % n == 0)
-        return Engine(self.config, self.compute, (), self.args.new, check_every)
+        """The engine whose samples run to their lengths; of equal ones in caches of one size."""
+        new = self.args.new
+        check_every = next(n for n in (8, 4, 2, 1) if new % n == 0)
+        block = -(-new // _BLOCKS // check_every) * check_every if self.args.lengths else new
+        return Engine(self.config, self.compute, (), block, check_every)
+
+    def passes(self, count: float) -> float:
+        """FLOPs of as many forward passes over all groups."""
+        vision = vision_flops(self.config, self.shape.grids) * self.args.prompts
+        return count * (vision + groups_flops(self.config, self.shape.prompt, self.length))
 
     @property
     def prompt_index(self) -> np.ndarray:
@@ -133,43 +151,61 @@ class Workload:
         return np.arange(self.args.prompts, dtype=np.int32)
 
     def sample(self, params: Params) -> Rollout:
-        """One rollout in which every sample runs to `--new` tokens."""
+        """One rollout in which every sample runs to its length."""
         engine = self.engine
         return engine.generate(
             params,
             engine.fill(params),
-            self.prompts,
+            [self.prompts],
             group_size=self.args.group,
             max_new_tokens=self.args.new,
             key=jax.random.key(0),
-            prompt_index=self.prompt_index,
+            prompt_index=[self.prompt_index],
             sampling=Sampling(),
+            stop_at=None if self.args.lengths is None else self.length,
         )
 
     def groups(self, rollout: Rollout) -> list[GroupBatch[Array]]:
-        """Micro-batches of a rollout, with random advantages."""
+        """Micro-batches of a rollout, groups of like length together, with random advantages."""
         size = self.args.micro_batch_prompts or self.args.prompts
         rng = np.random.default_rng(0)
         shape, tokens = rollout.length.shape, rollout.length.sum()
         advantage = rng.normal(size=shape).astype(np.float32)
         weight = np.full(shape, 1 / tokens, np.float32)
         put, found = self.layout.put_batch, []
+        order, block = np.argsort(rollout.length.max(axis=1), kind="stable"), self.engine.kv_block
         for first in range(0, self.args.prompts, size):
-            rows = slice(first, first + size)
+            rows = order[first : first + size]
+            width = min(-(-int(rollout.length[rows].max()) // block) * block, self.args.new)
             found.append(
                 GroupBatch(
                     prompts=take_rows(self.prompts, first, size),
-                    tokens=put(rollout.tokens[rows]),
+                    tokens=put(rollout.tokens[rows, :, :width]),
                     length=put(rollout.length[rows]),
                     weight=put(weight[rows]),
                     normaliser=put(np.float32(tokens)),
                     advantage=put(advantage[rows]),
-                    sampled_logprobs=put(rollout.logprobs[rows]),
+                    sampled_logprobs=put(rollout.logprobs[rows, :, :width]),
                     old_logprobs=None,
                     reference_logprobs=None,
                 )
             )
         return found
+
+
+def token_rates(workload: Workload, seconds: float) -> dict[str, float]:
+    """Samples a second, and tokens a second as peers count them: the prompt once a sample."""
+    samples = workload.length.size
+    tokens = samples * workload.shape.prompt + int(workload.length.sum())
+    return {"samples_s": samples / seconds, "peer_tok_s": tokens / seconds}
+
+
+def _lengths(args: argparse.Namespace) -> np.ndarray:
+    """[B, G] int32 tokens of the samples."""
+    if args.lengths is None:
+        return np.full((args.prompts, args.group), args.new, np.int32)
+    drawn = parse_lengths(args.lengths).draw(np.random.default_rng(0), args.prompts, args.group)
+    return np.minimum(drawn, args.new)
 
 
 def _check_sizes(args: argparse.Namespace) -> None:

@@ -396,9 +396,13 @@ class RolloutSettings:
 
     Attributes:
       max_new_tokens: tokens of a response at most.
-      kv_block: slots that the responses' key/value cache grows by.
+      kv_block: slots of the responses' key/value cache at the start; they double as responses grow.
+        Each size is a decode program: an eighth of `max_new_tokens` makes eight, with those for
+        the few samples that are left at the end.
       check_every: decode steps between checks whether all samples have finished.
-      batch_prompts: prompts that are sampled at a time.
+      batch_prompts: prompts that are sampled at a time; 0 takes as many of a step's as memory
+        holds if every prompt and response were the longest.
+      prefill_prompts: of them, prompts that are prefilled at a time at most.
       tensor: devices that share one copy of the weights while sampling; no more of them than the
         model has key/value heads, or caches are held twice.
       attention: what computes a decode step's attention: `xla` anywhere, `triton` one kernel on
@@ -409,7 +413,8 @@ class RolloutSettings:
     max_new_tokens: Count = 2048
     kv_block: Count = 256
     check_every: Count = 8
-    batch_prompts: Count = 64
+    batch_prompts: Whole = 0
+    prefill_prompts: Count = 64
     tensor: Count = 1
     attention: str = "auto"
 

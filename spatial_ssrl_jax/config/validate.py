@@ -128,7 +128,8 @@ def _check_batches(config: Config) -> None:
         "grpo.prompts/minibatches_per_rollout",
         grpo.prompts // minibatches,
     )
-    _check_divides("rollout.batch_prompts", rollout.batch_prompts, "grpo.prompts", grpo.prompts)
+    if rollout.batch_prompts:
+        _check_divides("rollout.batch_prompts", rollout.batch_prompts, "grpo.prompts", grpo.prompts)
     for name in ("kv_block", "max_new_tokens"):
         total = getattr(rollout, name)
         _check_divides("rollout.check_every", rollout.check_every, f"rollout.{name}", total)

@@ -88,11 +88,11 @@ class HeldoutEval:
             rollout = policy.engine.generate(
                 policy.params,
                 policy.weights,
-                policy.layout.put_batch(own.pad(prompts)),
+                [policy.layout.put_batch(own.pad(prompts))],
                 group_size=self.settings.samples + 1,
                 max_new_tokens=self.rollout.max_new_tokens,
                 key=jax.random.fold_in(jax.random.key(seed), 2**31 - 1),
-                prompt_index=policy.layout.put_batch(index[numbers].astype(np.int32)),
+                prompt_index=[policy.layout.put_batch(index[numbers].astype(np.int32))],
                 sampling=Sampling(self.temperature, greedy_last=True),
             )
             scored = self.scorer.score(

@@ -167,11 +167,11 @@ def _respond(
     rollout = engine.generate(
         policy.params,
         policy.weights,
-        policy.layout.put_batch(padded),
+        [policy.layout.put_batch(padded)],
         group_size=options.samples,
         max_new_tokens=-(-options.new_tokens // step) * step,
         key=jax.random.key(options.seed),
-        prompt_index=policy.layout.put_batch(np.array(keys, np.int32)),
+        prompt_index=[policy.layout.put_batch(np.array(keys, np.int32))],
         sampling=options.sampling,
     )
     length = np.minimum(rollout.length, options.new_tokens)

@@ -161,11 +161,11 @@ class Policy:
         rollout = self.engine.generate(
             self.params,
             self.weights,
-            self.layout.put_batch(pad_prompts([prompt], tokens, windows)),
+            [self.layout.put_batch(pad_prompts([prompt], tokens, windows))],
             group_size=samples,
             max_new_tokens=_round_up(max_new_tokens, self.engine.check_every),
             key=jax.random.key(seed),
-            prompt_index=np.zeros(1, np.int32),
+            prompt_index=[np.zeros(1, np.int32)],
             sampling=sampling,
             on_tokens=on_tokens,
         )

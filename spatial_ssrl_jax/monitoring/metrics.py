@@ -92,6 +92,11 @@ NAMES = (
     "perf/input_wait_seconds",
     "perf/tokens_per_second",
     "perf/rollout_tokens_per_second",
+    "perf/repeated_tokens_per_second",  # the prompt once a sample
+    "perf/samples_per_second",
+    "perf/decode_steps",
+    "perf/decode_occupancy",
+    "perf/cache_occupancy",
     "perf/useful_flops",
     "perf/flops_per_second",
     "perf/mfu",

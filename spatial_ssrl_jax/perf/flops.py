@@ -108,13 +108,17 @@ def batch_flops(
     Returns:
       FLOPs of the vision tower and of the language model.
     """
-    text = 0.0
-    tokens = [len(prompt.ids) for prompt in prompts]
-    for prompt, lengths in zip(tokens, length_BG.tolist(), strict=True):
-        text += (prompt + sum(lengths)) * dense_flops(config.text)
-        text += attention_flops(config.text, prompt, 0) + sum(lengths) * head_flops(config.text)
-        text += sum(attention_flops(config.text, n, prompt) for n in lengths)
-    return sum(windows_flops(config.vision, prompt.frame) for prompt in prompts), text
+    vision = sum(windows_flops(config.vision, prompt.frame) for prompt in prompts)
+    groups = zip(prompts, length_BG[:, None], strict=True)
+    return vision, sum(groups_flops(config, len(prompt.ids), length) for prompt, length in groups)
+
+
+def groups_flops(config: QwenVLConfig, prompt: int, length_BG: np.ndarray) -> float:
+    """FLOPs of one pass of the language model over prompts of `prompt` tokens and their groups."""
+    text, tokens = config.text, int(length_BG.sum())
+    found = (len(length_BG) * prompt + tokens) * dense_flops(text) + tokens * head_flops(text)
+    found += len(length_BG) * attention_flops(text, prompt, 0)
+    return found + sum(attention_flops(text, n, prompt) for n in length_BG.ravel().tolist())
 
 
 def group_flops(config: QwenVLConfig, shape: GroupShape, head: bool = True) -> float:

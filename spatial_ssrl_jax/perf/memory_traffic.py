@@ -7,7 +7,6 @@ gathered embedding rows are left out: how often they leave a chip's caches is up
 import jax
 import numpy as np
 
-from spatial_ssrl_jax.perf.flops import GroupShape
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params
 from spatial_ssrl_jax.rollout.cache import kv_token_bytes
@@ -25,30 +24,27 @@ def weight_bytes(config: QwenVLConfig, dtype: str, vision: bool = True) -> float
     return float(_count(read) * np.dtype(dtype).itemsize)
 
 
-def decode_bytes(config: QwenVLConfig, dtype: str, shape: GroupShape, prompts: int) -> float:
+def decode_bytes(config: QwenVLConfig, dtype: str, prompt: int, length_BG: np.ndarray) -> float:
     """Bytes of all decode steps: weights, prompts' caches once a group, each sample's own cache.
 
-    Step i reads i + 1 tokens of every sample.
+    Step i reads i + 1 tokens of every unfinished sample, and the prompts that have one.
 
     Args:
       config: the model's shape.
       dtype: of weights and caches.
-      shape: each prompt and its group.
-      prompts: groups that are sampled at a time.
+      prompt: tokens of each prompt.
+      length_BG: tokens of the responses that are sampled at a time.
     """
-    steps = shape.response
-    own = shape.group * (1 + steps) / 2  # on average over the steps
-    cached = prompts * (shape.prompt + own)
-    return steps * (
-        weight_bytes(config, dtype, vision=False) + cached * kv_token_bytes(config.text, dtype)
-    )
+    length = length_BG.astype(np.int64)
+    cached = prompt * length.max(axis=1).sum() + (length * (length + 1) // 2).sum()
+    weights = int(length.max()) * weight_bytes(config, dtype, vision=False)
+    return weights + float(cached) * kv_token_bytes(config.text, dtype)
 
 
-def rollout_bytes(config: QwenVLConfig, dtype: str, shape: GroupShape, prompts: int) -> float:
+def rollout_bytes(config: QwenVLConfig, dtype: str, prompt: int, length_BG: np.ndarray) -> float:
     """Bytes of prefill, which reads all weights and writes the prompts' caches, and of decoding."""
-    written = prompts * shape.prompt * kv_token_bytes(config.text, dtype)
-    decoded = decode_bytes(config, dtype, shape, prompts)
-    return weight_bytes(config, dtype) + written + decoded
+    written = len(length_BG) * prompt * kv_token_bytes(config.text, dtype)
+    return weight_bytes(config, dtype) + written + decode_bytes(config, dtype, prompt, length_BG)
 
 
 def update_bytes(config: QwenVLConfig, dtype: str) -> float:

@@ -23,7 +23,12 @@ from spatial_ssrl_jax.perf.device_specs import DeviceSpec
 from spatial_ssrl_jax.perf.flops import jaxpr_flops
 from spatial_ssrl_jax.planning.gpus import GPUS
 from spatial_ssrl_jax.planning.hlo_traffic import largest_arrays, program_traffic
-from spatial_ssrl_jax.planning.programs import PlannedProgram, PlannedStage, planned_stages
+from spatial_ssrl_jax.planning.programs import (
+    PlannedProgram,
+    PlannedStage,
+    RolloutLengths,
+    planned_stages,
+)
 from spatial_ssrl_jax.planning.topology import Topology, open_topology
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.rl.placement import check_sharding
@@ -92,10 +97,17 @@ class ProgramCost:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """The least time of a whole step, from how often it runs each program; None where unknown."""
+    """The least time of a step, from how often it runs each program; None where unknown.
 
-    estimated_seconds: float | None
-    tokens_per_second_per_chip: float | None
+    Attributes:
+      estimated_seconds: of the whole step, with the longest prompts and responses.
+      tokens_per_second_per_chip: of those.
+      decode_seconds: of its decode programs, also with given lengths.
+    """
+
+    estimated_seconds: float | None = None
+    tokens_per_second_per_chip: float | None = None
+    decode_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,13 +154,19 @@ def _without_gpu(config: Config) -> Config:
     return replace(config, rollout=replace(config.rollout, attention="xla"))
 
 
-def plan(config: Config, topology_name: str, report: Callable[[str], None]) -> Plan:
+def plan(
+    config: Config,
+    topology_name: str,
+    report: Callable[[str], None],
+    lengths: RolloutLengths | None = None,
+) -> Plan:
     """Compiles the programs of the config's stages.
 
     Args:
       config: the run; for a GPU of `GPUS`, `auto` attention is XLA's.
       topology_name: as `open_topology` takes it.
       report: called with each program that is being compiled, which takes minutes.
+      lengths: of what a rollout decodes, for the time of its steps; None is the longest of all.
 
     Raises:
       UserError: an unknown topology, no model at its path, sizes that do not fit together, or
@@ -159,25 +177,30 @@ def plan(config: Config, topology_name: str, report: Callable[[str], None]) -> P
     topology = open_topology(topology_name)
     model = read_shape(config.model.path)
     layout = Layout(make_mesh(config.mesh, topology.devices))
-    planned = planned_stages(config, model, layout, check_sharding(config, model, layout))
+    memory = topology.spec.memory if topology.spec else None
+    rollout_layout = check_sharding(config, model, layout)
+    planned = planned_stages(config, model, layout, rollout_layout, memory, lengths)
     found = {stage.name: list(program_costs(stage, model, topology, report)) for stage in planned}
     programs, last = [cost for part in found.values() for cost in part], planned[-1]
     return Plan(
         topology=topology.name,
         devices=len(topology.devices),
-        hbm_bytes=topology.spec.memory if topology.spec else None,
+        hbm_bytes=memory,
         programs=programs,
-        step=_step(found[last.name], last.tokens, len(topology.devices)),
+        step=_step(found[last.name], last.tokens, len(topology.devices), lengths is None),
     )
 
 
-def _step(programs: list[ProgramCost], tokens: int, devices: int) -> StepEstimate:
-    whole = 0.0
-    for cost in programs:
-        if cost.estimated_seconds is None:
-            return StepEstimate(None, None)
-        whole += cost.runs * cost.estimated_seconds
-    return StepEstimate(whole, tokens / whole / devices)
+def _step(programs: list[ProgramCost], tokens: int, devices: int, at_longest: bool) -> StepEstimate:
+    """The estimate; of decoding alone where its programs are not those of the longest responses."""
+    if any(cost.estimated_seconds is None for cost in programs):
+        return StepEstimate()
+    times = {cost.name: cost.runs * (cost.estimated_seconds or 0) for cost in programs}
+    decode = sum(time for name, time in times.items() if name.startswith("decode")) or None
+    if not at_longest:
+        return StepEstimate(decode_seconds=decode)
+    whole = sum(times.values())
+    return StepEstimate(whole, tokens / whole / devices, decode)
 
 
 def program_costs(

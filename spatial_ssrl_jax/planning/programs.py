@@ -4,6 +4,7 @@ They are the functions that training calls. A program that takes another's resul
 shapes with the shardings that the compiler chose, as in training, where nothing moves them.
 """
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from jax import ShapeDtypeStruct
 
 from spatial_ssrl_jax.config.schema import Config, GrpoSettings, StageSettings
 from spatial_ssrl_jax.parallel.sharding import Layout, shard_bytes
+from spatial_ssrl_jax.perf.response_lengths import ResponseLengths
 from spatial_ssrl_jax.planning.abstract_batches import AbstractBatches
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
@@ -24,7 +26,13 @@ from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.rl.logprobs import logprobs_of, vision_features
 from spatial_ssrl_jax.rl.losses import GrpoLoss, SftLoss
-from spatial_ssrl_jax.rl.placement import abstract_stage_state, compute_settings
+from spatial_ssrl_jax.rl.placement import (
+    abstract_stage_state,
+    cache_bytes,
+    compute_settings,
+    prefill_prompts,
+    rollout_prompts,
+)
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rl.train_step import (
     TrainState,
@@ -34,7 +42,7 @@ from spatial_ssrl_jax.rl.train_step import (
     micro_gradients,
     param_shardings,
 )
-from spatial_ssrl_jax.rollout.cache import DecodeState
+from spatial_ssrl_jax.rollout.cache import DecodeState, Prefix
 from spatial_ssrl_jax.rollout.decode import (
     DecodeSettings,
     DecodeWeights,
@@ -47,6 +55,9 @@ from spatial_ssrl_jax.rollout.decode import (
     reshard_program,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling
+from spatial_ssrl_jax.rollout.schedule import DecodeShape, Schedule
+
+_SIMULATED = 20  # rollouts, whose mean the times of decoding are
 
 # Bytes of each device by what takes them.
 Held = dict[str, int]
@@ -81,6 +92,19 @@ PlannedPrograms = Generator[PlannedProgram, Any, None]
 
 
 @dataclass(frozen=True)
+class RolloutLengths:
+    """What rollouts are planned with beside the longest of all.
+
+    Attributes:
+      responses: their lengths.
+      prompt_tokens: of each prompt's cache, padding included.
+    """
+
+    responses: ResponseLengths
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
 class PlannedStage:
     """A stage's programs.
 
@@ -96,10 +120,31 @@ class PlannedStage:
 
 
 def planned_stages(
-    config: Config, model: QwenVLConfig, layout: Layout, rollout_layout: Layout
+    config: Config,
+    model: QwenVLConfig,
+    layout: Layout,
+    rollout_layout: Layout,
+    memory: int | None,
+    lengths: RolloutLengths | None = None,
 ) -> list[PlannedStage]:
-    """The programs of the stages that a config has."""
-    planned = _Planned(config, model, layout, rollout_layout, compute_settings(config, layout))
+    """The programs of the stages that a config has.
+
+    Args:
+      config: the run.
+      model: the model's shape.
+      layout, rollout_layout: for training, and for sampling.
+      memory: bytes of a device; None where not known.
+      lengths: of what a rollout decodes; None is the longest of all.
+    """
+    planned = _Planned(
+        config,
+        model,
+        layout,
+        rollout_layout,
+        compute_settings(config, layout),
+        rollout_prompts(config, model, layout, rollout_layout, memory),
+        lengths,
+    )
     return [planned.stage(stage) for stage in stages(config)]
 
 
@@ -121,6 +166,8 @@ class _Planned:
     layout: Layout
     rollout_layout: Layout
     compute: Compute
+    rollout_prompts: int
+    lengths: RolloutLengths | None
 
     @property
     def batches(self) -> AbstractBatches:
@@ -211,11 +258,11 @@ class _Planned:
         return replace(batch, prompts=replace(batch.prompts, vision=features))
 
     def _rollout(self, state: TrainState[ShapeDtypeStruct], beside: Held) -> PlannedPrograms:
-        """Copying the weights, prefill, and the last decode chunk, which has the widest cache."""
+        """Copying the weights, prefill, and decoding with the widest caches."""
         config, model, rollout = self.config, self.model, self.config.rollout
         group, limit = config.grpo.group_size, rollout.max_new_tokens
-        setting = "rollout.batch_prompts"
-        batches = config.grpo.prompts / rollout.batch_prompts
+        setting, size = "rollout.batch_prompts", self.rollout_prompts
+        batches = config.grpo.prompts / size
         params = state.params
         args = (model, params, self.compute.dtype)
         weights = yield PlannedProgram(
@@ -228,33 +275,104 @@ class _Planned:
         if weights is None:
             return
         beside = beside | {"rollout copy": shard_bytes(weights)}
-        prompts = self.batches.prompts(rollout.batch_prompts)
-        program = prefill_program(model, self.compute, layout)
-        filled = yield PlannedProgram(
-            "prefill", program, (params, prompts), batches, beside, setting
+        shards = math.lcm(self.layout.batch_shards, layout.batch_shards)
+        filled = yield from self._prefilled(
+            params, prefill_prompts(size, rollout.prefill_prompts, shards), beside
         )
         if filled is None:
             return
         hidden, prefix = filled
-        beside = beside | {"weights": shard_bytes(params), "prompts": shard_bytes(prompts)}
-        chunks = -(-limit // rollout.kv_block)
-        slots = min(rollout.kv_block, limit)
+        beside = beside | {"weights": shard_bytes(params)}
         before = beside | {"prompts' caches": shard_bytes(prefix)}
-        width = max(limit - slots, slots)
+        schedule = self._schedule(max(config.data.prompt_buckets))
+        *narrow, widest = [s for s in schedule.shapes if s.samples == size * group]
+        width = narrow[-1].slots if narrow else limit
         args = (model.text, group, width, limit, hidden, layout)
         samples = yield PlannedProgram("start", initial_samples, args, batches, before, setting)
-        if samples is not None and chunks > 1:
-            samples = yield from self._grown(samples, width, slots, batches * (chunks - 1), before)
+        if samples is not None and narrow:
+            growths = batches * len(narrow)
+            samples = yield from self._grown(samples, width, limit - width, growths, before)
         if samples is None:
             return
-        sampling = Sampling(config.grpo.temperature)
-        stop = (model.eos_token_id,)
-        settings = DecodeSettings(sampling, stop, model.vision_tokens, rollout.check_every, layout)
         beside = {name: size for name, size in beside.items() if name != "rollout copy"}
-        keys = self.batches.keys(rollout.batch_prompts, group)
-        args = (model, settings, slots, weights, prefix, samples, keys)
-        runs, trip_count = batches * limit / slots, slots / rollout.check_every
-        yield PlannedProgram("decode", decode_chunk, args, runs, beside, setting, trip_count)
+        steps = batches * limit if self.lengths is None else 0  # else it shows the memory alone
+        yield self._decode("decode", widest, weights, prefix, samples, beside, steps)
+        if self.lengths is not None:
+            prefix = _with_tokens(prefix, self.lengths.prompt_tokens)
+            for shape, steps in self._mean_steps().items():
+                name = f"decode_{shape.prompts}x{shape.group}x{shape.slots}"
+                args = (weights, _rows_of(prefix, shape), _samples_of(samples, shape))
+                yield self._decode(name, shape, *args, beside, batches * steps)
+
+    def _prefilled(
+        self, params: Params, prompts: int, beside: Held
+    ) -> Generator[PlannedProgram, Any, tuple[Any, Prefix[ShapeDtypeStruct]] | None]:
+        """Prefill of some prompts at a time, and what all of a rollout batch give."""
+        batch, setting = self.batches.prompts(prompts), "rollout.prefill_prompts"
+        parts = self.rollout_prompts // prompts
+        tokens = (self.rollout_prompts - prompts) * max(self.config.data.prompt_buckets)
+        others = {
+            "prompts' caches": cache_bytes(self.config, self.model, self.rollout_layout, tokens)
+        }
+        program = prefill_program(self.model, self.compute, self.rollout_layout)
+        runs = self.config.grpo.prompts / prompts
+        found = yield PlannedProgram(
+            "prefill", program, (params, batch), runs, beside | others, setting
+        )
+        if found is None:
+            return None
+        return jax.tree.map(lambda x: x.update(shape=(parts * x.shape[0], *x.shape[1:])), found)
+
+    def _decode(
+        self,
+        name: str,
+        shape: DecodeShape,
+        weights: DecodeWeights,
+        prefix: Prefix[ShapeDtypeStruct],
+        samples: DecodeState[ShapeDtypeStruct],
+        beside: Held,
+        steps: float,
+    ) -> PlannedProgram:
+        """The decode program of a shape, with the steps that it does in a GRPO step."""
+        rollout, model = self.config.rollout, self.model
+        settings = DecodeSettings(
+            Sampling(self.config.grpo.temperature),
+            (model.eos_token_id,),
+            model.vision_tokens,
+            rollout.check_every,
+            self.rollout_layout,
+        )
+        keys = self.batches.keys(shape.prompts, shape.group)
+        args = (model, settings, shape.slots, weights, prefix, samples, keys)
+        trip_count = shape.slots / rollout.check_every
+        runs, setting = steps / shape.slots, "rollout.batch_prompts"
+        return PlannedProgram(name, decode_chunk, args, runs, beside, setting, trip_count)
+
+    def _schedule(self, prompt_tokens: int) -> Schedule:
+        rollout = self.config.rollout
+        return Schedule.of(
+            self.rollout_prompts,
+            self.config.grpo.group_size,
+            rollout.max_new_tokens,
+            kv_block=rollout.kv_block,
+            check_every=rollout.check_every,
+            prompt_tokens=prompt_tokens,
+            shards=self.rollout_layout.batch_shards,
+        )
+
+    def _mean_steps(self) -> dict[DecodeShape, float]:
+        """Steps of a rollout batch in each shape, on average over simulated ones."""
+        assert self.lengths is not None
+        schedule = self._schedule(self.lengths.prompt_tokens)
+        rng, steps = np.random.default_rng(0), dict.fromkeys(schedule.shapes, 0.0)
+        for _ in range(_SIMULATED):
+            drawn = self.lengths.responses.draw(
+                rng, self.rollout_prompts, self.config.grpo.group_size
+            )
+            limited = np.minimum(drawn, self.config.rollout.max_new_tokens)
+            for span in schedule.simulate(limited):
+                steps[span.shape] += span.steps / _SIMULATED
+        return {shape: mean for shape, mean in steps.items() if mean}
 
     def _resharded(
         self, weights: DecodeWeights, beside: Held
@@ -354,3 +472,29 @@ class _Planned:
         return merge_params(
             jax.tree.map(lambda x: x.update(dtype=dtype), state.trained), state.frozen
         )
+
+
+def _with_tokens(prefix: Prefix[ShapeDtypeStruct], tokens: int) -> Prefix[ShapeDtypeStruct]:
+    """The prompts' caches with as many tokens each."""
+    layers = jax.tree.map(
+        lambda x: x.update(shape=(*x.shape[:2], tokens, x.shape[3])), prefix.layers
+    )
+    valid = prefix.valid.update(shape=(prefix.valid.shape[0], tokens))
+    return replace(prefix, layers=layers, valid=valid)
+
+
+def _rows_of(prefix: Prefix[ShapeDtypeStruct], shape: DecodeShape) -> Prefix[ShapeDtypeStruct]:
+    """The prompts of a shape."""
+    return jax.tree.map(lambda x: x.update(shape=(shape.prompts, *x.shape[1:])), prefix)
+
+
+def _samples_of(
+    samples: DecodeState[ShapeDtypeStruct], shape: DecodeShape
+) -> DecodeState[ShapeDtypeStruct]:
+    """The samples of a shape."""
+    rows = (shape.prompts, shape.group)
+    small = jax.tree.map(lambda x: x.update(shape=(*rows, *x.shape[2:])) if x.ndim else x, samples)
+    layers = jax.tree.map(
+        lambda x: x.update(shape=(*rows, x.shape[2], shape.slots, x.shape[4])), samples.layers
+    )
+    return replace(small, layers=layers)

@@ -72,6 +72,8 @@ def lines(plan: Plan) -> Iterator[str]:
         )
     yield from problems(plan)
     step = plan.step
+    if step.decode_seconds is not None:
+        yield f"decoding of a step: {step.decode_seconds:.1f} s at least"
     if step.estimated_seconds is not None and step.tokens_per_second_per_chip is not None:
         yield (
             f"a step: {step.estimated_seconds:.1f} s at least, "

@@ -1,5 +1,6 @@
 """One GRPO step: sample groups, score them, compare within groups, update."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from spatial_ssrl_jax.rl.batch import GroupBatch
 from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length, fill_batches
 from spatial_ssrl_jax.rl.logprobs import logprobs_of, vision_features
 from spatial_ssrl_jax.rl.losses import GrpoLoss, sample_weights
+from spatial_ssrl_jax.rl.placement import prefill_prompts
 from spatial_ssrl_jax.rl.resampling import filtered_groups, resample_groups
 from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer
 from spatial_ssrl_jax.rl.step_metrics import (
@@ -174,6 +176,11 @@ class Grpo:
         metrics["perf/rollout_tokens_per_second"] = float(
             rows["length"].sum() / clock.laps["perf/rollout_seconds"]
         )
+        samples = rows["length"].size
+        repeated = rows["prompt_length"].sum() * (samples // len(rows["length"]) - 1)
+        metrics["perf/repeated_tokens_per_second"] = float(tokens + repeated) / clock.total()
+        metrics["perf/samples_per_second"] = samples / clock.total()
+        metrics |= {f"perf/{name}": value for name, value in scored.rollout.use.metrics().items()}
         metrics["prompt/refilled"] = all_sum(resampled)
         return state, metrics, batch, scored
 
@@ -181,22 +188,25 @@ class Grpo:
         return score_rollout(batch.items, rollout, self.processor, self.scorer, self.settings)
 
     def sample(self, params: Params, batch: Batch, key: Array) -> Rollout:
-        """Samples the batch's groups, `rollout.batch_prompts` prompts of like length at a time."""
-        weights, prompts = self.engine.fill(params), batch.prompts
-        sizes = prompt_sizes(prompts)
-        rows = self.sampling_settings.batch_prompts // jax.process_count()
-        slices, rollouts = bucket_by_length(sizes, rows, self.buckets), []
-        for part in slices:
-            rollout_batch = part.pad(prompts)
+        """Samples the batch's groups, so many prompts of like length at a time as settings say."""
+        weights, settings = self.engine.fill(params), self.sampling_settings
+        together = settings.batch_prompts or len(batch.prompts) * jax.process_count()
+        shards = math.lcm(self.layout.batch_shards, self.engine.shards)
+        size = prefill_prompts(together, settings.prefill_prompts, shards)
+        rows = size // jax.process_count()
+        slices = bucket_by_length(prompt_sizes(batch.prompts), rows, self.buckets)
+        rollouts = []
+        for first in range(0, len(slices), together // size):
+            parts = slices[first : first + together // size]
             rollouts.append(
                 self.engine.generate(
                     params,
                     weights,
-                    self.layout.put_batch(rollout_batch),
+                    [self.layout.put_batch(part.pad(batch.prompts)) for part in parts],
                     group_size=self.settings.group_size,
-                    max_new_tokens=self.sampling_settings.max_new_tokens,
+                    max_new_tokens=settings.max_new_tokens,
                     key=key,
-                    prompt_index=self.layout.put_batch(batch.index[part.rows]),
+                    prompt_index=[self.layout.put_batch(batch.index[part.rows]) for part in parts],
                     sampling=Sampling(self.settings.temperature),
                 )
             )

@@ -1,7 +1,7 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476): other prompts in place of groups that are left out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -10,7 +10,6 @@ from spatial_ssrl_jax.config.schema import GrpoSettings
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
-from spatial_ssrl_jax.rollout.engine import Rollout
 
 Element = TypeVar("Element")
 
@@ -81,16 +80,10 @@ def replace_groups(
             merged[index] = new[row]
         return merged
 
-    rollout = Rollout(
-        *(
-            put(getattr(scored.rollout, f.name), getattr(more_scored.rollout, f.name))
-            for f in fields(Rollout)
-        )
-    )
     return (
         replace(batch, items=tuple(put_list(batch.items, more.items))),
         ScoredRollout(
-            rollout,
+            scored.rollout.map(put, more_scored.rollout),
             put_list(scored.texts, more_scored.texts),
             put_list(scored.rewards, more_scored.rewards),
             put(scored.advantage, more_scored.advantage),

@@ -46,6 +46,7 @@ class DecodeState(Generic[Leaf]):
       length: [B, G] int32 tokens written, the end token included.
       finished: [B, G] bool, an end token was written.
       cursor: [] int32 index of the next token, the same for all.
+      stop_at: [B, G] int32 tokens after which a sample ends, for timings; else None.
     """
 
     layers: tuple[tuple[Leaf, Leaf], ...]
@@ -55,6 +56,7 @@ class DecodeState(Generic[Leaf]):
     length: Leaf
     finished: Leaf
     cursor: Leaf
+    stop_at: Leaf | None = None
 
 
 def kv_token_bytes(config: TextConfig, dtype: str) -> int:

@@ -4,6 +4,7 @@ The decode loop is one `while_loop` on the device that checks every few steps wh
 have finished; every step reads the prompt's keys and values once for the whole group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -28,12 +29,14 @@ from spatial_ssrl_jax.qwen_vl.text import FusedProjectionLayer, TextLayer, decod
 from spatial_ssrl_jax.rollout.cache import (
     DecodeState,
     Prefix,
+    Tree,
     append_slots,
     constrain,
     initial_state,
     prefix_shardings,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling, sample_group, uniforms
+from spatial_ssrl_jax.rollout.schedule import Rows
 
 # `layers`: a dict of arrays a layer; `embed`, `head` (None where tied) and `norm`.
 DecodeWeights = dict[str, Any]
@@ -192,11 +195,11 @@ def prefill(
     return prefill_program(config, compute, layout)(params, prompts)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def decode_chunk(
     config: QwenVLConfig,
     settings: DecodeSettings,
-    steps: int,
+    steps: int | Array,
     weights: DecodeWeights,
     prefix: Prefix[Array],
     state: DecodeState[Array],
@@ -267,7 +270,10 @@ def _draw(
     def write(rows: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(rows, new[..., None], state.cursor, axis=2)
 
-    stopped = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32)) & ~state.finished
+    stopped = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32))
+    if state.stop_at is not None:
+        stopped |= state.cursor + 1 >= state.stop_at
+    stopped &= ~state.finished
     state = replace(
         state,
         tokens=write(state.tokens, token),
@@ -292,6 +298,94 @@ def initial_samples(
 
 
 @partial(jax.jit, static_argnums=(1, 2))
+def join_layers(parts: Sequence[KeyValues], tokens: int, layout: Layout | None = None) -> KeyValues:
+    """A layer's prompt caches [B, K, T, H] of several prefills as one, padded to `tokens`."""
+
+    def join(arrays: tuple[Array, ...]) -> Array:
+        pads = [[(0, 0), (0, 0), (0, tokens - x.shape[2]), (0, 0)] for x in arrays]
+        return jnp.concatenate([jnp.pad(x, pad) for x, pad in zip(arrays, pads, strict=True)])
+
+    keys, values = (join(arrays) for arrays in zip(*parts, strict=True))
+    return constrain((keys, values), layout)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def join_rows(
+    parts: Sequence[tuple[Array, Array, Array]], tokens: int, layout: Layout | None = None
+) -> tuple[Array, Array, Array]:
+    """Hidden states, `Prefix.valid` and `Prefix.next_position` of several prefills as one."""
+    hidden, valid, position = zip(*parts, strict=True)
+    valid = [jnp.pad(x, ((0, 0), (0, tokens - x.shape[1]))) for x in valid]
+    joined = (jnp.concatenate(hidden), jnp.concatenate(valid), jnp.concatenate(position))
+    return constrain(joined, layout)
+
+
+def join_prefills(
+    parts: Sequence[tuple[Array, Prefix[Array]]], layout: Layout | None = None
+) -> tuple[Array, Prefix[Array]]:
+    """What several prefills gave, as one; their caches are deleted, a layer at a time."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = max(prefix.valid.shape[1] for _, prefix in parts)
+    rows = [(hidden, prefix.valid, prefix.next_position) for hidden, prefix in parts]
+    hidden, valid, position = join_rows(rows, tokens, layout)
+    layers = []
+    for caches in zip(*(prefix.layers for _, prefix in parts), strict=True):
+        layers.append(join_layers(caches, tokens, layout))
+        delete(caches)
+    return hidden, Prefix(tuple(layers), valid, position)
+
+
+@partial(jax.jit, static_argnums=3)
+def select_samples(
+    rows_BG: Tree, prompt: np.ndarray, sample: np.ndarray, layout: Layout | None
+) -> Tree:
+    """The given samples of arrays [B, G, ...]; others are left as they are."""
+    return constrain(
+        jax.tree.map(lambda x: x[prompt[:, None], sample] if x.ndim else x, rows_BG), layout
+    )
+
+
+@partial(jax.jit, static_argnums=2)
+def select_prompts(rows_B: Tree, prompt: np.ndarray, layout: Layout | None) -> Tree:
+    """The given rows of arrays [B, ...]."""
+    return constrain(jax.tree.map(lambda x: x[prompt], rows_B), layout)
+
+
+def select(
+    state: DecodeState[Array],
+    prefix: Prefix[Array],
+    keys_BG: Array,
+    rows: Rows,
+    layout: Layout | None,
+) -> tuple[DecodeState[Array], Prefix[Array], Array]:
+    """The given rows alone; caches that are replaced are deleted, a layer at a time.
+
+    Args:
+      state: the samples so far.
+      prefix: the prompts.
+      keys_BG: one PRNG key a sample.
+      rows: which of them to keep.
+      layout: the sharding of caches; None leaves it to the compiler.
+    """
+    small = (replace(state, layers=()), keys_BG)
+    small, keys_BG = select_samples(small, rows.prompt, rows.sample, layout)
+    own = []
+    for caches in state.layers:
+        own.append(select_samples(caches, rows.prompt, rows.sample, layout))
+        delete(caches)
+    state = replace(small, layers=tuple(own), finished=small.finished | ~rows.used)
+    if rows.keeps(len(prefix.valid)):
+        return state, prefix, keys_BG
+    shared = []
+    for caches in prefix.layers:
+        shared.append(select_prompts(caches, rows.prompt, layout))
+        delete(caches)
+    rest = select_prompts((prefix.valid, prefix.next_position), rows.prompt, layout)
+    return state, Prefix(tuple(shared), *rest), keys_BG
+
+
+@partial(jax.jit, static_argnums=(1, 2))
 def grow_layer(cache: KeyValues, slots: int, layout: Layout | None = None) -> KeyValues:
     """One layer's cache with `slots` more slots."""
     return constrain(append_slots(cache, slots), layout)
@@ -305,6 +399,11 @@ def grow(state: DecodeState[Array], slots: int, layout: Layout | None = None) ->
     layers = []
     for old in state.layers:
         layers.append(grow_layer(old, slots, layout))
-        for x in old:
-            x.delete()
+        delete(old)
     return replace(state, layers=tuple(layers))
+
+
+def delete(tree: Any) -> None:
+    """Frees arrays now, and not when their last name goes."""
+    for x in jax.tree.leaves(tree):
+        x.delete()

@@ -1,11 +1,11 @@
 """Sampling G responses to each of B prompts, with everything about a prompt done once.
 
-Images are encoded and prompts prefilled once. Between chunks of decode steps the host grows the
-response cache, and once half of the groups have finished it continues with the others alone.
+Images are encoded and prompts prefilled once. Between decode steps the host grows the response
+cache, and continues with the unfinished samples alone, as `schedule.py` says.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -20,7 +20,7 @@ from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
-from spatial_ssrl_jax.rollout.cache import DecodeState, Prefix, constrain
+from spatial_ssrl_jax.rollout.cache import DecodeState
 from spatial_ssrl_jax.rollout.decode import (
     DecodeSettings,
     DecodeWeights,
@@ -28,10 +28,13 @@ from spatial_ssrl_jax.rollout.decode import (
     decode_weights,
     grow,
     initial_samples,
+    join_prefills,
     prefill,
     reshard_weights,
+    select,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling, sample_keys
+from spatial_ssrl_jax.rollout.schedule import DecodeUse, Schedule, Span, select_rows
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,21 @@ class Rollout:
       logprobs: [B, G, R] float32 log-probabilities under the sampler.
       length: [B, G] int32 tokens, the end token included.
       finished: [B, G] bool; False is truncated at `max_new_tokens`.
+      use: of rows and caches, over all processes.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     length: np.ndarray
     finished: np.ndarray
+    use: DecodeUse = DecodeUse()
+
+    def map(self, function: Callable[..., np.ndarray], *others: "Rollout") -> "Rollout":
+        """The function of each array of this and other rollouts; what they used is added up."""
+        rollouts = (self, *others)
+        names = ("tokens", "logprobs", "length", "finished")
+        arrays = {name: function(*(getattr(r, name) for r in rollouts)) for name in names}
+        return Rollout(**arrays, use=sum((r.use for r in rollouts), DecodeUse()))
 
 
 def concatenate_rollouts(rollouts: Sequence[Rollout], index: np.ndarray) -> Rollout:
@@ -58,8 +70,9 @@ def concatenate_rollouts(rollouts: Sequence[Rollout], index: np.ndarray) -> Roll
       rollouts: those of the rollout batches.
       index: [B] int, the row in the batch of each of their prompts, in the rollouts' order.
     """
-    fields, order = ("tokens", "logprobs", "length", "finished"), np.argsort(index)
-    return Rollout(*(np.concatenate([getattr(r, f) for r in rollouts])[order] for f in fields))
+    order = np.argsort(index)
+    first, *others = rollouts
+    return first.map(lambda *arrays: np.concatenate(arrays)[order], *others)
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ class Engine:
       config: the model's shape.
       compute: how to compute.
       stop_ids: tokens that end a response.
-      kv_block: slots that the cache of responses grows by.
+      kv_block: slots of the cache of responses at the start; they double.
       check_every: decode steps between checks of whether all have finished; divides `kv_block`.
       shards: shards of the batch axis; a batch never shrinks below one group a shard.
       layout: the sharding of weights and caches for sampling; None leaves it to the compiler.
@@ -110,32 +123,53 @@ class Engine:
             sampling, self.stop_ids, suppressed, self.check_every, self.layout, kernel
         )
 
+    def schedule(
+        self, prompts: int, group_size: int, limit: int, prompt_tokens: int, sampling: Sampling
+    ) -> Schedule:
+        """When which rows are decoded; see `Schedule.of`."""
+        return Schedule.of(
+            prompts,
+            group_size,
+            limit,
+            kv_block=self.kv_block,
+            check_every=self.check_every,
+            prompt_tokens=prompt_tokens,
+            shards=self.shards,
+            whole_groups=sampling.greedy_last,
+        )
+
     def generate(
         self,
         params: Params,
         weights: DecodeWeights,
-        prompts: PromptBatch[np.ndarray] | PromptBatch[Array],
+        prompts: Sequence[PromptBatch[np.ndarray] | PromptBatch[Array]],
         *,
         group_size: int,
         max_new_tokens: int,
         key: Array,
-        prompt_index: np.ndarray,
+        prompt_index: Sequence[np.ndarray | Array],
         sampling: Sampling,
         on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
+        stop_at: np.ndarray | None = None,
     ) -> Rollout:
         """Samples `group_size` responses of at most `max_new_tokens` tokens to each prompt.
 
         Args:
           params: the model.
           weights: `fill(params)`.
-          prompts: B prompts, on the host or sharded over devices.
+          prompts: batches of prompts, on the host or sharded over devices, B in all; each is
+            prefilled by itself, and all are decoded together.
           group_size: G.
           max_new_tokens: R, a multiple of `check_every`.
           key: the step's key; draws depend only on it, `prompt_index` and the index in the group.
-          prompt_index: [B] int32, each prompt's index in the step.
+          prompt_index: int32, the index in the step of each prompt of each batch.
           sampling: how to draw.
           on_tokens: called every `check_every` steps with the tokens [B, G, R] and lengths [B, G]
             so far, on the host. It makes the device wait.
+          stop_at: [B, G] int32 tokens after which samples end whatever they are, for timings.
+
+        Returns:
+          The responses to this process's prompts of each batch, one batch after another.
 
         Raises:
           UserError: `max_new_tokens` is not a multiple of `check_every`.
@@ -145,66 +179,87 @@ class Engine:
                 f"max_new_tokens={max_new_tokens} must be a multiple of "
                 f"rollout.check_every={self.check_every}."
             )
-        settings = self.settings(sampling)
-        hidden, prefix = prefill(self.config, self.compute, params, prompts, self.layout)
-        keys = sample_keys(key, jnp.asarray(prompt_index, jnp.int32), group_size)
-        slots = min(self.kv_block, max_new_tokens)
+        filled = [
+            prefill(self.config, self.compute, params, batch, self.layout) for batch in prompts
+        ]
+        index = jnp.concatenate([jnp.asarray(part, jnp.int32) for part in prompt_index])
+        hidden, prefix = join_prefills(filled, self.layout)
+        del filled
+        total, prompt_tokens = prefix.valid.shape
+        schedule = self.schedule(total, group_size, max_new_tokens, prompt_tokens, sampling)
+        shape, settings = schedule.shapes[0], self.settings(sampling)
+        keys = sample_keys(key, index, group_size)
         state = initial_samples(
-            self.config.text, group_size, slots, max_new_tokens, hidden, self.layout
+            self.config.text, group_size, shape.slots, max_new_tokens, hidden, self.layout
         )
-        rows, written, done = np.arange(len(hidden)), None, 0  # rows: the groups that are decoded
+        if stop_at is not None:
+            state = replace(state, stop_at=jnp.asarray(stop_at, jnp.int32))
+        # Of each row of `state`: its sample among all, or one more than there are.
+        sample = np.arange(shape.samples).reshape(total, group_size)
+        written, cursor, spans = None, 0, list[Span]()
         while True:
-            steps = slots - done if on_tokens is None else self.check_every
+            steps = schedule.steps(shape, cursor) if on_tokens is None else self.check_every
             state = decode_chunk(self.config, settings, steps, weights, prefix, state, keys)
-            done += steps
+            spans.append(Span(shape, cursor, cursor + steps))
+            cursor += steps
             if on_tokens is not None:
                 on_tokens(*jax.device_get((state.tokens, state.length)))
-            unfinished = ~gather_to_host(_finished_groups(state))
-            if done >= max_new_tokens or not unfinished.any():
+            live = ~gather_to_host(state.finished)
+            if cursor >= max_new_tokens or not live.any():
                 break
-            if done < slots:
-                continue
-            size = self._batch_size(len(hidden), int(unfinished.sum()))
-            if size < len(rows) and on_tokens is None:
-                written = _write(written, state, rows)
-                kept = np.sort(np.argsort(~unfinished, kind="stable")[:size])
-                state, prefix, keys = _take((state, prefix, keys), kept, self.layout)
-                rows = rows[kept]
-            slots = min(done + self.kv_block, max_new_tokens)
-            state = grow(state, slots - done, self.layout)
-        written = _write(written, state, rows)
-        return Rollout(*local_shards(written, getattr(prompts.length, "sharding", None)))
+            if on_tokens is not None:  # it sees all rows
+                live = np.ones_like(live)
+            new = schedule.next_shape(shape, live, cursor)
+            if new.samples < shape.samples:
+                written = _write(written, state, sample)
+                rows = select_rows(live, new)
+                state, prefix, keys = select(state, prefix, keys, rows, self.layout)
+                sample = np.where(rows.used, rows.of(sample), total * group_size)
+            if new.slots > shape.slots:
+                state = grow(state, new.slots - shape.slots, self.layout)
+            shape = new
+        written = _write(written, state, sample)
+        found = _local_rows(written, prompts)
+        length = gather_to_host(written[2])
+        last = schedule.steps_taken(int(length.max()), spans[-1].start, spans[-1].steps)
+        spans[-1] = replace(spans[-1], end=spans[-1].start + last)
+        prompt_length = np.concatenate(
+            [gather_to_host(jnp.asarray(batch.length)) for batch in prompts]
+        )
+        use = DecodeUse.of(spans, length, prompt_length, prompt_tokens)
+        tokens, logprobs, lengths, finished = found
+        return Rollout(tokens, logprobs, lengths, finished, use)
 
-    def _batch_size(self, whole: int, unfinished: int) -> int:
-        """Groups to continue with: the smallest batch that holds all unfinished ones.
 
-        The whole batch, half or a quarter of it, since each size is a program of its own; and no
-        less than one group a shard.
-        """
-        sizes = [whole // divisor for divisor in (1, 2, 4) if whole % (divisor * self.shards) == 0]
-        return min([size for size in sizes if size >= unfinished], default=whole)
-
-
-@jax.jit
-def _finished_groups(state: DecodeState[Array]) -> Array:
-    """[B] bool: all samples of the group have finished."""
-    return state.finished.all(axis=1)
+def _local_rows(
+    arrays: tuple[Array, ...], prompts: Sequence[PromptBatch[np.ndarray] | PromptBatch[Array]]
+) -> tuple[np.ndarray, ...]:
+    """This process's rows of each batch of prompts."""
+    first, found = 0, list[tuple[np.ndarray, ...]]()
+    for batch in prompts:
+        part = _slice(arrays, first, len(batch.length)) if len(prompts) > 1 else arrays
+        found.append(local_shards(part, getattr(batch.length, "sharding", None)))
+        first += len(batch.length)
+    return tuple(map(np.concatenate, zip(*found, strict=True)))
 
 
 @partial(jax.jit, static_argnums=2)
-def _take(
-    tree: tuple[DecodeState[Array], Prefix[Array], Array], rows: np.ndarray, layout: Layout | None
-) -> tuple[DecodeState[Array], Prefix[Array], Array]:
-    """The given groups alone."""
-    return constrain(jax.tree.map(lambda x: x[rows] if x.ndim else x, tree), layout)
+def _slice(arrays: tuple[Array, ...], first: int, count: int) -> tuple[Array, ...]:
+    """`count` rows of each array."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), arrays)
 
 
 @jax.jit
 def _write(
-    written: tuple[Array, ...] | None, state: DecodeState[Array], rows: np.ndarray
+    written: tuple[Array, ...] | None, state: DecodeState[Array], sample_BG: np.ndarray
 ) -> tuple[Array, ...]:
-    """The fields of `Rollout` of the whole batch, updated at the rows that are decoded."""
+    """The fields of `Rollout` of all samples, updated at those that are decoded."""
     new = (state.tokens, state.logprobs, state.length, state.finished)
     if written is None:
         return new
-    return tuple(old.at[rows].set(x) for old, x in zip(written, new, strict=True))
+
+    def update(old: Array, x: Array) -> Array:
+        flat = old.reshape(-1, *old.shape[2:])
+        return flat.at[sample_BG].set(x, mode="drop").reshape(old.shape)
+
+    return tuple(update(old, x) for old, x in zip(written, new, strict=True))

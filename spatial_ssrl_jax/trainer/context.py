@@ -37,9 +37,10 @@ from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead, compiles_ahead
 from spatial_ssrl_jax.parallel.distributed import await_primary
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
+from spatial_ssrl_jax.perf.device_specs import device_memory_bytes
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.rl.bucketing import Buckets
-from spatial_ssrl_jax.rl.placement import check_sharding, compute_settings
+from spatial_ssrl_jax.rl.placement import check_sharding, compute_settings, rollout_prompts
 from spatial_ssrl_jax.rl.rewards import check_rules
 from spatial_ssrl_jax.rl.scorer import Scorer, make_scorer
 from spatial_ssrl_jax.rl.sft import check_response
@@ -72,6 +73,7 @@ class RunComponents:
     split: RecordSplit
     compute: Compute
     questions: Benchmark | None
+    rollout_prompts: int
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -180,8 +182,19 @@ def open_components(config: Config) -> RunComponents:
         check_rewards(config, {name: datasets[name] for name in names}, processor)
     rollout_layout = check_sharding(config, model.config, layout)
     questions = open_eval_benchmark(config)
+    memory = device_memory_bytes()
     return RunComponents(
-        config, layout, rollout_layout, model, processor, source, tasks, split, compute, questions
+        config=config,
+        layout=layout,
+        rollout_layout=rollout_layout,
+        model=model,
+        processor=processor,
+        source=source,
+        tasks=tasks,
+        split=split,
+        compute=compute,
+        questions=questions,
+        rollout_prompts=rollout_prompts(config, model.config, layout, rollout_layout, memory),
     )
 
 

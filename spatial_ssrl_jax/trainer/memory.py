@@ -73,8 +73,9 @@ def memory_advice(config: Config) -> list[str]:
     ):
         if steps and micro > 1:
             advice.append(f"lower {name}={micro}")
-    if grpo.steps and config.rollout.batch_prompts > 1:
-        advice.append(f"lower rollout.batch_prompts={config.rollout.batch_prompts}")
+    if grpo.steps and config.rollout.batch_prompts != 1:
+        shown = f"={config.rollout.batch_prompts}" if config.rollout.batch_prompts else ""
+        advice.append(f"lower rollout.batch_prompts{shown}")
     if config.eval.batch_prompts > 1:
         advice.append(f"lower eval.batch_prompts={config.eval.batch_prompts}")
     if config.model.remat != "full":

@@ -23,11 +23,10 @@ from spatial_ssrl_jax.monitoring.metrics import read_metrics
 from spatial_ssrl_jax.parallel.sharding import shard_bytes
 from spatial_ssrl_jax.perf.device_specs import device_memory_bytes
 from spatial_ssrl_jax.rl.bucketing import Buckets
-from spatial_ssrl_jax.rl.placement import abstract_stage_state
+from spatial_ssrl_jax.rl.placement import abstract_stage_state, cache_bytes
 from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rl.train_step import TrainState
-from spatial_ssrl_jax.rollout.cache import kv_token_bytes
 from spatial_ssrl_jax.trainer.bad_records import check_bad_fraction
 from spatial_ssrl_jax.trainer.best_checkpoint import best_metric
 from spatial_ssrl_jax.trainer.context import (
@@ -253,14 +252,14 @@ def _memory(
     components: RunComponents, stage: SftStage | GrpoStage, state: TrainState
 ) -> dict[str, int]:
     """Bytes of each device by use, at the largest buckets, without activations."""
-    config, text = components.config, components.model.config.text
+    config = components.config
     size = np.dtype(config.model.dtype).itemsize
     prompt, limit = max(config.data.prompt_buckets), config.rollout.max_new_tokens
     tokens = config.eval.batch_prompts * (prompt + (config.eval.samples + 1) * limit)
     reference = 0
     if isinstance(stage, GrpoStage):
         group = stage.settings.group_size * limit
-        tokens = max(tokens, config.rollout.batch_prompts * (prompt + group))
+        tokens = max(tokens, components.rollout_prompts * (prompt + group))
         if stage.settings.copies_reference:
             reference = shard_bytes(state.trained, size)
     return {
@@ -270,15 +269,9 @@ def _memory(
         "rollout_copy": shard_bytes(
             components.rollout_layout.abstract_params(components.model.config, part="text/"), size
         ),
-        "caches": tokens * kv_token_bytes(text, config.model.dtype) // _cache_shards(components),
+        "caches": cache_bytes(config, components.model.config, components.rollout_layout, tokens),
         "gradients": 2 * shard_bytes(state.trained),  # the sum and the micro-batch's
     }
-
-
-def _cache_shards(components: RunComponents) -> int:
-    """Shards of the sampling caches, over rows and over key/value heads."""
-    rows, tensor = components.rollout_layout.batch_shards, components.config.rollout.tensor
-    return rows if components.model.config.text.num_key_value_heads % tensor else rows * tensor
 
 
 def _peak(memory: dict[str, int], offload: bool) -> int:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -73,7 +74,7 @@ def grpo_step(
     config, settings, rates = run.config, stage.settings, stage.learning_rate()
     grpo = Grpo(
         settings,
-        config.rollout,
+        replace(config.rollout, batch_prompts=run.rollout_prompts),
         run.scorer,
         run.engine,
         stage.loss(run.model.config, run.compute),

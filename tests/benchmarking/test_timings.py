@@ -59,6 +59,26 @@ def test_each_part_reports_its_metrics(
         assert found["mismatch_mean"] <= found["mismatch_max"] < 1e-4
 
 
+def test_samples_end_at_given_lengths(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Rows leave as theirs end, and an update's groups are padded to fewer tokens."""
+    (tmp_path / "lengths").write_text("5\n")
+    argv = [f"--model={toy_folder}", *SIZES, "--prompt-tokens=12", "--json"]
+    argv.append(f"--lengths={tmp_path / 'lengths'}")
+    bench.main(["rollout", *argv])
+    found = json.loads(capsys.readouterr().out)
+    samples, seconds = 4, found["seconds"]
+    assert found["rollout_tok_s"] == pytest.approx(samples * 5 / seconds)
+    assert found["peer_tok_s"] == pytest.approx(samples * (12 + 5) / seconds)
+    assert found["samples_s"] == pytest.approx(samples / seconds)
+    assert found["decode_steps"] == 8 and found["decode_occupancy"] == pytest.approx(5 / 8)
+    assert "decode_tok_s" not in found
+    longest = found["useful_flops"]
+    bench.main(["update", *argv])
+    assert json.loads(capsys.readouterr().out)["useful_flops"] == pytest.approx(3 * longest)
+
+
 def test_a_profile_is_written(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     argv = ["rollout", f"--model={toy_folder}", *SIZES, "--prompt-tokens=12"]
     bench.main([*argv, f"--profile={tmp_path}"])

@@ -3,10 +3,10 @@
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from spatial_ssrl_jax.perf.device_specs import device_spec
-from spatial_ssrl_jax.perf.flops import GroupShape
 from spatial_ssrl_jax.perf.memory_traffic import (
     decode_bytes,
     rollout_bytes,
@@ -29,13 +29,15 @@ def test_what_a_decode_step_reads(shared, size, weights, token):
 
 
 def test_decode_steps_add_up(toy):
-    """Two prompts of 10 tokens, 3 samples of 4 tokens each, step after step."""
-    shape, one = GroupShape(10, (), 3, 4), kv_token_bytes(toy.config.text, "float32")
+    """Two prompts of 10 tokens, 3 samples of 4 tokens of one and of 1 to 3 of the other."""
+    length = np.array([[4, 4, 4], [1, 3, 2]])
+    one = kv_token_bytes(toy.config.text, "float32")
     weights = weight_bytes(toy.config, "float32", vision=False)
-    steps = [weights + 2 * (10 + 3 * (step + 1)) * one for step in range(4)]
-    assert decode_bytes(toy.config, "float32", shape, 2) == pytest.approx(sum(steps))
-    whole = weight_bytes(toy.config, "float32") + 2 * 10 * one + sum(steps)
-    assert rollout_bytes(toy.config, "float32", shape, 2) == pytest.approx(whole)
+    read = [2 * 10 + 6 * 1, 2 * 10 + 5 * 2, 2 * 10 + 4 * 3, 10 + 3 * 4]
+    steps = sum(weights + tokens * one for tokens in read)
+    assert decode_bytes(toy.config, "float32", 10, length) == pytest.approx(steps)
+    whole = weight_bytes(toy.config, "float32") + 2 * 10 * one + steps
+    assert rollout_bytes(toy.config, "float32", 10, length) == pytest.approx(whole)
 
 
 def test_an_update_moves_weights_gradients_and_moments(toy):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -13,10 +14,14 @@ import pytest
 
 from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax import plan as command
-from spatial_ssrl_jax.checkpoint.models import open_model
+from spatial_ssrl_jax.checkpoint.models import open_model, read_shape
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.parallel.mesh import make_mesh
+from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.perf.device_specs import DeviceSpec
+from spatial_ssrl_jax.perf.response_lengths import LogNormalLengths
 from spatial_ssrl_jax.planning.planner import Buffer, Plan, ProgramCost, plan
+from spatial_ssrl_jax.planning.programs import RolloutLengths, planned_stages
 from spatial_ssrl_jax.planning.report import lines, problems
 from spatial_ssrl_jax.planning.topology import Topology
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
@@ -67,17 +72,43 @@ def test_every_program_of_both_stages_is_planned(report: dict):
 
 
 def test_a_step_is_the_sum_of_its_programs(report: dict):
-    """16 prompts are two rollout batches of 8 and two micro-batches, 32 tokens two chunks of 16."""
+    """16 prompts are two rollout batches of 8 and two micro-batches; caches of 16 grow to 32."""
     runs = {p["name"]: p["runs"] for p in report["programs"]}
     assert runs["prefill"] == runs["gradients"] == runs["apply"] == 2
     assert runs["old_logprobs"] == 1 and runs["reference_logprobs"] == 2
     assert runs["grow"] == 2 * SMALL_TEXT["num_hidden_layers"]
-    assert runs["decode"] == 4 and runs["rollout_weights"] == 1
+    assert runs["decode"] == 2 and runs["rollout_weights"] == 1
     grpo = [p for p in report["programs"] if not p["name"].startswith("sft")]
     seconds = sum(p["runs"] * p["estimated_seconds"] for p in grpo)
     assert report["step"]["estimated_seconds"] == pytest.approx(seconds)
     tokens = 16 * (192 + 3 * 32)
     assert report["step"]["tokens_per_second_per_chip"] == pytest.approx(tokens / seconds)
+
+
+def test_decoding_takes_the_steps_that_lengths_need(toy_plan: c.Config):
+    """In the shapes of the schedule; the one with the widest caches shows the memory alone."""
+    config = dataclasses.replace(toy_plan, sft=c.SftSettings(steps=0))
+    model = read_shape(config.model.path)
+    layout = Layout(make_mesh(config.mesh, jax.devices("cpu")[:1]))
+    lengths = RolloutLengths(LogNormalLengths(mean=12, sigma=0.5, cap=40), 160)
+    (stage,) = planned_stages(config, model, layout, layout.rollout(1), None, lengths)
+    found, result = {}, None
+    with suppress(StopIteration):
+        while True:
+            program = stage.programs.send(result)
+            found[program.name] = program
+            shapes = program.function.eval_shape(*program.args)
+            result = jax.tree.map(lambda x: x.update(sharding=layout.replicated()), shapes)
+    decode = {name: p for name, p in found.items() if name.startswith("decode_")}
+    assert {"decode_8x3x16", "decode_8x2x32"} <= decode.keys()
+    assert found["decode"].runs == 0
+    sixteen = decode["decode_8x3x16"]
+    steps = 2 * 16  # of two rollout batches, which all have responses of 16 tokens
+    assert sixteen.runs * sixteen.args[2] == pytest.approx(steps)
+    assert sum(p.runs * p.args[2] for p in decode.values()) < 2 * 32
+    weights, prefix, samples, keys = decode["decode_8x2x32"].args[3:]
+    assert prefix.valid.shape == (8, 160) and keys.shape == (8, 2)
+    assert samples.finished.shape == (8, 2) and samples.layers[0][0].shape[3] == 32
 
 
 def test_memory_is_the_weights_and_what_else_is_on_the_device(report: dict, toy_folder: Path):
@@ -115,7 +146,8 @@ def test_what_does_not_fit_is_named(planned: Plan):
     assert sentence.startswith("decode needs 9.00 GiB (its temporaries")
     table = list(lines(planned))
     assert " DCN " in table[1]
-    assert len(table) == len(planned.programs) + 3 and table[-1].startswith("a step: ")
+    assert table[-2].startswith("decoding of a step: 0.3 s")
+    assert len(table) == len(planned.programs) + 4 and table[-1].startswith("a step: ")
 
 
 def test_sizes_that_do_not_fit_together_are_refused(toy_plan: c.Config):

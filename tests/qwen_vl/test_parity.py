@@ -228,11 +228,11 @@ def test_greedy_continuation(checkpoint, questions):
     rollout = engine.generate(
         checkpoint.params,
         engine.fill(checkpoint.params),
-        pad(questions, BATCHED),
+        [pad(questions, BATCHED)],
         group_size=1,
         max_new_tokens=new,
         key=jax.random.key(0),
-        prompt_index=np.arange(len(BATCHED)),
+        prompt_index=[np.arange(len(BATCHED))],
         sampling=GREEDY,
     )
     for row, name in enumerate(BATCHED):

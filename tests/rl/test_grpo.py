@@ -74,23 +74,23 @@ def test_rollout_batches_of_like_length_draw_the_same_tokens(toy):
     key, seen = jax.random.key(3), []
 
     class Watched:
-        fill = engine.fill
+        fill, shards = engine.fill, engine.shards
 
         @staticmethod
         def generate(params, weights, prompts, **settings):
-            seen.append((*prompts.ids.shape, prompts.vision.frame.shape[1]))
+            seen.append([(*part.ids.shape, part.vision.frame.shape[1]) for part in prompts])
             return engine.generate(params, weights, prompts, **settings)
 
     found = replace(grpo, engine=Watched).sample(toy.params, batch, key)
-    assert seen == [(2, 8, 0), (2, 32, 4)]
+    assert seen == [[(2, 8, 0)], [(2, 32, 4)]]
     whole = engine.generate(
         toy.params,
         engine.fill(toy.params),
-        pad_prompts(batch.prompts, 32, 4),
+        [pad_prompts(batch.prompts, 32, 4)],
         group_size=3,
         max_new_tokens=8,
         key=key,
-        prompt_index=batch.index,
+        prompt_index=[batch.index],
         sampling=Sampling(SETTINGS.temperature),
     )
     assert len(np.unique(whole.length)) > 2

@@ -25,11 +25,11 @@ def mismatch(toy, params, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     rollout = engine.generate(
         params,
         engine.fill(params),
-        prompts,
+        [prompts],
         group_size=GROUP,
         max_new_tokens=LIMIT,
         key=jax.random.key(5),
-        prompt_index=np.arange(4),
+        prompt_index=[np.arange(4)],
         sampling=Sampling(TEMPERATURE),
     )
     weight = np.ones(rollout.length.shape, np.float32)

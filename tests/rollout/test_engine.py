@@ -19,6 +19,7 @@ from spatial_ssrl_jax.rollout import engine
 from spatial_ssrl_jax.rollout.decode import prefill
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
+from spatial_ssrl_jax.rollout.schedule import Schedule
 
 LIMIT, GROUP = 24, 3
 STOPS = tuple(range(0, 680, 17))  # some 6% of what is drawn ends a response
@@ -48,10 +49,10 @@ def generate(toy, prompts):
         return made.generate(
             params,
             made.fill(params),
-            pad_prompts([prompts[i] for i in index], bucket[0], bucket[1]),
+            [pad_prompts([prompts[i] for i in index], bucket[0], bucket[1])],
             group_size=group,
             **{"max_new_tokens": LIMIT, "key": jax.random.key(5), "sampling": WARM, **settings},
-            prompt_index=np.array(index) + 100,
+            prompt_index=[np.array(index) + 100],
         )
 
     return run
@@ -129,23 +130,55 @@ def test_draws_do_not_depend_on_the_batch(generate, rollout):
     assert_same(generate([3, 0], group=2, chunk=24), rollout, [3, 0], group=2)
 
 
-def test_the_batch_shrinks_to_the_unfinished_groups(generate, monkeypatch):
-    """Groups leave as they finish, and what is sampled stays the same."""
-    sizes = []
-    decode = engine.decode_chunk
+def test_finished_samples_leave(generate, monkeypatch):
+    """Their rows go, prompts with several unfinished ones take several, and nothing else changes.
+
+    What is decoded is what the schedule says of such lengths.
+    """
+    spans, sizes = [], []
+    decode, use = engine.decode_chunk, engine.DecodeUse.of
 
     def watched(*args):
-        sizes.append(args[5].finished.shape[0])
+        sizes.append((*args[5].finished.shape, args[5].layers[0][0].shape[3]))
         return decode(*args)
 
+    def kept(found, *rest):
+        spans.extend(found)
+        return use(found, *rest)
+
     monkeypatch.setattr(engine, "decode_chunk", watched)
-    often = dict(stops=tuple(range(0, 680, 6)), chunk=4, check_every=2, group=2)
-    shrunk = generate(**often)
-    assert sizes[0] == 4 and sizes[-1] < 4 and sizes == sorted(sizes, reverse=True), sizes
+    monkeypatch.setattr(engine.DecodeUse, "of", kept)
+    often = dict(stops=tuple(range(0, 680, 8)), check_every=2, group=4)
+    shrunk = generate(**often, chunk=4)
+    assert sizes[0] == (4, 4, 4) and sizes[-1] == (1, 1, LIMIT), sizes
+    assert {(4, 4, 8), (4, 2, LIMIT)} < set(sizes), sizes
+    length = np.minimum(shrunk.length, LIMIT)
+    schedule = Schedule.of(4, 4, LIMIT, kv_block=4, check_every=2, prompt_tokens=BUCKET[0])
+    assert spans == schedule.simulate(length)
+    assert shrunk.use.tokens == length.sum()
+    assert shrunk.use.rows == sum(
+        b * g * span.steps for (b, g, _), span in zip(sizes, spans, strict=True)
+    )
     sizes.clear()
-    whole = generate(**often, shards=4)
-    assert set(sizes) == {4}
-    assert_same(shrunk, whole, group=2)
+    whole = generate(**often, chunk=24)
+    assert set(sizes) == {(4, 4, LIMIT)} and 2 * whole.use.rows > 3 * shrunk.use.rows
+    assert_same(shrunk, whole, group=4)
+
+
+def test_prompts_are_prefilled_in_parts(generate, rollout, prompts, toy):
+    """Of sizes of their own; the responses are the same."""
+    made = Engine(toy.config, Compute(attention_chunk=16), STOPS, 12, 4)
+    found = made.generate(
+        toy.params,
+        made.fill(toy.params),
+        [pad_prompts(prompts[:1], 28, 4), pad_prompts(prompts[1:], *BUCKET)],
+        group_size=GROUP,
+        max_new_tokens=LIMIT,
+        key=jax.random.key(5),
+        prompt_index=[np.array([100]), np.array([101, 102, 103])],
+        sampling=WARM,
+    )
+    assert_same(found, rollout)
 
 
 def test_tokens_are_shown_as_they_are_drawn(generate, rollout):

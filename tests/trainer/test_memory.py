@@ -54,7 +54,7 @@ def test_advice_leaves_out_what_is_done_already():
     for name in (
         "grpo.micro_batch_prompts=16",
         "sft.micro_batch_rows=8",
-        "rollout.batch_prompts=64",
+        "lower rollout.batch_prompts;",
         "model.remat",
     ):
         assert name in advice

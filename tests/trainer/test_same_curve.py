@@ -50,7 +50,7 @@ class Alone:
         padded = pad_prompts(batch.prompts, shape.tokens, shape.windows)
         prompts = jax.tree.map(lambda x: np.repeat(x, group, axis=0), padded)
         flat = self.sample(state, prompts, np.repeat(batch.index, group), key)
-        rollout = Rollout(*(self.grouped(x) for x in vars(flat).values()))
+        rollout = flat.map(self.grouped)
         scored = score_rollout(batch.items, given, grpo.processor, grpo.scorer, grpo.settings)
         count, updates = len(batch.items) // grpo.settings.minibatches_per_rollout, []
         old = [
@@ -72,11 +72,11 @@ class Alone:
         return grpo.engine.generate(
             state.params,
             grpo.engine.fill(state.params),
-            prompts,
+            [prompts],
             group_size=1,
             max_new_tokens=grpo.sampling_settings.max_new_tokens,
             key=key,
-            prompt_index=index,
+            prompt_index=[index],
             sampling=Sampling(grpo.settings.temperature),
         )
 

@@ -42,6 +42,8 @@ class Recorder:
     A response is one token: 7 of each group's last sample and of prompts of odd length, else 0.
     """
 
+    shards = 1
+
     def __init__(self):
         self.calls: list[dict] = []
 
@@ -49,11 +51,12 @@ class Recorder:
         return None
 
     def generate(self, params, weights, prompts, **settings) -> Rollout:
-        self.calls.append({"rows": len(prompts.ids), **settings})
-        shape = (len(prompts.ids), settings["group_size"])
+        length = np.concatenate([part.length for part in prompts])
+        self.calls.append({"rows": len(length), "prefills": len(prompts), **settings})
+        shape = (len(length), settings["group_size"])
         tokens = np.zeros((*shape, settings["max_new_tokens"]), np.int32)
         tokens[:, -1, 0] = 7
-        tokens[np.asarray(prompts.length) % 2 == 1, :, 0] = 7
+        tokens[length % 2 == 1, :, 0] = 7
         ones = np.ones(shape, np.int32)
         return Rollout(tokens, np.zeros(tokens.shape, np.float32), ones, ones > 0)
 
@@ -91,6 +94,7 @@ def test_how_programs_compute(name: str, value):
         ("grpo", "temperature", 0.5, lambda call: call["sampling"].temperature),
         ("rollout", "max_new_tokens", 16, lambda call: call["max_new_tokens"]),
         ("rollout", "batch_prompts", 4, lambda call: call["rows"]),
+        ("rollout", "prefill_prompts", 2, lambda call: call["rows"] // call["prefills"]),
     ],
 )
 def test_what_a_rollout_is_asked_for(toy, section: str, name: str, value, found):
@@ -160,7 +164,8 @@ def test_every_task_is_asked_for_in_one_pass(toy):
     evaluation = heldout(toy, BASE, {"flip": 5, "shuffle": 2})
     table = evaluation.measure(policy(engine), ["flip", "shuffle"], seed=0)
     (call,) = engine.calls
-    assert sorted(np.asarray(call["prompt_index"]).tolist()) == [0, 0, 1, 1, 1, 2, 3, 4]
+    (index,) = call["prompt_index"]
+    assert sorted(np.asarray(index).tolist()) == [0, 0, 1, 1, 1, 2, 3, 4]
     assert table["flip"] == {
         "accuracy_greedy": 1.0,
         "accuracy_sampled": pytest.approx(2 / 5),
@@ -294,6 +299,8 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
     (_, stage) = stages(config)
     run = SimpleNamespace(
         config=config,
+        rollout_prompts=config.rollout.batch_prompts,
+        ahead=None,
         source=None,
         split=SimpleNamespace(train=()),
         processor=None,

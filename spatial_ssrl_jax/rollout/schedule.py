@@ -1,0 +1,250 @@
+"""The schedule of a rollout's decode steps: how many rows and cache slots each of them has.
+
+Responses have a long tail: most rows end early, a few run to the limit. As samples finish, decoding
+continues with fewer rows, and as responses grow, with wider caches. Each size is a program of its
+own, so there are few: with 256 prompts x 5 samples, 2,048 tokens and blocks of 256 these eight,
+
+    all samples in 256, 512, 1,024 and 2,048 slots
+    two samples of 256 prompts, one of 128, of 64 and of 16, in 2,048 slots
+
+A prompt with more unfinished samples than a size has a prompt takes several of its rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_CHECKS = 4  # a block of slots is filled in that many parts, between which rows may leave
+_DIVISORS = (2, 4, 16)  # of the prompts, for sizes that hold what is left of a batch
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """The size of a decode program.
+
+    Attributes:
+      prompts: rows of prompts' caches.
+      group: samples of each.
+      slots: cache slots of each sample.
+    """
+
+    prompts: int
+    group: int
+    slots: int
+
+    @property
+    def samples(self) -> int:
+        return self.prompts * self.group
+
+    def columns(self, prompt_tokens: int) -> int:
+        """Tokens of all caches that a decode step reads, used or not."""
+        return self.prompts * prompt_tokens + self.samples * self.slots
+
+    def holds(self, live_BG: np.ndarray) -> bool:
+        """Whether the samples that are unfinished fit."""
+        return int(np.ceil(live_BG.sum(axis=1) / self.group).sum()) <= self.prompts
+
+
+@dataclass(frozen=True)
+class Span:
+    """Decode steps `start` to `end` of one shape."""
+
+    shape: DecodeShape
+    start: int
+    end: int
+
+    @property
+    def steps(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of the next shape come from.
+
+    Attributes:
+      prompt: [b] int32 row of the present shape that each row's prompt is in.
+      sample: [b, g] int32 index in that row's group.
+      used: [b, g] bool; the others are copies that count as finished.
+    """
+
+    prompt: np.ndarray
+    sample: np.ndarray
+    used: np.ndarray
+
+    def keeps(self, prompts: int) -> bool:
+        """Whether the rows' prompts are the present ones, so many, in their order."""
+        return np.array_equal(self.prompt, np.arange(prompts))
+
+    def of(self, x_BG: np.ndarray) -> np.ndarray:
+        """[b, g] of the values of the present rows."""
+        return x_BG[self.prompt[:, None], self.sample]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The shapes of one rollout, and which of them follows which.
+
+    Attributes:
+      shapes: of its decode programs; the first is that of the first step.
+      steps_between: steps between two decisions.
+      check_every: steps between two checks on the device of whether all have finished.
+      prompt_tokens: of each prompt's cache, padding included.
+    """
+
+    shapes: tuple[DecodeShape, ...]
+    steps_between: int
+    check_every: int
+    prompt_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        prompts: int,
+        group: int,
+        limit: int,
+        *,
+        kv_block: int,
+        check_every: int,
+        prompt_tokens: int,
+        shards: int = 1,
+        whole_groups: bool = False,
+    ) -> "Schedule":
+        """The schedule of a rollout.
+
+        Args:
+          prompts, group: B and G.
+          limit: R, the most tokens of a response.
+          kv_block: slots at the start; they double up to `limit`.
+          check_every: decode steps that a program does at least; divides `kv_block`.
+          prompt_tokens: of each prompt's cache.
+          shards: of the batch axis, which divide every shape's prompts.
+          whole_groups: groups leave when all of their samples have finished, and not before.
+        """
+        slots = [min(kv_block, limit)]
+        while slots[-1] < limit:
+            slots.append(min(2 * slots[-1], limit))
+        shapes = [DecodeShape(prompts, group, width) for width in slots]
+        if len(slots) > 1:  # in one block there is no tail
+            parts = [(-(-prompts // d // shards) * shards, 1) for d in _DIVISORS]
+            if whole_groups:
+                parts = [(count, group) for count, _ in parts]
+            else:
+                parts.insert(0, (prompts, 2))
+            found = dict.fromkeys(DecodeShape(*part, limit) for part in parts)
+            shapes += [shape for shape in found if shape.samples < prompts * group]
+        between = max(kv_block // _CHECKS // check_every, 1) * check_every
+        return cls(tuple(shapes), between, check_every, prompt_tokens)
+
+    def next_shape(self, shape: DecodeShape, live_BG: np.ndarray, cursor: int) -> DecodeShape:
+        """The shape of the next steps: that which reads the least.
+
+        Args:
+          shape: of the steps until now.
+          live_BG: bool, which of its samples have not finished.
+          cursor: tokens that each of them has.
+        """
+        fitting = [
+            other
+            for other in self.shapes
+            if shape.slots <= other.slots
+            and cursor < other.slots
+            and other.samples <= shape.samples
+            and (other.samples == shape.samples or other.holds(live_BG))
+        ]
+        return min(fitting, key=lambda other: other.columns(self.prompt_tokens))
+
+    def steps(self, shape: DecodeShape, cursor: int) -> int:
+        """Steps until the next decision."""
+        return min(self.steps_between, shape.slots - cursor)
+
+    def steps_taken(self, longest: int, cursor: int, steps: int) -> int:
+        """Of those steps, how many the device does until the longest response has ended."""
+        return min(steps, -(-(longest - cursor) // self.check_every) * self.check_every)
+
+    def simulate(self, length_BG: np.ndarray) -> list[Span]:
+        """What `Engine.generate` does with responses of the given lengths."""
+        shape, lengths, cursor, spans = self.shapes[0], length_BG, 0, list[Span]()
+        while (live := lengths > cursor).any():
+            new = self.next_shape(shape, live, cursor) if cursor else shape
+            if new.samples < shape.samples:
+                rows = select_rows(live, new)
+                lengths = np.where(rows.used, rows.of(lengths), 0)
+            steps = self.steps_taken(int(lengths.max()), cursor, self.steps(new, cursor))
+            spans.append(Span(new, cursor, end := cursor + steps))
+            shape, cursor = new, end
+        return spans
+
+
+def select_rows(live_BG: np.ndarray, shape: DecodeShape) -> Rows:
+    """Which rows of the present shape a smaller one continues with, in their order.
+
+    Where each prompt has a row of its own in both, it stays where it is.
+    """
+    count = live_BG.sum(axis=1)
+    chunks = -(-count // shape.group)
+    if shape.prompts == len(live_BG) and chunks.max(initial=0) <= 1:
+        chunks = np.ones_like(chunks)
+    prompt = np.repeat(np.arange(len(live_BG)), chunks)
+    first = shape.group * (np.arange(len(prompt)) - np.repeat(np.cumsum(chunks) - chunks, chunks))
+    place = first[:, None] + np.arange(shape.group)
+    order = np.argsort(~live_BG, axis=1, kind="stable")  # unfinished samples first
+    used = place < count[prompt][:, None]
+    sample = order[prompt[:, None], np.where(used, place, 0)]
+    missing = shape.prompts - len(prompt)
+    return Rows(
+        np.pad(prompt, (0, missing)).astype(np.int32),
+        np.pad(sample, ((0, missing), (0, 0))).astype(np.int32),
+        np.pad(used, ((0, missing), (0, 0))),
+    )
+
+
+@dataclass(frozen=True)
+class DecodeUse:
+    """How much of what was decoded was needed; sums over rollouts.
+
+    Attributes:
+      steps: decode steps.
+      tokens: tokens that responses have.
+      rows: rows of all steps.
+      live_columns: tokens of caches that the responses needed to read.
+      columns: tokens of caches that were read.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    rows: int = 0
+    live_columns: int = 0
+    columns: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        spans: Sequence[Span],
+        length_BG: np.ndarray,
+        prompt_length_B: np.ndarray,
+        prompt_tokens: int,
+    ) -> "DecodeUse":
+        """That of one rollout; `prompt_tokens` as in `Schedule`."""
+        length = length_BG.astype(np.int64)
+        prompts = prompt_length_B.astype(np.int64) * length.max(axis=1)
+        return cls(
+            sum(span.steps for span in spans),
+            int(length.sum()),
+            sum(span.steps * span.shape.samples for span in spans),
+            int(prompts.sum() + (length * (length + 1) // 2).sum()),
+            sum(span.steps * span.shape.columns(prompt_tokens) for span in spans),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """The fractions of decoded rows and of cached tokens that the responses needed."""
+        return {
+            "decode_steps": float(self.steps),
+            "decode_occupancy": self.tokens / max(self.rows, 1),
+            "cache_occupancy": self.live_columns / max(self.columns, 1),
+        }
+
+    def __add__(self, other: "DecodeUse") -> "DecodeUse":
+        mine, theirs = vars(self).values(), vars(other).values()
+        return DecodeUse(*(a + b for a, b in zip(mine, theirs, strict=True)))

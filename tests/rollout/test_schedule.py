@@ -1,0 +1,113 @@
+"""The sizes of a rollout's decode programs, and which rows continue."""
+
+import numpy as np
+import pytest
+
+from spatial_ssrl_jax.rollout.schedule import (
+    DecodeShape,
+    DecodeUse,
+    Schedule,
+    Span,
+    select_rows,
+)
+
+
+def schedule(prompts=256, group=5, limit=2048, **settings) -> Schedule:
+    given = {"kv_block": 256, "check_every": 8, "prompt_tokens": 1216} | settings
+    return Schedule.of(prompts, group, limit, **given)
+
+
+def sizes(made: Schedule) -> list[tuple[int, int, int]]:
+    return [(shape.prompts, shape.group, shape.slots) for shape in made.shapes]
+
+
+def test_there_are_eight_sizes():
+    whole = [(256, 5, slots) for slots in (256, 512, 1024, 2048)]
+    parts = [(256, 2, 2048), (128, 1, 2048), (64, 1, 2048), (16, 1, 2048)]
+    assert sizes(schedule()) == whole + parts
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"limit": 256}, [(256, 5, 256)]),
+        ({"limit": 100}, [(256, 5, 100)]),
+        ({"limit": 300, "group": 1}, [(256, 1, 256), (256, 1, 300), (128, 1, 300), (64, 1, 300),
+                                      (16, 1, 300)]),
+        ({"limit": 512, "prompts": 1}, [(1, 5, 256), (1, 5, 512), (1, 2, 512), (1, 1, 512)]),
+        ({"limit": 512, "prompts": 24, "shards": 8}, [(24, 5, 256), (24, 5, 512), (24, 2, 512),
+                                                      (16, 1, 512), (8, 1, 512)]),
+        ({"limit": 512, "whole_groups": True}, [(256, 5, 256), (256, 5, 512), (128, 5, 512),
+                                                (64, 5, 512), (16, 5, 512)]),
+    ],
+)  # fmt: skip
+def test_sizes(settings, expected):
+    assert sizes(schedule(**settings)) == expected
+
+
+def test_rows_of_the_next_size():
+    live = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 1]], bool)
+    assert DecodeShape(3, 2, 8).holds(live) and not DecodeShape(2, 2, 8).holds(live)
+    rows = select_rows(live, DecodeShape(4, 2, 8))
+    names = np.array([list("abcd"), list("efgh"), list("ijkl")])
+    assert rows.prompt.tolist() == [0, 2, 2, 0]
+    assert rows.used.tolist() == [[1, 1], [1, 1], [1, 0], [0, 0]]
+    assert rows.of(names)[rows.used].tolist() == ["b", "c", "i", "j", "l"]
+    assert not rows.keeps(3) and not rows.keeps(4)
+
+
+def test_prompts_stay_where_they_are_if_they_can():
+    live = np.array([[0, 1, 0], [0, 0, 0], [1, 0, 1]], bool)
+    rows = select_rows(live, DecodeShape(3, 2, 8))
+    assert rows.keeps(3) and not rows.keeps(4) and rows.used.tolist() == [[1, 0], [0, 0], [1, 1]]
+    assert rows.of(np.arange(9).reshape(3, 3))[rows.used].tolist() == [1, 6, 8]
+
+
+def test_no_sample_is_lost():
+    """Of random states, whatever the next size."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        live = rng.random((12, 5)) < rng.random()
+        fits = [s for s in schedule(12, 5).shapes if s.samples == 60 or s.holds(live)]
+        for shape in fits:
+            rows = select_rows(live, shape)
+            assert rows.used.shape == (shape.prompts, shape.group)
+            kept = rows.of(np.arange(60).reshape(12, 5))[rows.used]
+            assert sorted(kept) == np.flatnonzero(live).tolist()
+
+
+def test_the_least_reading_size_that_holds_what_is_left_comes_next():
+    made = schedule()
+    whole = made.shapes[0]
+    live = np.zeros((256, 5), bool)
+    live[:128, 0] = True
+    assert made.next_shape(whole, ~live, 256) == DecodeShape(256, 5, 512)
+    assert made.next_shape(whole, live, 256) == DecodeShape(128, 1, 2048)
+    live[:2, 1] = True
+    assert made.next_shape(made.shapes[1], live, 512) == DecodeShape(256, 2, 2048)
+    # A wider size is not taken while the slots last.
+    assert made.next_shape(whole, ~live, 64) == whole
+
+
+def test_simulated_spans():
+    made = schedule(8, 2, 64, kv_block=16, check_every=4, prompt_tokens=10)
+    length = np.full((8, 2), 7)
+    length[3, 1] = 50
+    expected = [
+        ((8, 2, 16), 0, 8), ((1, 1, 64), 8, 52),
+    ]  # fmt: skip
+    found = made.simulate(length)
+    merged = [found[0]]
+    for span in found[1:]:
+        if span.shape == merged[-1].shape:
+            merged[-1] = Span(span.shape, merged[-1].start, span.end)
+        else:
+            merged.append(span)
+    assert [
+        ((s.shape.prompts, s.shape.group, s.shape.slots), s.start, s.end) for s in merged
+    ] == expected
+    use = DecodeUse.of(found, length, np.full(8, 9), 10)
+    assert (use.steps, use.tokens, use.rows) == (52, 155, 16 * 8 + 44)
+    assert use.columns == 8 * (8 * 10 + 16 * 16) + 44 * (10 + 64)
+    assert use.live_columns == 9 * (7 * 7 + 50) + 15 * 28 + 50 * 51 // 2
+    assert (use + use).rows == 2 * use.rows
