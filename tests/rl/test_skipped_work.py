@@ -13,7 +13,7 @@ from spatial_ssrl_jax.qwen_vl.inputs import VisionFeatures, VisionInput
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.qwen_vl.model import init_adapters
 from spatial_ssrl_jax.qwen_vl.param_tree import merge_params
-from spatial_ssrl_jax.rl import bucketing
+from spatial_ssrl_jax.rl import advantages, bucketing
 from spatial_ssrl_jax.rl import grpo as module
 from spatial_ssrl_jax.rl.advantages import groups_to_update
 from spatial_ssrl_jax.rl.bucketing import Buckets, fill_batches
@@ -150,12 +150,14 @@ def test_a_step_says_which_groups_it_updates(
     assert metrics["perf/update_padding_share"] == pytest.approx(1 - tokens / (2 * (40 + 4 * 8)))
 
 
-def test_which_groups_have_a_gradient():
+def test_which_groups_have_a_gradient(monkeypatch: pytest.MonkeyPatch):
     weight = np.array([[1, 1], [1, 1], [0, 0], [0, 1], [1, 0]], np.float32)
     advantage = np.array([[1, -1], [0, 0], [1, -1], [1, 0], [1, 0]], np.float32)
     assert groups_to_update(weight, advantage, False).tolist() == [True, False, False, False, True]
     assert groups_to_update(weight, advantage, True).tolist() == [True, True, False, True, True]
     assert groups_to_update(weight[1:4], advantage[1:4], False).all()  # none has one
+    monkeypatch.setattr(advantages, "all_sum", lambda count: count + 1)  # another process's has
+    assert not groups_to_update(weight[1:4], advantage[1:4], False).any()
 
 
 def test_processes_have_equally_many_micro_batches(monkeypatch: pytest.MonkeyPatch):
