@@ -104,6 +104,7 @@ NAMES = (
     "perf/compile_seconds",
     "perf/compilations_read",
     "perf/model_programs",
+    "perf/host_gap_seconds",
     "memory/host_bytes",
     "memory/device_bytes",
 )

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 
@@ -20,6 +20,7 @@ from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.parallel import offload
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead
+from spatial_ssrl_jax.parallel.host_gap import HostGap
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
 from spatial_ssrl_jax.qwen_vl.model import Params
@@ -102,6 +103,7 @@ class Grpo:
       processor: decodes responses.
       reference: the weights that GRPO started from, or None without KL.
       queue: compiles programs of updates before they are called.
+      gap: measures how long the devices wait for the host; without those waits in a rollout.
     """
 
     settings: GrpoSettings
@@ -115,6 +117,7 @@ class Grpo:
     processor: Processor
     reference: Params | None
     queue: CompileAhead = CompileAhead(enabled=False)
+    gap: HostGap = field(default_factory=HostGap)
 
     @property
     def _ahead(self) -> UpdatesAhead:
@@ -145,7 +148,7 @@ class Grpo:
         """
         clock, resampled = _Clock(), 0
         self._ahead.expect_first(state, self.reference, batch, kl_coef)
-        rollout = self.sample(state.params, batch, key)
+        rollout = self._sampled(state.params, batch, key)
         clock.lap("perf/rollout_seconds")
         scored = self._score(batch, rollout)
         clock.lap("perf/reward_seconds")
@@ -153,7 +156,7 @@ class Grpo:
 
             def draw(number: int) -> tuple[Batch, ScoredRollout]:
                 drawn = resample(number)
-                rollout = self.sample(state.params, drawn, jax.random.fold_in(key, number))
+                rollout = self._sampled(state.params, drawn, jax.random.fold_in(key, number))
                 return drawn, self._score(drawn, rollout)
 
             batch, scored, resampled = resample_groups(batch, scored, draw, self.settings)
@@ -163,10 +166,12 @@ class Grpo:
         clock.lap("perf/reference_seconds")
         self._ahead.expect_next(state, self.reference, chain(*minibatches))
         updates = []
+        self.gap.end()
         for micro_batches in minibatches:
             state, metrics = train_step(self.loss, self.optimizer, state, micro_batches)
             updates.append(metrics)
         metrics = _mean_updates(jax.device_get(updates))
+        self.gap.begin()
         clock.lap("perf/update_seconds")
         rows = gather_ordered(prompt_rows(batch) | rollout_rows(batch.items, scored))
         tokens = int(rows["prompt_length"].sum() + rows["length"].sum())
@@ -183,6 +188,12 @@ class Grpo:
         metrics |= {f"perf/{name}": value for name, value in scored.rollout.use.metrics().items()}
         metrics["prompt/refilled"] = all_sum(resampled)
         return state, metrics, batch, scored
+
+    def _sampled(self, params: Params, batch: Batch, key: Array) -> Rollout:
+        self.gap.end()
+        rollout = self.sample(params, batch, key)
+        self.gap.begin()
+        return rollout
 
     def _score(self, batch: Batch, rollout: Rollout) -> ScoredRollout:
         return score_rollout(batch.items, rollout, self.processor, self.scorer, self.settings)
@@ -279,6 +290,7 @@ class Grpo:
         if not self.settings.reuses_vision or vision.windows == 0:
             return batch
         merge = not self.settings.trains("merger")
+        self.gap.end()
         features = vision_features(loss.config, loss.compute, merge, params, vision)
         features = jax.device_put(features, self.layout.batch_sharding())
         return replace(batch, prompts=replace(prompts, vision=features))
@@ -297,8 +309,11 @@ class Grpo:
         if self.settings.recomputes_old_logprobs:
             old = batch.sampled_logprobs
             if not is_first:
+                self.gap.end()
                 old = jax.device_put(program(params, batch), old.sharding)
             first_update = self.layout.put_batch(np.bool_(is_first))
+        if reference is not None:
+            self.gap.end()
         return replace(
             batch,
             old_logprobs=old,

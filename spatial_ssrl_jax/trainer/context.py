@@ -35,6 +35,7 @@ from spatial_ssrl_jax.parallel.collectives import all_gather, barrier, is_primar
 from spatial_ssrl_jax.parallel.compilation_cache import compilation_cache
 from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead, compiles_ahead
 from spatial_ssrl_jax.parallel.distributed import await_primary
+from spatial_ssrl_jax.parallel.host_gap import HostGap
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.perf.device_specs import device_memory_bytes
@@ -140,6 +141,7 @@ class Run(RunComponents):
     preemption: Preemption
     compilations: CompilationCounter
     ahead: CompileAhead
+    gap: HostGap
     metrics: MetricsWriter | None
     state: RunState = field(default_factory=RunState)
     unwritten: set[str] = field(default_factory=set)
@@ -290,6 +292,7 @@ def open_run(
         preemption=preemption,
         compilations=CompilationCounter(),
         ahead=CompileAhead(compiles_ahead(config.compile.ahead), progress.say),
+        gap=HostGap(),
         metrics=_metrics(config, workdir, checkpoints.latest() or 0) if is_primary() else None,
     )
 

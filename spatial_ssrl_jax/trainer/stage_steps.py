@@ -1,9 +1,10 @@
 """One step of each stage, as the training loop calls it: data in, new weights and metrics out."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from spatial_ssrl_jax.trainer.context import Run, items_of
 from spatial_ssrl_jax.trainer.run_log import Sampled
 
 _RESAMPLE_SEED = 1_000_001  # apart from the seeds of both stages
+Made = TypeVar("Made")
 
 # (number in the stage from 0, state, batch) -> new state, metrics, samples of a GRPO step.
 Step = Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, float], Sampled | None]]
@@ -42,9 +44,10 @@ def sft_step(run: Run, stage: SftStage, optimizer: optax.GradientTransformation)
         responses = encode_responses(batch.items, run.processor, run.config.rollout.max_new_tokens)
         packed = pack_step(batch, responses, settings, run.model.config.vision)
         rate = float(np.asarray(rates(number)))
-        micro_batches = map(run.layout.put_batch, packed)
+        micro_batches = _before_programs(map(run.layout.put_batch, packed), run.gap.end)
         state, metrics = train_step(loss, optimizer, state, micro_batches)
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        run.gap.begin()
         seconds = time.perf_counter() - begun
         length = np.array([len(response) for response in responses])
         rows = gather_ordered(prompt_rows(batch) | {"length": length})
@@ -62,6 +65,13 @@ def sft_step(run: Run, stage: SftStage, optimizer: optax.GradientTransformation)
         return state, metrics | prompt_metrics(rows) | more, None
 
     return step
+
+
+def _before_programs(batches: Iterable[Made], call: Callable[[], None]) -> Iterator[Made]:
+    """The batches; calls a function once each is made, before its programs are."""
+    for batch in batches:
+        call()
+        yield batch
 
 
 def grpo_step(
@@ -84,6 +94,7 @@ def grpo_step(
         run.processor,
         reference,
         run.ahead,
+        run.gap,
     )
     key = jax.random.key(config.seed)
 

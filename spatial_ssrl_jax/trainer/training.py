@@ -197,6 +197,8 @@ def _timed_step(
     run: Run, step: Step, number: int, state: TrainState, stream: Iterator[Batch]
 ) -> tuple[TrainState, dict[str, float], Sampled | None, Batch]:
     """Reads a batch and makes a step; adds times, memory, MFU and compilations to its metrics."""
+    run.gap.take()
+    run.gap.begin()  # each step, and what is measured between two, has waited for its results
     begun = time.perf_counter()
     batch = next(stream)
     waited = float(all_gather(np.array([time.perf_counter() - begun])).max())  # for the slowest
@@ -209,6 +211,7 @@ def _timed_step(
         "perf/compilations": float(compiled.count),
         "perf/compile_seconds": compiled.seconds,
         "perf/compilations_read": float(compiled.read),
+        "perf/host_gap_seconds": run.gap.take(),
         "perf/model_programs": float(run.compilations.count(_MODEL_PROGRAMS)),
     }
     return state, metrics, sampled, batch

@@ -290,6 +290,15 @@ def test_every_promised_figure_is_there(whole: Path):
     assert row["perf/compile_seconds"] > 0 and "perf/mfu" not in row
 
 
+def test_the_host_gap_is_what_no_program_runs_in(whole: Path):
+    for row in read_metrics(whole)[1:]:
+        gap, step = row["perf/host_gap_seconds"], row["perf/step_seconds"]
+        assert row["perf/input_wait_seconds"] <= gap < step
+        if row["stage"] == "grpo":
+            assert gap >= row["perf/input_wait_seconds"] + row["perf/reward_seconds"]
+            assert gap <= step - row["perf/rollout_seconds"] - row["perf/update_seconds"]
+
+
 REWARDS, ENDS = ("overall", "accuracy", "format"), ("", "_std")
 PHASES = ("step", "rollout", "reward", "reference", "update", "input_wait", "compile")
 PROMISED = {
