@@ -20,7 +20,7 @@ from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
 LENGTHS = (50, 100, 200, 400, 800, 1600, 2048)
 MIX = "mix"
-_PASSES = 2  # old log-probabilities, which two updates a rollout need, and the reference's
+_PASSES = 1.5  # old log-probabilities of the second of two updates, and the reference's
 _MEASURED = 9  # images of a source
 _QUESTIONS = "scenes:20:448x448"  # small images of which only the question's words are used
 
@@ -92,8 +92,9 @@ def sharing_curve(
 ) -> dict[str, dict[int, dict[str, float]]]:
     """FLOPs a prompt of a whole GRPO step, with the prompt once a group and once a sample.
 
-    A step is the rollout, one pass each for old and reference log-probabilities, and an update of
-    three passes, vision tower and head included (see `step_flops`).
+    A step is the rollout, a pass for reference log-probabilities, half of one for the old ones of
+    the second of two updates, and updates of three, vision tower and head included; see
+    `step_flops`.
 
     Args:
       config: the model's shape.

@@ -150,7 +150,7 @@ def decode_flops(config: QwenVLConfig, shape: GroupShape) -> float:
     return tokens * (dense_flops(text) + head_flops(text)) + attention
 
 
-def step_flops(config: QwenVLConfig, shape: GroupShape, passes: int, shared: bool) -> float:
+def step_flops(config: QwenVLConfig, shape: GroupShape, passes: float, shared: bool) -> float:
     """FLOPs of a GRPO step for one prompt: rollout, `passes` of log-probabilities, and update.
 
     Args:

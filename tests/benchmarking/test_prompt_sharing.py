@@ -73,10 +73,10 @@ def test_the_mix_is_the_mean_by_weight(shared: Path):
     assert both["c"] == curve[MIX] == both[MIX]
     shapes = [GroupShape(p.tokens, p.grids, 4, 60) for p in (first, second)]
     for how, shared_step in (("shared", True), ("per_sample", False)):
-        a, b = (step_flops(config, shape, 2, shared_step) for shape in shapes)
+        a, b = (step_flops(config, shape, 1.5, shared_step) for shape in shapes)
         assert curve[MIX][60][how] == pytest.approx((3 * a + b) / 4)
     assert curve["a"][60]["per_sample"] == pytest.approx(
-        4 * step_flops(config, shapes[0].alone(), 2, True)
+        4 * step_flops(config, shapes[0].alone(), 1.5, True)
     )
 
 
