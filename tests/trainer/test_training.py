@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -20,8 +21,9 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.outputs import MARKER
 from spatial_ssrl_jax.data.images import open_image
 from spatial_ssrl_jax.monitoring.metrics import read_metrics
+from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead
 from spatial_ssrl_jax.qwen_vl.weights import read_params
-from spatial_ssrl_jax.trainer import training
+from spatial_ssrl_jax.trainer import context, training
 from spatial_ssrl_jax.trainer.training import train
 from tests.conftest import ROOT
 
@@ -121,6 +123,32 @@ class StopAfter:
     def requested(self) -> bool:
         StopAfter.looks -= 1
         return StopAfter.looks == 0
+
+
+def test_programs_are_kept_and_compiled_ahead_as_the_config_says(
+    toy_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Until the run ends, which is at once here."""
+    seen = []
+
+    @contextmanager
+    def cache(*args):
+        seen.append(args[:2])
+        yield
+        seen.append("closed")
+
+    def ahead(setting: str) -> bool:
+        seen.append(setting)
+        return False
+
+    monkeypatch.setattr(training, "Preemption", StopAfter)
+    monkeypatch.setattr(context, "compilation_cache", cache)
+    monkeypatch.setattr(context, "compiles_ahead", ahead)
+    monkeypatch.setattr(CompileAhead, "close", lambda _: seen.append("no more"))
+    StopAfter.looks = 1
+    settings = c.CompileSettings(cache="elsewhere", ahead="never")
+    assert not train(toy_config(compile=settings), tmp_path / "run")
+    assert seen == [(settings, tmp_path / "run"), "never", "no more", "closed"]
 
 
 @pytest.mark.parametrize(("looks", "stop"), [(2, 0), (3, 1), (4, 2), (8, 4)])

@@ -279,7 +279,8 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
 
     kl_coefs, counted, updated = [], [], np.ones(8, bool)
 
-    def step(_self, state, batch, key, resample, kl_coef):
+    def step(made, state, batch, key, resample, kl_coef):
+        assert (made.queue, made.gap) == ("the queue", "the clock")
         kl_coefs.append(kl_coef)
         sampled = grpo.sample(None, batch, key)
         for number in (1, 2):
@@ -300,7 +301,8 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
     run = SimpleNamespace(
         config=config,
         rollout_prompts=config.rollout.batch_prompts,
-        ahead=None,
+        ahead="the queue",
+        gap="the clock",
         source=None,
         split=SimpleNamespace(train=()),
         processor=None,

@@ -214,6 +214,7 @@ def test_more_steps_are_the_same_run_unless_a_schedule_follows_them(
     [
         ("data", "max_bad_fraction", 0.5, True),
         ("reward", "max_failed_fraction", 0.5, True),
+        ("compile", "cache", "none", True),
         ("reward", "timeout", 60.0, True),
         ("reward", "workers", 2, True),
         ("reward", "accuracy_weight", 0.5, False),
