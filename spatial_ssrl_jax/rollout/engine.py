@@ -210,7 +210,7 @@ class Engine:
             if on_tokens is not None:  # it sees all rows
                 live = np.ones_like(live)
             new = schedule.next_shape(shape, live, cursor)
-            if new.samples < shape.samples:
+            if not new.has_rows_of(shape):
                 written = _write(written, state, sample)
                 rows = select_rows(live, new)
                 state, prefix, keys = select(state, prefix, keys, rows, self.layout)

@@ -5,7 +5,7 @@ continues with fewer rows, and as responses grow, with wider caches. Each size i
 own, so there are few: with 256 prompts x 5 samples, 2,048 tokens and blocks of 256 these eight,
 
     all samples in 256, 512, 1,024 and 2,048 slots
-    two samples of 256 prompts, one of 128, of 64 and of 16, in 2,048 slots
+    two samples of 128 prompts in 1,024 and 2,048 slots, one of 64 and one of 16 in 2,048
 
 A prompt with more unfinished samples than a size has a prompt takes several of its rows.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _CHECKS = 4  # a block of slots is filled in that many parts, between which rows may leave
-_DIVISORS = (2, 4, 16)  # of the prompts, for sizes that hold what is left of a batch
+_PARTS = ((2, 2), (4, 1), (16, 1))  # of the prompts, and samples of each, for what is left
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class DecodeShape:
     @property
     def samples(self) -> int:
         return self.prompts * self.group
+
+    def has_rows_of(self, other: "DecodeShape") -> bool:
+        """Whether they differ in slots alone."""
+        return (self.prompts, self.group) == (other.prompts, other.group)
 
     def columns(self, prompt_tokens: int) -> int:
         """Tokens of all caches that a decode step reads, used or not."""
@@ -127,12 +131,12 @@ class Schedule:
             slots.append(min(2 * slots[-1], limit))
         shapes = [DecodeShape(prompts, group, width) for width in slots]
         if len(slots) > 1:  # in one block there is no tail
-            parts = [(-(-prompts // d // shards) * shards, 1) for d in _DIVISORS]
-            if whole_groups:
-                parts = [(count, group) for count, _ in parts]
-            else:
-                parts.insert(0, (prompts, 2))
-            found = dict.fromkeys(DecodeShape(*part, limit) for part in parts)
+            first, *rest = (
+                (-(-prompts // divisor // shards) * shards, group if whole_groups else samples)
+                for divisor, samples in _PARTS
+            )
+            parts = [(*first, slots[-2]), (*first, limit), *((*part, limit) for part in rest)]
+            found = dict.fromkeys(DecodeShape(*part) for part in parts)
             shapes += [shape for shape in found if shape.samples < prompts * group]
         between = max(kv_block // _CHECKS // check_every, 1) * check_every
         return cls(tuple(shapes), between, check_every, prompt_tokens)
@@ -148,10 +152,7 @@ class Schedule:
         fitting = [
             other
             for other in self.shapes
-            if shape.slots <= other.slots
-            and cursor < other.slots
-            and other.samples <= shape.samples
-            and (other.samples == shape.samples or other.holds(live_BG))
+            if max(shape.slots, cursor + 1) <= other.slots and other.holds(live_BG)
         ]
         return min(fitting, key=lambda other: other.columns(self.prompt_tokens))
 
@@ -168,7 +169,7 @@ class Schedule:
         shape, lengths, cursor, spans = self.shapes[0], length_BG, 0, list[Span]()
         while (live := lengths > cursor).any():
             new = self.next_shape(shape, live, cursor) if cursor else shape
-            if new.samples < shape.samples:
+            if not new.has_rows_of(shape):
                 rows = select_rows(live, new)
                 lengths = np.where(rows.used, rows.of(lengths), 0)
             steps = self.steps_taken(int(lengths.max()), cursor, self.steps(new, cursor))

@@ -151,7 +151,7 @@ def test_finished_samples_leave(generate, monkeypatch):
     often = dict(stops=tuple(range(0, 680, 8)), check_every=2, group=4)
     shrunk = generate(**often, chunk=4)
     assert sizes[0] == (4, 4, 4) and sizes[-1] == (1, 1, LIMIT), sizes
-    assert {(4, 4, 8), (4, 2, LIMIT)} < set(sizes), sizes
+    assert (4, 4, 8) in sizes and any(size[:2] == (2, 2) for size in sizes), sizes
     length = np.minimum(shrunk.length, LIMIT)
     schedule = Schedule.of(4, 4, LIMIT, kv_block=4, check_every=2, prompt_tokens=BUCKET[0])
     assert spans == schedule.simulate(length)
@@ -161,7 +161,7 @@ def test_finished_samples_leave(generate, monkeypatch):
     )
     sizes.clear()
     whole = generate(**often, chunk=24)
-    assert set(sizes) == {(4, 4, LIMIT)} and 2 * whole.use.rows > 3 * shrunk.use.rows
+    assert set(sizes) == {(4, 4, LIMIT)} and whole.use.columns > 2 * shrunk.use.columns
     assert_same(shrunk, whole, group=4)
 
 

@@ -23,7 +23,7 @@ def sizes(made: Schedule) -> list[tuple[int, int, int]]:
 
 def test_there_are_eight_sizes():
     whole = [(256, 5, slots) for slots in (256, 512, 1024, 2048)]
-    parts = [(256, 2, 2048), (128, 1, 2048), (64, 1, 2048), (16, 1, 2048)]
+    parts = [(128, 2, 1024), (128, 2, 2048), (64, 1, 2048), (16, 1, 2048)]
     assert sizes(schedule()) == whole + parts
 
 
@@ -32,13 +32,13 @@ def test_there_are_eight_sizes():
     [
         ({"limit": 256}, [(256, 5, 256)]),
         ({"limit": 100}, [(256, 5, 100)]),
-        ({"limit": 300, "group": 1}, [(256, 1, 256), (256, 1, 300), (128, 1, 300), (64, 1, 300),
-                                      (16, 1, 300)]),
-        ({"limit": 512, "prompts": 1}, [(1, 5, 256), (1, 5, 512), (1, 2, 512), (1, 1, 512)]),
-        ({"limit": 512, "prompts": 24, "shards": 8}, [(24, 5, 256), (24, 5, 512), (24, 2, 512),
-                                                      (16, 1, 512), (8, 1, 512)]),
-        ({"limit": 512, "whole_groups": True}, [(256, 5, 256), (256, 5, 512), (128, 5, 512),
-                                                (64, 5, 512), (16, 5, 512)]),
+        ({"limit": 300, "group": 1}, [(256, 1, 256), (256, 1, 300), (64, 1, 300), (16, 1, 300)]),
+        ({"limit": 512, "prompts": 1}, [(1, 5, 256), (1, 5, 512), (1, 2, 256), (1, 2, 512),
+                                        (1, 1, 512)]),
+        ({"limit": 512, "prompts": 24, "shards": 8}, [(24, 5, 256), (24, 5, 512), (16, 2, 256),
+                                                      (16, 2, 512), (8, 1, 512)]),
+        ({"limit": 512, "whole_groups": True}, [(256, 5, 256), (256, 5, 512), (128, 5, 256),
+                                                (128, 5, 512), (64, 5, 512), (16, 5, 512)]),
     ],
 )  # fmt: skip
 def test_sizes(settings, expected):
@@ -80,13 +80,26 @@ def test_the_least_reading_size_that_holds_what_is_left_comes_next():
     made = schedule()
     whole = made.shapes[0]
     live = np.zeros((256, 5), bool)
-    live[:128, 0] = True
+    live[:64, 0] = True
     assert made.next_shape(whole, ~live, 256) == DecodeShape(256, 5, 512)
-    assert made.next_shape(whole, live, 256) == DecodeShape(128, 1, 2048)
-    live[:2, 1] = True
-    assert made.next_shape(made.shapes[1], live, 512) == DecodeShape(256, 2, 2048)
+    assert made.next_shape(whole, live, 256) == DecodeShape(64, 1, 2048)
+    live[:3, 1] = True
+    assert made.next_shape(made.shapes[1], live, 512) == DecodeShape(128, 2, 1024)
     # A wider size is not taken while the slots last.
     assert made.next_shape(whole, ~live, 64) == whole
+
+
+def test_what_no_small_size_holds_has_more_rows_again():
+    """At the end of its slots, where samples of one prompt took rows of their own."""
+    made = schedule()
+    live = np.ones((128, 2), bool)
+    assert made.next_shape(DecodeShape(128, 2, 1024), live, 1024) == DecodeShape(128, 2, 2048)
+    live = np.ones((64, 1), bool)
+    shapes = (DecodeShape(64, 1, 8), DecodeShape(128, 2, 16))
+    made = Schedule(shapes, 8, 8, 10)
+    assert made.next_shape(shapes[0], live, 8) == shapes[1]
+    rows = select_rows(live, shapes[1])
+    assert rows.used.sum() == 64 and rows.used.shape == (128, 2)
 
 
 def test_simulated_spans():
