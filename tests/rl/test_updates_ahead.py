@@ -2,15 +2,20 @@
 
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from spatial_ssrl_jax.monitoring.process_stats import CompilationCounter
 from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead
+from spatial_ssrl_jax.rl import grpo as grpo_module
 from spatial_ssrl_jax.rl.bucketing import BatchShape, Buckets
+from spatial_ssrl_jax.rl.grpo import Grpo
 from spatial_ssrl_jax.rl.train_step import initial_train_state, train_step
+from spatial_ssrl_jax.rl.updates_ahead import UpdatesAhead
 from tests.rl.conftest import CONFIG, ROLLOUT, SETTINGS, make_grpo
 
 PROGRAMS = ("vision_features", "logprobs_of", "micro_gradients", "apply_gradients")
@@ -51,3 +56,32 @@ def test_the_first_updates_and_the_next_widths_compile_nothing(small_params, grp
     assert len(grpo.queue._jobs) == 2
     # Log-probabilities and gradients of both widths, the images' features, the optimizer's step.
     assert counter.count(PROGRAMS) == 6
+
+
+class Stop(Exception):
+    """Ends a step after its updates."""
+
+
+def test_a_step_asks_before_it_samples_and_before_it_updates(
+    small_params, grpo_step, monkeypatch: pytest.MonkeyPatch
+):
+    batch, scored = grpo_step
+    calls: list[str] = []
+
+    def noted(name: str, result: object = None):
+        return lambda *_: calls.append(name) or result
+
+    def stop(_: object) -> None:
+        raise Stop
+
+    for name in ("expect_first", "claim", "expect_next"):
+        monkeypatch.setattr(UpdatesAhead, name, noted(name))
+    monkeypatch.setattr(Grpo, "sample", noted("sample", scored.rollout))
+    monkeypatch.setattr(Grpo, "_score", lambda *_: scored)
+    monkeypatch.setattr(grpo_module, "train_step", noted("update", (None, {})))
+    monkeypatch.setattr(grpo_module, "_mean_updates", stop)
+    grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((40,), (3,), (8,)))
+    with pytest.raises(Stop):
+        grpo.step(SimpleNamespace(params=small_params), batch, jax.random.key(0), None)
+    # The group that does not vary is left out.
+    assert calls == ["expect_first", "sample", "claim", "claim", "expect_next", "update"]
