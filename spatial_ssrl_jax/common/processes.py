@@ -6,12 +6,8 @@ import os
 import threading
 
 
-def end_with_parent(worker: int = 0, workers: int = 1) -> None:
-    """Ends this worker process as soon as its parent has ended, however it did.
-
-    Args:
-      worker, workers: its number and their count, which Grain gives to what starts a worker.
-    """
+def end_with_parent() -> None:
+    """Ends this worker process as soon as its parent has ended, however it did."""
     parent = multiprocessing.parent_process()
 
     def watch(sentinel: int) -> None:

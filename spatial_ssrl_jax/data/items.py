@@ -5,12 +5,10 @@ Every index yields an item: the task, the part of a mixture, the record and ever
 from the index's own generator.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grain
-import jax
 import numpy as np
 
 from spatial_ssrl_jax.common.errors import BadImage, UserError
@@ -66,17 +64,6 @@ class Item:
     example: Example
     prompt: Prompt
     skipped: tuple[SkippedRecord, ...]
-
-
-# Grain passes the arrays of a worker's items through shared memory if they are pytree leaves.
-# Pickled with their patches, items fill a worker's pipe, and it cannot be stopped.
-for _kind, _arrays in (
-    (Item, ("example", "prompt")),
-    (Example, ("images",)),
-    (Prompt, ("ids", "position", "image_index", "patches", "frame", "coords")),
-):
-    _others = [f.name for f in dataclasses.fields(_kind) if f.name not in _arrays]
-    jax.tree_util.register_dataclass(_kind, _arrays, _others)
 
 
 class MakeItem(grain.transforms.RandomMap):

@@ -4,31 +4,28 @@ A step's batch is a function of the stream and the step alone, whatever the numb
 workers and threads, so that the pipeline's whole state is one integer.
 """
 
-import errno
+import itertools
 import multiprocessing
-import multiprocessing.connection
-import queue
-import re
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import pickle
+import signal
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
+from typing import Any
 
+import cloudpickle
 import grain
 import numpy as np
-from absl import flags
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.processes import end_with_parent
+from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.data.items import Item
 from spatial_ssrl_jax.data.processor import Prompt
 
-_WORKER_BUFFER = 4  # items each worker process makes ahead
-_WATCH_SECONDS, _GRACE_SECONDS = 1.0, 5.0  # between looks at workers; for Grain to notice a death
-# Arrays go through pipes: shared memory outlives killed processes, and containers have 64 MB of it.
-_NO_SHARED_MEMORY = 2**62
+# A row of a process and its index in the global batch; None where an epoch's last batch lacks it.
+Row = tuple[int, Item | None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Batch:
     index: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, Item | None]]) -> "Batch":
+    def of(cls, rows: Sequence[Row]) -> "Batch":
         """Items with their indices in the global batch, as one value; None is no item."""
         found = [(index, item) for index, item in rows if item is not None]
         return cls(tuple(item for _, item in found), np.array([i for i, _ in found], np.int32))
@@ -78,7 +75,7 @@ class _ProcessRows(grain.sources.RandomAccessDataSource):
     def __len__(self) -> int:
         return len(self.items) // self.batch * (self.batch // self.processes)
 
-    def __getitem__(self, index: int) -> tuple[int, Item | None]:
+    def __getitem__(self, index: int) -> Row:
         step, row = divmod(int(index), self.batch // self.processes)
         first, size = self._range(step)
         micro_batch = self.micro_batch if size == self.batch else size
@@ -158,20 +155,16 @@ def batches(
         _ProcessRows(items, batch, micro_batch, process, processes, epoch)
     )
     local_batch = batch // processes
+    rows = rows[start * local_batch :]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    stream = rows[start * local_batch :].to_iter_dataset(options)
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain's workers read flags that only absl.app parses
-            flags.FLAGS.mark_as_parsed()
-        through_pipes = grain.experimental.DatasetOptions(min_shm_size=_NO_SHARED_MEMORY)
-        stream = grain.experimental.WithOptionsIterDataset(stream, through_pipes)
-        stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(workers, _WORKER_BUFFER), worker_init_fn=end_with_parent
-        )
+        made = _Workers(rows, options, workers, local_batch)
+        prefetched = grain.experimental.ThreadPrefetchDatasetIterator(made, 1)
+        return BatchStream(prefetched, made)
+    stream = rows.to_iter_dataset(options)
     stream = stream.batch(local_batch, drop_remainder=True, batch_fn=Batch.of)
     prefetched = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=1)
-    with _explain_worker_errors():
-        return BatchStream(iter(prefetched), has_workers=workers > 0)
+    return BatchStream(iter(prefetched))
 
 
 class BatchStream:
@@ -179,12 +172,11 @@ class BatchStream:
 
     Args:
       stream: Grain's iterator.
-      has_workers: whether processes make its items.
+      workers: the processes that make its items, if any do.
     """
 
-    def __init__(self, stream: grain.DatasetIterator[Batch], has_workers: bool):
-        self._stream, self._has_workers, self._waits_forever = stream, has_workers, False
-        self._workers: set[BaseProcess] = set()
+    def __init__(self, stream: grain.DatasetIterator[Batch], workers: "_Workers | None" = None):
+        self._stream, self._workers = stream, workers
 
     def __iter__(self) -> "BatchStream":
         return self
@@ -193,75 +185,94 @@ class BatchStream:
         """The next batch.
 
         Raises:
-          UserError: a worker process was killed, or cannot start.
+          UserError: a worker process was killed.
         """
-        with _explain_worker_errors():
-            return self._watched_next() if self._has_workers else next(self._stream)
-
-    def _watched_next(self) -> Batch:
-        """The next batch, read in a thread: a worker that is killed while it writes to its pipe
-        lets the reader wait for ever."""
-        self._note_workers()  # those that have died since are no active children
-        results: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
-        threading.Thread(target=_put_next, args=(self._stream, results), daemon=True).start()
-        died = None
-        while True:
-            try:
-                found = results.get(timeout=_WATCH_SECONDS)
-            except queue.Empty:
-                code, now = self._exit_code(), time.monotonic()
-                died = died or (now if code is not None else None)
-                if died is not None and now - died >= _GRACE_SECONDS:
-                    self._waits_forever = True
-                    raise _killed(code) from None
-                continue
-            self._note_workers()
-            if isinstance(found, BaseException):
-                raise found
-            return found
-
-    def _note_workers(self) -> None:
-        self._workers |= set(multiprocessing.active_children())
-
-    def _exit_code(self) -> int | None:
-        """The exit code of a worker that was killed, if any was."""
-        self._note_workers()
-        return next((w.exitcode for w in self._workers if w.exitcode), None)
+        return next(self._stream)
 
     def close(self) -> None:
-        if not self._waits_forever:
-            self._stream.close()  # which waits for its threads
-        for worker in self._workers if self._waits_forever else ():
-            worker.kill()
+        if self._workers is not None:
+            self._workers.close()  # first, as the thread that prefetches may wait for one
+        self._stream.close()
 
 
-def _put_next(
-    stream: grain.DatasetIterator[Batch], results: "queue.SimpleQueue[Batch | BaseException]"
-) -> None:
-    """Puts the next batch, or the error of making it."""
+class _Workers:
+    """Batches of rows that processes make in turn, each with a pipe of its own.
+
+    When a process dies, its pipe ends, whatever it was writing. Grain's own workers share queues
+    with their reader, which waits for the rest of a row for ever, and at the end of the run again.
+
+    Args:
+      rows: of this process.
+      options: threads of each worker, and rows that they make ahead.
+      workers: processes.
+      batch: rows of a batch.
+    """
+
+    def __init__(
+        self, rows: grain.MapDataset[Row], options: grain.ReadOptions, workers: int, batch: int
+    ):
+        context, self._batch = multiprocessing.get_context("spawn"), batch
+        self._processes, pipes = [], []
+        for worker in range(workers):
+            mine, theirs = context.Pipe(duplex=False)
+            program = cloudpickle.dumps(rows[worker::workers].to_iter_dataset(options))
+            process = context.Process(target=_make_rows, args=(theirs, program), daemon=True)
+            process.start()
+            theirs.close()  # so that the pipe ends with the process
+            self._processes.append(process)
+            pipes.append(mine)
+        self._turns = itertools.cycle(zip(self._processes, pipes, strict=True))
+
+    def __iter__(self) -> "_Workers":
+        return self
+
+    def __next__(self) -> Batch:
+        return Batch.of([self._row() for _ in range(self._batch)])
+
+    def _row(self) -> Row:
+        process, pipe = next(self._turns)
+        try:
+            made = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            process.join()
+            raise _killed(process.exitcode) from None
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    # What Grain's prefetching asks of an iterator; the step is the pipeline's whole state.
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()  # it holds nothing, and may wait for its pipe
+
+
+def _make_rows(pipe: "Connection[Any, Any]", program: bytes) -> None:
+    """A worker: writes its rows to its pipe, which holds it back, or the error that ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run ends its workers
+    end_with_parent()
     try:
-        results.put(next(stream))
-    except BaseException as error:  # raised again by who waits
-        results.put(error)
+        for row in pickle.loads(program):
+            # Of this protocol arrays are copied once.
+            pipe.send_bytes(pickle.dumps(row, pickle.HIGHEST_PROTOCOL))
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        pipe.send_bytes(_pickled(error))
 
 
-@contextmanager
-def _explain_worker_errors() -> Iterator[None]:
-    """Turns an error of worker processes into a `UserError`."""
+def _pickled(error: Exception) -> bytes:
+    """An error as bytes; of one whose class does not pickle, its text."""
     try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC or error.filename:
-            raise
-        raise UserError(
-            "/dev/shm is full, so that no worker process can start: free space there, or set "
-            "data.workers=0."
-        ) from error
-    except RuntimeError as error:
-        code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
-        if code is None:
-            raise
-        raise _killed(int(code[1])) from error
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:  # a class's own code, which may raise any
+        return pickle.dumps(RuntimeError(error_line(error)))
+    return data
 
 
 def _killed(code: int | None) -> UserError:
