@@ -31,7 +31,8 @@ def write_rollouts(workdir: epath.PathLike, step: int, rows: list[dict[str, Any]
         for i, image in enumerate(row["images"]):
             paths.append(f"images/step_{step:06d}_{number}_{i}.png")
             buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "PNG")
+            # The fastest level makes files as large as the others do, of photos.
+            Image.fromarray(image).save(buffer, "PNG", compress_level=1)
             (folder / paths[-1]).write_bytes(buffer.getvalue())
         lines.append(json.dumps({"step": step} | row | {"images": paths}) + "\n")
     path = folder / f"step_{step:06d}.jsonl"
