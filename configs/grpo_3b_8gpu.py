@@ -22,7 +22,7 @@ from spatial_ssrl_jax import config as c
 
 
 def get_config() -> c.Config:
-    """`grpo_3b.py` with two prompts a GPU in a micro-batch, and 16 in a rollout batch."""
+    """`grpo_3b.py` with two prompts a GPU in a micro-batch."""
     base = c.load_config(str(Path(__file__).with_name("grpo_3b.py")))
     return replace(
         base,
@@ -30,5 +30,5 @@ def get_config() -> c.Config:
         model=replace(base.model, attention="cudnn", remat="full"),
         mesh=replace(base.mesh, fsdp=8),
         grpo=replace(base.grpo, micro_batch_prompts=16),
-        rollout=replace(base.rollout, batch_prompts=128, tensor=1, attention="triton"),
+        rollout=replace(base.rollout, tensor=1, attention="triton"),
     )

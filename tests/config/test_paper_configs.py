@@ -111,7 +111,7 @@ def test_eight_gpus_train_the_same():
     paper, gpus = (load_config(str(ROOT / "configs" / f"grpo_3b{x}.py")) for x in ("", "_8gpu"))
     check_settings(gpus)
     assert (gpus.model.attention, gpus.rollout.attention) == ("cudnn", "triton")
-    for prompts in (gpus.grpo.micro_batch_prompts, gpus.rollout.batch_prompts):
+    for prompts in (gpus.grpo.micro_batch_prompts, gpus.rollout.prefill_prompts):
         assert prompts % gpus.mesh.fsdp == 0
     names = ("name", "mesh", "model", "rollout")
     same = replace(gpus, **{name: getattr(paper, name) for name in names})
