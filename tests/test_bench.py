@@ -1,6 +1,7 @@
 """`bench`: one JSON line with metrics that add up, and imports only what it times."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -38,6 +39,8 @@ def test_every_task_is_timed_and_fast_enough(capsys: pytest.CaptureFixture):
 def test_the_pipeline_is_timed_as_a_step_waits_for_it(capsys: pytest.CaptureFixture):
     argv = ["--repeats=1", "--batches=2", "--batch=2", "--threads=1", "--source=scenes:9:112x112"]
     report = run(capsys, *argv)["pipeline"]
+    cores = report["cpu_ms_per_prompt"] * report["prompts_per_s"] / 1e3  # that are busy
+    assert 0.05 < cores <= (os.cpu_count() or 1)
     assert report["wait_share"] > 0.9 and report["prompts_per_s"] <= report["images_per_s"]
     waited = run(capsys, *argv, "--step-seconds=1")["pipeline"]
     assert waited["step_seconds"] == 1 and waited["wait_share"] < 0.9
