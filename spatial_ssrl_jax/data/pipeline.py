@@ -10,6 +10,7 @@ import pickle
 import signal
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -262,7 +263,8 @@ def _make_rows(pipe: "Connection[Any, Any]", program: bytes) -> None:
             pipe.send_bytes(pickle.dumps(row, pickle.HIGHEST_PROTOCOL))
     except Exception as error:
         error.add_note(traceback.format_exc())
-        pipe.send_bytes(_pickled(error))
+        with suppress(BrokenPipeError):  # the run has ended
+            pipe.send_bytes(_pickled(error))
 
 
 def _pickled(error: Exception) -> bytes:
