@@ -140,9 +140,9 @@ class CompileSettings:
         `none` keeps none. JAX's own JAX_COMPILATION_CACHE_DIR comes first.
       cache_gb: its size at most, in GB: the programs that were not used for longest go, in a bucket
         those that were written first, when a run starts.
-      ahead: whether a thread compiles programs of GRPO's updates before they are called, first those
-        of the longest responses, then those of the next sizes: `always`, `never`, or `auto`, on
-        TPUs alone, as elsewhere the compiler takes what the run computes with.
+      ahead: whether a thread compiles programs of GRPO's updates before they are called, first for
+        the longest responses, then for the next sizes: `always`, `never`, or `auto`, on TPUs
+        alone, as elsewhere the compiler takes what the run computes with.
     """
 
     cache: str = ""

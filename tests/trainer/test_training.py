@@ -337,12 +337,16 @@ PROMISED = {
 }  # fmt: skip
 
 
-def test_nothing_compiles_late(whole: Path):
+def test_little_compiles_late(whole: Path):
+    """What is left of a rollout may need a size of decode program that none needed before."""
     rows = {r["step"]: r for r in read_metrics(whole) if r["step"]}
-    for name in ("perf/compilations", "perf/model_programs"):
-        assert rows[5][name] == rows[4][name]
-    # SFT's and GRPO's gradients, log-probabilities, prefill and decoding of both batch sizes.
-    assert 4 <= rows[5]["perf/model_programs"] < rows[5]["perf/compilations"]
+    sizes = 6  # of 8 prompts x 3 samples in 16 and 32 slots
+    late = rows[5]["perf/model_programs"] - rows[4]["perf/model_programs"]
+    assert late <= sizes - 2
+    # With it come the programs that choose its rows, and none of the others.
+    assert rows[5]["perf/compilations"] - rows[4]["perf/compilations"] <= 8 * late
+    # SFT's and GRPO's gradients, log-probabilities, prefill; decoding, and that of held-out images.
+    assert 4 <= rows[5]["perf/model_programs"] <= 4 + 3 + sizes + 4
     assert 0 <= rows[5]["perf/compilations_read"] <= rows[5]["perf/compilations"]
 
 
