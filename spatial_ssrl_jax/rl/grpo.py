@@ -213,7 +213,7 @@ class Grpo:
                 self.engine.generate(
                     params,
                     weights,
-                    [self.layout.put_batch(part.pad(batch.prompts)) for part in parts],
+                    (self.layout.put_batch(part.pad(batch.prompts)) for part in parts),
                     group_size=self.settings.group_size,
                     max_new_tokens=settings.max_new_tokens,
                     key=key,

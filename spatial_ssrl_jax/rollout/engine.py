@@ -4,7 +4,7 @@ Images are encoded and prompts prefilled once. Between decode steps the host gro
 cache, and continues with the unfinished samples alone, as `schedule.py` says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -142,7 +142,7 @@ class Engine:
         self,
         params: Params,
         weights: DecodeWeights,
-        prompts: Sequence[PromptBatch[np.ndarray] | PromptBatch[Array]],
+        prompts: Iterable[PromptBatch[np.ndarray] | PromptBatch[Array]],
         *,
         group_size: int,
         max_new_tokens: int,
@@ -158,7 +158,7 @@ class Engine:
           params: the model.
           weights: `fill(params)`.
           prompts: batches of prompts, on the host or sharded over devices, B in all; each is
-            prefilled by itself, and all are decoded together.
+            prefilled by itself, when it is taken, and all are decoded together.
           group_size: G.
           max_new_tokens: R, a multiple of `check_every`.
           key: the step's key; draws depend only on it, `prompt_index` and the index in the group.
@@ -179,9 +179,10 @@ class Engine:
                 f"max_new_tokens={max_new_tokens} must be a multiple of "
                 f"rollout.check_every={self.check_every}."
             )
-        filled = [
-            prefill(self.config, self.compute, params, batch, self.layout) for batch in prompts
-        ]
+        filled, prompt_lengths = [], []
+        for batch in prompts:
+            filled.append(prefill(self.config, self.compute, params, batch, self.layout))
+            prompt_lengths.append(batch.length)
         index = jnp.concatenate([jnp.asarray(part, jnp.int32) for part in prompt_index])
         hidden, prefix = join_prefills(filled, self.layout)
         del filled
@@ -219,27 +220,25 @@ class Engine:
                 state = grow(state, new.slots - shape.slots, self.layout)
             shape = new
         written = _write(written, state, sample)
-        found = _local_rows(written, prompts)
+        found = _local_rows(written, prompt_lengths)
         length = gather_to_host(written[2])
         last = schedule.steps_taken(int(length.max()), spans[-1].start, spans[-1].steps)
         spans[-1] = replace(spans[-1], end=spans[-1].start + last)
-        prompt_length = np.concatenate(
-            [gather_to_host(jnp.asarray(batch.length)) for batch in prompts]
-        )
+        prompt_length = np.concatenate([gather_to_host(jnp.asarray(x)) for x in prompt_lengths])
         use = DecodeUse.of(spans, length, prompt_length, prompt_tokens)
         tokens, logprobs, lengths, finished = found
         return Rollout(tokens, logprobs, lengths, finished, use)
 
 
 def _local_rows(
-    arrays: tuple[Array, ...], prompts: Sequence[PromptBatch[np.ndarray] | PromptBatch[Array]]
+    arrays: tuple[Array, ...], batches: Sequence[np.ndarray | Array]
 ) -> tuple[np.ndarray, ...]:
-    """This process's rows of each batch of prompts."""
+    """This process's rows of batches that are sharded as the given arrays, one after another."""
     first, found = 0, list[tuple[np.ndarray, ...]]()
-    for batch in prompts:
-        part = _slice(arrays, first, len(batch.length)) if len(prompts) > 1 else arrays
-        found.append(local_shards(part, getattr(batch.length, "sharding", None)))
-        first += len(batch.length)
+    for batch in batches:
+        part = _slice(arrays, first, len(batch)) if len(batches) > 1 else arrays
+        found.append(local_shards(part, getattr(batch, "sharding", None)))
+        first += len(batch)
     return tuple(map(np.concatenate, zip(*found, strict=True)))
 
 

@@ -78,6 +78,7 @@ def test_rollout_batches_of_like_length_draw_the_same_tokens(toy):
 
         @staticmethod
         def generate(params, weights, prompts, **settings):
+            prompts = list(prompts)
             seen.append([(*part.ids.shape, part.vision.frame.shape[1]) for part in prompts])
             return engine.generate(params, weights, prompts, **settings)
 

@@ -51,8 +51,9 @@ class Recorder:
         return None
 
     def generate(self, params, weights, prompts, **settings) -> Rollout:
-        length = np.concatenate([part.length for part in prompts])
-        self.calls.append({"rows": len(length), "prefills": len(prompts), **settings})
+        lengths = [part.length for part in prompts]
+        length = np.concatenate(lengths)
+        self.calls.append({"rows": len(length), "prefills": len(lengths), **settings})
         shape = (len(length), settings["group_size"])
         tokens = np.zeros((*shape, settings["max_new_tokens"]), np.int32)
         tokens[:, -1, 0] = 7
