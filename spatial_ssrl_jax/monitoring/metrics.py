@@ -94,6 +94,7 @@ NAMES = (
     "perf/rollout_tokens_per_second",
     "perf/repeated_tokens_per_second",  # the prompt once a sample
     "perf/samples_per_second",
+    "perf/prefill_padding_share",
     "perf/decode_steps",
     "perf/decode_occupancy",
     "perf/cache_occupancy",

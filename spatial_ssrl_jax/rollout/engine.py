@@ -34,7 +34,7 @@ from spatial_ssrl_jax.rollout.decode import (
     select,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling, sample_keys
-from spatial_ssrl_jax.rollout.schedule import DecodeUse, Schedule, Span, select_rows
+from spatial_ssrl_jax.rollout.schedule import RolloutUse, Schedule, Span, select_rows
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Rollout:
     logprobs: np.ndarray
     length: np.ndarray
     finished: np.ndarray
-    use: DecodeUse = DecodeUse()
+    use: RolloutUse = RolloutUse()
 
     def map(self, function: Callable[..., np.ndarray], *others: "Rollout") -> "Rollout":
         """The function of each array of this and other rollouts; what they used is added up."""
         rollouts = (self, *others)
         names = ("tokens", "logprobs", "length", "finished")
         arrays = {name: function(*(getattr(r, name) for r in rollouts)) for name in names}
-        return Rollout(**arrays, use=sum((r.use for r in rollouts), DecodeUse()))
+        return Rollout(**arrays, use=sum((r.use for r in rollouts), RolloutUse()))
 
 
 def concatenate_rollouts(rollouts: Sequence[Rollout], index: np.ndarray) -> Rollout:
@@ -179,8 +179,9 @@ class Engine:
                 f"max_new_tokens={max_new_tokens} must be a multiple of "
                 f"rollout.check_every={self.check_every}."
             )
-        filled, prompt_lengths = [], []
+        filled, prompt_lengths, prefilled = [], [], 0
         for batch in prompts:
+            prefilled += batch.ids.shape[0] * batch.ids.shape[1]
             filled.append(prefill(self.config, self.compute, params, batch, self.layout))
             prompt_lengths.append(batch.length)
         index = jnp.concatenate([jnp.asarray(part, jnp.int32) for part in prompt_index])
@@ -225,7 +226,7 @@ class Engine:
         last = schedule.steps_taken(int(length.max()), spans[-1].start, spans[-1].steps)
         spans[-1] = replace(spans[-1], end=spans[-1].start + last)
         prompt_length = np.concatenate([gather_to_host(jnp.asarray(x)) for x in prompt_lengths])
-        use = DecodeUse.of(spans, length, prompt_length, prompt_tokens)
+        use = RolloutUse.of(spans, length, prompt_length, prompt_tokens, prefilled)
         tokens, logprobs, lengths, finished = found
         return Rollout(tokens, logprobs, lengths, finished, use)
 

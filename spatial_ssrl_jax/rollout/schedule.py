@@ -202,8 +202,8 @@ def select_rows(live_BG: np.ndarray, shape: DecodeShape) -> Rows:
 
 
 @dataclass(frozen=True)
-class DecodeUse:
-    """How much of what was decoded was needed; sums over rollouts.
+class RolloutUse:
+    """How much of what a rollout computed was needed; sums over rollouts.
 
     Attributes:
       steps: decode steps.
@@ -211,6 +211,8 @@ class DecodeUse:
       rows: rows of all steps.
       live_columns: tokens of caches that the responses needed to read.
       columns: tokens of caches that were read.
+      prompt_tokens: tokens that prompts have.
+      prefilled: tokens that were prefilled.
     """
 
     steps: int = 0
@@ -218,6 +220,8 @@ class DecodeUse:
     rows: int = 0
     live_columns: int = 0
     columns: int = 0
+    prompt_tokens: int = 0
+    prefilled: int = 0
 
     @classmethod
     def of(
@@ -226,8 +230,9 @@ class DecodeUse:
         length_BG: np.ndarray,
         prompt_length_B: np.ndarray,
         prompt_tokens: int,
-    ) -> "DecodeUse":
-        """That of one rollout; `prompt_tokens` as in `Schedule`."""
+        prefilled: int,
+    ) -> "RolloutUse":
+        """That of one rollout; `prompt_tokens` as in `Schedule`, `prefilled` with padding."""
         length = length_BG.astype(np.int64)
         prompts = prompt_length_B.astype(np.int64) * length.max(axis=1)
         return cls(
@@ -236,16 +241,19 @@ class DecodeUse:
             sum(span.steps * span.shape.samples for span in spans),
             int(prompts.sum() + (length * (length + 1) // 2).sum()),
             sum(span.steps * span.shape.columns(prompt_tokens) for span in spans),
+            int(prompt_length_B.sum()),
+            prefilled,
         )
 
     def metrics(self) -> dict[str, float]:
-        """The fractions of decoded rows and of cached tokens that the responses needed."""
+        """The decode steps, and fractions: of rows, cached and prefilled tokens."""
         return {
+            "prefill_padding_share": 1 - self.prompt_tokens / max(self.prefilled, 1),
             "decode_steps": float(self.steps),
             "decode_occupancy": self.tokens / max(self.rows, 1),
             "cache_occupancy": self.live_columns / max(self.columns, 1),
         }
 
-    def __add__(self, other: "DecodeUse") -> "DecodeUse":
+    def __add__(self, other: "RolloutUse") -> "RolloutUse":
         mine, theirs = vars(self).values(), vars(other).values()
-        return DecodeUse(*(a + b for a, b in zip(mine, theirs, strict=True)))
+        return RolloutUse(*(a + b for a, b in zip(mine, theirs, strict=True)))

@@ -181,6 +181,15 @@ def test_a_run_that_does_not_fit_exits_with_1(
     assert "the largest buffer is [" in printed
 
 
+def test_prompt_tokens_go_with_lengths(tmp_path: Path):
+    config = f"--config={ROOT / 'configs' / 'tiny.py'}"
+    with pytest.raises(UserError, match="--prompt-tokens goes with --lengths"):
+        command.main([config, "--topology=cpu", "--prompt-tokens=3"])
+    (tmp_path / "none").write_text("many\n")
+    with pytest.raises(UserError, match="line 1 of .* is no list of whole numbers"):
+        command.main([config, "--topology=cpu", f"--lengths={tmp_path / 'none'}"])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_the_tiny_run_is_planned_for_a_tpu():

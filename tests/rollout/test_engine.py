@@ -136,7 +136,7 @@ def test_finished_samples_leave(generate, monkeypatch):
     What is decoded is what the schedule says of such lengths.
     """
     spans, sizes = [], []
-    decode, use = engine.decode_chunk, engine.DecodeUse.of
+    decode, use = engine.decode_chunk, engine.RolloutUse.of
 
     def watched(*args):
         sizes.append((*args[5].finished.shape, args[5].layers[0][0].shape[3]))
@@ -147,7 +147,7 @@ def test_finished_samples_leave(generate, monkeypatch):
         return use(found, *rest)
 
     monkeypatch.setattr(engine, "decode_chunk", watched)
-    monkeypatch.setattr(engine.DecodeUse, "of", kept)
+    monkeypatch.setattr(engine.RolloutUse, "of", kept)
     often = dict(stops=tuple(range(0, 680, 8)), check_every=2, group=4)
     shrunk = generate(**often, chunk=4)
     assert sizes[0] == (4, 4, 4) and sizes[-1] == (1, 1, LIMIT), sizes
@@ -179,6 +179,7 @@ def test_prompts_are_prefilled_in_parts(generate, rollout, prompts, toy):
         sampling=WARM,
     )
     assert_same(found, rollout)
+    assert found.use.prefilled == 28 + 3 * 32 and found.use.prompt_tokens == 23 + 9 + 15 + 23
 
 
 def test_tokens_are_shown_as_they_are_drawn(generate, rollout):

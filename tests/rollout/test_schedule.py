@@ -5,7 +5,7 @@ import pytest
 
 from spatial_ssrl_jax.rollout.schedule import (
     DecodeShape,
-    DecodeUse,
+    RolloutUse,
     Schedule,
     Span,
     select_rows,
@@ -119,8 +119,9 @@ def test_simulated_spans():
     assert [
         ((s.shape.prompts, s.shape.group, s.shape.slots), s.start, s.end) for s in merged
     ] == expected
-    use = DecodeUse.of(found, length, np.full(8, 9), 10)
+    use = RolloutUse.of(found, length, np.full(8, 9), 10, 96)
     assert (use.steps, use.tokens, use.rows) == (52, 155, 16 * 8 + 44)
     assert use.columns == 8 * (8 * 10 + 16 * 16) + 44 * (10 + 64)
     assert use.live_columns == 9 * (7 * 7 + 50) + 15 * 28 + 50 * 51 // 2
+    assert use.metrics()["prefill_padding_share"] == pytest.approx(1 - 8 * 9 / 96)
     assert (use + use).rows == 2 * use.rows
