@@ -46,11 +46,10 @@ def main(argv: Sequence[str]) -> int:
 
     lengths = None
     if args.lengths is not None:
-        tokens = smallest_bucket(
-            args.prompt_tokens or max(config.data.prompt_buckets),
-            config.data.prompt_buckets,
-            "data.prompt_buckets",
-        )
+        buckets, tokens = config.data.prompt_buckets, args.prompt_tokens
+        if tokens is not None and tokens < 1:
+            raise UserError(f"--prompt-tokens={tokens} must be at least 1.")
+        tokens = smallest_bucket(tokens or max(buckets), buckets, "data.prompt_buckets")
         lengths = RolloutLengths(parse_lengths(args.lengths), tokens)
     elif args.prompt_tokens is not None:
         raise UserError("--prompt-tokens goes with --lengths: give both.")

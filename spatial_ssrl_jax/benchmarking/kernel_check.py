@@ -1,8 +1,8 @@
 """Which attention is right and fastest on the device at hand: what `auto` should be there.
 
 Every kernel that can run on the device is compared with XLA in float32, and is right where its
-errors are at most twice those of XLA in bfloat16: log-probabilities and gradients of groups and of
-packed rows, whose prompts, responses and rows have odd lengths, and steps of decoding.
+errors are at most four times those of XLA in bfloat16: log-probabilities and gradients of groups
+and of packed rows, whose prompts, responses and rows have odd lengths, and steps of decoding.
 """
 
 import statistics
@@ -41,7 +41,7 @@ from spatial_ssrl_jax.qwen_vl.param_tree import flatten_params
 from spatial_ssrl_jax.qwen_vl.qwen2_5 import MODEL_TYPE, Qwen2_5VisionConfig
 from spatial_ssrl_jax.rl.logprobs import packed_logprobs, response_logprobs
 
-_TOLERANCE = 2.0  # times the errors of XLA in bfloat16
+_TOLERANCE = 4.0  # times the errors of XLA in bfloat16
 _STEPS = 64  # of decoding in a timed run
 # The 3B's widths, with two layers in each tower and a small vocabulary.
 _TWO_LAYERS = QwenVLConfig(

@@ -34,7 +34,7 @@ from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
 from spatial_ssrl_jax.trainer.memory import explain_out_of_memory, keep_freed_memory
 
-_BLOCKS = 8  # sizes of the cache of responses up to --new, where their lengths differ
+_BLOCKS = 8  # of the cache of responses up to --new, where their lengths differ
 
 _MEMORY_ADVICE = (
     "lower --micro-batch-prompts, --prompts or --new",

@@ -402,7 +402,7 @@ class RolloutSettings:
       check_every: decode steps between checks whether all samples have finished.
       batch_prompts: prompts that are sampled at a time; 0 takes as many of a step's as memory
         holds if every prompt and response were the longest.
-      prefill_prompts: of them, prompts that are prefilled at a time at most.
+      prefill_prompts: of them, prompts that are prefilled at a time at most, one a shard at least.
       tensor: devices that share one copy of the weights while sampling; no more of them than the
         model has key/value heads, or caches are held twice.
       attention: what computes a decode step's attention: `xla` anywhere, `triton` one kernel on

@@ -66,6 +66,11 @@ class Prompt:
     frame: np.ndarray
     coords: np.ndarray
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(x.nbytes for x in vars(self).values() if isinstance(x, np.ndarray))
+
 
 @dataclass(frozen=True)
 class PromptSize:

@@ -66,7 +66,7 @@ def parse_lengths(text: str) -> ResponseLengths:
     Raises:
       UserError: it is neither a model nor a file with whole numbers above 0.
     """
-    if "=" in text:
+    if "=" in text and not Path(text).exists():
         return _model(text)
     try:
         lines = Path(text).read_text().splitlines()
@@ -77,7 +77,7 @@ def parse_lengths(text: str) -> ResponseLengths:
         words = re.split(r"[\s,]+", line.strip())
         if words == [""]:
             continue
-        if not all(word.isdecimal() and 0 < int(word) < 2**31 for word in words):
+        if not all(word.isdecimal() and 0 < int(word) <= 2**30 for word in words):
             raise UserError(
                 f"--lengths: line {number} of {text} is no list of whole numbers above 0."
             )
@@ -89,7 +89,7 @@ def parse_lengths(text: str) -> ResponseLengths:
 
 def _model(text: str) -> LogNormalLengths:
     found: dict[str, float] = {}
-    known = {"mean": (1, 2**31), "sigma": (0, 10), "cap": (1, 2**31), "correlation": (0, 1)}
+    known = {"mean": (1, 2**30), "sigma": (0, 10), "cap": (1, 2**30), "correlation": (0, 1)}
     for part in text.split(","):
         name, _, value = part.partition("=")
         if name not in known:

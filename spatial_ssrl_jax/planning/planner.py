@@ -3,7 +3,8 @@
 Memory is the compiler's own account of each program, plus what else is on the device meanwhile.
 FLOPs are counted in the traced program, bytes in the compiled one, with loops' trip counts
 multiplied in; from them and the chip's peak rates follows the minimum time. All is at the largest
-buckets, with every response at `rollout.max_new_tokens`: real steps are shorter.
+buckets, with every response at `rollout.max_new_tokens`, decoded in the widest caches: real steps
+are shorter, and `lengths` say how much decoding is.
 """
 
 import re

@@ -125,8 +125,8 @@ def _held_while_sampling(
 
 
 def prefill_prompts(batch_prompts: int, limit: int, shards: int) -> int:
-    """The most prompts up to a limit that divide a rollout batch, and divide by the shards."""
-    sizes = [n for n in range(shards, limit + 1, shards) if batch_prompts % n == 0]
+    """The most prompts up to a limit, and one a shard at least, that divide a rollout batch."""
+    sizes = [n for n in range(shards, max(limit, shards) + 1, shards) if batch_prompts % n == 0]
     return max(sizes, default=batch_prompts)
 
 

@@ -20,7 +20,7 @@ from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
-from spatial_ssrl_jax.rollout.cache import DecodeState
+from spatial_ssrl_jax.rollout.cache import DecodeState, Prefix
 from spatial_ssrl_jax.rollout.decode import (
     DecodeSettings,
     DecodeWeights,
@@ -85,7 +85,7 @@ class Engine:
       stop_ids: tokens that end a response.
       kv_block: slots of the cache of responses at the start; they double.
       check_every: decode steps between checks of whether all have finished; divides `kv_block`.
-      shards: shards of the batch axis; a batch never shrinks below one group a shard.
+      shards: shards of the batch axis; a batch never shrinks below one prompt a shard.
       layout: the sharding of weights and caches for sampling; None leaves it to the compiler.
     """
 
@@ -179,14 +179,8 @@ class Engine:
                 f"max_new_tokens={max_new_tokens} must be a multiple of "
                 f"rollout.check_every={self.check_every}."
             )
-        filled, prompt_lengths, prefilled = [], [], 0
-        for batch in prompts:
-            prefilled += batch.ids.shape[0] * batch.ids.shape[1]
-            filled.append(prefill(self.config, self.compute, params, batch, self.layout))
-            prompt_lengths.append(batch.length)
+        hidden, prefix, prompt_lengths, prefilled = self._prefilled(params, prompts)
         index = jnp.concatenate([jnp.asarray(part, jnp.int32) for part in prompt_index])
-        hidden, prefix = join_prefills(filled, self.layout)
-        del filled
         total, prompt_tokens = prefix.valid.shape
         schedule = self.schedule(total, group_size, max_new_tokens, prompt_tokens, sampling)
         shape, settings = schedule.shapes[0], self.settings(sampling)
@@ -229,6 +223,21 @@ class Engine:
         use = RolloutUse.of(spans, length, prompt_length, prompt_tokens, prefilled)
         tokens, logprobs, lengths, finished = found
         return Rollout(tokens, logprobs, lengths, finished, use)
+
+    def _prefilled(
+        self, params: Params, prompts: Iterable[PromptBatch[np.ndarray] | PromptBatch[Array]]
+    ) -> tuple[Array, Prefix[Array], list[np.ndarray | Array], int]:
+        """What all prefills give, the lengths of each batch's prompts, and tokens with padding.
+
+        No batch is kept, whose pixels would take memory while responses are decoded.
+        """
+        filled, lengths, tokens = [], [], 0
+        for batch in prompts:
+            filled.append(prefill(self.config, self.compute, params, batch, self.layout))
+            lengths.append(batch.length)
+            tokens += batch.ids.shape[0] * batch.ids.shape[1]
+        hidden, prefix = join_prefills(filled, self.layout)
+        return hidden, prefix, lengths, tokens
 
 
 def _local_rows(

@@ -42,7 +42,7 @@ class DecodeShape:
         return (self.prompts, self.group) == (other.prompts, other.group)
 
     def columns(self, prompt_tokens: int) -> int:
-        """Tokens of all caches that a decode step reads, used or not."""
+        """Tokens of all caches, used or not, which XLA's attention reads at each step."""
         return self.prompts * prompt_tokens + self.samples * self.slots
 
     def holds(self, live_BG: np.ndarray) -> bool:
@@ -132,8 +132,8 @@ class Schedule:
         shapes = [DecodeShape(prompts, group, width) for width in slots]
         if len(slots) > 1:  # in one block there is no tail
             first, *rest = (
-                (-(-prompts // divisor // shards) * shards, group if whole_groups else samples)
-                for divisor, samples in _PARTS
+                (-(-prompts // divisor // shards) * shards, group if whole_groups else few)
+                for divisor, few in ((divisor, min(few, group)) for divisor, few in _PARTS)
             )
             parts = [(*first, slots[-2]), (*first, limit), *((*part, limit) for part in rest)]
             found = dict.fromkeys(DecodeShape(*part) for part in parts)
@@ -165,7 +165,7 @@ class Schedule:
         return min(steps, -(-(longest - cursor) // self.check_every) * self.check_every)
 
     def simulate(self, length_BG: np.ndarray) -> list[Span]:
-        """What `Engine.generate` does with responses of the given lengths."""
+        """What `Engine.generate` does with responses of the given lengths, within the limit."""
         shape, lengths, cursor, spans = self.shapes[0], length_BG, 0, list[Span]()
         while (live := lengths > cursor).any():
             new = self.next_shape(shape, live, cursor) if cursor else shape
@@ -179,9 +179,10 @@ class Schedule:
 
 
 def select_rows(live_BG: np.ndarray, shape: DecodeShape) -> Rows:
-    """Which rows of the present shape a smaller one continues with, in their order.
+    """Which rows of the present shape another one continues with, in their order.
 
-    Where each prompt has a row of its own in both, it stays where it is.
+    Where each prompt has a row of its own in both, it stays where it is. So do the samples of rows
+    that hold whole groups: the last one may be greedy.
     """
     count = live_BG.sum(axis=1)
     chunks = -(-count // shape.group)
@@ -189,10 +190,11 @@ def select_rows(live_BG: np.ndarray, shape: DecodeShape) -> Rows:
         chunks = np.ones_like(chunks)
     prompt = np.repeat(np.arange(len(live_BG)), chunks)
     first = shape.group * (np.arange(len(prompt)) - np.repeat(np.cumsum(chunks) - chunks, chunks))
-    place = first[:, None] + np.arange(shape.group)
-    order = np.argsort(~live_BG, axis=1, kind="stable")  # unfinished samples first
-    used = place < count[prompt][:, None]
-    sample = order[prompt[:, None], np.where(used, place, 0)]
+    place, size = first[:, None] + np.arange(shape.group), live_BG.shape[1]
+    # Unfinished samples come first where not all have a place.
+    order = np.argsort(~live_BG & (shape.group < size), axis=1, kind="stable")
+    sample = order[prompt[:, None], np.minimum(place, size - 1)]
+    used = live_BG[prompt[:, None], sample] & (place < size)
     missing = shape.prompts - len(prompt)
     return Rows(
         np.pad(prompt, (0, missing)).astype(np.int32),
@@ -210,7 +212,7 @@ class RolloutUse:
       tokens: tokens that responses have.
       rows: rows of all steps.
       live_columns: tokens of caches that the responses needed to read.
-      columns: tokens of caches that were read.
+      columns: tokens of caches that were allocated, summed over the steps.
       prompt_tokens: tokens that prompts have.
       prefilled: tokens that were prefilled.
     """

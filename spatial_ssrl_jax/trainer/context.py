@@ -184,7 +184,8 @@ def open_components(config: Config) -> RunComponents:
         check_rewards(config, {name: datasets[name] for name in names}, processor)
     rollout_layout = check_sharding(config, model.config, layout)
     questions = open_eval_benchmark(config)
-    memory = device_memory_bytes()
+    # The least of all processes, which must sample as many prompts at a time.
+    memory = int(all_gather(np.array([device_memory_bytes() or 0])).min()) or None
     return RunComponents(
         config=config,
         layout=layout,

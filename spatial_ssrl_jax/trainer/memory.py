@@ -74,6 +74,8 @@ def memory_advice(config: Config) -> list[str]:
         if steps and micro > 1:
             advice.append(f"lower {name}={micro}")
     if grpo.steps and config.rollout.batch_prompts != 1:
+        if config.rollout.prefill_prompts > 1:
+            advice.append(f"lower rollout.prefill_prompts={config.rollout.prefill_prompts}")
         shown = f"={config.rollout.batch_prompts}" if config.rollout.batch_prompts else ""
         advice.append(f"lower rollout.batch_prompts{shown}")
     if config.eval.batch_prompts > 1:

@@ -218,7 +218,7 @@ def _stage_report(
         "prompt_tokens": round(prompts * scale),
         "measured_prompts": len(batch.items),
         "bucket": [largest.tokens, largest.windows],
-        "batch_bytes": round(_total_bytes(batch.prompts) * scale / jax.process_count()),
+        "batch_bytes": round(sum(p.nbytes for p in batch.prompts) * scale / jax.process_count()),
         "padding_share": round(padding, 3),
         "trained": _count(state.trained),
         "frozen": _count(state.frozen),

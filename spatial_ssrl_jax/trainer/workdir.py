@@ -41,6 +41,8 @@ _SAFE_KEYS = (
     "reward.timeout",
     "reward.workers",
     "rollout.attention",
+    "rollout.batch_prompts",
+    "rollout.prefill_prompts",
 )
 
 

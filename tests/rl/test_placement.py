@@ -54,7 +54,7 @@ def test_the_setting_comes_first_and_all_prompts_where_memory_is_not_known(toy, 
 
 @pytest.mark.parametrize(
     ("batch", "limit", "shards", "expected"),
-    [(256, 64, 8, 64), (256, 100, 8, 64), (12, 64, 1, 12), (12, 5, 2, 4), (6, 1, 2, 6)],
+    [(256, 64, 8, 64), (256, 100, 8, 64), (12, 64, 1, 12), (12, 5, 2, 4), (6, 1, 2, 2)],
 )
 def test_prefilled_prompts_divide_the_batch(batch: int, limit: int, shards: int, expected: int):
     assert prefill_prompts(batch, limit, shards) == expected

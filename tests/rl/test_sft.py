@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
@@ -38,11 +39,9 @@ def adapted(small_params):
     return merge_params(small_params, shaken)
 
 
-@partial(jax.jit, compiler_options=QUICK)
-@jax.value_and_grad
-def alone_loss(params, prompt, response):
-    """The sum of -log p over one response to one prompt: nothing is packed, nothing padded."""
-    prompts = qwen.PromptBatch(
+def alone(prompt: Prompt) -> qwen.PromptBatch:
+    """A prompt by itself, not padded."""
+    return qwen.PromptBatch(
         ids=prompt.ids[None],
         length=np.array([len(prompt.ids)]),
         position=prompt.position[None],
@@ -50,6 +49,12 @@ def alone_loss(params, prompt, response):
         image_index=prompt.image_index[None],
         vision=VisionInput(prompt.patches[None], prompt.frame[None], prompt.coords[None]),
     )
+
+
+@partial(jax.jit, compiler_options=QUICK)
+@jax.value_and_grad
+def alone_loss(params, prompts, response):
+    """The sum of -log p over one response to one prompt: nothing is packed, nothing padded."""
     model, length = qwen.bind(CONFIG, params), np.array([[len(response)]])
     hidden = qwen.response_hidden(CONFIG, model, prompts, response[None, None], length, PLAIN)
     logits = hidden[0, 0] @ model.text.head_weight("float32").T
@@ -62,7 +67,7 @@ def reference(adapted, examples):
     batch, responses = examples
     total, gradients = 0.0, jax.tree.map(jnp.zeros_like, adapted)
     for row, response in enumerate(responses):
-        value, more = alone_loss(adapted, batch.prompts[row], response)
+        value, more = alone_loss(adapted, alone(batch.prompts[row]), response)
         total += float(value)
         gradients = jax.tree.map(jnp.add, gradients, more)
     count = sum(map(len, responses))

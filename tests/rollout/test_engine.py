@@ -235,6 +235,15 @@ def test_the_last_sample_alone_is_greedy(generate, rollout):
     np.testing.assert_allclose(found.logprobs[:, -1:], greedy.logprobs, atol=1e-5)
 
 
+def test_the_last_sample_stays_greedy_as_groups_leave(generate):
+    often = dict(stops=tuple(range(0, 680, 8)), check_every=2, group=4)
+    often["sampling"] = replace(WARM, greedy_last=True)
+    shrunk, whole = generate(**often, chunk=4), generate(**often, chunk=24)
+    assert shrunk.use.rows < whole.use.rows
+    assert (np.ptp(shrunk.length, axis=1) > 4).any()
+    assert_same(shrunk, whole, group=4)
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
 def test_vision_tokens_are_never_written(toy, generate, sampling):
     """Two vision tokens with opposite head rows: at each step one has by far the largest logit."""
