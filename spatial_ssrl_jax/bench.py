@@ -1,4 +1,7 @@
-"""Times one part: python -m spatial_ssrl_jax.bench tasks|padding|flops|rollout|update|step|…"""
+"""Times one part: python -m spatial_ssrl_jax.bench tasks|padding|flops|rollout|update|step
+
+`bench verify-kernels` compares and times the attention kernels of the device at hand.
+"""
 
 import argparse
 import json

@@ -194,10 +194,10 @@ class Workload:
 
 
 def token_rates(workload: Workload, seconds: float) -> dict[str, float]:
-    """Samples a second, and tokens a second as peers count them: the prompt once a sample."""
+    """Samples a second, and tokens a second with the prompt counted once a sample."""
     samples = workload.length.size
     tokens = samples * workload.shape.prompt + int(workload.length.sum())
-    return {"samples_s": samples / seconds, "peer_tok_s": tokens / seconds}
+    return {"samples_s": samples / seconds, "repeated_tok_s": tokens / seconds}
 
 
 def _lengths(args: argparse.Namespace) -> np.ndarray:

@@ -34,7 +34,13 @@ from spatial_ssrl_jax.rollout.decode import (
     select,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling, sample_keys
-from spatial_ssrl_jax.rollout.schedule import RolloutUse, Schedule, Span, select_rows
+from spatial_ssrl_jax.rollout.schedule import (
+    DecodeShape,
+    RolloutUse,
+    Schedule,
+    Span,
+    select_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -180,49 +186,39 @@ class Engine:
                 f"rollout.check_every={self.check_every}."
             )
         hidden, prefix, prompt_lengths, prefilled = self._prefilled(params, prompts)
-        index = jnp.concatenate([jnp.asarray(part, jnp.int32) for part in prompt_index])
         total, prompt_tokens = prefix.valid.shape
         schedule = self.schedule(total, group_size, max_new_tokens, prompt_tokens, sampling)
-        shape, settings = schedule.shapes[0], self.settings(sampling)
-        keys = sample_keys(key, index, group_size)
+        shape, settings, spans = schedule.shapes[0], self.settings(sampling), list[Span]()
         state = initial_samples(
             self.config.text, group_size, shape.slots, max_new_tokens, hidden, self.layout
         )
         if stop_at is not None:
             state = replace(state, stop_at=jnp.asarray(stop_at, jnp.int32))
-        # Of each row of `state`: its sample among all, or one more than there are.
+        index = jnp.concatenate([jnp.asarray(part, jnp.int32) for part in prompt_index])
         sample = np.arange(shape.samples).reshape(total, group_size)
-        written, cursor, spans = None, 0, list[Span]()
+        rows = _LiveRows(shape, state, prefix, sample_keys(key, index, group_size), sample)
+        cursor = 0
         while True:
-            steps = schedule.steps(shape, cursor) if on_tokens is None else self.check_every
-            state = decode_chunk(self.config, settings, steps, weights, prefix, state, keys)
-            spans.append(Span(shape, cursor, cursor + steps))
+            steps = self.check_every if on_tokens else schedule.steps(rows.shape, cursor)
+            args = (weights, rows.prefix, rows.state, rows.keys)
+            rows.state = decode_chunk(self.config, settings, steps, *args)
+            spans.append(Span(rows.shape, cursor, cursor + steps))
             cursor += steps
-            if on_tokens is not None:
-                on_tokens(*jax.device_get((state.tokens, state.length)))
-            live = ~gather_to_host(state.finished)
+            if on_tokens:
+                on_tokens(*jax.device_get((rows.state.tokens, rows.state.length)))
+            live = ~gather_to_host(rows.state.finished)
             if cursor >= max_new_tokens or not live.any():
                 break
-            if on_tokens is not None:  # it sees all rows
-                live = np.ones_like(live)
-            new = schedule.next_shape(shape, live, cursor)
-            if not new.has_rows_of(shape):
-                written = _write(written, state, sample)
-                rows = select_rows(live, new)
-                state, prefix, keys = select(state, prefix, keys, rows, self.layout)
-                sample = np.where(rows.used, rows.of(sample), total * group_size)
-            if new.slots > shape.slots:
-                state = grow(state, new.slots - shape.slots, self.layout)
-            shape = new
-        written = _write(written, state, sample)
-        found = _local_rows(written, prompt_lengths)
+            # Who sees the tokens sees all rows.
+            live = np.ones_like(live) if on_tokens else live
+            rows.resize(schedule.next_shape(rows.shape, live, cursor), live, self.layout)
+        written = rows.write()
         length = gather_to_host(written[2])
         last = schedule.steps_taken(int(length.max()), spans[-1].start, spans[-1].steps)
         spans[-1] = replace(spans[-1], end=spans[-1].start + last)
         prompt_length = np.concatenate([gather_to_host(jnp.asarray(x)) for x in prompt_lengths])
         use = RolloutUse.of(spans, length, prompt_length, prompt_tokens, prefilled)
-        tokens, logprobs, lengths, finished = found
-        return Rollout(tokens, logprobs, lengths, finished, use)
+        return Rollout(*_local_rows(written, prompt_lengths), use=use)
 
     def _prefilled(
         self, params: Params, prompts: Iterable[PromptBatch[np.ndarray] | PromptBatch[Array]]
@@ -238,6 +234,47 @@ class Engine:
             tokens += batch.ids.shape[0] * batch.ids.shape[1]
         hidden, prefix = join_prefills(filled, self.layout)
         return hidden, prefix, lengths, tokens
+
+
+@dataclass
+class _LiveRows:
+    """The rows that are decoded, and the results of those that have left.
+
+    Attributes:
+      shape: their number, and slots of their caches.
+      state: what they have.
+      prefix: of their prompts.
+      keys: one PRNG key a sample.
+      sample: [b, g] int, which of all B·G samples each is; B·G where it is none.
+      written: the fields of `Rollout` of all samples when rows left last; None before.
+    """
+
+    shape: DecodeShape
+    state: DecodeState[Array]
+    prefix: Prefix[Array]
+    keys: Array
+    sample: np.ndarray
+    written: tuple[Array, Array, Array, Array] | None = None
+
+    def __post_init__(self):
+        self._total = self.sample.size
+
+    def write(self) -> tuple[Array, Array, Array, Array]:
+        """The fields of `Rollout` of all samples."""
+        return _write(self.written, self.state, self.sample)
+
+    def resize(self, shape: DecodeShape, live_BG: np.ndarray, layout: Layout | None) -> None:
+        """Continues with the live samples in another shape."""
+        if not shape.has_rows_of(self.shape):
+            self.written = self.write()
+            rows = select_rows(live_BG, shape)
+            self.state, self.prefix, self.keys = select(
+                self.state, self.prefix, self.keys, rows, layout
+            )
+            self.sample = np.where(rows.used, rows.of(self.sample), self._total)
+        if shape.slots > self.shape.slots:
+            self.state = grow(self.state, shape.slots - self.shape.slots, layout)
+        self.shape = shape
 
 
 def _local_rows(
@@ -260,8 +297,10 @@ def _slice(arrays: tuple[Array, ...], first: int, count: int) -> tuple[Array, ..
 
 @jax.jit
 def _write(
-    written: tuple[Array, ...] | None, state: DecodeState[Array], sample_BG: np.ndarray
-) -> tuple[Array, ...]:
+    written: tuple[Array, Array, Array, Array] | None,
+    state: DecodeState[Array],
+    sample_BG: np.ndarray,
+) -> tuple[Array, Array, Array, Array]:
     """The fields of `Rollout` of all samples, updated at those that are decoded."""
     new = (state.tokens, state.logprobs, state.length, state.finished)
     if written is None:
@@ -271,4 +310,4 @@ def _write(
         flat = old.reshape(-1, *old.shape[2:])
         return flat.at[sample_BG].set(x, mode="drop").reshape(old.shape)
 
-    return tuple(update(old, x) for old, x in zip(written, new, strict=True))
+    return jax.tree.map(update, written, new)

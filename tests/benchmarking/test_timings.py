@@ -70,7 +70,7 @@ def test_samples_end_at_given_lengths(
     found = json.loads(capsys.readouterr().out)
     samples, seconds = 4, found["seconds"]
     assert found["rollout_tok_s"] == pytest.approx(samples * 5 / seconds)
-    assert found["peer_tok_s"] == pytest.approx(samples * (12 + 5) / seconds)
+    assert found["repeated_tok_s"] == pytest.approx(samples * (12 + 5) / seconds)
     assert found["samples_s"] == pytest.approx(samples / seconds)
     assert found["decode_steps"] == 8 and found["decode_occupancy"] == pytest.approx(5 / 8)
     assert "decode_tok_s" not in found
