@@ -23,7 +23,7 @@ from spatial_ssrl_jax.parallel.collectives import all_gather, all_sum, barrier, 
 from spatial_ssrl_jax.parallel.watchdog import Watchdog
 from spatial_ssrl_jax.perf.mfu import mfu_metrics
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
-from spatial_ssrl_jax.rl.logprobs import logprobs_of
+from spatial_ssrl_jax.rl.logprobs import logprobs_of, vision_features
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, Stage, stages
 from spatial_ssrl_jax.rl.train_step import TrainState, micro_gradients
 from spatial_ssrl_jax.rollout.decode import decode_chunk, prefill
@@ -44,7 +44,8 @@ from spatial_ssrl_jax.trainer.validation import validate
 UNTRAINED = "untrained"  # the held-out table's name for the model before training
 # The jitted functions that run the model's layers; other programs are small.
 _MODEL_PROGRAMS = tuple(
-    unwrap(program).__name__ for program in (prefill, decode_chunk, logprobs_of, micro_gradients)
+    unwrap(program).__name__
+    for program in (prefill, decode_chunk, vision_features, logprobs_of, micro_gradients)
 )
 _NAMED = 10  # unusable images that are reported by name; the others are only counted
 
