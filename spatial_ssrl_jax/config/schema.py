@@ -140,9 +140,10 @@ class CompileSettings:
         `none` keeps none. JAX's own JAX_COMPILATION_CACHE_DIR comes first.
       cache_gb: its size at most, in GB: the programs that were not used for longest go, in a bucket
         those that were written first, when a run starts.
-      ahead: whether a thread compiles programs of GRPO's updates before they are called, first for
-        the longest responses, then for the next sizes: `always`, `never`, or `auto`, on TPUs
-        alone, as elsewhere the compiler takes what the run computes with.
+      ahead: whether threads compile programs before they are called, those of GRPO's updates first
+        for the longest responses, then for the next sizes, and all sizes of a rollout when it
+        starts: `always`, `never`, or `auto`, on TPUs alone, as elsewhere the compiler takes what
+        the run computes with.
     """
 
     cache: str = ""

@@ -65,6 +65,12 @@ class CompileAhead:
         if not job.cancel():
             wait([job])
 
+    def drop(self) -> None:
+        """Leaves out the jobs that wait; they may be queued anew."""
+        for key, job in list(self._jobs.items()):
+            if not job.cancelled() and job.cancel():  # what is claimed is cancelled and stays
+                del self._jobs[key]
+
     def close(self) -> None:
         """Leaves out the jobs that wait, and returns when the one that compiles is done."""
         if self._pool is not None:

@@ -15,6 +15,7 @@ from jax import Array
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.parallel.collectives import gather_to_host, local_shards
+from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
@@ -33,6 +34,7 @@ from spatial_ssrl_jax.rollout.decode import (
     reshard_weights,
     select,
 )
+from spatial_ssrl_jax.rollout.decode_ahead import DecodeAhead
 from spatial_ssrl_jax.rollout.sampling import Sampling, sample_keys
 from spatial_ssrl_jax.rollout.schedule import (
     DecodeShape,
@@ -93,6 +95,7 @@ class Engine:
       check_every: decode steps between checks of whether all have finished; divides `kv_block`.
       shards: shards of the batch axis; a batch never shrinks below one prompt a shard.
       layout: the sharding of weights and caches for sampling; None leaves it to the compiler.
+      queue: compiles the programs of a rollout's later sizes, where there is a layout.
     """
 
     config: QwenVLConfig
@@ -102,6 +105,7 @@ class Engine:
     check_every: int = 8
     shards: int = 1
     layout: Layout | None = None
+    queue: CompileAhead = CompileAhead(enabled=False)
 
     def __post_init__(self):
         if self.kv_block % self.check_every:
@@ -197,6 +201,8 @@ class Engine:
         index = jnp.concatenate([jnp.asarray(part, jnp.int32) for part in prompt_index])
         sample = np.arange(shape.samples).reshape(total, group_size)
         rows = _LiveRows(shape, state, prefix, sample_keys(key, index, group_size), sample)
+        ahead = DecodeAhead(self.queue, self.config, settings, schedule)
+        ahead.expect(weights, rows.state, rows.prefix, rows.keys)
         cursor = 0
         while True:
             steps = self.check_every if on_tokens else schedule.steps(rows.shape, cursor)
@@ -211,7 +217,9 @@ class Engine:
                 break
             # Who sees the tokens sees all rows.
             live = np.ones_like(live) if on_tokens else live
-            rows.resize(schedule.next_shape(rows.shape, live, cursor), live, self.layout)
+            shape = schedule.next_shape(rows.shape, live, cursor)
+            ahead.claim(shape)
+            rows.resize(shape, live, self.layout)
         written = rows.write()
         length = gather_to_host(written[2])
         last = schedule.steps_taken(int(length.max()), spans[-1].start, spans[-1].steps)

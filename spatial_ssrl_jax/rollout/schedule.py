@@ -156,6 +156,11 @@ class Schedule:
         ]
         return min(fitting, key=lambda other: other.columns(self.prompt_tokens))
 
+    def before(self, shape: DecodeShape) -> DecodeShape:
+        """The shape from which a later one is expected to be reached, if it is."""
+        earlier = self.shapes[: self.shapes.index(shape)]
+        return next(other for other in reversed(earlier) if other.slots <= shape.slots)
+
     def steps(self, shape: DecodeShape, cursor: int) -> int:
         """Steps until the next decision."""
         return min(self.steps_between, shape.slots - cursor)

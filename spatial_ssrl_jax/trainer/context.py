@@ -128,6 +128,8 @@ class Run(RunComponents):
     """A run's components and its writers, built once by `open_run`, and its state.
 
     Attributes:
+      ahead: compiles programs of updates; `engine` has a queue of its own, which the long ones of
+        updates do not hold up.
       unwritten: files for people whose last write failed.
     """
 
@@ -251,7 +253,7 @@ def open_run(
     await_primary("the run's folder", _FOLDER_SECONDS)
     barrier("the run's folder")
     resources.enter_context(compilation_cache(config.compile, workdir, progress.say))
-    rollout = config.rollout
+    rollout, ahead = config.rollout, compiles_ahead(config.compile.ahead)
     engine = Engine(
         model.config,
         components.compute,
@@ -260,6 +262,7 @@ def open_run(
         rollout.check_every,
         components.rollout_layout.batch_shards,
         components.rollout_layout,
+        CompileAhead(ahead, progress.say),
     )
     scorer = make_scorer(config.reward, config.all_tasks)
     resources.callback(scorer.close)
@@ -292,7 +295,7 @@ def open_run(
         progress=progress,
         preemption=preemption,
         compilations=CompilationCounter(),
-        ahead=CompileAhead(compiles_ahead(config.compile.ahead), progress.say),
+        ahead=CompileAhead(ahead, progress.say),
         gap=HostGap(),
         metrics=_metrics(config, workdir, checkpoints.latest() or 0) if is_primary() else None,
     )

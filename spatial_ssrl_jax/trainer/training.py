@@ -99,6 +99,7 @@ def _close(run: Run) -> None:
     Their errors are ignored, since the run's outcome is reported.
     """
     run.ahead.close()
+    run.engine.queue.close()
     if run.metrics is not None:
         with suppress(Exception):
             run.metrics.close()

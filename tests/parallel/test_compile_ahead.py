@@ -1,6 +1,7 @@
 """Programs that a thread compiles: each once, and no call compiles them again."""
 
 import time
+from concurrent.futures import wait
 from threading import Event
 
 import jax
@@ -61,6 +62,22 @@ def test_a_job_is_waited_for_once_it_runs_and_left_out_before():
     assert running.wait(60)
     ahead.close()
     assert done == ["slow", "slow"]
+
+
+def test_what_waits_can_be_dropped_and_queued_anew():
+    ahead, running, end, done = CompileAhead(enabled=True), Event(), Event(), []
+    ahead.add("runs", lambda: running.set() or end.wait(60))
+    assert running.wait(60)
+    for key in ("waits", "called"):
+        ahead.add(key, lambda key=key: done.append(key))
+    ahead.claim("called")
+    ahead.drop()
+    for key in ("runs", "called", "first", "waits"):  # two of them need nothing more
+        ahead.add(key, lambda key=key: done.append(key))
+    end.set()
+    wait([ahead._jobs["waits"]], 60)
+    ahead.close()
+    assert done == ["first", "waits"]
 
 
 def test_an_error_is_reported_once_and_a_queue_that_is_off_does_nothing():

@@ -27,6 +27,12 @@ def test_there_are_eight_sizes():
     assert sizes(schedule()) == whole + parts
 
 
+def test_each_size_comes_after_one_with_no_more_slots():
+    made = schedule()
+    first, *later = made.shapes
+    assert [made.shapes.index(made.before(shape)) for shape in later] == [0, 1, 2, 2, 4, 5, 6]
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -129,7 +129,7 @@ def test_programs_are_kept_and_compiled_ahead_as_the_config_says(
     toy_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Until the run ends, which is at once here."""
-    seen = []
+    seen, queues = [], []
 
     @contextmanager
     def cache(*args):
@@ -139,16 +139,17 @@ def test_programs_are_kept_and_compiled_ahead_as_the_config_says(
 
     def ahead(setting: str) -> bool:
         seen.append(setting)
-        return False
+        return True
 
     monkeypatch.setattr(training, "Preemption", StopAfter)
     monkeypatch.setattr(context, "compilation_cache", cache)
     monkeypatch.setattr(context, "compiles_ahead", ahead)
-    monkeypatch.setattr(CompileAhead, "close", lambda _: seen.append("no more"))
+    monkeypatch.setattr(CompileAhead, "close", lambda queue: queues.append(queue))
     StopAfter.looks = 1
     settings = c.CompileSettings(cache="elsewhere", ahead="never")
     assert not train(toy_config(compile=settings), tmp_path / "run")
-    assert seen == [(settings, tmp_path / "run"), "never", "no more", "closed"]
+    assert seen == [(settings, tmp_path / "run"), "never", "closed"]
+    assert len(set(queues)) == 2 and all(queue.enabled for queue in queues)
 
 
 @pytest.mark.parametrize(("looks", "stop"), [(2, 0), (3, 1), (4, 2), (8, 4)])
@@ -167,7 +168,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 def test_another_config_does_not_resume(toy_config, whole: Path):
     changed = toy_config(
-        grpo=c.GrpoSettings(steps=3, prompts=16, minibatches_per_rollout=1, micro_batch_prompts=8)
+        grpo=c.GrpoSettings(steps=3, prompts=16, minibatches_per_rollout=1, micro_batch_rows=8)
     )
     with pytest.raises(
         UserError, match="grpo.group_size, grpo.learning_rate, grpo.minibatches_per_rollout changed"
