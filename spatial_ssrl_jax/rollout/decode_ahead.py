@@ -43,7 +43,7 @@ class DecodeAhead:
         prefix: Prefix[Array],
         keys_BG: Array,
     ) -> None:
-        """Queues the programs of all sizes but the first, before those that wait of other rollouts.
+        """Queues the programs of all sizes but the first, in place of other rollouts' that wait.
 
         Args:
           weights: of the decode programs.
