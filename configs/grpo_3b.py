@@ -21,7 +21,7 @@ micro-batch, takes 12.4 of 15.75 GiB a chip; BUILD.md has the others. Gradients,
 and prefill are bound by compute, decoding by the memory bandwidth of weights and caches, the copy
 of the weights by the network. One GPU of 80 GB holds it with
 
-    --config.rollout.tensor=1 --config.rollout.batch_prompts=16 --config.grpo.micro_batch_prompts=1
+    --config.rollout.tensor=1 --config.rollout.batch_prompts=16 --config.grpo.micro_batch_rows=1
     --config.eval.batch_prompts=16 --config.optim.offload=True
 
 Compiled for `h100`, the optimizer's step takes most, 65 of 75 GiB. A step at these lengths takes 20
@@ -47,7 +47,7 @@ def get_config() -> c.Config:
             window_buckets=(32, 64, 88, 136, 256),
         ),
         tasks=c.released_tasks(),
-        grpo=c.GrpoSettings(response_buckets=(32, 64, 128, 192, 256, 320, 384, 512, 1024)),
+        grpo=c.GrpoSettings(),
         rollout=c.RolloutSettings(tensor=2),
         eval=c.EvalSettings(examples=64, every=5),
     )

@@ -22,13 +22,13 @@ from spatial_ssrl_jax import config as c
 
 
 def get_config() -> c.Config:
-    """`grpo_3b.py` with two prompts a GPU in a micro-batch."""
+    """`grpo_3b.py` with two rows a GPU in a micro-batch."""
     base = c.load_config(str(Path(__file__).with_name("grpo_3b.py")))
     return replace(
         base,
         name="grpo_3b_8gpu",
         model=replace(base.model, attention="cudnn", remat="full"),
         mesh=replace(base.mesh, fsdp=8),
-        grpo=replace(base.grpo, micro_batch_prompts=16),
+        grpo=replace(base.grpo, micro_batch_rows=16),
         rollout=replace(base.rollout, tensor=1, attention="triton"),
     )

@@ -36,8 +36,7 @@ def get_config() -> c.Config:
         grpo=c.GrpoSettings(
             prompts=64,
             minibatches_per_rollout=1,
-            micro_batch_prompts=1,
-            response_buckets=(32, 64, 128, 192, 256, 320, 384),
+            micro_batch_rows=1,
             learning_rate=1e-5,
             lora=c.LoraSettings(rank=64, alpha=128.0),
         ),

@@ -27,7 +27,7 @@ def get_config() -> c.Config:
         base,
         name="grpo_7b",
         model=replace(base.model, path="runs/sft_7b/export", attention_chunk=128),
-        grpo=replace(base.grpo, micro_batch_prompts=32),  # one a chip
+        grpo=replace(base.grpo, micro_batch_rows=32),  # one a chip
         rollout=replace(base.rollout, tensor=4),
         optim=c.OptimSettings(offload=True),
     )

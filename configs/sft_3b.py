@@ -39,9 +39,9 @@ def get_config() -> c.Config:
         sft=c.SftSettings(
             steps=75,
             prompts=256,
-            row_tokens=3456,
+            row_tokens=(3456,),
             row_windows=(208,),
-            row_responses=1024,
+            row_responses=(1024,),
             micro_batch_rows=16,
             lora=c.LoraSettings(rank=128, alpha=256.0),
         ),

@@ -83,7 +83,7 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
 def _add_padding(commands: Commands) -> None:
     parser = commands.add_parser(
         "padding",
-        help="fraction of padded tokens in an update under a config, from sizes alone",
+        help="what an update computes for padding under a config, from sizes alone",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="a config file; --config.a.b=v overrides")
@@ -94,6 +94,7 @@ def _add_padding(commands: Commands) -> None:
     parser.add_argument("--steps", type=int, default=200, help="GRPO steps")
     parser.add_argument("--mean", type=float, default=200.0, help="mean tokens of a drawn response")
     parser.add_argument("--spread", type=float, default=0.3, help="sigma of their logarithm")
+    parser.add_argument("--correlation", type=float, default=0.4, help="of two in a group")
     parser.set_defaults(run=_padding, lines=_lines)
 
 
@@ -103,6 +104,7 @@ def _padding(args: argparse.Namespace) -> dict[str, Any]:
     from spatial_ssrl_jax.config.load import load_config, split_overrides
     from spatial_ssrl_jax.data.lengths import Lengths
     from spatial_ssrl_jax.data.processor import ImageArea, Processor
+    from spatial_ssrl_jax.perf.response_lengths import LogNormalLengths
 
     rest, overrides = split_overrides(args.rest)
     if rest:
@@ -112,7 +114,10 @@ def _padding(args: argparse.Namespace) -> dict[str, Any]:
     area = ImageArea(limits.min_pixels, limits.max_pixels)
     processor = Processor(model.files, model.config, area=area)
     lengths = Lengths.open(config, processor, args.source)
-    return measure_padding(config, lengths, args.steps, args.mean, args.spread)
+    drawn = LogNormalLengths(
+        args.mean, args.spread, config.rollout.max_new_tokens, args.correlation
+    )
+    return measure_padding(config, model.config, lengths, args.steps, drawn)
 
 
 def _add_flops(commands: Commands) -> None:

@@ -53,16 +53,35 @@ def test_numbers_out_of_range_are_refused(flag: str):
 
 
 def test_padding_of_a_config(capsys: pytest.CaptureFixture):
-    """The tiny run's two lengths have a bucket each; overrides apply."""
+    """Of groups of a prompt of 136 tokens and eight samples, of which each row holds one."""
     argv = [f"--config={ROOT / 'configs' / 'tiny.py'}", "--steps=5", "--source=scenes:6:112x112"]
-    argv += ["--mean=20", "--spread=0"]
-    report = run_command(capsys, "padding", *argv)
+    argv += ["--mean=20", "--spread=0", "--config.grpo.micro_batch_rows=16"]
+    argv += ["--config.grpo.row_windows=2,5", "--config.grpo.row_responses=256,256"]
+    report = run_command(capsys, "padding", *argv, "--config.grpo.row_tokens=456,456")
     assert report["config"] == "tiny" and report["steps"] == 5
-    assert 0 < report["synthetic"]["padding_share"] < 0.5
-    assert report["drawn"]["programs"] == report["synthetic"]["programs"] == 1
-    argv += ["--config.data.prompt_buckets=400", "--config.sft.row_tokens=432"]
-    wide = run_command(capsys, "padding", *argv)
-    assert wide["synthetic"]["padding_share"] > report["synthetic"]["padding_share"]
+    assert report["prompt_tokens_mean"] == 136
+    drawn = report["drawn"]
+    assert drawn["token_padding_share"] == pytest.approx(1 - (136 + 8 * 20) / 456, abs=1e-4)
+    assert drawn["flops_ratio"] > 1 and drawn["programs"] == 1
+    assert drawn["window_padding_share"] == 0.5
+    # Rows of 300 tokens are enough for these groups, not for those of eight times 24 tokens.
+    short = run_command(capsys, "padding", *argv, "--config.grpo.row_tokens=300,456")
+    assert short["drawn"]["token_padding_share"] == pytest.approx(1 - 296 / 300, abs=1e-4)
+    whole = short["synthetic"]["token_padding_share"]
+    assert whole == report["synthetic"]["token_padding_share"]
+    assert short["synthetic"]["window_padding_share"] == pytest.approx(1 - 1 / 5)
+
+
+def test_drawn_responses_are_as_spread_as_asked(capsys: pytest.CaptureFixture):
+    argv = [f"--config={ROOT / 'configs' / 'tiny.py'}", "--source=scenes:6:112x112", "--mean=12"]
+    argv += ["--steps=20", "--spread=0.5"]
+    alike, apart = (
+        run_command(capsys, "padding", *argv, f"--correlation={x}")["drawn"] for x in (1, 0)
+    )
+    assert alike["response_tokens_mean"] == pytest.approx(12, rel=0.1)
+    assert alike != apart
+    with pytest.raises(UserError, match="--correlation between 0 and 1"):
+        bench.main(["padding", *argv, "--correlation=1.5"])
 
 
 def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture):

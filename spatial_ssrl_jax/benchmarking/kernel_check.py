@@ -21,13 +21,12 @@ from spatial_ssrl_jax.benchmarking.timing import median_seconds
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.text import error_line
 from spatial_ssrl_jax.config.schema import MeshSettings
-from spatial_ssrl_jax.data.batching import pad_prompts
-from spatial_ssrl_jax.data.packing import PackedExample, RowCapacity, fill_rows
+from spatial_ssrl_jax.data.packing import Content, Group, RowShape, fill_rows
 from spatial_ssrl_jax.parallel.compiler import set_compiler_flags
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
-from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch
+from spatial_ssrl_jax.qwen_vl.inputs import PackedRows
 from spatial_ssrl_jax.qwen_vl.kernels import (
     DECODE_KERNELS,
     KERNELS,
@@ -39,7 +38,7 @@ from spatial_ssrl_jax.qwen_vl.kernels import (
 from spatial_ssrl_jax.qwen_vl.model import Params, init_params
 from spatial_ssrl_jax.qwen_vl.param_tree import flatten_params
 from spatial_ssrl_jax.qwen_vl.qwen2_5 import MODEL_TYPE, Qwen2_5VisionConfig
-from spatial_ssrl_jax.rl.logprobs import packed_logprobs, response_logprobs
+from spatial_ssrl_jax.rl.logprobs import packed_logprobs
 
 _TOLERANCE = 4.0  # times the errors of XLA in bfloat16
 _STEPS = 64  # of decoding in a timed run
@@ -184,7 +183,8 @@ def check_attention(
       runs: timed runs.
     """
     found = []
-    for inputs, logprobs in (("groups", _groups(config, sizes)), ("rows", _rows(config, sizes))):
+    for inputs in ("groups", "rows"):
+        logprobs = _logprobs(config, sizes, together=inputs == "rows")
         with jax.default_matmul_precision("highest"):
             exact = jax.device_get(_with_gradients(logprobs, Compute("float32"))(params))
         for kernel in kernels:
@@ -268,59 +268,37 @@ def kernel_lines(found: dict[str, Any]) -> list[str]:
     return lines + found["verdicts"]
 
 
-def _prompts(config: QwenVLConfig, sizes: Sizes) -> list[Any]:
-    grid = (1, sizes.grid, sizes.grid)
-    return [synthetic_prompt(config, tokens, grid) for tokens in sizes.prompts]
-
-
-def _responses(config: QwenVLConfig, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
-    """[B, G, R] random tokens, and [B, G] lengths from 1 to the longest."""
-    rng, shape = np.random.default_rng(1), (len(sizes.prompts), sizes.group)
-    tokens = rng.integers(0, config.text.vocab_size // 2, (*shape, sizes.response))
-    length = rng.integers(1, sizes.response + 1, shape)
-    length.flat[:2] = 1, sizes.response
-    return tokens.astype(np.int32), length.astype(np.int32)
-
-
-def _groups(config: QwenVLConfig, sizes: Sizes) -> Logprobs:
-    """Log-probabilities of groups after prompts that share a bucket."""
-    prompts = _prompts(config, sizes)
-    batch = pad_prompts(prompts, max(sizes.prompts), len(prompts[0].frame))
-    tokens, length = _responses(config, sizes)
-    counts = np.arange(sizes.response) < length[..., None]
-    arrays: tuple[PromptBatch[Array], Array, Array, Array] = jax.device_put(
-        (batch, tokens, length, counts)
-    )
-
-    def logprobs(compute: Compute, params: Params) -> Array:
-        prompts, tokens, length, counts = arrays
-        found, _ = response_logprobs(config, compute, params, prompts, tokens, length, 1.0)
-        return found * counts
-
-    return logprobs
-
-
-def _rows(config: QwenVLConfig, sizes: Sizes) -> Logprobs:
-    """Log-probabilities of one packed row, in which all prompts have a response."""
-    tokens, length = _responses(config, sizes)
-    pairs = zip(_prompts(config, sizes), tokens[:, 0], length[:, 0], strict=True)
-    examples = [PackedExample(prompt, response[:n]) for prompt, response, n in pairs]
-    contents = [example.size for example in examples]
-    odd = sum(c.tokens for c in contents) // 2 * 2 + 3  # a little padding
-    capacity = RowCapacity(
-        odd, sum(c.windows for c in contents), sum(c.responses for c in contents)
-    )
-    vision = config.vision
-    order = range(len(examples))
-    rows: PackedRows[Array] = jax.device_put(
-        fill_rows(
-            examples, [order], capacity, vision.patch_dim, vision.window_patches, vision.merge_unit
+def _groups(config: QwenVLConfig, sizes: Sizes) -> list[Group]:
+    """Prompts with random responses of 1 to the most tokens."""
+    rng, grid, most = np.random.default_rng(1), (1, sizes.grid, sizes.grid), sizes.response
+    lengths = rng.integers(1, most + 1, (len(sizes.prompts), sizes.group))
+    lengths.flat[:2] = 1, most
+    vocabulary = config.text.vocab_size // 2
+    return [
+        Group(
+            synthetic_prompt(config, tokens, grid),
+            [rng.integers(0, vocabulary, n).astype(np.int32) for n in of_prompt],
         )
-    )
+        for tokens, of_prompt in zip(sizes.prompts, lengths, strict=True)
+    ]
+
+
+def _logprobs(config: QwenVLConfig, sizes: Sizes, together: bool) -> Logprobs:
+    """Log-probabilities of groups packed together in a row, or each in a row of its own."""
+    groups = _groups(config, sizes)
+    numbers = [*range(len(groups))]
+    contents = np.array([group.content for group in groups])
+    rows = [numbers] if together else [[number] for number in numbers]
+    tokens, windows, responses = (
+        contents.sum(axis=0) if together else contents.max(axis=0)
+    ).tolist()
+    capacity = Content(tokens // 2 * 2 + 3, windows, responses)  # odd, with a little padding
+    packed, _ = fill_rows(groups, rows, RowShape(capacity, sizes.response), config.vision)
+    on_device: PackedRows[Array] = jax.device_put(packed)
 
     def logprobs(compute: Compute, params: Params) -> Array:
-        found, _ = packed_logprobs(config, compute, params, rows)
-        return found * (rows.place >= 0)
+        found, _ = packed_logprobs(config, compute, params, on_device, 1.0)
+        return found * on_device.mask
 
     return logprobs
 

@@ -1,4 +1,4 @@
-"""The fraction of a GRPO update that would be padding under a config, at the tasks' own lengths."""
+"""What an update computes for padding under a config, at the tasks' own lengths."""
 
 from typing import Any
 
@@ -6,58 +6,66 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.batching import smallest_bucket
 from spatial_ssrl_jax.data.lengths import Lengths
-from spatial_ssrl_jax.rl.bucketing import BatchShape, BatchSlice, Buckets, bucket_by_length
+from spatial_ssrl_jax.data.packing import Content
+from spatial_ssrl_jax.perf.flops import dense_flops, head_flops
+from spatial_ssrl_jax.perf.response_lengths import LogNormalLengths
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.rl.row_shapes import MicroBatch, pack_micro_batches, row_cost, row_shapes
+from spatial_ssrl_jax.rl.stages import GrpoStage
 
 
 def measure_padding(
-    config: Config, lengths: Lengths, steps: int, mean: float, spread: float
+    config: Config,
+    model: QwenVLConfig,
+    lengths: Lengths,
+    steps: int,
+    responses: LogNormalLengths,
 ) -> dict[str, Any]:
-    """Buckets the updates of many steps as training does, but computes nothing.
+    """Packs the updates of many steps as training does, but computes nothing.
 
-    Responses are once as long as those of synthetic SFT data, and once drawn from a log-normal
-    distribution, each sample independently.
+    FLOPs are those of the layers' matmuls and the head; attention's are left out.
 
     Args:
-      config: buckets, micro-batches, group and updates.
-      lengths: of the tasks.
+      config: rows, micro-batches, group and updates.
+      model: the model's shape.
+      lengths: of the tasks' prompts and synthetic responses.
       steps: GRPO steps.
-      mean: mean tokens of a drawn response.
-      spread: sigma of its logarithm.
+      responses: what is drawn as responses.
 
     Returns:
       `source`, what was measured; mean and quantiles of `prompt_tokens` and `prompt_windows`; and
-      by kind of response, `synthetic` and `drawn`: `padding_share`, the fraction of padded tokens;
-      `in_order_share`, the same for micro-batches in order, padded to one shape an update,
-      responses to multiples of `rollout.kv_block`; `min_share`, the same for a micro-batch and a
-      bucket of its own for each prompt; `window_padding_share`, the fraction of padded vision
-      windows; and `programs`, the number of shapes.
+      by kind of response, `synthetic` and `drawn`: `flops_ratio`, computed over needed FLOPs;
+      `token_padding_share`, the fraction of padded tokens; `window_padding_share`, that of vision
+      windows; `patch_padding_share`, that of patches, in the margins of windows too;
+      `response_padding_share`, that of the head's rows; and `programs`, how many shapes came up.
 
     Raises:
-      UserError: an argument is out of range, or a prompt fits no bucket.
+      UserError: an argument is out of range, or a prompt fits no row.
     """
-    if steps < 1 or mean < 1 or spread < 0:
-        raise UserError("--steps and --mean must be at least 1, and --spread at least 0.")
+    alike = 0 <= responses.correlation <= 1
+    if steps < 1 or responses.mean < 1 or responses.sigma < 0 or not alike:
+        raise UserError(
+            "--steps and --mean must be at least 1, --spread at least 0, and --correlation "
+            "between 0 and 1."
+        )
     grpo, rng = config.grpo, np.random.default_rng(config.seed)
     count = steps * grpo.prompts
-    prompt_sizes, synthetic = lengths.draw(rng, count)
-    centre = np.log(mean) - spread**2 / 2
-    drawn = np.rint(rng.lognormal(centre, spread, (count, grpo.group_size))).astype(np.int64)
-    drawn = np.clip(drawn, 1, config.rollout.max_new_tokens)
+    prompts, synthetic = lengths.draw(rng, count)
+    drawn = responses.draw(rng, count, grpo.group_size)
     report: dict[str, Any] = {
         "config": config.name,
         "steps": steps,
         "source": lengths.spec,
-        "prompt_tokens_mean": float(prompt_sizes[:, 0].mean()),
-        "prompt_tokens": _quantiles(prompt_sizes[:, 0]),
-        "prompt_windows": _quantiles(prompt_sizes[:, 1]),
+        "prompt_tokens_mean": float(prompts[:, 0].mean()),
+        "prompt_tokens": _quantiles(prompts[:, 0]),
+        "prompt_windows": _quantiles(prompts[:, 1]),
     }
-    for name, responses in (
+    for name, tokens in (
         ("synthetic", np.repeat(synthetic[:, None], grpo.group_size, axis=1)),
-        ("drawn", drawn),
+        ("drawn", np.minimum(drawn, config.rollout.max_new_tokens)),
     ):
-        report[name] = _padding(config, prompt_sizes, responses)
+        report[name] = _padding(config, model, prompts, tokens)
     return report
 
 
@@ -68,39 +76,35 @@ def _quantiles(values: np.ndarray) -> dict[str, int]:
     return {f"{q}%": int(value) for q, value in zip(chosen, found, strict=True)}
 
 
-def _padding(config: Config, prompt_sizes: np.ndarray, responses: np.ndarray) -> dict[str, float]:
+def _padding(
+    config: Config, model: QwenVLConfig, prompts: np.ndarray, lengths: np.ndarray
+) -> dict[str, float]:
     """The metrics of one kind of response; see `measure_padding`."""
-    grpo, buckets = config.grpo, Buckets.of(config)
-    size = grpo.prompts // grpo.minibatches_per_rollout
-    sizes = np.column_stack((prompt_sizes, responses.max(axis=1)))
-    micro_batches: list[BatchSlice] = []
-    in_order = 0
-    for first in range(0, len(sizes), size):
-        update = sizes[first : first + size]
-        micro_batches += bucket_by_length(update, grpo.micro_batch_prompts, buckets)
-        in_order += BatchSlice(np.arange(size), _one_shape(config, update)).padded_tokens(
-            grpo.group_size
-        )
-    needed = prompt_sizes[:, 0].sum() + responses.sum()
-    computed = sum(batch.padded_tokens(grpo.group_size) for batch in micro_batches)
-    windows = sum(len(batch.rows) * batch.shape.windows for batch in micro_batches)
-    alone = prompt_sizes[:, 0].sum() + grpo.group_size * sizes[:, 2].sum()
+    stage = GrpoStage("grpo", config.grpo, 0, 0)
+    shapes, size = row_shapes(config, stage), stage.update_prompts
+    responses = lengths.sum(axis=1)
+    contents = [
+        Content(*row)
+        for row in np.column_stack((prompts[:, 0] + responses, prompts[:, 1], responses))
+    ]
+    parts: list[MicroBatch] = []
+    for first in range(0, len(contents), size):
+        update = contents[first : first + size]
+        parts += pack_micro_batches(update, shapes, config.grpo.micro_batch_rows, model)
+    rows = [part.shape for part in parts for _ in part.rows]
+    computed = np.sum([shape.capacity for shape in rows], axis=0)
+    needed = np.sum(contents, axis=0)
+    patches = prompts[:, 2].sum() * model.vision.merge_unit
+    useful = needed[0] * dense_flops(model.text) + needed[2] * head_flops(model.text)
+    useful += 2.0 * patches * model.vision.block_weights
+    tokens, windows, places = (1 - needed / computed).tolist()
+    held = computed[1] * model.vision.window_patches
     return {
-        "response_tokens_mean": float(responses.mean()),
-        "padding_share": round(float(1 - needed / computed), 4),
-        "in_order_share": round(float(1 - needed / in_order), 4),
-        "min_share": round(float(1 - needed / alone), 4),
-        "window_padding_share": round(float(1 - prompt_sizes[:, 1].sum() / windows), 4),
-        "programs": len({batch.shape for batch in micro_batches}),
+        "response_tokens_mean": float(lengths.mean()),
+        "flops_ratio": round(2 * sum(row_cost(shape, model) for shape in rows) / useful, 4),
+        "token_padding_share": round(tokens, 4),
+        "window_padding_share": round(windows, 4),
+        "patch_padding_share": round(float(1 - patches / held), 4),
+        "response_padding_share": round(places, 4),
+        "programs": len(set(rows)),
     }
-
-
-def _one_shape(config: Config, update: np.ndarray) -> BatchShape:
-    """The shape of all micro-batches of an update that is split in order."""
-    tokens, windows, longest = update.max(axis=0).tolist()
-    block, limit = config.rollout.kv_block, config.rollout.max_new_tokens
-    return BatchShape(
-        smallest_bucket(tokens, config.data.prompt_buckets, "data.prompt_buckets"),
-        smallest_bucket(windows, config.data.window_buckets, "data.window_buckets"),
-        min(-(-longest // block) * block, limit),
-    )

@@ -108,7 +108,7 @@ class _Trainer:
         loss, found = self.loss, []
         for batch in batches:
             logprobs = logprobs_of(
-                loss.config, loss.compute, loss.settings.temperature, self.reference, batch
+                loss.config, loss.compute, loss.settings.temperature, self.reference, batch.rows
             )
             found.append(replace(batch, reference_logprobs=logprobs))
         return jax.block_until_ready(found)

@@ -1,6 +1,7 @@
 """What the timings of rollout and training run on: a model and synthetic prompts of given sizes."""
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -14,6 +15,8 @@ from spatial_ssrl_jax.checkpoint.models import open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import MeshSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.data.packing import Content, Group, RowShape, fill_rows
+from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.inference.options import default_dtype
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
@@ -29,7 +32,8 @@ from spatial_ssrl_jax.qwen_vl.kernels import (
     choose_kernel,
 )
 from spatial_ssrl_jax.qwen_vl.model import Params
-from spatial_ssrl_jax.rl.batch import GroupBatch, take_rows
+from spatial_ssrl_jax.rl.batch import GroupBatch
+from spatial_ssrl_jax.rl.row_shapes import pack_micro_batches, shapes_for
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
 from spatial_ssrl_jax.trainer.memory import explain_out_of_memory, keep_freed_memory
@@ -37,7 +41,7 @@ from spatial_ssrl_jax.trainer.memory import explain_out_of_memory, keep_freed_me
 _BLOCKS = 8  # of the cache of responses up to --new, where their lengths differ
 
 _MEMORY_ADVICE = (
-    "lower --micro-batch-prompts, --prompts or --new",
+    "lower --micro-batch-rows, --prompts or --new",
     "set --remat=full",
     "set --dtype=bfloat16",
 )
@@ -60,7 +64,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=get_args(Dtype), help="float32 on CPU")
     parser.add_argument("--remat", choices=get_args(Remat), default="full")
     parser.add_argument(
-        "--micro-batch-prompts", type=int, help="prompts of an update's micro-batch; default all"
+        "--micro-batch-rows", type=int, help="packed rows of an update's micro-batch; default all"
+    )
+    parser.add_argument(
+        "--row-tokens", type=int, default=0, help="of a row; default what the largest group takes"
     )
     parser.add_argument("--attention", choices=("auto", *KERNELS), default="auto")
     parser.add_argument("--step-attention", choices=("auto", *DECODE_KERNELS), default="auto")
@@ -88,7 +95,8 @@ class Workload:
       config: the model's shape.
       layout: for training.
       compute: how to compute.
-      prompts: the prompts, all alike.
+      prompt: each prompt.
+      prompts: a batch of them.
       shape: each prompt, and the longest group.
       length: [B, G] int32 tokens of the samples.
     """
@@ -97,6 +105,7 @@ class Workload:
     config: QwenVLConfig
     layout: Layout
     compute: Compute
+    prompt: Prompt
     prompts: PromptBatch[Array]
     shape: GroupShape
     length: np.ndarray
@@ -126,6 +135,7 @@ class Workload:
             model.config,
             layout,
             Compute(dtype, remat=args.remat, attention=kernel, decode_attention=decode_kernel),
+            prompt,
             layout.put_batch(batch),
             GroupShape(len(prompt.ids), (grid,), args.group, args.new),
             _lengths(args),
@@ -165,31 +175,42 @@ class Workload:
             stop_at=None if self.args.lengths is None else self.length,
         )
 
+    @property
+    def shapes(self) -> tuple[RowShape, ...]:
+        """Of an update's rows."""
+        args = self.args
+        group = self.shape.group * args.new
+        largest = Content(len(self.prompt.ids) + group, len(self.prompt.frame), group)
+        tokens = args.row_tokens or largest.tokens
+        share = tokens / largest.tokens
+        wide = Content(tokens, *(math.ceil(share * n) for n in largest[1:]))
+        return shapes_for(largest, args.new, 1, [wide])
+
     def groups(self, rollout: Rollout) -> list[GroupBatch[Array]]:
-        """Micro-batches of a rollout, groups of like length together, with random advantages."""
-        size = self.args.micro_batch_prompts or self.args.prompts
-        rng = np.random.default_rng(0)
+        """Micro-batches of a rollout, with random advantages."""
         shape, tokens = rollout.length.shape, rollout.length.sum()
-        advantage = rng.normal(size=shape).astype(np.float32)
-        weight = np.full(shape, 1 / tokens, np.float32)
-        put, found = self.layout.put_batch, []
-        order, block = np.argsort(rollout.length.max(axis=1), kind="stable"), self.engine.kv_block
-        for first in range(0, self.args.prompts, size):
-            rows = order[first : first + size]
-            width = min(-(-int(rollout.length[rows].max()) // block) * block, self.args.new)
-            found.append(
-                GroupBatch(
-                    prompts=take_rows(self.prompts, first, size),
-                    tokens=put(rollout.tokens[rows, :, :width]),
-                    length=put(rollout.length[rows]),
-                    weight=put(weight[rows]),
-                    normaliser=put(np.float32(tokens)),
-                    advantage=put(advantage[rows]),
-                    sampled_logprobs=put(rollout.logprobs[rows, :, :width]),
-                    old_logprobs=None,
-                    reference_logprobs=None,
-                )
+        advantage = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        groups = [
+            Group(self.prompt, [t[:n] for t, n in zip(*group, strict=True)])
+            for group in zip(rollout.tokens, rollout.length, strict=True)
+        ]
+        contents, rows = [group.content for group in groups], self.args.micro_batch_rows
+        if rows is None:  # all of them
+            count = len(pack_micro_batches(contents, self.shapes, 1, self.config))
+            rows = -(-count // self.layout.batch_shards) * self.layout.batch_shards
+        found = []
+        for part in pack_micro_batches(contents, self.shapes, rows, self.config):
+            packed, places = fill_rows(groups, part.rows, part.shape, self.config.vision)
+            batch = GroupBatch(
+                rows=packed,
+                weight=places.of_samples(np.full(shape, 1 / tokens, np.float32)),
+                normaliser=np.asarray(tokens, np.float32),
+                advantage=places.of_samples(advantage),
+                sampled_logprobs=places.of_tokens(rollout.logprobs),
+                old_logprobs=None,
+                reference_logprobs=None,
             )
+            found.append(self.layout.put_batch(batch))
         return found
 
 
@@ -209,10 +230,9 @@ def _lengths(args: argparse.Namespace) -> np.ndarray:
 
 
 def _check_sizes(args: argparse.Namespace) -> None:
-    for name in ("prompts", "group", "new", "grid", "runs", "micro_batch_prompts"):
+    for name in ("prompts", "group", "new", "grid", "runs", "micro_batch_rows"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}={value} must be at least 1.")
-    micro = args.micro_batch_prompts or args.prompts
-    if args.prompts % micro:
-        raise UserError(f"--micro-batch-prompts={micro} must divide --prompts={args.prompts}.")
+    if args.row_tokens < 0:
+        raise UserError(f"--row-tokens={args.row_tokens} must be at least 0.")

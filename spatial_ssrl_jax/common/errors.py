@@ -191,7 +191,7 @@ def explain(error: Exception) -> str | None:
         text = "the bucket cannot be used ({}): {}".format(*failure)
     elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         text = (
-            f"memory ran out ({error_line(error)}): lower a batch size (micro_batch_prompts, "
+            f"memory ran out ({error_line(error)}): lower a batch size (micro_batch_rows, "
             "rollout.batch_prompts, eval.batch_prompts, --prompts), or use more devices"
         )
     else:

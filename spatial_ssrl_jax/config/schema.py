@@ -165,6 +165,13 @@ class StageSettings:
       freeze: parts that do not train: `vision`, `merger`, `language`.
       vision_learning_rate_scale: the vision tower's learning rate over that of the rest.
       lora: with a rank, adapters are trained and nothing else; they are merged at the end.
+      row_tokens, row_windows, row_responses: tokens, vision windows and response tokens of a row,
+        in which prompts with all their responses are packed one after another; a number each for
+        each size that programs are compiled for. A step takes the one or two in which it costs
+        least. The last one is raised to hold the largest prompt with responses of
+        `rollout.max_new_tokens`. None named derives three from the buckets of `data`; `bench
+        padding` measures what they are worth.
+      micro_batch_rows: rows whose activations exist at a time.
     """
 
     steps: Whole = 0
@@ -176,6 +183,15 @@ class StageSettings:
     freeze: tuple[str, ...] = ()
     vision_learning_rate_scale: Positive = 1.0
     lora: LoraSettings = field(default_factory=LoraSettings)
+    row_tokens: Annotated[tuple[int, ...], Bounds(min=1)] = ()
+    row_windows: Annotated[tuple[int, ...], Bounds(min=0)] = ()
+    row_responses: Annotated[tuple[int, ...], Bounds(min=1)] = ()
+    micro_batch_rows: Count = 16
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """Responses to each prompt that an optimizer step trains on."""
+        return 1
 
     def trains(self, part: str) -> bool:
         """Whether any weight of a part (`vision`, `merger` or `language`) trains."""
@@ -198,12 +214,6 @@ class SftSettings(StageSettings):
         `questions:PATH`. The stage then uses its questions: all of them, or `examples` of them.
       task_shares: with such a file, how often each task comes: as in the `file`, or by the weights
         of `tasks`.
-      row_tokens: tokens of a row, in which examples of a step are packed one after another; at
-        least the largest of `data.prompt_buckets` plus `rollout.max_new_tokens`.
-      row_windows: counts of vision windows a row that programs are compiled for; the largest is at
-        least that of `data.window_buckets`.
-      row_responses: response tokens of a row, at least `rollout.max_new_tokens`.
-      micro_batch_rows: rows whose activations exist at a time.
     """
 
     warmup_ratio: Fraction = 0.1
@@ -211,10 +221,6 @@ class SftSettings(StageSettings):
     examples: Whole = 3600
     responses: str = "synthetic"
     task_shares: Literal["file", "tasks"] = "file"
-    row_tokens: Count = 6144
-    row_windows: Widths = (256, 384)
-    row_responses: Count = 2048
-    micro_batch_rows: Count = 8
 
     @property
     def responses_spec(self) -> str | None:
@@ -234,10 +240,6 @@ class GrpoSettings(StageSettings):
       prompts: prompts a rollout.
       minibatches_per_rollout: optimizer steps a rollout, each over an equal part of its prompts.
       group_size: G, samples a prompt.
-      micro_batch_prompts: prompts whose activations exist at a time in an update; they are alike in
-        length.
-      response_buckets: widths in tokens that responses are padded to in an update, beside
-        `rollout.max_new_tokens`; none named means multiples of `rollout.kv_block`.
       init_from: a folder or a checkpoint of ours, local or `gs://…`, or a Hub id whose weights the
         stage starts from, in place of the model's; needs `sft.steps=0`.
       lora: as of every stage; with LoRA the KL's reference is the base itself.
@@ -285,8 +287,6 @@ class GrpoSettings(StageSettings):
     weight_decay: NonNegative = 0.01
     minibatches_per_rollout: Count = 2
     group_size: Count = 5
-    micro_batch_prompts: Count = 16
-    response_buckets: Annotated[tuple[int, ...], Bounds(min=1)] = ()
     init_from: str = ""
     temperature: Positive = 1.0
     advantage: AdvantageEstimator = "grpo"
@@ -309,6 +309,11 @@ class GrpoSettings(StageSettings):
     filter_low: Annotated[float, Bounds()] = 0.0
     filter_high: Annotated[float, Bounds()] = 1.0
     max_resamples: Whole = 2
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """G."""
+        return self.group_size
 
     @property
     def copies_reference(self) -> bool:

@@ -34,9 +34,8 @@ def check_settings(config: Config) -> None:
             f"data.max_pixels={config.data.max_pixels}."
         )
     _check_batches(config)
-    if config.sft.steps:
-        _check_rows(config)
     for name, stage in (("sft", config.sft), ("grpo", config.grpo)):
+        _check_rows(name, stage)
         _check_trained(name, stage)
     _check_stages(config)
     _check_benchmark(config)
@@ -122,12 +121,6 @@ def _check_batches(config: Config) -> None:
     grpo, rollout = config.grpo, config.rollout
     minibatches = grpo.minibatches_per_rollout
     _check_divides("grpo.minibatches_per_rollout", minibatches, "grpo.prompts", grpo.prompts)
-    _check_divides(
-        "grpo.micro_batch_prompts",
-        grpo.micro_batch_prompts,
-        "grpo.prompts/minibatches_per_rollout",
-        grpo.prompts // minibatches,
-    )
     if rollout.batch_prompts:
         _check_divides("rollout.batch_prompts", rollout.batch_prompts, "grpo.prompts", grpo.prompts)
     for name in ("kv_block", "max_new_tokens"):
@@ -197,25 +190,15 @@ def _check_stages(config: Config) -> None:
         )
 
 
-def _check_rows(config: Config) -> None:
-    """Refuses rows of packed examples that are too small for the largest example."""
-    data, sft, limit = config.data, config.sft, config.rollout.max_new_tokens
-    prompt, windows = max(data.prompt_buckets), max(data.window_buckets)
-    for name, value, minimum, cause in (
-        (
-            "row_tokens",
-            sft.row_tokens,
-            prompt + limit,
-            "data.prompt_buckets with rollout.max_new_tokens",
-        ),
-        ("row_windows", max(sft.row_windows), windows, "data.window_buckets"),
-        ("row_responses", sft.row_responses, limit, "rollout.max_new_tokens"),
-    ):
-        if value < minimum:
-            raise UserError(
-                f"sft.{name}={value} is too small for the largest example: raise it to {minimum} "
-                f"or more, or lower {cause}."
-            )
+def _check_rows(name: str, stage: StageSettings) -> None:
+    """Refuses sizes of rows of which a number is missing."""
+    sizes = {len(stage.row_tokens), len(stage.row_windows), len(stage.row_responses)}
+    if len(sizes) > 1:
+        raise UserError(
+            f"{name}.row_tokens={stage.row_tokens}, {name}.row_windows={stage.row_windows} and "
+            f"{name}.row_responses={stage.row_responses} must have equally many numbers, one each "
+            "for every size of rows."
+        )
 
 
 def _check_trained(name: str, stage: StageSettings) -> None:

@@ -80,14 +80,20 @@ class Lengths:
         return cls(source.spec, tuple(found))
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """[count, 2] int64 tokens and windows of prompts, and [count] tokens of their responses."""
+        """Draws prompts with responses.
+
+        Returns:
+          [count, 3] int64 tokens of prompts, windows, and tokens that are of images; and [count]
+          tokens of their responses.
+        """
         weights = np.array([task.weight for task in self.tasks])
-        sizes, responses = np.zeros((count, 2), np.int64), np.zeros(count, np.int64)
+        sizes, responses = np.zeros((count, 3), np.int64), np.zeros(count, np.int64)
         drawn = rng.choice(len(self.tasks), count, p=weights / weights.sum())
         for number, task in enumerate(self.tasks):
             mine = np.flatnonzero(drawn == number)
             example = rng.integers(len(task.text), size=len(mine))
-            sizes[mine] = task.images[rng.choice(len(task.images), len(mine), p=task.shares)]
+            images = task.images[rng.choice(len(task.images), len(mine), p=task.shares)]
+            sizes[mine] = images[:, [0, 1, 0]]
             sizes[mine, 0] += task.text[example]
             responses[mine] = task.responses[example]
         return sizes, responses

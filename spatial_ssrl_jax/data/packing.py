@@ -1,18 +1,21 @@
-"""Packing examples: prompts and responses of several, concatenated in rows of one shape."""
+"""Packing groups: prompts, each with all its responses, one after another in rows of one shape."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.processor import Prompt
+from spatial_ssrl_jax.qwen_vl.attention import GroupLimits
+from spatial_ssrl_jax.qwen_vl.config import VisionConfig
 from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, VisionInput
+from spatial_ssrl_jax.qwen_vl.splash import packing_unit
 
 
-@dataclass(frozen=True)
-class RowCapacity:
-    """Maximum content of a row, or the content of an example.
+class Content(NamedTuple):
+    """What a row holds, or a group takes of it.
 
     Attributes:
       tokens: of prompts and responses together.
@@ -26,131 +29,212 @@ class RowCapacity:
 
 
 @dataclass(frozen=True)
-class PackedExample:
-    """A prompt with the response to learn.
+class RowShape:
+    """The shape of a row, for which programs are compiled.
+
+    Attributes:
+      capacity: maximum content.
+      longest_response: tokens of a response at most.
+    """
+
+    capacity: Content
+    longest_response: int
+
+    @property
+    def unit(self) -> int:
+        """The first response of a group starts at a multiple of it."""
+        return packing_unit(self.capacity.tokens, self.longest_response)
+
+    @property
+    def limits(self) -> GroupLimits:
+        """Of the row's groups."""
+        return GroupLimits(self.longest_response, self.capacity.tokens)
+
+    def needed(self, group: Content) -> Content:
+        """What a group takes of a row at most, with the padding after its prompt."""
+        return group._replace(tokens=group.tokens + self.unit - 1)
+
+    def holds(self, group: Content) -> bool:
+        """Whether a group fits an empty row."""
+        return all(n <= c for n, c in zip(self.needed(group), self.capacity, strict=True))
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt with its responses.
 
     Attributes:
       prompt: without padding.
-      response: [r] int32 tokens, the end token included.
+      responses: [r] int32 tokens of each, the end token included.
     """
 
     prompt: Prompt
-    response: np.ndarray
+    responses: Sequence[np.ndarray]
 
     @property
-    def size(self) -> RowCapacity:
+    def content(self) -> Content:
         """Its content of a row."""
-        response = len(self.response)
-        return RowCapacity(len(self.prompt.ids) + response, len(self.prompt.frame), response)
+        responses = sum(map(len, self.responses))
+        return Content(len(self.prompt.ids) + responses, len(self.prompt.frame), responses)
 
 
-def assign_rows(sizes: Sequence[RowCapacity], capacity: RowCapacity) -> list[list[int]]:
-    """Which examples share a row: first-fit decreasing, by token count.
+def assign_rows(
+    contents: Sequence[Content], shape: RowShape, limit: int | None = None
+) -> tuple[list[list[int]], list[int]]:
+    """Which groups share a row: first-fit decreasing, by token count.
 
     Args:
-      sizes: content of each example.
-      capacity: of a row.
+      contents: of each group.
+      shape: of a row.
+      limit: rows at most.
 
     Returns:
-      The numbers of the examples in each row; each example is in one row.
-
-    Raises:
-      UserError: an example is larger than a row.
+      The numbers of the groups in each row, and those that are in none, as they are larger than a
+      row or the rows are full.
     """
     rows: list[list[int]] = []
-    left: list[np.ndarray] = []
-    empty, needs = _numbers(capacity), [_numbers(size) for size in sizes]
-    for example in sorted(range(len(sizes)), key=lambda i: -sizes[i].tokens):
-        need = needs[example]
-        if (need > empty).any():
-            raise UserError(
-                f"an example of {need[0]} tokens, {need[1]} windows and {need[2]} response tokens "
-                "does not fit a row: raise sft.row_tokens, sft.row_windows or sft.row_responses."
-            )
-        row = next((i for i, free in enumerate(left) if (need <= free).all()), len(rows))
+    others: list[int] = []
+    most = len(contents) if limit is None else min(limit, len(contents))
+    left = np.zeros((most, len(shape.capacity)), np.int64)  # of each row so far
+    for group in sorted(range(len(contents)), key=lambda i: -contents[i].tokens):
+        need = np.array(shape.needed(contents[group]))
+        fits = (need <= left[: len(rows)]).all(axis=1)
+        row = int(fits.argmax()) if fits.any() else len(rows)
+        if row == most or not shape.holds(contents[group]):
+            others.append(group)
+            continue
         if row == len(rows):
             rows.append([])
-            left.append(empty.copy())
-        rows[row].append(example)
+            left[row] = shape.capacity
+        rows[row].append(group)
         left[row] -= need
-    return rows
+    return rows, others
 
 
-def _numbers(capacity: RowCapacity) -> np.ndarray:
-    return np.array([capacity.tokens, capacity.windows, capacity.responses])
+def check_group(content: Content, shape: RowShape) -> None:
+    """Raises `UserError` where a row does not hold a group."""
+    if not shape.holds(content):
+        tokens, windows, responses = content
+        raise UserError(
+            f"a prompt with its responses has {tokens} tokens, {responses} of them in responses, "
+            f"and {windows} windows, which a row of {shape.capacity.tokens} tokens, "
+            f"{shape.capacity.responses} response tokens and {shape.capacity.windows} windows does "
+            "not hold: raise row_tokens, row_responses or row_windows, or leave them out."
+        )
+
+
+class ResponseTokens(NamedTuple):
+    """Which token is at each place of the responses of packed rows; -1 where none is.
+
+    Attributes:
+      group, sample, token: [B, R] int64, its group, its sample in the group and its index there.
+    """
+
+    group: np.ndarray
+    sample: np.ndarray
+    token: np.ndarray
+
+    def of_tokens(self, values: np.ndarray) -> np.ndarray:
+        """[B, R] of values [groups, G, tokens]; 0 where no token is."""
+        return np.where(self.group >= 0, values[self.group, self.sample, self.token], 0)
+
+    def of_samples(self, values: np.ndarray) -> np.ndarray:
+        """[B, R] of values [groups, G]; 0 where no token is."""
+        return np.where(self.group >= 0, values[self.group, self.sample], 0)
 
 
 def fill_rows(
-    examples: Sequence[PackedExample],
+    groups: Sequence[Group],
     rows: Sequence[Sequence[int]],
-    capacity: RowCapacity,
-    patch_dim: int,
-    window_patches: int,
-    merge_unit: int,
-) -> PackedRows[np.ndarray]:
-    """Lays examples out in rows, padded to `capacity`.
+    shape: RowShape,
+    vision: VisionConfig,
+) -> tuple[PackedRows[np.ndarray], ResponseTokens]:
+    """Lays groups out in rows, padded to `shape`.
 
     Args:
-      examples: all examples of the rows.
-      rows: indices of each row's examples, in their order; a row may be empty.
-      capacity: of a row.
-      patch_dim, window_patches, merge_unit: values in a patch, patches in a window and patches in
-        a merged token.
+      groups: all groups of the rows.
+      rows: numbers of each row's groups, in their order; a row may be empty.
+      shape: of a row.
+      vision: the vision tower's shape.
     """
-    count = len(rows)
-    window = (count, capacity.windows, window_patches)
-    vision: VisionInput[np.ndarray] = VisionInput(
-        patches=np.zeros((*window, patch_dim), np.uint8),
-        frame=np.full(window, -1, np.int32),
-        coords=np.zeros((*window, 2), np.int32),
-    )
-    out: PackedRows[np.ndarray] = PackedRows(
-        ids=np.zeros((count, capacity.tokens), np.int32),
-        segment=np.full((count, capacity.tokens), -1, np.int32),
-        position=np.zeros((count, 3, capacity.tokens), np.int32),
-        image_index=np.full((count, capacity.tokens), -1, np.int32),
-        place=np.full((count, capacity.responses), -1, np.int32),
-        vision=vision,
-    )
+    filler = _Filler.empty(len(rows), shape, vision)
     for row, members in enumerate(rows):
-        start, frames = RowCapacity(0, 0, 0), 0
-        for segment, example in enumerate(members):
-            _put(out, row, segment, start, frames, examples[example], window_patches // merge_unit)
-            start = _after(start, examples[example].size)
-            frames += int(examples[example].prompt.frame.max(initial=-1)) + 1
-    return out
+        filler.fill(row, [(number, groups[number]) for number in members])
+    return filler.rows, filler.responses
 
 
-def _put(
-    out: PackedRows[np.ndarray],
-    row: int,
-    segment: int,
-    start: RowCapacity,
-    frames: int,
-    example: PackedExample,
-    merged: int,
-) -> None:
-    """Writes one example after those that take `start` of its row and have `frames` frames."""
-    prompt, response, end = example.prompt, example.response, _after(start, example.size)
-    whole, answer = slice(start.tokens, end.tokens), end.tokens - len(response)
-    text = slice(start.tokens, answer)
-    out.ids[row, whole] = np.concatenate((prompt.ids, response))
-    out.segment[row, whole] = segment
-    out.position[row, :, text] = prompt.position
-    out.position[row, :, answer : end.tokens] = prompt.next_position + np.arange(len(response))
-    index = prompt.image_index
-    out.image_index[row, text] = np.where(index >= 0, index + start.windows * merged, -1)
-    out.place[row, start.responses : end.responses] = answer - 1 + np.arange(len(response))
-    windows, vision = slice(start.windows, end.windows), out.vision
-    vision.patches[row, windows] = prompt.patches
-    # Images of different examples never share a number: full attention stays inside each.
-    vision.frame[row, windows] = np.where(prompt.frame >= 0, prompt.frame + frames, -1)
-    vision.coords[row, windows] = prompt.coords
+@dataclass(frozen=True)
+class _Filler:
+    """Writes groups into rows."""
 
+    rows: PackedRows[np.ndarray]
+    responses: ResponseTokens
+    unit: int
+    merge_unit: int
 
-def _after(start: RowCapacity, size: RowCapacity) -> RowCapacity:
-    return RowCapacity(
-        start.tokens + size.tokens,
-        start.windows + size.windows,
-        start.responses + size.responses,
-    )
+    @classmethod
+    def empty(cls, count: int, shape: RowShape, vision: VisionConfig) -> "_Filler":
+        tokens, windows, responses = shape.capacity
+        window, of_response = (count, windows, vision.window_patches), (count, responses)
+        images: VisionInput[np.ndarray] = VisionInput(
+            patches=np.zeros((*window, vision.patch_dim), np.uint8),
+            frame=np.full(window, -1, np.int32),
+            coords=np.zeros((*window, 2), np.int32),
+        )
+        rows: PackedRows[np.ndarray] = PackedRows(
+            ids=np.zeros((count, tokens), np.int32),
+            segment=np.full((count, tokens), -1, np.int32),
+            response=np.zeros((count, tokens), np.int32),
+            position=np.zeros((count, 3, tokens), np.int32),
+            image_index=np.full((count, tokens), -1, np.int32),
+            place=np.full(of_response, -1, np.int32),
+            label=np.zeros(of_response, np.int32),
+            sample=np.full(of_response, -1, np.int32),
+            vision=images,
+            limits=shape.limits,
+        )
+        sources = ResponseTokens(*(np.full(of_response, -1) for _ in ResponseTokens._fields))
+        return cls(rows, sources, shape.unit, vision.merge_unit)
+
+    def fill(self, row: int, groups: Sequence[tuple[int, Group]]) -> None:
+        """Writes numbered groups into a row."""
+        start, windows, frames, responses, samples = 0, 0, 0, 0, 0
+        for segment, (number, group) in enumerate(groups):
+            prompt, place = group.prompt, slice(start, start + len(group.prompt.ids))
+            self.rows.segment[row, place] = segment
+            self._put_prompt(row, place, prompt, windows, frames)
+            windows += len(prompt.frame)
+            # Images of different groups never share a number: full attention stays inside each.
+            frames += int(prompt.frame.max(initial=-1)) + 1
+            start = -(-place.stop // self.unit) * self.unit
+            for sample, tokens in enumerate(group.responses):
+                own = slice(start, start + len(tokens))
+                self.rows.segment[row, own] = segment
+                self.rows.ids[row, own] = tokens
+                self.rows.response[row, own] = sample + 1
+                order = np.arange(len(tokens))
+                self.rows.position[row, :, own] = prompt.next_position + order
+                places = slice(responses, responses + len(tokens))
+                self.rows.place[row, places] = np.where(order, start - 1 + order, place.stop - 1)
+                self.rows.label[row, places] = tokens
+                self.rows.sample[row, places] = samples
+                self.responses.group[row, places] = number
+                self.responses.sample[row, places] = sample
+                self.responses.token[row, places] = order
+                start, responses, samples = own.stop, places.stop, samples + 1
+
+    def _put_prompt(
+        self, row: int, place: slice, prompt: Prompt, windows: int, frames: int
+    ) -> None:
+        """Writes a prompt after others that have some windows and frames in the row."""
+        rows, vision = self.rows, self.rows.vision
+        assert isinstance(vision, VisionInput)
+        rows.ids[row, place] = prompt.ids
+        rows.position[row, :, place] = prompt.position
+        merged = vision.frame.shape[2] // self.merge_unit
+        index = prompt.image_index
+        rows.image_index[row, place] = np.where(index >= 0, index + windows * merged, -1)
+        own = slice(windows, windows + len(prompt.frame))
+        vision.patches[row, own] = prompt.patches
+        vision.frame[row, own] = np.where(prompt.frame >= 0, prompt.frame + frames, -1)
+        vision.coords[row, own] = prompt.coords

@@ -60,22 +60,18 @@ def windows_flops(config: VisionConfig, frame: np.ndarray) -> float:
     """
     width = config.hidden_size
     patches = float((frame >= 0).sum())
-    dense = 4 * width**2 + 3 * width * config.intermediate_size
     window = float(((frame >= 0).sum(axis=1) ** 2).sum())
     full = float(np.sum(np.bincount(frame[frame >= 0]) ** 2))
     count = config.full_attention_blocks
     attention = 4 * width * (count * full + (config.depth - count) * window)
     wide = width * config.merge_unit
     merger = patches / config.merge_unit * (wide**2 + wide * config.out_hidden_size)
-    return 2 * patches * (config.patch_dim * width + config.depth * dense) + attention + 2 * merger
+    return 2 * patches * (config.patch_dim * width + config.block_weights) + attention + 2 * merger
 
 
 def dense_flops(config: TextConfig) -> float:
     """FLOPs of all layers for one token's forward pass, without attention scores."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    attention = 2 * config.hidden_size * heads * config.head_dim
-    mlp = 3 * config.hidden_size * config.intermediate_size
-    return 2.0 * config.num_hidden_layers * (attention + mlp)
+    return 2.0 * config.layer_weights
 
 
 def attention_flops(config: TextConfig, queries: int, before: int) -> float:

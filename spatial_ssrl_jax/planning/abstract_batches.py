@@ -7,11 +7,13 @@ import numpy as np
 from jax import ShapeDtypeStruct
 from jax.typing import DTypeLike
 
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings, SftSettings
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data.packing import RowShape
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
-from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch, VisionInput
-from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
+from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch, VisionInput
+from spatial_ssrl_jax.rl.batch import PackedBatch, empty_group_batch, empty_packed_batch
+from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage
 from spatial_ssrl_jax.rollout.sampling import sample_keys
 
 
@@ -45,34 +47,11 @@ class AbstractBatches:
             vision=self._vision(rows, max(self.config.data.window_buckets)),
         )
 
-    def packed(self, settings: SftSettings) -> PackedBatch[ShapeDtypeStruct]:
-        """A micro-batch of SFT."""
-        rows, tokens = settings.micro_batch_rows, settings.row_tokens
-        packed = PackedRows(
-            ids=self.rows(rows, tokens),
-            segment=self.rows(rows, tokens),
-            position=self.rows(rows, 3, tokens),
-            image_index=self.rows(rows, tokens),
-            place=self.rows(rows, settings.row_responses),
-            vision=self._vision(rows, max(settings.row_windows)),
-        )
-        return PackedBatch(packed, self.scalar())
-
-    def groups(self, settings: GrpoSettings) -> GroupBatch[ShapeDtypeStruct]:
-        """A micro-batch of GRPO, without old and reference log-probabilities."""
-        rows, group = settings.micro_batch_prompts, settings.group_size
-        limit = self.config.rollout.max_new_tokens
-        return GroupBatch(
-            prompts=self.prompts(rows),
-            tokens=self.rows(rows, group, limit),
-            length=self.rows(rows, group),
-            weight=self.rows(rows, group, dtype=np.float32),
-            normaliser=self.scalar(),
-            advantage=self.rows(rows, group, dtype=np.float32),
-            sampled_logprobs=self.rows(rows, group, limit, dtype=np.float32),
-            old_logprobs=None,
-            reference_logprobs=None,
-        )
+    def packed(self, stage: SftStage | GrpoStage, shape: RowShape) -> PackedBatch[ShapeDtypeStruct]:
+        """A micro-batch of a stage, without old and reference log-probabilities."""
+        is_grpo = isinstance(stage, GrpoStage)
+        one = (empty_group_batch if is_grpo else empty_packed_batch)(shape, self.model.vision)
+        return self.layout.abstract_batch(one, stage.settings.micro_batch_rows)
 
     def keys(self, rows: int, group: int) -> ShapeDtypeStruct:
         """[rows, group] keys of the samples."""

@@ -5,7 +5,7 @@ shapes with the shardings that the compiler chose, as in training, where nothing
 """
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import optax
 from jax import ShapeDtypeStruct
 
 from spatial_ssrl_jax.config.schema import Config, GrpoSettings, StageSettings
+from spatial_ssrl_jax.data.packing import Content, RowShape
 from spatial_ssrl_jax.parallel.sharding import Layout, shard_bytes
 from spatial_ssrl_jax.perf.response_lengths import ResponseLengths
 from spatial_ssrl_jax.planning.abstract_batches import AbstractBatches
@@ -33,6 +34,7 @@ from spatial_ssrl_jax.rl.placement import (
     prefill_prompts,
     rollout_prompts,
 )
+from spatial_ssrl_jax.rl.row_shapes import pack_micro_batches, row_shapes
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rl.train_step import (
     TrainState,
@@ -148,17 +150,6 @@ def planned_stages(
     return [planned.stage(stage) for stage in stages(config)]
 
 
-def _sft_rows(config: Config) -> int:
-    """Rows of an SFT step if every prompt and response were the longest; whole micro-batches.
-
-    Real rows are as full, so this is an upper bound of a step's cost.
-    """
-    sft = config.sft
-    longest = max(config.data.prompt_buckets) + config.rollout.max_new_tokens
-    rows = -(-sft.prompts // (sft.row_tokens // longest))
-    return -(-rows // sft.micro_batch_rows) * sft.micro_batch_rows
-
-
 @dataclass(frozen=True)
 class _Planned:
     config: Config
@@ -175,23 +166,22 @@ class _Planned:
 
     def stage(self, stage: SftStage | GrpoStage) -> PlannedStage:
         """The programs of a stage, and its tokens."""
-        if isinstance(stage, SftStage):
-            rows = _sft_rows(self.config)
-            return PlannedStage(stage.name, self.sft(stage, rows), rows * stage.settings.row_tokens)
-        group = stage.settings.group_size * self.config.rollout.max_new_tokens
-        tokens = stage.settings.prompts * (max(self.config.data.prompt_buckets) + group)
-        return PlannedStage(stage.name, self.grpo(stage), tokens)
+        settings, limit = stage.settings, self.config.rollout.max_new_tokens
+        group = settings.responses_per_prompt * limit
+        tokens = settings.prompts * (max(self.config.data.prompt_buckets) + group)
+        programs = self.sft(stage) if isinstance(stage, SftStage) else self.grpo(stage)
+        return PlannedStage(stage.name, programs, tokens)
 
-    def sft(self, stage: SftStage, rows: int) -> PlannedPrograms:
+    def sft(self, stage: SftStage) -> PlannedPrograms:
         """Gradients, their sum and the optimizer step of SFT."""
-        settings, micro = stage.settings, rows // stage.settings.micro_batch_rows
         optimizer = stage.optimizer(self.config)
-        state = self._state(settings, optimizer)
-        batch = self.batches.packed(settings)
+        state = self._state(stage.settings, optimizer)
+        batches = [
+            (self.batches.packed(stage, shape), micro)
+            for shape, micro in self._micro_batches(stage).items()
+        ]
         loss = stage.loss(self.model, self.compute)
-        yield from self._update(
-            "sft_", loss, optimizer, state, batch, micro, 1, {}, "sft.micro_batch_rows"
-        )
+        yield from self._update("sft_", loss, optimizer, state, batches, 1, {})
 
     def grpo(self, stage: GrpoStage) -> PlannedPrograms:
         """Rollout, log-probabilities and update of a GRPO step."""
@@ -203,59 +193,109 @@ class _Planned:
         if reference is not None and settings.copies_reference:
             own_reference = {"reference": shard_bytes(reference) - shard_bytes(state.frozen)}
         resting = {} if config.optim.offload else own_reference
+        yield from self._rollout(state, self._moments(state) | resting)
+        counts = self._micro_batches(stage)
+        batches, updates = [], settings.minibatches_per_rollout
+        for number, (shape, micro) in enumerate(counts.items(), 1):
+            suffix = "" if number == len(counts) else f"_{number}"
+            batch = yield from self._with_logprobs(
+                stage, state, reference, own_reference, shape, micro, suffix
+            )
+            batches.append((batch, micro))
+        loss = stage.loss(self.model, self.compute)
+        yield from self._update("", loss, optimizer, state, batches, updates, resting)
+
+    def _with_logprobs(
+        self,
+        stage: GrpoStage,
+        state: TrainState[ShapeDtypeStruct],
+        reference: Params | None,
+        own_reference: Held,
+        shape: RowShape,
+        micro: float,
+        suffix: str,
+    ) -> Generator[PlannedProgram, Any, GroupBatch[ShapeDtypeStruct]]:
+        """A micro-batch of a shape with all that an update needs, for `micro` of them a step."""
+        settings, batch = stage.settings, self.batches.packed(stage, shape)
+        assert isinstance(batch, GroupBatch)
         optimizing = self._moments(state)
-        yield from self._rollout(state, optimizing | resting)
-        batch = self.batches.groups(settings)
-        micro = settings.prompts // settings.micro_batch_prompts
         if settings.reuses_vision:
             beside = optimizing | own_reference
-            batch = yield from self._with_features(settings, state.params, batch, micro, beside)
-        waiting = {"other micro-batches": (micro - 1) * shard_bytes(batch)}
-        weights = {"weights": shard_bytes(state.params)}
-        temperature, setting = settings.temperature, "grpo.micro_batch_prompts"
+            batch = yield from self._with_features(
+                settings, state.params, batch, micro, beside, suffix
+            )
+        waiting = {"other micro-batches": round(max(micro - 1, 0) * shard_bytes(batch))}
+        temperature, setting = settings.temperature, "grpo.micro_batch_rows"
 
-        def logprobs(name: str, params: Params, beside: Held, runs: int) -> PlannedProgram:
-            args = (self.model, self.compute, temperature, params, batch)
-            return PlannedProgram(name, logprobs_of, args, runs, beside | waiting, setting)
+        def logprobs(name: str, params: Params, beside: Held, runs: float) -> PlannedProgram:
+            args = (self.model, self.compute, temperature, params, batch.rows)
+            return PlannedProgram(
+                f"{name}{suffix}", logprobs_of, args, runs, beside | waiting, setting
+            )
 
         old = first_update = reference_logprobs = None
-        like = self.batches.rows(*batch.tokens.shape, dtype=np.float32)
-        updates = settings.minibatches_per_rollout
         if settings.recomputes_old_logprobs:
-            later = micro - micro // updates  # in the first update they are the current ones
+            # In the first update they are the current ones.
+            later = micro - micro / settings.minibatches_per_rollout
             yield logprobs("old_logprobs", state.params, optimizing | own_reference, later)
-            old, first_update = like, self.batches.scalar(np.bool_)
+            old, first_update = batch.sampled_logprobs, self.batches.scalar(np.bool_)
         if reference is not None:
-            beside = optimizing | weights
+            beside = optimizing | {"weights": shard_bytes(state.params)}
             found = yield logprobs("reference_logprobs", reference, beside, micro)
-            reference_logprobs = found or like
-        batch = replace(
+            reference_logprobs = found or batch.sampled_logprobs
+        return replace(
             batch,
             old_logprobs=old,
             reference_logprobs=reference_logprobs,
             first_update=first_update,
         )
-        loss = stage.loss(self.model, self.compute)
-        yield from self._update("", loss, optimizer, state, batch, micro, updates, resting, setting)
 
     def _with_features(
         self,
         settings: GrpoSettings,
         params: Params,
         batch: GroupBatch[ShapeDtypeStruct],
-        runs: int,
+        runs: float,
         beside: Held,
+        suffix: str,
     ) -> Generator[PlannedProgram, Any, GroupBatch[ShapeDtypeStruct]]:
         """The batch with features of its images in place of pixels."""
         merge = not settings.trains("merger")
-        args = (self.model, self.compute, merge, params, batch.prompts.vision)
+        args = (self.model, self.compute, merge, params, batch.rows.vision)
         found = yield PlannedProgram(
-            "vision_features", vision_features, args, runs, beside, "grpo.micro_batch_prompts"
+            f"vision_features{suffix}", vision_features, args, runs, beside, "grpo.micro_batch_rows"
         )
         if found is None:
             return batch
         features = jax.tree.map(lambda x: self.batches.rows(*x.shape, dtype=x.dtype), found)
-        return replace(batch, prompts=replace(batch.prompts, vision=features))
+        return replace(batch, rows=replace(batch.rows, vision=features))
+
+    def _micro_batches(self, stage: SftStage | GrpoStage) -> dict[RowShape, float]:
+        """Micro-batches of a step in each shape, the one that holds the largest groups last.
+
+        With the longest prompts and responses all are of that shape; with lengths it is there
+        without any, for its memory.
+        """
+        settings, shapes = stage.settings, row_shapes(self.config, stage)
+        prompt, windows = max(self.config.data.prompt_buckets), max(self.config.data.window_buckets)
+        limit, group = self.config.rollout.max_new_tokens, settings.responses_per_prompt
+        rollouts = [np.full((settings.prompts, group), limit)]
+        if self.lengths is not None and isinstance(stage, GrpoStage):
+            windows = math.ceil(windows * self.lengths.prompt_tokens / prompt)
+            prompt, rng = self.lengths.prompt_tokens, np.random.default_rng(0)
+            rollouts = [
+                np.minimum(self.lengths.responses.draw(rng, settings.prompts, group), limit)
+                for _ in range(_SIMULATED)
+            ]
+        counts, update = dict.fromkeys(shapes, 0.0), stage.update_prompts
+        for lengths in rollouts:
+            responses = lengths.sum(axis=1).tolist()
+            contents = [Content(prompt + tokens, windows, tokens) for tokens in responses]
+            for first in range(0, settings.prompts, update):
+                mine = contents[first : first + update]
+                for part in pack_micro_batches(mine, shapes, settings.micro_batch_rows, self.model):
+                    counts[part.shape] += 1 / len(rollouts)
+        return {s: count for s, count in counts.items() if count or s == shapes[-1]}
 
     def _rollout(self, state: TrainState[ShapeDtypeStruct], beside: Held) -> PlannedPrograms:
         """Copying the weights, prefill, and decoding with the widest caches."""
@@ -421,38 +461,46 @@ class _Planned:
         loss: SftLoss | GrpoLoss,
         optimizer: optax.GradientTransformation,
         state: TrainState[ShapeDtypeStruct],
-        batch: GroupBatch[ShapeDtypeStruct] | PackedBatch[ShapeDtypeStruct],
-        micro: int,
+        batches: Sequence[tuple[PackedBatch[ShapeDtypeStruct], float]],
         updates: int,
         beside: Held,
-        setting: str,
     ) -> PlannedPrograms:
-        """One or several optimizer steps over `micro` micro-batches in all."""
-        trained = state.trained
+        """One or several optimizer steps over micro-batches, each with how many a step has."""
+        trained, micro = state.trained, round(sum(count for _, count in batches), 9)  # a mean
         several = micro > updates
-        if isinstance(batch, GroupBatch):  # those of SFT are made one after another
-            beside = beside | {"other micro-batches": (micro - 1) * shard_bytes(batch)}
+        waiting = sum(count * shard_bytes(batch) for batch, count in batches)
+        largest = max(shard_bytes(batch) for batch, _ in batches)
+        if isinstance(loss, GrpoLoss):  # those of SFT are made one after another
+            beside = beside | {"other micro-batches": round(max(waiting - largest, 0))}
         optimizing = beside | self._moments(state)
         shardings = gradient_shardings(trained)
         shapes = jax.tree.leaves(trained)
         if shardings:
             shapes = [x.update(sharding=s) for x, s in zip(shapes, shardings, strict=True)]
         summed = {"gradients so far": shard_bytes(shapes)} if several else {}
-        args = (loss, trained, state.frozen, batch, shardings)
-        found = yield PlannedProgram(
-            f"{prefix}gradients", micro_gradients, args, micro, optimizing | summed, setting
-        )
-        if found is None:
+        section, gradients = "grpo" if isinstance(loss, GrpoLoss) else "sft", None
+        for number, (batch, count) in enumerate(batches, 1):
+            suffix = "" if number == len(batches) else f"_{number}"
+            args = (loss, trained, state.frozen, batch, shardings)
+            found = yield PlannedProgram(
+                f"{prefix}gradients{suffix}",
+                micro_gradients,
+                args,
+                count,
+                optimizing | summed,
+                f"{section}.micro_batch_rows",
+            )
+            gradients = gradients if found is None else found[0]
+        if gradients is None:
             return
-        gradients, _ = found
         weights = {"weights": shard_bytes(trained) + shard_bytes(state.frozen)}
-        batches = {"micro-batch": shard_bytes(batch)}
+        micro_batch = {"micro-batch": largest}
         if several:
             args = (gradients, gradients)
-            beside_sum = optimizing | weights | batches
+            beside_sum = optimizing | weights | micro_batch
             runs = micro - updates
             yield PlannedProgram(f"{prefix}add", add_gradients, args, runs, beside_sum, "mesh.fsdp")
-        held = beside | batches | {"frozen weights": shard_bytes(state.frozen)}
+        held = beside | micro_batch | {"frozen weights": shard_bytes(state.frozen)}
         args = (optimizer, replace(state, frozen={}), gradients, param_shardings(trained))
         yield PlannedProgram(f"{prefix}apply", apply_gradients, args, updates, held, "mesh.fsdp")
 

@@ -25,6 +25,12 @@ class TextConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the matmuls of all layers."""
+        heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        return self.num_hidden_layers * self.hidden_size * (heads + 3 * self.intermediate_size)
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -58,6 +64,12 @@ class VisionConfig:
     def patch_dim(self) -> int:
         """Values of one patch: channels x frames x height x width."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of the matmuls of all blocks."""
+        width = self.hidden_size
+        return self.depth * (4 * width**2 + 3 * width * self.intermediate_size)
 
     @property
     def merge_unit(self) -> int:

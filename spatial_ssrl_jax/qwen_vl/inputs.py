@@ -1,4 +1,4 @@
-"""The model's inputs: batches of prompts and rows of packed examples, with their images.
+"""The model's inputs: batches of prompts and rows of packed groups, with their images.
 
 Shape letters: B prompts or rows, T tokens, R response tokens, W windows, S patches of a window.
 """
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from spatial_ssrl_jax.qwen_vl.attention import GroupLimits
 from spatial_ssrl_jax.qwen_vl.config import VisionConfig
 
 # What a batch holds: `np.ndarray` on the host, `jax.Array` on devices, `jax.ShapeDtypeStruct` for
@@ -91,29 +92,39 @@ class PromptBatch(Generic[Leaf]):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedRows(Generic[Leaf]):
-    """B rows of several examples each: prompt and response, one example after another.
+    """B rows of groups: `[prompt | response 1 | … | response G | next prompt | …]`.
 
     Attributes:
-      ids: [B, T] int32 token ids, padded at the end.
-      segment: [B, T] int32, which example of the row; -1 is padding.
-      position: [B, 3, T] int32 M-RoPE positions, each example's as if it were alone.
+      ids: [B, T] int32 token ids, padded at the end, and after prompts where responses have to
+        start at certain places.
+      segment: [B, T] int32, which group of the row; -1 is padding.
+      response: [B, T] int32, which response of the group from 1; 0 is the prompt and padding.
+      position: [B, 3, T] int32 M-RoPE positions, each response's as if it were alone after its
+        prompt.
       image_index: [B, T] int32 merged vision token of the row at each token, -1 for text.
-      place: [B, R] int32, index of the token that predicts each response token, the one before it;
-        -1 is padding.
-      vision: the windows of all the row's images.
+      place: [B, R] int32, index of the token that predicts each response token: the one before it,
+        or the prompt's last; -1 is padding.
+      label: [B, R] int32, the response tokens.
+      sample: [B, R] int32, which response of the row each is of; -1 is padding.
+      vision: the windows of all the row's images, or their features.
+      limits: of the groups.
     """
 
     ids: Leaf
     segment: Leaf
+    response: Leaf
     position: Leaf
     image_index: Leaf
     place: Leaf
-    vision: VisionInput[Leaf]
+    label: Leaf
+    sample: Leaf
+    vision: VisionInput[Leaf] | VisionFeatures[Leaf]
+    limits: GroupLimits = field(metadata={"static": True})
 
     @property
-    def labels(self: "PackedRows[Array]") -> Array:
-        """[B, R] int32, the response tokens."""
-        return jnp.take_along_axis(self.ids, jnp.maximum(self.place, 0) + 1, axis=1)
+    def mask(self: "PackedRows[Array]") -> Array:
+        """[B, R] float32, 1 where a response token is."""
+        return (self.place >= 0).astype(jnp.float32)
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,22 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.qwen_vl.attention import attend, attend_shared
+from spatial_ssrl_jax.qwen_vl.attention import (
+    GroupLimits,
+    Visible,
+    attend,
+    attend_block,
+    attend_shared,
+)
 from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute
-from spatial_ssrl_jax.qwen_vl.cudnn import attend_cudnn, attend_group_cudnn
+from spatial_ssrl_jax.qwen_vl.cudnn import attend_cudnn
 from spatial_ssrl_jax.qwen_vl.decode_kernel import attend_decode
 from spatial_ssrl_jax.qwen_vl.rope import Rotary, rotate
-from spatial_ssrl_jax.qwen_vl.splash import CAUSAL, FULL, GroupMask, attend_splash
+from spatial_ssrl_jax.qwen_vl.splash import attend_splash
 
 KeyValues = tuple[Array, Array]  # keys and values
 
 KERNELS = ("xla", "splash", "cudnn")
-FUSED = ("splash", "cudnn")  # compute a whole group by `group_attention`
 DECODE_KERNELS = ("xla", "triton")
 _ON_GPUS = ("cudnn", "triton")
 
@@ -153,65 +158,43 @@ def self_attention(
     q_BTNH: Array,
     k_BKTH: Array,
     v_BKTH: Array,
-    segment_BT: Array,
+    visible: Visible,
     compute: Compute,
     *,
     causal: bool,
-    single: bool = False,
+    limits: GroupLimits | None = None,
 ) -> Array:
-    """Self-attention inside segments.
+    """Self-attention inside rows.
 
     Args:
       q_BTNH, k_BKTH, v_BKTH: queries, keys and values.
-      segment_BT: int32 segment of each token; -1 is padding, whose results are undefined.
-      compute: the kernel, and for `xla` the queries that attend at a time.
+      visible: which keys a token sees; the results of padding are undefined.
+      compute: the kernel, and the queries that attend at a time.
       causal: a token sees none after it.
-      single: a row is one segment with padding after it; then causal `cudnn` needs no mask.
+      limits: of the row's groups; None where a causal row is one segment with padding after it.
 
     Returns:
       [B, T, N, H] in the dtype of `v`.
     """
     kernel = compute.attention
     if kernel.name == "splash":
-        mask = CAUSAL if causal else FULL
-        return attend_splash(q_BTNH, k_BKTH, v_BKTH, segment_BT, mask, kernel)
-    if kernel.name == "cudnn":
-        # Padding sees padding: the softmax of a row without any key is not defined.
-        same = segment_BT[:, :, None] == segment_BT[:, None]
-        return attend_cudnn(q_BTNH, k_BKTH, v_BKTH, None if causal and single else same, causal)
-    chunk = compute.attention_chunk
-    return attend(q_BTNH, k_BKTH, v_BKTH, segment_BT, segment_BT, causal=causal, chunk=chunk)
-
-
-def group_attention(
-    q_BTNH: Array,
-    k_BKTH: Array,
-    v_BKTH: Array,
-    valid_BT: Array,
-    kernel: AttentionKernel,
-    *,
-    prompt: int,
-    response: int,
-) -> Array:
-    """Attention over `[prompt | response 1 | … | response G]` by a fused kernel.
-
-    The prompt attends to itself causally, each response to the prompt and causally to itself.
-
-    Args:
-      q_BTNH, k_BKTH, v_BKTH: queries, keys and values of prompt and responses.
-      valid_BT: bool, which tokens exist; the results of others are undefined.
-      kernel: what computes it, `splash` or `cudnn`.
-      prompt: tokens of the prompt, padding included.
-      response: tokens of each response, padding included.
-
-    Returns:
-      [B, T, N, H] in the dtype of `v`.
-    """
-    if kernel.name == "cudnn":
-        return attend_group_cudnn(q_BTNH, k_BKTH, v_BKTH, valid_BT, prompt, response)
-    group = (q_BTNH.shape[1] - prompt) // response
-    mask = partial(GroupMask, prompt=prompt, response=response, group=group)
-    return attend_splash(q_BTNH, k_BKTH, v_BKTH, jnp.where(valid_BT, 0, -1), mask, kernel)
+        return attend_splash(q_BTNH, k_BKTH, v_BKTH, visible, kernel, causal=causal, limits=limits)
+    if kernel.name == "cudnn" and causal and limits is None:
+        return attend_cudnn(q_BTNH, k_BKTH, v_BKTH, None, causal=True)
+    block = attend_cudnn if kernel.name == "cudnn" else attend_block
+    run = partial(attend, chunk=compute.attention_chunk, block=block)
+    if q_BTNH.shape[1] > compute.attention_chunk and compute.batch_sharding is not None:
+        # Rows differ in the keys that they see: each device goes through its own.
+        rows = P(kernel.rows)
+        run = jax.shard_map(
+            run,
+            mesh=compute.batch_sharding.mesh,
+            in_specs=rows,
+            out_specs=rows,
+            axis_names=set(kernel.rows),
+            check_vma=False,
+        )
+    return run(q_BTNH, k_BKTH, v_BKTH, visible)
 
 
 def decode_attention(
@@ -273,5 +256,5 @@ def _decode_by_xla(
     )
     slots = keys.shape[3]
     seen = jnp.broadcast_to(jnp.arange(slots) <= cursor, (*q.shape[:2], 1, slots))
-    out = attend_shared(q[:, :, None], *prefix, prefix_valid_BT, keys, values, seen, chunk=1)
+    out = attend_shared(q[:, :, None], *prefix, prefix_valid_BT, keys, values, seen)
     return out[:, :, 0], (keys, values)

@@ -132,46 +132,6 @@ def prefill(
     return _last(hidden, prompts), keys, values
 
 
-def response_hidden(
-    config: QwenVLConfig,
-    model: QwenVL,
-    prompts: PromptBatch[Array],
-    tokens_BGR: Array,
-    length_BG: Array,
-    compute: Compute,
-) -> Array:
-    """Hidden states from which each response token is predicted.
-
-    Args:
-      config: the model's shape.
-      model: the weights.
-      prompts: B prompts, each run once for its whole group.
-      tokens_BGR: int32 response tokens.
-      length_BG: int32 tokens of each response.
-      compute: how to compute.
-
-    Returns:
-      [B, G, R, D]: the first from the prompt's last token, the others from the token before.
-    """
-    response = tokens_BGR.shape[2]
-    order = jnp.arange(response)
-    position = prompts.next_position[:, None, None] + order
-    position = jnp.broadcast_to(position[:, :, None], (*tokens_BGR.shape[:2], 3, response))
-    prompt, own = model.text.group(
-        embed_prompt(model, prompts, compute),
-        compute.constrain(model.text.embed[...][tokens_BGR].astype(compute.dtype)),
-        text_rotary(config.text, prompts.position),
-        text_rotary(config.text, position),
-        prompts.valid,
-        order < length_BG[..., None],
-        compute,
-    )
-    first = jnp.broadcast_to(
-        _last(prompt, prompts)[:, None, None], (*own.shape[:2], 1, own.shape[3])
-    )
-    return jnp.concatenate((first, own[:, :, :-1]), axis=2)
-
-
 def packed_hidden(
     config: QwenVLConfig, model: QwenVL, rows: PackedRows[Array], compute: Compute
 ) -> Array:
@@ -180,7 +140,9 @@ def packed_hidden(
         embed_prompt(model, rows, compute),
         text_rotary(config.text, rows.position),
         rows.segment,
+        rows.response,
         compute,
+        rows.limits,
     )
     return jnp.take_along_axis(hidden, jnp.maximum(rows.place, 0)[..., None], axis=1)
 

@@ -19,6 +19,7 @@ from spatial_ssrl_jax.common.bounds import Bounds
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.json_file import FETCH, JsonObject
 from spatial_ssrl_jax.common.text import shown
+from spatial_ssrl_jax.qwen_vl.attention import Visible
 from spatial_ssrl_jax.qwen_vl.compute import XLA, Compute
 from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, TextConfig, VisionConfig
 from spatial_ssrl_jax.qwen_vl.inputs import Grid, VisionInput, WindowLayout
@@ -253,8 +254,8 @@ class VisionBlock(nnx.Module):
         self,
         x_BWSD: Array,
         rotary: Rotary,
-        segment_window: Array,
-        segment_full: Array,
+        of_window: Visible,
+        of_image: Visible,
         is_full: Array,
         compute: Compute,
     ) -> Array:
@@ -263,8 +264,8 @@ class VisionBlock(nnx.Module):
         Args:
           x_BWSD: the patches.
           rotary: their angles, [B, W, S, H/2].
-          segment_window: [B, W, S] int32, 0, or -1 for padding.
-          segment_full: [B, W, S] int32, the image or frame; -1 is padding.
+          of_window: what a patch sees of its window, a row of [B·W, S].
+          of_image: what it sees of its image or frame in the row [B, W·S].
           is_full: [] bool, whether a patch sees its whole image; else its window.
           compute: how to compute.
 
@@ -276,22 +277,20 @@ class VisionBlock(nnx.Module):
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         q, k = rotate(q, *rotary), rotate(k, *rotary)
 
-        def attention(
-            rows: int, segment: Array, compute: Compute
-        ) -> Callable[[Array, Array, Array], Array]:
+        def attention(visible: Visible, compute: Compute) -> Callable[[Array, Array, Array], Array]:
             def run(q: Array, k: Array, v: Array) -> Array:
-                q, k, v = (t.reshape(rows, -1, *t.shape[3:]) for t in (q, k, v))
+                rows = visible.segment.shape
+                q, k, v = (t.reshape(*rows, *t.shape[3:]) for t in (q, k, v))
                 k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-                segments = segment.reshape(rows, -1)
-                out = self_attention(q, k, v, segments, compute, causal=False)
+                out = self_attention(q, k, v, visible, compute, causal=False)
                 return out.reshape(batch, windows, size, *out.shape[2:])
 
             return run
 
-        full = attention(batch, segment_full, compute)
+        full = attention(of_image, compute)
         if compute.attention.name == "splash":  # whose blocks are twice as long as a window
             compute = dataclasses.replace(compute, attention=XLA)
-        window = attention(batch * windows, segment_window, compute)
+        window = attention(of_window, compute)
         mixed = jax.lax.cond(is_full, full, window, q, k, v)
         x_BWSD = x_BWSD + self.proj(mixed)
         return x_BWSD + self.mlp(self.norm2(x_BWSD))
@@ -334,13 +333,15 @@ class VisionTower(nnx.Module):
         pixels = normalize_patches(vision.patches, config)
         x = self.patch_embed(pixels.astype(compute.dtype))
         rotary = vision_rotary(config, vision.coords)
-        segment_window = jnp.where(vision.frame >= 0, 0, -1)
+        in_window = jnp.where(vision.frame >= 0, 0, -1).reshape(batch * windows, size)
+        of_window = Visible.in_segments(in_window, causal=False)
+        in_image = vision.frame.reshape(batch, windows * size)
+        of_image = Visible.in_segments(in_image, causal=False)
         full = [i in config.fullatt_block_indexes for i in range(config.depth)]
 
         def step(block: VisionBlock, x: Array, is_full: Array) -> tuple[Array, None]:
-            segments = (segment_window, vision.frame)
             x = compute.constrain(x)
-            return block(x, rotary, *segments, is_full, compute), None
+            return block(x, rotary, of_window, of_image, is_full, compute), None
 
         x, _ = scan_layers(self.blocks, step, x, jnp.array(full), remat=compute.remat)
         return compute.constrain(x).reshape(batch, windows * size // config.merge_unit, -1)

@@ -1,9 +1,8 @@
-"""The language model's layers, in the four modes that training and sampling need.
+"""The language model's layers, in the three modes that training and sampling need.
 
 - `prefill`: prompts alone, keeping their keys and values;
-- `packed`: rows of several examples, one after another, for gradients;
-- `decode`: one token of each sample, over the shared prompt and the sample's own cache;
-- `group`: prompts and all their responses at once, for log-probabilities and gradients.
+- `packed`: rows of prompts with all their responses, for log-probabilities and gradients;
+- `decode`: one token of each sample, over the shared prompt and the sample's own cache.
 
 Shape letters: B prompts, G samples of a group, T prompt tokens, R response tokens, D width,
 N query heads, K key/value heads, H head size, L layers.
@@ -17,16 +16,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from spatial_ssrl_jax.qwen_vl.attention import attend_shared
+from spatial_ssrl_jax.qwen_vl.attention import GroupLimits, Visible
 from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute
 from spatial_ssrl_jax.qwen_vl.config import TextConfig
-from spatial_ssrl_jax.qwen_vl.kernels import (
-    FUSED,
-    KeyValues,
-    decode_attention,
-    group_attention,
-    self_attention,
-)
+from spatial_ssrl_jax.qwen_vl.kernels import KeyValues, decode_attention, self_attention
 from spatial_ssrl_jax.qwen_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
 from spatial_ssrl_jax.qwen_vl.lora import merge_adapters
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
@@ -101,9 +94,9 @@ class TextModel(nnx.Module):
         Returns:
           Hidden states [B, T, D] after the last norm, keys and values [L, B, K, T, H].
         """
-        segment = jnp.where(valid_BT, 0, -1)
+        visible = Visible.in_segments(jnp.where(valid_BT, 0, -1), causal=True)
         compute = replace(compute, remat="none")
-        x, kept = self._causal(x_BTD, rotary, segment, compute, keep=True)
+        x, kept = self._causal(x_BTD, rotary, visible, compute, keep=True)
         assert kept is not None
         return x, *kept
 
@@ -112,94 +105,49 @@ class TextModel(nnx.Module):
         x_BTD: Array,
         rotary: Rotary,
         segment_BT: Array,
+        response_BT: Array,
         compute: Compute,
+        limits: GroupLimits,
     ) -> Array:
-        """Runs rows of several examples; a token sees its own example's tokens up to itself.
+        """Runs rows of groups, each a prompt and all its responses.
+
+        A prompt's token sees the prompt up to itself; a response's token sees the prompt and its
+        response up to itself, never another response.
 
         Args:
           x_BTD: embedded rows, images included.
-          rotary: angles of each token's position in its own example, [B, T, H/2].
-          segment_BT: int32, which example a token belongs to; -1 is padding.
+          rotary: angles of each token's position in its own sequence, [B, T, H/2].
+          segment_BT: int32, which group a token belongs to; -1 is padding.
+          response_BT: int32, which response from 1; 0 is the prompt and padding.
           compute: how to compute.
+          limits: sizes of a group.
 
         Returns:
           Hidden states [B, T, D] after the last norm.
         """
-        return self._causal(x_BTD, rotary, segment_BT, compute, keep=False)[0]
+        visible = Visible.in_groups(segment_BT, response_BT)
+        return self._causal(x_BTD, rotary, visible, compute, keep=False, limits=limits)[0]
 
     def _causal(
         self,
         x: Array,
         rotary: Rotary,
-        segment: Array,
+        visible: Visible,
         compute: Compute,
         keep: bool,
+        limits: GroupLimits | None = None,
     ) -> tuple[Array, KeyValues | None]:
-        """Causal layers inside segments; with `keep`, of single prompts, keys and values too."""
+        """The layers; with `keep`, of single prompts, keys and values too."""
 
         def step(layer: TextLayer, x: Array, _: None) -> tuple[Array, KeyValues | None]:
             x = compute.constrain(x)
             q, k, v = layer.project(x, rotary)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            mixed = self_attention(q, k, v, segment, compute, causal=True, single=keep)
+            mixed = self_attention(q, k, v, visible, compute, causal=True, limits=limits)
             return layer.finish(x, mixed), (k, v) if keep else None
 
         x, kept = scan_layers(self.layers, step, x, None, remat=compute.remat)
         return self.norm(x), kept
-
-    def group(
-        self,
-        prompt_BTD: Array,
-        response_BGRD: Array,
-        prompt_rotary: Rotary,
-        response_rotary: Rotary,
-        prompt_valid_BT: Array,
-        response_valid_BGR: Array,
-        compute: Compute,
-    ) -> tuple[Array, Array]:
-        """Runs every prompt once, with all its responses after it.
-
-        Dense layers run over [prompt | response 1 | … | response G]. The prompt attends to itself,
-        a response to the whole prompt and to itself, never to another response.
-
-        Returns:
-          Hidden states after the last norm: [B, T, D] and [B, G, R, D].
-        """
-        batch, prompt, width = prompt_BTD.shape
-        _, group, response, _ = response_BGRD.shape
-        segment = jnp.where(prompt_valid_BT, 0, -1)
-        valid = jnp.concatenate((prompt_valid_BT, response_valid_BGR.reshape(batch, -1)), axis=1)
-        order = jnp.arange(response)
-        seen = (order[:, None] >= order) & response_valid_BGR[:, :, None]
-        cos, sin = (
-            jnp.concatenate((p, r.reshape(batch, group * response, -1)), axis=1)
-            for p, r in zip(prompt_rotary, response_rotary, strict=True)
-        )
-
-        def step(layer: TextLayer, x: Array, _: None) -> tuple[Array, None]:
-            x = compute.constrain(x)
-            q, k, v = layer.project(x, (cos, sin))
-            if compute.attention.name in FUSED:
-                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-                mixed = group_attention(
-                    q, k, v, valid, compute.attention, prompt=prompt, response=response
-                )
-                return layer.finish(x, mixed), None
-            own_q, own_k, own_v = (
-                t[:, prompt:].reshape(batch, group, response, *t.shape[2:]) for t in (q, k, v)
-            )
-            k, v = k[:, :prompt].swapaxes(1, 2), v[:, :prompt].swapaxes(1, 2)
-            mixed = self_attention(q[:, :prompt], k, v, segment, compute, causal=True)
-            own_k, own_v = own_k.swapaxes(2, 3), own_v.swapaxes(2, 3)
-            chunk = compute.attention_chunk
-            own = attend_shared(own_q, k, v, prompt_valid_BT, own_k, own_v, seen, chunk=chunk)
-            own = own.reshape(batch, group * response, *own.shape[3:])
-            return layer.finish(x, jnp.concatenate((mixed, own), axis=1)), None
-
-        x = jnp.concatenate((prompt_BTD, response_BGRD.reshape(batch, -1, width)), axis=1)
-        x, _ = scan_layers(self.layers, step, x, None, remat=compute.remat)
-        x = self.norm(x)
-        return x[:, :prompt], x[:, prompt:].reshape(response_BGRD.shape)
 
 
 class FusedProjectionLayer(nnx.Module):

@@ -1,52 +1,43 @@
 """What an update trains on."""
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from spatial_ssrl_jax.qwen_vl.inputs import Leaf, PackedRows, PromptBatch
+from spatial_ssrl_jax.data.packing import RowShape, fill_rows
+from spatial_ssrl_jax.qwen_vl.config import VisionConfig
+from spatial_ssrl_jax.qwen_vl.inputs import Leaf, PackedRows
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class ResponseBatch(Generic[Leaf]):
+class PackedBatch(Generic[Leaf]):
     """Prompts with the responses to learn from.
 
     Attributes:
-      prompts: B prompts.
-      tokens: [B, G, R] int32 response tokens.
-      length: [B, G] int32 tokens of each response, the end token included.
-      weight: [B, G] float32 weight of each token of a sample in the optimizer step's loss.
+      rows: B packed rows.
+      weight: [B, R] float32 weight of each token in the optimizer step's loss; 0 for padding.
       normaliser: [] float32, response tokens of the whole optimizer step, for its metrics.
     """
 
-    prompts: PromptBatch[Leaf]
-    tokens: Leaf
-    length: Leaf
+    rows: PackedRows[Leaf]
     weight: Leaf
     normaliser: Leaf
-
-    @property
-    def mask(self: "ResponseBatch[Array]") -> Array:
-        """[B, G, R] float32, 1 where a response token is."""
-        return (jnp.arange(self.tokens.shape[2]) < self.length[..., None]).astype(jnp.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class GroupBatch(ResponseBatch[Leaf]):
+class GroupBatch(PackedBatch[Leaf]):
     """Sampled groups with what the policy gradient needs.
 
     Attributes:
-      advantage: [B, G] float32.
-      sampled_logprobs: [B, G, R] float32, from the sampler.
-      old_logprobs: [B, G, R] float32, the trainer's before the first update of this rollout; None
+      advantage: [B, R] float32, of each token's sample.
+      sampled_logprobs: [B, R] float32, from the sampler.
+      old_logprobs: [B, R] float32, the trainer's before the first update of this rollout; None
         where they are the current ones.
-      reference_logprobs: [B, G, R] float32, or None without KL.
+      reference_logprobs: [B, R] float32, or None without KL.
       kl_coef: [] float32, β of this step, or None where it is the config's in all.
       first_update: [] bool, whether this is the first update of the rollout: then the current
         log-probabilities are the old ones, and `old_logprobs` holds anything. So all updates run
@@ -61,28 +52,26 @@ class GroupBatch(ResponseBatch[Leaf]):
     first_update: Leaf | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PackedBatch(Generic[Leaf]):
-    """Examples of supervised training, several in a row.
-
-    Attributes:
-      rows: B rows.
-      normaliser: [] float32, response tokens of the whole optimizer step.
-    """
-
-    rows: PackedRows[Leaf]
-    normaliser: Leaf
-
-    @property
-    def weight(self: "PackedBatch[Array]") -> Array:
-        """[B, R] float32 weight of each response token in the optimizer step's loss."""
-        return (self.rows.place >= 0) / self.normaliser
+def empty_packed_batch(
+    shape: RowShape, vision: VisionConfig, rows: int = 1
+) -> PackedBatch[np.ndarray]:
+    """Rows of padding."""
+    packed, _ = fill_rows([], [()] * rows, shape, vision)
+    of_response = np.zeros(packed.place.shape, np.float32)
+    return PackedBatch(packed, of_response, np.zeros((), np.float32))
 
 
-Tree = TypeVar("Tree")
-
-
-def take_rows(batch: Tree, start: int, rows: int) -> Tree:
-    """Rows `start` to `start + rows` of every array of a batch; scalars stay."""
-    return jax.tree.map(lambda x: x[start : start + rows] if np.ndim(x) else x, batch)
+def empty_group_batch(
+    shape: RowShape, vision: VisionConfig, rows: int = 1
+) -> GroupBatch[np.ndarray]:
+    """Rows of padding, without old and reference log-probabilities."""
+    one = empty_packed_batch(shape, vision, rows)
+    return GroupBatch(
+        rows=one.rows,
+        weight=one.weight,
+        normaliser=one.normaliser,
+        advantage=one.weight,
+        sampled_logprobs=one.weight,
+        old_logprobs=None,
+        reference_logprobs=None,
+    )

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from jax import Array
 from spatial_ssrl_jax.config.schema import GrpoSettings, RolloutSettings
 from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.items import Item
+from spatial_ssrl_jax.data.packing import Group, RowShape, fill_rows
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.parallel import offload
@@ -26,11 +26,12 @@ from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
 from spatial_ssrl_jax.qwen_vl.model import Params
 from spatial_ssrl_jax.rl.advantages import group_advantage, groups_to_update
 from spatial_ssrl_jax.rl.batch import GroupBatch
-from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length, fill_batches
+from spatial_ssrl_jax.rl.bucketing import Buckets, bucket_by_length
 from spatial_ssrl_jax.rl.logprobs import logprobs_of, vision_features
 from spatial_ssrl_jax.rl.losses import GrpoLoss, sample_weights
 from spatial_ssrl_jax.rl.placement import prefill_prompts
 from spatial_ssrl_jax.rl.resampling import filtered_groups, resample_groups
+from spatial_ssrl_jax.rl.row_shapes import MicroBatch, pack_micro_batches
 from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer
 from spatial_ssrl_jax.rl.step_metrics import (
     Metrics,
@@ -76,7 +77,7 @@ class UpdatedGroups:
 
     Attributes:
       groups: [b] bool, the groups that may have a gradient; the others are left out.
-      padded_tokens: of all micro-batches, padding included.
+      padded_tokens: of all micro-batches' rows, padding included.
     """
 
     groups: np.ndarray
@@ -99,7 +100,8 @@ class Grpo:
       loss: the policy loss.
       optimizer: the gradient transformation.
       layout: where batches are.
-      buckets: sizes that programs are compiled for.
+      buckets: sizes of prompts that prefill is compiled for.
+      shapes: of an update's rows.
       processor: decodes responses.
       reference: the weights that GRPO started from, or None without KL.
       queue: compiles programs of updates before they are called.
@@ -114,6 +116,7 @@ class Grpo:
     optimizer: optax.GradientTransformation
     layout: Layout
     buckets: Buckets
+    shapes: tuple[RowShape, ...]
     processor: Processor
     reference: Params | None
     queue: CompileAhead = CompileAhead(enabled=False)
@@ -122,7 +125,7 @@ class Grpo:
     @property
     def _ahead(self) -> UpdatesAhead:
         return UpdatesAhead(
-            self.queue, self.settings, self.loss, self.optimizer, self.layout, self.buckets
+            self.queue, self.settings, self.loss, self.optimizer, self.layout, self.shapes
         )
 
     def step(
@@ -147,7 +150,7 @@ class Grpo:
           The new state, the step's metrics, and the prompts trained on with their scored rollout.
         """
         clock, resampled = _Clock(), 0
-        self._ahead.expect_first(state, self.reference, batch, kl_coef)
+        self._ahead.expect(state, self.reference, kl_coef)
         rollout = self._sampled(state.params, batch, key)
         clock.lap("perf/rollout_seconds")
         scored = self._score(batch, rollout)
@@ -164,7 +167,6 @@ class Grpo:
         minibatches, updated = self.micro_batches(state.params, batch, scored, kl_coef)
         scored = replace(scored, updated=updated.groups)
         clock.lap("perf/reference_seconds")
-        self._ahead.expect_next(state, self.reference, chain(*minibatches))
         updates = []
         self.gap.end()
         for micro_batches in minibatches:
@@ -232,36 +234,71 @@ class Grpo:
     ) -> tuple[list[list[GroupBatch[Array]]], UpdatedGroups]:
         """Each update's micro-batches, with old and reference log-probabilities filled in.
 
-        The batch's order says which prompts belong to which update; within an update they are
-        bucketed by length, which changes nothing, as a token's weight is that in the whole update.
-        Groups that have no gradient are left out, as far as whole micro-batches become fewer; in
-        the others they have responses without tokens.
+        The batch's order says which prompts belong to which update; within an update their groups
+        are packed into rows, which changes nothing, as a token's weight is that in the whole
+        update. Groups that have no gradient are left out.
 
         Returns:
           The micro-batches of each update, and which groups are in them.
         """
         rollout, settings = scored.rollout, self.settings
-        rows = settings.micro_batch_prompts // jax.process_count()
         per_update = len(batch.items) // settings.minibatches_per_rollout
         weight, updated = self._weights(scored, per_update)
-        length = np.where(updated[:, None], rollout.length, 0)
-        sizes = np.column_stack((prompt_sizes(batch.prompts), length.max(axis=1)))
         reference = None if self.reference is None else offload.to_device(self.reference)
         updates, padded_tokens = [], 0
         for first in range(0, len(batch.items), per_update):
-            mine = slice(first, first + per_update)
-            tokens, micro_batches = np.float32(all_sum(length[mine].sum())), []
-            chosen = first + fill_batches(updated[mine], sizes[mine], rows)
-            for part in bucket_by_length(sizes[chosen], rows, self.buckets):
-                part = replace(part, rows=chosen[part.rows])
-                groups = _micro_batch(batch, scored, length, weight, tokens, part)
-                groups = self.layout.put_batch(replace(groups, kl_coef=kl_coef))
-                self._ahead.claim(groups)
-                groups = self._with_features(params, groups)
-                micro_batches.append(self._with_logprobs(params, reference, groups, first == 0))
-                padded_tokens += part.padded_tokens(settings.group_size)
+            chosen = first + np.flatnonzero(updated[first : first + per_update])
+            tokens = np.float32(max(all_sum(rollout.length[chosen].sum()), 1))
+            groups = [self._group(batch, rollout, number) for number in chosen.tolist()]
+            micro_batches = []
+            for part in self._packed(groups):
+                packed = self._micro_batch(part, groups, chosen, scored, weight, tokens)
+                packed = self.layout.put_batch(replace(packed, kl_coef=kl_coef))
+                self._ahead.claim(packed)
+                packed = self._with_features(params, packed)
+                micro_batches.append(self._with_logprobs(params, reference, packed, first == 0))
+                padded_tokens += part.padded_tokens
             updates.append(micro_batches)
         return updates, UpdatedGroups(updated, padded_tokens)
+
+    def _group(self, batch: Batch, rollout: Rollout, number: int) -> Group:
+        lengths = zip(rollout.tokens[number], rollout.length[number], strict=True)
+        return Group(batch.prompts[number], [tokens[:length] for tokens, length in lengths])
+
+    def _packed(self, groups: Sequence[Group]) -> list[MicroBatch]:
+        contents, rows = [group.content for group in groups], self.settings.micro_batch_rows
+        return pack_micro_batches(contents, self.shapes, rows, self.loss.config)
+
+    def _micro_batch(
+        self,
+        part: MicroBatch,
+        groups: Sequence[Group],
+        chosen: np.ndarray,
+        scored: ScoredRollout,
+        weight: np.ndarray,
+        tokens: np.float32,
+    ) -> GroupBatch[np.ndarray]:
+        """A part of an update.
+
+        Args:
+          part: its rows.
+          groups: of the update.
+          chosen: their numbers in the rollout.
+          scored: the rollout.
+          weight: [b, G] of the rollout's samples.
+          tokens: response tokens of the update.
+        """
+        rows, places = fill_rows(groups, part.rows, part.shape, self.loss.config.vision)
+        rollout = scored.rollout
+        return GroupBatch(
+            rows=rows,
+            weight=places.of_samples(weight[chosen]),
+            normaliser=np.asarray(tokens),
+            advantage=places.of_samples(scored.advantage[chosen]),
+            sampled_logprobs=places.of_tokens(rollout.logprobs[chosen]),
+            old_logprobs=None,
+            reference_logprobs=None,
+        )
 
     def _weights(self, scored: ScoredRollout, per_update: int) -> tuple[np.ndarray, np.ndarray]:
         """[b, G] float32 weight of each token of a sample, and [b] bool the groups to compute."""
@@ -284,8 +321,8 @@ class Grpo:
 
     def _with_features(self, params: Params, batch: GroupBatch[Array]) -> GroupBatch[Array]:
         """The batch with features of its images in place of pixels, where those are reused."""
-        prompts, loss = batch.prompts, self.loss
-        vision = prompts.vision
+        rows, loss = batch.rows, self.loss
+        vision = rows.vision
         assert isinstance(vision, VisionInput)  # as put there
         if not self.settings.reuses_vision or vision.windows == 0:
             return batch
@@ -293,7 +330,7 @@ class Grpo:
         self.gap.end()
         features = vision_features(loss.config, loss.compute, merge, params, vision)
         features = jax.device_put(features, self.layout.batch_sharding())
-        return replace(batch, prompts=replace(prompts, vision=features))
+        return replace(batch, rows=replace(rows, vision=features))
 
     def _with_logprobs(
         self, params: Params, reference: Params | None, batch: GroupBatch[Array], is_first: bool
@@ -310,39 +347,16 @@ class Grpo:
             old = batch.sampled_logprobs
             if not is_first:
                 self.gap.end()
-                old = jax.device_put(program(params, batch), old.sharding)
+                old = jax.device_put(program(params, batch.rows), old.sharding)
             first_update = self.layout.put_batch(np.bool_(is_first))
         if reference is not None:
             self.gap.end()
         return replace(
             batch,
             old_logprobs=old,
-            reference_logprobs=None if reference is None else program(reference, batch),
+            reference_logprobs=None if reference is None else program(reference, batch.rows),
             first_update=first_update,
         )
-
-
-def _micro_batch(
-    batch: Batch,
-    scored: ScoredRollout,
-    length: np.ndarray,
-    weight: np.ndarray,
-    tokens: np.float32,
-    part: BatchSlice,
-) -> GroupBatch[np.ndarray]:
-    """A part of the step; `length` and `weight` are [b, G], `tokens` those of the update."""
-    rows, shape, rollout = part.rows, part.shape, scored.rollout
-    return GroupBatch(
-        prompts=part.pad(batch.prompts),
-        tokens=rollout.tokens[rows, :, : shape.response],
-        length=length[rows],
-        weight=weight[rows],
-        normaliser=np.asarray(tokens),
-        advantage=scored.advantage[rows],
-        sampled_logprobs=rollout.logprobs[rows, :, : shape.response],
-        old_logprobs=None,
-        reference_logprobs=None,
-    )
 
 
 class _Clock:

@@ -1,4 +1,4 @@
-"""Log-probabilities of response tokens: of groups after a shared prompt, and of packed rows."""
+"""Log-probabilities of the response tokens of packed rows, and features of their images."""
 
 from functools import partial
 
@@ -8,61 +8,35 @@ from jax import Array
 from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
-from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, PromptBatch, VisionFeatures, VisionInput
+from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, VisionFeatures, VisionInput
 from spatial_ssrl_jax.qwen_vl.model import Params
-from spatial_ssrl_jax.rl.batch import ResponseBatch
 from spatial_ssrl_jax.rl.head import head_logprobs
 
 
-def response_logprobs(
+def packed_logprobs(
     config: QwenVLConfig,
     compute: Compute,
     params: Params,
-    prompts: PromptBatch,
-    tokens_BGR: Array,
-    length_BG: Array,
+    rows: PackedRows[Array],
     temperature: float,
 ) -> tuple[Array, Array]:
-    """Log-softmax of logits/temperature at each response token, and the entropy there.
+    """Log-softmax of logits/temperature at each response token of packed rows, and the entropy.
 
     Args:
       config: the model's shape.
       compute: dtype, chunks and rematerialisation.
       params: the model.
-      prompts: B prompts, each run once for its whole group.
-      tokens_BGR: int32 response tokens.
-      length_BG: int32 tokens of each response.
+      rows: B rows, each prompt once with all its responses.
       temperature: divides the logits.
 
     Returns:
-      Two [B, G, R] float32 arrays: log-probabilities (differentiable) and entropies in nats
-      (not differentiable). Values after a response's length mean nothing.
-    """
-    model = qwen.bind(config, params)
-    hidden = qwen.response_hidden(config, model, prompts, tokens_BGR, length_BG, compute)
-    batch, group, response, width = hidden.shape
-    logprob, entropy = head_logprobs(
-        compute,
-        model.text.head_weight(compute.dtype),
-        hidden.reshape(batch, group * response, width),
-        tokens_BGR.reshape(batch, group * response),
-        temperature,
-    )
-    return logprob.reshape(tokens_BGR.shape), entropy.reshape(tokens_BGR.shape)
-
-
-def packed_logprobs(
-    config: QwenVLConfig, compute: Compute, params: Params, rows: PackedRows
-) -> tuple[Array, Array]:
-    """Log-softmax of the logits at each response token of packed rows, and the entropy there.
-
-    Returns:
-      Two [B, R] float32 arrays as those of `response_logprobs`; padding places mean nothing.
+      Two [B, R] float32 arrays: log-probabilities (differentiable) and entropies in nats (not
+      differentiable). Values of padding mean nothing.
     """
     model = qwen.bind(config, params)
     hidden = qwen.packed_hidden(config, model, rows, compute)
     head = model.text.head_weight(compute.dtype)
-    return head_logprobs(compute, head, hidden, rows.labels, 1.0)
+    return head_logprobs(compute, head, hidden, rows.label, temperature)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -71,12 +45,10 @@ def logprobs_of(
     compute: Compute,
     temperature: float,
     params: Params,
-    batch: ResponseBatch,
+    rows: PackedRows[Array],
 ) -> Array:
-    """[B, G, R] float32 log-probabilities of a batch's responses, without gradient."""
-    return response_logprobs(
-        config, compute, params, batch.prompts, batch.tokens, batch.length, temperature
-    )[0]
+    """[B, R] float32 log-probabilities of the responses of packed rows, without gradient."""
+    return packed_logprobs(config, compute, params, rows, temperature)[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -25,7 +25,7 @@ from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.model import Params
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
-from spatial_ssrl_jax.rl.logprobs import packed_logprobs, response_logprobs
+from spatial_ssrl_jax.rl.logprobs import packed_logprobs
 
 Sums = dict[str, Array]
 
@@ -38,7 +38,7 @@ class SftLoss:
     compute: Compute
 
     def __call__(self, params: Params, batch: PackedBatch[Array]) -> tuple[Array, Sums]:
-        logprob, entropy = packed_logprobs(self.config, self.compute, params, batch.rows)
+        logprob, entropy = packed_logprobs(self.config, self.compute, params, batch.rows, 1.0)
         loss = -jnp.sum(logprob * batch.weight)
         return loss, {
             "loss/total": loss,
@@ -67,14 +67,8 @@ class GrpoLoss:
                 f"grpo.kl_coef={self.settings.kl_coef} needs the reference's log-probabilities and "
                 "the batch has none: give a reference model, or set grpo.kl_coef=0."
             )
-        logprob, entropy = response_logprobs(
-            self.config,
-            self.compute,
-            params,
-            batch.prompts,
-            batch.tokens,
-            batch.length,
-            self.settings.temperature,
+        logprob, entropy = packed_logprobs(
+            self.config, self.compute, params, batch.rows, self.settings.temperature
         )
         return grpo_loss(self.settings, batch, logprob, entropy)
 
@@ -100,29 +94,27 @@ def grpo_loss(
     Args:
       settings: the config's `grpo` section.
       batch: groups with advantages and earlier log-probabilities.
-      logprob: [B, G, R] float32, of the response tokens under the current weights.
-      entropy: [B, G, R] float32, in nats; only a metric.
+      logprob: [B, R] float32, of the response tokens under the current weights.
+      entropy: [B, R] float32, in nats; only a metric.
 
     Returns:
       [] float32 loss, and this batch's part of the step's metrics.
     """
-    mask = batch.mask
-    weight = mask * batch.weight[..., None]
-    advantage = batch.advantage[..., None]
+    mask, weight, sample = batch.rows.mask, batch.weight, batch.rows.sample
     trainer = old_logprobs(batch, jax.lax.stop_gradient(logprob))
     old = batch.sampled_logprobs if settings.old_logprobs == "sampler" else trainer
     gap = trainer - batch.sampled_logprobs
 
     log_ratio = logprob - old
     if settings.policy_loss == "gspo":
-        log_ratio = sequence_log_ratio(log_ratio, mask)
+        log_ratio = sequence_log_ratio(log_ratio, mask, sample)
     ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
-    policy, metrics = policy_terms(settings, advantage, logprob, ratio)
+    policy, metrics = policy_terms(settings, batch.advantage, logprob, ratio)
     if settings.importance_correction != "none":
         by_token = settings.importance_level == "token"
         correction, is_bounded = importance_weight(
             settings.importance_correction,
-            gap if by_token else jnp.sum(gap * mask, axis=-1, keepdims=True),
+            gap if by_token else sample_sums(gap * mask, sample),
             settings.importance_max,
         )
         policy = policy * correction
@@ -146,7 +138,7 @@ def grpo_loss(
 
 
 def old_logprobs(batch: GroupBatch[Array], current: Array) -> Array:
-    """[B, G, R] the trainer's log-probabilities before the first update of the rollout."""
+    """[B, R] the trainer's log-probabilities before the first update of the rollout."""
     if batch.old_logprobs is None:
         return current
     if batch.first_update is None:
@@ -161,12 +153,12 @@ def policy_terms(
 
     Args:
       settings: the config's `grpo` section.
-      advantage: [B, G, 1] float32.
-      logprob: [B, G, R] float32.
-      ratio: [B, G, R] float32 r.
+      advantage: [B, R] float32.
+      logprob: [B, R] float32.
+      ratio: [B, R] float32 r.
 
     Returns:
-      [B, G, R] float32, and metrics of that shape.
+      [B, R] float32, and metrics of that shape.
     """
     unclipped = -advantage * ratio
     bounded = jnp.clip(ratio, 1.0 - settings.clip_low, 1.0 + settings.clip_high)
@@ -189,16 +181,32 @@ def policy_terms(
     return policy, metrics
 
 
-def sequence_log_ratio(log_ratio: Array, mask: Array) -> Array:
-    """[B, G, R] the mean of each sample's log-ratios (GSPO, arXiv 2507.18071), at all its tokens.
+def sequence_log_ratio(log_ratio: Array, mask: Array, sample: Array) -> Array:
+    """[B, R] the mean of each sample's log-ratios (GSPO, arXiv 2507.18071), at all its tokens.
 
     Each has the gradient of its own token, as in the paper's GSPO-token: their sum is that of the
     mean at all tokens, and a weight of single tokens, such as ρ, weighs their gradients alone.
     """
     constant = jax.lax.stop_gradient(log_ratio)
-    tokens = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1.0)
-    mean = jnp.sum(constant * mask, axis=-1, keepdims=True) / tokens
+    tokens = jnp.maximum(sample_sums(mask, sample), 1.0)
+    mean = sample_sums(constant * mask, sample) / tokens
     return mean + (log_ratio - constant)
+
+
+def sample_sums(x: Array, sample: Array) -> Array:
+    """[B, R] the sum of `x` [B, R] over each token's sample, at all its tokens.
+
+    Args:
+      x: float32, 0 for padding.
+      sample: [B, R] int32, which sample of the row; -1 is padding.
+    """
+
+    def row(x: Array, sample: Array) -> Array:
+        # A row has no more samples than tokens.
+        sums = jax.ops.segment_sum(x, sample, num_segments=x.shape[0])
+        return sums[sample]
+
+    return jax.vmap(row)(x, jnp.maximum(sample, 0))
 
 
 def importance_weight(kind: ImportanceCorrection, gap: Array, bound: float) -> tuple[Array, Array]:

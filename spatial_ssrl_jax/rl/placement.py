@@ -151,7 +151,7 @@ def check_sharding(config: Config, model: QwenVLConfig, layout: Layout) -> Layou
     if config.sft.steps:
         trained["sft.micro_batch_rows"] = config.sft.micro_batch_rows
     if config.grpo.steps:
-        trained["grpo.micro_batch_prompts"] = config.grpo.micro_batch_prompts
+        trained["grpo.micro_batch_rows"] = config.grpo.micro_batch_rows
         size = config.rollout.batch_prompts
         sampled |= (
             {"rollout.batch_prompts": size} if size else {"grpo.prompts": config.grpo.prompts}
@@ -160,6 +160,12 @@ def check_sharding(config: Config, model: QwenVLConfig, layout: Layout) -> Layou
     if config.sft.steps and config.sft.prompts % processes:
         raise UserError(
             f"sft.prompts={config.sft.prompts} must be a multiple of the {processes} processes."
+        )
+    update = config.grpo.prompts // config.grpo.minibatches_per_rollout
+    if config.grpo.steps and update % processes:
+        raise UserError(
+            f"grpo.prompts/minibatches_per_rollout={update} must be a multiple of the {processes} "
+            "processes."
         )
     # A rollout batch is prefilled in the training layout, and decoded in the other one.
     over = "the devices over rollout.tensor"

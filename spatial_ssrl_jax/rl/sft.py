@@ -3,24 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.config.schema import SftSettings
-from spatial_ssrl_jax.data.batching import smallest_bucket
 from spatial_ssrl_jax.data.items import Item
-from spatial_ssrl_jax.data.packing import (
-    PackedExample,
-    RowCapacity,
-    assign_rows,
-    fill_rows,
-)
+from spatial_ssrl_jax.data.packing import Group, RowShape, fill_rows
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.processor import Processor
-from spatial_ssrl_jax.parallel.collectives import all_gather, all_sum
-from spatial_ssrl_jax.qwen_vl.config import VisionConfig
+from spatial_ssrl_jax.parallel.collectives import all_sum
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, VisionConfig
 from spatial_ssrl_jax.rl.batch import PackedBatch
+from spatial_ssrl_jax.rl.row_shapes import MicroBatch, pack_micro_batches
 from spatial_ssrl_jax.tasks.protocol import response_text
 
 
@@ -46,7 +39,7 @@ def check_response(tokens: int, limit: int, name: str) -> None:
     if tokens > limit:
         raise UserError(
             f"the response of {name} has {tokens} tokens, above rollout.max_new_tokens={limit}: "
-            "raise it with sft.row_responses and sft.row_tokens, or shorten or remove the response."
+            "raise it, or shorten or remove the response."
         )
 
 
@@ -55,64 +48,51 @@ class PackedStep:
     """An optimizer step's micro-batches, each filled only when it is iterated over.
 
     Attributes:
-      examples: this process's part of the step.
-      rows: the examples of each row of each micro-batch; all processes have equally many rows,
-        some perhaps empty.
-      capacities: the rows' shape in each micro-batch.
+      groups: this process's part of the step, prompts with one response each.
+      micro_batches: which groups are in the rows of each.
       normaliser: response tokens of the whole step.
       vision: the vision tower's shape.
     """
 
-    examples: list[PackedExample]
-    rows: list[list[list[int]]]
-    capacities: list[RowCapacity]
+    groups: list[Group]
+    micro_batches: list[MicroBatch]
     normaliser: float
     vision: VisionConfig
 
     def __iter__(self) -> Iterator[PackedBatch[np.ndarray]]:
         """The micro-batches with this process's rows."""
-        vision = self.vision
-        sizes = vision.patch_dim, vision.window_patches, vision.merge_unit
-        for rows, capacity in zip(self.rows, self.capacities, strict=True):
-            packed = fill_rows(self.examples, rows, capacity, *sizes)
-            yield PackedBatch(packed, np.asarray(self.normaliser, np.float32))
+        for part in self.micro_batches:
+            rows, _ = fill_rows(self.groups, part.rows, part.shape, self.vision)
+            weight = (rows.place >= 0) / np.float32(self.normaliser)
+            yield PackedBatch(rows, weight, np.asarray(self.normaliser, np.float32))
 
     @property
     def padded_tokens(self) -> int:
         """Tokens of this process's rows, padding included."""
-        pairs = zip(self.rows, self.capacities, strict=True)
-        return sum(len(rows) * capacity.tokens for rows, capacity in pairs)
+        return sum(part.padded_tokens for part in self.micro_batches)
 
 
 def pack_step(
-    batch: Batch, responses: Sequence[np.ndarray], settings: SftSettings, vision: VisionConfig
+    batch: Batch,
+    responses: Sequence[np.ndarray],
+    shapes: Sequence[RowShape],
+    micro_batch_rows: int,
+    model: QwenVLConfig,
 ) -> PackedStep:
     """Packs a step's examples; each process packs its own.
 
     Args:
       batch: this process's part of the step.
       responses: what to learn for each of its items.
-      settings: the config's `sft` section.
-      vision: the vision tower's shape.
+      shapes: of rows.
+      micro_batch_rows: rows of a micro-batch on all processes.
+      model: the model's shape.
 
     Raises:
       UserError: an example is larger than a row.
     """
-    examples = [PackedExample(*pair) for pair in zip(batch.prompts, responses, strict=True)]
-    row = RowCapacity(settings.row_tokens, max(settings.row_windows), settings.row_responses)
-    rows = assign_rows([example.size for example in examples], row)
-    size = settings.micro_batch_rows // jax.process_count()
-    count = int(all_gather(np.array([-(-len(rows) // size)])).max())
-    rows += [[] for _ in range(count * size - len(rows))]
-    micro_batches = [rows[first : first + size] for first in range(0, len(rows), size)]
-    windows = [max(sum(examples[i].size.windows for i in r) for r in m) for m in micro_batches]
-    capacities = [
-        RowCapacity(
-            row.tokens,
-            smallest_bucket(largest, settings.row_windows, "sft.row_windows"),
-            row.responses,
-        )
-        for largest in all_gather(np.array([windows])).max(axis=0).tolist()
-    ]
+    groups = [Group(*pair) for pair in zip(batch.prompts, ([r] for r in responses), strict=True)]
+    contents = [group.content for group in groups]
+    micro_batches = pack_micro_batches(contents, shapes, micro_batch_rows, model)
     normaliser = all_sum(sum(map(len, responses)))
-    return PackedStep(examples, micro_batches, capacities, normaliser, vision)
+    return PackedStep(groups, micro_batches, normaliser, model.vision)

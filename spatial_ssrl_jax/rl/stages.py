@@ -38,8 +38,8 @@ class Stage:
         return self.settings.steps
 
     @property
-    def micro_batch_prompts(self) -> int:
-        """Prompts whose rows every process has an equal number of; divides those of a step."""
+    def update_prompts(self) -> int:
+        """Prompts of an optimizer step, of which every process has an equal number."""
         return self.settings.prompts
 
     def steps_left(self, step: int) -> int:
@@ -75,8 +75,8 @@ class GrpoStage(Stage):
         return self.settings.steps * self.settings.minibatches_per_rollout
 
     @property
-    def micro_batch_prompts(self) -> int:
-        return self.settings.micro_batch_prompts
+    def update_prompts(self) -> int:
+        return self.settings.prompts // self.settings.minibatches_per_rollout
 
     def loss(self, model: QwenVLConfig, compute: Compute) -> GrpoLoss:
         return GrpoLoss(model, compute, self.settings)

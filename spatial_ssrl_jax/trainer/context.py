@@ -43,6 +43,7 @@ from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.placement import check_sharding, compute_settings, rollout_prompts
 from spatial_ssrl_jax.rl.rewards import check_rules
+from spatial_ssrl_jax.rl.row_shapes import row_shapes
 from spatial_ssrl_jax.rl.scorer import Scorer, make_scorer
 from spatial_ssrl_jax.rl.sft import check_response
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
@@ -185,6 +186,8 @@ def open_components(config: Config) -> RunComponents:
         names = [task.name for task in trained_tasks(tasks)]
         check_rewards(config, {name: datasets[name] for name in names}, processor)
     rollout_layout = check_sharding(config, model.config, layout)
+    for stage in stages(config):
+        row_shapes(config, stage)  # checks that they hold the largest groups
     questions = open_eval_benchmark(config)
     # The least of all processes, which must sample as many prompts at a time.
     memory = int(all_gather(np.array([device_memory_bytes() or 0])).min()) or None
@@ -380,7 +383,7 @@ def pipeline(components: RunComponents, stage: SftStage | GrpoStage, start: int)
     return batches(
         items,
         stage.settings.prompts,
-        stage.micro_batch_prompts,
+        stage.update_prompts,
         start=start,
         threads=config.data.threads,
         workers=config.data.workers,

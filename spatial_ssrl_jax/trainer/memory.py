@@ -68,7 +68,7 @@ def memory_advice(config: Config) -> list[str]:
     """The settings that would reduce a run's memory, without those already in use."""
     grpo, sft, advice = config.grpo, config.sft, []
     for name, steps, micro in (
-        ("grpo.micro_batch_prompts", grpo.steps, grpo.micro_batch_prompts),
+        ("grpo.micro_batch_rows", grpo.steps, grpo.micro_batch_rows),
         ("sft.micro_batch_rows", sft.steps, sft.micro_batch_rows),
     ):
         if steps and micro > 1:

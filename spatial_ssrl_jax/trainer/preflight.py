@@ -24,6 +24,7 @@ from spatial_ssrl_jax.parallel.sharding import shard_bytes
 from spatial_ssrl_jax.perf.device_specs import device_memory_bytes
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.placement import abstract_stage_state, cache_bytes
+from spatial_ssrl_jax.rl.row_shapes import row_shapes
 from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rl.train_step import TrainState
@@ -194,14 +195,20 @@ def _stage_report(
     responses = 0
     sizes = prompt_sizes(batch.prompts)
     prompts, scale = int(sizes[:, 0].sum()), settings.prompts / len(batch.items)
-    largest = Buckets.of(components.config).shape(*sizes.max(axis=0).tolist(), response=0)
+    largest = Buckets.of(components.config).shape(*sizes.max(axis=0).tolist())
     padding = 1 - prompts / (len(batch.items) * largest.tokens)
     if isinstance(stage, SftStage):
         tokens = encode_responses(
             batch.items, components.processor, components.config.rollout.max_new_tokens
         )
         responses = sum(map(len, tokens))
-        packed = pack_step(batch, tokens, stage.settings, components.model.config.vision)
+        packed = pack_step(
+            batch,
+            tokens,
+            row_shapes(components.config, stage),
+            settings.micro_batch_rows,
+            components.model.config,
+        )
         padding = 1 - (prompts + responses) / packed.padded_tokens
     state = abstract_stage_state(
         components.config,
@@ -236,13 +243,11 @@ def _stage_report(
 
 
 def _first_prompts(components: RunComponents, stage: SftStage | GrpoStage) -> Batch:
-    """A stage's first micro-batch, with pixels, from the pipeline of training.
+    """Some of a stage's first prompts, with pixels, from the pipeline of training.
 
     A whole batch at the paper's size can take minutes.
     """
-    few = stage.micro_batch_prompts
-    if isinstance(stage, SftStage):
-        few = min(few, _EXAMPLES * jax.process_count())
+    few = min(stage.update_prompts, _EXAMPLES * jax.process_count())
     small = replace(stage, settings=replace(stage.settings, prompts=few))
     with closing(pipeline(components, small, start=0)) as stream:
         return next(stream)

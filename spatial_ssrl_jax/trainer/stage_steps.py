@@ -18,6 +18,7 @@ from spatial_ssrl_jax.qwen_vl.param_tree import Params
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.grpo import Grpo
 from spatial_ssrl_jax.rl.losses import scheduled_kl_coef
+from spatial_ssrl_jax.rl.row_shapes import row_shapes
 from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage
 from spatial_ssrl_jax.rl.step_metrics import gather_ordered, prompt_metrics, prompt_rows
@@ -36,13 +37,14 @@ def sft_step(run: Run, stage: SftStage, optimizer: optax.GradientTransformation)
     """Makes SFT's step: packs the examples of a batch and trains on them."""
     settings, rates = stage.settings, stage.learning_rate()
     loss = stage.loss(run.model.config, run.compute)
+    shapes = row_shapes(run.config, stage)
 
     def step(
         number: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, float], None]:
         begun = time.perf_counter()
         responses = encode_responses(batch.items, run.processor, run.config.rollout.max_new_tokens)
-        packed = pack_step(batch, responses, settings, run.model.config.vision)
+        packed = pack_step(batch, responses, shapes, settings.micro_batch_rows, run.model.config)
         rate = float(np.asarray(rates(number)))
         micro_batches = _before_programs(map(run.layout.put_batch, packed), run.gap.end)
         state, metrics = train_step(loss, optimizer, state, micro_batches)
@@ -91,6 +93,7 @@ def grpo_step(
         optimizer,
         run.layout,
         Buckets.of(config),
+        row_shapes(config, stage),
         run.processor,
         reference,
         run.ahead,
@@ -123,7 +126,7 @@ def _resample(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch
     return batch_at(
         items_of(run, run.config.seed * 2 + _RESAMPLE_SEED, run.source, run.split.train),
         settings.prompts,
-        settings.micro_batch_prompts,
+        settings.prompts // settings.minibatches_per_rollout,
         step * settings.max_resamples + number - 1,
         process=jax.process_index(),
         processes=jax.process_count(),

@@ -1,8 +1,10 @@
 """The timings of rollout, update and step: their metrics, and sizes that do not fit."""
 
+import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spatial_ssrl_jax import bench
@@ -62,7 +64,7 @@ def test_each_part_reports_its_metrics(
 def test_samples_end_at_given_lengths(
     toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    """Rows leave as theirs end, and an update's groups are padded to fewer tokens."""
+    """Rows leave as theirs end."""
     (tmp_path / "lengths").write_text("5\n")
     argv = [f"--model={toy_folder}", *SIZES, "--prompt-tokens=12", "--json"]
     argv.append(f"--lengths={tmp_path / 'lengths'}")
@@ -77,6 +79,36 @@ def test_samples_end_at_given_lengths(
     longest = found["useful_flops"]
     bench.main(["update", *argv])
     assert json.loads(capsys.readouterr().out)["useful_flops"] == pytest.approx(3 * longest)
+
+
+@pytest.mark.parametrize(
+    ("argv", "shapes"),
+    [
+        ([], [(2, 44)]),
+        (["--micro-batch-rows=1"], [(1, 44), (1, 44)]),
+        (["--micro-batch-rows=3"], [(3, 44)]),
+        (["--row-tokens=88"], [(1, 88)]),
+        (["--row-tokens=88", "--micro-batch-rows=2"], [(2, 88)]),
+        (["--row-tokens=20"], [(2, 44)]),
+        (["--lengths=mean=5,sigma=0", "--row-tokens=88"], [(1, 88)]),
+        (["--lengths=mean=5,sigma=0"], [(2, 44)]),
+    ],
+)
+def test_an_updates_groups_are_packed(toy_folder: Path, argv: list[str], shapes: list):
+    """Of 12 + 2 x 16 tokens each, or of 12 + 2 x 5; no row is too short for the longest."""
+    parser = argparse.ArgumentParser()
+    workload.add_options(parser)
+    sizes = [f"--model={toy_folder}", *SIZES, "--prompt-tokens=12"]
+    opened, params = workload.Workload.open(parser.parse_args([*sizes, *argv]))
+    rollout = opened.sample(params)
+    batches = opened.groups(rollout)
+    assert [batch.rows.ids.shape for batch in batches] == shapes
+    assert sum(float(batch.weight.sum()) for batch in batches) == pytest.approx(1)
+    held = [np.asarray(batch.rows.place) >= 0 for batch in batches]
+    found = [np.asarray(b.sampled_logprobs)[there] for b, there in zip(batches, held, strict=True)]
+    assert np.concatenate(found).size == rollout.length.sum()
+    own = np.arange(16) < rollout.length[..., None]
+    assert sorted(np.concatenate(found)) == sorted(rollout.logprobs[own])
 
 
 def test_a_profile_is_written(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

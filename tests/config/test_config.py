@@ -13,6 +13,8 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.load import load_config, split_overrides, to_dict
 from spatial_ssrl_jax.config.schema import Config, RewardSettings
 from spatial_ssrl_jax.config.validate import check_settings
+from spatial_ssrl_jax.rl.row_shapes import row_shapes
+from spatial_ssrl_jax.rl.stages import stages
 from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.depth import DepthSettings
 from tests.conftest import ROOT
@@ -44,7 +46,6 @@ def path(tmp_path: Path) -> str:
         ("data.prompt_buckets", "(64, 128)", (64, 128)),
         ("data.prompt_buckets", "64,128", (64, 128)),
         ("data.prompt_buckets", "64", (64,)),
-        ("grpo.response_buckets", "32,64", (32, 64)),
         ("sft.freeze", "vision,merger", ("vision", "merger")),
         ("sft.freeze", "('vision',)", ("vision",)),
         ("grpo.freeze", "", ()),
@@ -65,6 +66,12 @@ def test_an_override_of_each_type(path: str, key: str, text: str, value):
     assert node[last] == expected and type(node[last]) is type(expected)
     old[last] = node[last]
     assert plain == before  # and nothing else changed
+
+
+def test_numbers_where_none_are_named(path: str):
+    sizes = {"row_tokens": "99", "row_windows": "32,", "row_responses": "(8,)"}
+    grpo = load_config(path, [(f"grpo.{name}", text) for name, text in sizes.items()]).grpo
+    assert (grpo.row_tokens, grpo.row_windows, grpo.row_responses) == ((99,), (32,), (8,))
 
 
 def test_later_overrides_win_and_defaults_are_not_touched(path: str):
@@ -124,34 +131,35 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
             r"grpo\.minibatches_per_rollout=0 must be at least 1",
         ),
         (
-            {"grpo.micro_batch_prompts": "48"},
-            r"grpo\.micro_batch_prompts=48 must divide grpo\.prompts/minibatches_per_rollout=128",
-        ),
-        (
             {"rollout.batch_prompts": "100"},
             r"rollout\.batch_prompts=100 must divide grpo\.prompts=256",
         ),
         ({"sft.micro_batch_rows": "0"}, r"sft\.micro_batch_rows=0 must be at least 1"),
+        ({"grpo.micro_batch_rows": "0"}, r"grpo\.micro_batch_rows=0 must be at least 1"),
         (
-            {"sft.steps": "2", "sft.row_tokens": "6143"},
-            r"sft\.row_tokens=6143 is too small for the largest example: raise it to 6144",
+            {"sft.row_tokens": "9", "sft.row_windows": "4,8", "sft.row_responses": "8"},
+            r"sft\.row_tokens=\(9,\), sft\.row_windows=\(4, 8\) and sft\.row_responses=\(8,\) must",
         ),
         (
-            {"sft.steps": "2", "sft.row_windows": "64,127"},
-            r"sft\.row_windows=127 is too small .* 128 or more, or lower data\.window_buckets",
+            {"grpo.row_responses": "8"},
+            r"grpo\.row_tokens=\(\), .*grpo\.row_responses=\(8,\) must have equally many numbers",
         ),
         (
-            {"sft.steps": "2", "sft.row_responses": "2047"},
-            r"sft\.row_responses=2047 is too small .* 2048 or more, or lower rollout\.max_new",
+            {"grpo.row_tokens": "0", "grpo.row_windows": "9", "grpo.row_responses": "64"},
+            r"grpo\.row_tokens=\(0,\): 0 must be at least 1",
+        ),
+        (
+            {"grpo.row_tokens": "9", "grpo.row_windows": "-1", "grpo.row_responses": "64"},
+            r"grpo\.row_windows=\(-1,\): -1 must be at least 0",
+        ),
+        (
+            {"sft.row_tokens": "9,9", "sft.row_windows": "9,9", "sft.row_responses": "0,64"},
+            r"sft\.row_responses=\(0, 64\): 0 must be at least 1",
         ),
         ({"rollout.check_every": "3"}, r"rollout\.check_every=3 must divide rollout\.kv_block=256"),
         (
             {"rollout.max_new_tokens": "2050"},
             r"rollout\.check_every=8 must divide rollout\.max_new_tokens=2050",
-        ),
-        (
-            {"grpo.response_buckets": "0,64"},
-            r"grpo\.response_buckets=\(0, 64\): 0 must be at least 1",
         ),
         ({"grpo.group_size": "1"}, r"grpo\.group_size=1 must be at least 2"),
         ({"grpo.kl_coef": "-0.1"}, r"grpo\.kl_coef=-0\.1 must be at least 0"),
@@ -361,7 +369,10 @@ def test_the_config_is_plain_json(path: str):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads(file: Path):
-    assert load_config(str(file)).name == file.stem
+    """And its rows hold the largest groups that it allows."""
+    config = load_config(str(file))
+    assert config.name == file.stem
+    assert all(row_shapes(config, stage) for stage in stages(config))
 
 
 @pytest.mark.parametrize("text", ["raise SystemExit(3)", "exit()", "def get_config(): return f()"])

@@ -111,11 +111,11 @@ def test_eight_gpus_train_the_same():
     paper, gpus = (load_config(str(ROOT / "configs" / f"grpo_3b{x}.py")) for x in ("", "_8gpu"))
     check_settings(gpus)
     assert (gpus.model.attention, gpus.rollout.attention) == ("cudnn", "triton")
-    for prompts in (gpus.grpo.micro_batch_prompts, gpus.rollout.prefill_prompts):
-        assert prompts % gpus.mesh.fsdp == 0
+    for count in (gpus.grpo.micro_batch_rows, gpus.rollout.prefill_prompts):
+        assert count % gpus.mesh.fsdp == 0
     names = ("name", "mesh", "model", "rollout")
     same = replace(gpus, **{name: getattr(paper, name) for name in names})
-    grpo = replace(gpus.grpo, micro_batch_prompts=paper.grpo.micro_batch_prompts)
+    grpo = replace(gpus.grpo, micro_batch_rows=paper.grpo.micro_batch_rows)
     assert replace(same, grpo=grpo) == paper
     assert gpus.model.path == paper.model.path
     assert gpus.rollout.max_new_tokens == paper.rollout.max_new_tokens

@@ -25,6 +25,7 @@ from spatial_ssrl_jax.rl import scorer
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.grpo import Grpo
 from spatial_ssrl_jax.rl.rewards import Reward
+from spatial_ssrl_jax.rl.row_shapes import row_shapes
 from spatial_ssrl_jax.rl.sft import encode_responses, pack_step
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage, stages
 from spatial_ssrl_jax.rl.step_metrics import prompt_rows
@@ -87,11 +88,12 @@ def one_step(config: c.Config, workdir: Path) -> Arrays:
 
 
 def _sft(run: Run, start: StageInitializer, stage: SftStage) -> Arrays:
-    settings = stage.settings
+    config, model = run.config, run.model.config
     batch = next(pipeline(run, stage, start=0))
-    responses = encode_responses(batch.items, run.processor, run.config.rollout.max_new_tokens)
-    packed = pack_step(batch, responses, settings, run.model.config.vision)
-    loss = stage.loss(run.model.config, run.compute)
+    responses = encode_responses(batch.items, run.processor, config.rollout.max_new_tokens)
+    shapes, rows = row_shapes(config, stage), stage.settings.micro_batch_rows
+    packed = pack_step(batch, responses, shapes, rows, model)
+    loss = stage.loss(model, run.compute)
     return _summed("sft", loss, start.params(stage), map(run.layout.put_batch, packed))
 
 
@@ -110,6 +112,7 @@ def _grpo(run: Run, start: StageInitializer, sft: SftStage, stage: GrpoStage) ->
         optimizer,
         run.layout,
         Buckets.of(config),
+        row_shapes(config, stage),
         run.processor,
         start.params(sft),
     )

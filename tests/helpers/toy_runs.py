@@ -18,7 +18,9 @@ from spatial_ssrl_jax.trainer.training import train
 from tests.conftest import ROOT, random_params
 
 # Two examples fit in a row. Each of two processes packs four.
-ROWS = dict(prompts=8, row_tokens=320, row_windows=(2, 5), row_responses=64, micro_batch_rows=4)
+ROWS = dict(
+    prompts=8, row_tokens=(320, 320), row_windows=(2, 5), row_responses=(64, 64), micro_batch_rows=4
+)
 
 
 def make_config(model: c.ModelSettings, **sections) -> c.Config:
@@ -48,7 +50,10 @@ def make_config(model: c.ModelSettings, **sections) -> c.Config:
             prompts=16,
             minibatches_per_rollout=2,
             group_size=3,
-            micro_batch_prompts=8,
+            row_tokens=(288, 288),
+            row_windows=(2, 5),
+            row_responses=(96, 96),
+            micro_batch_rows=8,
             learning_rate=1e-3,
         ),
         rollout=c.RolloutSettings(max_new_tokens=32, kv_block=16, check_every=8, batch_prompts=8),
@@ -122,7 +127,7 @@ def lora_config(lora_base: Path) -> c.Config:
     """Two stages of adapters, two steps of two prompts each, no held-out metrics."""
     tiny = c.load_config(str(ROOT / "configs" / "tiny.py"))
     small = {"steps": 2, "prompts": 2, "learning_rate": 0.05}
-    groups = {"micro_batch_prompts": 2, "group_size": 2, "warmup_ratio": 0.0, "temperature": 0.9}
+    groups = {"micro_batch_rows": 2, "group_size": 2, "warmup_ratio": 0.0, "temperature": 0.9}
     return dataclasses.replace(
         tiny,
         model=dataclasses.replace(tiny.model, path=str(lora_base), from_scratch=False),

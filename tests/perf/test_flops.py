@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.perf.flops import (
     GroupShape,
     attention_flops,
@@ -14,11 +14,13 @@ from spatial_ssrl_jax.perf.flops import (
     program_flops,
     vision_flops,
 )
+from spatial_ssrl_jax.qwen_vl.attention import Visible
 from spatial_ssrl_jax.qwen_vl.compute import AttentionKernel, Compute, Remat
 from spatial_ssrl_jax.qwen_vl.kernels import self_attention
 from spatial_ssrl_jax.qwen_vl.layers import REMAT_POLICIES
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
-from spatial_ssrl_jax.rl.logprobs import response_logprobs
+from spatial_ssrl_jax.rl.logprobs import packed_logprobs
+from tests.helpers.groups import pack_groups
 
 GRID = (1, 8, 8)  # one full window, so that nothing is padding
 
@@ -35,11 +37,11 @@ def test_matmuls_are_counted_with_their_loops():
 def test_a_dead_call_that_rematerialisation_leaves_is_not_counted():
     """With `dots` the backward pass takes splash's saved result; its call stays in the jaxpr."""
     q, k = jnp.ones((1, 128, 4, 64), jnp.bfloat16), jnp.ones((1, 2, 128, 64), jnp.bfloat16)
-    segment = jnp.zeros((1, 128), jnp.int32)
+    visible = Visible.in_segments(jnp.zeros((1, 128), jnp.int32), causal=True)
     compute = Compute(attention=AttentionKernel("splash", interpret=True))
 
     def attend(q):
-        return self_attention(q, k, k, segment, compute, causal=True)
+        return self_attention(q, k, k, visible, compute, causal=True)
 
     def of_gradient(remat: Remat) -> float:
         layer = jax.checkpoint(lambda q: jnp.sin(attend(2 * q)), policy=REMAT_POLICIES[remat])
@@ -49,21 +51,21 @@ def test_a_dead_call_that_rematerialisation_leaves_is_not_counted():
 
 
 def test_a_group_needs_what_its_program_does(toy):
-    """The program also computes the masked half of each causal square, and nothing else."""
+    """The program also computes the masked pairs of a short row's square, and nothing else."""
     prompt = toy.prompt(0, 14, [GRID])
     length, group, response = len(prompt.ids), 3, 6
-    batch = pad_prompts([prompt], length, 1)
-    tokens = jnp.zeros((1, group, response), jnp.int32)
+    tokens = np.zeros((1, group, response), np.int32)
+    counts = np.full((1, group), response)
+    rows, _ = pack_groups(toy.config, [prompt], tokens, counts, [[0]], spare=0)
     done = program_flops(
-        lambda p: response_logprobs(
-            toy.config, Compute(), p, batch, tokens, jnp.full((1, group), response), 1.0
-        ),
-        abstract_params(toy.config),
+        lambda p: packed_logprobs(toy.config, Compute(), p, rows, 1.0), abstract_params(toy.config)
     )
     text = toy.config.text
     shape = GroupShape(length, (GRID,), group, response)
     per_pair = attention_flops(text, 1, 0)
-    masked = length * (length - 1) / 2 + group * response * (response - 1) / 2
+    seen = length * (length + 1) / 2
+    seen += group * (response * length + response * (response + 1) / 2)
+    masked = (length + group * response) ** 2 - seen
     assert done == pytest.approx(group_flops(toy.config, shape) + masked * per_pair, rel=1e-6)
 
 

@@ -21,7 +21,7 @@ from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.perf.device_specs import DeviceSpec
 from spatial_ssrl_jax.perf.response_lengths import LogNormalLengths
 from spatial_ssrl_jax.planning.planner import Buffer, Plan, ProgramCost, plan
-from spatial_ssrl_jax.planning.programs import RolloutLengths, planned_stages
+from spatial_ssrl_jax.planning.programs import PlannedProgram, RolloutLengths, planned_stages
 from spatial_ssrl_jax.planning.report import lines, problems
 from spatial_ssrl_jax.planning.topology import Topology
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
@@ -85,12 +85,12 @@ def test_a_step_is_the_sum_of_its_programs(report: dict):
     assert report["step"]["tokens_per_second_per_chip"] == pytest.approx(tokens / seconds)
 
 
-def test_decoding_takes_the_steps_that_lengths_need(toy_plan: c.Config):
-    """In the shapes of the schedule; the one with the widest caches shows the memory alone."""
-    config = dataclasses.replace(toy_plan, sft=c.SftSettings(steps=0))
+def programs_of(
+    config: c.Config, lengths: RolloutLengths | None = None
+) -> dict[str, PlannedProgram]:
+    """The programs of a run of one stage, whose results are not sharded."""
     model = read_shape(config.model.path)
     layout = Layout(make_mesh(config.mesh, jax.devices("cpu")[:1]))
-    lengths = RolloutLengths(LogNormalLengths(mean=12, sigma=0.5, cap=40), 160)
     (stage,) = planned_stages(config, model, layout, layout.rollout(1), None, lengths)
     found, result = {}, None
     with suppress(StopIteration):
@@ -99,6 +99,14 @@ def test_decoding_takes_the_steps_that_lengths_need(toy_plan: c.Config):
             found[program.name] = program
             shapes = program.function.eval_shape(*program.args)
             result = jax.tree.map(lambda x: x.update(sharding=layout.replicated()), shapes)
+    return found
+
+
+def test_decoding_takes_the_steps_that_lengths_need(toy_plan: c.Config):
+    """In the shapes of the schedule; the one with the widest caches shows the memory alone."""
+    config = dataclasses.replace(toy_plan, sft=c.SftSettings(steps=0))
+    lengths = RolloutLengths(LogNormalLengths(mean=12, sigma=0.5, cap=40), 160)
+    found = programs_of(config, lengths)
     decode = {name: p for name, p in found.items() if name.startswith("decode_")}
     assert {"decode_8x3x16", "decode_4x2x32"} <= decode.keys()
     assert found["decode"].runs == 0
@@ -109,6 +117,38 @@ def test_decoding_takes_the_steps_that_lengths_need(toy_plan: c.Config):
     weights, prefix, samples, keys = decode["decode_4x2x32"].args[3:]
     assert prefix.valid.shape == (4, 160) and keys.shape == (4, 2)
     assert samples.finished.shape == (4, 2) and samples.layers[0][0].shape[3] == 32
+
+
+def test_updates_run_the_programs_of_the_shapes_that_lengths_need(toy_plan: c.Config):
+    """Each row holds one group. Those of 3 x 12 tokens, about, take rows of 48 response tokens, and
+    the longest ones rows of 96, which show the memory alone then.
+    """
+    grpo = dataclasses.replace(toy_plan.grpo, row_windows=(5, 5), row_responses=(48, 96))
+    config = dataclasses.replace(toy_plan, grpo=grpo, sft=c.SftSettings(steps=0))
+    names = {"old_logprobs", "reference_logprobs", "gradients"}
+    longest = programs_of(config)
+    assert {name: longest[name].runs for name in names} == dict.fromkeys(names, 2) | {
+        "old_logprobs": 1
+    }
+    assert not [name for name in longest if name.endswith("_1")]
+    found = programs_of(config, RolloutLengths(LogNormalLengths(mean=12, sigma=0.1, cap=32), 160))
+    assert {name: found[f"{name}_1"].runs for name in names} == pytest.approx(
+        {name: longest[name].runs for name in names}
+    )
+    assert all(found[name].runs == 0 for name in names)
+    for name, responses in (("gradients_1", 48), ("gradients", 96)):
+        rows = found[name].args[3].rows
+        assert rows.ids.shape == (8, 192 + 96) and rows.place.shape == (8, responses)
+        assert rows.vision.windows == 5
+    assert found["apply"].runs == 2 and "add" not in found
+
+
+def test_an_update_of_more_rows_sums_gradients(toy_plan: c.Config):
+    """Eight groups an update, in rows of one each, four of them at a time."""
+    grpo = dataclasses.replace(toy_plan.grpo, micro_batch_rows=4)
+    found = programs_of(dataclasses.replace(toy_plan, grpo=grpo, sft=c.SftSettings(steps=0)))
+    assert found["gradients"].runs == 4 and found["add"].runs == 2
+    assert found["gradients"].beside["gradients so far"] == found["add"].beside["weights"]
 
 
 def test_memory_is_the_weights_and_what_else_is_on_the_device(report: dict, toy_folder: Path):

@@ -12,12 +12,13 @@ import pytest
 
 from spatial_ssrl_jax.config.schema import GrpoSettings, OptimSettings, SftSettings
 from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.data.packing import Content, RowShape
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
 from spatial_ssrl_jax.rl import train_step as update
-from spatial_ssrl_jax.rl.batch import GroupBatch
-from spatial_ssrl_jax.rl.logprobs import response_logprobs
+from spatial_ssrl_jax.rl.batch import empty_group_batch
+from spatial_ssrl_jax.rl.logprobs import packed_logprobs
 from spatial_ssrl_jax.rl.losses import GrpoLoss
 from spatial_ssrl_jax.rl.optimizer import make_optimizer
 from spatial_ssrl_jax.rollout.cache import initial_state
@@ -39,11 +40,12 @@ SCANNED = ("prefill", "logprobs", "gradient")
 def lower(toy) -> Callable[[str, int], jax.stages.Lowered]:
     """A program of a model with the toy's widths and a number of text layers, not yet compiled."""
     batch = pad_prompts([toy.prompt(i, 20, [(1, 4, 6)]) for i in range(PROMPTS)], TOKENS, 2)
-    tokens = jax.ShapeDtypeStruct((PROMPTS, GROUP, RESPONSE), jnp.int32)
-    length = jax.ShapeDtypeStruct((PROMPTS, GROUP), jnp.int32)
+    responses = GROUP * RESPONSE
+    shape = RowShape(Content(TOKENS + responses, 2, responses), RESPONSE)
+    groups = empty_group_batch(shape, toy.config.vision, PROMPTS)
 
-    def logprobs(config: QwenVLConfig, params, tokens, length):
-        return response_logprobs(config, COMPUTE, params, batch, tokens, length, 1.0)[0]
+    def logprobs(config: QwenVLConfig, params, rows):
+        return packed_logprobs(config, COMPUTE, params, rows, 1.0)[0]
 
     def decode(config: QwenVLConfig, params) -> jax.stages.Lowered:
         weights = jax.eval_shape(lambda p: decode_weights(config, p, "float32"), params)
@@ -64,20 +66,8 @@ def lower(toy) -> Callable[[str, int], jax.stages.Lowered]:
             return decode(config, params)
         of_config = partial(logprobs, config)
         if name == "gradient":
-            each = jax.ShapeDtypeStruct((PROMPTS, GROUP), jnp.float32)
-            whole = GroupBatch(
-                prompts=batch,
-                tokens=tokens,
-                length=length,
-                weight=each,
-                normaliser=np.float32(1),
-                advantage=each,
-                sampled_logprobs=jax.ShapeDtypeStruct(tokens.shape, jnp.float32),
-                old_logprobs=None,
-                reference_logprobs=None,
-            )
             loss = GrpoLoss(config, COMPUTE, GrpoSettings(kl_coef=0.0))
-            return update.micro_gradients.lower(loss, params, {}, whole)
+            return update.micro_gradients.lower(loss, params, {}, groups)
         if name == "optimizer":
             adamw = make_optimizer(OptimSettings(), SftSettings(), 1)
             state = jax.eval_shape(
@@ -85,7 +75,7 @@ def lower(toy) -> Callable[[str, int], jax.stages.Lowered]:
                 params,
             )
             return update.apply_gradients.lower(adamw, state, params)
-        return jax.jit(of_config).lower(params, tokens, length)
+        return jax.jit(of_config).lower(params, groups.rows)
 
     return run
 

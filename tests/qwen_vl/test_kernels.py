@@ -20,25 +20,19 @@ from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.perf.flops import program_flops
 from spatial_ssrl_jax.planning.topology import open_topology
-from spatial_ssrl_jax.qwen_vl import kernels
+from spatial_ssrl_jax.qwen_vl import kernels, splash
 from spatial_ssrl_jax.qwen_vl import model as qwen
-from spatial_ssrl_jax.qwen_vl.attention import attend, attend_shared
+from spatial_ssrl_jax.qwen_vl.attention import GroupLimits, Visible, attend_block
 from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute, Remat
 from spatial_ssrl_jax.qwen_vl.decode_kernel import attend_decode
-from spatial_ssrl_jax.qwen_vl.kernels import (
-    decode_attention,
-    group_attention,
-    self_attention,
-)
+from spatial_ssrl_jax.qwen_vl.kernels import decode_attention, self_attention
 from spatial_ssrl_jax.qwen_vl.layers import REMAT_POLICIES
-from spatial_ssrl_jax.qwen_vl.splash import GroupMask
 from spatial_ssrl_jax.rl.placement import compute_settings
+from tests.helpers.groups import pack_groups
 from tests.helpers.processes import start_all
 
 SPLASH = AttentionKernel("splash", interpret=True)  # the kernel itself, without a TPU
 TRITON = AttentionKernel("triton", interpret=True)  # likewise, without a GPU
-PROMPT, GROUP, RESPONSE = 100, 3, 35
-LENGTH = PROMPT + GROUP * RESPONSE
 # The programs run for milliseconds and compile for seconds.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -50,10 +44,39 @@ def drawn(length: int, heads: int, keys: int, size: int) -> tuple[Array, Array, 
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
 
-def packed_segments(length: int) -> Array:
+def segments(length: int) -> Array:
     """Segments of three examples and padding in one row, of one example in the other."""
     row = np.repeat([0, 1, 2, -1], [length // 2, length // 5, length // 5, length])[:length]
     return jnp.array([row, np.zeros(length, int)])
+
+
+# Tokens of each prompt and of its responses, in two rows.
+GROUPS = (((50, (20, 3, 40)), (100, (7,)), (120, (30, 1, 1, 60))), ((101, ()), (33, (200, 5))))
+LENGTH, LIMITS = 500, GroupLimits(response=200, group=300)
+
+
+def groups(unit: int, length: int = LENGTH) -> tuple[Array, Array]:
+    """Segments and responses of `GROUPS`, whose first responses start at multiples of `unit`."""
+    segment, response = np.full((2, length), -1), np.zeros((2, length), int)
+    for row, members in enumerate(GROUPS):
+        at = 0
+        for number, (prompt, responses) in enumerate(members):
+            segment[row, at : at + prompt] = number
+            at = -(-(at + prompt) // unit) * unit
+            for sample, tokens in enumerate(responses, 1):
+                segment[row, at : at + tokens] = number
+                response[row, at : at + tokens] = sample
+                at += tokens
+        assert at <= length
+    return jnp.array(segment), jnp.array(response)
+
+
+def seen_in_groups(segment: Array, response: Array) -> Array:
+    """[B, T, T] bool, by the definition."""
+    order = jnp.arange(segment.shape[1])
+    same = (segment[:, :, None] == segment[:, None]) & (segment[:, None] >= 0)
+    own = (response[:, None] == 0) | (response[:, None] == response[:, :, None])
+    return same & own & (order[:, None] >= order)
 
 
 def assert_alike(ours, reference, arrays: tuple[Array, ...], counts_BT: Array) -> None:
@@ -73,58 +96,82 @@ def assert_alike(ours, reference, arrays: tuple[Array, ...], counts_BT: Array) -
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max(), name
 
 
-@pytest.mark.parametrize(
-    ("causal", "heads", "keys", "size"),
-    [(True, 4, 2, 128), (False, 2, 2, 80)],
-    ids=["the language model's", "the vision tower's"],
-)
-def test_splash_is_xlas_attention(causal: bool, heads: int, keys: int, size: int):
-    """200 tokens are padded to two blocks, and segments end inside of blocks."""
-    arrays, segment = drawn(200, heads, keys, size), packed_segments(200)
+def test_splash_is_xlas_attention_in_the_vision_tower():
+    """200 patches are padded to two blocks; images end inside of blocks, with gaps in them."""
+    segment = jnp.where(jnp.arange(200) % 7 == 6, -1, segments(200))
+    visible = Visible.in_segments(segment, causal=False)
     functions = [
-        partial(self_attention, segment_BT=segment, compute=Compute(attention=k), causal=causal)
+        partial(self_attention, visible=visible, compute=Compute(attention=k), causal=False)
         for k in (SPLASH, XLA)
     ]
-    assert_alike(*functions, arrays, segment >= 0)
+    assert_alike(*functions, drawn(200, 2, 2, 80), segment >= 0)
 
 
-def group_by_xla() -> tuple[Callable, Callable, Array]:
-    """A group's attention by two calls of XLA's: the prompt's own, and that of responses over both.
-
-    Returns:
-      It, `group_attention` with its arguments, and which tokens count.
-    """
-    index = np.arange(RESPONSE)
-    prompt_valid = jnp.arange(PROMPT) < jnp.array([[PROMPT], [60]])
-    own_valid = index < jnp.array([[[35], [1], [20]], [[7], [35], [0]]])
-    valid = jnp.concatenate((prompt_valid, own_valid.reshape(2, -1)), axis=1)
-    causal = (index[:, None] >= index) & own_valid[:, :, None]
-
-    def by_xla(q: Array, k: Array, v: Array) -> Array:
-        segment = jnp.where(prompt_valid, 0, -1)
-        keys, values = k[:, :, :PROMPT], v[:, :, :PROMPT]
-        first = attend(q[:, :PROMPT], keys, values, segment, segment, causal=True, chunk=999)
-        own_k, own_v = (
-            x[:, :, PROMPT:].reshape(2, 2, GROUP, RESPONSE, -1).swapaxes(1, 2) for x in (k, v)
-        )
-        own_q = q[:, PROMPT:].reshape(2, GROUP, RESPONSE, *q.shape[2:])
-        own = attend_shared(own_q, keys, values, prompt_valid, own_k, own_v, causal, chunk=999)
-        return jnp.concatenate((first, own.reshape(2, -1, *own.shape[3:])), axis=1)
-
-    return by_xla, partial(group_attention, valid_BT=valid, prompt=PROMPT, response=RESPONSE), valid
+def test_splash_is_xlas_attention_over_prompts():
+    segment = jnp.where(jnp.arange(200) < jnp.array([[200], [90]]), 0, -1)
+    visible = Visible.in_segments(segment, causal=True)
+    functions = [
+        partial(self_attention, visible=visible, compute=Compute(attention=k), causal=True)
+        for k in (SPLASH, XLA)
+    ]
+    assert_alike(*functions, drawn(200, 4, 2, 128), segment >= 0)
 
 
-def test_splash_is_a_groups_attention():
-    by_xla, by_kernel, valid = group_by_xla()
-    assert_alike(partial(by_kernel, kernel=SPLASH), by_xla, drawn(LENGTH, 4, 2, 32), valid)
+@pytest.mark.parametrize("unit", [1, 16])
+def test_splash_is_a_groups_attention(monkeypatch: pytest.MonkeyPatch, unit: int):
+    """With so many bits that an index of the row has them all, and with fewer."""
+    if unit > 1:
+        monkeypatch.setattr(splash, "_BITS", 2 * 9 + 8 - 4)
+    assert splash.packing_unit(LENGTH, LIMITS.response) == unit
+    segment, response = groups(unit)
+    visible = Visible.in_groups(segment, response)
+    exact = partial(attend_block, seen_BQS=seen_in_groups(segment, response))
+    attention = partial(
+        self_attention, visible=visible, compute=Compute(attention=SPLASH), causal=True
+    )
+    assert_alike(partial(attention, limits=LIMITS), exact, drawn(LENGTH, 4, 2, 32), segment >= 0)
+
+
+@pytest.mark.parametrize("chunk", [64, 100, 999])
+def test_xlas_attention_in_chunks_is_that_of_all_keys(chunk: int):
+    """Each chunk takes a range of keys that has all that its queries see."""
+    segment, response = groups(1)
+    compute = Compute(attention_chunk=chunk)
+    exact = partial(attend_block, seen_BQS=seen_in_groups(segment, response))
+    visible = Visible.in_groups(segment, response)
+    attention = partial(self_attention, visible=visible, compute=compute, causal=True)
+    arrays = drawn(LENGTH, 4, 2, 16)
+    assert_alike(partial(attention, limits=LIMITS), exact, arrays, segment >= 0)
 
 
 def test_which_tokens_a_group_sees():
-    """Prompt of two, two responses of two, and one token of padding."""
-    mask = GroupMask((7, 7), prompt=2, response=2, group=2)
-    rows = ["1000000", "1100000", "1110000", "1111000", "1100100", "1100110", "1100111"]
-    seen = mask[0:7, 0:7]
-    assert ["".join(map(str, row.astype(int))) for row in seen] == rows
+    """A prompt of two with responses of two and one, padding, and a prompt of one with one."""
+    segment = jnp.array([[0, 0, 0, 0, 0, -1, 1, 1, -1]])
+    response = jnp.array([[0, 0, 1, 1, 2, 0, 0, 1, 0]])
+    rows = [
+        "100000000", "110000000", "111000000", "111100000", "110010000", "", "000000100",
+        "000000110", "",
+    ]  # fmt: skip
+    seen = Visible.in_groups(segment, response).to(jnp.arange(9), segment >= 0)
+    found = ["".join(map(str, row.astype(int))) for row in np.asarray(seen[0])]
+    assert [row for row, want in zip(found, rows, strict=True) if want] == [r for r in rows if r]
+    np.testing.assert_array_equal(
+        np.asarray(seen)[segment >= 0], seen_in_groups(segment, response)[segment >= 0]
+    )
+
+
+def test_queries_know_what_they_see():
+    """A query's integer gives its keys, at the end of a row whose tokens need all bits too."""
+    length = 512
+    segment, response = groups(4, length)
+    segment = segment.at[1, 400:].set(2)  # a prompt up to the end of the row
+    bits = splash.QueryBits(index=9, offset=8, unit=4)
+    visible = Visible.in_groups(segment, response)
+    found = bits.sees(bits.pack(visible)[:, :, None], jnp.arange(length))
+    same = (segment[:, :, None] == segment[:, None]) & (segment[:, None] >= 0)
+    held = np.asarray(segment >= 0)
+    expected = seen_in_groups(segment, response)
+    np.testing.assert_array_equal(np.asarray(found & same)[held], np.asarray(expected)[held])
 
 
 def pretend_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,17 +180,16 @@ def pretend_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{library}.check_cudnn_version", lambda: 91_000)
 
 
-@pytest.mark.parametrize(("prompt", "response"), [(100, 36), (101, 36), (100, 35), (101, 35)])
-def test_cudnn_trains_on_any_lengths(monkeypatch: pytest.MonkeyPatch, prompt: int, response: int):
+@pytest.mark.parametrize("length", [100, 101])
+@pytest.mark.parametrize("chunk", [999, 35])
+def test_cudnn_trains_on_any_lengths(monkeypatch: pytest.MonkeyPatch, length: int, chunk: int):
     pretend_cudnn(monkeypatch)
-    length = prompt + 3 * response
     arrays = [x.astype(jnp.bfloat16) for x in drawn(length, 4, 2, 32)]
-    sizes = dict(prompt=prompt, response=response)
+    visible = Visible.in_segments(segments(length), causal=True)
+    compute = Compute(attention=AttentionKernel("cudnn"), attention_chunk=chunk)
 
     def loss(*arrays: Array) -> Array:
-        return group_attention(
-            *arrays, jnp.ones((2, length), bool), AttentionKernel("cudnn"), **sizes
-        ).sum()
+        return self_attention(*arrays, visible, compute, causal=True, limits=LIMITS).sum()
 
     found = jax.eval_shape(jax.grad(loss, (0, 1, 2)), *arrays)
     assert [x.shape for x in found] == [x.shape for x in arrays]
@@ -156,33 +202,34 @@ def test_cudnns_arguments_mean_the_same(monkeypatch: pytest.MonkeyPatch):
     def stand_in(*args, implementation: str, mask: Array | None, **more):
         called.append((implementation, mask is None))
         assert [x.shape[1] % 2 for x in args] == [0, 0, 0]  # others are refused in training
+        # The softmax of a query without any key is not defined.
+        assert mask is None or isinstance(mask, jax.core.Tracer) or mask.any(axis=-1).all()
         more["mask"] = mask
         return library(*args, implementation="xla", **more)
 
     library = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    by_cudnn = AttentionKernel("cudnn")
-    packed, padded = packed_segments(51), jnp.where(jnp.arange(51) < jnp.array([[51], [20]]), 0, -1)
-    for segment, causal, single in (
-        (packed, True, False),
-        (packed, False, False),
-        (padded, True, True),
+    length, cudnn = 51, AttentionKernel("cudnn")
+    packed = segments(length)
+    prompts = jnp.where(jnp.arange(length) < jnp.array([[51], [20]]), 0, -1)
+    for segment, causal, limits in (
+        (packed, True, LIMITS),
+        (packed, False, None),
+        (prompts, True, None),
     ):
         functions = [
             partial(
                 self_attention,
-                segment_BT=segment,
-                compute=Compute(attention=kernel),
+                visible=Visible.in_segments(segment, causal=causal),
+                compute=Compute(attention=kernel, attention_chunk=chunk),
                 causal=causal,
-                single=single,
+                limits=limits,
             )
-            for kernel in (by_cudnn, XLA)
+            for kernel, chunk in ((cudnn, 21), (XLA, 999))
         ]
-        assert_alike(*functions, drawn(51, 4, 2, 16), segment >= 0)
-    by_xla, by_kernel, valid = group_by_xla()
-    assert_alike(partial(by_kernel, kernel=by_cudnn), by_xla, drawn(LENGTH, 4, 2, 32), valid)
-    # Only single causal rows have no mask; a group's prompts are such rows.
-    assert [no_mask for _, no_mask in called] == [False, False, True, True, False]
+        assert_alike(*functions, drawn(length, 4, 2, 16), segment >= 0)
+    # Only prompts alone, which are causal, have no mask.
+    assert {no_mask for _, no_mask in called} == {False, True} and called[-1][1]
     assert {name for name, _ in called} == {"cudnn"}
 
 
@@ -203,12 +250,12 @@ def test_dots_keep_the_results_of_fused_attention(
     """
     pretend_cudnn(monkeypatch)
     q, keys = jnp.ones((1, 128, 4, 64), jnp.bfloat16), jnp.ones((1, 2, 128, 64), jnp.bfloat16)
-    segment = jnp.zeros((1, 128), jnp.int32)
+    visible = Visible.in_segments(jnp.zeros((1, 128), jnp.int32), causal=True)
 
     @partial(jax.checkpoint, policy=REMAT_POLICIES[remat])
     def layer(q: Array) -> Array:
         compute = Compute(attention=kernel)
-        out = self_attention(2 * q, keys, keys, segment, compute, causal=True, single=True)
+        out = self_attention(2 * q, keys, keys, visible, compute, causal=True)
         return jnp.sin(out)
 
     jax.ad_checkpoint.print_saved_residuals(lambda q: layer(q).sum(), q)
@@ -257,16 +304,14 @@ def test_the_whole_model_may_run_on_splash(toy):
     batch = pad_prompts(prompts, 64, 5)
     rng = np.random.default_rng(2)
     tokens = rng.integers(0, 600, (2, 2, 8)).astype(np.int32)
-    length = np.array([[8, 3], [5, 8]])
-    weight = jnp.asarray(
-        rng.normal(size=(2, 2, 8, 1)) * (np.arange(8) < length[..., None])[..., None]
-    )
+    rows, _ = pack_groups(toy.config, prompts, tokens, np.array([[8, 3], [5, 8]]), [[0, 1], [1]])
+    weight = rng.normal(size=(*rows.place.shape, 1)) * (rows.place >= 0)[..., None]
 
     @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
     def run(compute: Compute, params):
         def loss(params):
             model = qwen.bind(toy.config, params)
-            hidden = qwen.response_hidden(toy.config, model, batch, tokens, length, compute)
+            hidden = qwen.packed_hidden(toy.config, model, rows, compute)
             return jnp.sum(hidden * weight), hidden * (weight != 0)
 
         (_, hidden), gradient = jax.value_and_grad(loss, has_aux=True)(params)
@@ -279,31 +324,48 @@ def test_the_whole_model_may_run_on_splash(toy):
         assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max(), jax.tree_util.keystr(path)
 
 
-def test_masked_blocks_are_not_computed():
-    """Prompt and two responses of a block of 256 each: 1 + 2 + 2 of 9 blocks are run."""
+def test_blocks_that_nothing_sees_are_not_in_the_lists():
+    """A prompt and two responses of a block each, padding, and another group of two blocks."""
+    segment = jnp.repeat(jnp.array([[0, 0, 0, -1, 1, 1]]), 128, axis=1)
+    response = jnp.repeat(jnp.array([[0, 1, 2, 0, 0, 1]]), 128, axis=1)
+    tiles = splash.visible_blocks(Visible.in_groups(segment, response), 128)
+    expected = ["100000", "110000", "101000", "000100", "000010", "000011"]
+    assert ["".join(map(str, row.astype(int))) for row in np.asarray(tiles[0])] == expected
+
+
+def test_flops_of_listed_blocks_are_those_of_half_a_group():
+    """Of groups of 256 tokens in a row of 768: two blocks of 256 for each of three."""
     q, k, v = drawn(768, 1, 1, 128)
-    valid = jnp.ones((2, 768), bool)
-    attention = partial(group_attention, prompt=256, response=256, kernel=SPLASH)
-    done = program_flops(jax.jit(attention), q, k, v, valid)
-    assert done == 2 * 5 * 2 * (2 * 256 * 256 * 128)  # two rows, two matmuls
-    both = lambda q: jnp.sum(attention(q, k, v, valid))  # noqa: E731
-    # Seven more for gradients: scores and their gradients in each of two passes, dv, dk, dq.
-    assert program_flops(jax.grad(both), q) == pytest.approx(done * 9 / 2, rel=1e-3)
+    visible = Visible.in_segments(jnp.zeros((2, 768), jnp.int32), causal=True)
+    compute, limits = Compute(attention=SPLASH), GroupLimits(response=64, group=256)
+    attention = partial(self_attention, compute=compute, causal=True, limits=limits)
+    done = program_flops(jax.jit(lambda q, v: attention(q, k, v, visible)), q, v)
+    assert done == 2 * 5 * 2 * (2 * 256 * 256 * 128)  # two rows, two matmuls, 3 * 3 // 2 blocks up
 
 
 def run_sharded() -> None:
     """Prints the error of kernels on a mesh of eight devices against XLA on one, gradients too."""
     mesh = make_mesh(MeshSettings(fsdp=2, tensor=4))
-    arrays, segment = drawn(90, 8, 2, 16), jnp.zeros((2, 90), int)
+    arrays, order = drawn(90, 8, 2, 16), jnp.arange(90)
+    segment = jnp.stack((order // 45, order // 30))
+    response = jnp.maximum(order % jnp.array([[45], [30]]) - 10, 0) // 15
+    visible = Visible.in_groups(segment, response)
+    limits = GroupLimits(response=20, group=45)
 
-    def run(kernel: AttentionKernel):
+    def run(compute: Compute):
         def loss(q: Array, k: Array, v: Array):
-            out = self_attention(q, k, v, segment, Compute(attention=kernel), causal=True)
+            out = self_attention(q, k, v, visible, compute, causal=True, limits=limits)
             return jnp.sum(out**2), out
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
 
-    ours, reference = (jax.tree.leaves(run(k)) for k in (replace(SPLASH, mesh=mesh), XLA))
+    rows = Layout(mesh).batch_sharding()
+    on_mesh = (
+        Compute(attention=replace(SPLASH, mesh=mesh), batch_sharding=rows),
+        Compute(attention=AttentionKernel(mesh=mesh), attention_chunk=32, batch_sharding=rows),
+    )
+    ours = [x for compute in on_mesh for x in jax.tree.leaves(run(compute))]
+    reference = 2 * jax.tree.leaves(run(Compute()))
     step, wide = (
         decode_step(3),
         make_mesh(MeshSettings(data=2, fsdp=1, tensor=2), jax.devices()[:4]),
@@ -331,18 +393,21 @@ def test_splash_compiles_for_a_tpu(part: str):
     layout = Layout(make_mesh(MeshSettings(fsdp=2, tensor=2), open_topology("v5e:2x2").devices))
     kernel = AttentionKernel("splash", layout.mesh)
     length, heads, keys, size = (1536, 16, 2, 128) if part == "group" else (2048, 16, 16, 80)
+    limits, compute = GroupLimits(response=256, group=800), Compute(attention=kernel)
 
-    def loss(q, k, v, kept):
+    def loss(q, k, v, segment, response):
         if part == "group":
-            out = group_attention(q, k, v, kept >= 0, kernel, prompt=1024, response=256)
+            visible = Visible.in_groups(segment, response)
+            out = self_attention(q, k, v, visible, compute, causal=True, limits=limits)
         else:
-            out = self_attention(q, k, v, kept, Compute(attention=kernel), causal=False)
+            visible = Visible.in_segments(segment, causal=False)
+            out = self_attention(q, k, v, visible, compute, causal=False)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     shapes = [(2, length, heads, size), (2, keys, length, size), (2, keys, length, size)]
     place = layout.replicated()
     args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=place) for s in shapes]
-    args.append(jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=place))
+    args += [jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=place)] * 2
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile()
     assert compiled.as_text().count("tpu_custom_call") >= 3
 

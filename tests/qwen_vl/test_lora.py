@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
-from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.layers import Linear
 from spatial_ssrl_jax.qwen_vl.lora import (
@@ -21,8 +20,9 @@ from spatial_ssrl_jax.qwen_vl.lora import (
 )
 from spatial_ssrl_jax.qwen_vl.model import abstract_params, bind, init_adapters, param_axes
 from spatial_ssrl_jax.qwen_vl.param_tree import merge_params
-from spatial_ssrl_jax.rl.logprobs import response_logprobs
+from spatial_ssrl_jax.rl.logprobs import packed_logprobs
 from spatial_ssrl_jax.rollout.decode import decode_weights
+from tests.helpers.groups import pack_groups
 
 EVERYWHERE = LoraSettings(rank=3, alpha=12.0, targets=("language", "vision", "merger"))
 
@@ -46,14 +46,11 @@ def adapted(toy, fresh):
 def logprobs(toy):
     """Log-probabilities of fixed responses to two prompts, one with images."""
     prompts = [toy.prompt(1, 6, [(1, 4, 6), (1, 10, 4)]), toy.prompt(2, 9)]
-    batch = pad_prompts(prompts, 40, 4)
     tokens = np.random.default_rng(3).integers(0, 600, (2, 2, 5)).astype(np.int32)
     length = np.full((2, 2), 5, np.int32)
+    rows, _ = pack_groups(toy.config, prompts, tokens, length, [[0, 1]])
     compute = Compute(remat="none")
-    run = jax.jit(
-        lambda p: response_logprobs(toy.config, compute, p, batch, tokens, length, 1.0)[0]
-    )
-    return run
+    return jax.jit(lambda p: packed_logprobs(toy.config, compute, p, rows, 1.0)[0] * rows.mask)
 
 
 def test_every_linear_layer_but_the_patches_has_a_name(toy):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.data.batching import pad_prompts, pad_responses
+from spatial_ssrl_jax.data.packing import Content
 from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
@@ -18,6 +19,7 @@ from spatial_ssrl_jax.qwen_vl.rope import text_rotary
 from spatial_ssrl_jax.rollout.decode import prefill
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import GREEDY
+from tests.helpers.groups import pack_groups
 
 torch = pytest.importorskip("torch", reason="compares with Transformers, which needs torch")
 
@@ -27,6 +29,7 @@ NAMES = (*BATCHED, *(f"video of {n}" for n in ("4 at 1", "4 at 2", "7 at 1", "7 
 COMPUTE = Compute(attention_chunk=1024)
 SHAPE = (192, 16)
 RESPONSES = (9, 5)  # tokens of the two responses after each prompt
+ROW = Content(SHAPE[0] + sum(RESPONSES), SHAPE[1], sum(RESPONSES))  # of one prompt at most
 LIMIT = 2e-4
 
 
@@ -74,11 +77,20 @@ def run_vision(config, compute, params, vision):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def run_responses(config, compute, params, prompts, tokens, length):
+def run_rows(config, compute, params, rows):
+    """Hidden states and logits of the response tokens of packed rows."""
     model = qwen.bind(config, params)
-    hidden = qwen.response_hidden(config, model, prompts, tokens, length, compute)
-    head = model.text.head_weight(jnp.float32)
-    return hidden, jnp.einsum("bgrd,vd->bgrv", hidden, head)
+    hidden = qwen.packed_hidden(config, model, rows, compute)
+    return hidden, hidden @ model.text.head_weight(jnp.float32).T
+
+
+def run_packed(checkpoint, questions, names):
+    """What `run_rows` gives of prompts with their responses, all in one row, and where it is."""
+    prompts = [questions[name].prompt for name in names]
+    padded = pad_responses([responses_to(name) for name in names], 12)
+    order = [range(len(names))]
+    rows, places = pack_groups(checkpoint.config, prompts, *padded, order, spare=0, least=ROW)
+    return run_rows(checkpoint.config, COMPUTE, checkpoint.params, rows), places
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,13 +201,13 @@ def test_hidden_states_of_every_layer(checkpoint, questions, measure, as_numpy, 
     assert measure(f"embedded {name}", first[0, :length], embedded) < LIMIT
 
 
-def check_responses(found, row, expected, measure, name):
-    hidden, logits = found
+def check_responses(found, group, expected, measure, name):
+    (hidden, logits), places = found
     for g, length in enumerate(RESPONSES):
-        own = expected["hidden"][g]
-        assert measure(f"hidden {name}", hidden[row, g, :length], own) < LIMIT
-        own = expected["logits"][g]
-        assert measure(f"logits {name}", logits[row, g, :length], own) < LIMIT
+        mine = (places.group == group) & (places.sample == g)
+        assert mine.sum() == length
+        assert measure(f"hidden {name}", hidden[mine], expected["hidden"][g]) < LIMIT
+        assert measure(f"logits {name}", logits[mine], expected["logits"][g]) < LIMIT
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -204,8 +216,7 @@ def test_one_prompt(checkpoint, questions, reference, measure, name):
     batch = pad(questions, [name])
     found = prefill(checkpoint.config, COMPUTE, checkpoint.params, batch)
     check_prefill(found, 0, batch.length[0], reference(name), measure, name)
-    responses = pad_responses([responses_to(name)], 12)
-    found = run_responses(checkpoint.config, COMPUTE, checkpoint.params, batch, *responses)
+    found = run_packed(checkpoint, questions, [name])
     check_responses(found, 0, reference(name), measure, name)
 
 
@@ -214,8 +225,7 @@ def test_padded_batch(checkpoint, questions, reference, measure):
     batch = pad(questions, BATCHED)
     assert len(set(batch.length.tolist())) == len(BATCHED)
     caches = prefill(checkpoint.config, COMPUTE, checkpoint.params, batch)
-    responses = pad_responses([responses_to(name) for name in BATCHED], 12)
-    found = run_responses(checkpoint.config, COMPUTE, checkpoint.params, batch, *responses)
+    found = run_packed(checkpoint, questions, BATCHED)
     for row, name in enumerate(BATCHED):
         check_prefill(caches, row, batch.length[row], reference(name), measure, f"batch {name}")
         check_responses(found, row, reference(name), measure, f"batch {name}")

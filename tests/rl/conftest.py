@@ -1,7 +1,6 @@
 """A very small model and a mixed batch: prompts and responses of different lengths, images."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import optax
@@ -12,10 +11,9 @@ from spatial_ssrl_jax.config.schema import (
     MeshSettings,
     RewardSettings,
     RolloutSettings,
-    SftSettings,
 )
-from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.items import Item
+from spatial_ssrl_jax.data.packing import Content, RowShape
 from spatial_ssrl_jax.data.pipeline import Batch
 from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.parallel.mesh import make_mesh
@@ -37,6 +35,7 @@ from spatial_ssrl_jax.rl.sft import PackedStep, pack_step
 from spatial_ssrl_jax.rl.step_metrics import ScoredRollout
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from tests.conftest import SMALL_TEXT, SMALL_VISION, random_params
+from tests.helpers.groups import Sampled
 
 CONFIG = QwenVLConfig(
     model_type=MODEL_TYPE,
@@ -84,8 +83,8 @@ SUPERVISED = (
     (4, [], 5),
     (9, [(1, 2, 2)], 6),
 )
-# Two examples fit in a row; its images need one of two window counts.
-ROWS = SftSettings(row_tokens=56, row_windows=(2, 4), row_responses=14, micro_batch_rows=2)
+# Two examples fit in a row.
+SHAPES = (RowShape(Content(56, 4, 14), longest_response=8),)
 
 
 @pytest.fixture(scope="session")
@@ -98,9 +97,9 @@ def examples() -> tuple[Batch, list[np.ndarray]]:
     return batch, responses
 
 
-def packed(examples: tuple[Batch, list[np.ndarray]], **changed) -> PackedStep:
-    """The examples in rows of `ROWS`; keywords replace its settings."""
-    return pack_step(*examples, replace(ROWS, **changed), CONFIG.vision)
+def packed(examples: tuple[Batch, list[np.ndarray]], micro_batch_rows: int = 2) -> PackedStep:
+    """The examples in rows of `SHAPES`."""
+    return pack_step(*examples, SHAPES, micro_batch_rows, CONFIG)
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +123,7 @@ def mixed_prompts() -> list[Prompt]:
 
 
 @pytest.fixture(scope="session")
-def mixed_batch(mixed_prompts: list[Prompt]) -> GroupBatch:
+def mixed(mixed_prompts: list[Prompt]) -> Sampled:
     """Three groups of four: two images, one, none; one without variance; full-length ones."""
     rng = np.random.default_rng(0)
     length = np.array([[3, 8, 8, 3], [8, 8, 8, 8], [3, 3, 3, 3]], np.int32)
@@ -133,36 +132,38 @@ def mixed_batch(mixed_prompts: list[Prompt]) -> GroupBatch:
     advantage = rng.normal(size=(3, 4)).astype(np.float32)
     advantage[1] = 0
     logprobs = rng.normal(-4.5, 0.4, (3, 3, 4, 8)).astype(np.float32)
-    return GroupBatch(
-        prompts=pad_prompts(mixed_prompts, 40, 3),
-        tokens=tokens,
-        length=length,
-        weight=rng.uniform(0.5, 1.5, length.shape).astype(np.float32) / length.sum(),
-        normaliser=np.float32(length.sum()),
-        advantage=advantage,
-        sampled_logprobs=logprobs[0],
-        old_logprobs=logprobs[1],
-        reference_logprobs=logprobs[2],
-    )
+    weight = rng.uniform(0.5, 1.5, length.shape).astype(np.float32) / length.sum()
+    return Sampled(mixed_prompts, tokens, length, weight, advantage, *logprobs)
+
+
+@pytest.fixture(scope="session")
+def mixed_batch(mixed: Sampled) -> GroupBatch:
+    """The groups in two rows."""
+    return mixed.packed(CONFIG, [[0, 2], [1]])
 
 
 # GRPO: three prompts of four samples, which reach their limit of eight tokens or end before.
 SETTINGS = GrpoSettings(
-    prompts=3, minibatches_per_rollout=1, micro_batch_prompts=1, group_size=4, kl_coef=0.0
+    prompts=3, minibatches_per_rollout=1, micro_batch_rows=1, group_size=4, kl_coef=0.0
 )
 ROLLOUT = RolloutSettings(max_new_tokens=8, kv_block=4, check_every=4, batch_prompts=2)
+BUCKETS = Buckets((40,), (3,))
+# Any group has a row; two small ones may share it.
+ROW = RowShape(Content(72, 3, 32), longest_response=8)
 
 
 def make_grpo(
-    settings: GrpoSettings, rollout: RolloutSettings, buckets: Buckets, engine: Engine | None = None
+    settings: GrpoSettings,
+    shapes: Sequence[RowShape] = (ROW,),
+    buckets: Buckets = BUCKETS,
+    engine: Engine | None = None,
 ) -> Grpo:
     """The stage's parts for `CONFIG`, without a processor and a reference."""
     loss = GrpoLoss(CONFIG, Compute(attention_chunk=16, vocab_block=32), settings)
     layout = Layout(make_mesh(MeshSettings()))
     scorer = Scorer(RewardSettings(), {})
-    return Grpo(
-        settings, rollout, scorer, engine, loss, optax.sgd(1.0), layout, buckets, None, None
-    )
+    fixed = scorer, engine, loss, optax.sgd(1.0), layout, buckets, tuple(shapes)
+    return Grpo(settings, ROLLOUT, *fixed, processor=None, reference=None)
 
 
 def batch_of(prompts: Sequence[Prompt], index: Sequence[int]) -> Batch:
@@ -172,12 +173,7 @@ def batch_of(prompts: Sequence[Prompt], index: Sequence[int]) -> Batch:
 
 
 @pytest.fixture(scope="session")
-def grpo_step(mixed_batch, mixed_prompts) -> tuple[Batch, ScoredRollout]:
-    """The mixed batch as a step; the second prompt has the longest responses."""
-    rollout = Rollout(
-        mixed_batch.tokens,
-        mixed_batch.sampled_logprobs,
-        mixed_batch.length,
-        mixed_batch.length < 8,
-    )
-    return batch_of(mixed_prompts, range(3)), ScoredRollout(rollout, [], [], mixed_batch.advantage)
+def grpo_step(mixed: Sampled) -> tuple[Batch, ScoredRollout]:
+    """The mixed groups as a step; the second prompt has the longest responses."""
+    rollout = Rollout(mixed.tokens, mixed.sampled_logprobs, mixed.length, mixed.length < 8)
+    return batch_of(mixed.prompts, range(3)), ScoredRollout(rollout, [], [], mixed.advantage)

@@ -16,6 +16,7 @@ from spatial_ssrl_jax.qwen_vl.pixels import normalize_patches
 from spatial_ssrl_jax.qwen_vl.qwen2_5 import lay_out_windows
 from spatial_ssrl_jax.qwen_vl.weights import entries, write_params
 from spatial_ssrl_jax.rl.losses import GrpoLoss, grpo_loss
+from tests.helpers.groups import unpack
 from tests.rl.conftest import CONFIG, GRIDS
 
 torch = pytest.importorskip("torch", reason="compares with Transformers, which needs torch")
@@ -37,17 +38,17 @@ def reference(small_params, tmp_path_factory: pytest.TempPathFactory):
     )
 
 
-def logprobs(model, batch, b: int, response: np.ndarray):
+def logprobs(model, mixed, b: int, response: np.ndarray):
     """Log-probabilities of one response to prompt `b`, the prompt run for it alone."""
-    length = int(batch.prompts.length[b])
-    ids = torch.tensor(np.concatenate((batch.prompts.ids[b, :length], response))[None].astype(int))
+    prompt = mixed.prompts[b]
+    length = len(prompt.ids)
+    ids = torch.tensor(np.concatenate((prompt.ids, response))[None].astype(int))
     inputs = {"input_ids": ids, "mm_token_type_ids": (ids == CONFIG.image_token_id).int()}
     if GRIDS[b]:
         layout = lay_out_windows(CONFIG.vision, GRIDS[b])
         held = layout.source >= 0
         pixels = np.zeros((held.sum(), CONFIG.vision.patch_dim), np.float32)
-        windows = len(layout.source)
-        patches = jnp.asarray(batch.prompts.vision.patches[b, :windows])
+        patches = jnp.asarray(prompt.patches)
         pixels[layout.source[held]] = np.asarray(normalize_patches(patches, CONFIG.vision))[held]
         inputs |= {
             "pixel_values": torch.tensor(pixels),
@@ -105,25 +106,27 @@ def variant_loss(s: GrpoSettings, logprob, old, sampled, advantage: float):
     ],
     ids=lambda changes: "+".join(map(str, changes.values())),
 )
-def test_gradients_of_the_other_losses(mixed_batch, changes: dict):
+def test_gradients_of_the_other_losses(mixed, changes: dict):
     """By log-probability, near the old ones, so that some ratios are clipped and some are not."""
     settings = GrpoSettings(dual_clip=0.0, **changes)
-    batch = replace(mixed_batch, reference_logprobs=None)
+    packed, places = mixed.packed_with_places(CONFIG, [[0, 2], [1]])
+    batch = replace(packed, reference_logprobs=None)
     rng = np.random.default_rng(3)
-    logprob = (batch.old_logprobs + rng.normal(0, 0.2, batch.tokens.shape)).astype(np.float32)
+    logprob = (mixed.old_logprobs + rng.normal(0, 0.2, mixed.tokens.shape)).astype(np.float32)
 
     def loss(x):
         return grpo_loss(settings, batch, x, 0 * x)[0]
 
-    value, slope = jax.value_and_grad(loss)(jnp.asarray(logprob))
+    value, slope = jax.value_and_grad(loss)(jnp.asarray(places.of_tokens(logprob)))
+    slope = unpack(places, slope, logprob.shape)
     theirs = torch.tensor(logprob, requires_grad=True)
     total = torch.zeros(())
-    for b, g in np.ndindex(batch.length.shape):
-        n = int(batch.length[b, g])
+    for b, g in np.ndindex(mixed.length.shape):
+        n = int(mixed.length[b, g])
         old, sampled = (
-            torch.tensor(x[b, g, :n]) for x in (batch.old_logprobs, batch.sampled_logprobs)
+            torch.tensor(x[b, g, :n]) for x in (mixed.old_logprobs, mixed.sampled_logprobs)
         )
-        advantage, weight = float(batch.advantage[b, g]), float(batch.weight[b, g])
+        advantage, weight = float(mixed.advantage[b, g]), float(mixed.weight[b, g])
         total = total + weight * variant_loss(settings, theirs[b, g, :n], old, sampled, advantage)
     total.backward()
     assert float(value) == pytest.approx(float(total.detach()), rel=1e-5)
@@ -131,17 +134,14 @@ def test_gradients_of_the_other_losses(mixed_batch, changes: dict):
     assert np.abs(slope).max() > 1e-3
 
 
-def test_loss_and_gradient(small_params, mixed_batch, reference, measure):
+def test_loss_and_gradient(small_params, mixed, mixed_batch, reference, measure):
     total = 0.0
-    for b, g in np.ndindex(mixed_batch.length.shape):
-        n = int(mixed_batch.length[b, g])
-        rows = (
-            torch.tensor(x[b, g, :n])
-            for x in (mixed_batch.old_logprobs, mixed_batch.reference_logprobs)
-        )
-        found = logprobs(reference, mixed_batch, b, mixed_batch.tokens[b, g, :n].astype(int))
-        value = sample_loss(found, *rows, float(mixed_batch.advantage[b, g]))
-        total = total + value * float(mixed_batch.weight[b, g])
+    for b, g in np.ndindex(mixed.length.shape):
+        n = int(mixed.length[b, g])
+        rows = (torch.tensor(x[b, g, :n]) for x in (mixed.old_logprobs, mixed.reference_logprobs))
+        found = logprobs(reference, mixed, b, mixed.tokens[b, g, :n].astype(int))
+        value = sample_loss(found, *rows, float(mixed.advantage[b, g]))
+        total = total + value * float(mixed.weight[b, g])
     total.backward()
 
     loss = GrpoLoss(

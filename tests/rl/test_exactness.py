@@ -1,6 +1,7 @@
 """Loss and gradient of a mixed batch against a plain per-sample reference."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,46 +10,25 @@ import optax
 import pytest
 
 from spatial_ssrl_jax.config.schema import GrpoSettings
-from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.compute import Compute
-from spatial_ssrl_jax.rl.batch import take_rows
 from spatial_ssrl_jax.rl.losses import GrpoLoss
 from spatial_ssrl_jax.rl.train_step import initial_train_state, train_step
+from tests.helpers.groups import sequence, sequence_logprobs
 from tests.rl.conftest import CONFIG
 
 TEMPERATURE = 0.7
+# The programs run for milliseconds and compile for seconds.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LOSS = GrpoLoss(
     CONFIG, Compute(attention_chunk=16, vocab_block=32), GrpoSettings(temperature=TEMPERATURE)
 )
 
 
-def alone(batch, b):
-    """Prompt `b` cut to its length."""
-    prompts = take_rows(batch.prompts, b, 1)
-    tokens = int(prompts.length[0])
-    return replace(
-        prompts,
-        ids=prompts.ids[:, :tokens],
-        position=prompts.position[..., :tokens],
-        image_index=prompts.image_index[:, :tokens],
-    )
-
-
-def sample_logprobs(params, prompts, response, temperature):
-    """Log-probabilities of one response [R] to one prompt: no group, no padding."""
-    model = qwen.bind(CONFIG, params)
-    length = np.array([[len(response)]], np.int32)
-    compute = Compute(remat="none")
-    hidden = qwen.response_hidden(CONFIG, model, prompts, response[None, None], length, compute)
-    logits = hidden[0, 0] @ model.text.embed[...].T / temperature
-    return jax.nn.log_softmax(logits)[jnp.arange(len(response)), response]
-
-
-@jax.jit
+@partial(jax.jit, compiler_options=QUICK)
 @jax.value_and_grad
-def plain_loss(params, prompts, response, advantage, old, reference):
+def plain_loss(params, whole, response, advantage, old, reference):
     """The loss of the paper (arXiv 2510.27606) for one sample: the sum over its tokens."""
-    logprob = sample_logprobs(params, prompts, response, TEMPERATURE)
+    logprob = sequence_logprobs(CONFIG, params, whole, response, TEMPERATURE)
     ratio = jnp.exp(jnp.clip(logprob - old, -20, 20))
     policy = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 0.8, 1.3))
     policy = jnp.where(advantage < 0, jnp.minimum(policy, -3.0 * advantage), policy)
@@ -57,21 +37,20 @@ def plain_loss(params, prompts, response, advantage, old, reference):
 
 
 @pytest.fixture(scope="module")
-def reference(small_params, mixed_batch):
-    """The whole batch's loss and gradient, one sample after another."""
+def reference(small_params, mixed):
+    """The whole batch's loss and gradient, one sample with its own prompt after another."""
     total, gradients = 0.0, jax.tree.map(jnp.zeros_like, small_params)
-    batch = mixed_batch
-    for b, g in np.ndindex(batch.length.shape):
-        n = int(batch.length[b, g])
+    for b, g in np.ndindex(mixed.length.shape):
+        own = b, g, slice(mixed.length[b, g])
         value, more = plain_loss(
             small_params,
-            alone(batch, b),
-            batch.tokens[b, g, :n],
-            batch.advantage[b, g],
-            batch.old_logprobs[b, g, :n],
-            batch.reference_logprobs[b, g, :n],
+            sequence(mixed.prompts[b], mixed.tokens[own]),
+            mixed.tokens[own],
+            mixed.advantage[b, g],
+            mixed.old_logprobs[own],
+            mixed.reference_logprobs[own],
         )
-        weight = batch.weight[b, g]
+        weight = mixed.weight[b, g]
         total += float(value) * weight
         gradients = jax.tree.map(lambda x, y, w=weight: x + w * y, gradients, more)
     return total, gradients
@@ -86,20 +65,36 @@ def assert_close(gradients, expected, limit):
         assert np.abs(got - want).max() <= limit * scale, path
 
 
-def test_group_loss_is_the_per_sample_loss(small_params, mixed_batch, reference):
-    program = jax.jit(jax.value_and_grad(LOSS, has_aux=True))
-    (value, sums), gradients = program(small_params, mixed_batch)
+GRADIENT = jax.jit(jax.value_and_grad(LOSS, has_aux=True), compiler_options=QUICK)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[[0, 2], [1]], [[0], [1], [2]], [[2, 1, 0]], [[1, 2, 0]], [[], [0, 1, 2]]],
+    ids=lambda rows: "|".join("".join(map(str, row)) for row in rows),
+)
+def test_packed_loss_is_the_per_sample_loss(small_params, mixed, reference, rows):
+    """However groups are packed."""
+    (value, sums), gradients = GRADIENT(small_params, mixed.packed(CONFIG, rows))
     assert float(value) == pytest.approx(float(reference[0]), rel=1e-5)
     assert_close(gradients, reference[1], 1e-5)
     assert 0 < float(sums["policy/clip_high"]) < 1
     assert 0 < float(sums["policy/clip_low"]) < 1
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_micro_batches_do_not_change_it(small_params, mixed_batch, reference, rows):
+def test_padding_changes_nothing(small_params, mixed, reference):
+    """More tokens, windows and places than are used."""
+    batch = mixed.packed(CONFIG, [[0, 2], [1]], spare=17)
+    (value, _), gradients = GRADIENT(small_params, batch)
+    assert float(value) == pytest.approx(float(reference[0]), rel=1e-5)
+    assert_close(gradients, reference[1], 1e-5)
+
+
+@pytest.mark.parametrize("rows", [[[[0]], [[1]], [[2]]], [[[0, 2]], [[1]]]])
+def test_micro_batches_do_not_change_it(small_params, mixed, reference, rows):
     optimizer = optax.sgd(1.0)  # the change of the weights is the gradient itself
     state = initial_train_state(optimizer, jax.tree.map(jnp.array, small_params))
-    pieces = [take_rows(mixed_batch, start, rows) for start in range(0, 3, rows)]
+    pieces = [mixed.packed(CONFIG, part) for part in rows]
     state, metrics = train_step(LOSS, optimizer, state, pieces)
     change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), small_params, state.params)
     norm = optax.tree.norm(reference[1])

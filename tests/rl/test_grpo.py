@@ -1,4 +1,4 @@
-"""A step's rollout batches and micro-batches: bucketed, they change neither tokens nor gradient."""
+"""A step's rollout batches and micro-batches: how they are made changes no token or gradient."""
 
 from dataclasses import replace
 
@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.data.batching import pad_prompts
+from spatial_ssrl_jax.data.packing import Content, RowShape
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import Sampling
-from tests.rl.conftest import ROLLOUT, SETTINGS, batch_of, make_grpo
+from tests.rl.conftest import CONFIG, ROW, SETTINGS, batch_of, make_grpo
 from tests.rl.test_exactness import assert_close
 
 STOPS = tuple(range(0, 680, 5))  # a fifth of what is drawn ends a response
@@ -22,43 +23,51 @@ BY_SEQUENCE = replace(
 )
 
 
+# The two groups that vary are together in a row, or each in one of its own shape.
+TOGETHER = (RowShape(Content(110, 6, 40), 8),)
+APART = (RowShape(Content(34, 3, 16), 8), ROW)
+
+
 @pytest.mark.parametrize("settings", [SETTINGS, BY_SEQUENCE], ids=["tokens", "sequences"])
-def test_bucketed_micro_batches_have_the_gradient_of_the_whole(
-    small_params, mixed_batch, grpo_step, settings
+@pytest.mark.parametrize("shapes", [TOGETHER, APART], ids=["together", "apart"])
+def test_micro_batches_have_the_gradient_of_the_whole(
+    small_params, mixed, grpo_step, settings, shapes
 ):
     """Without the group that does not vary."""
-    grpo = make_grpo(settings, ROLLOUT, Buckets((8, 28, 30, 40), (0, 1, 2, 3), (3, 8)))
+    grpo = make_grpo(settings, shapes)
     (micro,), updated = grpo.micro_batches(small_params, *grpo_step)
-    shapes = [(m.prompts.ids.shape[1], m.prompts.vision.frame.shape[1]) for m in micro]
-    widths = [m.tokens.shape[2] for m in micro]
-    assert shapes == sorted(shapes) and len(set(shapes)) == 2 and widths == [3, 8]
-    padded = sum(t + 4 * r for (t, _), r in zip(shapes, widths, strict=True))
-    assert updated.padded_tokens == padded < 2 * 72
+    found = [m.rows.ids.shape for m in micro]
+    assert found == [(1, shape.capacity.tokens) for shape in shapes]
+    padded = sum(tokens for _, tokens in found)
+    assert updated.padded_tokens == padded
     batch, scored = grpo_step
     tokens = sum(len(batch.prompts[b].ids) + scored.rollout.length[b].sum() for b in (0, 2))
     assert updated.padding_share(batch, scored.rollout) == pytest.approx(1 - tokens / padded)
     gradient = jax.jit(jax.grad(lambda p, b: grpo.loss(p, b)[0]))
     parts = [gradient(small_params, m) for m in micro]
+    weight = np.full((3, 4), 1 / mixed.length.sum(), np.float32)
     whole = replace(
-        mixed_batch,
-        weight=np.full((3, 4), 1 / mixed_batch.length.sum(), np.float32),
+        replace(mixed, weight=weight).packed(CONFIG, [[0], [1], [2]]),
         old_logprobs=None,
         reference_logprobs=None,
     )
     assert_close(jax.tree.map(lambda *x: sum(x), *parts), gradient(small_params, whole), 1e-5)
 
 
-def test_prompts_stay_in_their_update(small_params, mixed_batch, grpo_step):
+def test_prompts_stay_in_their_update(small_params, mixed, grpo_step):
     """Whatever their lengths: an update's prompts follow from the step alone."""
-    settings = replace(SETTINGS, minibatches_per_rollout=3, old_logprobs="sampler")
-    grpo = make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (8,)))
+    settings = replace(SETTINGS, minibatches_per_rollout=3, kl_coef=0.1, old_logprobs="sampler")
+    grpo = make_grpo(settings)
     updates, _ = grpo.micro_batches(small_params, *grpo_step)
-    for number, micro in enumerate(updates):
-        assert len(micro) == 1
-        np.testing.assert_array_equal(micro[0].prompts.ids[0], mixed_batch.prompts.ids[number])
-        np.testing.assert_array_equal(micro[0].tokens[0], mixed_batch.tokens[number])
-        assert float(micro[0].normaliser) == mixed_batch.length[number].sum()
-        np.testing.assert_allclose(micro[0].weight, 1 / mixed_batch.length[number].sum(), rtol=1e-6)
+    for number, ((micro,), prompt) in enumerate(zip(updates, mixed.prompts, strict=True)):
+        rows, tokens = micro.rows, mixed.length[number].sum()
+        np.testing.assert_array_equal(rows.ids[0, : len(prompt.ids)], prompt.ids)
+        held = np.asarray(rows.place[0]) >= 0
+        labels = mixed.tokens[number][mixed.held[number]]
+        np.testing.assert_array_equal(np.asarray(rows.label[0])[held], labels)
+        assert float(micro.normaliser) == tokens == held.sum()
+        np.testing.assert_allclose(np.asarray(micro.weight[0])[held], 1 / tokens, rtol=1e-6)
+        assert not np.asarray(micro.weight[0])[~held].any()
 
 
 def test_rollout_batches_of_like_length_draw_the_same_tokens(toy):
@@ -68,9 +77,8 @@ def test_rollout_batches_of_like_length_draw_the_same_tokens(toy):
     ]  # fmt: skip
     batch = batch_of(prompts, [4, 2, 9, 7])
     engine = Engine(toy.config, Compute(attention_chunk=16), STOPS, 4, 4)
-    grpo = make_grpo(
-        replace(SETTINGS, group_size=3), ROLLOUT, Buckets((8, 32), (0, 4), (8,)), engine
-    )
+    settings = replace(SETTINGS, group_size=3)
+    grpo = make_grpo(settings, buckets=Buckets((8, 32), (0, 4)), engine=engine)
     key, seen = jax.random.key(3), []
 
     class Watched:

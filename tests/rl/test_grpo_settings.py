@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.config.schema import GrpoSettings
-from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
 from spatial_ssrl_jax.rl.losses import grpo_loss
 from spatial_ssrl_jax.rl.rewards import Reward
-from tests.rl.conftest import ROLLOUT, SETTINGS, make_grpo
+from tests.helpers.groups import Sampled
+from tests.rl.conftest import CONFIG, SETTINGS, make_grpo
 
 LOGPROB = np.random.default_rng(7).normal(-4.5, 0.4, (3, 4, 8)).astype(np.float32)
 
 
-def by_hand(s: GrpoSettings, batch, logprob: np.ndarray) -> float:
+def by_hand(s: GrpoSettings, batch: Sampled, logprob: np.ndarray) -> float:
     """The loss as the papers that `grpo_loss` names state it, in float64."""
     x = {
         name: np.asarray(getattr(batch, name), np.float64)
@@ -77,17 +77,18 @@ CHANGES = [
 @pytest.mark.parametrize(
     "changes", CHANGES, ids=lambda c: "+".join(map(str, c.values())) or "as is"
 )
-def test_each_setting_of_the_loss(mixed_batch, changes: dict):
+def test_each_setting_of_the_loss(mixed, changes: dict):
     settings = GrpoSettings(**changes)
-    entropy = jnp.zeros_like(LOGPROB)
-    found = float(grpo_loss(settings, mixed_batch, jnp.asarray(LOGPROB), entropy)[0])
-    assert found == pytest.approx(by_hand(settings, mixed_batch, LOGPROB), rel=1e-4)
+    batch, places = mixed.packed_with_places(CONFIG, [[0, 2], [1]])
+    logprob = jnp.asarray(places.of_tokens(LOGPROB))
+    found = float(grpo_loss(settings, batch, logprob, 0 * logprob)[0])
+    assert found == pytest.approx(by_hand(settings, mixed, LOGPROB), rel=1e-4)
     others = [GrpoSettings(**c) for c in CHANGES if c != changes]
-    assert all(abs(by_hand(s, mixed_batch, LOGPROB) - found) > 1e-5 for s in others)
+    assert all(abs(by_hand(s, mixed, LOGPROB) - found) > 1e-5 for s in others)
 
 
 def updates_of(params, grpo_step, settings: GrpoSettings):
-    grpo = make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (8,)))
+    grpo = make_grpo(settings)
     return grpo.micro_batches(params, *grpo_step)[0]
 
 
@@ -99,7 +100,7 @@ def test_old_logprobs_are_those_before_the_updates(small_params, grpo_step):
         assert bool(micro.first_update) == (number == 0)
         if number:
             config, compute = program_of(several)
-            expected = logprobs_of(config, compute, several.temperature, small_params, micro)
+            expected = logprobs_of(config, compute, several.temperature, small_params, micro.rows)
             np.testing.assert_array_equal(micro.old_logprobs, expected)
     for changes in ({"minibatches_per_rollout": 1}, {"old_logprobs": "sampler"}):
         for update in updates_of(small_params, grpo_step, replace(several, **changes)):
@@ -107,42 +108,46 @@ def test_old_logprobs_are_those_before_the_updates(small_params, grpo_step):
 
 
 def test_a_kl_coef_that_decays_is_that_of_every_micro_batch(small_params, grpo_step):
-    grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((40,), (3,), (8,)))
+    grpo = make_grpo(SETTINGS)
     (update,), _ = grpo.micro_batches(small_params, *grpo_step, np.float32(0.25))
-    assert [float(micro.kl_coef) for micro in update] == [0.25] * 2
+    assert [float(micro.kl_coef) for micro in update] == [0.25] * len(update)
     (update,), _ = grpo.micro_batches(small_params, *grpo_step)
     assert all(micro.kl_coef is None for micro in update)
 
 
 def test_reference_logprobs_are_the_references(small_params, grpo_step):
     reference = jax.tree.map(lambda x: 1.1 * x, small_params)
-    grpo = make_grpo(SETTINGS, ROLLOUT, Buckets((40,), (3,), (8,)))
+    grpo = make_grpo(SETTINGS)
     (update,), _ = replace(grpo, reference=reference).micro_batches(small_params, *grpo_step)
     config, compute = program_of(SETTINGS)
     for micro in update:
-        expected = logprobs_of(config, compute, SETTINGS.temperature, reference, micro)
+        expected = logprobs_of(config, compute, SETTINGS.temperature, reference, micro.rows)
         np.testing.assert_array_equal(micro.reference_logprobs, expected)
     (update,), _ = grpo.micro_batches(small_params, *grpo_step)
     assert all(micro.reference_logprobs is None for micro in update)
 
 
 def program_of(settings: GrpoSettings):
-    loss = make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (8,))).loss
+    loss = make_grpo(settings).loss
     return loss.config, loss.compute
 
 
 def weights(params, grpo_step, settings: GrpoSettings) -> np.ndarray:
     """[3, 4] of the step's samples; zeros where an update leaves the group out."""
     (update,) = updates_of(params, grpo_step, settings)
-    rows = {}
+    batch, scored = grpo_step
+    found = np.zeros(scored.rollout.length.shape)
     for micro in update:
-        for ids, weight in zip(
-            np.asarray(micro.prompts.ids), np.asarray(micro.weight), strict=True
-        ):
-            rows[ids.tobytes()] = weight
-    batch, _ = grpo_step
-    padded = [np.pad(p.ids, (0, 40 - len(p.ids))) for p in batch.prompts]
-    return np.stack([rows.get(ids.tobytes(), np.zeros(4)) for ids in padded])
+        rows, weight = micro.rows, np.asarray(micro.weight)
+        for row, sample in np.ndindex(len(weight), 4 * len(batch.prompts)):
+            (mine,) = np.nonzero(np.asarray(rows.sample[row]) == sample)
+            if len(mine):
+                (value,) = set(weight[row, mine].tolist())  # equal at all of its tokens
+                label = np.asarray(rows.label[row])[mine]
+                same = (scored.rollout.tokens[..., : len(mine)] == label).all(axis=-1)
+                ((b, g),) = np.argwhere(same & (scored.rollout.length == len(mine)))
+                found[b, g] = value
+    return found
 
 
 def test_truncated_completions_are_left_out_of_the_loss(small_params, grpo_step):

@@ -7,10 +7,10 @@ import pytest
 
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.qwen_vl.compute import Compute
-from spatial_ssrl_jax.rl.batch import ResponseBatch
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import Sampling
+from tests.helpers.groups import pack_groups, unpack
 
 LIMIT, GROUP, TEMPERATURE = 24, 3, 0.8
 STOPS = tuple(range(0, 680, 17))
@@ -19,25 +19,27 @@ STOPS = tuple(range(0, 680, 17))
 def mismatch(toy, params, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """|sampler - trainer| and the sampler's log-probabilities, of all tokens that were sampled."""
     grids = ([(1, 4, 6), (1, 2, 10)], [], [(1, 6, 2)], [(1, 10, 4)])
-    prompts = pad_prompts([toy.prompt(i, 8 + i, g) for i, g in enumerate(grids)], 32, 5)
+    prompts = [toy.prompt(i, 8 + i, g) for i, g in enumerate(grids)]
     compute = Compute(dtype, attention_chunk=16, vocab_block=32)
     engine = Engine(toy.config, compute, STOPS, kv_block=12, check_every=4)
     rollout = engine.generate(
         params,
         engine.fill(params),
-        [prompts],
+        [pad_prompts(prompts, 32, 5)],
         group_size=GROUP,
         max_new_tokens=LIMIT,
         key=jax.random.key(5),
         prompt_index=[np.arange(4)],
         sampling=Sampling(TEMPERATURE),
     )
-    weight = np.ones(rollout.length.shape, np.float32)
-    batch = ResponseBatch(prompts, rollout.tokens, rollout.length, weight, np.float32(1))
-    found = logprobs_of(toy.config, compute, TEMPERATURE, params, batch)
-    held = np.asarray(batch.mask) > 0
+    rows, places = pack_groups(
+        toy.config, prompts, rollout.tokens, rollout.length, [[0, 3], [2, 1]]
+    )
+    packed = logprobs_of(toy.config, compute, TEMPERATURE, params, rows)
+    found = unpack(places, packed, rollout.tokens.shape)
+    held = np.arange(LIMIT) < rollout.length[..., None]
     assert held.sum() > 100 and rollout.finished.any() and not rollout.finished.all()
-    return np.abs(np.asarray(found) - rollout.logprobs)[held], rollout.logprobs[held]
+    return np.abs(found - rollout.logprobs)[held], rollout.logprobs[held]
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-4), ("bfloat16", 0.1)])

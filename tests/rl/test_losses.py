@@ -3,6 +3,7 @@
 import typing
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -29,19 +30,17 @@ def of_token(
     logprob: Array, advantage: float, reference: float | None = None, **settings
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of a single token whose old and sampled log-probability is 0."""
-    one = jnp.zeros((1, 1, 1), jnp.float32)
+    one = jnp.zeros((1, 1), jnp.float32)
     batch = GroupBatch(
-        prompts=None,
-        tokens=one.astype(jnp.int32),
-        length=jnp.ones((1, 1), jnp.int32),
-        weight=jnp.ones((1, 1)),
+        rows=SimpleNamespace(mask=1 + one, sample=one.astype(jnp.int32)),
+        weight=1 + one,
         normaliser=jnp.float32(1),
-        advantage=jnp.full((1, 1), advantage, jnp.float32),
+        advantage=advantage + one,
         sampled_logprobs=one,
         old_logprobs=one,
         reference_logprobs=None if reference is None else one + reference,
     )
-    return grpo_loss(GrpoSettings(**settings), batch, jnp.reshape(logprob, (1, 1, 1)), one)
+    return grpo_loss(GrpoSettings(**settings), batch, jnp.reshape(logprob, (1, 1)), one)
 
 
 @pytest.mark.parametrize(
@@ -137,18 +136,24 @@ def of_samples(
 ) -> tuple[float, np.ndarray, dict[str, float]]:
     """Loss, its gradient and metrics of a group; old log-probabilities are 0, a token's weight 1.
 
-    `sampled` is also 0 unless given; `length` of them are a sample's tokens, the rest is padding.
+    `sampled` is also 0 unless given; `length` of them are a sample's tokens, the rest is not in the
+    row, which ends with two tokens of padding of log-probability 5.
     """
-    values = jnp.array(logprob, jnp.float32)[None]
-    rows = jnp.array(length)[None]
+    samples, width = np.shape(logprob)
+    held = np.arange(width) < np.array(length)[:, None]
+
+    def row(values: np.ndarray, padding: float = 0.0) -> Array:
+        """[1, R]: the samples' tokens one after another, and padding."""
+        return jnp.array([[*np.asarray(values)[held], padding, padding]], jnp.float32)
+
+    sample = row(np.arange(samples)[:, None] + 0 * held, -1).astype(jnp.int32)
+    values = row(logprob, 5.0)
     batch = GroupBatch(
-        prompts=None,
-        tokens=values.astype(jnp.int32),
-        length=rows,
-        weight=jnp.ones(rows.shape),
+        rows=SimpleNamespace(mask=row(held), sample=sample),
+        weight=row(held),
         normaliser=jnp.float32(sum(length)),
-        advantage=jnp.array(advantage, jnp.float32)[None],
-        sampled_logprobs=0 * values if sampled is None else jnp.array(sampled, jnp.float32)[None],
+        advantage=row(np.array(advantage)[:, None] + 0 * held),
+        sampled_logprobs=0 * values if sampled is None else row(sampled, -7.0),
         old_logprobs=0 * values,
         reference_logprobs=None,
     )
@@ -157,7 +162,10 @@ def of_samples(
         return grpo_loss(settings, batch, x, 0 * x)
 
     (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(values)
-    return float(value), np.asarray(slope[0]), {k: float(v) for k, v in metrics.items()}
+    assert not slope[0, -2:].any()
+    slopes = np.zeros(held.shape, np.float32)
+    slopes[held] = slope[0, :-2]
+    return float(value), slopes, {k: float(v) for k, v in metrics.items()}
 
 
 def test_gspo():

@@ -14,7 +14,7 @@ from spatial_ssrl_jax.rl.placement import cache_bytes, prefill_prompts, rollout_
 CONFIG = Config(
     "x",
     data=DataSettings(prompt_buckets=(50, 100)),
-    grpo=GrpoSettings(prompts=12, group_size=5, micro_batch_prompts=6),
+    grpo=GrpoSettings(prompts=12, group_size=5, micro_batch_rows=6),
     rollout=RolloutSettings(max_new_tokens=80),
 )
 

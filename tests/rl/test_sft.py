@@ -7,19 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_ssrl_jax.data.processor import Prompt
-from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.compute import Compute
-from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.qwen_vl.model import init_adapters
 from spatial_ssrl_jax.qwen_vl.param_tree import merge_params
-from spatial_ssrl_jax.rl import sft
+from spatial_ssrl_jax.rl import row_shapes, sft
+from spatial_ssrl_jax.rl.batch import empty_packed_batch
 from spatial_ssrl_jax.rl.losses import SftLoss
-from tests.rl.conftest import CONFIG, packed
+from tests.helpers.groups import sequence, sequence_logprobs
+from tests.rl.conftest import CONFIG, SHAPES, packed
 from tests.rl.test_exactness import assert_close
 
-PLAIN = Compute(remat="none")
 # The programs run for milliseconds and compile for seconds.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LOSS = jax.jit(
@@ -39,26 +37,11 @@ def adapted(small_params):
     return merge_params(small_params, shaken)
 
 
-def alone(prompt: Prompt) -> qwen.PromptBatch:
-    """A prompt by itself, not padded."""
-    return qwen.PromptBatch(
-        ids=prompt.ids[None],
-        length=np.array([len(prompt.ids)]),
-        position=prompt.position[None],
-        next_position=np.array([prompt.next_position]),
-        image_index=prompt.image_index[None],
-        vision=VisionInput(prompt.patches[None], prompt.frame[None], prompt.coords[None]),
-    )
-
-
 @partial(jax.jit, compiler_options=QUICK)
 @jax.value_and_grad
-def alone_loss(params, prompts, response):
+def alone_loss(params, whole, response):
     """The sum of -log p over one response to one prompt: nothing is packed, nothing padded."""
-    model, length = qwen.bind(CONFIG, params), np.array([[len(response)]])
-    hidden = qwen.response_hidden(CONFIG, model, prompts, response[None, None], length, PLAIN)
-    logits = hidden[0, 0] @ model.text.head_weight("float32").T
-    return -jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(len(response)), response])
+    return -jnp.sum(sequence_logprobs(CONFIG, params, whole, response))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +50,8 @@ def reference(adapted, examples):
     batch, responses = examples
     total, gradients = 0.0, jax.tree.map(jnp.zeros_like, adapted)
     for row, response in enumerate(responses):
-        value, more = alone_loss(adapted, alone(batch.prompts[row]), response)
+        whole = sequence(batch.prompts[row], response)
+        value, more = alone_loss(adapted, whole, response)
         total += float(value)
         gradients = jax.tree.map(jnp.add, gradients, more)
     count = sum(map(len, responses))
@@ -78,7 +62,9 @@ def reference(adapted, examples):
 def test_packed_loss_is_the_one_by_one_loss(adapted, examples, reference, rows: int):
     """Adapters and base alike, in micro-batches of one row, or of two with an empty one."""
     step = packed(examples, micro_batch_rows=rows)
-    assert [len(step.rows), sum(step.rows, [])[:3]] == [-(-3 // rows), [[0, 2], [1, 4], [3]]]
+    packed_rows = [row for part in step.micro_batches for row in part.rows]
+    assert len(step.micro_batches) == -(-3 // rows)
+    assert packed_rows[:3] == [(0, 2), (1, 4), (3,)]
     total, gradients = 0.0, jax.tree.map(jnp.zeros_like, adapted)
     for batch in step:
         (value, sums), more = LOSS(adapted, batch)
@@ -91,21 +77,20 @@ def test_packed_loss_is_the_one_by_one_loss(adapted, examples, reference, rows: 
 
 def test_rows_without_any_token_add_nothing(adapted, examples):
     """What a process runs when only another one still has examples."""
-    step = packed(examples, micro_batch_rows=1)
-    (empty,) = sft.PackedStep([], [[[]]], step.capacities[-1:], step.normaliser, step.vision)
-    (value, _), gradients = LOSS(adapted, empty)
+    (value, _), gradients = LOSS(adapted, empty_packed_batch(SHAPES[-1], CONFIG.vision))
     assert float(value) == 0
     assert all(not np.asarray(g).any() for g in jax.tree.leaves(gradients))
 
 
 def test_processes_agree_on_micro_batches(examples, monkeypatch: pytest.MonkeyPatch):
-    """Beside a process with four rows, of up to four windows, this one runs an empty fourth."""
+    """Beside a process with four rows this one runs an empty fourth."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(sft, "all_gather", lambda x: np.concatenate([x, np.full_like(x, 4)]))
+    other = np.array([[[4, 0]]])
+    monkeypatch.setattr(row_shapes, "all_gather", lambda x: np.concatenate([x, other]))
     monkeypatch.setattr(sft, "all_sum", lambda value: value + 7)
     step = packed(examples, micro_batch_rows=2)
-    assert [len(part) for part in step.rows] == [1] * 4 and step.rows[3] == [[]]
-    assert [row.windows for row in step.capacities] == [4] * 4
+    assert [part.shape for part in step.micro_batches] == [SHAPES[0]] * 4
+    assert [part.rows for part in step.micro_batches][3] == ((),)
     assert step.normaliser == 23 + 7
     assert [batch.rows.ids.shape for batch in step] == [(1, 56)] * 4
 

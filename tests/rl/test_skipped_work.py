@@ -13,22 +13,20 @@ from spatial_ssrl_jax.qwen_vl.inputs import VisionFeatures, VisionInput
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.qwen_vl.model import init_adapters
 from spatial_ssrl_jax.qwen_vl.param_tree import merge_params
-from spatial_ssrl_jax.rl import advantages, bucketing
+from spatial_ssrl_jax.rl import advantages
 from spatial_ssrl_jax.rl import grpo as module
 from spatial_ssrl_jax.rl.advantages import groups_to_update
-from spatial_ssrl_jax.rl.bucketing import Buckets, fill_batches
 from spatial_ssrl_jax.rl.grpo import Grpo
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
 from spatial_ssrl_jax.rl.train_step import initial_train_state, micro_gradients, train_step
 from spatial_ssrl_jax.rl.trainable import Trainable
-from tests.rl.conftest import CONFIG, ROLLOUT, SETTINGS, make_grpo
-from tests.rl.test_exactness import assert_close
+from tests.rl.conftest import CONFIG, SETTINGS, make_grpo
 
 OPTIMIZER = optax.adamw(1e-2, weight_decay=0.1)
 
 
 def stage(settings: GrpoSettings) -> Grpo:
-    return make_grpo(settings, ROLLOUT, Buckets((40,), (3,), (8,)))
+    return make_grpo(settings)
 
 
 def after(grpo: Grpo, params, updates) -> tuple[dict, list[dict]]:
@@ -64,7 +62,7 @@ def test_the_first_update_needs_no_old_logprobs(small_params, grpo_step):
 
     def computed(batch):
         loss = grpo.loss
-        old = logprobs_of(loss.config, loss.compute, settings.temperature, small_params, batch)
+        old = logprobs_of(loss.config, loss.compute, settings.temperature, small_params, batch.rows)
         return replace(batch, old_logprobs=old, first_update=None)
 
     expected = after(grpo, small_params, [[computed(b) for b in update] for update in updates])
@@ -105,18 +103,6 @@ def test_groups_without_gradient_are_left_out(small_params, grpo_step, everythin
     assert metrics["policy/entropy"] != pytest.approx(all_metrics["policy/entropy"], rel=1e-4)
     assert metrics["policy/ratio_mean"] == pytest.approx(1, rel=1e-6)
 
-    # A micro-batch of three rows has to hold the third group, and computes none of its responses.
-    (filled,), _ = stage(replace(SETTINGS, micro_batch_prompts=3)).micro_batches(
-        small_params, *grpo_step
-    )
-    (micro,) = filled
-    assert np.asarray(micro.length).tolist() == [[0] * 4, [3] * 4, [3, 8, 8, 3]]
-    gradients, sums = micro_gradients(grpo.loss, small_params, {}, micro)
-    expected = jax.tree.map(lambda *x: sum(x), *(gradient for gradient, _ in parts))
-    assert_close(gradients, expected, 1e-5)
-    for name, value in sums.items():
-        assert float(value) == pytest.approx(float(metrics[name]), rel=1e-5, abs=1e-7), name
-
 
 def test_an_update_without_any_gradient_is_computed(small_params, grpo_step):
     """Weights decay; metrics are over all groups."""
@@ -147,7 +133,7 @@ def test_a_step_says_which_groups_it_updates(
     _, metrics, _, found = grpo.step(state, batch, jax.random.key(0), pytest.fail)
     assert found.updated.tolist() == [True, False, True]
     tokens = sum(len(batch.prompts[b].ids) + scored.rollout.length[b].sum() for b in (0, 2))
-    assert metrics["perf/update_padding_share"] == pytest.approx(1 - tokens / (2 * (40 + 4 * 8)))
+    assert metrics["perf/update_padding_share"] == pytest.approx(1 - tokens / (2 * 72))
 
 
 def test_which_groups_have_a_gradient(monkeypatch: pytest.MonkeyPatch):
@@ -160,16 +146,6 @@ def test_which_groups_have_a_gradient(monkeypatch: pytest.MonkeyPatch):
     assert not groups_to_update(weight[1:4], advantage[1:4], False).any()
 
 
-def test_processes_have_equally_many_micro_batches(monkeypatch: pytest.MonkeyPatch):
-    """Filled up with the smallest prompts that are left."""
-    sizes = np.array([[9, 0, 3], [5, 2, 0], [7, 0, 0], [5, 1, 0], [6, 0, 4], [8, 0, 0]])
-    wanted = sizes[:, 2] > 0
-    assert fill_batches(wanted, sizes, 2).tolist() == [0, 4]
-    assert fill_batches(wanted, sizes, 3).tolist() == [0, 3, 4]
-    monkeypatch.setattr(bucketing, "all_gather", lambda x: np.concatenate((x, [2])))
-    assert fill_batches(wanted, sizes, 2).tolist() == [0, 1, 3, 4]
-
-
 @pytest.mark.parametrize(
     ("changes", "width"),
     [({"freeze": ("vision",)}, 4 * 32), ({"lora": LoraSettings(2)}, 32)],
@@ -179,7 +155,7 @@ def test_images_are_encoded_once(
     small_params, grpo_step, monkeypatch: pytest.MonkeyPatch, changes: dict, width: int
 ):
     """The update is the same bit for bit; the pixels leave the device."""
-    settings = replace(SETTINGS, kl_coef=0.1, micro_batch_prompts=3, **changes)
+    settings = replace(SETTINGS, kl_coef=0.1, micro_batch_rows=3, **changes)
     adapters = init_adapters(CONFIG, settings.lora, jax.random.key(0))
     params = merge_params(small_params, jax.tree.map(lambda x: x + 0.1, adapters))
     trained, frozen = Trainable.of(settings).split(params, "float32")
@@ -189,7 +165,7 @@ def test_images_are_encoded_once(
     def step():
         ((batch,),), _ = grpo.micro_batches(params, *grpo_step)
         gradients, sums = micro_gradients(grpo.loss, trained, frozen, batch)
-        return batch.prompts.vision, (batch.reference_logprobs, gradients, sums)
+        return batch.rows.vision, (batch.reference_logprobs, gradients, sums)
 
     features, found = step()
     assert isinstance(features, VisionFeatures) and features.tokens.shape == (3, 48, width)
@@ -207,7 +183,7 @@ def test_when_images_are_encoded_once(small_params, mixed_batch):
     assert replace(frozen, kl_coef=0.1).reuses_vision
     assert replace(frozen, minibatches_per_rollout=3).reuses_vision
     assert not replace(SETTINGS, kl_coef=0.1, freeze=("merger",)).reuses_vision
-    vision = jax.tree.map(lambda x: x[:, :0], mixed_batch.prompts.vision)
-    batch = replace(mixed_batch, prompts=replace(mixed_batch.prompts, vision=vision))
+    vision = jax.tree.map(lambda x: x[:, :0], mixed_batch.rows.vision)
+    batch = replace(mixed_batch, rows=replace(mixed_batch.rows, vision=vision))
     grpo = stage(replace(frozen, kl_coef=0.1))
     assert grpo._with_features(small_params, batch) is batch  # no images at all

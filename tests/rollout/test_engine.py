@@ -20,6 +20,7 @@ from spatial_ssrl_jax.rollout.decode import prefill
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
 from spatial_ssrl_jax.rollout.schedule import Schedule
+from tests.helpers.groups import pack_groups, unpack
 
 LIMIT, GROUP = 24, 3
 STOPS = tuple(range(0, 680, 17))  # some 6% of what is drawn ends a response
@@ -92,20 +93,21 @@ def test_samples_of_a_group_differ(rollout):
 
 
 @partial(jax.jit, static_argnums=0)
-def recompute(config, params, batch, tokens, length):
+def recompute(config, params, rows):
     model, compute = qwen.bind(config, params), Compute()
-    hidden = qwen.response_hidden(config, model, batch, tokens, length, compute)
-    logits = jnp.einsum("bgrd,vd->bgrv", hidden, model.text.head_weight(jnp.float32))
+    hidden = qwen.packed_hidden(config, model, rows, compute)
+    logits = hidden @ model.text.head_weight(jnp.float32).T
     every = jax.nn.log_softmax(logits / WARM.temperature)
-    return jnp.take_along_axis(every, tokens[..., None], axis=-1)[..., 0]
+    return jnp.take_along_axis(every, rows.label[..., None], axis=-1)[..., 0]
 
 
 def test_logprobs_equal_recomputed_ones(toy, prompts, rollout):
-    batch = pad_prompts(prompts, 40, 6)
-    found = recompute(toy.config, toy.params, batch, rollout.tokens, rollout.length)
+    sampled = rollout.tokens, rollout.length
+    rows, places = pack_groups(toy.config, prompts, *sampled, [[0, 1], [2, 3]])
+    found = unpack(places, recompute(toy.config, toy.params, rows), rollout.tokens.shape)
     held = np.arange(LIMIT) < rollout.length[..., None]
     assert held.sum() > 100 and np.ptp(rollout.logprobs[held]) > 3
-    assert np.abs(np.asarray(found) - rollout.logprobs)[held].max() < 1e-4
+    assert np.abs(found - rollout.logprobs)[held].max() < 1e-4
 
 
 def assert_same(found, rollout, rows=slice(None), group=GROUP):

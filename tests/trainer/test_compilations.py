@@ -30,7 +30,7 @@ def steady(toy_config, steps: int, every: int, **sections) -> c.Config:
             prompts=8,
             minibatches_per_rollout=1,
             group_size=3,
-            micro_batch_prompts=8,
+            micro_batch_rows=8,
             learning_rate=1e-4,
         ),
         rollout=c.RolloutSettings(max_new_tokens=32, kv_block=32, check_every=8, batch_prompts=8),

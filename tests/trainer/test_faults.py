@@ -226,7 +226,7 @@ def test_no_room_for_rollouts_and_report_does_not_stop_training(
         prompts=8,
         minibatches_per_rollout=1,
         group_size=3,
-        micro_batch_prompts=8,
+        micro_batch_rows=8,
         learning_rate=1e-3,
     )
     config = toy_config(

@@ -159,7 +159,7 @@ def small(toy_config, sft: int, grpo: int, every: int, workers: int = 0) -> c.Co
             prompts=8,
             minibatches_per_rollout=1,
             group_size=3,
-            micro_batch_prompts=8,
+            micro_batch_rows=8,
             learning_rate=1e-3,
         ),
         checkpoint=c.CheckpointSettings(every=every, keep=2),

@@ -52,8 +52,8 @@ def test_advice_leaves_out_what_is_done_already():
     config = c.Config("x", model=c.ModelSettings(remat="none"), sft=c.SftSettings(steps=3))
     advice = "; ".join(memory_advice(config))
     for name in (
-        "grpo.micro_batch_prompts=16",
-        "sft.micro_batch_rows=8",
+        "grpo.micro_batch_rows=16",
+        "sft.micro_batch_rows=16",
         "lower rollout.batch_prompts;",
         "model.remat",
     ):
@@ -62,10 +62,10 @@ def test_advice_leaves_out_what_is_done_already():
         config,
         model=c.ModelSettings(),
         sft=c.SftSettings(),
-        grpo=c.GrpoSettings(micro_batch_prompts=1, lora=LoraSettings(8)),
+        grpo=c.GrpoSettings(micro_batch_rows=1, lora=LoraSettings(8)),
     )
     advice = "; ".join(memory_advice(lean))
-    for name in ("micro_batch_prompts", "model.remat", "lora"):
+    for name in ("micro_batch_rows", "model.remat", "lora"):
         assert name not in advice
 
 
@@ -90,7 +90,7 @@ def test_training_says_what_helps(
 def test_a_timing_says_what_helps(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timing, "train_step", full)
     argv = ["--random-weights", "--prompts=1", "--group=2", "--new=8", "--grid=4"]
-    with pytest.raises(UserError, match="ran out of memory.*--micro-batch-prompts"):
+    with pytest.raises(UserError, match="ran out of memory.*--micro-batch-rows"):
         bench.main(["update", f"--model={toy_folder}", *argv, "--prompt-tokens=12"])
 
 

@@ -158,6 +158,15 @@ def test_a_broken_source_or_bucket_is_named(fresh, tmp_path: Path, sections, wor
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_rows_too_small_for_the_largest_group_are_named(fresh, tmp_path: Path, stage: str):
+    config = fresh()
+    one = dict(row_tokens=(200,), row_windows=(5,), row_responses=(96,))
+    settings = dataclasses.replace(getattr(config, stage), **one)
+    with pytest.raises(UserError, match=rf"{stage}\.row_tokens, .* of 200, 5, 96, which does not"):
+        preflight(dataclasses.replace(config, **{stage: settings}), tmp_path / "w")
+
+
 def test_a_folder_of_another_run_is_named(taught_config, taught: Path):
     before = files(taught)
     with pytest.raises(UserError, match="another config .*seed changed"):

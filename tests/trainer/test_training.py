@@ -167,9 +167,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 
 def test_another_config_does_not_resume(toy_config, whole: Path):
-    changed = toy_config(
-        grpo=c.GrpoSettings(steps=3, prompts=16, minibatches_per_rollout=1, micro_batch_rows=8)
-    )
+    changes = dict(group_size=5, learning_rate=1e-6, minibatches_per_rollout=1)
+    changed = toy_config(grpo=dataclasses.replace(toy_config().grpo, **changes))
     with pytest.raises(
         UserError, match="grpo.group_size, grpo.learning_rate, grpo.minibatches_per_rollout changed"
     ):

@@ -16,6 +16,7 @@ from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.grpo import Grpo
 from spatial_ssrl_jax.rl.placement import compute_settings
 from spatial_ssrl_jax.rl.scorer import Scorer
 from spatial_ssrl_jax.rl.stages import stages
@@ -28,12 +29,18 @@ from tests.helpers.toy_runs import make_config
 from tests.rl.conftest import batch_of, make_grpo
 
 BASE = make_config(c.ModelSettings(dtype="float32", attention="xla"))
-BUCKETS = Buckets((64,), (5,), (8, 32))
+BUCKETS = Buckets((64,), (5,))
 
 
 def changed(section: str, name: str, value: object) -> c.Config:
     """The config with one setting changed."""
     return replace(BASE, **{section: replace(getattr(BASE, section), **{name: value})})
+
+
+def grpo_of(config: c.Config, engine: "Recorder | None" = None) -> Grpo:
+    """The stage's parts with a config's settings."""
+    made = make_grpo(config.grpo, buckets=BUCKETS, engine=engine)
+    return replace(made, sampling_settings=config.rollout)
 
 
 class Recorder:
@@ -103,7 +110,7 @@ def test_what_a_rollout_is_asked_for(toy, section: str, name: str, value, found)
     other = changed(section, name, value)
     for config in (BASE, other):
         engine = Recorder()
-        grpo = make_grpo(config.grpo, config.rollout, BUCKETS, engine)
+        grpo = grpo_of(config, engine)
         batch = batch_of([toy.prompt(i, 6) for i in range(8)], range(8))
         grpo.sample(None, batch, jax.random.key(0))
         asked.append(found(engine.calls[0]))
@@ -199,7 +206,7 @@ def test_what_a_response_earns(toy):
     def scored(**changes):
         settings = replace(BASE.grpo, **changes.pop("grpo", {}))
         grpo = replace(
-            make_grpo(settings, BASE.rollout, BUCKETS),
+            grpo_of(replace(BASE, grpo=settings)),
             processor=Answers(),
             scorer=Scorer(c.RewardSettings(**changes), {}),
         )
@@ -272,11 +279,7 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
         kl_schedule="linear",
     )
     config = replace(BASE, seed=3, grpo=settings)
-    grpo = replace(
-        make_grpo(settings, config.rollout, BUCKETS, engine),
-        processor=Answers(),
-        scorer=Scorer(config.reward, {}),
-    )
+    grpo = replace(grpo_of(config, engine), processor=Answers(), scorer=Scorer(config.reward, {}))
 
     kl_coefs, counted, updated = [], [], np.ones(8, bool)
 
@@ -292,6 +295,7 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
         return seed
 
     def drawn(items, batch, micro, number, **_):
+        assert (batch, micro) == (8, 4)  # a rollout has two updates
         asked.append((items, number))
 
     monkeypatch.setattr(stage_steps.Grpo, "step", step)

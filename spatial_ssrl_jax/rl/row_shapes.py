@@ -1,0 +1,195 @@
+"""Which shapes of rows an update computes, and how a step's groups are packed into them.
+
+A row's tokens are shared by prompts, which have images, and responses, which have labels. Shapes
+differ in how much room they have for each, and a step takes the one in which its groups cost least.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.data.packing import Content, RowShape, assign_rows, check_group
+from spatial_ssrl_jax.parallel.collectives import all_gather
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.rl.stages import Stage
+
+# Where sizes of rows are not given: the fraction of tokens that are prompts', or, where a
+# micro-batch has many of a step's groups, the fraction of the longest row.
+_PROMPT_SHARES = (0.75, 0.5, 0.33)
+_LENGTHS = (0.64, 0.8, 1.0)
+_MANY_GROUPS = 24
+_STEP = 64  # response tokens of a row are a multiple of it, where there are so many
+
+
+def row_shapes(config: Config, stage: Stage) -> tuple[RowShape, ...]:
+    """The shapes of a stage's rows; the last one holds every group that the config allows.
+
+    Args:
+      config: the run.
+      stage: one of its stages.
+
+    Raises:
+      UserError: there is one shape, and its rows do not hold the largest group.
+    """
+    settings, limit = stage.settings, config.rollout.max_new_tokens
+    group = settings.responses_per_prompt
+    prompt, windows = max(config.data.prompt_buckets), max(config.data.window_buckets)
+    largest = Content(prompt + group * limit, windows, group * limit)
+    named = settings.row_tokens, settings.row_windows, settings.row_responses
+    groups = stage.update_prompts / settings.micro_batch_rows
+    sizes = [Content(*size) for size in zip(*named, strict=True)]
+    shapes = shapes_for(largest, limit, groups, sizes)
+    if len(sizes) == 1 and shapes[0].capacity != sizes[0]:
+        raise UserError(
+            f"{stage.name}.row_tokens, row_windows and row_responses name one size of rows, of "
+            f"{', '.join(map(str, sizes[0]))}, which does not hold the largest prompt, of {prompt} "
+            f"tokens and {windows} windows, with {group} x {limit} response tokens: raise them to "
+            f"{', '.join(map(str, shapes[0].capacity))}, or name a second size for it."
+        )
+    return shapes
+
+
+def shapes_for(
+    largest: Content, longest_response: int, groups: float, sizes: Sequence[Content] = ()
+) -> tuple[RowShape, ...]:
+    """Shapes of rows, without doubles; the last one holds the largest group.
+
+    Args:
+      largest: group.
+      longest_response: tokens of a response at most.
+      groups: of an optimizer step, over the rows of a micro-batch.
+      sizes: of each shape; none named derives them.
+    """
+    whole = _holding(largest, RowShape(largest, longest_response))
+    sizes = sizes or _derived_sizes(largest, whole.capacity.tokens, groups)
+    *others, last = (RowShape(size, longest_response) for size in sizes)
+    last = _holding(largest, last)
+    return (*(shape for shape in dict.fromkeys(others) if shape != last), last)
+
+
+def _derived_sizes(largest: Content, tokens: int, groups: float) -> list[Content]:
+    """Sizes of rows that differ in what they have room for, or where a step has few, in length."""
+    prompt, sizes = largest.tokens - largest.responses, []
+    scales = _LENGTHS if groups < _MANY_GROUPS else (1.0,) * len(_PROMPT_SHARES)
+    shares = _PROMPT_SHARES if groups >= _MANY_GROUPS else (_PROMPT_SHARES[1],) * len(_LENGTHS)
+    for scale, share in zip(scales, shares, strict=True):
+        length = math.ceil(scale * tokens / _STEP) * _STEP
+        responses = math.ceil((1 - share * 0.7) * length / _STEP) * _STEP
+        windows = math.ceil(share * length * largest.windows / prompt)
+        sizes.append(Content(length, windows, min(responses, length)))
+    return sizes
+
+
+def _holding(group: Content, shape: RowShape) -> RowShape:
+    """The shape, widened where it does not hold a group, whose padding depends on its size."""
+    while not shape.holds(group):
+        wide = map(max, shape.capacity, shape.needed(group))
+        shape = replace(shape, capacity=Content(*wide))
+    return shape
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that go through a program together.
+
+    Attributes:
+      shape: of the rows, the same on all processes.
+      rows: the numbers of the groups in each of this process's rows; some may be empty.
+    """
+
+    shape: RowShape
+    rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens of this process's rows, padding included."""
+        return len(self.rows) * self.shape.capacity.tokens
+
+
+def pack_micro_batches(
+    contents: Sequence[Content],
+    shapes: Sequence[RowShape],
+    micro_batch_rows: int,
+    model: QwenVLConfig,
+) -> list[MicroBatch]:
+    """Packs this process's groups of an optimizer step; all processes get equally many rows.
+
+    Groups go into rows of the shape, or the two, in which the step costs least; what is too large
+    for them goes into the last one.
+
+    Args:
+      contents: of each group; there may be none.
+      shapes: `row_shapes`.
+      micro_batch_rows: rows of a micro-batch on all processes.
+      model: its size says what a shape costs.
+
+    Returns:
+      At least one micro-batch.
+
+    Raises:
+      UserError: a group is larger than a row of the last shape.
+    """
+    size = micro_batch_rows // jax.process_count()
+    for content in contents:
+        check_group(content, shapes[-1])
+    single = [_pack(contents, [(shape, None)], shapes) for shape in shapes]
+    counts = _agreed(single, size)
+    # All but the last micro-batch of a shape, and what is left in another one.
+    pairs = [
+        _pack(contents, [(shape, (count - 1) * size), (other, None)], shapes)
+        for number, shape in enumerate(shapes)
+        for other in shapes
+        if other != shape and (count := counts[number][number]) > 1
+    ]
+    packings = single + pairs
+    counts = np.concatenate((counts, _agreed(pairs, size))) if pairs else counts
+    costs = [row_cost(shape, model) for shape in shapes]
+    best = int((counts @ costs).argmin())
+    micro_batches = []
+    for shape, rows, count in zip(shapes, packings[best], counts[best].tolist(), strict=True):
+        filled = [*map(tuple, rows), *[()] * (count * size - len(rows))]
+        micro_batches += [
+            MicroBatch(shape, tuple(filled[first : first + size]))
+            for first in range(0, len(filled), size)
+        ]
+    return micro_batches
+
+
+Packing = list[list[list[int]]]  # the groups of each row of each shape
+
+
+def _pack(
+    contents: Sequence[Content],
+    chosen: Sequence[tuple[RowShape, int | None]],
+    shapes: Sequence[RowShape],
+) -> Packing:
+    """Rows of chosen shapes, of each at most so many, and of the last one for what is left."""
+    packing: Packing = [[] for _ in shapes]
+    left = [*range(len(contents))]
+    for shape, limit in (*chosen, (shapes[-1], None)):
+        rows, others = assign_rows([contents[i] for i in left], shape, limit)
+        packing[shapes.index(shape)] += [[left[i] for i in row] for row in rows]
+        left = [left[i] for i in others]
+    return packing
+
+
+def _agreed(packings: Sequence[Packing], size: int) -> np.ndarray:
+    """[packings, shapes] micro-batches, as many as the process with most rows needs; not none."""
+    rows = np.array([[len(rows) for rows in packing] for packing in packings])
+    counts = -(-all_gather(rows[None]).max(axis=0) // size)
+    counts[:, -1] += counts.sum(axis=1) == 0
+    return counts
+
+
+def row_cost(shape: RowShape, model: QwenVLConfig) -> float:
+    """Multiplications of a row's forward pass, without attention's."""
+    text, vision = model.text, model.vision
+    tokens, windows, responses = shape.capacity
+    patches = windows * vision.window_patches
+    cost = tokens * text.layer_weights + patches * vision.block_weights
+    return float(cost + responses * text.hidden_size * text.vocab_size)
