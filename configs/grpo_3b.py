@@ -16,8 +16,8 @@ Starts from `runs/sft_3b/export`, which `configs/sft_3b.py` leaves. Published re
 50.54 over seven spatial benchmarks, from 45.91. It has not been run on the real weights.
 
 Meant for a TPU v5e-16, weights over `fsdp=16`, sampling over 8 x 2. Compiled for v5e:4x4 with every
-prompt of 4,096 and every response of 2,048 tokens, its tightest program, the gradients of a
-micro-batch, takes 12.4 of 15.75 GiB a chip; BUILD.md has the others. Gradients, log-probabilities
+prompt of 4,096 and every response of 2,048 tokens, the gradients of a micro-batch take 12.8 of
+15.75 GiB a chip; BUILD.md has the others. Gradients, log-probabilities
 and prefill are bound by compute, decoding by the memory bandwidth of weights and caches, the copy
 of the weights by the network. One GPU of 80 GB holds it with
 

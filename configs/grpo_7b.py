@@ -27,7 +27,13 @@ def get_config() -> c.Config:
         base,
         name="grpo_7b",
         model=replace(base.model, path="runs/sft_7b/export", attention_chunk=128),
-        grpo=replace(base.grpo, micro_batch_rows=32),  # one a chip
+        grpo=replace(
+            base.grpo,
+            row_tokens=(9280, 11_584, 14_464),
+            row_windows=(290, 362, 280),  # the longest with little room beside its tokens
+            row_responses=(6080, 7552, 10_240),
+            micro_batch_rows=32,  # one a chip
+        ),
         rollout=replace(base.rollout, tensor=4),
         optim=c.OptimSettings(offload=True),
     )

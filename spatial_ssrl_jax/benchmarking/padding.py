@@ -24,7 +24,9 @@ def measure_padding(
 ) -> dict[str, Any]:
     """Packs the updates of many steps as training does, but computes nothing.
 
-    FLOPs are those of the layers' matmuls and the head; attention's are left out.
+    FLOPs are those of the layers' matmuls and the head; attention's are left out. Groups are packed
+    as by one process, in rows laid out for `splash`: several processes, each of which packs its
+    own, need a few more rows, and other kernels fewer.
 
     Args:
       config: rows, micro-batches, group and updates.

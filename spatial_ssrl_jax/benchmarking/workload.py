@@ -184,7 +184,8 @@ class Workload:
         tokens = args.row_tokens or largest.tokens
         share = tokens / largest.tokens
         wide = Content(tokens, *(math.ceil(share * n) for n in largest[1:]))
-        return shapes_for(largest, args.new, 1, [wide])
+        for_splash = self.compute.attention.name == "splash"
+        return shapes_for(largest, args.new, 1, [wide], for_splash)
 
     def groups(self, rollout: Rollout) -> list[GroupBatch[Array]]:
         """Micro-batches of a rollout, with random advantages."""

@@ -55,7 +55,7 @@ class ModelSettings:
       attention: what computes attention of prompts, rows and whole images to themselves: `xla`
         anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16; `auto` is `splash` on TPUs
         in bfloat16, else `xla`; `bench verify-kernels` says which is right on a device.
-      attention_chunk: queries that attend at a time, by `xla`.
+      attention_chunk: queries that attend at a time, by `xla`, and by `cudnn` in rows.
       vocab_block: entries of the vocabulary whose logits exist at a time, for all tokens.
     """
 
@@ -140,10 +140,9 @@ class CompileSettings:
         `none` keeps none. JAX's own JAX_COMPILATION_CACHE_DIR comes first.
       cache_gb: its size at most, in GB: the programs that were not used for longest go, in a bucket
         those that were written first, when a run starts.
-      ahead: whether threads compile programs before they are called, those of GRPO's updates first
-        for the longest responses, then for the next sizes, and all sizes of a rollout when it
-        starts: `always`, `never`, or `auto`, on TPUs alone, as elsewhere the compiler takes what
-        the run computes with.
+      ahead: whether threads compile programs before they are called, those of GRPO's updates and
+        all sizes of a rollout, when a rollout starts: `always`, `never`, or `auto`, on TPUs alone,
+        as elsewhere the compiler takes what the run computes with.
     """
 
     cache: str = ""

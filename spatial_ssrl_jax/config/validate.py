@@ -13,6 +13,8 @@ from spatial_ssrl_jax.qwen_vl.lora import known_targets
 from spatial_ssrl_jax.qwen_vl.param_tree import PARTS
 from spatial_ssrl_jax.tasks.example import Task
 
+_ROW_SIZES = 3  # of a stage at most
+
 
 def check_settings(config: Config) -> None:
     """Refuses settings that are out of range or contradict one another.
@@ -199,6 +201,17 @@ def _check_rows(name: str, stage: StageSettings) -> None:
             f"{name}.row_responses={stage.row_responses} must have equally many numbers, one each "
             "for every size of rows."
         )
+    if len(stage.row_tokens) > _ROW_SIZES:
+        raise UserError(
+            f"{name}.row_tokens={stage.row_tokens} has more than {_ROW_SIZES} sizes of rows, for "
+            "each of which programs are compiled: leave some out."
+        )
+    for tokens, responses in zip(stage.row_tokens, stage.row_responses, strict=True):
+        if responses > tokens:
+            raise UserError(
+                f"{name}.row_responses={responses} is above {name}.row_tokens={tokens} of the same "
+                "size of rows: lower it, as a row's tokens include its responses."
+            )
 
 
 def _check_trained(name: str, stage: StageSettings) -> None:

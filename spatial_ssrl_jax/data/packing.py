@@ -35,20 +35,26 @@ class RowShape:
     Attributes:
       capacity: maximum content.
       longest_response: tokens of a response at most.
+      largest_group: tokens of a group at most; 0 is the row's.
+      for_splash: whether rows are laid out for `attend_splash`; others need no padding in groups.
     """
 
     capacity: Content
     longest_response: int
+    largest_group: int = 0
+    for_splash: bool = True
 
     @property
     def unit(self) -> int:
         """The first response of a group starts at a multiple of it."""
+        if not self.for_splash:
+            return 1
         return packing_unit(self.capacity.tokens, self.longest_response)
 
     @property
     def limits(self) -> GroupLimits:
         """Of the row's groups."""
-        return GroupLimits(self.longest_response, self.capacity.tokens)
+        return GroupLimits(self.longest_response, self.largest_group or self.capacity.tokens)
 
     def needed(self, group: Content) -> Content:
         """What a group takes of a row at most, with the padding after its prompt."""
@@ -56,7 +62,9 @@ class RowShape:
 
     def holds(self, group: Content) -> bool:
         """Whether a group fits an empty row."""
-        return all(n <= c for n, c in zip(self.needed(group), self.capacity, strict=True))
+        needed = self.needed(group)
+        fits = all(n <= c for n, c in zip(needed, self.capacity, strict=True))
+        return fits and needed.tokens <= self.limits.group
 
 
 @dataclass(frozen=True)
@@ -115,9 +123,10 @@ def check_group(content: Content, shape: RowShape) -> None:
     """Raises `UserError` where a row does not hold a group."""
     if not shape.holds(content):
         tokens, windows, responses = content
+        padding = f" and {shape.unit - 1} of padding" if shape.unit > 1 else ""
         raise UserError(
-            f"a prompt with its responses has {tokens} tokens, {responses} of them in responses, "
-            f"and {windows} windows, which a row of {shape.capacity.tokens} tokens, "
+            f"a prompt with its responses has {tokens} tokens{padding}, {responses} of them in "
+            f"responses, and {windows} windows, which a row of {shape.capacity.tokens} tokens, "
             f"{shape.capacity.responses} response tokens and {shape.capacity.windows} windows does "
             "not hold: raise row_tokens, row_responses or row_windows, or leave them out."
         )
@@ -136,11 +145,17 @@ class ResponseTokens(NamedTuple):
 
     def of_tokens(self, values: np.ndarray) -> np.ndarray:
         """[B, R] of values [groups, G, tokens]; 0 where no token is."""
-        return np.where(self.group >= 0, values[self.group, self.sample, self.token], 0)
+        return self._taken(values, self)
 
     def of_samples(self, values: np.ndarray) -> np.ndarray:
         """[B, R] of values [groups, G]; 0 where no token is."""
-        return np.where(self.group >= 0, values[self.group, self.sample], 0)
+        return self._taken(values, self[:2])
+
+    def _taken(self, values: np.ndarray, places: tuple[np.ndarray, ...]) -> np.ndarray:
+        held = self.group >= 0
+        found = np.zeros(held.shape, values.dtype)
+        found[held] = values[tuple(place[held] for place in places)]
+        return found
 
 
 def fill_rows(
@@ -221,7 +236,8 @@ class _Filler:
                 self.responses.group[row, places] = number
                 self.responses.sample[row, places] = sample
                 self.responses.token[row, places] = order
-                start, responses, samples = own.stop, places.stop, samples + 1
+                start, responses = own.stop, places.stop
+                samples += len(tokens) > 0  # so that a row has no more of them than tokens
 
     def _put_prompt(
         self, row: int, place: slice, prompt: Prompt, windows: int, frames: int

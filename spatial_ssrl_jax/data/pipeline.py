@@ -34,8 +34,8 @@ class Batch:
     """This process's rows of a step's global batch.
 
     Attributes:
-      items: b examples with their prompts, which are padded when the shape of their micro-batch is
-        known.
+      items: b examples with their prompts, which are padded when the shape that they are computed
+        in is known.
       index: [b] int32 index of each in the global batch.
     """
 
@@ -56,21 +56,21 @@ class Batch:
 class _ProcessRows(grain.sources.RandomAccessDataSource):
     """The rows of every global batch that belong to one process, one after another.
 
-    A batch is split into micro-batches, and each process has an equal number of rows of each, so
-    that a micro-batch holds the same prompts whatever the number of processes. The last batch of an
-    epoch, if it is smaller, is one micro-batch; rows that it lacks have no item.
+    A batch is split into the parts of its optimizer steps, and each process has an equal number of
+    rows of each, so that a step trains on the same prompts whatever the number of processes. The
+    last batch of an epoch, if it is smaller, is one part; rows that it lacks have no item.
     """
 
     def __init__(
         self,
         items: grain.MapDataset[Item],
         batch: int,
-        micro_batch: int,
+        update: int,
         process: int,
         processes: int,
         epoch: int | None = None,
     ):
-        self.items, self.batch, self.micro_batch = items, batch, micro_batch
+        self.items, self.batch, self.update = items, batch, update
         self.process, self.processes, self.epoch = process, processes, epoch
 
     def __len__(self) -> int:
@@ -79,9 +79,9 @@ class _ProcessRows(grain.sources.RandomAccessDataSource):
     def __getitem__(self, index: int) -> Row:
         step, row = divmod(int(index), self.batch // self.processes)
         first, size = self._range(step)
-        micro_batch = self.micro_batch if size == self.batch else size
-        rows = micro_batch // self.processes
-        number = row // rows * micro_batch + self.process * rows + row % rows
+        update = self.update if size == self.batch else size
+        rows = update // self.processes
+        number = row // rows * update + self.process * rows + row % rows
         if number >= size:
             return number, None
         item = self.items[first + number]
@@ -119,7 +119,7 @@ def repeated(items: grain.MapDataset[Item], epoch: int, seed: int) -> grain.MapD
 def batches(
     items: grain.MapDataset[Item],
     batch: int,
-    micro_batch: int,
+    update: int,
     *,
     start: int,
     threads: int,
@@ -133,7 +133,7 @@ def batches(
     Args:
       items: the stream.
       batch: prompts a step, over all processes.
-      micro_batch: prompts a micro-batch, over all processes; divides `batch`.
+      update: prompts an optimizer step, over all processes; divides `batch`.
       start: the first step.
       threads: threads that make items, in each worker.
       workers: processes that make items; 0 makes them in this one.
@@ -141,20 +141,18 @@ def batches(
       epoch: items after which a batch is cut off, as the last one of an epoch; None is endless.
 
     Raises:
-      UserError: the number of processes does not divide `micro_batch` or an epoch's last batch.
+      UserError: the number of processes does not divide `update` or an epoch's last batch.
     """
     if epoch is not None and epoch % batch % processes:
         raise UserError(
             f"the last {epoch % batch} of {epoch} examples do not divide over {processes} "
             f"processes: set sft.examples={epoch - epoch % batch % processes}."
         )
-    if micro_batch % processes:
+    if update % processes:
         raise UserError(
-            f"a micro-batch of {micro_batch} prompts does not divide over {processes} processes."
+            f"the {update} prompts of an optimizer step do not divide over {processes} processes."
         )
-    rows = grain.MapDataset.source(
-        _ProcessRows(items, batch, micro_batch, process, processes, epoch)
-    )
+    rows = grain.MapDataset.source(_ProcessRows(items, batch, update, process, processes, epoch))
     local_batch = batch // processes
     rows = rows[start * local_batch :]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -287,13 +285,13 @@ def _killed(code: int | None) -> UserError:
 def batch_at(
     items: grain.MapDataset[Item],
     batch: int,
-    micro_batch: int,
+    update: int,
     number: int,
     *,
     process: int,
     processes: int,
 ) -> Batch:
     """Batch `number` of a stream alone, made in this thread; arguments as those of `batches`."""
-    rows = _ProcessRows(items, batch, micro_batch, process, processes)
+    rows = _ProcessRows(items, batch, update, process, processes)
     local_batch = batch // processes
     return Batch.of([rows[number * local_batch + i] for i in range(local_batch)])

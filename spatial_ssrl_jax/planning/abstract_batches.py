@@ -1,4 +1,4 @@
-"""Batches of a run at its largest buckets, as shapes and shardings."""
+"""Batches of a run, of prompts at the largest buckets, as shapes and shardings."""
 
 from dataclasses import dataclass
 

@@ -101,9 +101,10 @@ class StepEstimate:
     """The least time of a step, from how often it runs each program; None where unknown.
 
     Attributes:
-      estimated_seconds: of the whole step, with the longest prompts and responses.
+      estimated_seconds: of the whole step: with the longest prompts and responses, or with given
+        lengths, but that prefill has the longest prompts.
       tokens_per_second_per_chip: of those.
-      decode_seconds: of its decode programs, also with given lengths.
+      decode_seconds: of its decode programs.
     """
 
     estimated_seconds: float | None = None
@@ -188,18 +189,16 @@ def plan(
         devices=len(topology.devices),
         hbm_bytes=memory,
         programs=programs,
-        step=_step(found[last.name], last.tokens, len(topology.devices), lengths is None),
+        step=_step(found[last.name], last.tokens, len(topology.devices)),
     )
 
 
-def _step(programs: list[ProgramCost], tokens: int, devices: int, at_longest: bool) -> StepEstimate:
-    """The estimate; of decoding alone where its programs are not those of the longest responses."""
+def _step(programs: list[ProgramCost], tokens: float, devices: int) -> StepEstimate:
+    """The estimate from a stage's programs."""
     if any(cost.estimated_seconds is None for cost in programs):
         return StepEstimate()
     times = {cost.name: cost.runs * (cost.estimated_seconds or 0) for cost in programs}
     decode = sum(time for name, time in times.items() if name.startswith("decode")) or None
-    if not at_longest:
-        return StepEstimate(decode_seconds=decode)
     whole = sum(times.values())
     return StepEstimate(whole, tokens / whole / devices, decode)
 

@@ -1,4 +1,4 @@
-"""The jitted programs of a run's stages with abstract arguments at the largest buckets.
+"""The jitted programs of a run's stages with abstract arguments.
 
 They are the functions that training calls. A program that takes another's result is given its
 shapes with the shardings that the compiler chose, as in training, where nothing moves them.
@@ -22,6 +22,7 @@ from spatial_ssrl_jax.perf.response_lengths import ResponseLengths
 from spatial_ssrl_jax.planning.abstract_batches import AbstractBatches
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
 from spatial_ssrl_jax.qwen_vl.lora import drop_adapters
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
@@ -113,12 +114,12 @@ class PlannedStage:
     Attributes:
       name: `sft` or `grpo`.
       programs: in the order in which a step runs them.
-      tokens: of a step's prompts and responses, at the largest buckets.
+      tokens: of a step's prompts and responses: the longest of all, or with lengths the mean.
     """
 
     name: str
     programs: PlannedPrograms
-    tokens: int
+    tokens: float
 
 
 def planned_stages(
@@ -166,9 +167,8 @@ class _Planned:
 
     def stage(self, stage: SftStage | GrpoStage) -> PlannedStage:
         """The programs of a stage, and its tokens."""
-        settings, limit = stage.settings, self.config.rollout.max_new_tokens
-        group = settings.responses_per_prompt * limit
-        tokens = settings.prompts * (max(self.config.data.prompt_buckets) + group)
+        prompt, rollouts = self._lengths(stage)
+        tokens = stage.settings.prompts * prompt + float(np.mean([x.sum() for x in rollouts]))
         programs = self.sft(stage) if isinstance(stage, SftStage) else self.grpo(stage)
         return PlannedStage(stage.name, programs, tokens)
 
@@ -260,8 +260,12 @@ class _Planned:
         suffix: str,
     ) -> Generator[PlannedProgram, Any, GroupBatch[ShapeDtypeStruct]]:
         """The batch with features of its images in place of pixels."""
+        vision = batch.rows.vision
+        assert isinstance(vision, VisionInput)  # as made above
+        if not vision.frame.shape[1]:
+            return batch
         merge = not settings.trains("merger")
-        args = (self.model, self.compute, merge, params, batch.rows.vision)
+        args = (self.model, self.compute, merge, params, vision)
         found = yield PlannedProgram(
             f"vision_features{suffix}", vision_features, args, runs, beside, "grpo.micro_batch_rows"
         )
@@ -270,23 +274,29 @@ class _Planned:
         features = jax.tree.map(lambda x: self.batches.rows(*x.shape, dtype=x.dtype), found)
         return replace(batch, rows=replace(batch.rows, vision=features))
 
+    def _lengths(self, stage: SftStage | GrpoStage) -> tuple[int, list[np.ndarray]]:
+        """Tokens of each prompt of a step, and [prompts, G] of responses, of several steps."""
+        settings, limit = stage.settings, self.config.rollout.max_new_tokens
+        size = settings.prompts, settings.responses_per_prompt
+        if self.lengths is None or isinstance(stage, SftStage):
+            return max(self.config.data.prompt_buckets), [np.full(size, limit)]
+        rng, draw = np.random.default_rng(0), self.lengths.responses.draw
+        drawn = [np.minimum(draw(rng, *size), limit) for _ in range(_SIMULATED)]
+        return self.lengths.prompt_tokens, drawn
+
     def _micro_batches(self, stage: SftStage | GrpoStage) -> dict[RowShape, float]:
         """Micro-batches of a step in each shape, the one that holds the largest groups last.
+
+        They are packed as by one process; several need a few more.
 
         With the longest prompts and responses all are of that shape; with lengths it is there
         without any, for its memory.
         """
-        settings, shapes = stage.settings, row_shapes(self.config, stage)
-        prompt, windows = max(self.config.data.prompt_buckets), max(self.config.data.window_buckets)
-        limit, group = self.config.rollout.max_new_tokens, settings.responses_per_prompt
-        rollouts = [np.full((settings.prompts, group), limit)]
-        if self.lengths is not None and isinstance(stage, GrpoStage):
-            windows = math.ceil(windows * self.lengths.prompt_tokens / prompt)
-            prompt, rng = self.lengths.prompt_tokens, np.random.default_rng(0)
-            rollouts = [
-                np.minimum(self.lengths.responses.draw(rng, settings.prompts, group), limit)
-                for _ in range(_SIMULATED)
-            ]
+        settings = stage.settings
+        shapes = row_shapes(self.config, stage, self.compute.attention)
+        prompt, rollouts = self._lengths(stage)
+        data = self.config.data
+        windows = math.ceil(max(data.window_buckets) * prompt / max(data.prompt_buckets))
         counts, update = dict.fromkeys(shapes, 0.0), stage.update_prompts
         for lengths in rollouts:
             responses = lengths.sum(axis=1).tolist()

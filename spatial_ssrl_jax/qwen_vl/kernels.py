@@ -52,8 +52,8 @@ class Auto(NamedTuple):
 
 _PLAIN = Auto("xla", "xla")
 # In bfloat16 by a GPU's compute capability; `_PLAIN` on others. `bench verify-kernels` says what is
-# right on the device at hand. `triton` was run on a GPU of 9.0; `cudnn` as it is here, a response a
-# row, was run on none.
+# right on the device at hand. `triton` was run on a GPU of 9.0; `cudnn` as it is here, in packed
+# rows, was run on none.
 AUTO_ON_GPUS = {
     8.0: _PLAIN,  # A100
     8.9: _PLAIN,  # L4, L40S, RTX 40

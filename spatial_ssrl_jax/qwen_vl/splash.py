@@ -29,6 +29,7 @@ _LANES = 128  # a block is a multiple of these
 _BLOCKS = (512, 256, _LANES)  # tokens of a block, the fastest first
 _MAX_PADDING = 1 / 8  # largest fraction of a row that is padded for the sake of a larger block
 _BITS = 32  # of what the kernel knows of a query
+MAX_ROW_TOKENS = 2**16  # of a row with groups, as those bits allow
 BLOCKS_RUN = "splash_blocks_"  # a call's scope, with the blocks of a row and head that it computes
 
 
@@ -49,6 +50,7 @@ class QueryBits:
     @classmethod
     def of(cls, tokens: int, longest_response: int) -> "QueryBits":
         """For rows of so many tokens."""
+        assert tokens <= MAX_ROW_TOKENS  # refused by `row_shapes`
         index, offset = (tokens - 1).bit_length(), (longest_response - 1).bit_length()
         unit = 1 << max(0, 2 * index + offset - _BITS)
         return cls(index, max(offset, (unit - 1).bit_length()), unit)

@@ -19,7 +19,8 @@ class PackedBatch(Generic[Leaf]):
     Attributes:
       rows: B packed rows.
       weight: [B, R] float32 weight of each token in the optimizer step's loss; 0 for padding.
-      normaliser: [] float32, response tokens of the whole optimizer step, for its metrics.
+      normaliser: [] float32, response tokens that the whole optimizer step computes, for its
+        metrics.
     """
 
     rows: PackedRows[Leaf]

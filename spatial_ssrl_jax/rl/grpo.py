@@ -84,7 +84,7 @@ class UpdatedGroups:
     padded_tokens: int
 
     def padding_share(self, batch: Batch, rollout: Rollout) -> float:
-        """The fraction of all processes' tokens that is padding, groups without gradient too."""
+        """The fraction of the tokens in all processes' rows that is padding."""
         tokens = prompt_sizes(batch.prompts)[:, 0] + rollout.length.sum(axis=1)
         return 1 - all_sum(tokens[self.groups].sum()) / all_sum(self.padded_tokens)
 

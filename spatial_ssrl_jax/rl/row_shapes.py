@@ -15,7 +15,9 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
 from spatial_ssrl_jax.data.packing import Content, RowShape, assign_rows, check_group
 from spatial_ssrl_jax.parallel.collectives import all_gather
+from spatial_ssrl_jax.qwen_vl.compute import AttentionKernel
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.splash import MAX_ROW_TOKENS
 from spatial_ssrl_jax.rl.stages import Stage
 
 # Where sizes of rows are not given: the fraction of tokens that are prompts', or, where a
@@ -26,15 +28,19 @@ _MANY_GROUPS = 24
 _STEP = 64  # response tokens of a row are a multiple of it, where there are so many
 
 
-def row_shapes(config: Config, stage: Stage) -> tuple[RowShape, ...]:
+def row_shapes(
+    config: Config, stage: Stage, kernel: AttentionKernel | None = None
+) -> tuple[RowShape, ...]:
     """The shapes of a stage's rows; the last one holds every group that the config allows.
 
     Args:
       config: the run.
       stage: one of its stages.
+      kernel: of attention; None is `splash`, whose rows have more padding.
 
     Raises:
-      UserError: there is one shape, and its rows do not hold the largest group.
+      UserError: there is one shape, and its rows do not hold the largest group; or rows are too
+        long for the kernel.
     """
     settings, limit = stage.settings, config.rollout.max_new_tokens
     group = settings.responses_per_prompt
@@ -43,7 +49,15 @@ def row_shapes(config: Config, stage: Stage) -> tuple[RowShape, ...]:
     named = settings.row_tokens, settings.row_windows, settings.row_responses
     groups = stage.update_prompts / settings.micro_batch_rows
     sizes = [Content(*size) for size in zip(*named, strict=True)]
-    shapes = shapes_for(largest, limit, groups, sizes)
+    for_splash = kernel is None or kernel.name == "splash"
+    shapes = shapes_for(largest, limit, groups, sizes, for_splash)
+    if kernel is not None and for_splash and shapes[-1].capacity.tokens > MAX_ROW_TOKENS:
+        raise UserError(
+            f"a prompt of {prompt} tokens with {group} x {limit} response tokens takes a row of "
+            f"{shapes[-1].capacity.tokens} tokens, above the {MAX_ROW_TOKENS} of "
+            f"model.attention=splash: lower rollout.max_new_tokens, data.prompt_buckets or the "
+            "group's size, or set model.attention=xla."
+        )
     if len(sizes) == 1 and shapes[0].capacity != sizes[0]:
         raise UserError(
             f"{stage.name}.row_tokens, row_windows and row_responses name one size of rows, of "
@@ -55,7 +69,11 @@ def row_shapes(config: Config, stage: Stage) -> tuple[RowShape, ...]:
 
 
 def shapes_for(
-    largest: Content, longest_response: int, groups: float, sizes: Sequence[Content] = ()
+    largest: Content,
+    longest_response: int,
+    groups: float,
+    sizes: Sequence[Content] = (),
+    for_splash: bool = True,
 ) -> tuple[RowShape, ...]:
     """Shapes of rows, without doubles; the last one holds the largest group.
 
@@ -64,12 +82,18 @@ def shapes_for(
       longest_response: tokens of a response at most.
       groups: of an optimizer step, over the rows of a micro-batch.
       sizes: of each shape; none named derives them.
+      for_splash: see `RowShape`.
     """
-    whole = _holding(largest, RowShape(largest, longest_response))
-    sizes = sizes or _derived_sizes(largest, whole.capacity.tokens, groups)
-    *others, last = (RowShape(size, longest_response) for size in sizes)
-    last = _holding(largest, last)
-    return (*(shape for shape in dict.fromkeys(others) if shape != last), last)
+    whole = _holding(largest, RowShape(largest, longest_response, for_splash=for_splash))
+    shapes = [RowShape(size, longest_response, 0, for_splash) for size in sizes]
+    if not shapes:
+        derived = _derived_sizes(largest, whole.capacity.tokens, groups)
+        # Lists of what a token may see are as long as the largest group.
+        shapes = [RowShape(s, longest_response, s.tokens // 2, for_splash) for s in derived]
+    *others, last = shapes
+    last = _holding(largest, replace(last, largest_group=0))
+    different = {shape.capacity: shape for shape in others if shape.capacity != last.capacity}
+    return (*different.values(), last)
 
 
 def _derived_sizes(largest: Content, tokens: int, groups: float) -> list[Content]:

@@ -217,7 +217,7 @@ def train_step(
       loss: `(params, batch) -> (loss, metrics)`, hashable; its value is a share of the step's mean.
       optimizer: the gradient transformation.
       state: the training state; donated, but for the frozen weights.
-      batches: the micro-batches, taken one at a time; buckets may differ.
+      batches: the micro-batches, taken one at a time; shapes may differ.
 
     Returns:
       The new state and the step's metrics: means over the step's tokens (maxima for `_max`).

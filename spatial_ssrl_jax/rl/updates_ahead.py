@@ -115,7 +115,7 @@ class UpdatesAhead:
         return replace(batch, rows=replace(batch.rows, vision=features))
 
 
-def _key(batch: GroupBatch[Any]) -> tuple[int, ...]:
+def _key(batch: GroupBatch[Any]) -> tuple[Any, ...]:
     """What tells micro-batches of different shapes apart."""
     rows = batch.rows
-    return (*rows.ids.shape, rows.vision.windows, rows.place.shape[1])
+    return (*rows.ids.shape, rows.vision.windows, rows.place.shape[1], rows.limits)

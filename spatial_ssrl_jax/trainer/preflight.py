@@ -247,8 +247,10 @@ def _first_prompts(components: RunComponents, stage: SftStage | GrpoStage) -> Ba
 
     A whole batch at the paper's size can take minutes.
     """
-    few = min(stage.update_prompts, _EXAMPLES * jax.process_count())
-    small = replace(stage, settings=replace(stage.settings, prompts=few))
+    few: dict[str, int] = dict(prompts=min(stage.update_prompts, _EXAMPLES * jax.process_count()))
+    if isinstance(stage, GrpoStage):
+        few["minibatches_per_rollout"] = 1
+    small = replace(stage, settings=replace(stage.settings, **few))
     with closing(pipeline(components, small, start=0)) as stream:
         return next(stream)
 

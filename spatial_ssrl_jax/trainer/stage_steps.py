@@ -37,7 +37,7 @@ def sft_step(run: Run, stage: SftStage, optimizer: optax.GradientTransformation)
     """Makes SFT's step: packs the examples of a batch and trains on them."""
     settings, rates = stage.settings, stage.learning_rate()
     loss = stage.loss(run.model.config, run.compute)
-    shapes = row_shapes(run.config, stage)
+    shapes = row_shapes(run.config, stage, run.compute.attention)
 
     def step(
         number: int, state: TrainState, batch: Batch
@@ -93,7 +93,7 @@ def grpo_step(
         optimizer,
         run.layout,
         Buckets.of(config),
-        row_shapes(config, stage),
+        row_shapes(config, stage, run.compute.attention),
         run.processor,
         reference,
         run.ahead,

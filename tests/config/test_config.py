@@ -145,6 +145,18 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
             r"grpo\.row_tokens=\(\), .*grpo\.row_responses=\(8,\) must have equally many numbers",
         ),
         (
+            {
+                "grpo.row_tokens": "9," * 4,
+                "grpo.row_windows": "1," * 4,
+                "grpo.row_responses": "8," * 4,
+            },
+            r"grpo\.row_tokens=\(9, 9, 9, 9\) has more than 3 sizes of rows",
+        ),
+        (
+            {"sft.row_tokens": "9,9", "sft.row_windows": "1,1", "sft.row_responses": "9,10"},
+            r"sft\.row_responses=10 is above sft\.row_tokens=9 of the same size",
+        ),
+        (
             {"grpo.row_tokens": "0", "grpo.row_windows": "9", "grpo.row_responses": "64"},
             r"grpo\.row_tokens=\(0,\): 0 must be at least 1",
         ),

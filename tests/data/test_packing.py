@@ -1,6 +1,7 @@
 """Packing: no group lost, no row too full, each group laid out as if it were alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,24 @@ def test_where_responses_start():
     assert SHAPE.needed(Content(9, 2, 3)) == (9, 2, 3)
     assert ALIGNED.needed(Content(9, 2, 3)) == (12, 2, 3)
     assert ALIGNED.limits.response == 2**20 and ALIGNED.limits.group == 64
+    assert replace(ALIGNED, for_splash=False).unit == 1
+
+
+def test_groups_may_be_held_to_less_than_a_row():
+    """So that a token sees no more than that."""
+    half = replace(ALIGNED, largest_group=32)
+    assert half.holds(Content(29, 9, 20)) and not half.holds(Content(30, 9, 20))
+    assert half.limits.group == 32
+    assert assign_rows([Content(29, 1, 2), Content(30, 1, 2)], half) == ([[0]], [1])
+
+
+def test_an_empty_response_takes_no_place(toy):
+    empty = np.array([], np.int32)
+    groups = [Group(toy.prompt(0, 3), [empty, np.array([7]), empty, np.array([8])])]
+    rows, places = fill_rows(groups, [[0]], RowShape(Content(6, 0, 2), 2), toy.config.vision)
+    assert rows.response.tolist() == [[0, 0, 0, 2, 4, 0]]
+    assert rows.sample.tolist() == [[0, 1]] and rows.place.tolist() == [[2, 2]]
+    assert places.sample.tolist() == [[1, 3]]
 
 
 @SHAPES
@@ -112,8 +131,9 @@ def test_rows_by_hand():
 def test_a_group_larger_than_a_row_has_none(shape: RowShape, content: Content):
     assert not shape.holds(content)
     assert assign_rows([Content(1, 0, 1), content], shape) == ([[0]], [1])
+    padding = " and 3 of padding" if shape == ALIGNED else ""
     said = (
-        f"has {content.tokens} tokens, {content.responses} of them in responses, and "
+        f"has {content.tokens} tokens{padding}, {content.responses} of them in responses, and "
         f"{content.windows} windows, which a row of 64 tokens, 20 response tokens and 9 windows "
         "does not hold: raise row_tokens, row_responses or row_windows, or leave them out"
     )

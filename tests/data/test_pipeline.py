@@ -56,7 +56,7 @@ def take(iterator, count: int) -> list[Batch]:
 
 @pytest.fixture(scope="module")
 def stream(processor: Processor):
-    """Batches of 4 in micro-batches of 2 over flip and shuffle; keywords change the arguments."""
+    """Batches of 4 in updates of 2 over flip and shuffle; keywords change the arguments."""
     items = item_dataset(SCENES, range(40), weights(flip=1.0, shuffle=2.0), processor, seed=5)
 
     made = []
@@ -94,14 +94,14 @@ def test_the_stream_keeps_changing(stream):
     assert len(set(found)) > 15
 
 
-def test_processes_divide_every_batch_and_every_micro_batch(stream):
+def test_processes_divide_every_batch_and_every_update(stream):
     whole = take(stream(), 3)
     parts = [take(stream(process=p, processes=2), 3) for p in range(2)]
     for step, batch in enumerate(whole):
         rows = {}
         for part in parts:
             place = part[step].index
-            assert len(place) == 2 and sorted(place // 2) == [0, 1]  # one row of each micro-batch
+            assert len(place) == 2 and sorted(place // 2) == [0, 1]  # one row of each update
             for row, word in enumerate(words(part[step])):
                 rows[int(place[row])] = word, part[step].prompts[row].ids
         assert sorted(rows) == [0, 1, 2, 3] == batch.index.tolist()
@@ -275,8 +275,8 @@ def test_tasks_come_in_proportion_to_their_weights(processor: Processor):
     assert names.count("shuffle") == 30 and names.count("flip") == 10
 
 
-def test_the_number_of_processes_divides_a_micro_batch(stream):
-    with pytest.raises(UserError, match="2 prompts does not divide over 4 processes"):
+def test_the_number_of_processes_divides_an_update(stream):
+    with pytest.raises(UserError, match="2 prompts of an optimizer step do not divide over 4 proc"):
         stream(processes=4)
 
 

@@ -255,7 +255,7 @@ def test_dots_keep_the_results_of_fused_attention(
     @partial(jax.checkpoint, policy=REMAT_POLICIES[remat])
     def layer(q: Array) -> Array:
         compute = Compute(attention=kernel)
-        out = self_attention(2 * q, keys, keys, visible, compute, causal=True)
+        out = self_attention(2 * q, keys, keys, visible, compute, causal=True, limits=LIMITS)
         return jnp.sin(out)
 
     jax.ad_checkpoint.print_saved_residuals(lambda q: layer(q).sum(), q)

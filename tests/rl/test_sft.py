@@ -85,7 +85,7 @@ def test_rows_without_any_token_add_nothing(adapted, examples):
 def test_processes_agree_on_micro_batches(examples, monkeypatch: pytest.MonkeyPatch):
     """Beside a process with four rows this one runs an empty fourth."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    other = np.array([[[4, 0]]])
+    other = np.array([[[4]]])
     monkeypatch.setattr(row_shapes, "all_gather", lambda x: np.concatenate([x, other]))
     monkeypatch.setattr(sft, "all_sum", lambda value: value + 7)
     step = packed(examples, micro_batch_rows=2)

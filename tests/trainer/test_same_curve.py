@@ -1,5 +1,6 @@
 """Training with the group's prompt shared goes the way of training that repeats it."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.data.batching import pad_prompts, prompt_sizes
+from spatial_ssrl_jax.data.packing import Content, Group, RowShape, fill_rows
 from spatial_ssrl_jax.data.pipeline import Batch
+from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.monitoring.progress import Progress
 from spatial_ssrl_jax.rl.batch import GroupBatch
 from spatial_ssrl_jax.rl.bucketing import Buckets
 from spatial_ssrl_jax.rl.grpo import Grpo, score_rollout
 from spatial_ssrl_jax.rl.logprobs import logprobs_of
 from spatial_ssrl_jax.rl.losses import sample_weights
+from spatial_ssrl_jax.rl.row_shapes import row_shapes
 from spatial_ssrl_jax.rl.stages import stages
 from spatial_ssrl_jax.rl.train_step import TrainState, train_step
 from spatial_ssrl_jax.rollout import engine
@@ -46,7 +50,7 @@ class Alone:
         self, state: TrainState, batch: Batch, key: jax.Array, given: Rollout
     ) -> tuple[TrainState, dict, Rollout]:
         grpo, group = self.grpo, self.grpo.settings.group_size
-        shape = grpo.buckets.shape(*prompt_sizes(batch.prompts).max(axis=0).tolist(), 0)
+        shape = grpo.buckets.shape(*prompt_sizes(batch.prompts).max(axis=0).tolist())
         padded = pad_prompts(batch.prompts, shape.tokens, shape.windows)
         prompts = jax.tree.map(lambda x: np.repeat(x, group, axis=0), padded)
         flat = self.sample(state, prompts, np.repeat(batch.index, group), key)
@@ -54,7 +58,7 @@ class Alone:
         scored = score_rollout(batch.items, given, grpo.processor, grpo.scorer, grpo.settings)
         count, updates = len(batch.items) // grpo.settings.minibatches_per_rollout, []
         old = [
-            self.batch(prompts, scored, i * count, count)
+            self.batch(batch.prompts, scored, i * count, count)
             for i in range(grpo.settings.minibatches_per_rollout)
         ]
         with_old = [self.compared(state, part) for part in old]
@@ -80,29 +84,32 @@ class Alone:
             sampling=Sampling(grpo.settings.temperature),
         )
 
-    def batch(self, prompts, scored, first: int, count: int) -> GroupBatch:
+    def batch(self, prompts: Sequence[Prompt], scored, first: int, count: int) -> GroupBatch:
         """The update over prompts `first` to `first + count`, a row a sample."""
         settings, group = self.grpo.settings, self.grpo.settings.group_size
-        rows, cut = slice(first * group, (first + count) * group), slice(first, first + count)
-        length = scored.rollout.length[cut]
-        weight = sample_weights(
-            length,
-            np.ones(length.shape, bool),
-            settings.aggregation,
-            scored.rollout.tokens.shape[2],
-        )
+        cut, limit = slice(first, first + count), scored.rollout.tokens.shape[2]
+        length, tokens = scored.rollout.length[cut], scored.rollout.tokens[cut]
+        weight = sample_weights(length, np.ones(length.shape, bool), settings.aggregation, limit)
+        groups = [
+            Group(prompts[first + b], [tokens[b, g, : length[b, g]]])
+            for b in range(count)
+            for g in range(group)
+        ]
+        buckets = self.grpo.buckets
+        size = Content(max(buckets.prompt) + limit, max(buckets.window), limit)
+        alone = [(number,) for number in range(len(groups))]
+        vision = self.grpo.loss.config.vision
+        rows, places = fill_rows(groups, alone, RowShape(size, limit), vision)
 
         def flat(x: np.ndarray) -> np.ndarray:
             return x.reshape(-1, 1, *x.shape[2:])
 
         return GroupBatch(
-            prompts=jax.tree.map(lambda x: x[rows], prompts),
-            tokens=flat(scored.rollout.tokens[cut]),
-            length=flat(length),
-            weight=flat(weight),
+            rows=rows,
+            weight=places.of_samples(flat(weight)),
             normaliser=np.float32(length.sum()),
-            advantage=flat(scored.advantage[cut]),
-            sampled_logprobs=flat(scored.rollout.logprobs[cut]),
+            advantage=places.of_samples(flat(scored.advantage[cut])),
+            sampled_logprobs=places.of_tokens(flat(scored.rollout.logprobs[cut])),
             old_logprobs=None,
             reference_logprobs=None,
         )
@@ -110,7 +117,7 @@ class Alone:
     def compared(self, state: TrainState, batch: GroupBatch) -> GroupBatch:
         loss = self.grpo.loss
         found = [
-            logprobs_of(loss.config, loss.compute, loss.settings.temperature, params, batch)
+            logprobs_of(loss.config, loss.compute, loss.settings.temperature, params, batch.rows)
             for params in (state.params, self.grpo.reference)
         ]
         return replace(batch, old_logprobs=found[0], reference_logprobs=found[1])
@@ -143,6 +150,7 @@ def open_grpo(config, folder: Path, progress: Progress, preemption: Preemption):
         optimizer,
         run.layout,
         Buckets.of(config),
+        row_shapes(config, stage, run.compute.attention),
         run.processor,
         start.reference(stage, state, fresh=True),
     )

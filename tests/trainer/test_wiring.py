@@ -312,7 +312,7 @@ def test_each_step_has_draws_and_replacements_of_its_own(toy, monkeypatch: pytes
         split=SimpleNamespace(train=()),
         processor=None,
         layout=None,
-        compute=None,
+        compute=SimpleNamespace(attention=None),
         engine=None,
         scorer=None,
         model=SimpleNamespace(config=None),
