@@ -50,7 +50,6 @@ class QueryBits:
     @classmethod
     def of(cls, tokens: int, longest_response: int) -> "QueryBits":
         """For rows of so many tokens."""
-        assert tokens <= MAX_ROW_TOKENS  # refused by `row_shapes`
         index, offset = (tokens - 1).bit_length(), (longest_response - 1).bit_length()
         unit = 1 << max(0, 2 * index + offset - _BITS)
         return cls(index, max(offset, (unit - 1).bit_length()), unit)
@@ -136,6 +135,7 @@ def attend_splash(
         run, blocks = _program(mask, heads // shards, block, kernel.interpret)
         row = partial(_attend_static, run)
     else:
+        assert limits is None or padded <= MAX_ROW_TOKENS  # refused by `row_shapes`
         bits = QueryBits.of(padded, limits.response) if limits else None
         mask = GroupMask((block, block), bits) if bits else masks.FullMask((block, block))
         run, _ = _program(mask, heads // shards, block, kernel.interpret)

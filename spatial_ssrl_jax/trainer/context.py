@@ -187,7 +187,7 @@ def open_components(config: Config) -> RunComponents:
         check_rewards(config, {name: datasets[name] for name in names}, processor)
     rollout_layout = check_sharding(config, model.config, layout)
     for stage in stages(config):
-        row_shapes(config, stage)  # checks that they hold the largest groups
+        row_shapes(config, stage, compute.attention)  # checks that they hold the largest groups
     questions = open_eval_benchmark(config)
     # The least of all processes, which must sample as many prompts at a time.
     memory = int(all_gather(np.array([device_memory_bytes() or 0])).min()) or None

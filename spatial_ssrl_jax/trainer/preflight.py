@@ -205,7 +205,7 @@ def _stage_report(
         packed = pack_step(
             batch,
             tokens,
-            row_shapes(components.config, stage),
+            row_shapes(components.config, stage, components.compute.attention),
             settings.micro_batch_rows,
             components.model.config,
         )

@@ -21,6 +21,7 @@ from spatial_ssrl_jax.config.schema import (
     StageSettings,
 )
 from spatial_ssrl_jax.data.packing import Content, RowShape
+from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel
 from spatial_ssrl_jax.rl import row_shapes as module
 from spatial_ssrl_jax.rl.row_shapes import (
     MicroBatch,
@@ -249,3 +250,18 @@ def test_processes_agree_on_shapes_and_rows(monkeypatch: pytest.MonkeyPatch, par
         found = [*threads.map(lambda contents: pack(contents, 4), parts)]
     for mine, rows in zip(found, expected, strict=True):
         assert mine == [MicroBatch(shape, tuple(members)) for shape, *members in rows]
+
+
+def test_rows_too_long_for_splash_are_refused():
+    """It knows a query by 32 bits; other kernels take any row, and need no padding in groups."""
+    config = replace(
+        Config("x"),
+        data=DataSettings(prompt_buckets=(4096,), window_buckets=(64,)),
+        grpo=GrpoSettings(group_size=32, prompts=32, minibatches_per_rollout=1),
+        rollout=RolloutSettings(max_new_tokens=2048),
+    )
+    stage = GrpoStage("grpo", config.grpo, 0, 0)
+    with pytest.raises(UserError, match="above the 65536 of model.attention=splash: lower .*xla"):
+        row_shapes(config, stage, AttentionKernel("splash"))
+    shapes = row_shapes(config, stage, XLA)
+    assert shapes[-1].capacity.tokens == 4096 + 32 * 2048 and {s.unit for s in shapes} == {1}

@@ -187,3 +187,14 @@ def test_when_images_are_encoded_once(small_params, mixed_batch):
     batch = replace(mixed_batch, rows=replace(mixed_batch.rows, vision=vision))
     grpo = stage(replace(frozen, kl_coef=0.1))
     assert grpo._with_features(small_params, batch) is batch  # no images at all
+
+
+def test_a_process_without_groups_has_rows_of_padding(small_params, grpo_step, monkeypatch):
+    """Where another process has some: its micro-batches are computed, and add nothing."""
+    monkeypatch.setattr(module, "groups_to_update", lambda weight, *_: np.zeros(len(weight), bool))
+    (update,), updated = stage(SETTINGS).micro_batches(small_params, *grpo_step)
+    (micro,) = update
+    assert not updated.groups.any() and (np.asarray(micro.rows.place) == -1).all()
+    gradients, sums = micro_gradients(stage(SETTINGS).loss, small_params, {}, micro)
+    assert all(not np.any(x) for x in jax.tree.leaves(gradients))
+    assert all(float(value) == 0 for value in sums.values())

@@ -167,6 +167,14 @@ def test_rows_too_small_for_the_largest_group_are_named(fresh, tmp_path: Path, s
         preflight(dataclasses.replace(config, **{stage: settings}), tmp_path / "w")
 
 
+def test_as_many_updates_as_prompts_are_checked(fresh, tmp_path: Path):
+    """A few prompts of one update are taken, whatever the number of updates."""
+    config = fresh()
+    grpo = dataclasses.replace(config.grpo, prompts=8, minibatches_per_rollout=8)
+    found = preflight(dataclasses.replace(config, grpo=grpo), tmp_path / "w")
+    assert found["stages"]["grpo"]["measured_prompts"] == 1
+
+
 def test_a_folder_of_another_run_is_named(taught_config, taught: Path):
     before = files(taught)
     with pytest.raises(UserError, match="another config .*seed changed"):
