@@ -10,7 +10,7 @@ Starts from `runs/sft_7b/export`, which `configs/sft_7b.py` leaves. Published re
 
 Meant for a TPU v5e-32, weights over `fsdp=32`, sampling over 8 x 4 (one key/value head a chip);
 AdamW's moments are in host memory between updates. Compiled for v5e:4x8, its tightest program takes
-13.9 of 15.75 GiB a chip. The same config fits on v6e:4x4 and v5p:2x2x4, and on two slices of
+13.6 of 15.75 GiB a chip. The same config fits on v6e:4x4 and v5p:2x2x4, and on two slices of
 v5e:4x4 with `--config.mesh.data=2`; BUILD.md has the measurements.
 """
 
