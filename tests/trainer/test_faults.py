@@ -67,7 +67,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
         if next(count) in calls:
             spoiled = [jax.tree.map(lambda x: x, b) for b in batches]
             for batch in spoiled:
-                object.__setattr__(batch, "normaliser", batch.normaliser * np.nan)
+                object.__setattr__(batch, "weight", batch.weight * np.nan)
             batches = spoiled
         return original(loss, optimizer, state, batches)
 
