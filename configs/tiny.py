@@ -2,9 +2,9 @@
 
     python -m spatial_ssrl_jax.train --config=configs/tiny.py
 
-For two CPU cores and four to seven minutes on idle ones. Of the five tasks one is trained, shuffle with
-three stacked strips: all five are too much for a model of this size in that time, and
-are in the table untrained. Seen on 128 held-out scenes, one run a seed, after SFT -> after GRPO:
+For two CPU cores and four to seven minutes on idle ones. Of the five tasks one is trained, shuffle
+with three stacked strips: all five are too much for a model of this size in that time, and are in
+the table untrained. Seen on 128 held-out scenes, one run a seed, after SFT -> after GRPO:
 
     seed   greedy accuracy    sampled accuracy   format
     0      0.430 -> 0.930     0.342 -> 0.914     0.982 -> 0.994
