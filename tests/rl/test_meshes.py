@@ -20,11 +20,13 @@ from spatial_ssrl_jax.rollout.decode import prefill
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from tests.conftest import random_params
-from tests.rl.conftest import CONFIG, mixed_batch, mixed_prompts
+from spatial_ssrl_jax.data.batching import pad_prompts
+from tests.rl.conftest import CONFIG, mixed, mixed_prompts
 
 update.slice_count = lambda mesh: mesh.shape["data"]  # as if each copy of the weights were one
-once = mixed_batch.__wrapped__(mixed_prompts.__wrapped__())
-batch = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8] if np.ndim(x) else x, once)
+once = mixed.__wrapped__(mixed_prompts.__wrapped__())
+both = once.packed(CONFIG, [[0], [1], [2]]), pad_prompts(once.prompts, 40, 3)
+batch, prompts = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8] if np.ndim(x) else x, both)
 optimizer, first = optax.sgd(0.1), None
 
 
@@ -41,7 +43,7 @@ for sizes in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
     rows, loss = layout.put_batch(batch), GrpoLoss(CONFIG, compute, GrpoSettings(group_size=4))
     gradients, _ = micro_gradients(loss, put, {}, rows, gradient_shardings(put))
     alike(gradient_shardings(put), gradients)
-    hidden, prefix = prefill(CONFIG, compute, put, rows.prompts, sampling)
+    hidden, prefix = prefill(CONFIG, compute, put, layout.put_batch(prompts), sampling)
     asked = prefix_shardings(CONFIG.text, sampling)
     alike(jax.tree.leaves((sampling.batch_sharding(), asked)), (hidden, prefix))
     places, state = param_shardings(put), initial_train_state(optimizer, put)
