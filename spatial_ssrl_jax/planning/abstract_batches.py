@@ -12,7 +12,8 @@ from spatial_ssrl_jax.data.packing import RowShape
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch, VisionInput
-from spatial_ssrl_jax.rl.batch import PackedBatch, empty_group_batch, empty_packed_batch
+from spatial_ssrl_jax.rl.batch import PackedBatch
+from spatial_ssrl_jax.rl.row_shapes import empty_group_batch, empty_packed_batch
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage
 from spatial_ssrl_jax.rollout.sampling import sample_keys
 

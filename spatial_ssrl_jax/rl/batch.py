@@ -4,10 +4,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 import jax
-import numpy as np
 
-from spatial_ssrl_jax.data.packing import RowShape, fill_rows
-from spatial_ssrl_jax.qwen_vl.config import VisionConfig
 from spatial_ssrl_jax.qwen_vl.inputs import Leaf, PackedRows
 
 
@@ -51,28 +48,3 @@ class GroupBatch(PackedBatch[Leaf]):
     reference_logprobs: Leaf | None
     kl_coef: Leaf | None = None
     first_update: Leaf | None = None
-
-
-def empty_packed_batch(
-    shape: RowShape, vision: VisionConfig, rows: int = 1
-) -> PackedBatch[np.ndarray]:
-    """Rows of padding."""
-    packed, _ = fill_rows([], [()] * rows, shape, vision)
-    of_response = np.zeros(packed.place.shape, np.float32)
-    return PackedBatch(packed, of_response, np.zeros((), np.float32))
-
-
-def empty_group_batch(
-    shape: RowShape, vision: VisionConfig, rows: int = 1
-) -> GroupBatch[np.ndarray]:
-    """Rows of padding, without old and reference log-probabilities."""
-    one = empty_packed_batch(shape, vision, rows)
-    return GroupBatch(
-        rows=one.rows,
-        weight=one.weight,
-        normaliser=one.normaliser,
-        advantage=one.weight,
-        sampled_logprobs=one.weight,
-        old_logprobs=None,
-        reference_logprobs=None,
-    )

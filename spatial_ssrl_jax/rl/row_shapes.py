@@ -13,11 +13,12 @@ import numpy as np
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.packing import Content, RowShape, assign_rows, check_group
+from spatial_ssrl_jax.data.packing import Content, RowShape, assign_rows, check_group, fill_rows
 from spatial_ssrl_jax.parallel.collectives import all_gather
 from spatial_ssrl_jax.qwen_vl.compute import AttentionKernel
-from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
+from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, VisionConfig
 from spatial_ssrl_jax.qwen_vl.splash import MAX_ROW_TOKENS
+from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.rl.stages import Stage
 
 # Where sizes of rows are not given: the fraction of tokens that are prompts', or, where a
@@ -217,3 +218,28 @@ def row_cost(shape: RowShape, model: QwenVLConfig) -> float:
     patches = windows * vision.window_patches
     cost = tokens * text.layer_weights + patches * vision.block_weights
     return float(cost + responses * text.hidden_size * text.vocab_size)
+
+
+def empty_packed_batch(
+    shape: RowShape, vision: VisionConfig, rows: int = 1
+) -> PackedBatch[np.ndarray]:
+    """Rows of padding."""
+    packed, _ = fill_rows([], [()] * rows, shape, vision)
+    of_response = np.zeros(packed.place.shape, np.float32)
+    return PackedBatch(packed, of_response, np.zeros((), np.float32))
+
+
+def empty_group_batch(
+    shape: RowShape, vision: VisionConfig, rows: int = 1
+) -> GroupBatch[np.ndarray]:
+    """Rows of padding, without old and reference log-probabilities."""
+    one = empty_packed_batch(shape, vision, rows)
+    return GroupBatch(
+        rows=one.rows,
+        weight=one.weight,
+        normaliser=one.normaliser,
+        advantage=one.weight,
+        sampled_logprobs=one.weight,
+        old_logprobs=None,
+        reference_logprobs=None,
+    )

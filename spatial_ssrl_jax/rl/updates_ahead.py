@@ -16,9 +16,10 @@ from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead, abstract, comp
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
-from spatial_ssrl_jax.rl.batch import GroupBatch, empty_group_batch
+from spatial_ssrl_jax.rl.batch import GroupBatch
 from spatial_ssrl_jax.rl.logprobs import logprobs_of, vision_features
 from spatial_ssrl_jax.rl.losses import GrpoLoss
+from spatial_ssrl_jax.rl.row_shapes import empty_group_batch
 from spatial_ssrl_jax.rl.train_step import (
     TrainState,
     apply_gradients,

@@ -17,10 +17,10 @@ from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
 from spatial_ssrl_jax.rl import train_step as update
-from spatial_ssrl_jax.rl.batch import empty_group_batch
 from spatial_ssrl_jax.rl.logprobs import packed_logprobs
 from spatial_ssrl_jax.rl.losses import GrpoLoss
 from spatial_ssrl_jax.rl.optimizer import make_optimizer
+from spatial_ssrl_jax.rl.row_shapes import empty_group_batch
 from spatial_ssrl_jax.rollout.cache import initial_state
 from spatial_ssrl_jax.rollout.decode import (
     DecodeSettings,

@@ -12,8 +12,8 @@ from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 from spatial_ssrl_jax.qwen_vl.model import init_adapters
 from spatial_ssrl_jax.qwen_vl.param_tree import merge_params
 from spatial_ssrl_jax.rl import row_shapes, sft
-from spatial_ssrl_jax.rl.batch import empty_packed_batch
 from spatial_ssrl_jax.rl.losses import SftLoss
+from spatial_ssrl_jax.rl.row_shapes import empty_packed_batch
 from tests.helpers.groups import sequence, sequence_logprobs
 from tests.rl.conftest import CONFIG, SHAPES, packed
 from tests.rl.test_exactness import assert_close
