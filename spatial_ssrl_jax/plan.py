@@ -28,11 +28,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--lengths",
-        help="of responses, for the time of decoding: mean=300,sigma=0.6,cap=2048,correlation=0.4, "
-        "or a file with one length or group a line; default all the longest",
+        help="of responses, for the time of a GRPO step: mean=300,sigma=0.6,cap=2048,"
+        "correlation=0.4, or a file with one length or group a line; default all the longest",
     )
     parser.add_argument(
-        "--prompt-tokens", type=int, help="of each prompt's cache, with --lengths; default all"
+        "--prompt-tokens", type=int, help="of each prompt, with --lengths; default the longest"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     rest, overrides = split_overrides(argv)
@@ -49,8 +49,9 @@ def main(argv: Sequence[str]) -> int:
         buckets, tokens = config.data.prompt_buckets, args.prompt_tokens
         if tokens is not None and tokens < 1:
             raise UserError(f"--prompt-tokens={tokens} must be at least 1.")
-        tokens = smallest_bucket(tokens or max(buckets), buckets, "data.prompt_buckets")
-        lengths = RolloutLengths(parse_lengths(args.lengths), tokens)
+        tokens = tokens or max(buckets)
+        padded = smallest_bucket(tokens, buckets, "data.prompt_buckets")
+        lengths = RolloutLengths(parse_lengths(args.lengths), tokens, padded)
     elif args.prompt_tokens is not None:
         raise UserError("--prompt-tokens goes with --lengths: give both.")
     found = plan(config, args.topology, partial(print, file=sys.stderr, flush=True), lengths)

@@ -220,6 +220,7 @@ class SftSettings(StageSettings):
     examples: Whole = 3600
     responses: str = "synthetic"
     task_shares: Literal["file", "tasks"] = "file"
+    micro_batch_rows: Count = 8
 
     @property
     def responses_spec(self) -> str | None:

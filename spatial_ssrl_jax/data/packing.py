@@ -11,7 +11,7 @@ from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.qwen_vl.attention import GroupLimits
 from spatial_ssrl_jax.qwen_vl.config import VisionConfig
 from spatial_ssrl_jax.qwen_vl.inputs import PackedRows, VisionInput
-from spatial_ssrl_jax.qwen_vl.splash import packing_unit
+from spatial_ssrl_jax.qwen_vl.splash import response_alignment
 
 
 class Content(NamedTuple):
@@ -45,11 +45,11 @@ class RowShape:
     for_splash: bool = True
 
     @property
-    def unit(self) -> int:
+    def alignment(self) -> int:
         """The first response of a group starts at a multiple of it."""
         if not self.for_splash:
             return 1
-        return packing_unit(self.capacity.tokens, self.longest_response)
+        return response_alignment(self.capacity.tokens, self.longest_response)
 
     @property
     def limits(self) -> GroupLimits:
@@ -58,7 +58,7 @@ class RowShape:
 
     def needed(self, group: Content) -> Content:
         """What a group takes of a row at most, with the padding after its prompt."""
-        return group._replace(tokens=group.tokens + self.unit - 1)
+        return group._replace(tokens=group.tokens + self.alignment - 1)
 
     def holds(self, group: Content) -> bool:
         """Whether a group fits an empty row."""
@@ -123,7 +123,7 @@ def check_group(content: Content, shape: RowShape) -> None:
     """Raises `UserError` where a row does not hold a group."""
     if not shape.holds(content):
         tokens, windows, responses = content
-        padding = f" and {shape.unit - 1} of padding" if shape.unit > 1 else ""
+        padding = f" and {shape.alignment - 1} of padding" if shape.alignment > 1 else ""
         raise UserError(
             f"a prompt with its responses has {tokens} tokens{padding}, {responses} of them in "
             f"responses, and {windows} windows, which a row of {shape.capacity.tokens} tokens, "
@@ -184,7 +184,7 @@ class _Filler:
 
     rows: PackedRows[np.ndarray]
     responses: ResponseTokens
-    unit: int
+    alignment: int
     merge_unit: int
 
     @classmethod
@@ -209,7 +209,7 @@ class _Filler:
             limits=shape.limits,
         )
         sources = ResponseTokens(*(np.full(of_response, -1) for _ in ResponseTokens._fields))
-        return cls(rows, sources, shape.unit, vision.merge_unit)
+        return cls(rows, sources, shape.alignment, vision.merge_unit)
 
     def fill(self, row: int, groups: Sequence[tuple[int, Group]]) -> None:
         """Writes numbered groups into a row."""
@@ -221,7 +221,7 @@ class _Filler:
             windows += len(prompt.frame)
             # Images of different groups never share a number: full attention stays inside each.
             frames += int(prompt.frame.max(initial=-1)) + 1
-            start = -(-place.stop // self.unit) * self.unit
+            start = -(-place.stop // self.alignment) * self.alignment
             for sample, tokens in enumerate(group.responses):
                 own = slice(start, start + len(tokens))
                 self.rows.segment[row, own] = segment

@@ -4,7 +4,7 @@ Memory is the compiler's own account of each program, plus what else is on the d
 FLOPs are counted in the traced program, bytes in the compiled one, with loops' trip counts
 multiplied in; from them and the chip's peak rates follows the minimum time. All is at the largest
 buckets, with every response at `rollout.max_new_tokens`, decoded in the widest caches: real steps
-are shorter, and `lengths` say how much decoding is.
+are shorter, and `lengths` say by how much, but for prefill.
 """
 
 import re
@@ -168,7 +168,7 @@ def plan(
       config: the run; for a GPU of `GPUS`, `auto` attention is XLA's.
       topology_name: as `open_topology` takes it.
       report: called with each program that is being compiled, which takes minutes.
-      lengths: of what a rollout decodes, for the time of its steps; None is the longest of all.
+      lengths: of a GRPO step's prompts and responses, for its time; None is the longest of all.
 
     Raises:
       UserError: an unknown topology, no model at its path, sizes that do not fit together, or

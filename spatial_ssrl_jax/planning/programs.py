@@ -96,15 +96,17 @@ PlannedPrograms = Generator[PlannedProgram, Any, None]
 
 @dataclass(frozen=True)
 class RolloutLengths:
-    """What rollouts are planned with beside the longest of all.
+    """What steps are planned with beside the longest of all.
 
     Attributes:
       responses: their lengths.
-      prompt_tokens: of each prompt's cache, padding included.
+      prompt_tokens: of each prompt.
+      cache_tokens: of each prompt's cache, padding included.
     """
 
     responses: ResponseLengths
     prompt_tokens: int
+    cache_tokens: int
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def planned_stages(
       model: the model's shape.
       layout, rollout_layout: for training, and for sampling.
       memory: bytes of a device; None where not known.
-      lengths: of what a rollout decodes; None is the longest of all.
+      lengths: of a GRPO step's prompts and responses; None is the longest of all.
     """
     planned = _Planned(
         config,
@@ -196,10 +198,11 @@ class _Planned:
         yield from self._rollout(state, self._moments(state) | resting)
         counts = self._micro_batches(stage)
         batches, updates = [], settings.minibatches_per_rollout
+        of_step = sum(n * shard_bytes(self.batches.packed(stage, s)) for s, n in counts.items())
         for number, (shape, micro) in enumerate(counts.items(), 1):
             suffix = "" if number == len(counts) else f"_{number}"
             batch = yield from self._with_logprobs(
-                stage, state, reference, own_reference, shape, micro, suffix
+                stage, state, reference, own_reference, shape, micro, of_step, suffix
             )
             batches.append((batch, micro))
         loss = stage.loss(self.model, self.compute)
@@ -213,9 +216,19 @@ class _Planned:
         own_reference: Held,
         shape: RowShape,
         micro: float,
+        of_step: float,
         suffix: str,
     ) -> Generator[PlannedProgram, Any, GroupBatch[ShapeDtypeStruct]]:
-        """A micro-batch of a shape with all that an update needs, for `micro` of them a step."""
+        """A micro-batch of a shape with all that an update needs.
+
+        Args:
+          stage, state, reference: the stage.
+          own_reference: bytes that the reference takes.
+          shape: of its rows.
+          micro: of them a step.
+          of_step: bytes of all micro-batches of a step.
+          suffix: of programs' names.
+        """
         settings, batch = stage.settings, self.batches.packed(stage, shape)
         assert isinstance(batch, GroupBatch)
         optimizing = self._moments(state)
@@ -224,7 +237,7 @@ class _Planned:
             batch = yield from self._with_features(
                 settings, state.params, batch, micro, beside, suffix
             )
-        waiting = {"other micro-batches": round(max(micro - 1, 0) * shard_bytes(batch))}
+        waiting = {"other micro-batches": round(max(of_step - shard_bytes(batch), 0))}
         temperature, setting = settings.temperature, "grpo.micro_batch_rows"
 
         def logprobs(name: str, params: Params, beside: Held, runs: float) -> PlannedProgram:
@@ -348,7 +361,7 @@ class _Planned:
         steps = batches * limit if self.lengths is None else 0  # else it shows the memory alone
         yield self._decode("decode", widest, weights, prefix, samples, beside, steps)
         if self.lengths is not None:
-            prefix = _with_tokens(prefix, self.lengths.prompt_tokens)
+            prefix = _with_tokens(prefix, self.lengths.cache_tokens)
             for shape, steps in self._mean_steps().items():
                 name = f"decode_{shape.prompts}x{shape.group}x{shape.slots}"
                 args = (weights, _rows_of(prefix, shape), _samples_of(samples, shape))
@@ -413,7 +426,7 @@ class _Planned:
     def _mean_steps(self) -> dict[DecodeShape, float]:
         """Steps of a rollout batch in each shape, on average over simulated ones."""
         assert self.lengths is not None
-        schedule = self._schedule(self.lengths.prompt_tokens)
+        schedule = self._schedule(self.lengths.cache_tokens)
         rng, steps = np.random.default_rng(0), dict.fromkeys(schedule.shapes, 0.0)
         for _ in range(_SIMULATED):
             drawn = self.lengths.responses.draw(

@@ -40,19 +40,19 @@ class QueryBits:
     Attributes:
       index: bits of its index in the row.
       offset: bits of its distance from the first token of its own response.
-      unit: the index from which the response's own keys are hidden is a multiple of it.
+      alignment: the index from which the response's own keys are hidden is a multiple of it.
     """
 
     index: int
     offset: int
-    unit: int
+    alignment: int
 
     @classmethod
     def of(cls, tokens: int, longest_response: int) -> "QueryBits":
         """For rows of so many tokens."""
         index, offset = (tokens - 1).bit_length(), (longest_response - 1).bit_length()
-        unit = 1 << max(0, 2 * index + offset - _BITS)
-        return cls(index, max(offset, (unit - 1).bit_length()), unit)
+        alignment = 1 << max(0, 2 * index + offset - _BITS)
+        return cls(index, max(offset, (alignment - 1).bit_length()), alignment)
 
     def pack(self, visible: Visible) -> Array:
         """[B, T] int32."""
@@ -61,7 +61,7 @@ class QueryBits:
         # A prompt's token sees all keys of its group up to itself: those below the largest
         # `shared`, which may miss the end of the row, and as its own those close to it.
         is_prompt = visible.own == visible.first
-        shared = visible.shared.astype(jnp.uint32) // self.unit
+        shared = visible.shared.astype(jnp.uint32) // self.alignment
         shared = jnp.where(is_prompt, (1 << high) - 1, shared)
         offset = jnp.minimum(offset, (1 << self.offset) - 1)
         packed = index | offset << self.index | shared << (self.index + self.offset)
@@ -72,7 +72,7 @@ class QueryBits:
         index = query & ((1 << self.index) - 1)
         own = index - ((query >> self.index) & ((1 << self.offset) - 1))
         high = _BITS - self.index - self.offset
-        shared = ((query >> (self.index + self.offset)) & ((1 << high) - 1)) * self.unit
+        shared = ((query >> (self.index + self.offset)) & ((1 << high) - 1)) * self.alignment
         return (key <= index) & ((key < shared) | (key >= own))
 
 
@@ -90,14 +90,14 @@ class GroupMask(masks._ComputableMask):
         return hash((GroupMask, self._key))
 
 
-def packing_unit(tokens: int, longest_response: int) -> int:
+def response_alignment(tokens: int, longest_response: int) -> int:
     """The first response of each group of a row starts at a multiple of it, for `attend_splash`.
 
     Args:
       tokens: of a row.
       longest_response: tokens of a response at most.
     """
-    return QueryBits.of(_padded(tokens)[0], longest_response).unit
+    return QueryBits.of(_padded(tokens)[0], longest_response).alignment
 
 
 def attend_splash(

@@ -234,12 +234,5 @@ def empty_group_batch(
 ) -> GroupBatch[np.ndarray]:
     """Rows of padding, without old and reference log-probabilities."""
     one = empty_packed_batch(shape, vision, rows)
-    return GroupBatch(
-        rows=one.rows,
-        weight=one.weight,
-        normaliser=one.normaliser,
-        advantage=one.weight,
-        sampled_logprobs=one.weight,
-        old_logprobs=None,
-        reference_logprobs=None,
-    )
+    of_groups = dict.fromkeys(("advantage", "sampled_logprobs"), one.weight)
+    return GroupBatch(**vars(one), **of_groups, old_logprobs=None, reference_logprobs=None)

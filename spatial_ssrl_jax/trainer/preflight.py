@@ -13,7 +13,7 @@ from etils import epath
 from spatial_ssrl_jax.common.lock import check_unlocked
 from spatial_ssrl_jax.common.paths import check_bucket, in_bucket, list_tree, user_path
 from spatial_ssrl_jax.common.text import byte_size
-from spatial_ssrl_jax.config.schema import Config
+from spatial_ssrl_jax.config.schema import Config, GrpoSettings
 from spatial_ssrl_jax.data.batching import prompt_sizes
 from spatial_ssrl_jax.data.depth_direction import depth_warnings
 from spatial_ssrl_jax.data.pipeline import Batch
@@ -247,10 +247,12 @@ def _first_prompts(components: RunComponents, stage: SftStage | GrpoStage) -> Ba
 
     A whole batch at the paper's size can take minutes.
     """
-    few: dict[str, int] = dict(prompts=min(stage.update_prompts, _EXAMPLES * jax.process_count()))
-    if isinstance(stage, GrpoStage):
-        few["minibatches_per_rollout"] = 1
-    small = replace(stage, settings=replace(stage.settings, **few))
+    settings = replace(
+        stage.settings, prompts=min(stage.update_prompts, _EXAMPLES * jax.process_count())
+    )
+    if isinstance(settings, GrpoSettings):
+        settings = replace(settings, minibatches_per_rollout=1)
+    small = replace(stage, settings=settings)
     with closing(pipeline(components, small, start=0)) as stream:
         return next(stream)
 

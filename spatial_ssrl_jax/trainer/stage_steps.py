@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import optax
 
-from spatial_ssrl_jax.config.schema import GrpoSettings
 from spatial_ssrl_jax.data.pipeline import Batch, batch_at
 from spatial_ssrl_jax.parallel.collectives import all_sum
 from spatial_ssrl_jax.perf.mfu import useful_flops
@@ -105,7 +104,7 @@ def grpo_step(
         number: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, float], Sampled]:
         rate = float(np.asarray(rates(number * settings.minibatches_per_rollout)))
-        resample = partial(_resample, run, settings, number)
+        resample = partial(_resample, run, stage, number)
         kl_coef = scheduled_kl_coef(settings, number)
         state, metrics, trained_on, scored = grpo.step(
             state, batch, jax.random.fold_in(key, number), resample, kl_coef
@@ -121,13 +120,13 @@ def grpo_step(
     return step
 
 
-def _resample(run: Run, settings: GrpoSettings, step: int, number: int) -> Batch:
+def _resample(run: Run, stage: GrpoStage, step: int, number: int) -> Batch:
     """The prompts of resample `number`, from 1, of a GRPO step, from a separate stream."""
     return batch_at(
         items_of(run, run.config.seed * 2 + _RESAMPLE_SEED, run.source, run.split.train),
-        settings.prompts,
-        settings.prompts // settings.minibatches_per_rollout,
-        step * settings.max_resamples + number - 1,
+        stage.settings.prompts,
+        stage.update_prompts,
+        step * stage.settings.max_resamples + number - 1,
         process=jax.process_index(),
         processes=jax.process_count(),
     )

@@ -91,11 +91,13 @@ def test_samples_end_at_given_lengths(
         (["--row-tokens=88", "--micro-batch-rows=2"], [(2, 88)]),
         (["--row-tokens=20"], [(2, 44)]),
         (["--lengths=mean=5,sigma=0", "--row-tokens=88"], [(1, 88)]),
-        (["--lengths=mean=5,sigma=0"], [(2, 44)]),
+        (["--lengths=mean=5,sigma=0"], [(1, 44)]),
     ],
 )
 def test_an_updates_groups_are_packed(toy_folder: Path, argv: list[str], shapes: list):
-    """Of 12 + 2 x 16 tokens each, or of 12 + 2 x 5; no row is too short for the longest."""
+    """Of 12 + 2 x 16 tokens each, or of 12 + 2 x 5, two of which share a row; no row is too short
+    for the longest.
+    """
     parser = argparse.ArgumentParser()
     workload.add_options(parser)
     sizes = [f"--model={toy_folder}", *SIZES, "--prompt-tokens=12"]

@@ -31,7 +31,7 @@ def contents(draw) -> list[Content]:
     found, capacity = [], SHAPE.capacity
     for _ in range(draw(st.integers(0, 40))):
         responses = draw(st.integers(1, capacity.responses))
-        prompt = draw(st.integers(1, capacity.tokens - responses - (ALIGNED.unit - 1)))
+        prompt = draw(st.integers(1, capacity.tokens - responses - (ALIGNED.alignment - 1)))
         windows = draw(st.integers(0, capacity.windows))
         found.append(Content(prompt + responses, windows, responses))
     return found
@@ -44,11 +44,11 @@ def is_held(contents: Sequence[Content], shape: RowShape) -> bool:
 
 
 def test_where_responses_start():
-    assert (SHAPE.unit, ALIGNED.unit) == (1, 4)
+    assert (SHAPE.alignment, ALIGNED.alignment) == (1, 4)
     assert SHAPE.needed(Content(9, 2, 3)) == (9, 2, 3)
     assert ALIGNED.needed(Content(9, 2, 3)) == (12, 2, 3)
     assert ALIGNED.limits.response == 2**20 and ALIGNED.limits.group == 64
-    assert replace(ALIGNED, for_splash=False).unit == 1
+    assert replace(ALIGNED, for_splash=False).alignment == 1
 
 
 def test_groups_may_be_held_to_less_than_a_row():
@@ -214,7 +214,7 @@ def test_each_group_is_laid_out_as_if_alone(toy, groups, longest: int):
         assert not frames & found
         frames |= found
         start = np.flatnonzero((rows.segment[0] == segment) & (rows.response[0] > 0))[0]
-        assert start % shape.unit == 0
+        assert start % shape.alignment == 0
         for number, response in enumerate(group.responses):
             mine = (rows.segment[0] == segment) & (rows.response[0] == number + 1)
             assert np.flatnonzero(mine).tolist() == list(range(start, start + len(response)))

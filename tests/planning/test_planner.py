@@ -105,7 +105,7 @@ def programs_of(
 def test_decoding_takes_the_steps_that_lengths_need(toy_plan: c.Config):
     """In the shapes of the schedule; the one with the widest caches shows the memory alone."""
     config = dataclasses.replace(toy_plan, sft=c.SftSettings(steps=0))
-    lengths = RolloutLengths(LogNormalLengths(mean=12, sigma=0.5, cap=40), 160)
+    lengths = RolloutLengths(LogNormalLengths(mean=12, sigma=0.5, cap=40), 150, 160)
     found = programs_of(config, lengths)
     decode = {name: p for name, p in found.items() if name.startswith("decode_")}
     assert {"decode_8x3x16", "decode_4x2x32"} <= decode.keys()
@@ -131,7 +131,9 @@ def test_updates_run_the_programs_of_the_shapes_that_lengths_need(toy_plan: c.Co
         "old_logprobs": 1
     }
     assert not [name for name in longest if name.endswith("_1")]
-    found = programs_of(config, RolloutLengths(LogNormalLengths(mean=12, sigma=0.1, cap=32), 160))
+    found = programs_of(
+        config, RolloutLengths(LogNormalLengths(mean=12, sigma=0.1, cap=32), 150, 160)
+    )
     assert {name: found[f"{name}_1"].runs for name in names} == pytest.approx(
         {name: longest[name].runs for name in names}
     )

@@ -55,14 +55,14 @@ GROUPS = (((50, (20, 3, 40)), (100, (7,)), (120, (30, 1, 1, 60))), ((101, ()), (
 LENGTH, LIMITS = 500, GroupLimits(response=200, group=300)
 
 
-def groups(unit: int, length: int = LENGTH) -> tuple[Array, Array]:
-    """Segments and responses of `GROUPS`, whose first responses start at multiples of `unit`."""
+def groups(alignment: int, length: int = LENGTH) -> tuple[Array, Array]:
+    """Segments and responses of `GROUPS`, with first responses at multiples of `alignment`."""
     segment, response = np.full((2, length), -1), np.zeros((2, length), int)
     for row, members in enumerate(GROUPS):
         at = 0
         for number, (prompt, responses) in enumerate(members):
             segment[row, at : at + prompt] = number
-            at = -(-(at + prompt) // unit) * unit
+            at = -(-(at + prompt) // alignment) * alignment
             for sample, tokens in enumerate(responses, 1):
                 segment[row, at : at + tokens] = number
                 response[row, at : at + tokens] = sample
@@ -117,13 +117,13 @@ def test_splash_is_xlas_attention_over_prompts():
     assert_alike(*functions, drawn(200, 4, 2, 128), segment >= 0)
 
 
-@pytest.mark.parametrize("unit", [1, 16])
-def test_splash_is_a_groups_attention(monkeypatch: pytest.MonkeyPatch, unit: int):
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_splash_is_a_groups_attention(monkeypatch: pytest.MonkeyPatch, alignment: int):
     """With so many bits that an index of the row has them all, and with fewer."""
-    if unit > 1:
+    if alignment > 1:
         monkeypatch.setattr(splash, "_BITS", 2 * 9 + 8 - 4)
-    assert splash.packing_unit(LENGTH, LIMITS.response) == unit
-    segment, response = groups(unit)
+    assert splash.response_alignment(LENGTH, LIMITS.response) == alignment
+    segment, response = groups(alignment)
     visible = Visible.in_groups(segment, response)
     exact = partial(attend_block, seen_BQS=seen_in_groups(segment, response))
     attention = partial(
@@ -165,7 +165,7 @@ def test_queries_know_what_they_see():
     length = 512
     segment, response = groups(4, length)
     segment = segment.at[1, 400:].set(2)  # a prompt up to the end of the row
-    bits = splash.QueryBits(index=9, offset=8, unit=4)
+    bits = splash.QueryBits(index=9, offset=8, alignment=4)
     visible = Visible.in_groups(segment, response)
     found = bits.sees(bits.pack(visible)[:, :, None], jnp.arange(length))
     same = (segment[:, :, None] == segment[:, None]) & (segment[:, None] >= 0)

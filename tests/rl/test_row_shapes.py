@@ -264,4 +264,4 @@ def test_rows_too_long_for_splash_are_refused():
     with pytest.raises(UserError, match="above the 65536 of model.attention=splash: lower .*xla"):
         row_shapes(config, stage, AttentionKernel("splash"))
     shapes = row_shapes(config, stage, XLA)
-    assert shapes[-1].capacity.tokens == 4096 + 32 * 2048 and {s.unit for s in shapes} == {1}
+    assert shapes[-1].capacity.tokens == 4096 + 32 * 2048 and {s.alignment for s in shapes} == {1}
