@@ -53,7 +53,7 @@ def test_advice_leaves_out_what_is_done_already():
     advice = "; ".join(memory_advice(config))
     for name in (
         "grpo.micro_batch_rows=16",
-        "sft.micro_batch_rows=16",
+        "sft.micro_batch_rows=8",
         "lower rollout.batch_prompts;",
         "model.remat",
     ):
