@@ -28,8 +28,7 @@ def get_config() -> c.Config:
         model=c.ModelSettings(path="Qwen/Qwen2.5-VL-3B-Instruct", attention_chunk=256),
         data=replace(
             cold_start.data,
-            prompt_buckets=(528, 720, 800, 1024, 2048),
-            window_buckets=(24, 40, 60, 128),
+            prompt_buckets=(528, 800, 2048),
         ),
         tasks=cold_start.tasks,
         sft=replace(cold_start.sft, micro_batch_rows=1),

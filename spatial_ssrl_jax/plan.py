@@ -11,7 +11,6 @@ from spatial_ssrl_jax.common.errors import UserError, run_command
 
 def main(argv: Sequence[str]) -> int:
     from spatial_ssrl_jax.config.load import load_config, split_overrides
-    from spatial_ssrl_jax.data.batching import smallest_bucket
 
     parser = argparse.ArgumentParser(
         prog="python -m spatial_ssrl_jax.plan",
@@ -46,11 +45,13 @@ def main(argv: Sequence[str]) -> int:
 
     lengths = None
     if args.lengths is not None:
-        buckets, tokens = config.data.prompt_buckets, args.prompt_tokens
+        from spatial_ssrl_jax.rl.bucketing import Buckets
+
+        tokens = args.prompt_tokens
         if tokens is not None and tokens < 1:
             raise UserError(f"--prompt-tokens={tokens} must be at least 1.")
-        tokens = tokens or max(buckets)
-        padded = smallest_bucket(tokens, buckets, "data.prompt_buckets")
+        tokens = tokens or max(config.data.prompt_buckets)
+        padded = Buckets.of(config).shape(tokens, 0).tokens
         lengths = RolloutLengths(parse_lengths(args.lengths), tokens, padded)
     elif args.prompt_tokens is not None:
         raise UserError("--prompt-tokens goes with --lengths: give both.")

@@ -25,7 +25,7 @@ from spatial_ssrl_jax.qwen_vl.model import Params, abstract_params
 from spatial_ssrl_jax.qwen_vl.qwen2_5 import (
     MODEL_TYPE,
     Qwen2_5VisionConfig,
-    lay_out_windows,
+    lay_out_patches,
     mrope_positions,
 )
 from tests.helpers.fake_storage import Storage
@@ -145,13 +145,12 @@ class Toy:
             pieces += [[config.vision_start_token_id], np.full(count, config.image_token_id)]
             pieces += [[config.vision_end_token_id]]
         ids = np.concatenate([*pieces, rng.integers(0, 600, text - text // 2)]).astype(np.int32)
-        layout = lay_out_windows(config.vision, list(grids))
+        layout = lay_out_patches(config.vision, list(grids))
         is_vision = ids == config.image_token_id
         position = mrope_positions(config.vision, is_vision, list(grids), [None] * len(grids))
         index = np.full(len(ids), -1, np.int32)
         index[is_vision] = layout.merged
-        pixels = rng.integers(0, 256, (*layout.source.shape, config.vision.patch_dim), np.uint8)
-        pixels[layout.source < 0] = 0
+        pixels = rng.integers(0, 256, (len(layout.source), config.vision.patch_dim), np.uint8)
         return Prompt(
             ids=ids,
             position=position,

@@ -289,10 +289,10 @@ def _logprobs(config: QwenVLConfig, sizes: Sizes, together: bool) -> Logprobs:
     numbers = [*range(len(groups))]
     contents = np.array([group.content for group in groups])
     rows = [numbers] if together else [[number] for number in numbers]
-    tokens, windows, responses = (
+    tokens, patches, responses = (
         contents.sum(axis=0) if together else contents.max(axis=0)
     ).tolist()
-    capacity = Content(tokens // 2 * 2 + 3, windows, responses)  # odd, with a little padding
+    capacity = Content(tokens // 2 * 2 + 3, patches, responses)  # odd, with a little padding
     packed, _ = fill_rows(groups, rows, RowShape(capacity, sizes.response), config.vision)
     on_device: PackedRows[Array] = jax.device_put(packed)
 

@@ -36,10 +36,9 @@ def measure_padding(
       responses: what is drawn as responses.
 
     Returns:
-      `source`, what was measured; mean and quantiles of `prompt_tokens` and `prompt_windows`; and
+      `source`, what was measured; mean and quantiles of `prompt_tokens` and `prompt_patches`; and
       by kind of response, `synthetic` and `drawn`: `flops_ratio`, computed over needed FLOPs;
-      `token_padding_share`, the fraction of padded tokens; `window_padding_share`, that of vision
-      windows; `patch_padding_share`, that of patches, in the margins of windows too;
+      `token_padding_share`, the fraction of padded tokens; `patch_padding_share`, that of patches;
       `response_padding_share`, that of the head's rows; and `programs`, how many shapes came up.
 
     Raises:
@@ -61,7 +60,7 @@ def measure_padding(
         "source": lengths.spec,
         "prompt_tokens_mean": float(prompts[:, 0].mean()),
         "prompt_tokens": _quantiles(prompts[:, 0]),
-        "prompt_windows": _quantiles(prompts[:, 1]),
+        "prompt_patches": _quantiles(prompts[:, 1]),
     }
     for name, tokens in (
         ("synthetic", np.repeat(synthetic[:, None], grpo.group_size, axis=1)),
@@ -96,17 +95,14 @@ def _padding(
     rows = [part.shape for part in parts for _ in part.rows]
     computed = np.sum([shape.capacity for shape in rows], axis=0)
     needed = np.sum(contents, axis=0)
-    patches = prompts[:, 2].sum() * model.vision.merge_unit
     useful = needed[0] * dense_flops(model.text) + needed[2] * head_flops(model.text)
-    useful += 2.0 * patches * model.vision.block_weights
-    tokens, windows, places = (1 - needed / computed).tolist()
-    held = computed[1] * model.vision.window_patches
+    useful += 2.0 * needed[1] * model.vision.block_weights
+    tokens, patches, places = (1 - needed / computed).tolist()
     return {
         "response_tokens_mean": float(lengths.mean()),
         "flops_ratio": round(2 * sum(row_cost(shape, model) for shape in rows) / useful, 4),
         "token_padding_share": round(tokens, 4),
-        "window_padding_share": round(windows, 4),
-        "patch_padding_share": round(float(1 - patches / held), 4),
+        "patch_padding_share": round(patches, 4),
         "response_padding_share": round(places, 4),
         "programs": len(set(rows)),
     }

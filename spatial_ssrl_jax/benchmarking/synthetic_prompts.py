@@ -33,10 +33,10 @@ def synthetic_prompt(config: QwenVLConfig, tokens: int, grid: Grid) -> Prompt:
     ids = np.array([*ids, *words], np.int32)
     is_vision = ids == config.image_token_id
     position = member.mrope_positions(config.vision, is_vision, [grid], [None])
-    layout = member.lay_out_windows(config.vision, [grid])
+    layout = member.lay_out_patches(config.vision, [grid])
     index = np.full(len(ids), -1, np.int32)
     index[is_vision] = layout.merged
-    pixels = rng.integers(0, 256, (*layout.source.shape, config.vision.patch_dim), np.uint8)
+    pixels = rng.integers(0, 256, (len(layout.source), config.vision.patch_dim), np.uint8)
     return Prompt(
         ids, position, int(position.max()) + 1, index, pixels, layout.frame, layout.coords
     )

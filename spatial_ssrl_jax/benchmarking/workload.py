@@ -179,13 +179,13 @@ class Workload:
     def shapes(self) -> tuple[RowShape, ...]:
         """Of an update's rows."""
         args = self.args
-        responses, windows = self.shape.group * args.new, len(self.prompt.frame)
-        largest = Content(len(self.prompt.ids) + responses, windows, responses)
+        responses, patches = self.shape.group * args.new, len(self.prompt.frame)
+        largest = Content(len(self.prompt.ids) + responses, patches, responses)
         tokens = args.row_tokens or largest.tokens
         # Of as many groups of the mean length as are in a row.
         mean = self.length.sum(axis=1).mean()
         count = max(1, math.floor(tokens / (len(self.prompt.ids) + mean)))
-        wide = Content(tokens, count * windows, max(math.ceil(1.1 * count * mean), responses))
+        wide = Content(tokens, count * patches, max(math.ceil(1.1 * count * mean), responses))
         for_splash = self.compute.attention.name == "splash"
         return shapes_for(largest, args.new, 1, [wide], for_splash)
 

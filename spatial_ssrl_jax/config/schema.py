@@ -40,6 +40,8 @@ PromptStyle = Literal["direct", "reasoning", "own"]
 Ahead = Literal["auto", "always", "never"]
 BestBy = Literal["auto", "benchmark", "heldout", "none"]
 
+PATCHES_A_TOKEN = 4
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -84,7 +86,8 @@ class DataSettings:
       min_pixels, max_pixels: an image's area is brought between these, in pixels, before the
         model's own processor resizes it, as in the released trainers.
       prompt_buckets: prompt lengths in tokens that programs are compiled for.
-      window_buckets: counts of 8x8-patch vision windows a prompt that programs are compiled for.
+      patch_buckets: patches of a prompt's images in each of them, one token of four; none named is
+        four a token.
       threads: threads that make prompts ahead of the devices, in each worker.
       workers: processes that make prompts; 0 makes them in the training process, by threads alone.
       max_bad_fraction: fraction of unusable images above which the run stops.
@@ -98,10 +101,16 @@ class DataSettings:
     min_pixels: Count = 262_144
     max_pixels: Count = 4_194_304
     prompt_buckets: Widths = (1024, 2048, 4096)
-    window_buckets: Widths = (64, 128)
+    patch_buckets: Annotated[tuple[int, ...], Bounds(min=0)] = ()
     threads: Count = 8
     workers: Whole = 0
     max_bad_fraction: Fraction = 0.2
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """Tokens and patches of the prompts that programs are compiled for, ascending."""
+        patches = self.patch_buckets or [PATCHES_A_TOKEN * n for n in self.prompt_buckets]
+        return tuple(sorted(zip(self.prompt_buckets, patches, strict=True)))
 
     @property
     def reading(self) -> Reading:
@@ -164,7 +173,7 @@ class StageSettings:
       freeze: parts that do not train: `vision`, `merger`, `language`.
       vision_learning_rate_scale: the vision tower's learning rate over that of the rest.
       lora: with a rank, adapters are trained and nothing else; they are merged at the end.
-      row_tokens, row_windows, row_responses: tokens, vision windows and response tokens of a row,
+      row_tokens, row_patches, row_responses: tokens, patches and response tokens of a row,
         in which prompts with all their responses are packed one after another; a number each for
         each size that programs are compiled for. A step takes the one or two in which it costs
         least. The last one is raised to hold the largest prompt with responses of
@@ -183,7 +192,7 @@ class StageSettings:
     vision_learning_rate_scale: Positive = 1.0
     lora: LoraSettings = field(default_factory=LoraSettings)
     row_tokens: Annotated[tuple[int, ...], Bounds(min=1)] = ()
-    row_windows: Annotated[tuple[int, ...], Bounds(min=0)] = ()
+    row_patches: Annotated[tuple[int, ...], Bounds(min=0)] = ()
     row_responses: Annotated[tuple[int, ...], Bounds(min=1)] = ()
     micro_batch_rows: Count = 16
 

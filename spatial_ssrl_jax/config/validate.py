@@ -7,7 +7,13 @@ from typing import Any
 
 from spatial_ssrl_jax.common.bounds import invalid_values
 from spatial_ssrl_jax.common.errors import UserError
-from spatial_ssrl_jax.config.schema import Config, GrpoSettings, StageSettings
+from spatial_ssrl_jax.config.schema import (
+    PATCHES_A_TOKEN,
+    Config,
+    DataSettings,
+    GrpoSettings,
+    StageSettings,
+)
 from spatial_ssrl_jax.qwen_vl.kernels import DECODE_KERNELS, KERNELS
 from spatial_ssrl_jax.qwen_vl.lora import known_targets
 from spatial_ssrl_jax.qwen_vl.param_tree import PARTS
@@ -36,6 +42,7 @@ def check_settings(config: Config) -> None:
             f"data.max_pixels={config.data.max_pixels}."
         )
     _check_batches(config)
+    _check_buckets(config.data)
     for name, stage in (("sft", config.sft), ("grpo", config.grpo)):
         _check_rows(name, stage)
         _check_trained(name, stage)
@@ -192,15 +199,35 @@ def _check_stages(config: Config) -> None:
         )
 
 
+def _check_buckets(data: DataSettings) -> None:
+    """Refuses buckets of which a number is missing."""
+    if data.patch_buckets and len(data.patch_buckets) != len(data.prompt_buckets):
+        raise UserError(
+            f"data.prompt_buckets={data.prompt_buckets} and "
+            f"data.patch_buckets={data.patch_buckets} must have equally many numbers, one each for "
+            "every bucket; or leave out data.patch_buckets."
+        )
+    _check_patches("data.patch_buckets", data.patch_buckets)
+
+
+def _check_patches(name: str, counts: tuple[int, ...]) -> None:
+    """Refuses patches that are no whole tokens."""
+    if any(count % PATCHES_A_TOKEN for count in counts):
+        raise UserError(
+            f"{name}={counts} must be multiples of {PATCHES_A_TOKEN}, the patches of a token."
+        )
+
+
 def _check_rows(name: str, stage: StageSettings) -> None:
     """Refuses sizes of rows of which a number is missing."""
-    sizes = {len(stage.row_tokens), len(stage.row_windows), len(stage.row_responses)}
+    sizes = {len(stage.row_tokens), len(stage.row_patches), len(stage.row_responses)}
     if len(sizes) > 1:
         raise UserError(
-            f"{name}.row_tokens={stage.row_tokens}, {name}.row_windows={stage.row_windows} and "
+            f"{name}.row_tokens={stage.row_tokens}, {name}.row_patches={stage.row_patches} and "
             f"{name}.row_responses={stage.row_responses} must have equally many numbers, one each "
             "for every size of rows."
         )
+    _check_patches(f"{name}.row_patches", stage.row_patches)
     if len(stage.row_tokens) > _ROW_SIZES:
         raise UserError(
             f"{name}.row_tokens={stage.row_tokens} has more than {_ROW_SIZES} sizes of rows, for "

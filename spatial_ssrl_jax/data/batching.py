@@ -4,40 +4,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch, VisionInput
 
 
-def smallest_bucket(size: int, buckets: Sequence[int], name: str) -> int:
-    """The smallest bucket that holds `size`.
-
-    Raises:
-      UserError: none does; `name` is the setting to change.
-    """
-    for limit in sorted(buckets):
-        if size <= limit:
-            return limit
-    raise UserError(f"{name}={tuple(buckets)} has no bucket for {size}: add a larger one.")
-
-
 def prompt_sizes(prompts: Sequence[Prompt]) -> np.ndarray:
-    """[B, 2] int64, tokens and vision windows of each prompt."""
+    """[B, 2] int64, tokens and patches of each prompt."""
     return np.array([(len(p.ids), len(p.frame)) for p in prompts], np.int64).reshape(-1, 2)
 
 
-def pad_prompts(prompts: Sequence[Prompt], tokens: int, windows: int) -> PromptBatch[np.ndarray]:
+def pad_prompts(prompts: Sequence[Prompt], tokens: int, patches: int) -> PromptBatch[np.ndarray]:
     """Stacks prompts as NumPy arrays, padded to one shape.
 
     Args:
       prompts: at least one.
-      tokens, windows: T and W, at least those of every prompt.
+      tokens, patches: T and P, at least those of every prompt.
 
     Raises:
       ValueError: a prompt is larger.
     """
-    if (prompt_sizes(prompts).max(axis=0) > (tokens, windows)).any():
-        raise ValueError(f"{tokens} tokens and {windows} windows are too few for the prompts.")
+    if (prompt_sizes(prompts).max(axis=0) > (tokens, patches)).any():
+        raise ValueError(f"{tokens} tokens and {patches} patches are too few for the prompts.")
 
     def stack(name: str, length: int, axis: int = 0, fill: int = 0) -> np.ndarray:
         arrays = [getattr(prompt, name) for prompt in prompts]
@@ -56,9 +43,9 @@ def pad_prompts(prompts: Sequence[Prompt], tokens: int, windows: int) -> PromptB
         next_position=np.array([p.next_position for p in prompts], np.int32),
         image_index=stack("image_index", tokens, fill=-1),
         vision=VisionInput(
-            patches=stack("patches", windows),
-            frame=stack("frame", windows, fill=-1),
-            coords=stack("coords", windows),
+            patches=stack("patches", patches),
+            frame=stack("frame", patches, fill=-1),
+            coords=stack("coords", patches),
         ),
     )
 

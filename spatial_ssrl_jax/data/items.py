@@ -27,8 +27,8 @@ from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Example, Reject, Tasks
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT
 
-TOO_LONG = "prompt above the largest of data.prompt_buckets or data.window_buckets"
-_LARGER = "add a larger one to data.prompt_buckets or data.window_buckets, or lower data.max_pixels"
+TOO_LONG = "prompt above the largest of data.prompt_buckets or data.patch_buckets"
+_LARGER = "add a larger one to data.prompt_buckets or data.patch_buckets, or lower data.max_pixels"
 _TRIES = 50
 
 
@@ -113,7 +113,7 @@ class MakeItem(grain.transforms.RandomMap):
     ) -> Item:
         """The item of one record; a prompt that is too long is found before pixels are read."""
         images = self.processor.measure(self.maker.sizes(index))
-        self._check(PromptSize(images.tokens + self._text_tokens, images.windows))
+        self._check(PromptSize(images.tokens + self._text_tokens, images.patches))
         example = self.maker(index, rng)
         question = f"{example.question} {FORMAT_PROMPT}"
         sizes = [image.shape[:2] for image in example.images]
@@ -141,7 +141,7 @@ def item_dataset(
       tasks: with their settings; a weight of 0 leaves a task out.
       processor: makes prompts.
       seed: of shuffling and of every draw.
-      limit: the largest prompt, in tokens and in vision windows.
+      limit: the largest prompt, in tokens and in patches.
 
     Raises:
       UserError: a task with a weight above 0 finds no record: the source has no depth, or no
@@ -206,11 +206,11 @@ def check_fits(
         for found in task_sources(source, pool, task, tasks[task]):
             sizes = _min_sizes(found, processor)
             if sizes and not any(_fits(size, limit) for size in sizes):
-                smallest = min(sizes, key=lambda size: (size.tokens, size.windows))
+                smallest = min(sizes, key=lambda size: (size.tokens, size.patches))
                 raise UserError(
                     f"no {task.name} prompt of {found.maker.source.spec} fits {limit.tokens} "
-                    f"tokens and {limit.windows} windows (the smallest takes {smallest.tokens} "
-                    f"and {smallest.windows}): {_LARGER}."
+                    f"tokens and {limit.patches} patches (the smallest takes {smallest.tokens} "
+                    f"and {smallest.patches}): {_LARGER}."
                 )
 
 
@@ -226,7 +226,7 @@ def _min_sizes(source: TaskSource, processor: Processor) -> list[PromptSize]:
 
 
 def _fits(size: PromptSize, limit: PromptSize) -> bool:
-    return size.tokens <= limit.tokens and size.windows <= limit.windows
+    return size.tokens <= limit.tokens and size.patches <= limit.patches
 
 
 def _mixed(

@@ -33,7 +33,7 @@ class TaskLengths:
     Attributes:
       weight: of the task in the mixture.
       shares: [n] float64 fraction of the task's examples that each row of `images` stands for.
-      images: [n, 2] int64 tokens and vision windows of the images of one example of each record.
+      images: [n, 2] int64 tokens and patches of the images of one example of each record.
       text: [m] int64 tokens of the rest of the prompt, of a few examples.
       responses: [m] int64 tokens of their SFT responses.
     """
@@ -83,17 +83,17 @@ class Lengths:
         """Draws prompts with responses.
 
         Returns:
-          [count, 3] int64 tokens of prompts, windows, and tokens that are of images; and [count]
-          tokens of their responses.
+          [count, 2] int64 tokens of prompts and patches of their images; and [count] tokens of
+          their responses.
         """
         weights = np.array([task.weight for task in self.tasks])
-        sizes, responses = np.zeros((count, 3), np.int64), np.zeros(count, np.int64)
+        sizes, responses = np.zeros((count, 2), np.int64), np.zeros(count, np.int64)
         drawn = rng.choice(len(self.tasks), count, p=weights / weights.sum())
         for number, task in enumerate(self.tasks):
             mine = np.flatnonzero(drawn == number)
             example = rng.integers(len(task.text), size=len(mine))
             images = task.images[rng.choice(len(task.images), len(mine), p=task.shares)]
-            sizes[mine] = images[:, [0, 1, 0]]
+            sizes[mine] = images
             sizes[mine, 0] += task.text[example]
             responses[mine] = task.responses[example]
         return sizes, responses
@@ -124,7 +124,7 @@ def _measure(
     return TaskLengths(
         settings.weight,
         np.array(shares) / sum(shares),
-        np.array([(i.tokens, i.windows) for i in images]),
+        np.array([(i.tokens, i.patches) for i in images]),
         text,
         responses,
     )

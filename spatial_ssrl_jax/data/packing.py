@@ -19,12 +19,12 @@ class Content(NamedTuple):
 
     Attributes:
       tokens: of prompts and responses together.
-      windows: vision windows of all images.
+      patches: of all images.
       responses: response tokens.
     """
 
     tokens: int
-    windows: int
+    patches: int
     responses: int
 
 
@@ -122,13 +122,13 @@ def assign_rows(
 def check_group(content: Content, shape: RowShape) -> None:
     """Raises `UserError` where a row does not hold a group."""
     if not shape.holds(content):
-        tokens, windows, responses = content
+        tokens, patches, responses = content
         padding = f" and {shape.alignment - 1} of padding" if shape.alignment > 1 else ""
         raise UserError(
             f"a prompt with its responses has {tokens} tokens{padding}, {responses} of them in "
-            f"responses, and {windows} windows, which a row of {shape.capacity.tokens} tokens, "
-            f"{shape.capacity.responses} response tokens and {shape.capacity.windows} windows does "
-            "not hold: raise row_tokens, row_responses or row_windows, or leave them out."
+            f"responses, and {patches} patches, which a row of {shape.capacity.tokens} tokens, "
+            f"{shape.capacity.responses} response tokens and {shape.capacity.patches} patches does "
+            "not hold: raise row_tokens, row_responses or row_patches, or leave them out."
         )
 
 
@@ -189,12 +189,12 @@ class _Filler:
 
     @classmethod
     def empty(cls, count: int, shape: RowShape, vision: VisionConfig) -> "_Filler":
-        tokens, windows, responses = shape.capacity
-        window, of_response = (count, windows, vision.window_patches), (count, responses)
+        tokens, patches, responses = shape.capacity
+        of_patch, of_response = (count, patches), (count, responses)
         images: VisionInput[np.ndarray] = VisionInput(
-            patches=np.zeros((*window, vision.patch_dim), np.uint8),
-            frame=np.full(window, -1, np.int32),
-            coords=np.zeros((*window, 2), np.int32),
+            patches=np.zeros((*of_patch, vision.patch_dim), np.uint8),
+            frame=np.full(of_patch, -1, np.int32),
+            coords=np.zeros((*of_patch, 2), np.int32),
         )
         rows: PackedRows[np.ndarray] = PackedRows(
             ids=np.zeros((count, tokens), np.int32),
@@ -213,12 +213,12 @@ class _Filler:
 
     def fill(self, row: int, groups: Sequence[tuple[int, Group]]) -> None:
         """Writes numbered groups into a row."""
-        start, windows, frames, responses, samples = 0, 0, 0, 0, 0
+        start, patches, frames, responses, samples = 0, 0, 0, 0, 0
         for segment, (number, group) in enumerate(groups):
             prompt, place = group.prompt, slice(start, start + len(group.prompt.ids))
             self.rows.segment[row, place] = segment
-            self._put_prompt(row, place, prompt, windows, frames)
-            windows += len(prompt.frame)
+            self._put_prompt(row, place, prompt, patches, frames)
+            patches += len(prompt.frame)
             # Images of different groups never share a number: full attention stays inside each.
             frames += int(prompt.frame.max(initial=-1)) + 1
             start = -(-place.stop // self.alignment) * self.alignment
@@ -240,17 +240,16 @@ class _Filler:
                 samples += len(tokens) > 0  # so that a row has no more of them than tokens
 
     def _put_prompt(
-        self, row: int, place: slice, prompt: Prompt, windows: int, frames: int
+        self, row: int, place: slice, prompt: Prompt, patches: int, frames: int
     ) -> None:
-        """Writes a prompt after others that have some windows and frames in the row."""
+        """Writes a prompt after others that have some patches and frames in the row."""
         rows, vision = self.rows, self.rows.vision
         assert isinstance(vision, VisionInput)
         rows.ids[row, place] = prompt.ids
         rows.position[row, :, place] = prompt.position
-        merged = vision.frame.shape[2] // self.merge_unit
-        index = prompt.image_index
-        rows.image_index[row, place] = np.where(index >= 0, index + windows * merged, -1)
-        own = slice(windows, windows + len(prompt.frame))
+        index, merged = prompt.image_index, patches // self.merge_unit
+        rows.image_index[row, place] = np.where(index >= 0, index + merged, -1)
+        own = slice(patches, patches + len(prompt.frame))
         vision.patches[row, own] = prompt.patches
-        vision.frame[row, own] = np.where(prompt.frame >= 0, prompt.frame + frames, -1)
+        vision.frame[row, own] = prompt.frame + frames
         vision.coords[row, own] = prompt.coords

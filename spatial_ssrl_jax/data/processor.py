@@ -19,7 +19,7 @@ from spatial_ssrl_jax.data.responses import ResponseCodec
 from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, VisionConfig
 from spatial_ssrl_jax.qwen_vl.family import member_of, read_processor
-from spatial_ssrl_jax.qwen_vl.inputs import Grid, merged_tokens
+from spatial_ssrl_jax.qwen_vl.inputs import Grid, merged_tokens, patch_count
 
 PROCESSOR_FILES = (
     "vocab.json",
@@ -53,9 +53,9 @@ class Prompt:
       position: [3, T] int32 M-RoPE positions.
       next_position: position of the first response token.
       image_index: [T] int32 merged vision token at each position, -1 for text.
-      patches: [W, S, C·2·14·14] uint8 pixels in windows.
-      frame: [W, S] int32, which image or temporal frame; -1 is padding.
-      coords: [W, S, 2] int32, row and column of each patch.
+      patches: [P, C·2·14·14] uint8 pixels, in the vision tower's order.
+      frame: [P] int32, which image or temporal frame.
+      coords: [P, 2] int32, row and column of each patch.
     """
 
     ids: np.ndarray
@@ -74,10 +74,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSize:
-    """Tokens and vision windows of a prompt."""
+    """Tokens and patches of a prompt."""
 
     tokens: int
-    windows: int
+    patches: int
 
 
 @dataclass(frozen=True)
@@ -292,13 +292,13 @@ class Processor:
             "video": [self.video_grid(*size) for size in videos],
         }
         every = [*grids["image"], *grids["video"]]
-        windows = self._member.window_count(self.config.vision, every)
+        patches = patch_count(every)
         if question is None:
             return PromptSize(
-                sum(merged_tokens(self.config.vision, grid) for grid in every), windows
+                sum(merged_tokens(self.config.vision, grid) for grid in every), patches
             )
         ids, order = self._chat_ids(question, len(sizes), len(videos))
-        return PromptSize(len(self._expand(ids, order, [grids[k][i] for k, i in order])), windows)
+        return PromptSize(len(self._expand(ids, order, [grids[k][i] for k, i in order])), patches)
 
     def patches(self, image: np.ndarray) -> tuple[np.ndarray, Grid]:
         """Resizes one image and splits it into patches.
@@ -414,7 +414,7 @@ class Processor:
             for kind, i in order
         ]
         position = self._member.mrope_positions(vision, is_vision, grids, seconds)
-        layout = self._member.lay_out_windows(vision, grids)
+        layout = self._member.lay_out_patches(vision, grids)
         image_index = np.full(len(ids), -1, np.int32)
         image_index[is_vision] = layout.merged
         patches = (
@@ -428,7 +428,7 @@ class Processor:
             # After a long video it is not the largest position, which its rope delta is based on.
             next_position=int(position[0, -1]) + 1,
             image_index=image_index,
-            patches=_in_windows(patches, layout.source, vision.patch_dim),
+            patches=_ordered(patches, layout.source, vision.patch_dim),
             frame=layout.frame,
             coords=layout.coords,
         )
@@ -496,15 +496,14 @@ def _resize(image: Image.Image, grid: Grid, patch: int, resample: int) -> np.nda
     return np.asarray(image.resize(size, Image.Resampling(resample)))
 
 
-def _in_windows(patches: Iterable[np.ndarray], source: np.ndarray, dim: int) -> np.ndarray:
-    """[W, S, dim] uint8, the rows of all images at their slots, see `WindowLayout.source`."""
-    windows = np.zeros((*source.shape, dim), np.uint8)
-    order = np.argsort(source, axis=None)
-    slots, flat = order[np.count_nonzero(source < 0) :], windows.reshape(-1, dim)
+def _ordered(patches: Iterable[np.ndarray], source: np.ndarray, dim: int) -> np.ndarray:
+    """[P, dim] uint8, the rows of all images at their places, see `PatchLayout.source`."""
+    ordered = np.empty((len(source), dim), np.uint8)
+    places = np.argsort(source)
     for rows in patches:
-        flat[slots[: len(rows)]] = rows
-        slots = slots[len(rows) :]
-    return windows
+        ordered[places[: len(rows)]] = rows
+        places = places[len(rows) :]
+    return ordered
 
 
 def _patch_rows(frames: np.ndarray, config: VisionConfig) -> np.ndarray:

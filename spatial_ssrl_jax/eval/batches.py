@@ -9,7 +9,7 @@ from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 _MAX_TOKENS = 32768  # prompt tokens of a batch on each shard, padding included
 _GROWTH = 1.5  # from one shape to the next; sizes between are padded
 _MAX_SCORES, _MIN_QUERIES = 2**28, 32  # attention scores in memory at a time; queries of a chunk
-_MIN_SHAPE = PromptSize(tokens=128, windows=8)
+_MIN_SHAPE = PromptSize(tokens=128, patches=512)
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class QuestionBatch:
     Attributes:
       indices: of the questions, at most `size`.
       size: rows of the batch; a multiple of the batch axis's shards.
-      shape: tokens and windows that each prompt is padded to.
+      shape: tokens and patches that each prompt is padded to.
     """
 
     indices: tuple[int, ...]
@@ -44,7 +44,7 @@ def plan_batches(
     shapes = [_bucket(size) for size in sizes]
 
     def order(i: int) -> tuple[int, int, str, int]:
-        return -shapes[i].windows, -shapes[i].tokens, groups[i] if groups else "", i
+        return -shapes[i].patches, -shapes[i].tokens, groups[i] if groups else "", i
 
     buckets: list[tuple[list[int], PromptSize]] = []
     for i in sorted(range(len(sizes)), key=order):
@@ -67,7 +67,7 @@ def attention_chunk(config: QwenVLConfig, shape: PromptSize, rows: int, max_chun
       rows: prompts on each shard of the batch.
       max_chunk: upper limit.
     """
-    patches = config.vision.num_heads * shape.windows * config.vision.window_patches
+    patches = config.vision.num_heads * shape.patches
     scores = rows * max(patches, config.text.num_attention_heads * shape.tokens)  # of one query
     queries = max(_MAX_SCORES // scores, _MIN_QUERIES)
     return min(1 << queries.bit_length() - 1, max_chunk)
@@ -76,7 +76,7 @@ def attention_chunk(config: QwenVLConfig, shape: PromptSize, rows: int, max_chun
 def _bucket(size: PromptSize) -> PromptSize:
     return PromptSize(
         _step(size.tokens, _MIN_SHAPE.tokens),
-        _step(size.windows, _MIN_SHAPE.windows) if size.windows else 0,
+        _step(size.patches, _MIN_SHAPE.patches) if size.patches else 0,
     )
 
 
@@ -89,7 +89,7 @@ def _step(size: int, smallest: int) -> int:
 
 
 def _larger(a: PromptSize, b: PromptSize) -> PromptSize:
-    return PromptSize(max(a.tokens, b.tokens), max(a.windows, b.windows))
+    return PromptSize(max(a.tokens, b.tokens), max(a.patches, b.patches))
 
 
 def _batch_size(shape: PromptSize, shards: int, max_rows: int) -> int:

@@ -159,7 +159,7 @@ def _respond(
     padded = pad_prompts(
         [loader.processor.prompt("-") if prompt is None else prompt for prompt in prompts],
         batch.shape.tokens,
-        batch.shape.windows,
+        batch.shape.patches,
     )
     keys = [0 if index is None else _key(loader.questions[index]) for index in rows]
     engine = _engine(policy, batch)

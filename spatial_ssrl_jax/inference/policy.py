@@ -26,7 +26,7 @@ from spatial_ssrl_jax.rollout.decode import DecodeWeights
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
 
-_TOKEN_STEP, _WINDOW_STEP = 128, 8  # shapes of single prompts: few programs for many sizes
+_TOKEN_STEP, _PATCH_STEP = 128, 512  # shapes of single prompts: few programs for many sizes
 ONE_PROMPT = MeshSettings(data=1, fsdp=1, tensor=-1)
 
 
@@ -157,11 +157,11 @@ class Policy:
                 "with mesh=MeshSettings(data=1, fsdp=1, tensor=-1), the default."
             )
         tokens = _round_up(len(prompt.ids), _TOKEN_STEP)
-        windows = _round_up(len(prompt.frame), _WINDOW_STEP)
+        patches = _round_up(len(prompt.frame), _PATCH_STEP)
         rollout = self.engine.generate(
             self.params,
             self.weights,
-            [self.layout.put_batch(pad_prompts([prompt], tokens, windows))],
+            [self.layout.put_batch(pad_prompts([prompt], tokens, patches))],
             group_size=samples,
             max_new_tokens=_round_up(max_new_tokens, self.engine.check_every),
             key=jax.random.key(seed),

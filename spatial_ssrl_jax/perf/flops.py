@@ -47,21 +47,24 @@ def vision_flops(config: QwenVLConfig, grids: Sequence[Grid]) -> float:
     """FLOPs of the vision tower's forward pass over the images of one prompt."""
     if not grids:
         return 0.0
-    layout = member_of(config).lay_out_windows(config.vision, grids)
-    return windows_flops(config.vision, layout.frame)
+    layout = member_of(config).lay_out_patches(config.vision, grids)
+    return patches_flops(config.vision, layout.frame, layout.coords)
 
 
-def windows_flops(config: VisionConfig, frame: np.ndarray) -> float:
-    """FLOPs of the vision tower's forward pass over the windows of one prompt.
+def patches_flops(config: VisionConfig, frame: np.ndarray, coords: np.ndarray) -> float:
+    """FLOPs of the vision tower's forward pass over the patches of one prompt.
 
     Args:
       config: the vision tower's shape.
-      frame: [W, S] int32, image or temporal frame of each patch; -1 is padding.
+      frame: [P] int32, image or temporal frame of each patch.
+      coords: [P, 2] int32, row and column of each patch in its image.
     """
-    width = config.hidden_size
-    patches = float((frame >= 0).sum())
-    window = float(((frame >= 0).sum(axis=1) ** 2).sum())
-    full = float(np.sum(np.bincount(frame[frame >= 0]) ** 2))
+    width, side = config.hidden_size, config.window_side * config.spatial_merge_size
+    patches = len(frame)
+    places = np.concatenate((frame[:, None], coords // side), axis=1)
+    _, sizes = np.unique(places, axis=0, return_counts=True)
+    window = float((sizes**2).sum())
+    full = float(np.sum(np.bincount(frame) ** 2))
     count = config.full_attention_blocks
     attention = 4 * width * (count * full + (config.depth - count) * window)
     wide = width * config.merge_unit
@@ -104,7 +107,7 @@ def batch_flops(
     Returns:
       FLOPs of the vision tower and of the language model.
     """
-    vision = sum(windows_flops(config.vision, prompt.frame) for prompt in prompts)
+    vision = sum(patches_flops(config.vision, p.frame, p.coords) for p in prompts)
     groups = zip(prompts, length_BG[:, None], strict=True)
     return vision, sum(groups_flops(config, len(prompt.ids), length) for prompt, length in groups)
 

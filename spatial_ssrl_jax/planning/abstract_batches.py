@@ -37,15 +37,15 @@ class AbstractBatches:
         return ShapeDtypeStruct(shape, dtype, sharding=self.layout.batch_sharding())
 
     def prompts(self, rows: int) -> PromptBatch[ShapeDtypeStruct]:
-        """As many prompts, each of the largest buckets."""
-        tokens = max(self.config.data.prompt_buckets)
+        """As many prompts, each of the largest bucket."""
+        tokens, patches = self.config.data.buckets[-1]
         return PromptBatch(
             ids=self.rows(rows, tokens),
             length=self.rows(rows),
             position=self.rows(rows, 3, tokens),
             next_position=self.rows(rows),
             image_index=self.rows(rows, tokens),
-            vision=self._vision(rows, max(self.config.data.window_buckets)),
+            vision=self._vision(rows, patches),
         )
 
     def packed(self, stage: SftStage | GrpoStage, shape: RowShape) -> PackedBatch[ShapeDtypeStruct]:
@@ -64,7 +64,6 @@ class AbstractBatches:
         """A replicated scalar."""
         return ShapeDtypeStruct((), dtype, sharding=self.layout.replicated())
 
-    def _vision(self, rows: int, windows: int) -> VisionInput[ShapeDtypeStruct]:
-        shape = (rows, windows, self.model.vision.window_patches)
-        patches = self.rows(*shape, self.model.vision.patch_dim, dtype=np.uint8)
-        return VisionInput(patches, self.rows(*shape), self.rows(*shape, 2))
+    def _vision(self, rows: int, patches: int) -> VisionInput[ShapeDtypeStruct]:
+        pixels = self.rows(rows, patches, self.model.vision.patch_dim, dtype=np.uint8)
+        return VisionInput(pixels, self.rows(rows, patches), self.rows(rows, patches, 2))

@@ -308,12 +308,12 @@ class _Planned:
         settings = stage.settings
         shapes = row_shapes(self.config, stage, self.compute.attention)
         prompt, rollouts = self._lengths(stage)
-        data = self.config.data
-        windows = math.ceil(max(data.window_buckets) * prompt / max(data.prompt_buckets))
+        tokens, patches = self.config.data.buckets[-1]
+        patches = math.ceil(patches * prompt / tokens)
         counts, update = dict.fromkeys(shapes, 0.0), stage.update_prompts
         for lengths in rollouts:
             responses = lengths.sum(axis=1).tolist()
-            contents = [Content(prompt + tokens, windows, tokens) for tokens in responses]
+            contents = [Content(prompt + tokens, patches, tokens) for tokens in responses]
             for first in range(0, settings.prompts, update):
                 mine = contents[first : first + update]
                 for part in pack_micro_batches(mine, shapes, settings.micro_batch_rows, self.model):

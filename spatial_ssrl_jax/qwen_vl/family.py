@@ -19,7 +19,7 @@ from spatial_ssrl_jax.common.text import shown
 from spatial_ssrl_jax.qwen_vl import qwen2_5
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, VisionConfig
-from spatial_ssrl_jax.qwen_vl.inputs import Grid, VisionInput, WindowLayout
+from spatial_ssrl_jax.qwen_vl.inputs import Grid, PatchLayout, VisionInput
 from spatial_ssrl_jax.qwen_vl.layers import Init
 
 Vision = TypeVar("Vision", bound=VisionConfig)
@@ -45,8 +45,7 @@ class Member(Generic[Vision]):
       hub_names: our path of each weight or module -> its name on the Hub, `{}` for the layer.
       hub_shapes: our path -> shape on the Hub, of kernels that are not [out, in] there.
       renamed: prefixes of names that newer exports give, and what the Hub has instead.
-      window_count: windows that the images of a prompt fill.
-      lay_out_windows: the windows' contents, of the processor's patches.
+      lay_out_patches: the order of a prompt's patches.
       mrope_positions: [3, T] int32 positions of a prompt's tokens.
     """
 
@@ -56,8 +55,7 @@ class Member(Generic[Vision]):
     hub_names: Mapping[str, str]
     hub_shapes: Callable[[Vision], Mapping[str, tuple[int, ...]]]
     renamed: tuple[tuple[str, str], ...]
-    window_count: Callable[[Vision, Sequence[Grid]], int]
-    lay_out_windows: Callable[[Vision, Sequence[Grid]], WindowLayout]
+    lay_out_patches: Callable[[Vision, Sequence[Grid]], PatchLayout]
     mrope_positions: Callable[
         [Vision, np.ndarray, Sequence[Grid], Sequence[float | None]], np.ndarray
     ]
@@ -71,8 +69,7 @@ MEMBERS: dict[str, Member[Any]] = {
         hub_names=qwen2_5.HUB_NAMES,
         hub_shapes=qwen2_5.hub_shapes,
         renamed=qwen2_5.RENAMED,
-        window_count=qwen2_5.window_count,
-        lay_out_windows=qwen2_5.lay_out_windows,
+        lay_out_patches=qwen2_5.lay_out_patches,
         mrope_positions=qwen2_5.mrope_positions,
     )
 }

@@ -1,8 +1,9 @@
 """The model's inputs: batches of prompts and rows of packed groups, with their images.
 
-Shape letters: B prompts or rows, T tokens, R response tokens, W windows, S patches of a window.
+Shape letters: B prompts or rows, T tokens, R response tokens, P patches.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -25,14 +26,14 @@ Grid = tuple[int, int, int]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class VisionInput(Generic[Leaf]):
-    """All images and frames of each prompt, laid out by the host as padded windows.
+    """All images and frames of each prompt, laid out by the host in the vision tower's order.
 
-    A window holds up to 8x8 patches; the four patches of a merged token are adjacent in it.
+    The four patches of a merged token are neighbours, and those of a window.
 
     Attributes:
-      patches: [B, W, S, C·2·14·14] uint8, pixels.
-      frame: [B, W, S] int32, which image or temporal frame of the prompt; -1 is padding.
-      coords: [B, W, S, 2] int32, row and column of the patch in its image.
+      patches: [B, P, C·2·14·14] uint8, pixels.
+      frame: [B, P] int32, which image or temporal frame of the prompt; -1 is padding.
+      coords: [B, P, 2] int32, row and column of the patch in its image.
     """
 
     patches: Leaf
@@ -40,8 +41,8 @@ class VisionInput(Generic[Leaf]):
     coords: Leaf
 
     @property
-    def windows(self: "VisionInput[np.ndarray] | VisionInput[Array]") -> int:
-        """W."""
+    def length(self: "VisionInput[np.ndarray] | VisionInput[Array]") -> int:
+        """P."""
         return self.frame.shape[1]
 
 
@@ -51,15 +52,18 @@ class VisionFeatures(Generic[Leaf]):
     """All images and frames of each prompt after the vision tower, where that does not train.
 
     Attributes:
-      tokens: [B, M, C], M = W·S/4 merged tokens in window order: what the merger gives, or, where
-        that trains, what it takes.
-      windows: W.
+      tokens: [B, M, C], M = P/4 merged tokens in the order of patches: what the merger gives, or,
+        where that trains, what it takes.
       merged: whether the merger was applied.
     """
 
     tokens: Leaf
-    windows: int = field(metadata={"static": True})
     merged: bool = field(metadata={"static": True})
+
+    @property
+    def length(self: "VisionFeatures[np.ndarray] | VisionFeatures[Array]") -> int:
+        """M."""
+        return self.tokens.shape[1]
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +77,7 @@ class PromptBatch(Generic[Leaf]):
       position: [B, 3, T] int32 M-RoPE positions.
       next_position: [B] int32 position of the first response token.
       image_index: [B, T] int32 merged vision token at each token, -1 for text.
-      vision: the images' windows, or their features.
+      vision: the images' patches, or their features.
     """
 
     ids: Leaf
@@ -106,7 +110,7 @@ class PackedRows(Generic[Leaf]):
         or the prompt's last; -1 is padding.
       label: [B, R] int32, the response tokens.
       sample: [B, R] int32, which response of the row each is of; -1 is padding.
-      vision: the windows of all the row's images, or their features.
+      vision: the patches of all the row's images, or their features.
       limits: of the groups.
     """
 
@@ -128,14 +132,14 @@ class PackedRows(Generic[Leaf]):
 
 
 @dataclass(frozen=True)
-class WindowLayout:
-    """The windows of one prompt's images.
+class PatchLayout:
+    """The patches of one prompt's images in the order in which a vision tower takes them.
 
     Attributes:
-      source: [W, S] int32, which of the processor's patches is in each slot; -1 is padding.
-      frame: [W, S] int32, which image or temporal frame; -1 is padding.
-      coords: [W, S, 2] int32, row and column of the patch in its image.
-      merged: [n] int32, slot among the W·S/4 merged ones for each merged token in reading order.
+      source: [P] int32, which of the processor's patches is at each place.
+      frame: [P] int32, which image or temporal frame.
+      coords: [P, 2] int32, row and column of the patch in its image.
+      merged: [P/4] int32, the place of each merged token in reading order.
     """
 
     source: np.ndarray
@@ -144,6 +148,11 @@ class WindowLayout:
     merged: np.ndarray
 
 
+def patch_count(grids: Iterable[Grid]) -> int:
+    """Patches of images."""
+    return sum(t * h * w for t, h, w in grids)
+
+
 def merged_tokens(config: VisionConfig, grid: Grid) -> int:
     """Tokens of an image in the prompt."""
-    return grid[0] * grid[1] * grid[2] // config.merge_unit
+    return patch_count([grid]) // config.merge_unit

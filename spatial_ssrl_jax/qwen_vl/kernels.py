@@ -197,6 +197,49 @@ def self_attention(
     return run(q_BTNH, k_BKTH, v_BKTH, visible)
 
 
+def local_attention(
+    q_BTNH: Array,
+    k_BTNH: Array,
+    v_BTNH: Array,
+    segment_BT: Array,
+    longest: int,
+    compute: Compute,
+) -> Array:
+    """Attention inside short segments: a block of tokens sees itself and its two neighbours.
+
+    Args:
+      q_BTNH, k_BTNH, v_BTNH: queries, keys and values.
+      segment_BT: int32, which segment; the tokens of one are neighbours, and -1 is padding, whose
+        results are undefined.
+      longest: tokens of a segment at most, and of a block.
+      compute: the kernel; `splash`, whose blocks are longer than such segments, gives way to XLA.
+
+    Returns:
+      [B, T, N, H] in the dtype of `v`.
+    """
+    batch, length = segment_BT.shape
+    count = -(-length // longest)
+
+    def blocks(x: Array) -> Array:
+        padding = ((0, 0), (0, count * longest - length), *((0, 0),) * (x.ndim - 2))
+        return jnp.pad(x, padding).reshape(batch, count, longest, *x.shape[2:])
+
+    def near(x: Array) -> Array:
+        """[B·blocks, 3·longest, …]: each block after the one before it, and before the next."""
+        if count > 1:
+            x = jnp.pad(x, ((0, 0), (1, 1), *((0, 0),) * (x.ndim - 2)))
+            x = jnp.concatenate((x[:, :-2], x[:, 1:-1], x[:, 2:]), axis=2)
+        return x.reshape(-1, *x.shape[2:])
+
+    segment = blocks(segment_BT + 1)  # 0 is padding
+    queries, q = segment.reshape(-1, longest, 1), blocks(q_BTNH)
+    keys, values = (near(blocks(x)).swapaxes(1, 2) for x in (k_BTNH, v_BTNH))
+    of_keys = near(segment)[:, None]
+    block = attend_cudnn if compute.attention.name == "cudnn" else attend_block
+    out = block(q.reshape(-1, *q.shape[2:]), keys, values, (queries == of_keys) & (of_keys > 0))
+    return out.reshape(batch, -1, *q_BTNH.shape[2:])[:, :length]
+
+
 def decode_attention(
     qkv_BGKPH: Array,
     rotary: Rotary,

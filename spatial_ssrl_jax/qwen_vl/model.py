@@ -91,10 +91,10 @@ def bind(config: QwenVLConfig, params: Params) -> QwenVL:
 def encode_vision(
     model: QwenVL, vision: VisionInput[Array], compute: Compute, merge: bool
 ) -> VisionFeatures[Array]:
-    """Runs the vision tower on windows of images, and with `merge` its merger."""
+    """Runs the vision tower on images, and with `merge` its merger."""
     tokens = model.vision.encode(vision, compute)
     tokens = model.vision.merge(tokens, compute) if merge else tokens
-    return VisionFeatures(tokens, vision.windows, merge)
+    return VisionFeatures(tokens, merge)
 
 
 def embed_prompt(
@@ -103,7 +103,7 @@ def embed_prompt(
     """[B, T, D] token embeddings, those of images from the vision tower."""
     x = compute.constrain(model.text.embed[...][prompts.ids].astype(compute.dtype))
     vision = prompts.vision
-    if vision.windows == 0:
+    if vision.length == 0:
         return x
     if isinstance(vision, VisionInput):
         vision = encode_vision(model, vision, compute, merge=True)

@@ -1,11 +1,10 @@
 """Qwen2.5-VL's own parts: `config.json`, vision tower, window layout, M-RoPE positions, Hub names.
 
-Shape letters: B prompts, W windows of a prompt, S patches of a window (64), D width, M merged
-tokens of a window (S/4).
+Shape letters: B prompts or rows, P patches, D width, M merged tokens (P/4).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,10 @@ from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.common.json_file import FETCH, JsonObject
 from spatial_ssrl_jax.common.text import shown
 from spatial_ssrl_jax.qwen_vl.attention import Visible
-from spatial_ssrl_jax.qwen_vl.compute import XLA, Compute
+from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import PIXEL_KEYS, QwenVLConfig, TextConfig, VisionConfig
-from spatial_ssrl_jax.qwen_vl.inputs import Grid, VisionInput, WindowLayout
-from spatial_ssrl_jax.qwen_vl.kernels import self_attention
+from spatial_ssrl_jax.qwen_vl.inputs import Grid, PatchLayout, VisionInput, patch_count
+from spatial_ssrl_jax.qwen_vl.kernels import local_attention, self_attention
 from spatial_ssrl_jax.qwen_vl.layers import GatedMLP, Init, Linear, RMSNorm, scan_layers
 from spatial_ssrl_jax.qwen_vl.pixels import normalize_patches
 from spatial_ssrl_jax.qwen_vl.rope import Rotary, rotate, vision_rotary
@@ -239,6 +238,7 @@ class VisionBlock(nnx.Module):
 
     def __init__(self, init: Init, config: Qwen2_5VisionConfig):
         width, heads, size = config.hidden_size, config.num_heads, config.head_dim
+        self.window_patches = config.window_patches
         self.norm1 = RMSNorm(init, width, 1e-6)
         self.norm2 = RMSNorm(init, width, 1e-6)
         qkv_axes = ("embed", None, "heads", "head_dim")
@@ -252,9 +252,9 @@ class VisionBlock(nnx.Module):
 
     def __call__(
         self,
-        x_BWSD: Array,
+        x_BPD: Array,
         rotary: Rotary,
-        of_window: Visible,
+        of_window: Array,
         of_image: Visible,
         is_full: Array,
         compute: Compute,
@@ -262,38 +262,30 @@ class VisionBlock(nnx.Module):
         """Runs the block.
 
         Args:
-          x_BWSD: the patches.
-          rotary: their angles, [B, W, S, H/2].
-          of_window: what a patch sees of its window, a row of [B·W, S].
-          of_image: what it sees of its image or frame in the row [B, W·S].
+          x_BPD: the patches.
+          rotary: their angles, [B, P, H/2].
+          of_window: [B, P] int32, which window of the row a patch is of; -1 is padding.
+          of_image: what it sees of its image or frame.
           is_full: [] bool, whether a patch sees its whole image; else its window.
           compute: how to compute.
 
         Returns:
-          [B, W, S, D].
+          [B, P, D].
         """
-        batch, windows, size, _ = x_BWSD.shape
-        qkv = self.qkv(self.norm1(x_BWSD))
+        qkv = self.qkv(self.norm1(x_BPD))
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         q, k = rotate(q, *rotary), rotate(k, *rotary)
 
-        def attention(visible: Visible, compute: Compute) -> Callable[[Array, Array, Array], Array]:
-            def run(q: Array, k: Array, v: Array) -> Array:
-                rows = visible.segment.shape
-                q, k, v = (t.reshape(*rows, *t.shape[3:]) for t in (q, k, v))
-                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-                out = self_attention(q, k, v, visible, compute, causal=False)
-                return out.reshape(batch, windows, size, *out.shape[2:])
+        def image(q: Array, k: Array, v: Array) -> Array:
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            return self_attention(q, k, v, of_image, compute, causal=False)
 
-            return run
+        def window(q: Array, k: Array, v: Array) -> Array:
+            return local_attention(q, k, v, of_window, self.window_patches, compute)
 
-        full = attention(of_image, compute)
-        if compute.attention.name == "splash":  # whose blocks are twice as long as a window
-            compute = dataclasses.replace(compute, attention=XLA)
-        window = attention(of_window, compute)
-        mixed = jax.lax.cond(is_full, full, window, q, k, v)
-        x_BWSD = x_BWSD + self.proj(mixed)
-        return x_BWSD + self.mlp(self.norm2(x_BWSD))
+        mixed = jax.lax.cond(is_full, image, window, q, k, v)
+        x_BPD = x_BPD + self.proj(mixed)
+        return x_BPD + self.mlp(self.norm2(x_BPD))
 
 
 class Merger(nnx.Module):
@@ -322,21 +314,18 @@ class VisionTower(nnx.Module):
         """Encodes the images of B prompts.
 
         Args:
-          vision: the windows.
+          vision: the patches.
           compute: how to compute.
 
         Returns:
-          [B, W·M, 4·D]: the four patches of each merged token, in window order.
+          [B, M, 4·D]: the four patches of each merged token, in the order of patches.
         """
         config = self.config
-        batch, windows, size = vision.frame.shape
         pixels = normalize_patches(vision.patches, config)
         x = self.patch_embed(pixels.astype(compute.dtype))
         rotary = vision_rotary(config, vision.coords)
-        in_window = jnp.where(vision.frame >= 0, 0, -1).reshape(batch * windows, size)
-        of_window = Visible.in_segments(in_window, causal=False)
-        in_image = vision.frame.reshape(batch, windows * size)
-        of_image = Visible.in_segments(in_image, causal=False)
+        of_window = self._windows(vision)
+        of_image = Visible.in_segments(vision.frame, causal=False)
         full = [i in config.fullatt_block_indexes for i in range(config.depth)]
 
         def step(block: VisionBlock, x: Array, is_full: Array) -> tuple[Array, None]:
@@ -344,10 +333,18 @@ class VisionTower(nnx.Module):
             return block(x, rotary, of_window, of_image, is_full, compute), None
 
         x, _ = scan_layers(self.blocks, step, x, jnp.array(full), remat=compute.remat)
-        return compute.constrain(x).reshape(batch, windows * size // config.merge_unit, -1)
+        return compute.constrain(x).reshape(len(x), x.shape[1] // config.merge_unit, -1)
+
+    def _windows(self, vision: VisionInput[Array]) -> Array:
+        """[B, P] int32, which window of the row each patch is of; -1 is padding."""
+        side = self.config.window_side * self.config.spatial_merge_size
+        place = jnp.concatenate((vision.frame[..., None], vision.coords // side), axis=-1)
+        starts = (place[:, 1:] != place[:, :-1]).any(axis=-1)
+        window = jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+        return jnp.where(vision.frame >= 0, window, -1)
 
     def merge(self, x_BMC: Array, compute: Compute) -> Array:
-        """[B, W·M, D_text]: one vector a merged token, of what `encode` gives."""
+        """[B, M, D_text]: one vector a merged token, of what `encode` gives."""
         patches = x_BMC.reshape(*x_BMC.shape[:2], self.config.merge_unit, -1)
         x = self.merger.norm(patches).reshape(x_BMC.shape)
         return compute.constrain(self.merger(x))
@@ -356,20 +353,13 @@ class VisionTower(nnx.Module):
 # Windows and positions ----------------------------------------------------------------------------
 
 
-def window_count(config: Qwen2_5VisionConfig, grids: Sequence[Grid]) -> int:
-    """Windows that the images fill, known from their sizes alone."""
-    side = config.window_side * config.spatial_merge_size
-    return sum(t * -(-h // side) * -(-w // side) for t, h, w in grids)
-
-
-def lay_out_windows(config: Qwen2_5VisionConfig, grids: Sequence[Grid]) -> WindowLayout:
-    """Lays the patches of a prompt's images out in windows of `config.window_patches` slots."""
-    total = window_count(config, grids)
-    size, unit, side = config.window_patches, config.merge_unit, config.window_side
-    source = np.full((total, size // unit, unit), -1, np.int32)
-    frame = np.full((total, size // unit, unit), -1, np.int32)
-    coords = np.zeros((total, size // unit, unit, 2), np.int32)
-    merged, first_window, first_patch, first_frame = [], 0, 0, 0
+def lay_out_patches(config: Qwen2_5VisionConfig, grids: Sequence[Grid]) -> PatchLayout:
+    """Lays the patches of a prompt's images out, window after window and image after image."""
+    total, unit, side = patch_count(grids), config.merge_unit, config.window_side
+    source = np.zeros((total // unit, unit), np.int32)
+    frame = np.zeros((total // unit, unit), np.int32)
+    coords = np.zeros((total // unit, unit, 2), np.int32)
+    merged, first, first_frame = [], 0, 0
     merge = config.spatial_merge_size
     inside = np.stack(np.divmod(np.arange(unit), merge), axis=-1)
     for t, h, w in grids:
@@ -377,21 +367,19 @@ def lay_out_windows(config: Qwen2_5VisionConfig, grids: Sequence[Grid]) -> Windo
             a.ravel()
             for a in np.meshgrid(*map(np.arange, (t, h // merge, w // merge)), indexing="ij")
         )
-        across, down = -(-(w // merge) // side), -(-(h // merge) // side)
-        window = first_window + (time * down + row // side) * across + column // side
-        slot = row % side * side + column % side
-        token = np.arange(len(time))
-        source[window, slot] = first_patch + token[:, None] * unit + np.arange(unit)
-        frame[window, slot] = (first_frame + time)[:, None]
-        coords[window, slot] = np.stack((row, column), axis=-1)[:, None] * merge + inside
-        merged.append(window * (size // unit) + slot)
-        first_window += t * down * across
-        first_patch += t * h * w
+        index = first + np.arange(len(time))
+        slot = np.empty_like(index)
+        slot[np.lexsort((column, row, column // side, row // side, time))] = index
+        source[slot] = index[:, None] * unit + np.arange(unit)
+        frame[slot] = (first_frame + time)[:, None]
+        coords[slot] = np.stack((row, column), axis=-1)[:, None] * merge + inside
+        merged.append(slot)
+        first += len(time)
         first_frame += t
-    return WindowLayout(
-        source.reshape(total, size),
-        frame.reshape(total, size),
-        coords.reshape(total, size, 2),
+    return PatchLayout(
+        source.ravel(),
+        frame.ravel(),
+        coords.reshape(-1, 2),
         np.concatenate(merged).astype(np.int32) if merged else np.zeros(0, np.int32),
     )
 

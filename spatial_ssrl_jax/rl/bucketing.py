@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import Config
-from spatial_ssrl_jax.data.batching import pad_prompts, smallest_bucket
+from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.processor import Prompt
 from spatial_ssrl_jax.parallel.collectives import all_gather
 from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
@@ -18,11 +19,11 @@ class BatchShape:
 
     Attributes:
       tokens: of each prompt.
-      windows: vision windows of each prompt.
+      patches: of the images of each prompt.
     """
 
     tokens: int
-    windows: int
+    patches: int
 
 
 @dataclass(frozen=True)
@@ -30,26 +31,29 @@ class Buckets:
     """Sizes of prompts that programs are compiled for.
 
     Attributes:
-      prompt, window: the config's `data.prompt_buckets` and `data.window_buckets`.
+      shapes: the config's `data.buckets`, ascending.
     """
 
-    prompt: tuple[int, ...]
-    window: tuple[int, ...]
+    shapes: tuple[BatchShape, ...]
 
     @classmethod
     def of(cls, config: Config) -> "Buckets":
         """The config's."""
-        return cls(config.data.prompt_buckets, config.data.window_buckets)
+        return cls(tuple(BatchShape(*size) for size in config.data.buckets))
 
-    def shape(self, tokens: int, windows: int) -> BatchShape:
+    def shape(self, tokens: int, patches: int) -> BatchShape:
         """The smallest shape that holds the given sizes.
 
         Raises:
           UserError: no bucket does.
         """
-        return BatchShape(
-            smallest_bucket(tokens, self.prompt, "data.prompt_buckets"),
-            smallest_bucket(windows, self.window, "data.window_buckets"),
+        for shape in self.shapes:
+            if tokens <= shape.tokens and patches <= shape.patches:
+                return shape
+        sizes = ", ".join(f"{s.tokens} with {s.patches}" for s in self.shapes)
+        raise UserError(
+            f"no bucket holds a prompt of {tokens} tokens with {patches} patches (there are "
+            f"{sizes}): add a larger one to data.prompt_buckets and data.patch_buckets."
         )
 
 
@@ -68,14 +72,14 @@ class BatchSlice:
     def pad(self, prompts: Sequence[Prompt]) -> PromptBatch[np.ndarray]:
         """Its rows of this process's prompts, padded to its shape."""
         members = [prompts[row] for row in self.rows]
-        return pad_prompts(members, self.shape.tokens, self.shape.windows)
+        return pad_prompts(members, self.shape.tokens, self.shape.patches)
 
 
 def bucket_by_length(sizes: np.ndarray, rows: int, buckets: Buckets) -> list[BatchSlice]:
     """Sorts this process's prompts by length and splits them into batches.
 
     Args:
-      sizes: [n, 2] tokens and vision windows of each prompt.
+      sizes: [n, 2] tokens and patches of each prompt.
       rows: prompts of a batch on this process; divides n.
       buckets: sizes to pad to.
 

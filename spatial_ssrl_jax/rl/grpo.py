@@ -324,7 +324,7 @@ class Grpo:
         rows, loss = batch.rows, self.loss
         vision = rows.vision
         assert isinstance(vision, VisionInput)  # as put there
-        if not self.settings.reuses_vision or vision.windows == 0:
+        if not self.settings.reuses_vision or vision.length == 0:
             return batch
         merge = not self.settings.trains("merger")
         self.gap.end()

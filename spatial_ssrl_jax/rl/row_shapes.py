@@ -26,7 +26,7 @@ from spatial_ssrl_jax.rl.stages import Stage
 _PROMPT_SHARES = (0.75, 0.5, 0.33)
 _LENGTHS = (0.64, 0.8, 1.0)
 _MANY_GROUPS = 24
-_STEP = 64  # response tokens of a row are a multiple of it, where there are so many
+_STEP = 64  # of which derived sizes are multiples; the patches of a whole window
 
 
 def row_shapes(
@@ -45,9 +45,9 @@ def row_shapes(
     """
     settings, limit = stage.settings, config.rollout.max_new_tokens
     group = settings.responses_per_prompt
-    prompt, windows = max(config.data.prompt_buckets), max(config.data.window_buckets)
-    largest = Content(prompt + group * limit, windows, group * limit)
-    named = settings.row_tokens, settings.row_windows, settings.row_responses
+    prompt, patches = config.data.buckets[-1]
+    largest = Content(prompt + group * limit, patches, group * limit)
+    named = settings.row_tokens, settings.row_patches, settings.row_responses
     groups = stage.update_prompts / settings.micro_batch_rows
     sizes = [Content(*size) for size in zip(*named, strict=True)]
     for_splash = kernel is None or kernel.name == "splash"
@@ -61,9 +61,9 @@ def row_shapes(
         )
     if len(sizes) == 1 and shapes[0].capacity != sizes[0]:
         raise UserError(
-            f"{stage.name}.row_tokens, row_windows and row_responses name one size of rows, of "
+            f"{stage.name}.row_tokens, row_patches and row_responses name one size of rows, of "
             f"{', '.join(map(str, sizes[0]))}, which does not hold the largest prompt, of {prompt} "
-            f"tokens and {windows} windows, with {group} x {limit} response tokens: raise them to "
+            f"tokens and {patches} patches, with {group} x {limit} response tokens: raise them to "
             f"{', '.join(map(str, shapes[0].capacity))}, or name a second size for it."
         )
     return shapes
@@ -105,8 +105,8 @@ def _derived_sizes(largest: Content, tokens: int, groups: float) -> list[Content
     for scale, share in zip(scales, shares, strict=True):
         length = math.ceil(scale * tokens / _STEP) * _STEP
         responses = math.ceil((1 - share * 0.7) * length / _STEP) * _STEP
-        windows = math.ceil(share * length * largest.windows / prompt)
-        sizes.append(Content(length, windows, min(responses, length)))
+        patches = math.ceil(share * length * largest.patches / prompt / _STEP) * _STEP
+        sizes.append(Content(length, patches, min(responses, length)))
     return sizes
 
 
@@ -214,8 +214,7 @@ def _agreed(packings: Sequence[Packing], size: int) -> np.ndarray:
 def row_cost(shape: RowShape, model: QwenVLConfig) -> float:
     """Multiplications of a row's forward pass, without attention's."""
     text, vision = model.text, model.vision
-    tokens, windows, responses = shape.capacity
-    patches = windows * vision.window_patches
+    tokens, patches, responses = shape.capacity
     cost = tokens * text.layer_weights + patches * vision.block_weights
     return float(cost + responses * text.hidden_size * text.vocab_size)
 

@@ -119,4 +119,4 @@ class UpdatesAhead:
 def _key(batch: GroupBatch[Any]) -> tuple[Any, ...]:
     """What tells micro-batches of different shapes apart."""
     rows = batch.rows
-    return (*rows.ids.shape, rows.vision.windows, rows.place.shape[1], rows.limits)
+    return (*rows.ids.shape, rows.vision.length, rows.place.shape[1], rows.limits)

@@ -413,4 +413,4 @@ def items_of(
 
 def _limit(config: Config) -> PromptSize:
     """The largest prompt that fits the buckets."""
-    return PromptSize(max(config.data.prompt_buckets), max(config.data.window_buckets))
+    return PromptSize(*config.data.buckets[-1])

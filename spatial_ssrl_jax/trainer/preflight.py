@@ -67,7 +67,7 @@ class Records(TypedDict):
 class StageReport(TypedDict):
     """A stage's steps, the tokens and bytes of one, and the bytes of its state.
 
-    SFT has `response_tokens`, GRPO `response_tokens_at_most`. `bucket` is [tokens, windows] of the
+    SFT has `response_tokens`, GRPO `response_tokens_at_most`. `bucket` is [tokens, patches] of the
     first prompts; `seconds_a_step` is None before the run has steps.
     """
 
@@ -224,7 +224,7 @@ def _stage_report(
         "prompts": settings.prompts,
         "prompt_tokens": round(prompts * scale),
         "measured_prompts": len(batch.items),
-        "bucket": [largest.tokens, largest.windows],
+        "bucket": [largest.tokens, largest.patches],
         "batch_bytes": round(sum(p.nbytes for p in batch.prompts) * scale / jax.process_count()),
         "padding_share": round(padding, 3),
         "trained": _count(state.trained),

@@ -56,7 +56,7 @@ def _stage_lines(stage: StageReport) -> Iterator[tuple[str, str]]:
     limit = stage.get("response_tokens_at_most")
     response = f"at most {limit:,}" if limit else f"{stage.get('response_tokens', 0):,}"
     left = f", {stage['steps_left']:,} left" if stage["steps_left"] < stage["steps"] else ""
-    tokens, windows = stage["bucket"]
+    tokens, patches = stage["bucket"]
     padding = f"{stage['padding_share']:.0%} padding"
     memory = dict(stage["memory_bytes_a_device"])
     total = byte_size(memory.pop("sum"))
@@ -65,7 +65,7 @@ def _stage_lines(stage: StageReport) -> Iterator[tuple[str, str]]:
     yield "tokens a step", f"{stage['prompt_tokens']:,} of prompts, {response} of responses"
     yield (
         f"first {stage['measured_prompts']} prompts",
-        f"bucket of {tokens:,} tokens and {windows:,} windows, {padding}",
+        f"bucket of {tokens:,} tokens and {patches:,} patches, {padding}",
     )
     yield "host memory", f"{byte_size(stage['batch_bytes'])} a batch of prompts"
     yield "parameters", f"{stage['trained']:,} trained, {stage['frozen']:,} frozen"

@@ -42,7 +42,7 @@ def test_a_rollouts_matmuls_are_those_that_it_needs(toy):
     """Except for masked ones: half of the prompt's square, and slots that are still empty."""
     prompt = toy.prompt(0, 14, [GRID])
     length, group, limit = len(prompt.ids), 3, 8
-    batch = jax.tree.map(jnp.asarray, pad_prompts([prompt], length, 1))
+    batch = jax.tree.map(jnp.asarray, pad_prompts([prompt], length, len(prompt.frame)))
     params = abstract_params(toy.config)
     once, looped = rollout_matmuls(toy.config, Compute(), params, batch, group, limit)
     done = flops(once) + limit * flops(looped)

@@ -14,13 +14,13 @@ from tests.rl.conftest import CONFIG as MODEL
 
 CONFIG = replace(
     Config("x"),
-    data=DataSettings(prompt_buckets=(64, 128), window_buckets=(4, 8)),
+    data=DataSettings(prompt_buckets=(64, 128), patch_buckets=(160, 320)),
     grpo=GrpoSettings(
         prompts=8,
         minibatches_per_rollout=2,
         group_size=2,
         row_tokens=(256, 256),
-        row_windows=(9, 10),
+        row_patches=(360, 400),
         row_responses=(64, 128),
         micro_batch_rows=1,
     ),
@@ -29,9 +29,9 @@ CONFIG = replace(
 TWENTY = LogNormalLengths(20.0, 0.0, 64, 0.4)
 
 
-def one(tokens: int, words: int, response: int, windows: int = 4) -> TaskLengths:
+def one(tokens: int, words: int, response: int, patches: int = 160) -> TaskLengths:
     """A task with images of so many tokens."""
-    images = np.array([[tokens, windows]])
+    images = np.array([[tokens, patches]])
     return TaskLengths(1.0, np.ones(1), images, *np.array([[words], [response]]))
 
 
@@ -41,25 +41,22 @@ def measure(*tasks: TaskLengths, config: Config = CONFIG, **changes) -> dict:
 
 
 def test_prompts_of_one_length():
-    """Groups of 40 + 8 + 2 x 12 = 72 and 48 + 2 x 20 = 88 tokens: two in each row, for four
-    windows each; rows of 64 response tokens hold two of 24, and one of 40, those of 128 two.
+    """Groups of 40 + 8 + 2 x 12 = 72 and 48 + 2 x 20 = 88 tokens: two in each row, with
+    160 patches each; rows of 64 response tokens hold two of 24, and one of 40, those of 128 two.
     """
     found = measure(one(40, 8, 12))
     assert found["config"] == "x" and found["source"] == "x" and found["steps"] == 5
     assert found["prompt_tokens_mean"] == 48
     assert found["prompt_tokens"] == {"10%": 48, "50%": 48, "90%": 48, "100%": 48}
-    assert set(found["prompt_windows"].values()) == {4}
+    assert set(found["prompt_patches"].values()) == {160}
     synthetic, drawn = found["synthetic"], found["drawn"]
     assert (synthetic["response_tokens_mean"], drawn["response_tokens_mean"]) == (12, 20)
     assert synthetic["token_padding_share"] == pytest.approx(1 - 144 / 256, abs=1e-4)
-    assert synthetic["window_padding_share"] == pytest.approx(1 - 8 / 9, abs=1e-4)
     assert synthetic["response_padding_share"] == pytest.approx(1 - 48 / 64, abs=1e-4)
     assert drawn["token_padding_share"] == pytest.approx(1 - 176 / 256, abs=1e-4)
-    assert drawn["window_padding_share"] == pytest.approx(1 - 8 / 10, abs=1e-4)
     assert drawn["response_padding_share"] == pytest.approx(1 - 80 / 128, abs=1e-4)
-    # 40 tokens of images have 160 patches; 64 are in each window that is computed.
-    assert synthetic["patch_padding_share"] == pytest.approx(1 - 320 / 576, abs=1e-4)
-    assert drawn["patch_padding_share"] == pytest.approx(1 - 320 / 640, abs=1e-4)
+    assert synthetic["patch_padding_share"] == pytest.approx(1 - 320 / 360, abs=1e-4)
+    assert drawn["patch_padding_share"] == pytest.approx(1 - 320 / 400, abs=1e-4)
     assert synthetic["programs"] == drawn["programs"] == 1
 
 
@@ -69,18 +66,18 @@ def test_flops_are_those_of_matmuls():
     text, vision = (2 * (32 * n + 3 * 32 * 48) for n in (96, 128))
     head = 32 * MODEL.text.vocab_size
     needed = 144 * text + 320 * vision + 48 * head
-    computed = 256 * text + 576 * vision + 64 * head
+    computed = 256 * text + 360 * vision + 64 * head
     assert found["synthetic"]["flops_ratio"] == pytest.approx(computed / needed, abs=1e-4)
     needed = 176 * text + 320 * vision + 80 * head
-    computed = 256 * text + 640 * vision + 128 * head
+    computed = 256 * text + 400 * vision + 128 * head
     assert found["drawn"]["flops_ratio"] == pytest.approx(computed / needed, abs=1e-4)
 
 
 def test_a_mix_of_two_lengths():
     """Groups of 88 and 216 tokens, of which two short ones share a row."""
-    one_size = {"row_tokens": (256,), "row_windows": (8,), "row_responses": (128,)}
+    one_size = {"row_tokens": (256,), "row_patches": (320,), "row_responses": (128,)}
     config = replace(CONFIG, grpo=replace(CONFIG.grpo, **one_size))
-    found = measure(one(40, 8, 12), one(80, 16, 12, windows=8), config=config, steps=50)
+    found = measure(one(40, 8, 12), one(80, 16, 12, patches=320), config=config, steps=50)
     short = (found["prompt_tokens_mean"] - 96) / (48 - 96)  # fraction of short prompts drawn
     assert 0.4 < short < 0.6
     assert [found["prompt_tokens"][share] for share in ("10%", "90%")] == [48, 96]
@@ -101,10 +98,10 @@ def test_rows_of_a_micro_batch_that_lack_groups_are_padding():
 
 
 def test_what_is_too_large_for_short_rows_goes_into_longer_ones():
-    """Rows of 100 tokens hold groups of 72 or 88, and none of 144 and 160, of eight windows."""
-    sizes = {"row_tokens": (100, 256), "row_windows": (4, 8), "row_responses": (40, 128)}
+    """Rows of 100 tokens hold groups of 72 or 88, and none of 144 and 160, of 320 patches."""
+    sizes = {"row_tokens": (100, 256), "row_patches": (160, 320), "row_responses": (40, 128)}
     config = replace(CONFIG, grpo=replace(CONFIG.grpo, **sizes))
-    tasks = one(40, 8, 12), one(112, 8, 12, windows=8)
+    tasks = one(40, 8, 12), one(112, 8, 12, patches=320)
     found = measure(*tasks, config=config, steps=50)
     short = (found["prompt_tokens_mean"] - 120) / (48 - 120)  # fraction of short prompts drawn
     needed = found["prompt_tokens_mean"] + 24

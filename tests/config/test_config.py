@@ -69,9 +69,9 @@ def test_an_override_of_each_type(path: str, key: str, text: str, value):
 
 
 def test_numbers_where_none_are_named(path: str):
-    sizes = {"row_tokens": "99", "row_windows": "32,", "row_responses": "(8,)"}
+    sizes = {"row_tokens": "99", "row_patches": "32,", "row_responses": "(8,)"}
     grpo = load_config(path, [(f"grpo.{name}", text) for name, text in sizes.items()]).grpo
-    assert (grpo.row_tokens, grpo.row_windows, grpo.row_responses) == ((99,), (32,), (8,))
+    assert (grpo.row_tokens, grpo.row_patches, grpo.row_responses) == ((99,), (32,), (8,))
 
 
 def test_later_overrides_win_and_defaults_are_not_touched(path: str):
@@ -137,8 +137,20 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
         ({"sft.micro_batch_rows": "0"}, r"sft\.micro_batch_rows=0 must be at least 1"),
         ({"grpo.micro_batch_rows": "0"}, r"grpo\.micro_batch_rows=0 must be at least 1"),
         (
-            {"sft.row_tokens": "9", "sft.row_windows": "4,8", "sft.row_responses": "8"},
-            r"sft\.row_tokens=\(9,\), sft\.row_windows=\(4, 8\) and sft\.row_responses=\(8,\) must",
+            {"sft.row_tokens": "9", "sft.row_patches": "4,8", "sft.row_responses": "8"},
+            r"sft\.row_tokens=\(9,\), sft\.row_patches=\(4, 8\) and sft\.row_responses=\(8,\) must",
+        ),
+        (
+            {"sft.row_tokens": "9", "sft.row_patches": "6", "sft.row_responses": "8"},
+            r"sft\.row_patches=\(6,\) must be multiples of 4, the patches of a token",
+        ),
+        (
+            {"data.patch_buckets": "8,"},
+            r"data\.prompt_buckets=\(1024, 2048, 4096\) and data\.patch_buckets=\(8,\) must have",
+        ),
+        (
+            {"data.patch_buckets": "8,12,18"},
+            r"data\.patch_buckets=\(8, 12, 18\) must be multiples of 4",
         ),
         (
             {"grpo.row_responses": "8"},
@@ -147,25 +159,25 @@ def test_an_override_that_does_not_fit_is_explained(path: str, key: str, text: s
         (
             {
                 "grpo.row_tokens": "9," * 4,
-                "grpo.row_windows": "1," * 4,
+                "grpo.row_patches": "4," * 4,
                 "grpo.row_responses": "8," * 4,
             },
             r"grpo\.row_tokens=\(9, 9, 9, 9\) has more than 3 sizes of rows",
         ),
         (
-            {"sft.row_tokens": "9,9", "sft.row_windows": "1,1", "sft.row_responses": "9,10"},
+            {"sft.row_tokens": "9,9", "sft.row_patches": "4,4", "sft.row_responses": "9,10"},
             r"sft\.row_responses=10 is above sft\.row_tokens=9 of the same size",
         ),
         (
-            {"grpo.row_tokens": "0", "grpo.row_windows": "9", "grpo.row_responses": "64"},
+            {"grpo.row_tokens": "0", "grpo.row_patches": "9", "grpo.row_responses": "64"},
             r"grpo\.row_tokens=\(0,\): 0 must be at least 1",
         ),
         (
-            {"grpo.row_tokens": "9", "grpo.row_windows": "-1", "grpo.row_responses": "64"},
-            r"grpo\.row_windows=\(-1,\): -1 must be at least 0",
+            {"grpo.row_tokens": "9", "grpo.row_patches": "-1", "grpo.row_responses": "64"},
+            r"grpo\.row_patches=\(-1,\): -1 must be at least 0",
         ),
         (
-            {"sft.row_tokens": "9,9", "sft.row_windows": "9,9", "sft.row_responses": "0,64"},
+            {"sft.row_tokens": "9,9", "sft.row_patches": "9,9", "sft.row_responses": "0,64"},
             r"sft\.row_responses=\(0, 64\): 0 must be at least 1",
         ),
         ({"rollout.check_every": "3"}, r"rollout\.check_every=3 must divide rollout\.kv_block=256"),
@@ -251,7 +263,7 @@ def test_settings_that_contradict_one_another_are_refused(path: str, changes: di
         ("reward.accuracy_weight", 5.0, "at least 0 and at most 1"),
         ("reward.task_weights", {"flip": -1.0}, "at least 0"),
         ("data.prompt_buckets", (), "is empty"),
-        ("data.window_buckets", (8, 0), "at least 1"),
+        ("data.patch_buckets", (8, -1), "at least 0"),
         ("sft.freeze", "vision", "a tuple"),
         ("model.path", None, "text"),
         ("optim.offload", 1, "true or false"),

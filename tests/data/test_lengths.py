@@ -40,8 +40,7 @@ def test_prompts_are_as_long_as_measured(config, processor):
         source, range(len(source)), tasks_for(source, config.task_settings), processor, seed=0
     )
     prompts = [items[i].prompt for i in range(24)]
-    of_images = [int((p.image_index >= 0).sum()) for p in prompts]
-    found = {(len(p.ids), len(p.frame), n) for p, n in zip(prompts, of_images, strict=True)}
+    found = {(len(p.ids), len(p.frame)) for p in prompts}
     assert found == drawn and len(drawn) == 4
     assert 5 < responses.min() <= responses.max() < 60
 

@@ -19,7 +19,7 @@ from spatial_ssrl_jax.data.packing import (
 )
 from spatial_ssrl_jax.data.processor import Prompt
 
-SHAPE = RowShape(Content(tokens=64, windows=9, responses=20), longest_response=20)
+SHAPE = RowShape(Content(tokens=64, patches=36, responses=20), longest_response=20)
 # The longer a response may be, the fewer bits say where the first one starts: here at fourths.
 ALIGNED = RowShape(SHAPE.capacity, longest_response=2**20)
 SHAPES = pytest.mark.parametrize("shape", [SHAPE, ALIGNED], ids=("anywhere", "aligned"))
@@ -32,8 +32,8 @@ def contents(draw) -> list[Content]:
     for _ in range(draw(st.integers(0, 40))):
         responses = draw(st.integers(1, capacity.responses))
         prompt = draw(st.integers(1, capacity.tokens - responses - (ALIGNED.alignment - 1)))
-        windows = draw(st.integers(0, capacity.windows))
-        found.append(Content(prompt + responses, windows, responses))
+        patches = draw(st.integers(0, capacity.patches))
+        found.append(Content(prompt + responses, patches, responses))
     return found
 
 
@@ -54,7 +54,7 @@ def test_where_responses_start():
 def test_groups_may_be_held_to_less_than_a_row():
     """So that a token sees no more than that."""
     half = replace(ALIGNED, largest_group=32)
-    assert half.holds(Content(29, 9, 20)) and not half.holds(Content(30, 9, 20))
+    assert half.holds(Content(29, 36, 20)) and not half.holds(Content(30, 36, 20))
     assert half.limits.group == 32
     assert assign_rows([Content(29, 1, 2), Content(30, 1, 2)], half) == ([[0]], [1])
 
@@ -102,14 +102,14 @@ def test_no_row_opens_while_another_fits(shape: RowShape, contents: list[Content
 def test_rows_by_hand():
     """In the order 40, 30, 20, 20, 10 tokens: 40+20, 30+20+10.
 
-    Responses of 15 share no row, nor do images of 5 windows, nor 30 tokens each before which up to
+    Responses of 15 share no row, nor do images of 20 patches, nor 30 tokens each before which up to
     three may be free.
     """
     tokens = [20, 40, 10, 30, 20]
     five = [Content(n, 1, 2) for n in tokens]
     assert assign_rows(five, SHAPE) == ([[1, 0], [3, 4, 2]], [])
     assert assign_rows([Content(20, 1, 15)] * 2, SHAPE) == ([[0], [1]], [])
-    assert assign_rows([Content(20, 5, 2)] * 2, SHAPE) == ([[0], [1]], [])
+    assert assign_rows([Content(20, 20, 2)] * 2, SHAPE) == ([[0], [1]], [])
     assert assign_rows([Content(30, 1, 2)] * 2, SHAPE) == ([[0, 1]], [])
     assert assign_rows([Content(30, 1, 2)] * 2, ALIGNED) == ([[0], [1]], [])
     assert assign_rows([Content(29, 1, 2)] * 2, ALIGNED) == ([[0, 1]], [])
@@ -123,7 +123,7 @@ def test_rows_by_hand():
     ("shape", "content"),
     [
         (SHAPE, Content(65, 1, 2)),
-        (SHAPE, Content(20, 10, 2)),
+        (SHAPE, Content(20, 37, 2)),
         (SHAPE, Content(30, 1, 21)),
         (ALIGNED, Content(62, 1, 2)),
     ],
@@ -134,12 +134,12 @@ def test_a_group_larger_than_a_row_has_none(shape: RowShape, content: Content):
     padding = " and 3 of padding" if shape == ALIGNED else ""
     said = (
         f"has {content.tokens} tokens{padding}, {content.responses} of them in responses, and "
-        f"{content.windows} windows, which a row of 64 tokens, 20 response tokens and 9 windows "
-        "does not hold: raise row_tokens, row_responses or row_windows, or leave them out"
+        f"{content.patches} patches, which a row of 64 tokens, 20 response tokens and 36 patches "
+        "does not hold: raise row_tokens, row_responses or row_patches, or leave them out"
     )
     with pytest.raises(UserError, match=said):
         check_group(content, shape)
-    check_group(Content(61, 9, 20), shape)
+    check_group(Content(61, 36, 20), shape)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_row_by_hand(toy, shape: RowShape, segment, response, place):
 
 @pytest.fixture(scope="module")
 def groups(toy) -> list[Group]:
-    """Two images, none, and one; the first windows of each are not full."""
+    """Two images, none, and one."""
     grids = ([(1, 4, 6), (1, 10, 4)], [], [(1, 8, 12)])
     prompts = [toy.prompt(seed, 6 + seed, grid) for seed, grid in enumerate(grids)]
     counts = ([3, 1], [4], [2, 5, 1])
@@ -201,7 +201,7 @@ def groups(toy) -> list[Group]:
 
 @pytest.mark.parametrize("longest", [5, 2**20], ids=("anywhere", "aligned"))
 def test_each_group_is_laid_out_as_if_alone(toy, groups, longest: int):
-    shape, vision = RowShape(Content(110, 8, 20), longest), toy.config.vision
+    shape, vision = RowShape(Content(110, 240, 20), longest), toy.config.vision
     rows, places = fill_rows(groups, [[2, 1, 0], []], shape, vision)
     assert (rows.segment[1] == -1).all() and (rows.place[1] == -1).all()
     assert (rows.vision.frame[1] == -1).all()

@@ -417,7 +417,7 @@ def test_a_prompt_too_long_is_dropped_before_its_pixels_are_read():
     model = open_model("tiny")
     processor = Processor(model.files, model.config, min_pixels=28 * 28, max_pixels=2000 * 2000)
     items = item_dataset(
-        OneLarge(large=(2, 3)), range(6), weights(flip=1.0), processor, 0, PromptSize(256, 8)
+        OneLarge(large=(2, 3)), range(6), weights(flip=1.0), processor, 0, PromptSize(256, 512)
     )
     dropped = [skip for i in range(12) for skip in items[i].skipped]
     assert {skip.name for skip in dropped} == {"record-2", "record-3"} and len(dropped) >= 4
@@ -428,7 +428,7 @@ def test_the_question_counts_too(processor: Processor):
     length = processor.measure([(112, 112)], f"{QUESTION} {FORMAT_PROMPT}").tokens
     for limit, fits in ((length, True), (length - 1, False)):
         items = item_dataset(
-            SCENES, range(4), weights(flip=1.0), processor, 0, PromptSize(limit, 8)
+            SCENES, range(4), weights(flip=1.0), processor, 0, PromptSize(limit, 512)
         )
         if fits:
             assert items[0].skipped == () and len(items[0].prompt.ids) == limit
@@ -441,11 +441,11 @@ def test_buckets_that_hold_no_prompt_are_refused_beforehand(processor: Processor
     """From sizes alone, of images and of the text that every prompt has."""
     smallest = processor.measure([(112, 112)], FORMAT_PROMPT)
     fits = partial(check_fits, SCENES, range(4), weights(flip=1.0), processor)
-    fits(PromptSize(smallest.tokens, smallest.windows))
+    fits(PromptSize(smallest.tokens, smallest.patches))
     message = (
-        f"no flip prompt .* takes {smallest.tokens} and {smallest.windows}.*data.prompt_buckets"
+        f"no flip prompt .* takes {smallest.tokens} and {smallest.patches}.*data.prompt_buckets"
     )
-    for limit in (PromptSize(smallest.tokens - 1, 8), PromptSize(9999, smallest.windows - 1)):
+    for limit in (PromptSize(smallest.tokens - 1, 512), PromptSize(9999, smallest.patches - 1)):
         with pytest.raises(UserError, match=message):
             fits(limit)
 

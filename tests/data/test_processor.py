@@ -12,7 +12,7 @@ from spatial_ssrl_jax.checkpoint.export import copy_files
 from spatial_ssrl_jax.checkpoint.models import TINY, open_model
 from spatial_ssrl_jax.common.errors import BadImage, UserError
 from spatial_ssrl_jax.data import processor as module
-from spatial_ssrl_jax.data.batching import pad_responses, smallest_bucket
+from spatial_ssrl_jax.data.batching import pad_responses
 from spatial_ssrl_jax.data.processor import Processor
 from spatial_ssrl_jax.data.videos import Video
 from spatial_ssrl_jax.qwen_vl.family import read_config
@@ -137,7 +137,7 @@ def test_a_question_asked_again_is_as_it_was_the_first_time(processor, monkeypat
 
 def test_prompt_without_images(processor):
     prompt = processor.prompt("Why?", ())
-    assert prompt.patches.shape == (0, 64, 1176) and prompt.frame.shape == (0, 64)
+    assert prompt.patches.shape == (0, 1176) and prompt.frame.shape == (0,)
     assert (prompt.image_index == -1).all()
     assert prompt.next_position == len(prompt.ids)
 
@@ -195,7 +195,7 @@ def test_video_prompt(processor, config):
     after = prompt.position[:, indices[-1] + 1] - prompt.position[0, indices[0]]
     assert after.tolist() == [3, 3, 3]  # the longer side, as in an image
     assert prompt.next_position == prompt.position[0, -1] + 1
-    assert set(prompt.frame[prompt.frame >= 0]) == {0, 1, 2, 3}
+    assert set(prompt.frame) == {0, 1, 2, 3}
 
 
 def test_video_settings_of_their_own(copied, config):
@@ -240,16 +240,15 @@ def test_a_prompt_too_long_is_refused_before_pixels_are_read(processor, monkeypa
         processor.prompt("Where?", (random_image(112, 112),), max_tokens=length - 1)
 
 
-def test_prompt_patches_are_in_their_windows(processor):
-    """The patch at each slot is the one that its frame and coordinates name."""
+def test_prompt_patches_are_at_their_places(processor):
+    """Each patch is the one that its frame and coordinates name."""
     images = (random_image(140, 84, 1), random_image(56, 252, 2))
     prompt = processor.prompt("?", images)
-    filled = np.argwhere(prompt.frame >= 0)
-    assert len(filled) == 10 * 6 + 4 * 18
-    for window, slot in filled[::7]:
-        row, column = 14 * prompt.coords[window, slot]
-        pixel = images[prompt.frame[window, slot]][row + 3, column + 5, 1]
-        assert prompt.patches[window, slot].reshape(3, 2, 14, 14)[1, 0, 3, 5] == pixel
+    assert len(prompt.frame) == 10 * 6 + 4 * 18
+    for frame, coords, patch in zip(prompt.frame, prompt.coords, prompt.patches, strict=True):
+        row, column = 14 * coords
+        pixel = images[frame][row + 3, column + 5, 1]
+        assert patch.reshape(3, 2, 14, 14)[1, 0, 3, 5] == pixel
 
 
 def test_sizes_stay_within_limits(shared, config):
@@ -316,12 +315,6 @@ def test_responses_end_with_the_end_token(processor, config):
     ids = processor.encode_response("<think>left</think> \\boxed{2}")
     assert ids.dtype == np.int32 and ids[-1] == config.eos_token_id
     assert processor.decode(ids) == "<think>left</think> \\boxed{2}"
-
-
-def test_buckets():
-    assert [smallest_bucket(n, (64, 32), "data.x") for n in (1, 32, 33, 64)] == [32, 32, 64, 64]
-    with pytest.raises(UserError, match=r"data\.x=\(64, 32\) has no bucket for 65"):
-        smallest_bucket(65, (64, 32), "data.x")
 
 
 def test_padding_of_responses():

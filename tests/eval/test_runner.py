@@ -290,7 +290,7 @@ def test_sizes_are_known_from_headers_alone(fourteen: Path, checkpoint: Path):
     for question in ("Where?", "<video> and <image>"):
         planned = processor.measure([image.shape[:2]], question, [size])
         prompt = processor.prompt(question, [image], [video])
-        assert (planned.tokens, planned.windows) == (len(prompt.ids), len(prompt.frame))
+        assert (planned.tokens, planned.patches) == (len(prompt.ids), len(prompt.frame))
 
 
 def test_a_prompt_that_is_too_long_is_named(run, checkpoint: Path, many: Path, tmp_path: Path):

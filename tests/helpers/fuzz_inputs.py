@@ -605,7 +605,7 @@ SETTINGS = (
     "seed", "grpo.steps", "grpo.learning_rate", "data.prompt_buckets", "sft.freeze", "model.dtype",
     "tasks.flip.weight", "tasks.shuffle.kinds", "tasks.shuffle.kinds.3x1", "grpo", "", ".", "a.b.c",
     "grpo.lora.rank", "mesh.fsdp", "data.source", "grpo.scale_rewards", "eval.benchmark_data",
-    "reward", "name", "grpo..steps", "sft.row_windows", "grpo.lora.targets", "__class__", "tasks",
+    "reward", "name", "grpo..steps", "sft.row_patches", "grpo.lora.targets", "__class__", "tasks",
 )  # fmt: skip
 SETTING_VALUES = (
     "", " ", "x", "-1", "1e400", "nan", "1" * 5000, "None", "True", "[]", "()", "{}", "(1,", "1+1",

@@ -39,7 +39,7 @@ def pack_groups(
       tokens: [B, G, R] int32.
       length: [B, G] int32.
       rows: numbers of each row's groups.
-      spare: tokens, windows and response tokens of padding in the fullest row.
+      spare: tokens, merged tokens of images, and response tokens of padding in the fullest row.
       least: size of a row at least.
     """
     groups = [
@@ -47,7 +47,8 @@ def pack_groups(
         for prompt, *group in zip(prompts, tokens, length, strict=True)
     ]
     contents = np.array([group.content for group in groups])
-    most = np.max([contents[list(row)].sum(axis=0) for row in rows], axis=0) + spare
+    most = np.max([contents[list(row)].sum(axis=0) for row in rows], axis=0)
+    most += spare * np.array((1, config.vision.merge_unit, 1))
     size = Content(*np.maximum(most, least or 0).tolist())
     shape = RowShape(size, int(tokens.shape[2]))
     return fill_rows(groups, rows, shape, config.vision)

@@ -19,7 +19,11 @@ from tests.conftest import ROOT, random_params
 
 # Two examples fit in a row. Each of two processes packs four.
 ROWS = dict(
-    prompts=8, row_tokens=(320, 320), row_windows=(2, 5), row_responses=(64, 64), micro_batch_rows=4
+    prompts=8,
+    row_tokens=(320, 320),
+    row_patches=(128, 320),
+    row_responses=(64, 64),
+    micro_batch_rows=4,
 )
 
 
@@ -40,7 +44,7 @@ def make_config(model: c.ModelSettings, **sections) -> c.Config:
             min_pixels=28 * 28,
             max_pixels=56 * 56,
             prompt_buckets=(192,),
-            window_buckets=(5,),
+            patch_buckets=(320,),
             threads=1,
         ),
         tasks=tasks,
@@ -51,7 +55,7 @@ def make_config(model: c.ModelSettings, **sections) -> c.Config:
             minibatches_per_rollout=2,
             group_size=3,
             row_tokens=(288, 288),
-            row_windows=(2, 5),
+            row_patches=(128, 320),
             row_responses=(96, 96),
             micro_batch_rows=8,
             learning_rate=1e-3,

@@ -11,7 +11,7 @@ from spatial_ssrl_jax.perf.flops import GroupShape, group_flops, vision_flops
 from spatial_ssrl_jax.perf.mfu import mfu_metrics, update_passes, useful_flops
 from spatial_ssrl_jax.qwen_vl.lora import LoraSettings
 
-GRIDS = ((1, 4, 6), (1, 8, 12))  # neither fills its windows
+GRIDS = ((1, 4, 6), (1, 8, 12))  # neither fills whole windows
 
 
 @pytest.fixture

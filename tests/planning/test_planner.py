@@ -123,7 +123,7 @@ def test_updates_run_the_programs_of_the_shapes_that_lengths_need(toy_plan: c.Co
     """Each row holds one group. Those of 3 x 12 tokens, about, take rows of 48 response tokens, and
     the longest ones rows of 96, which show the memory alone then.
     """
-    grpo = dataclasses.replace(toy_plan.grpo, row_windows=(5, 5), row_responses=(48, 96))
+    grpo = dataclasses.replace(toy_plan.grpo, row_patches=(320, 320), row_responses=(48, 96))
     config = dataclasses.replace(toy_plan, grpo=grpo, sft=c.SftSettings(steps=0))
     names = {"old_logprobs", "reference_logprobs", "gradients"}
     longest = programs_of(config)
@@ -141,7 +141,7 @@ def test_updates_run_the_programs_of_the_shapes_that_lengths_need(toy_plan: c.Co
     for name, responses in (("gradients_1", 48), ("gradients", 96)):
         rows = found[name].args[3].rows
         assert rows.ids.shape == (8, 192 + 96) and rows.place.shape == (8, responses)
-        assert rows.vision.windows == 5
+        assert rows.vision.length == 320
     assert found["apply"].runs == 2 and "add" not in found
 
 

@@ -39,9 +39,9 @@ SCANNED = ("prefill", "logprobs", "gradient")
 @pytest.fixture(scope="module")
 def lower(toy) -> Callable[[str, int], jax.stages.Lowered]:
     """A program of a model with the toy's widths and a number of text layers, not yet compiled."""
-    batch = pad_prompts([toy.prompt(i, 20, [(1, 4, 6)]) for i in range(PROMPTS)], TOKENS, 2)
+    batch = pad_prompts([toy.prompt(i, 20, [(1, 4, 6)]) for i in range(PROMPTS)], TOKENS, 64)
     responses = GROUP * RESPONSE
-    shape = RowShape(Content(TOKENS + responses, 2, responses), RESPONSE)
+    shape = RowShape(Content(TOKENS + responses, 64, responses), RESPONSE)
     groups = empty_group_batch(shape, toy.config.vision, PROMPTS)
 
     def logprobs(config: QwenVLConfig, params, rows):

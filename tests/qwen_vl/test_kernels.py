@@ -301,7 +301,7 @@ def test_the_decode_kernel_is_xlas(cursor: int, group: int):
 
 def test_the_whole_model_may_run_on_splash(toy):
     prompts = [toy.prompt(0, 20, [(1, 4, 6), (1, 2, 10)]), toy.prompt(1, 40)]
-    batch = pad_prompts(prompts, 64, 5)
+    batch = pad_prompts(prompts, 64, 100)
     rng = np.random.default_rng(2)
     tokens = rng.integers(0, 600, (2, 2, 8)).astype(np.int32)
     rows, _ = pack_groups(toy.config, prompts, tokens, np.array([[8, 3], [5, 8]]), [[0, 1], [1]])

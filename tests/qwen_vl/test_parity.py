@@ -14,7 +14,7 @@ from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
 from spatial_ssrl_jax.qwen_vl.pixels import normalize_patches
-from spatial_ssrl_jax.qwen_vl.qwen2_5 import lay_out_windows, mrope_positions
+from spatial_ssrl_jax.qwen_vl.qwen2_5 import lay_out_patches, mrope_positions
 from spatial_ssrl_jax.qwen_vl.rope import text_rotary
 from spatial_ssrl_jax.rollout.decode import prefill
 from spatial_ssrl_jax.rollout.engine import Engine
@@ -27,7 +27,7 @@ IMAGES = ("one", "five", "dot", "strip", "ragged", "none")
 BATCHED = (*IMAGES, "mixed", "video of 16 at 1")
 NAMES = (*BATCHED, *(f"video of {n}" for n in ("4 at 1", "4 at 2", "7 at 1", "7 at 2", "16 at 2")))
 COMPUTE = Compute(attention_chunk=1024)
-SHAPE = (192, 16)
+SHAPE = (192, 600)
 RESPONSES = (9, 5)  # tokens of the two responses after each prompt
 ROW = Content(SHAPE[0] + sum(RESPONSES), SHAPE[1], sum(RESPONSES))  # of one prompt at most
 LIMIT = 2e-4
@@ -107,11 +107,11 @@ def test_prompt_is_the_processors(checkpoint, questions, name):
     response = {k: v for k, v in question.followed_by([5]).items() if k in described}
     assert prompt.next_position == int(model.get_rope_index(**response)[0][0, 0, -1])
     if grids is not None:
-        layout = lay_out_windows(checkpoint.config.vision, [tuple(g) for g in grids.tolist()])
-        held, pixels = layout.source >= 0, question.patches.numpy()
-        found = normalize_patches(jnp.asarray(prompt.patches[held]), checkpoint.config.vision)
-        np.testing.assert_allclose(found, pixels[layout.source[held]], rtol=0, atol=1e-6)
-        assert held.sum() == len(pixels)
+        layout = lay_out_patches(checkpoint.config.vision, [tuple(g) for g in grids.tolist()])
+        pixels = question.patches.numpy()
+        found = normalize_patches(jnp.asarray(prompt.patches), checkpoint.config.vision)
+        np.testing.assert_allclose(found, pixels[layout.source], rtol=0, atol=1e-6)
+        assert len(prompt.patches) == len(pixels)
 
 
 @pytest.mark.parametrize("seconds", [[0.5, 1.0], [2.0, 1.3], [2 / 29.97, 2 / 3], [0.35, 1.9]])
@@ -155,7 +155,7 @@ def test_vision_tower_on_given_patches(checkpoint, measure, as_numpy, grids):
     with torch.no_grad():
         tower = checkpoint.torch_model.model.visual
         expected = tower(torch.tensor(pixels), grid_thw=torch.tensor(grids)).pooler_output
-    layout = lay_out_windows(config, grids)
+    layout = lay_out_patches(config, grids)
     vision = VisionInput(patches[layout.source][None], layout.frame[None], layout.coords[None])
     merged = run_vision(checkpoint.config, COMPUTE, checkpoint.params, vision)[0]
     assert measure("vision", merged[layout.merged], as_numpy(expected)) < LIMIT

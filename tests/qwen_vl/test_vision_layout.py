@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spatial_ssrl_jax.qwen_vl.inputs import merged_tokens
-from spatial_ssrl_jax.qwen_vl.qwen2_5 import lay_out_windows, mrope_positions, window_count
+from spatial_ssrl_jax.qwen_vl.qwen2_5 import lay_out_patches, mrope_positions
 
 CASES = {
     "one token": [(1, 2, 2)],
@@ -39,31 +39,23 @@ def processor_order(grids):
 
 
 def test_every_patch_is_there_once_with_its_coordinates(config, grids):
-    layout, listed = lay_out_windows(config, grids), processor_order(grids)
-    held = layout.source >= 0
-    assert layout.source.shape[1] == 64
-    np.testing.assert_array_equal(np.sort(layout.source[held]), np.arange(len(listed)))
-    np.testing.assert_array_equal(layout.frame >= 0, held)
-    found = np.concatenate((layout.frame[held][:, None], layout.coords[held]), axis=1)
-    np.testing.assert_array_equal(found, listed[layout.source[held]])
+    layout, listed = lay_out_patches(config, grids), processor_order(grids)
+    np.testing.assert_array_equal(np.sort(layout.source), np.arange(len(listed)))
+    found = np.concatenate((layout.frame[:, None], layout.coords), axis=1)
+    np.testing.assert_array_equal(found, listed[layout.source])
 
 
-def test_a_window_is_8_by_8_patches_of_one_frame(config, grids):
-    layout = lay_out_windows(config, grids)
-    seen = set()
-    for source, frame, coords in zip(layout.source, layout.frame, layout.coords, strict=True):
-        held = source >= 0
-        windows = {
-            (f, *rc) for f, rc in zip(frame[held], (coords[held] // 8).tolist(), strict=True)
-        }
-        assert len(windows) == 1, "a window is empty or mixes"
-        seen |= windows
-    assert len(seen) == len(layout.source) == window_count(config, grids)
+def test_the_patches_of_a_window_are_neighbours(config, grids):
+    """A window is 8 by 8 patches of one frame."""
+    layout = lay_out_patches(config, grids)
+    windows = np.concatenate((layout.frame[:, None], layout.coords // 8), axis=1)
+    changes = (windows[1:] != windows[:-1]).any(axis=1).sum()
+    assert changes + 1 == len(np.unique(windows, axis=0))
 
 
 def test_merged_tokens_in_reading_order(config, grids):
     """Merged slot `merged[i]` holds the processor's patches 4i to 4i+3, in order."""
-    layout = lay_out_windows(config, grids)
+    layout = lay_out_patches(config, grids)
     total = sum(merged_tokens(config, grid) for grid in grids)
     assert total == sum(t * h * w for t, h, w in grids) // 4
     quads = layout.source.reshape(-1, 4)[layout.merged]
@@ -78,16 +70,18 @@ def test_same_windows_as_transformers(config, grids):
     window = np.repeat(np.arange(len(ends) - 1), np.diff(ends.numpy()) // 4)
     expected = np.empty(len(order), int)
     expected[order.numpy()] = window
-    found = lay_out_windows(config, grids).merged // 16
+    layout = lay_out_patches(config, grids)
+    places = np.concatenate((layout.frame[:, None], layout.coords // 8), axis=1)[::4]
+    _, found = np.unique(places[layout.merged], axis=0, return_inverse=True)
     same = lambda x: x[:, None] == x  # noqa: E731
-    np.testing.assert_array_equal(same(found), same(expected))
+    np.testing.assert_array_equal(same(found.ravel()), same(expected))
+    np.testing.assert_array_equal(np.argsort(layout.merged), order.numpy())
 
 
 def test_no_images(config):
-    layout = lay_out_windows(config, [])
-    assert layout.source.shape == layout.frame.shape == (0, 64)
-    assert layout.coords.shape == (0, 64, 2) and layout.merged.shape == (0,)
-    assert window_count(config, []) == 0
+    layout = lay_out_patches(config, [])
+    assert layout.source.shape == layout.frame.shape == layout.merged.shape == (0,)
+    assert layout.coords.shape == (0, 2)
 
 
 def test_positions_of_an_image_by_hand(config):

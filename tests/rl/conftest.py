@@ -23,11 +23,11 @@ from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
 from spatial_ssrl_jax.qwen_vl.qwen2_5 import (
     MODEL_TYPE,
     Qwen2_5VisionConfig,
-    lay_out_windows,
+    lay_out_patches,
     mrope_positions,
 )
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
-from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.bucketing import BatchShape, Buckets
 from spatial_ssrl_jax.rl.grpo import Grpo
 from spatial_ssrl_jax.rl.losses import GrpoLoss
 from spatial_ssrl_jax.rl.scorer import Scorer
@@ -64,12 +64,11 @@ def make_prompt(rng: np.random.Generator, text: int, grids: list[tuple[int, int,
         ids += [92, *[90] * (h * w // 4), 93]
     ids = np.array([*ids, *rng.integers(0, 90, text)], np.int32)
     is_vision = ids == 90
-    layout = lay_out_windows(config, grids)
+    layout = lay_out_patches(config, grids)
     position = mrope_positions(config, is_vision, grids, [None] * len(grids))
     index = np.full(len(ids), -1, np.int32)
     index[is_vision] = layout.merged
-    patches = rng.integers(0, 256, (*layout.source.shape, config.patch_dim), np.uint8)
-    patches[layout.source < 0] = 0
+    patches = rng.integers(0, 256, (len(layout.source), config.patch_dim), np.uint8)
     return Prompt(
         ids, position, int(position.max()) + 1, index, patches, layout.frame, layout.coords
     )
@@ -84,7 +83,7 @@ SUPERVISED = (
     (9, [(1, 2, 2)], 6),
 )
 # Two examples fit in a row.
-SHAPES = (RowShape(Content(56, 4, 14), longest_response=8),)
+SHAPES = (RowShape(Content(56, 256, 14), longest_response=8),)
 
 
 @pytest.fixture(scope="session")
@@ -147,9 +146,9 @@ SETTINGS = GrpoSettings(
     prompts=3, minibatches_per_rollout=1, micro_batch_rows=1, group_size=4, kl_coef=0.0
 )
 ROLLOUT = RolloutSettings(max_new_tokens=8, kv_block=4, check_every=4, batch_prompts=2)
-BUCKETS = Buckets((40,), (3,))
+BUCKETS = Buckets((BatchShape(40, 100),))
 # Any group has a row; two small ones may share it.
-ROW = RowShape(Content(72, 3, 32), longest_response=8)
+ROW = RowShape(Content(72, 100, 32), longest_response=8)
 
 
 def make_grpo(

@@ -13,7 +13,7 @@ from spatial_ssrl_jax.config.schema import GrpoSettings
 from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.family import config_to_dict
 from spatial_ssrl_jax.qwen_vl.pixels import normalize_patches
-from spatial_ssrl_jax.qwen_vl.qwen2_5 import lay_out_windows
+from spatial_ssrl_jax.qwen_vl.qwen2_5 import lay_out_patches
 from spatial_ssrl_jax.qwen_vl.weights import entries, write_params
 from spatial_ssrl_jax.rl.losses import GrpoLoss, grpo_loss
 from tests.helpers.groups import unpack
@@ -45,11 +45,10 @@ def logprobs(model, mixed, b: int, response: np.ndarray):
     ids = torch.tensor(np.concatenate((prompt.ids, response))[None].astype(int))
     inputs = {"input_ids": ids, "mm_token_type_ids": (ids == CONFIG.image_token_id).int()}
     if GRIDS[b]:
-        layout = lay_out_windows(CONFIG.vision, GRIDS[b])
-        held = layout.source >= 0
-        pixels = np.zeros((held.sum(), CONFIG.vision.patch_dim), np.float32)
+        layout = lay_out_patches(CONFIG.vision, GRIDS[b])
+        pixels = np.zeros((len(layout.source), CONFIG.vision.patch_dim), np.float32)
         patches = jnp.asarray(prompt.patches)
-        pixels[layout.source[held]] = np.asarray(normalize_patches(patches, CONFIG.vision))[held]
+        pixels[layout.source] = np.asarray(normalize_patches(patches, CONFIG.vision))
         inputs |= {
             "pixel_values": torch.tensor(pixels),
             "image_grid_thw": torch.tensor(GRIDS[b]),

@@ -83,7 +83,7 @@ def test_packed_loss_is_the_per_sample_loss(small_params, mixed, reference, rows
 
 
 def test_padding_changes_nothing(small_params, mixed, reference):
-    """More tokens, windows and places than are used."""
+    """More tokens, patches and places than are used."""
     batch = mixed.packed(CONFIG, [[0, 2], [1]], spare=17)
     (value, _), gradients = GRADIENT(small_params, batch)
     assert float(value) == pytest.approx(float(reference[0]), rel=1e-5)

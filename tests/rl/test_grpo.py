@@ -9,7 +9,7 @@ import pytest
 from spatial_ssrl_jax.data.batching import pad_prompts
 from spatial_ssrl_jax.data.packing import Content, RowShape
 from spatial_ssrl_jax.qwen_vl.compute import Compute
-from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.bucketing import BatchShape, Buckets
 from spatial_ssrl_jax.rollout.engine import Engine
 from spatial_ssrl_jax.rollout.sampling import Sampling
 from tests.rl.conftest import CONFIG, ROW, SETTINGS, batch_of, make_grpo
@@ -24,8 +24,8 @@ BY_SEQUENCE = replace(
 
 
 # The two groups that vary are together in a row, or each in one of its own shape.
-TOGETHER = (RowShape(Content(110, 6, 40), 8),)
-APART = (RowShape(Content(34, 3, 16), 8), ROW)
+TOGETHER = (RowShape(Content(110, 160, 40), 8),)
+APART = (RowShape(Content(34, 100, 16), 8), ROW)
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, BY_SEQUENCE], ids=["tokens", "sequences"])
@@ -78,7 +78,9 @@ def test_rollout_batches_of_like_length_draw_the_same_tokens(toy):
     batch = batch_of(prompts, [4, 2, 9, 7])
     engine = Engine(toy.config, Compute(attention_chunk=16), STOPS, 4, 4)
     settings = replace(SETTINGS, group_size=3)
-    grpo = make_grpo(settings, buckets=Buckets((8, 32), (0, 4)), engine=engine)
+    grpo = make_grpo(
+        settings, buckets=Buckets((BatchShape(8, 0), BatchShape(32, 100))), engine=engine
+    )
     key, seen = jax.random.key(3), []
 
     class Watched:
@@ -91,11 +93,11 @@ def test_rollout_batches_of_like_length_draw_the_same_tokens(toy):
             return engine.generate(params, weights, prompts, **settings)
 
     found = replace(grpo, engine=Watched).sample(toy.params, batch, key)
-    assert seen == [[(2, 8, 0)], [(2, 32, 4)]]
+    assert seen == [[(2, 8, 0)], [(2, 32, 100)]]
     whole = engine.generate(
         toy.params,
         engine.fill(toy.params),
-        [pad_prompts(batch.prompts, 32, 4)],
+        [pad_prompts(batch.prompts, 32, 100)],
         group_size=3,
         max_new_tokens=8,
         key=key,

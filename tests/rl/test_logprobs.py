@@ -25,7 +25,7 @@ def mismatch(toy, params, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     rollout = engine.generate(
         params,
         engine.fill(params),
-        [pad_prompts(prompts, 32, 5)],
+        [pad_prompts(prompts, 32, 100)],
         group_size=GROUP,
         max_new_tokens=LIMIT,
         key=jax.random.key(5),

@@ -25,7 +25,7 @@ from tests.rl.conftest import CONFIG, mixed, mixed_prompts
 
 update.slice_count = lambda mesh: mesh.shape["data"]  # as if each copy of the weights were one
 once = mixed.__wrapped__(mixed_prompts.__wrapped__())
-both = once.packed(CONFIG, [[0], [1], [2]]), pad_prompts(once.prompts, 40, 3)
+both = once.packed(CONFIG, [[0], [1], [2]]), pad_prompts(once.prompts, 40, 100)
 batch, prompts = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8] if np.ndim(x) else x, both)
 optimizer, first = optax.sgd(0.1), None
 

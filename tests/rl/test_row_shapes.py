@@ -35,10 +35,10 @@ from tests.rl.conftest import CONFIG
 
 BASE = replace(
     Config("x"),
-    data=DataSettings(prompt_buckets=(64, 128), window_buckets=(4, 8)),
+    data=DataSettings(prompt_buckets=(64, 128), patch_buckets=(256, 512)),
     rollout=RolloutSettings(max_new_tokens=64),
 )
-NAMES = ("row_tokens", "row_windows", "row_responses")
+NAMES = ("row_tokens", "row_patches", "row_responses")
 ROWS = {"micro_batch_rows": 2}
 
 
@@ -52,7 +52,7 @@ def shapes_of(settings: StageSettings, config: Config = BASE) -> list[Content]:
 
 
 def given_sizes(*sizes: tuple[int, int, int]) -> SftSettings:
-    """SFT whose rows have these tokens, windows and response tokens."""
+    """SFT whose rows have these tokens, patches and response tokens."""
     return SftSettings(**dict(zip(NAMES, zip(*sizes, strict=True), strict=True)))
 
 
@@ -60,11 +60,11 @@ def test_many_groups_have_rows_that_differ_in_what_they_have_room_for():
     """With four samples each, the largest group has 128 + 4 x 64 tokens."""
     found = shapes_of(GrpoSettings(prompts=96, minibatches_per_rollout=2, group_size=4, **ROWS))
     assert len(found) == 3 and {size.tokens for size in found} == {384}
-    assert [size.windows for size in found] == sorted((s.windows for s in found), reverse=True)
+    assert [size.patches for size in found] == sorted((s.patches for s in found), reverse=True)
     assert [size.responses for size in found] == sorted(size.responses for size in found)
-    assert len({size.windows for size in found}) == 3 and found[-1].responses >= 4 * 64
+    assert len({size.patches for size in found}) == 3 and found[-1].responses >= 4 * 64
     assert all(size.responses % 64 == 0 for size in found)
-    assert found[0].windows / 384 > 0.5 * 8 / 128  # images as dense as in the largest prompt
+    assert found[0].patches / 384 > 0.5 * 512 / 128  # images as dense as in the largest prompt
 
 
 def test_few_groups_have_rows_of_several_lengths():
@@ -77,23 +77,29 @@ def test_few_groups_have_rows_of_several_lengths():
 
 def test_shapes_that_are_given():
     """The last one is as large as the largest group at least."""
-    assert shapes_of(given_sizes((192, 4, 64), (192, 9, 100))) == [(192, 4, 64), (192, 9, 100)]
-    assert shapes_of(given_sizes((200, 4, 64), (220, 3, 9))) == [(200, 4, 64), (220, 8, 64)]
-    assert shapes_of(given_sizes((100, 0, 1), (90, 9, 100))) == [(100, 0, 1), (192, 9, 100)]
-    assert shapes_of(given_sizes((192, 8, 64))) == [(192, 8, 64)]
+    assert shapes_of(given_sizes((192, 256, 64), (192, 576, 100))) == [
+        (192, 256, 64),
+        (192, 576, 100),
+    ]
+    assert shapes_of(given_sizes((200, 256, 64), (220, 192, 9))) == [
+        (200, 256, 64),
+        (220, 512, 64),
+    ]
+    assert shapes_of(given_sizes((100, 0, 1), (90, 576, 100))) == [(100, 0, 1), (192, 576, 100)]
+    assert shapes_of(given_sizes((192, 512, 64))) == [(192, 512, 64)]
 
 
 def test_of_doubles_the_last_stays():
-    whole = (192, 8, 64)
+    whole = (192, 512, 64)
     assert shapes_of(given_sizes(whole, whole, whole)) == [whole]
-    double = given_sizes((192, 6, 64), (192, 6, 64), (192, 9, 64))
-    assert shapes_of(double) == [(192, 6, 64), (192, 9, 64)]
-    assert shapes_of(given_sizes(whole, (192, 6, 64), (9, 9, 9))) == [
+    double = given_sizes((192, 384, 64), (192, 384, 64), (192, 576, 64))
+    assert shapes_of(double) == [(192, 384, 64), (192, 576, 64)]
+    assert shapes_of(given_sizes(whole, (192, 384, 64), (9, 576, 9))) == [
         whole,
-        (192, 6, 64),
-        (192, 9, 64),
+        (192, 384, 64),
+        (192, 576, 64),
     ]
-    assert shapes_of(given_sizes(whole, (192, 6, 64), (9, 4, 9))) == [(192, 6, 64), whole]
+    assert shapes_of(given_sizes(whole, (192, 384, 64), (9, 256, 9))) == [(192, 384, 64), whole]
 
 
 SIZES = st.tuples(st.integers(1, 40_000), st.integers(0, 200), st.integers(1, 20_000))
@@ -102,17 +108,17 @@ SIZES = st.tuples(st.integers(1, 40_000), st.integers(0, 200), st.integers(1, 20
 @settings(deadline=None, max_examples=300)
 @given(
     prompt=st.integers(1, 20_000),
-    windows=st.integers(0, 99),
+    patches=st.integers(0, 9999),
     group=st.integers(1, 8),
     limit=st.sampled_from((1, 16, 256, 2048)),
     groups=st.sampled_from((0.5, 2, 30)),
     more=st.integers(-600, 600),
     sizes=st.lists(SIZES, max_size=3),
 )
-def test_the_last_shape_holds_the_largest_group(prompt, windows, group, limit, groups, more, sizes):
+def test_the_last_shape_holds_the_largest_group(prompt, patches, group, limit, groups, more, sizes):
     """Also where it is given with about the tokens of that, without padding before responses."""
-    largest = Content(prompt + group * limit, windows, group * limit)
-    about = Content(max(largest.tokens + more, 1), windows, largest.responses)
+    largest = Content(prompt + group * limit, patches, group * limit)
+    about = Content(max(largest.tokens + more, 1), patches, largest.responses)
     for given_ones in ([], [Content(*size) for size in sizes], [*map(Content._make, sizes), about]):
         *others, last = shapes_for(largest, limit, groups, given_ones)
         assert last.holds(largest) and last not in others and len(set(others)) == len(others)
@@ -124,14 +130,14 @@ def test_rows_of_one_size_hold_the_largest_group(prompt: int, limit: int, needed
     """Where responses start at multiples of 128, up to 127 tokens before them are padding."""
     config = replace(
         BASE,
-        data=DataSettings(prompt_buckets=(prompt,), window_buckets=(8,)),
+        data=DataSettings(prompt_buckets=(prompt,), patch_buckets=(8,)),
         rollout=RolloutSettings(max_new_tokens=limit),
     )
     for small in ((needed - 1, 8, limit), (needed, 7, limit), (needed, 8, limit - 1)):
         said = (
-            rf"stage\.row_tokens, row_windows and row_responses name one size .*, of {small[0]}, "
+            rf"stage\.row_tokens, row_patches and row_responses name one size .*, of {small[0]}, "
             rf"{small[1]}, {small[2]}, which does not hold the largest prompt, of {prompt} tokens "
-            rf"and 8 windows, with 1 x {limit} response tokens: raise them to {needed}, 8, {limit},"
+            rf"and 8 patches, with 1 x {limit} response tokens: raise them to {needed}, 8, {limit},"
         )
         with pytest.raises(UserError, match=said):
             shapes_of(given_sizes(small), config)
@@ -145,8 +151,8 @@ def test_a_rows_cost_is_that_of_its_matmuls():
     text = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     vision = 2 * (4 * 32 * 32 + 3 * 32 * 48)
     head = 32 * CONFIG.text.vocab_size
-    shape = RowShape(Content(100, 3, 20), 8)
-    patches = 3 * CONFIG.vision.window_patches
+    patches = 192
+    shape = RowShape(Content(100, patches, 20), 8)
     assert row_cost(shape, CONFIG) == 100 * text + patches * vision + 20 * head
 
 
@@ -256,7 +262,7 @@ def test_rows_too_long_for_splash_are_refused():
     """It knows a query by 32 bits; other kernels take any row, and need no padding in groups."""
     config = replace(
         Config("x"),
-        data=DataSettings(prompt_buckets=(4096,), window_buckets=(64,)),
+        data=DataSettings(prompt_buckets=(4096,), patch_buckets=(4096,)),
         grpo=GrpoSettings(group_size=32, prompts=32, minibatches_per_rollout=1),
         rollout=RolloutSettings(max_new_tokens=2048),
     )

@@ -168,8 +168,7 @@ def test_images_are_encoded_once(
         return batch.rows.vision, (batch.reference_logprobs, gradients, sums)
 
     features, found = step()
-    assert isinstance(features, VisionFeatures) and features.tokens.shape == (3, 48, width)
-    assert features.windows == 3
+    assert isinstance(features, VisionFeatures) and features.tokens.shape == (3, 25, width)
     monkeypatch.setattr(GrpoSettings, "reuses_vision", False)
     pixels, expected = step()
     assert isinstance(pixels, VisionInput)

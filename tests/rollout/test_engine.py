@@ -25,7 +25,7 @@ from tests.helpers.groups import pack_groups, unpack
 LIMIT, GROUP = 24, 3
 STOPS = tuple(range(0, 680, 17))  # some 6% of what is drawn ends a response
 WARM = Sampling(temperature=0.8)
-BUCKET = (32, 5)
+BUCKET = (32, 100)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_prompts_are_prefilled_in_parts(generate, rollout, prompts, toy):
     found = made.generate(
         toy.params,
         made.fill(toy.params),
-        [pad_prompts(prompts[:1], 28, 4), pad_prompts(prompts[1:], *BUCKET)],
+        [pad_prompts(prompts[:1], 28, 60), pad_prompts(prompts[1:], *BUCKET)],
         group_size=GROUP,
         max_new_tokens=LIMIT,
         key=jax.random.key(5),
@@ -219,7 +219,7 @@ def test_greedy_samples_are_equal_and_likeliest(toy, prompts, generate):
         np.testing.assert_array_equal(found.tokens[:, g], found.tokens[:, 0])
     assert len(np.unique(found.tokens)) > LIMIT // 2
     hidden, _ = prefill(
-        toy.config, Compute(attention_chunk=16), toy.params, pad_prompts(prompts, 32, 5)
+        toy.config, Compute(attention_chunk=16), toy.params, pad_prompts(prompts, 32, 100)
     )
     first = np.asarray(hidden) @ np.asarray(toy.params["text"]["head"]).T
     np.testing.assert_array_equal(found.tokens[:, 0, 0], first.argmax(-1))

@@ -126,7 +126,7 @@ def test_adapters_train_little_and_need_no_reference(fresh, tmp_path: Path):
     evaluated = preflight(fresh(sft=c.SftSettings(), eval=more), tmp_path / "w")["stages"]["grpo"]
     caches = evaluated["memory_bytes_a_device"]["caches"]
     assert caches == text * 8 * (192 + 5 * 32)  # four samples and a greedy one
-    largest = whole["prompts"] * (5 * 64 * (1176 + 12) + 192 * 20)  # windows and tokens
+    largest = whole["prompts"] * (320 * (1176 + 12) + 192 * 20)  # patches and tokens
     assert largest / 10 < whole["batch_bytes"] < largest
     stays = memory["weights"] + memory["optimizer"] + memory["reference"]
     assert stays < memory["sum"] < sum(memory.values()) - memory["sum"]
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_a_problem(fresh, tmp_path: Path, monkeypatch):
     [
         ({"source": "folder:/nowhere"}, ["folder:/nowhere", "no such folder"]),
         ({"prompt_buckets": (60,)}, ["prompt of", "data.prompt_buckets"]),
-        ({"window_buckets": (0,)}, ["prompt of", "data.prompt_buckets"]),
+        ({"patch_buckets": (0,)}, ["prompt of", "data.prompt_buckets"]),
     ],
 )
 def test_a_broken_source_or_bucket_is_named(fresh, tmp_path: Path, sections, words):
@@ -161,9 +161,11 @@ def test_a_broken_source_or_bucket_is_named(fresh, tmp_path: Path, sections, wor
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_rows_too_small_for_the_largest_group_are_named(fresh, tmp_path: Path, stage: str):
     config = fresh()
-    one = dict(row_tokens=(200,), row_windows=(5,), row_responses=(96,))
+    one = dict(row_tokens=(200,), row_patches=(320,), row_responses=(96,))
     settings = dataclasses.replace(getattr(config, stage), **one)
-    with pytest.raises(UserError, match=rf"{stage}\.row_tokens, .* of 200, 5, 96, which does not"):
+    with pytest.raises(
+        UserError, match=rf"{stage}\.row_tokens, .* of 200, 320, 96, which does not"
+    ):
         preflight(dataclasses.replace(config, **{stage: settings}), tmp_path / "w")
 
 

@@ -51,7 +51,7 @@ class Alone:
     ) -> tuple[TrainState, dict, Rollout]:
         grpo, group = self.grpo, self.grpo.settings.group_size
         shape = grpo.buckets.shape(*prompt_sizes(batch.prompts).max(axis=0).tolist())
-        padded = pad_prompts(batch.prompts, shape.tokens, shape.windows)
+        padded = pad_prompts(batch.prompts, shape.tokens, shape.patches)
         prompts = jax.tree.map(lambda x: np.repeat(x, group, axis=0), padded)
         flat = self.sample(state, prompts, np.repeat(batch.index, group), key)
         rollout = flat.map(self.grouped)
@@ -95,8 +95,8 @@ class Alone:
             for b in range(count)
             for g in range(group)
         ]
-        buckets = self.grpo.buckets
-        size = Content(max(buckets.prompt) + limit, max(buckets.window), limit)
+        largest = self.grpo.buckets.shapes[-1]
+        size = Content(largest.tokens + limit, largest.patches, limit)
         alone = [(number,) for number in range(len(groups))]
         vision = self.grpo.loss.config.vision
         rows, places = fill_rows(groups, alone, RowShape(size, limit), vision)

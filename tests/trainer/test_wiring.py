@@ -15,7 +15,7 @@ from spatial_ssrl_jax.eval.heldout import HeldoutEval
 from spatial_ssrl_jax.inference.policy import Policy
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
-from spatial_ssrl_jax.rl.bucketing import Buckets
+from spatial_ssrl_jax.rl.bucketing import BatchShape, Buckets
 from spatial_ssrl_jax.rl.grpo import Grpo
 from spatial_ssrl_jax.rl.placement import compute_settings
 from spatial_ssrl_jax.rl.scorer import Scorer
@@ -29,7 +29,7 @@ from tests.helpers.toy_runs import make_config
 from tests.rl.conftest import batch_of, make_grpo
 
 BASE = make_config(c.ModelSettings(dtype="float32", attention="xla"))
-BUCKETS = Buckets((64,), (5,))
+BUCKETS = Buckets((BatchShape(64, 320),))
 
 
 def changed(section: str, name: str, value: object) -> c.Config:
