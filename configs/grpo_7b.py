@@ -30,7 +30,7 @@ def get_config() -> c.Config:
         grpo=replace(
             base.grpo,
             row_tokens=(9280, 11_584, 14_464),
-            row_patches=(16_000, 20_000, 16_000),  # the longest with little room beside its tokens
+            row_patches=(16_000, 20_000, 16_384),  # the longest with little room beside its tokens
             row_responses=(6080, 7552, 10_240),
             micro_batch_rows=32,  # one a chip
         ),

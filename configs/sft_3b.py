@@ -39,7 +39,7 @@ def get_config() -> c.Config:
             steps=75,
             prompts=256,
             row_tokens=(3456,),
-            row_patches=(11_000,),
+            row_patches=(10_496,),
             row_responses=(1024,),
             micro_batch_rows=16,
             lora=c.LoraSettings(rank=128, alpha=256.0),

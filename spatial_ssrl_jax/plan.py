@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -33,6 +34,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--prompt-tokens", type=int, help="of each prompt, with --lengths; default the longest"
     )
+    parser.add_argument(
+        "--prompt-patches",
+        type=int,
+        help="of each prompt's images; default as many a token as the longest prompt has",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     rest, overrides = split_overrides(argv)
     args = parser.parse_args(rest)
@@ -45,16 +51,20 @@ def main(argv: Sequence[str]) -> int:
 
     lengths = None
     if args.lengths is not None:
+        from spatial_ssrl_jax.data.processor import PromptSize
         from spatial_ssrl_jax.rl.bucketing import Buckets
 
-        tokens = args.prompt_tokens
-        if tokens is not None and tokens < 1:
-            raise UserError(f"--prompt-tokens={tokens} must be at least 1.")
-        tokens = tokens or max(config.data.prompt_buckets)
-        padded = Buckets.of(config).shape(tokens, 0).tokens
-        lengths = RolloutLengths(parse_lengths(args.lengths), tokens, padded)
-    elif args.prompt_tokens is not None:
-        raise UserError("--prompt-tokens goes with --lengths: give both.")
+        largest, tokens, patches = config.data.buckets[-1], args.prompt_tokens, args.prompt_patches
+        for name, count in (("tokens", tokens), ("patches", patches)):
+            if count is not None and count < 1:
+                raise UserError(f"--prompt-{name}={count} must be at least 1.")
+        tokens = tokens or largest[0]
+        patches = patches or math.ceil(largest[1] * tokens / largest[0])
+        bucket = Buckets.of(config).shape(tokens, patches)
+        responses = parse_lengths(args.lengths)
+        lengths = RolloutLengths(responses, PromptSize(tokens, patches), bucket)
+    elif args.prompt_tokens is not None or args.prompt_patches is not None:
+        raise UserError("--prompt-tokens and --prompt-patches go with --lengths: give it too.")
     found = plan(config, args.topology, partial(print, file=sys.stderr, flush=True), lengths)
     print(json.dumps(found.as_json()) if args.json else "\n".join(lines(found)))
     return 0 if found.fits else 1

@@ -1,7 +1,7 @@
 """Held-out scores of the pretext tasks: greedy and sampled accuracy, format and reward."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length
 from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer
 from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
+from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 
 HeldoutTable = dict[str, dict[str, float]]
 
@@ -40,40 +41,50 @@ class HeldoutEval:
     scorer: Scorer
     temperature: float
 
-    def measure(self, policy: Policy, trained: Sequence[str], seed: int) -> HeldoutTable:
+    def measure(
+        self, policy: Policy, trained: Sequence[str], seed: int, grey: bool = False
+    ) -> HeldoutTable:
         """Scores every held-out example, greedily and sampled at the training temperature.
 
+        Args:
+          policy: answers.
+          trained: the tasks over which the mean is taken.
+          seed: of the samples.
+          grey: also measures what the questions' text alone gives, with grey images.
+
         Returns:
-          `{task: {"accuracy_greedy", "accuracy_sampled", "format", "reward", "count"}, "mean":
-          likewise}`; the mean is over the tasks in `trained`. Format and reward are of the samples.
+          `{task: {"accuracy_greedy", "accuracy_sampled", "format", "reward", "chance",
+          "accuracy_grey", "count"}, "mean": likewise}`, and likewise `task/kind` for each kind of
+          tasks that have several. Format, reward and grey accuracy are of the samples; `chance` is
+          left out where a task has none.
         """
-        table, first = {}, 0
-        rewards = self._rewards(policy, seed)
-        for task, items in self.items.items():
-            rows = rewards[first : first + len(items)]
-            first += len(items)
-            overall, accuracy, formatted = rows[:, :-1].mean(axis=(0, 1))
-            table[task] = {
-                "accuracy_greedy": float(rows[:, -1, 1].mean()),
-                "accuracy_sampled": float(accuracy),
-                "format": float(formatted),
-                "reward": float(overall),
-                "count": len(items),
-            }
+        items = [item for group in self.items.values() for item in group]
+        rewards = self._rewards(policy, items, seed)
+        greyed = self._rewards(policy, [*map(_greyed, items)], seed) if grey else None
+        tasks = np.repeat([*self.items], [len(group) for group in self.items.values()])
+        kinds = np.array([f"{item.example.task}/{item.example.kind}" for item in items])
+        table: HeldoutTable = {}
+        for task in self.items:
+            found = np.unique(kinds[tasks == task]).tolist()
+            names = [(task, tasks), *((kind, kinds) for kind in found if len(found) > 1)]
+            for name, names_of_items in names:
+                mine = np.flatnonzero(names_of_items == name)
+                chances = [_chance(items[i]) for i in mine]
+                table[name] = _metrics(rewards[mine], None if greyed is None else greyed[mine])
+                if None not in chances:
+                    table[name]["chance"] = float(np.mean(np.array(chances, float)))
         rows = [table[t] for t in trained if t in table]
         if rows:
-            table["mean"] = {
-                k: float(np.mean([r[k] for r in rows])) for k in rows[0] if k != "count"
-            }
+            keys = [k for k in rows[0] if all(k in row for row in rows)]
+            table["mean"] = {k: float(np.mean([r[k] for r in rows])) for k in keys}
             table["mean"]["count"] = sum(r["count"] for r in rows)
         return table
 
-    def _rewards(self, policy: Policy, seed: int) -> np.ndarray:
+    def _rewards(self, policy: Policy, items: Sequence[Item], seed: int) -> np.ndarray:
         """[items, samples + 1, 3] float64 rewards: overall, accuracy, format.
 
         Prompts of all tasks are bucketed together and prefilled once; the last response is greedy.
         """
-        items = [item for group in self.items.values() for item in group]
         index = np.concatenate([np.arange(len(group)) for group in self.items.values()])
         size, count = self.settings.batch_prompts, len(items)
         rows = size // jax.process_count()
@@ -101,6 +112,33 @@ class HeldoutEval:
             values = [[(r.overall, r.accuracy, r.format) for r in group] for group in scored]
             rewards[batch.rows] = all_gather(np.array(values))
         return rewards[:count]
+
+
+def _metrics(rewards: np.ndarray, greyed: np.ndarray | None) -> dict[str, float]:
+    """Means over [items, samples + 1, 3] rewards."""
+    overall, accuracy, formatted = rewards[:, :-1].mean(axis=(0, 1)).tolist()
+    found = {
+        "accuracy_greedy": float(rewards[:, -1, 1].mean()),
+        "accuracy_sampled": accuracy,
+        "format": formatted,
+        "reward": overall,
+        "count": len(rewards),
+    }
+    if greyed is not None:
+        found["accuracy_grey"] = float(greyed[:, :-1, 1].mean())
+    return found
+
+
+def _chance(item: Item) -> float | None:
+    """The probability that a random answer is right, where the task knows it."""
+    task = TASKS_BY_NAME.get(item.example.task)
+    return task.chance(item.example) if task and task.chance else None
+
+
+def _greyed(item: Item) -> Item:
+    """The item with every pixel of its images at the middle of its range."""
+    grey = np.full_like(item.prompt.patches, 128)
+    return replace(item, prompt=replace(item.prompt, patches=grey))
 
 
 def _group(processor: Processor, item: Item, rollout: Rollout, row: int) -> SampledGroup:

@@ -145,22 +145,35 @@ class Progress:
     ) -> None:
         """Prints held-out accuracy and format of each task, before training and after each stage.
 
+        Beside them is what a random answer gets, and what the model gets with grey images.
+
         Args:
           heldout: stage -> task -> metric -> value.
           trained: the tasks that are trained; they are marked.
         """
         stages = [s for s in ("untrained", "sft", "grpo") if heldout.get(s)]
         table = Table(title="held-out images: greedy accuracy, sampled accuracy, format")
-        table.add_column("task")
-        for stage in stages:
-            table.add_column(stage, justify="right")
+        for column in ("task", "chance", *stages, "grey images"):
+            table.add_column(column, justify="left" if column == "task" else "right")
         tasks = list(dict.fromkeys(task for s in stages for task in heldout[s]))
         for task in tasks:
             name = "mean of trained" if task == "mean" else task + (" *" if task in trained else "")
-            cells = [_cell(heldout[stage].get(task)) for stage in stages]
-            table.add_row(name, *cells, style="bold" if task == "mean" else None)
-        table.caption = "* trained"
+            rows = [heldout[stage].get(task) for stage in stages]
+            table.add_row(
+                f"  {task.partition('/')[2]}" if "/" in task else name,
+                _one(rows, "chance"),
+                *map(_cell, rows),
+                _one(rows, "accuracy_grey"),
+                style="bold" if task == "mean" else None,
+            )
+        table.caption = "* trained; grey images: sampled accuracy after the last stage"
         self.console.print(table)
+
+
+def _one(rows: Sequence[Mapping[str, float] | None], name: str) -> str:
+    """The last stage's value of a metric that some stages have."""
+    found = [row[name] for row in rows if row and name in row]
+    return f"{found[-1]:.3f}" if found else "-"
 
 
 def _cell(row: Mapping[str, float] | None) -> str:

@@ -1,4 +1,4 @@
-"""Batches of a run, of prompts at the largest buckets, as shapes and shardings."""
+"""Batches of a run as shapes and shardings."""
 
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch, VisionInput
 from spatial_ssrl_jax.rl.batch import PackedBatch
+from spatial_ssrl_jax.rl.bucketing import BatchShape
 from spatial_ssrl_jax.rl.row_shapes import empty_group_batch, empty_packed_batch
 from spatial_ssrl_jax.rl.stages import GrpoStage, SftStage
 from spatial_ssrl_jax.rollout.sampling import sample_keys
@@ -36,9 +37,10 @@ class AbstractBatches:
         """An array whose first axis is the batch's."""
         return ShapeDtypeStruct(shape, dtype, sharding=self.layout.batch_sharding())
 
-    def prompts(self, rows: int) -> PromptBatch[ShapeDtypeStruct]:
-        """As many prompts, each of the largest bucket."""
-        tokens, patches = self.config.data.buckets[-1]
+    def prompts(self, rows: int, bucket: BatchShape | None = None) -> PromptBatch[ShapeDtypeStruct]:
+        """As many prompts, each of a bucket; None is the largest."""
+        bucket = bucket or BatchShape(*self.config.data.buckets[-1])
+        tokens, patches = bucket.tokens, bucket.patches
         return PromptBatch(
             ids=self.rows(rows, tokens),
             length=self.rows(rows),

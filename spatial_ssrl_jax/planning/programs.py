@@ -17,6 +17,7 @@ from jax import ShapeDtypeStruct
 
 from spatial_ssrl_jax.config.schema import Config, GrpoSettings, StageSettings
 from spatial_ssrl_jax.data.packing import Content, RowShape
+from spatial_ssrl_jax.data.processor import PromptSize
 from spatial_ssrl_jax.parallel.sharding import Layout, shard_bytes
 from spatial_ssrl_jax.perf.response_lengths import ResponseLengths
 from spatial_ssrl_jax.planning.abstract_batches import AbstractBatches
@@ -26,6 +27,7 @@ from spatial_ssrl_jax.qwen_vl.inputs import VisionInput
 from spatial_ssrl_jax.qwen_vl.lora import drop_adapters
 from spatial_ssrl_jax.qwen_vl.param_tree import Params, merge_params
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
+from spatial_ssrl_jax.rl.bucketing import BatchShape
 from spatial_ssrl_jax.rl.logprobs import logprobs_of, vision_features
 from spatial_ssrl_jax.rl.losses import GrpoLoss, SftLoss
 from spatial_ssrl_jax.rl.placement import (
@@ -100,13 +102,13 @@ class RolloutLengths:
 
     Attributes:
       responses: their lengths.
-      prompt_tokens: of each prompt.
-      cache_tokens: of each prompt's cache, padding included.
+      prompt: size of each prompt.
+      bucket: what it is padded to in prefill and in its cache.
     """
 
     responses: ResponseLengths
-    prompt_tokens: int
-    cache_tokens: int
+    prompt: PromptSize
+    bucket: BatchShape
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,9 @@ class _Planned:
     def stage(self, stage: SftStage | GrpoStage) -> PlannedStage:
         """The programs of a stage, and its tokens."""
         prompt, rollouts = self._lengths(stage)
-        tokens = stage.settings.prompts * prompt + float(np.mean([x.sum() for x in rollouts]))
+        tokens = stage.settings.prompts * prompt.tokens + float(
+            np.mean([x.sum() for x in rollouts])
+        )
         programs = self.sft(stage) if isinstance(stage, SftStage) else self.grpo(stage)
         return PlannedStage(stage.name, programs, tokens)
 
@@ -287,15 +291,15 @@ class _Planned:
         features = jax.tree.map(lambda x: self.batches.rows(*x.shape, dtype=x.dtype), found)
         return replace(batch, rows=replace(batch.rows, vision=features))
 
-    def _lengths(self, stage: SftStage | GrpoStage) -> tuple[int, list[np.ndarray]]:
-        """Tokens of each prompt of a step, and [prompts, G] of responses, of several steps."""
+    def _lengths(self, stage: SftStage | GrpoStage) -> tuple[PromptSize, list[np.ndarray]]:
+        """Size of each prompt of a step, and [prompts, G] of responses, of several steps."""
         settings, limit = stage.settings, self.config.rollout.max_new_tokens
         size = settings.prompts, settings.responses_per_prompt
         if self.lengths is None or isinstance(stage, SftStage):
-            return max(self.config.data.prompt_buckets), [np.full(size, limit)]
+            return PromptSize(*self.config.data.buckets[-1]), [np.full(size, limit)]
         rng, draw = np.random.default_rng(0), self.lengths.responses.draw
         drawn = [np.minimum(draw(rng, *size), limit) for _ in range(_SIMULATED)]
-        return self.lengths.prompt_tokens, drawn
+        return self.lengths.prompt, drawn
 
     def _micro_batches(self, stage: SftStage | GrpoStage) -> dict[RowShape, float]:
         """Micro-batches of a step in each shape, the one that holds the largest groups last.
@@ -308,12 +312,12 @@ class _Planned:
         settings = stage.settings
         shapes = row_shapes(self.config, stage, self.compute.attention)
         prompt, rollouts = self._lengths(stage)
-        tokens, patches = self.config.data.buckets[-1]
-        patches = math.ceil(patches * prompt / tokens)
         counts, update = dict.fromkeys(shapes, 0.0), stage.update_prompts
         for lengths in rollouts:
             responses = lengths.sum(axis=1).tolist()
-            contents = [Content(prompt + tokens, patches, tokens) for tokens in responses]
+            contents = [
+                Content(prompt.tokens + tokens, prompt.patches, tokens) for tokens in responses
+            ]
             for first in range(0, settings.prompts, update):
                 mine = contents[first : first + update]
                 for part in pack_micro_batches(mine, shapes, settings.micro_batch_rows, self.model):
@@ -361,7 +365,7 @@ class _Planned:
         steps = batches * limit if self.lengths is None else 0  # else it shows the memory alone
         yield self._decode("decode", widest, weights, prefix, samples, beside, steps)
         if self.lengths is not None:
-            prefix = _with_tokens(prefix, self.lengths.cache_tokens)
+            prefix = _with_tokens(prefix, self.lengths.bucket.tokens)
             for shape, steps in self._mean_steps().items():
                 name = f"decode_{shape.prompts}x{shape.group}x{shape.slots}"
                 args = (weights, _rows_of(prefix, shape), _samples_of(samples, shape))
@@ -378,10 +382,13 @@ class _Planned:
             "prompts' caches": cache_bytes(self.config, self.model, self.rollout_layout, tokens)
         }
         program = prefill_program(self.model, self.compute, self.rollout_layout)
-        runs = self.config.grpo.prompts / prompts
-        found = yield PlannedProgram(
-            "prefill", program, (params, batch), runs, beside | others, setting
-        )
+        runs, beside = self.config.grpo.prompts / prompts, beside | others
+        longest = runs if self.lengths is None else 0  # else it shows the memory alone
+        found = yield PlannedProgram("prefill", program, (params, batch), longest, beside, setting)
+        if self.lengths is not None:
+            batch = self.batches.prompts(prompts, self.lengths.bucket)
+            name = f"prefill_{self.lengths.bucket.tokens}"
+            yield PlannedProgram(name, program, (params, batch), runs, beside, setting)
         if found is None:
             return None
         return jax.tree.map(lambda x: x.update(shape=(parts * x.shape[0], *x.shape[1:])), found)
@@ -426,7 +433,7 @@ class _Planned:
     def _mean_steps(self) -> dict[DecodeShape, float]:
         """Steps of a rollout batch in each shape, on average over simulated ones."""
         assert self.lengths is not None
-        schedule = self._schedule(self.lengths.cache_tokens)
+        schedule = self._schedule(self.lengths.bucket.tokens)
         rng, steps = np.random.default_rng(0), dict.fromkeys(schedule.shapes, 0.0)
         for _ in range(_SIMULATED):
             drawn = self.lengths.responses.draw(

@@ -21,11 +21,13 @@ from spatial_ssrl_jax.qwen_vl.splash import MAX_ROW_TOKENS
 from spatial_ssrl_jax.rl.batch import GroupBatch, PackedBatch
 from spatial_ssrl_jax.rl.stages import Stage
 
-# Where sizes of rows are not given: the fraction of tokens that are prompts', or, where a
-# micro-batch has many of a step's groups, the fraction of the longest row.
-_PROMPT_SHARES = (0.75, 0.5, 0.33)
-_LENGTHS = (0.64, 0.8, 1.0)
+# Sizes of rows that are not given: the fraction of the longest row, and which fraction of it is
+# prompts'; where a row of a micro-batch has many of a step's groups, and where it has few.
 _MANY_GROUPS = 24
+_OF_MANY = ((1.0, 0.7), (1.0, 0.53), (1.0, 0.43))
+_OF_FEW = ((0.64, 0.45), (0.72, 0.65), (1.0, 0.45))
+# Of that fraction what its patches, and the responses beside them, are given room for.
+_PATCHES, _NOT_RESPONSES = 0.9, 0.7
 _STEP = 64  # of which derived sizes are multiples; the patches of a whole window
 
 
@@ -100,14 +102,16 @@ def shapes_for(
 def _derived_sizes(largest: Content, tokens: int, groups: float) -> list[Content]:
     """Sizes of rows that differ in what they have room for, or where a step has few, in length."""
     prompt, sizes = largest.tokens - largest.responses, []
-    scales = _LENGTHS if groups < _MANY_GROUPS else (1.0,) * len(_PROMPT_SHARES)
-    shares = _PROMPT_SHARES if groups >= _MANY_GROUPS else (_PROMPT_SHARES[1],) * len(_LENGTHS)
-    for scale, share in zip(scales, shares, strict=True):
-        length = math.ceil(scale * tokens / _STEP) * _STEP
-        responses = math.ceil((1 - share * 0.7) * length / _STEP) * _STEP
-        patches = math.ceil(share * length * largest.patches / prompt / _STEP) * _STEP
+    for scale, share in _OF_FEW if groups < _MANY_GROUPS else _OF_MANY:
+        length = _rounded(scale * tokens)
+        responses = _rounded((1 - share * _NOT_RESPONSES) * length)
+        patches = _rounded(_PATCHES * share * length * largest.patches / prompt)
         sizes.append(Content(length, patches, min(responses, length)))
     return sizes
+
+
+def _rounded(size: float) -> int:
+    return math.ceil(size / _STEP) * _STEP
 
 
 def _holding(group: Content, shape: RowShape) -> RowShape:

@@ -158,4 +158,4 @@ def sizes(size: Size, settings: CropSettings) -> list[Size]:
     return [size, *[(side, side)] * 4]
 
 
-TASK = Task("crop", False, CropSettings, make, sizes, chance=lambda answer: 1 / 4)
+TASK = Task("crop", False, CropSettings, make, sizes, chance=lambda example: 1 / 4)

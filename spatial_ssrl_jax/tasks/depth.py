@@ -190,9 +190,9 @@ def sizes(size: Size, settings: DepthSettings) -> list[Size]:
     return [fitted_size(size, settings.fit_box)]
 
 
-def chance(answer: str) -> float:
+def chance(example: Example) -> float:
     """One over the number of orders."""
-    return 1 / math.factorial(len(answer.split("-")))
+    return 1 / math.factorial(len(example.answer.split("-")))
 
 
 TASK = Task("depth", True, DepthSettings, make, sizes, chance, grade_order)

@@ -82,8 +82,8 @@ class Task(Generic[Settings]):
       sizes: (size, settings) -> sizes of an example's images from the record's size alone, or
         slightly more where a frame is trimmed: what is too large for any prompt is dropped before
         it is decoded.
-      chance: right answer -> probability that a random answer in its format is right; None where
-        that is not known.
+      chance: example -> probability that a random answer is right, of those that its question's
+        text leaves; None where that is not known.
       grade: (a wrong answer, the right one) -> what it earns of the accuracy's reward, in [0, 1],
         with `reward.partial_credit`; None where a wrong answer earns nothing.
     """
@@ -93,7 +93,7 @@ class Task(Generic[Settings]):
     settings: type[Settings]
     make: Callable[[Record, np.random.Generator, Settings], Example]
     sizes: Callable[[Size, Settings], list[Size]] = single_image
-    chance: Callable[[str], float] | None = None
+    chance: Callable[[Example], float] | None = None
     grade: Grade | None = None
     needs_distances: bool = False
 

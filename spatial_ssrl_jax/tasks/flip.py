@@ -79,4 +79,4 @@ def _is_visible(small: np.ndarray, min_difference: float) -> bool:
     return distinct(np.stack([small, np.flip(small, 0), np.flip(small, 1)]), min_difference)
 
 
-TASK = Task("flip", False, FlipSettings, make, chance=lambda answer: 1 / 8)
+TASK = Task("flip", False, FlipSettings, make, chance=lambda example: 1 / 8)

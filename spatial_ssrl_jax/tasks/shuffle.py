@@ -145,9 +145,9 @@ def _mask(
     return int(rng.choice(able))
 
 
-def chance(answer: str) -> float:
+def chance(example: Example) -> float:
     """One over the number of permutations, the identity excluded."""
-    return 1 / (math.factorial(len(answer.split("-"))) - 1)
+    return 1 / max(math.factorial(len(example.answer.split("-"))) - 1, 1)
 
 
 TASK = Task("shuffle", False, ShuffleSettings, make, chance=chance, grade=grade_order)

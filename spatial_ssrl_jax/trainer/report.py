@@ -235,12 +235,17 @@ def _heldout(rows: MetricRows) -> str:
     for stage, row in newest.items():
         name = f"{_label(stage)}, step {row['step']}"
         head += [f"{name}: greedy", "sampled", "format"]
+    head += ["chance", "grey images"]
     lines = []
     for task in _tasks(measured, "heldout"):
         values = [
             row.get(f"heldout/{task}/{name}")
             for row in newest.values()
             for name in ("accuracy_greedy", "accuracy_sampled", "format")
+        ]
+        values += [
+            next((row[key] for row in measured[::-1] if key in row), None)
+            for key in (f"heldout/{task}/chance", f"heldout/{task}/accuracy_grey")
         ]
         if any(value is not None for value in values):
             lines.append([task, *("–" if v is None else f"{v:.3f}" for v in values)])

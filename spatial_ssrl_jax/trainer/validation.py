@@ -52,7 +52,8 @@ def _due(steps_done: int | None, every: int) -> bool:
 def _heldout(run: Run, stage: str, number: int, policy: Policy) -> HeldoutTable:
     run.progress.doing(f"measuring held-out images ({stage}, step {number})")
     start = time.perf_counter()
-    table = run.evaluation.measure(policy, run.trained, run.config.seed)
+    grey = number == run.total  # what the text alone gives, once
+    table = run.evaluation.measure(policy, run.trained, run.config.seed, grey)
     run.state.heldout[stage] = table
     _add_seconds(run, "heldout", start)
     return table
@@ -83,5 +84,5 @@ def _heldout_metrics(table: HeldoutTable) -> dict[str, float]:
         f"heldout/{task}/{name}": value
         for task, row in table.items()
         for name, value in row.items()
-        if name != "count"
+        if name != "count" and "/" not in task
     }

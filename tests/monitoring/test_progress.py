@@ -110,7 +110,12 @@ def test_the_table_has_a_row_a_task_and_a_column_a_stage():
         return {"accuracy_greedy": greedy, "accuracy_sampled": 0.5, "format": 1.0}
 
     heldout = {
-        "grpo": {"flip": row(0.75), "depth": row(0.3), "mean": row(0.75)},
+        "grpo": {
+            "flip": row(0.75) | {"chance": 0.125, "accuracy_grey": 0.131},
+            "flip/vertical": row(0.7),
+            "depth": row(0.3),
+            "mean": row(0.75),
+        },
         "untrained": {"flip": row(0.125), "mean": row(0.125)},
     }
     console = recording(terminal=False)
@@ -119,9 +124,11 @@ def test_the_table_has_a_row_a_task_and_a_column_a_stage():
     header = next(line for line in text.splitlines() if "task" in line)
     assert header.index("untrained") < header.index("grpo") and "sft" not in header
     lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 2}
-    assert set(lines) == {"flip *", "depth", "mean of trained"}
+    assert set(lines) == {"flip *", "vertical", "depth", "mean of trained"}
     assert "0.125 0.500 1.000" in lines["flip *"] and "0.750 0.500" in lines["flip *"]
-    assert lines["depth"].split("│")[2].strip() == "-"
+    cells = [cell.strip() for cell in lines["flip *"].split("│")[2:-1]]
+    assert (cells[0], cells[-1]) == ("0.125", "0.131")
+    assert [cell.strip() for cell in lines["depth"].split("│")[2:4]] == ["-", "-"]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

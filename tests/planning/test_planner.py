@@ -16,6 +16,7 @@ from spatial_ssrl_jax import config as c
 from spatial_ssrl_jax import plan as command
 from spatial_ssrl_jax.checkpoint.models import open_model, read_shape
 from spatial_ssrl_jax.common.errors import UserError
+from spatial_ssrl_jax.data.processor import PromptSize
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.perf.device_specs import DeviceSpec
@@ -25,6 +26,7 @@ from spatial_ssrl_jax.planning.programs import PlannedProgram, RolloutLengths, p
 from spatial_ssrl_jax.planning.report import lines, problems
 from spatial_ssrl_jax.planning.topology import Topology
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
+from spatial_ssrl_jax.rl.bucketing import BatchShape
 from tests.conftest import ROOT, SMALL_TEXT
 from tests.helpers.toy_runs import make_config
 
@@ -32,6 +34,8 @@ FIELDS = {
     "name", "peak_bytes", "argument_bytes", "temp_bytes", "flops", "bytes_accessed",
     "collective_bytes", "estimated_seconds", "bound", "compile_seconds", "largest_buffers", "fits",
 }  # fmt: skip
+
+PROMPTS = PromptSize(150, 240), BatchShape(160, 256)  # and what they are padded to
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +109,14 @@ def programs_of(
 def test_decoding_takes_the_steps_that_lengths_need(toy_plan: c.Config):
     """In the shapes of the schedule; the one with the widest caches shows the memory alone."""
     config = dataclasses.replace(toy_plan, sft=c.SftSettings(steps=0))
-    lengths = RolloutLengths(LogNormalLengths(mean=12, sigma=0.5, cap=40), 150, 160)
+    lengths = RolloutLengths(LogNormalLengths(mean=12, sigma=0.5, cap=40), *PROMPTS)
     found = programs_of(config, lengths)
     decode = {name: p for name, p in found.items() if name.startswith("decode_")}
     assert {"decode_8x3x16", "decode_4x2x32"} <= decode.keys()
-    assert found["decode"].runs == 0
+    assert found["decode"].runs == found["prefill"].runs == 0
+    prefill = found["prefill_160"]
+    assert prefill.runs * len(prefill.args[1].ids) == config.grpo.prompts
+    assert (prefill.args[1].ids.shape[1], prefill.args[1].vision.length) == (160, 256)
     sixteen = decode["decode_8x3x16"]
     steps = 2 * 16  # of two rollout batches, which all have responses of 16 tokens
     assert sixteen.runs * sixteen.args[2] == pytest.approx(steps)
@@ -131,9 +138,8 @@ def test_updates_run_the_programs_of_the_shapes_that_lengths_need(toy_plan: c.Co
         "old_logprobs": 1
     }
     assert not [name for name in longest if name.endswith("_1")]
-    found = programs_of(
-        config, RolloutLengths(LogNormalLengths(mean=12, sigma=0.1, cap=32), 150, 160)
-    )
+    alike = LogNormalLengths(mean=12, sigma=0.1, cap=32)
+    found = programs_of(config, RolloutLengths(alike, *PROMPTS))
     assert {name: found[f"{name}_1"].runs for name in names} == pytest.approx(
         {name: longest[name].runs for name in names}
     )
@@ -225,7 +231,7 @@ def test_a_run_that_does_not_fit_exits_with_1(
 
 def test_prompt_tokens_go_with_lengths(tmp_path: Path):
     config = f"--config={ROOT / 'configs' / 'tiny.py'}"
-    with pytest.raises(UserError, match="--prompt-tokens goes with --lengths"):
+    with pytest.raises(UserError, match="--prompt-tokens and --prompt-patches go with --lengths"):
         command.main([config, "--topology=cpu", "--prompt-tokens=3"])
     (tmp_path / "none").write_text("many\n")
     with pytest.raises(UserError, match="line 1 of .* is no list of whole numbers"):

@@ -249,3 +249,22 @@ def test_released_depths_are_normalised_by_the_extremes():
     rec.depth[0, 0] = 100.0
     depths = make(rec, 3, kinds={"near": 1.0}, choice="released").truth["depths"]
     assert max(depths) < 0.1
+
+
+def test_chance_is_one_in_the_directions_that_the_text_leaves():
+    """Heading and tail tell the axis of a single direction."""
+    rec = record(2)
+    directions: dict[tuple[str, bool, bool], dict[str, float]] = {}
+    for seed in range(400):
+        example = make(rec, seed)
+        options = dict(re.findall(r" ([A-D])\. ([A-Za-z-]+)", example.question))
+        told = (
+            example.truth["heading"],
+            "ignore the height difference" in example.question,
+            "-" in options["A"],
+        )
+        found = directions.setdefault(told, {})
+        found[options[example.answer]] = position.chance(example)
+    assert len(directions) == 12
+    for found in directions.values():
+        assert set(found.values()) == {1 / len(found)}

@@ -60,7 +60,9 @@ class Recorder:
     def generate(self, params, weights, prompts, **settings) -> Rollout:
         lengths = [part.length for part in prompts]
         length = np.concatenate(lengths)
-        self.calls.append({"rows": len(length), "prefills": len(lengths), **settings})
+        self.calls.append(
+            {"rows": len(length), "prefills": len(lengths), "prompts": prompts, **settings}
+        )
         shape = (len(length), settings["group_size"])
         tokens = np.zeros((*shape, settings["max_new_tokens"]), np.int32)
         tokens[:, -1, 0] = 7
@@ -179,10 +181,47 @@ def test_every_task_is_asked_for_in_one_pass(toy):
         "accuracy_sampled": pytest.approx(2 / 5),
         "format": pytest.approx(2 / 5),
         "reward": pytest.approx(2 / 5),
+        "chance": 1 / 8,
         "count": 5,
     }
     assert table["shuffle"]["accuracy_sampled"] == 0.5 and table["mean"]["count"] == 7
     assert table["mean"]["accuracy_sampled"] == pytest.approx((2 / 5 + 0.5) / 2)
+
+
+def test_each_kind_of_a_task_has_a_row(toy):
+    """Where a task has several; the mean's chance is that of tasks that all know theirs."""
+    evaluation = heldout(toy, BASE, {"shuffle": 3, "own": 2})
+    shuffled = evaluation.items["shuffle"]
+    for number, (kind, answer) in enumerate((("1x3", "0-2-1"), ("2x2", "0-1-3-2"))):
+        changed = replace(shuffled[number].example, kind=kind, answer=answer)
+        shuffled[number] = replace(shuffled[number], example=changed)
+    shuffled[2] = replace(shuffled[2], example=replace(shuffled[1].example))
+    table = evaluation.measure(policy(Recorder()), ["shuffle"], seed=0)
+    rows = {name: (row["count"], row.get("chance")) for name, row in table.items()}
+    assert rows == {
+        "shuffle": (3, pytest.approx((1 / 5 + 2 / 23) / 3)),
+        "shuffle/1x3": (1, 1 / 5),
+        "shuffle/2x2": (2, 1 / 23),
+        "own": (2, None),
+        "mean": (3, rows["shuffle"][1]),
+    }
+    both = evaluation.measure(policy(Recorder()), ["shuffle", "own"], seed=0)
+    assert "chance" not in both["mean"]
+
+
+def test_grey_images_are_asked_for_too(toy):
+    """With the same questions and draws; nothing else of an image is left."""
+    evaluation = heldout(toy, BASE, {"flip": 1})
+    (item,) = evaluation.items["flip"]
+    evaluation.items["flip"] = [replace(item, prompt=toy.prompt(0, 6, [(1, 4, 6)]))]
+    engine = Recorder()
+    table = evaluation.measure(policy(engine), ["flip"], seed=0, grey=True)
+    real, grey = (np.asarray(call["prompts"][0].vision.patches[0, :24]) for call in engine.calls)
+    assert len(np.unique(real)) > 2 and set(np.unique(grey)) == {128}
+    first, second = (np.asarray(call["prompt_index"][0]) for call in engine.calls)
+    np.testing.assert_array_equal(first, second)
+    assert table["flip"]["accuracy_grey"] == table["flip"]["accuracy_sampled"] == 0.0
+    assert table["mean"]["accuracy_grey"] == 0.0
 
 
 def test_a_checkpoints_meta_gives_the_state_back():

@@ -70,7 +70,7 @@ def question_of(example: Example, number: int) -> Question:
             "kind": kind,
             "source": example.source,
             "truth": example.truth,
-            "chance": None if chance is None else chance(example.answer),
+            "chance": None if chance is None else chance(example),
         },
     )
 
