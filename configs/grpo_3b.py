@@ -15,9 +15,9 @@ tokens on average, 955 in the median and 1,819 at most.
 Starts from `runs/sft_3b/export`, which `configs/sft_3b.py` leaves. Published result: a mean of
 50.54 over seven spatial benchmarks, from 45.91. It has not been run on the real weights.
 
-Meant for a TPU v5e-16, weights over `fsdp=16`, sampling over 8 x 2. Compiled for v5e:4x4 with every
-prompt of 4,096 and every response of 2,048 tokens, the gradients of a micro-batch take 12.8 of
-15.75 GiB a chip; BUILD.md has the others. Gradients, log-probabilities
+Meant for a TPU v5e-16, weights over `fsdp=16`, sampling over 8 x 2. Compiled for v5e:4x4, decoding
+256 prompts of 4,096 tokens with the widest caches takes 14.9 of 15.75 GiB a chip, and the gradients
+of a micro-batch 13.1; BUILD.md has the others. Gradients, log-probabilities
 and prefill are bound by compute, decoding by the memory bandwidth of weights and caches, the copy
 of the weights by the network. One GPU of 80 GB holds it with
 

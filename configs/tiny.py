@@ -1,4 +1,4 @@
-"""Built-in scenes, a Qwen2.5-VL of 3,577,792 parameters from scratch: SFT, then GRPO.
+"""Built-in scenes, a Qwen2.5-VL of 2,228,352 parameters from scratch: SFT, then GRPO.
 
     python -m spatial_ssrl_jax.train --config=configs/tiny.py
 
@@ -33,18 +33,19 @@ def get_config() -> c.Config:
             heldout_fraction=0.01,
             min_pixels=28 * 28,
             max_pixels=112 * 112,
-            prompt_buckets=(168, 200),
+            prompt_buckets=(40, 72),
+            patch_buckets=(64, 128),
             threads=2,
         ),
         tasks=tasks,
         # Short on purpose: it ends when the format is learned and the answers are still unsure.
         sft=c.SftSettings(
-            steps=46,
+            steps=20,
             prompts=32,
-            row_tokens=(320, 320),
-            row_patches=(128, 320),
-            row_responses=(64, 64),
-            micro_batch_rows=16,
+            row_tokens=(240,),
+            row_patches=(256,),
+            row_responses=(96,),
+            micro_batch_rows=8,
             learning_rate=1e-3,
             schedule="constant",
         ),
@@ -53,13 +54,13 @@ def get_config() -> c.Config:
             prompts=16,
             minibatches_per_rollout=1,
             group_size=8,
-            row_tokens=(408, 456),
-            row_patches=(64, 320),
-            row_responses=(256, 256),
+            row_tokens=(232, 456),
+            row_patches=(64, 128),
+            row_responses=(192, 384),
             micro_batch_rows=16,
             learning_rate=1e-4,
         ),
-        rollout=c.RolloutSettings(max_new_tokens=32, kv_block=32, check_every=4, batch_prompts=16),
+        rollout=c.RolloutSettings(max_new_tokens=48, kv_block=48, check_every=4, batch_prompts=16),
         checkpoint=c.CheckpointSettings(every=50, keep=2),
         log=c.LogSettings(rollouts_every=10, rollouts_count=4, report_every=20),
         eval=c.EvalSettings(examples=128, samples=4, batch_prompts=64),

@@ -3,11 +3,15 @@
     python -m spatial_ssrl_jax.assets.make_tiny
 
 The tokenizer is a byte-level BPE in Qwen2's file format, trained on the project's own questions
-and SFT responses, so that a question costs about one token a word.
+and SFT responses: about one token a word. Sentences that most questions of a task or kind share are
+added tokens, one each, so that little is computed for what never changes.
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig, TextConfig
 from spatial_ssrl_jax.qwen_vl.family import config_to_dict
 from spatial_ssrl_jax.qwen_vl.qwen2_5 import MODEL_TYPE, Qwen2_5VisionConfig
 from spatial_ssrl_jax.tasks import TASKS
-from spatial_ssrl_jax.tasks.example import Reject
+from spatial_ssrl_jax.tasks.example import Example, Reject
 from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
 
 SPECIAL = (
@@ -36,6 +40,8 @@ _SPLIT = (  # how Qwen2 splits text before merging: words with their space, sing
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Between sentences, and where an option or an image begins.
+_SENTENCES = re.compile(r"(?<=[.?>]) (?=[A-Z])|(?= ?<image\d>)|(?<=<image\d>)|(?= [A-D]\. [A-Z])")
 _TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -49,23 +55,44 @@ _TEMPLATE = (
 )
 
 
-def corpus(examples: int = 300) -> Iterator[str]:
-    """Questions and responses of every task over synthetic scenes."""
+_SYSTEM = "You are a helpful assistant."
+_MARKS = ("<think>", "</think>", "\\boxed{")  # of every response
+_COMMON = 0.02  # of a task's questions that have a sentence, for it to be a token
+
+
+def examples(count: int = 300) -> Iterator[Example]:
+    """Examples of every task over synthetic scenes."""
     source = open_scenes("scenes", "")
-    for number in range(examples):
+    for number in range(count):
         rng = np.random.default_rng(number)
         for task in TASKS:
-            try:
-                example = task.make(source[number], rng, task.settings())
-            except Reject:
-                continue
-            yield f"{example.question} {FORMAT_PROMPT}"
-            yield response_text(example.reason, example.answer)
-    yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
+            with suppress(Reject):
+                yield task.make(source[number], rng, task.settings())
+
+
+def corpus(drawn: Sequence[Example]) -> Iterator[str]:
+    """Their questions and responses."""
+    for example in drawn:
+        yield f"{example.question} {FORMAT_PROMPT}"
+        yield response_text(example.reason, example.answer)
+    yield f"system\n{_SYSTEM}\nuser\nassistant\n"
+
+
+def common_sentences(drawn: Sequence[Example]) -> list[str]:
+    """Sentences that at least `_COMMON` of a task's questions have, in order of their length."""
+    by_task: dict[str, list[str]] = {}
+    for example in drawn:
+        by_task.setdefault(example.task, []).append(example.question)
+    found = {FORMAT_PROMPT, _SYSTEM}
+    for questions in by_task.values():
+        counts = Counter(part for text in questions for part in set(_SENTENCES.split(text)))
+        common = (part for part, n in counts.items() if n >= _COMMON * len(questions))
+        found.update(part for part in common if len(part.split()) > 2 and "<image" not in part)
+    return sorted(found, key=lambda text: (len(text), text))
 
 
 def tiny_config(tokens: int) -> QwenVLConfig:
-    """A Qwen2.5-VL of 3,577,792 parameters whose special tokens end a vocabulary of `tokens`."""
+    """A Qwen2.5-VL of 2,228,352 parameters whose special tokens end a vocabulary of `tokens`."""
     ids = {name: tokens - len(SPECIAL) + i for i, name in enumerate(SPECIAL)}
     return QwenVLConfig(
         model_type=MODEL_TYPE,
@@ -81,9 +108,9 @@ def tiny_config(tokens: int) -> QwenVLConfig:
         ),
         vision=Qwen2_5VisionConfig(
             depth=4,
-            hidden_size=192,
-            intermediate_size=512,
-            num_heads=6,
+            hidden_size=128,
+            intermediate_size=384,
+            num_heads=4,
             out_hidden_size=128,
             fullatt_block_indexes=(3,),
         ),
@@ -112,20 +139,22 @@ def make(folder: Path) -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    drawn = [*examples()]
+    tokenizer.train_from_iterator(corpus(drawn), trainer)
     tokenizer.model.save(str(folder))
-    tokens = tokenizer.get_vocab_size() + len(SPECIAL)
-    config = tiny_config(tokens)
+    names = [*common_sentences(drawn), *_MARKS, *SPECIAL]
+    first = tokenizer.get_vocab_size()
+    config = tiny_config(first + len(names))
     added = {
-        str(tokens - len(SPECIAL) + i): {
+        str(first + i): {
             "content": name,
             "lstrip": False,
             "normalized": False,
             "rstrip": False,
             "single_word": False,
-            "special": True,
+            "special": name in SPECIAL,
         }
-        for i, name in enumerate(SPECIAL)
+        for i, name in enumerate(names)
     }
     files = {
         "config.json": config_to_dict(config, "float32"),

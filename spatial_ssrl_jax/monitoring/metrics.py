@@ -78,6 +78,8 @@ NAMES = (
     "prompt/refilled",
     "heldout/<task>/accuracy_greedy",
     "heldout/<task>/accuracy_sampled",
+    "heldout/<task>/accuracy_grey",
+    "heldout/<task>/chance",
     "heldout/<task>/format",
     "heldout/<task>/reward",
     "benchmark/<benchmark>/score",

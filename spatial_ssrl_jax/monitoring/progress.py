@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -152,31 +153,32 @@ class Progress:
           trained: the tasks that are trained; they are marked.
         """
         stages = [s for s in ("untrained", "sft", "grpo") if heldout.get(s)]
-        table = Table(title="held-out images: greedy accuracy, sampled accuracy, format")
-        for column in ("task", "chance", *stages, "grey images"):
+        title = "held-out images: greedy accuracy, sampled accuracy, format"
+        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)  # fits into 80 columns
+        for column in ("task", "chance", *stages, "grey"):
             table.add_column(column, justify="left" if column == "task" else "right")
         tasks = list(dict.fromkeys(task for s in stages for task in heldout[s]))
         for task in tasks:
-            name = "mean of trained" if task == "mean" else task + (" *" if task in trained else "")
+            name = "mean *" if task == "mean" else task + (" *" if task in trained else "")
             rows = [heldout[stage].get(task) for stage in stages]
             table.add_row(
-                f"  {task.partition('/')[2]}" if "/" in task else name,
+                f" {task.partition('/')[2]}" if "/" in task else name,
                 _one(rows, "chance"),
                 *map(_cell, rows),
                 _one(rows, "accuracy_grey"),
                 style="bold" if task == "mean" else None,
             )
-        table.caption = "* trained; grey images: sampled accuracy after the last stage"
+        table.caption = "* trained; grey: sampled accuracy after the last stage, with grey images"
         self.console.print(table)
 
 
 def _one(rows: Sequence[Mapping[str, float] | None], name: str) -> str:
     """The last stage's value of a metric that some stages have."""
     found = [row[name] for row in rows if row and name in row]
-    return f"{found[-1]:.3f}" if found else "-"
+    return f"{found[-1]:.2f}" if found else "-"
 
 
 def _cell(row: Mapping[str, float] | None) -> str:
     if row is None:
         return "-"
-    return " ".join(f"{row[k]:.3f}" for k in ("accuracy_greedy", "accuracy_sampled", "format"))
+    return " ".join(f"{row[k]:.2f}" for k in ("accuracy_greedy", "accuracy_sampled", "format"))

@@ -21,6 +21,7 @@ from spatial_ssrl_jax.tasks.answers import grade_order
 from spatial_ssrl_jax.tasks.content import MIN_CONTRAST, check_content
 from spatial_ssrl_jax.tasks.drawing import draw_markers_fitted, fitted_size
 from spatial_ssrl_jax.tasks.example import Example, Reject, Size, Task, source_of
+from spatial_ssrl_jax.tasks.places import places_in_words
 from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.regions import (
     Regions,
@@ -169,7 +170,8 @@ def _example(
         images=(draw_markers_fitted(record.image, points, radius, box),),
         question=question(len(chosen)),
         answer="-".join(order),
-        reason="From near to far the regions are " + ", ".join(order) + ".",
+        reason=f"{places_in_words(points, record.image.shape)} "
+        f"From near to far the regions are {', '.join(order)}.",
         truth={"points": [list(p) for p in points], "depths": depths, "half": found.half},
         source=source_of(record),
     )

@@ -24,7 +24,7 @@ class Example:
       question: the protocol's question. `<imageN>` marks where image N goes; without any such
         mark all images come first.
       answer: the exact string that earns the accuracy reward.
-      reason: one short true sentence that leads to the answer, for SFT responses.
+      reason: short true sentences that lead to the answer, for SFT responses.
       truth: enough to check the answer without this code (see `examples.jsonl` in BUILD.md);
         JSON types only, coordinates in pixels [x, y] of the original image.
       source: `{"spec", "record", "image"}` of the original image.

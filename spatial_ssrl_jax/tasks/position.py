@@ -11,6 +11,7 @@ from spatial_ssrl_jax.common.bounds import Bounds, Count, Fraction, NonNegative,
 from spatial_ssrl_jax.tasks.content import MIN_CONTRAST, check_content
 from spatial_ssrl_jax.tasks.drawing import draw_markers_fitted, fitted_size
 from spatial_ssrl_jax.tasks.example import Example, Size, Task, source_of
+from spatial_ssrl_jax.tasks.places import places_in_words
 from spatial_ssrl_jax.tasks.record import Record
 from spatial_ssrl_jax.tasks.regions import (
     Index,
@@ -121,10 +122,7 @@ class View:
           plane: pixels above which a distance along the image plane is clear.
           depth: normalised depth above which a distance across it is clear.
         """
-        here, there = self.camera - 1, 2 - self.camera
-        # In units of the thresholds, so that "clear" is 1 whichever axis the heading turns it to.
-        x = (self.points[there][0] - self.points[here][0]) / plane
-        z = (self.depths[there] - self.depths[here]) / depth
+        x, z = self._offset(plane, depth)
         angle = np.deg2rad(HEADINGS[self.heading][1])
         cos, sin = round(np.cos(angle)), round(np.sin(angle))
         side, ahead = cos * x + sin * z, -sin * x + cos * z
@@ -134,6 +132,25 @@ class View:
         if abs(ahead) > 1:
             names.append("Front" if ahead > 0 else "Back")
         return "-".join(names)
+
+    def in_image(self, plane: float, depth: float) -> str:
+        """Where the other marker is from the camera's as the image shows them, in words."""
+        x, z = self._offset(plane, depth)
+        words = []
+        if abs(x) > 1:
+            words.append("right" if x > 0 else "left")
+        if abs(z) > 1:
+            words.append("farther" if z > 0 else "nearer")
+        return " and ".join(words)
+
+    def _offset(self, plane: float, depth: float) -> tuple[float, float]:
+        """From the camera's marker to the other one, along the image plane and across it.
+
+        In units of the thresholds, so that "clear" is 1 whichever axis the heading turns it to.
+        """
+        here, there = self.camera - 1, 2 - self.camera
+        x = (self.points[there][0] - self.points[here][0]) / plane
+        return x, (self.depths[there] - self.depths[here]) / depth
 
 
 def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -> Example:
@@ -161,8 +178,8 @@ def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -
                 camera=int(rng.integers(1, 3)),
                 heading=weighted_choice(rng, settings.headings),
             )
-            right = view.direction(settings.plane_of(kind, depth.shape), settings.depth)
-            return _example(record, view, kind, right, radius, settings.fit_box, rng)
+            clear = settings.plane_of(kind, depth.shape), settings.depth
+            return _example(record, view, kind, clear, radius, settings.fit_box, rng)
     raise found.reject("position", "no pair of regions that is clearly apart")
 
 
@@ -233,12 +250,13 @@ def _example(
     record: Record,
     view: View,
     kind: str,
-    right: str,
+    clear: tuple[float, float],
     radius: int,
     box: Sequence[int],
     rng: np.random.Generator,
 ) -> Example:
-    """The example of a view in which the other marker is `right`."""
+    """The example of a view, with the distances along the plane and in depth that are clear."""
+    right = view.direction(*clear)
     options = [str(o) for o in rng.permutation(COMBINED if right in COMBINED else SINGLE)]
     answer = "ABCD"[options.index(right)]
     a, b, c, d = options
@@ -258,7 +276,9 @@ def _example(
         images=(draw_markers_fitted(record.image, view.points, radius, box),),
         question=question,
         answer=answer,
-        reason=f"Seen from {view.camera} the region is {right}, option {answer}.",
+        reason=f"{places_in_words(view.points, record.image.shape)} From {view.camera}, region "
+        f"{3 - view.camera} lies {view.in_image(*clear)} in the image. "
+        f"Seen from {view.camera} the region is {right}, option {answer}.",
         truth={
             "points": [list(p) for p in view.points],
             "depths": list(view.depths),

@@ -141,7 +141,7 @@ def test_more_points(count: int):
         check(rec, example)
         made += 1
         assert example.kind == f"{count}_points" and len(example.truth["points"]) == count
-        assert depth.chance(example.answer) == 1 / math.factorial(count)
+        assert depth.chance(example) == 1 / math.factorial(count)
     assert made >= 3
     assert depth.question(6) == (
         "The original image has six regions marked as 1, 2, 3, 4, 5, and 6. Consider the content, "

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from spatial_ssrl_jax.tasks import position
 from spatial_ssrl_jax.tasks.example import Reject
+from spatial_ssrl_jax.tasks.places import places_in_words
 from spatial_ssrl_jax.tasks.regions import Regions
 from tests.helpers.images import ROUNDING, assert_even, depth_ends, record
 
@@ -70,7 +71,17 @@ def check(rec, example, min_valid=0.9):
         assert abs(truth["depths"][0] - truth["depths"][1]) > 0.25
         assert (abs(x1 - x2) > 150 * factor) == combined
     check_regions(rec, truth, max(7, round(15 * factor)) // 2, min_valid)
-    assert example.reason == f"Seen from {camera} the region is {right}, option {example.answer}."
+    dx, dz = (
+        values[2 - camera] - values[camera - 1]
+        for values in ([x for x, _ in truth["points"]], truth["depths"])
+    )
+    words = ["right" if dx > 0 else "left"] if abs(dx) > 150 * factor else []
+    words += ["farther" if dz > 0 else "nearer"] if abs(dz) > 0.25 else []
+    assert example.reason == (
+        f"{places_in_words(truth['points'], rec.image.shape)} "
+        f"From {camera}, region {3 - camera} lies {' and '.join(words)} in the image. "
+        f"Seen from {camera} the region is {right}, option {example.answer}."
+    )
 
 
 def check_regions(rec, truth, half, min_valid):
