@@ -2,17 +2,16 @@
 
     python -m spatial_ssrl_jax.train --config=configs/tiny.py
 
-For two CPU cores and four to seven minutes on idle ones. Of the five tasks one is trained, shuffle
-with three stacked strips: all five are too much for a model of this size in that time, and are in
-the table untrained. Seen on 128 held-out scenes, one run a seed, after SFT -> after GRPO:
+For two CPU cores and some three minutes on idle ones. Of the five tasks one is trained, shuffle
+with three stacked strips; the others are in the table untrained. Seen on 128 held-out scenes, one
+run a seed, after SFT -> after GRPO; chance is 0.20:
 
     seed   greedy accuracy    sampled accuracy   format
-    0      0.430 -> 0.930     0.342 -> 0.914     0.982 -> 0.994
-    1      0.805 -> 0.961     0.658 -> 0.906     0.971 -> 0.975
-    2      0.461 -> 0.953     0.461 -> 0.904     0.955 -> 0.979
+    0      0.703 -> 0.977     0.457 -> 0.928     0.973 -> 0.992
+    1      0.680 -> 0.961     0.471 -> 0.893     0.963 -> 0.984
+    2      0.000 -> 0.805     0.148 -> 0.754     0.977 -> 0.982
 
-Seeds 1 and 2 with groups padded to rectangles in place of packed rows, which differ by rounding. At
-least 0.10 more sampled accuracy, and no less greedy accuracy, is what GRPO is held to.
+At least 0.10 more sampled accuracy, and no less greedy accuracy, is what GRPO is held to.
 """
 
 from dataclasses import replace
@@ -40,7 +39,7 @@ def get_config() -> c.Config:
         tasks=tasks,
         # Short on purpose: it ends when the format is learned and the answers are still unsure.
         sft=c.SftSettings(
-            steps=20,
+            steps=28,
             prompts=32,
             row_tokens=(240,),
             row_patches=(256,),

@@ -53,23 +53,23 @@ def test_numbers_out_of_range_are_refused(flag: str):
 
 
 def test_padding_of_a_config(capsys: pytest.CaptureFixture):
-    """Of groups of a prompt of 136 tokens and eight samples, of which each row holds one."""
+    """Of groups of a prompt of 36 tokens and eight samples, of which each row holds one."""
     argv = [f"--config={ROOT / 'configs' / 'tiny.py'}", "--steps=5", "--source=scenes:6:112x112"]
-    argv += ["--mean=20", "--spread=0", "--config.grpo.micro_batch_rows=16"]
-    argv += ["--config.grpo.row_patches=128,320", "--config.grpo.row_responses=256,256"]
+    argv += ["--mean=32", "--spread=0", "--config.grpo.micro_batch_rows=16"]
+    argv += ["--config.grpo.row_patches=128,320", "--config.grpo.row_responses=256,384"]
     report = run_command(capsys, "padding", *argv, "--config.grpo.row_tokens=456,456")
     assert report["config"] == "tiny" and report["steps"] == 5
-    assert report["prompt_tokens_mean"] == 136
+    assert report["prompt_tokens_mean"] == 36
     drawn = report["drawn"]
-    assert drawn["token_padding_share"] == pytest.approx(1 - (136 + 8 * 20) / 456, abs=1e-4)
+    assert drawn["token_padding_share"] == pytest.approx(1 - (36 + 8 * 32) / 456, abs=1e-4)
     assert drawn["flops_ratio"] > 1 and drawn["programs"] == 1
     assert drawn["patch_padding_share"] == 0.5
-    # Rows of 300 tokens are enough for these groups, not for those of eight times 24 tokens.
+    # Rows of 300 tokens are enough for these groups, and for those of the tasks' own responses.
     short = run_command(capsys, "padding", *argv, "--config.grpo.row_tokens=300,456")
-    assert short["drawn"]["token_padding_share"] == pytest.approx(1 - 296 / 300, abs=1e-4)
-    whole = short["synthetic"]["token_padding_share"]
-    assert whole == report["synthetic"]["token_padding_share"]
-    assert short["synthetic"]["patch_padding_share"] == pytest.approx(1 - 64 / 320)
+    assert short["drawn"]["token_padding_share"] == pytest.approx(1 - 292 / 300, abs=1e-4)
+    for found, row in ((report, 456), (short, 300)):
+        padding = found["synthetic"]["token_padding_share"]
+        assert padding == pytest.approx(1 - (36 + 8 * 22) / row, abs=1e-4)
 
 
 def test_drawn_responses_are_as_spread_as_asked(capsys: pytest.CaptureFixture):

@@ -154,7 +154,7 @@ class Progress:
         """
         stages = [s for s in ("untrained", "sft", "grpo") if heldout.get(s)]
         title = "held-out images: greedy accuracy, sampled accuracy, format"
-        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)  # fits into 80 columns
+        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for column in ("task", "chance", *stages, "grey"):
             table.add_column(column, justify="left" if column == "task" else "right")
         tasks = list(dict.fromkeys(task for s in stages for task in heldout[s]))

@@ -370,7 +370,7 @@ def test_the_end_token_of_the_config_stands_in_for_a_missing_one(tiny: Path, giv
     ("name", "values", "message"),
     [
         ("generation_config", {"eos_token_id": -1}, r"\(eos_token_id is -1, expected a whole"),
-        ("generation_config", {"eos_token_id": 790}, "expected a whole number.* below 790"),
+        ("generation_config", {"eos_token_id": 798}, "expected a whole number.* below 798"),
         ("generation_config", {"eos_token_id": [7, "a"]}, r'\(eos_token_id is \[7, "a"\]'),
         ("generation_config", {"eos_token_id": "7"}, "expected a whole number"),
         ("preprocessor_config", {"min_pixels": "3136"}, r'\(min_pixels is "3136"'),

@@ -70,7 +70,7 @@ def test_form_of_an_example(task):
         "image": "/synthetic/2.png",
     }
     assert json.loads(json.dumps(example.truth)) == example.truth
-    assert len(example.reason.split()) <= 14
+    assert len(example.reason.split()) <= 30
     for image in example.images:
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
 
