@@ -198,7 +198,7 @@ def test_convert_looks_for_room_first(run, model: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     for direction in ("to-hf", "to-orbax"):
         result = run(convert.main, direction, model, tmp_path / "out")
-        assert_refused(result, str(tmp_path / "out"), "needs 7.16 MB", "1 MB left")
+        assert_refused(result, str(tmp_path / "out"), "needs 4.46 MB", "1 MB left")
     assert not (tmp_path / "out").exists()
 
 
@@ -320,7 +320,7 @@ def test_generate_takes_several_images_and_the_format_prompt(ask, images: Path):
     alone = ask()["prompt_ids"]
     two = ask(f"--image={images / 'b.png'}")["prompt_ids"]
     assert len(two) == len(alone) + 14  # 12 places and the two marks around them
-    assert len(ask("--reasoning")["prompt_ids"]) > len(alone) + 20
+    assert len(ask("--reasoning")["prompt_ids"]) == len(alone) + 2  # a space, and one token
 
 
 def test_generate_ends_where_log_probabilities_are_not_finite(

@@ -127,7 +127,7 @@ def test_adapters_train_little_and_need_no_reference(fresh, tmp_path: Path):
     caches = evaluated["memory_bytes_a_device"]["caches"]
     assert caches == text * 8 * (192 + 5 * 32)  # four samples and a greedy one
     largest = whole["prompts"] * (320 * (1176 + 12) + 192 * 20)  # patches and tokens
-    assert largest / 10 < whole["batch_bytes"] < largest
+    assert largest / 30 < whole["batch_bytes"] < largest
     stays = memory["weights"] + memory["optimizer"] + memory["reference"]
     assert stays < memory["sum"] < sum(memory.values()) - memory["sum"]
 
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_a_problem(fresh, tmp_path: Path, monkeypatch):
     ("sections", "words"),
     [
         ({"source": "folder:/nowhere"}, ["folder:/nowhere", "no such folder"]),
-        ({"prompt_buckets": (60,)}, ["prompt of", "data.prompt_buckets"]),
+        ({"prompt_buckets": (20,)}, ["prompt of", "data.prompt_buckets"]),
         ({"patch_buckets": (0,)}, ["prompt of", "data.prompt_buckets"]),
     ],
 )
