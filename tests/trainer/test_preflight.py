@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_a_problem(fresh, tmp_path: Path, monkeypatch):
     ("sections", "words"),
     [
         ({"source": "folder:/nowhere"}, ["folder:/nowhere", "no such folder"]),
-        ({"prompt_buckets": (20,)}, ["prompt of", "data.prompt_buckets"]),
+        ({"prompt_buckets": (10,)}, ["prompt of", "data.prompt_buckets"]),
         ({"patch_buckets": (0,)}, ["prompt of", "data.prompt_buckets"]),
     ],
 )
