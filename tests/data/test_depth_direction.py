@@ -111,7 +111,8 @@ def test_preview_warns(run: Callable, tmp_path: Path):
 def test_check_warns_in_its_notes(toy_folder: Path, tmp_path: Path):
     config = make_config(c.ModelSettings(str(toy_folder), True, "float32", "none"))
     data = replace(config.data, source=f"rgbd:{save(tmp_path / 'd', 30, 0)}")
-    config = replace(config, data=data)
+    longer = replace(config.rollout, max_new_tokens=48)
+    config = replace(config, data=data, rollout=longer)
     assert not any("lower third" in note for note in preflight(config, tmp_path / "w")["notes"])
     tasks = config.tasks | {"depth": replace(config.tasks["depth"], weight=1.0)}
     notes = preflight(replace(config, tasks=tasks), tmp_path / "w")["notes"]

@@ -373,23 +373,23 @@ def test_each_release_writes_the_same_config(shared, release: str):
         ("tie_word_embeddings", "yes", "expected true or false"),
         ("eos_token_id", None, None),
         ("eos_token_id", [], None),
-        ("eos_token_id", [738, 1], None),
+        ("eos_token_id", [792, 1], None),
         ("eos_token_id", "", r'\(eos_token_id is "", expected a whole number'),
-        ("image_token_id", 744, "image_token_id is 744, .* below 744"),
+        ("image_token_id", 798, "image_token_id is 798, .* below 798"),
         ("model_type", {}, r"has the model_type \{\}; expected"),
     ],
 )
 def test_a_wrong_value_in_the_config_is_named(tmp_path, path: str, value, message: str | None):
     """Without a message the value counts as missing, and its default stands in."""
     raw = json.loads((TINY / "config.json").read_text())
-    raw["vocab_size"], node = 744 if message else 152_064, raw
+    raw["vocab_size"], node = 798 if message else 152_064, raw
     *sections, key = path.split(".")
     for section in sections:
         node = node[section]
     node[key] = value
     (tmp_path / "config.json").write_text(json.dumps(raw))
     if message is None:
-        assert read_config(tmp_path).eos_token_id in (738, 151_645)
+        assert read_config(tmp_path).eos_token_id in (792, 151_645)
         return
     with pytest.raises(UserError, match=message):
         read_config(tmp_path)

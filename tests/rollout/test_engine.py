@@ -119,7 +119,7 @@ def assert_same(found, rollout, rows=slice(None), group=GROUP):
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(chunk=8, check_every=2), dict(chunk=24, check_every=3, bucket=(45, 8))],
+    [dict(chunk=8, check_every=2), dict(chunk=24, check_every=3, bucket=(45, 100))],
     ids=["small chunks", "one chunk, larger bucket"],
 )
 def test_draws_do_not_depend_on_how_it_is_run(generate, rollout, settings):
