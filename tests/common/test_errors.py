@@ -83,7 +83,10 @@ CASES: list[tuple[Callable, Sequence[str], Sequence[str]]] = [
     (train.main, [*train_with(), "--workdir=s3://bucket/run"], ["s3://bucket/run", "give gs://"]),
     (
         train.main,
-        ["--check", *train_with("data.source=scenes:9", "data.prompt_buckets=9", "data.patch_buckets=64")],
+        [
+            "--check",
+            *train_with("data.source=scenes:9", "data.prompt_buckets=9", "data.patch_buckets=64"),
+        ],
         ["fits 9 tokens", "data.prompt_buckets"],
     ),
     (
