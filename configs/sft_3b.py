@@ -7,7 +7,7 @@
 
 3,600 examples are learned five times: 15 steps each time, of which the last has 16 examples.
 Responses are made from the tasks themselves unless `--config.sft.responses=FILE` names the released
-cold-start JSON, all of whose questions are then learned. Meant for a TPU v5e-16 (compiled: 5.2 of
+cold-start JSON, all of whose questions are then learned. Meant for a TPU v5e-16 (compiled: 5.1 of
 15.75 GiB a chip), or one 80 GB GPU with `--config.sft.micro_batch_rows=1
 --config.rollout.tensor=1` (compiled for `a100-80gb`: 12.6 GiB). It has not been run on the real
 weights.
@@ -20,8 +20,8 @@ def get_config() -> c.Config:
     """75 steps of 256 samples, at most 2,048 + 1,024 tokens, images of 262,144 pixels.
 
     With the usual sizes of COCO, DIODE and MegaDepth and synthetic responses, prompts have 550
-    tokens on average and 256 samples take up to 47 rows, three micro-batches: 11 % of the tokens
-    and 21 % of the windows are padding.
+    tokens on average and 256 samples take up to 48 rows, three micro-batches: 12 % of the tokens
+    and 18 % of the patches are padding.
     """
     return c.Config(
         name="sft_3b",

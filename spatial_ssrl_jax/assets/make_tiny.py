@@ -3,8 +3,8 @@
     python -m spatial_ssrl_jax.assets.make_tiny
 
 The tokenizer is a byte-level BPE in Qwen2's file format, trained on the project's own questions
-and SFT responses: about one token a word. Sentences that most questions of a task or kind share are
-added tokens, one each, so that little is computed for what never changes.
+and SFT responses: about one token a word. Sentences that come again in a task's questions are added
+tokens, one each, so that little is computed for what hardly changes.
 """
 
 import json
@@ -36,6 +36,9 @@ SPECIAL = (
     "<|video_pad|>",
 )
 VOCAB = 1024
+_SYSTEM = "You are a helpful assistant."
+_MARKS = ("<think>", "</think>", "\\boxed{")  # of every response
+_COMMON = 0.02  # of a task's questions that have a sentence, for it to be a token
 _SPLIT = (  # how Qwen2 splits text before merging: words with their space, single digits, signs
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,7 +47,7 @@ _SPLIT = (  # how Qwen2 splits text before merging: words with their space, sing
 _SENTENCES = re.compile(r"(?<=[.?>]) (?=[A-Z])|(?= ?<image\d>)|(?<=<image\d>)|(?= [A-D]\. [A-Z])")
 _TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>system\n" + _SYSTEM + "<|im_end|>\n{% endif %}"
     "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{%- if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{%- for part in message['content'] %}"
@@ -53,11 +56,6 @@ _TEMPLATE = (
     "{%- else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-_SYSTEM = "You are a helpful assistant."
-_MARKS = ("<think>", "</think>", "\\boxed{")  # of every response
-_COMMON = 0.02  # of a task's questions that have a sentence, for it to be a token
 
 
 def examples(count: int = 300) -> Iterator[Example]:

@@ -1,6 +1,6 @@
 """Held-out scores of the pretext tasks: greedy and sampled accuracy, format and reward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -16,7 +16,7 @@ from spatial_ssrl_jax.rl.bucketing import BatchSlice, Buckets, bucket_by_length
 from spatial_ssrl_jax.rl.scorer import SampledGroup, Scorer
 from spatial_ssrl_jax.rollout.engine import Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
-from spatial_ssrl_jax.tasks import TASKS_BY_NAME
+from spatial_ssrl_jax.tasks.example import Example
 
 HeldoutTable = dict[str, dict[str, float]]
 
@@ -31,6 +31,7 @@ class HeldoutEval:
       settings: the config's `eval` section.
       rollout: the config's `rollout` section.
       scorer: rewards responses.
+      chances: by the name of a task that knows it, see `Task.chance`.
       temperature: the training temperature.
     """
 
@@ -39,6 +40,7 @@ class HeldoutEval:
     settings: EvalSettings
     rollout: RolloutSettings
     scorer: Scorer
+    chances: Mapping[str, Callable[[Example], float]]
     temperature: float
 
     def measure(
@@ -62,17 +64,16 @@ class HeldoutEval:
         rewards = self._rewards(policy, items, seed)
         greyed = self._rewards(policy, [*map(_greyed, items)], seed) if grey else None
         tasks = np.repeat([*self.items], [len(group) for group in self.items.values()])
-        kinds = np.array([f"{item.example.task}/{item.example.kind}" for item in items])
+        kinds = np.array([f"{t}/{i.example.kind}" for t, i in zip(tasks, items, strict=True)])
         table: HeldoutTable = {}
         for task in self.items:
             found = np.unique(kinds[tasks == task]).tolist()
             names = [(task, tasks), *((kind, kinds) for kind in found if len(found) > 1)]
             for name, names_of_items in names:
                 mine = np.flatnonzero(names_of_items == name)
-                chances = [_chance(items[i]) for i in mine]
                 table[name] = _metrics(rewards[mine], None if greyed is None else greyed[mine])
-                if None not in chances:
-                    table[name]["chance"] = float(np.mean(np.array(chances, float)))
+                if chance := self.chances.get(task):
+                    table[name]["chance"] = float(np.mean([chance(items[i].example) for i in mine]))
         rows = [table[t] for t in trained if t in table]
         if rows:
             keys = [k for k in rows[0] if all(k in row for row in rows)]
@@ -127,12 +128,6 @@ def _metrics(rewards: np.ndarray, greyed: np.ndarray | None) -> dict[str, float]
     if greyed is not None:
         found["accuracy_grey"] = float(greyed[:, :-1, 1].mean())
     return found
-
-
-def _chance(item: Item) -> float | None:
-    """The probability that a random answer is right, where the task knows it."""
-    task = TASKS_BY_NAME.get(item.example.task)
-    return task.chance(item.example) if task and task.chance else None
 
 
 def _greyed(item: Item) -> Item:

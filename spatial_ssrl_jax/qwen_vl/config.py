@@ -36,10 +36,8 @@ class TextConfig:
 class VisionConfig:
     """A vision tower. Sizes in pixels are those of images after the processor's resizing.
 
-    Patches reach every tower in windows of `window_size` pixels a side, whether it attends inside
-    of them or not.
-
     Attributes:
+      window_size: side of a window in pixels, inside which a patch sees others in some blocks.
       image_mean, image_std: mean and standard deviation of pixels in [0, 1], by channel.
     """
 

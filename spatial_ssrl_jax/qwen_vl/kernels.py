@@ -212,31 +212,48 @@ def local_attention(
       segment_BT: int32, which segment; the tokens of one are neighbours, and -1 is padding, whose
         results are undefined.
       longest: tokens of a segment at most, and of a block.
-      compute: the kernel; `splash`, whose blocks are longer than such segments, gives way to XLA.
+      compute: the kernel, where `splash`, whose blocks are longer than such segments, gives way to
+        XLA; and the queries of a row that attend at a time.
 
     Returns:
       [B, T, N, H] in the dtype of `v`.
     """
     batch, length = segment_BT.shape
     count = -(-length // longest)
+    chunks = -(-count // max(compute.attention_chunk // longest, 1))
+    of_chunk = -(-count // chunks)  # blocks
+    block = attend_cudnn if compute.attention.name == "cudnn" else attend_block
 
-    def blocks(x: Array) -> Array:
-        padding = ((0, 0), (0, count * longest - length), *((0, 0),) * (x.ndim - 2))
-        return jnp.pad(x, padding).reshape(batch, count, longest, *x.shape[2:])
+    def split(x: Array) -> Array:
+        """[chunks, B, blocks, longest, …], padded at the end."""
+        padding = ((0, 0), (0, chunks * of_chunk * longest - length), *((0, 0),) * (x.ndim - 2))
+        x = jnp.pad(x, padding).reshape(batch, chunks, of_chunk, longest, *x.shape[2:])
+        return x.swapaxes(0, 1)
+
+    def with_ends(x: Array) -> Array:
+        """Each chunk after the last block of the one before it, and before the next one's first."""
+        ends = ((1, 0), *((0, 0),) * (x.ndim - 1)), ((0, 1), *((0, 0),) * (x.ndim - 1))
+        before, after = jnp.pad(x[:-1, :, -1:], ends[0]), jnp.pad(x[1:, :, :1], ends[1])
+        return jnp.concatenate((before, x, after), axis=2)
 
     def near(x: Array) -> Array:
-        """[B·blocks, 3·longest, …]: each block after the one before it, and before the next."""
-        if count > 1:
-            x = jnp.pad(x, ((0, 0), (1, 1), *((0, 0),) * (x.ndim - 2)))
-            x = jnp.concatenate((x[:, :-2], x[:, 1:-1], x[:, 2:]), axis=2)
+        """[B·blocks, 3·longest, …], each block between its neighbours; an only one has none."""
+        parts = (x[:, :-2], x[:, 1:-1], x[:, 2:]) if count > 1 else (x[:, 1:-1],)
+        x = jnp.concatenate(parts, axis=2)
         return x.reshape(-1, *x.shape[2:])
 
-    segment = blocks(segment_BT + 1)  # 0 is padding
-    queries, q = segment.reshape(-1, longest, 1), blocks(q_BTNH)
-    keys, values = (near(blocks(x)).swapaxes(1, 2) for x in (k_BTNH, v_BTNH))
-    of_keys = near(segment)[:, None]
-    block = attend_cudnn if compute.attention.name == "cudnn" else attend_block
-    out = block(q.reshape(-1, *q.shape[2:]), keys, values, (queries == of_keys) & (of_keys > 0))
+    @jax.checkpoint
+    def attend_chunk(part: tuple[Array, Array, Array, Array, Array]) -> Array:
+        q, keys, values, segment, of_keys = part
+        keys, values = near(keys).swapaxes(1, 2), near(values).swapaxes(1, 2)
+        of_keys = near(of_keys)[:, None]
+        seen = (segment.reshape(-1, longest, 1) == of_keys) & (of_keys > 0)
+        return block(q.reshape(-1, *q.shape[2:]), keys, values, seen).reshape(q.shape)
+
+    segment = split(segment_BT + 1)  # 0 is padding
+    keys, values, of_keys = (with_ends(x) for x in (split(k_BTNH), split(v_BTNH), segment))
+    parts = split(q_BTNH), keys, values, segment, of_keys
+    out = jax.lax.map(attend_chunk, parts).swapaxes(0, 1)
     return out.reshape(batch, -1, *q_BTNH.shape[2:])[:, :length]
 
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's own parts: `config.json`, vision tower, window layout, M-RoPE positions, Hub names.
+"""Qwen2.5-VL's own parts: `config.json`, vision tower, patch order, M-RoPE positions, Hub names.
 
 Shape letters: B prompts or rows, P patches, D width, M merged tokens (P/4).
 """
@@ -350,7 +350,7 @@ class VisionTower(nnx.Module):
         return compute.constrain(self.merger(x))
 
 
-# Windows and positions ----------------------------------------------------------------------------
+# Order of patches, and positions ------------------------------------------------------------------
 
 
 def lay_out_patches(config: Qwen2_5VisionConfig, grids: Sequence[Grid]) -> PatchLayout:

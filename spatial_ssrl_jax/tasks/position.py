@@ -126,22 +126,12 @@ class View:
         angle = np.deg2rad(HEADINGS[self.heading][1])
         cos, sin = round(np.cos(angle)), round(np.sin(angle))
         side, ahead = cos * x + sin * z, -sin * x + cos * z
-        names = []
-        if abs(side) > 1:
-            names.append("Right" if side > 0 else "Left")
-        if abs(ahead) > 1:
-            names.append("Front" if ahead > 0 else "Back")
-        return "-".join(names)
+        return "-".join(_clear_words((side, "Right", "Left"), (ahead, "Front", "Back")))
 
     def in_image(self, plane: float, depth: float) -> str:
         """Where the other marker is from the camera's as the image shows them, in words."""
         x, z = self._offset(plane, depth)
-        words = []
-        if abs(x) > 1:
-            words.append("right" if x > 0 else "left")
-        if abs(z) > 1:
-            words.append("farther" if z > 0 else "nearer")
-        return " and ".join(words)
+        return " and ".join(_clear_words((x, "right", "left"), (z, "farther", "nearer")))
 
     def _offset(self, plane: float, depth: float) -> tuple[float, float]:
         """From the camera's marker to the other one, along the image plane and across it.
@@ -151,6 +141,11 @@ class View:
         here, there = self.camera - 1, 2 - self.camera
         x = (self.points[there][0] - self.points[here][0]) / plane
         return x, (self.depths[there] - self.depths[here]) / depth
+
+
+def _clear_words(*axes: tuple[float, str, str]) -> list[str]:
+    """Of each axis on which a distance is clear the word for its sign, positive or negative."""
+    return [above if value > 0 else below for value, above, below in axes if abs(value) > 1]
 
 
 def make(record: Record, rng: np.random.Generator, settings: PositionSettings) -> Example:

@@ -291,6 +291,7 @@ def open_run(
             config.eval,
             config.rollout,
             scorer,
+            {task.name: task.chance for task in components.tasks if task.chance is not None},
             config.grpo.temperature,
         ),
         benchmark=_benchmark(components),

@@ -11,7 +11,7 @@ import pytest
 
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.load import load_config, split_overrides, to_dict
-from spatial_ssrl_jax.config.schema import Config, RewardSettings
+from spatial_ssrl_jax.config.schema import Config, DataSettings, RewardSettings
 from spatial_ssrl_jax.config.validate import check_settings
 from spatial_ssrl_jax.rl.row_shapes import row_shapes
 from spatial_ssrl_jax.rl.stages import stages
@@ -327,6 +327,13 @@ def test_every_number_has_a_range():
     found = dict(numbers(Config("test")))
     assert len(found) > 80
     assert [key for key, hint in found.items() if not hasattr(hint, "__metadata__")] == []
+
+
+def test_a_prompts_bucket_is_a_pair():
+    """Of as many patches as its tokens may have, where none are named; in ascending order."""
+    assert DataSettings(prompt_buckets=(30, 10)).buckets == ((10, 40), (30, 120))
+    named = DataSettings(prompt_buckets=(30, 10), patch_buckets=(64, 8))
+    assert named.buckets == ((10, 8), (30, 64))
 
 
 def test_the_defaults_are_valid():

@@ -11,9 +11,11 @@ from spatial_ssrl_jax.checkpoint.models import TINY, open_model
 from spatial_ssrl_jax.common.errors import UserError
 from spatial_ssrl_jax.config.schema import RewardSettings
 from spatial_ssrl_jax.data.processor import Processor
+from spatial_ssrl_jax.data.sources import open_source
 from spatial_ssrl_jax.rl.scorer import make_scorer
+from spatial_ssrl_jax.tasks import TASKS
 from spatial_ssrl_jax.tasks.example import Example
-from spatial_ssrl_jax.tasks.protocol import response_text
+from spatial_ssrl_jax.tasks.protocol import FORMAT_PROMPT, response_text
 from spatial_ssrl_jax.trainer.reward_check import check_reward
 
 RIGHT = response_text("It is 4.", "4")
@@ -71,3 +73,20 @@ def test_a_rule_that_no_right_answer_meets_is_refused(tmp_path: Path):
     scorer = make_scorer(RewardSettings(rule="choice"))
     with pytest.raises(UserError, match="the rule choice does not accept the answer of a right"):
         check_reward(EXAMPLE, processor, scorer)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_what_the_tiny_models_questions_share_is_a_token(task):
+    """Questions are short, and they and their responses come back from their tokens."""
+    model = open_model(TINY)
+    processor, source = Processor(model.files, model.config), open_source("scenes:8")
+    for number in range(8):
+        example = task.make(source[number], np.random.default_rng(number), task.settings())
+        question, response = (
+            f"{example.question} {FORMAT_PROMPT}",
+            response_text(example.reason, example.answer),
+        )
+        ids = processor.tokenizer(question)["input_ids"]
+        assert len(ids) <= 30 and processor.tokenizer.decode(ids) == question
+        ids = processor.encode_response(response)
+        assert len(ids) <= 48 and processor.decode(ids) == response

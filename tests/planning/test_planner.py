@@ -229,6 +229,31 @@ def test_a_run_that_does_not_fit_exits_with_1(
     assert "the largest buffer is [" in printed
 
 
+def test_the_prompts_of_lengths(toy_plan: c.Config, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Their size as given, with as many patches a token as the longest has, and their bucket."""
+    data = dataclasses.replace(toy_plan.data, prompt_buckets=(100, 192), patch_buckets=(64, 384))
+    config, seen = dataclasses.replace(toy_plan, data=data), []
+    monkeypatch.setattr("spatial_ssrl_jax.config.load.load_config", lambda *_: config)
+
+    def planned(_, topology, say, lengths):
+        seen.append((lengths.prompt, lengths.bucket))
+        raise UserError("enough.")
+
+    monkeypatch.setattr("spatial_ssrl_jax.planning.planner.plan", planned)
+    argv = ["--config=toy", "--topology=cpu", "--lengths=mean=9,sigma=0,cap=32,correlation=0"]
+    for more in ([], ["--prompt-tokens=90"], ["--prompt-tokens=90", "--prompt-patches=60"]):
+        with pytest.raises(UserError, match="enough"):
+            command.main([*argv, *more])
+    small, large = BatchShape(100, 64), BatchShape(192, 384)
+    assert seen == [
+        (PromptSize(192, 384), large),
+        (PromptSize(90, 180), large),
+        (PromptSize(90, 60), small),
+    ]
+    with pytest.raises(UserError, match="--prompt-patches=0 must be at least 1"):
+        command.main([*argv, "--prompt-patches=0"])
+
+
 def test_prompt_tokens_go_with_lengths(tmp_path: Path):
     config = f"--config={ROOT / 'configs' / 'tiny.py'}"
     with pytest.raises(UserError, match="--prompt-tokens and --prompt-patches go with --lengths"):

@@ -25,7 +25,7 @@ from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.attention import GroupLimits, Visible, attend_block
 from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute, Remat
 from spatial_ssrl_jax.qwen_vl.decode_kernel import attend_decode
-from spatial_ssrl_jax.qwen_vl.kernels import decode_attention, self_attention
+from spatial_ssrl_jax.qwen_vl.kernels import decode_attention, local_attention, self_attention
 from spatial_ssrl_jax.qwen_vl.layers import REMAT_POLICIES
 from spatial_ssrl_jax.rl.placement import compute_settings
 from tests.helpers.groups import pack_groups
@@ -142,6 +142,27 @@ def test_xlas_attention_in_chunks_is_that_of_all_keys(chunk: int):
     attention = partial(self_attention, visible=visible, compute=compute, causal=True)
     arrays = drawn(LENGTH, 4, 2, 16)
     assert_alike(partial(attention, limits=LIMITS), exact, arrays, segment >= 0)
+
+
+# Segments of at most eight tokens, of which some begin and end inside of blocks; padding last.
+SHORT = ([8, 8, 3, 8, 1, 8, 8, 8, 5, 8, 7, 8, 2, 8], [5, 8, 8, 8, 8], [4])
+
+
+@pytest.mark.parametrize("chunk", [8, 24, 999])
+@pytest.mark.parametrize("lengths", SHORT, ids=("long", "medium", "one block"))
+def test_short_segments_see_themselves(lengths: list[int], chunk: int):
+    """Whichever blocks they lie in, and whichever chunks these are in."""
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    padded = np.pad(row, (0, 4 if len(lengths) > 1 else 0), constant_values=-1)
+    segment = jnp.array([padded, np.where(padded > 2, -1, padded)])
+    q, k, v = drawn(len(padded), 4, 4, 16)
+    same = (segment[:, :, None] == segment[:, None]) & (segment >= 0)[:, None]
+
+    def local(q: Array, k: Array, v: Array) -> Array:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return local_attention(q, k, v, segment, 8, Compute(attention_chunk=chunk))
+
+    assert_alike(local, partial(attend_block, seen_BQS=same), (q, k, v), segment >= 0)
 
 
 def test_which_tokens_a_group_sees():

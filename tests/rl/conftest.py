@@ -148,7 +148,7 @@ SETTINGS = GrpoSettings(
 ROLLOUT = RolloutSettings(max_new_tokens=8, kv_block=4, check_every=4, batch_prompts=2)
 BUCKETS = Buckets((BatchShape(40, 100),))
 # Any group has a row; two small ones may share it.
-ROW = RowShape(Content(72, 100, 32), longest_response=8)
+ROW = RowShape(Content(72, 192, 32), longest_response=8)
 
 
 def make_grpo(

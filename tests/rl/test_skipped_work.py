@@ -1,7 +1,6 @@
 """What a step need not compute: it changes no number of the update."""
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -23,7 +22,7 @@ from spatial_ssrl_jax.rl.train_step import initial_train_state, micro_gradients,
 from spatial_ssrl_jax.rl.trainable import Trainable
 from tests.rl.conftest import CONFIG, SETTINGS, make_grpo
 
-OPTIMIZER = optax.adamw(1e-2, eps=1e-3, weight_decay=0.1)
+OPTIMIZER = optax.adamw(1e-2, weight_decay=0.1)
 
 
 def stage(settings: GrpoSettings) -> Grpo:
@@ -67,8 +66,7 @@ def test_the_first_update_needs_no_old_logprobs(small_params, grpo_step):
         return replace(batch, old_logprobs=old, first_update=None)
 
     expected = after(grpo, small_params, [[computed(b) for b in update] for update in updates])
-    # Programs of their own may round the last bit otherwise.
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+    assert_equal(found, expected)
     ratios = [metrics["policy/ratio_mean"] for metrics in found[1]]
     assert ratios[0] == 1 and ratios[1] != 1 and ratios[2] != 1
 
@@ -170,7 +168,7 @@ def test_images_are_encoded_once(
         return batch.rows.vision, (batch.reference_logprobs, gradients, sums)
 
     features, found = step()
-    assert isinstance(features, VisionFeatures) and features.tokens.shape == (3, 25, width)
+    assert isinstance(features, VisionFeatures) and features.tokens.shape == (3, 48, width)
     monkeypatch.setattr(GrpoSettings, "reuses_vision", False)
     pixels, expected = step()
     assert isinstance(pixels, VisionInput)

@@ -21,6 +21,7 @@ from spatial_ssrl_jax.rl.placement import compute_settings
 from spatial_ssrl_jax.rl.scorer import Scorer
 from spatial_ssrl_jax.rl.stages import stages
 from spatial_ssrl_jax.rollout.engine import Rollout
+from spatial_ssrl_jax.tasks import TASKS_BY_NAME
 from spatial_ssrl_jax.tasks.example import Example
 from spatial_ssrl_jax.trainer import context, stage_steps, training
 from spatial_ssrl_jax.trainer.benchmark_eval import eval_options
@@ -157,6 +158,7 @@ def heldout(toy, config: c.Config, counts: dict[str, int]) -> HeldoutEval:
         config.eval,
         config.rollout,
         Scorer(config.reward, {}),
+        {"flip": TASKS_BY_NAME["flip"].chance, "shuffle": TASKS_BY_NAME["shuffle"].chance},
         config.grpo.temperature,
     )
 
