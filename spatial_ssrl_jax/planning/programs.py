@@ -60,7 +60,7 @@ from spatial_ssrl_jax.rollout.decode import (
     reshard_program,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling
-from spatial_ssrl_jax.rollout.schedule import DecodeShape, Schedule
+from spatial_ssrl_jax.rollout.schedule import DecodeShape, Schedule, leftovers_shape
 
 _SIMULATED = 20  # rollouts, whose mean the times of decoding are
 
@@ -369,7 +369,7 @@ class _Planned:
             for shape, steps in self._mean_steps().items():
                 name = f"decode_{shape.prompts}x{shape.group}x{shape.slots}"
                 args = (weights, _rows_of(prefix, shape), _samples_of(samples, shape))
-                yield self._decode(name, shape, *args, beside, batches * steps)
+                yield self._decode(name, shape, *args, beside, steps)
 
     def _prefilled(
         self, params: Params, prompts: int, beside: Held
@@ -419,28 +419,35 @@ class _Planned:
         return PlannedProgram(name, decode_chunk, args, runs, beside, setting, trip_count)
 
     def _schedule(self, prompt_tokens: int) -> Schedule:
-        rollout = self.config.rollout
+        config, shards = self.config, self.rollout_layout.batch_shards
+        hosts = len({device.process_index for device in self.layout.mesh.devices.flat})
+        size = self.rollout_prompts, config.grpo.group_size, config.rollout.max_new_tokens
+        leftovers = leftovers_shape(
+            config.grpo.prompts // self.rollout_prompts if hosts == 1 else 1,
+            *size,
+            kv_block=config.rollout.kv_block,
+            prompt_tokens=max(config.data.prompt_buckets),
+            shards=shards,
+        )
         return Schedule.of(
-            self.rollout_prompts,
-            self.config.grpo.group_size,
-            rollout.max_new_tokens,
-            kv_block=rollout.kv_block,
-            check_every=rollout.check_every,
+            *size,
+            kv_block=config.rollout.kv_block,
+            check_every=config.rollout.check_every,
             prompt_tokens=prompt_tokens,
-            shards=self.rollout_layout.batch_shards,
+            shards=shards,
+            leftovers=leftovers,
         )
 
     def _mean_steps(self) -> dict[DecodeShape, float]:
-        """Steps of a rollout batch in each shape, on average over simulated ones."""
+        """Steps of a rollout in each shape, on average over simulated ones."""
         assert self.lengths is not None
         schedule = self._schedule(self.lengths.bucket.tokens)
+        grpo, limit = self.config.grpo, self.config.rollout.max_new_tokens
         rng, steps = np.random.default_rng(0), dict.fromkeys(schedule.shapes, 0.0)
         for _ in range(_SIMULATED):
-            drawn = self.lengths.responses.draw(
-                rng, self.rollout_prompts, self.config.grpo.group_size
-            )
-            limited = np.minimum(drawn, self.config.rollout.max_new_tokens)
-            for span in schedule.simulate(limited):
+            drawn = self.lengths.responses.draw(rng, grpo.prompts, grpo.group_size)
+            batches = np.split(np.minimum(drawn, limit), grpo.prompts // self.rollout_prompts)
+            for span in schedule.simulate(*batches):
                 steps[span.shape] += span.steps / _SIMULATED
         return {shape: mean for shape, mean in steps.items() if mean}
 

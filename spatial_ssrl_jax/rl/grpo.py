@@ -44,7 +44,7 @@ from spatial_ssrl_jax.rl.step_metrics import (
 )
 from spatial_ssrl_jax.rl.train_step import TrainState, train_step
 from spatial_ssrl_jax.rl.updates_ahead import UpdatesAhead
-from spatial_ssrl_jax.rollout.engine import Engine, Rollout, concatenate_rollouts
+from spatial_ssrl_jax.rollout.engine import Engine, Rollout, RolloutBatch, concatenate_rollouts
 from spatial_ssrl_jax.rollout.sampling import Sampling
 
 
@@ -208,21 +208,22 @@ class Grpo:
         size = prefill_prompts(together, settings.prefill_prompts, shards)
         rows = size // jax.process_count()
         slices = bucket_by_length(prompt_sizes(batch.prompts), rows, self.buckets)
-        rollouts = []
+        batches = []
         for first in range(0, len(slices), together // size):
             parts = slices[first : first + together // size]
-            rollouts.append(
-                self.engine.generate(
-                    params,
-                    weights,
-                    (self.layout.put_batch(part.pad(batch.prompts)) for part in parts),
-                    group_size=self.settings.group_size,
-                    max_new_tokens=settings.max_new_tokens,
-                    key=key,
-                    prompt_index=[self.layout.put_batch(batch.index[part.rows]) for part in parts],
-                    sampling=Sampling(self.settings.temperature),
-                )
-            )
+            prompts = (self.layout.put_batch(part.pad(batch.prompts)) for part in parts)
+            index = [self.layout.put_batch(batch.index[part.rows]) for part in parts]
+            batches.append(RolloutBatch(prompts, index))
+        rollouts = self.engine.generate_batches(
+            params,
+            weights,
+            batches,
+            group_size=self.settings.group_size,
+            max_new_tokens=settings.max_new_tokens,
+            key=key,
+            sampling=Sampling(self.settings.temperature),
+            prompt_tokens=max(part.shape.tokens for part in slices),
+        )
         return concatenate_rollouts(rollouts, np.concatenate([part.rows for part in slices]))
 
     def micro_batches(

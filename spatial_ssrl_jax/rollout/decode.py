@@ -40,6 +40,8 @@ from spatial_ssrl_jax.rollout.schedule import Rows
 
 # `layers`: a dict of arrays a layer; `embed`, `head` (None where tied) and `norm`.
 DecodeWeights = dict[str, Any]
+# Samples, their prompts, and one PRNG key a sample.
+RowArrays = tuple[DecodeState[Array], Prefix[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -383,6 +385,59 @@ def select(
         delete(caches)
     rest = select_prompts((prefix.valid, prefix.next_position), rows.prompt, layout)
     return state, Prefix(tuple(shared), *rest), keys_BG
+
+
+def pad_prefix(prefix: Prefix[Array], tokens: int, layout: Layout | None) -> Prefix[Array]:
+    """The prompts in longer caches; those of `prefix` are deleted, a layer at a time."""
+    if prefix.valid.shape[1] == tokens:
+        return prefix
+    layers = []
+    for caches in prefix.layers:
+        layers.append(join_layers([caches], tokens, layout))
+        delete(caches)
+    rows = (prefix.valid[:, :0], prefix.valid, prefix.next_position)
+    _, valid, position = join_rows([rows], tokens, layout)
+    return Prefix(tuple(layers), valid, position)
+
+
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
+def merge_arrays(old: Tree, new: Tree, is_new: np.ndarray, layout: Layout | None) -> Tree:
+    """Rows of two trees of equal arrays [B, ...]; `old` is donated."""
+
+    def merge(x: Array, y: Array) -> Array:
+        return jnp.where(is_new.reshape(-1, *(1,) * (x.ndim - 1)), y, x) if x.ndim else y
+
+    return constrain(jax.tree.map(merge, old, new), layout)
+
+
+def merge_rows(
+    old: RowArrays, new: RowArrays, is_new: np.ndarray, layout: Layout | None
+) -> RowArrays:
+    """Rows of two sets of as many; the caches of both are deleted, a layer at a time.
+
+    Args:
+      old, new: the samples, prompts and keys of each.
+      is_new: [B] bool, which rows are taken from `new`.
+      layout: the sharding of caches; None leaves it to the compiler.
+    """
+
+    def merge_layers(
+        mine: DecodeState[Array] | Prefix[Array], others: DecodeState[Array] | Prefix[Array]
+    ) -> tuple[KeyValues, ...]:
+        layers = []
+        for layer, other in zip(mine.layers, others.layers, strict=True):
+            layers.append(merge_arrays(layer, other, is_new, layout))
+            delete(other)
+        return tuple(layers)
+
+    def without_layers(rows: RowArrays) -> RowArrays:
+        state, prefix, keys = rows
+        return replace(state, layers=()), replace(prefix, layers=()), keys
+
+    own, shared = merge_layers(old[0], new[0]), merge_layers(old[1], new[1])
+    small = (without_layers(old), without_layers(new))
+    state, prefix, keys = merge_arrays(*small, is_new, layout)
+    return replace(state, layers=own), replace(prefix, layers=shared), keys
 
 
 @partial(jax.jit, static_argnums=(1, 2))

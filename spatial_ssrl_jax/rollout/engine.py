@@ -21,27 +21,26 @@ from spatial_ssrl_jax.qwen_vl.compute import Compute
 from spatial_ssrl_jax.qwen_vl.config import QwenVLConfig
 from spatial_ssrl_jax.qwen_vl.inputs import PromptBatch
 from spatial_ssrl_jax.qwen_vl.param_tree import Params
-from spatial_ssrl_jax.rollout.cache import DecodeState, Prefix
+from spatial_ssrl_jax.rollout.cache import Prefix
 from spatial_ssrl_jax.rollout.decode import (
     DecodeSettings,
     DecodeWeights,
     decode_chunk,
     decode_weights,
-    grow,
     initial_samples,
     join_prefills,
     prefill,
     reshard_weights,
-    select,
 )
 from spatial_ssrl_jax.rollout.decode_ahead import DecodeAhead
+from spatial_ssrl_jax.rollout.live_rows import Leftovers, LiveRows
 from spatial_ssrl_jax.rollout.sampling import Sampling, sample_keys
 from spatial_ssrl_jax.rollout.schedule import (
     DecodeShape,
     RolloutUse,
     Schedule,
     Span,
-    select_rows,
+    leftovers_shape,
 )
 
 
@@ -81,6 +80,45 @@ def concatenate_rollouts(rollouts: Sequence[Rollout], index: np.ndarray) -> Roll
     order = np.argsort(index)
     first, *others = rollouts
     return first.map(lambda *arrays: np.concatenate(arrays)[order], *others)
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Prompts whose responses are decoded together.
+
+    Attributes:
+      prompts: batches of them, on the host or sharded over devices, B in all; each is prefilled by
+        itself, when it is taken.
+      index: int32, the index in the step of each prompt of each of these batches.
+      stop_at: [B, G] int32 tokens after which samples end whatever they are, for timings.
+    """
+
+    prompts: Iterable[PromptBatch[np.ndarray] | PromptBatch[Array]]
+    index: Sequence[np.ndarray | Array]
+    stop_at: np.ndarray | None = None
+
+
+@dataclass
+class _BatchResult:
+    """What a batch has when it ends or leaves samples to be decoded with others'.
+
+    Attributes:
+      rows: of this process, the fields of `Rollout`.
+      length: [B, G] int32, over all processes.
+      use: `RolloutUse.of` the final lengths.
+    """
+
+    rows: tuple[np.ndarray, ...]
+    length: np.ndarray
+    use: Callable[[np.ndarray], RolloutUse]
+
+    def replace(self, sample: int, values: Sequence[np.ndarray]) -> None:
+        """The fields of one of the B·G samples; there is one process."""
+        for whole, value in zip((*self.rows, self.length), (*values, values[2]), strict=True):
+            whole.reshape(-1, *whole.shape[2:])[sample] = value
+
+    def rollout(self) -> Rollout:
+        return Rollout(*self.rows, use=self.use(self.length))
 
 
 @dataclass(frozen=True)
@@ -133,8 +171,28 @@ class Engine:
             sampling, self.stop_ids, suppressed, self.check_every, self.layout, kernel
         )
 
+    def leftovers(
+        self, batches: int, prompts: int, group_size: int, limit: int, prompt_tokens: int
+    ) -> DecodeShape | None:
+        """Where samples of several batches wait; see `leftovers_shape`."""
+        return leftovers_shape(
+            batches,
+            prompts,
+            group_size,
+            limit,
+            kv_block=self.kv_block,
+            prompt_tokens=prompt_tokens,
+            shards=self.shards,
+        )
+
     def schedule(
-        self, prompts: int, group_size: int, limit: int, prompt_tokens: int, sampling: Sampling
+        self,
+        prompts: int,
+        group_size: int,
+        limit: int,
+        prompt_tokens: int,
+        sampling: Sampling,
+        leftovers: DecodeShape | None = None,
     ) -> Schedule:
         """When which rows are decoded; see `Schedule.of`."""
         return Schedule.of(
@@ -146,6 +204,7 @@ class Engine:
             prompt_tokens=prompt_tokens,
             shards=self.shards,
             whole_groups=sampling.greedy_last,
+            leftovers=leftovers,
         )
 
     def generate(
@@ -162,24 +221,58 @@ class Engine:
         on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
         stop_at: np.ndarray | None = None,
     ) -> Rollout:
+        """The responses to one rollout batch; see `generate_batches`.
+
+        Args:
+          on_tokens: called every `check_every` steps with the tokens [B, G, R] and lengths [B, G]
+            so far, on the host. It makes the device wait.
+          stop_at: [B, G] int32 tokens after which samples end whatever they are, for timings.
+
+        Raises:
+          UserError: `max_new_tokens` is not a multiple of `check_every`.
+        """
+        (rollout,) = self.generate_batches(
+            params,
+            weights,
+            [RolloutBatch(prompts, prompt_index, stop_at)],
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            key=key,
+            sampling=sampling,
+            on_tokens=on_tokens,
+        )
+        return rollout
+
+    def generate_batches(
+        self,
+        params: Params,
+        weights: DecodeWeights,
+        batches: Sequence[RolloutBatch],
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        key: Array,
+        sampling: Sampling,
+        prompt_tokens: int = 0,
+        on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    ) -> list[Rollout]:
         """Samples `group_size` responses of at most `max_new_tokens` tokens to each prompt.
 
         Args:
           params: the model.
           weights: `fill(params)`.
-          prompts: batches of prompts, on the host or sharded over devices, B in all; each is
-            prefilled by itself, when it is taken, and all are decoded together.
+          batches: of as many prompts each, decoded one after another; in one process the last
+            samples of several together.
           group_size: G.
           max_new_tokens: R, a multiple of `check_every`.
-          key: the step's key; draws depend only on it, `prompt_index` and the index in the group.
-          prompt_index: int32, the index in the step of each prompt of each batch.
+          key: the step's key; draws depend only on it, the prompt's index and that in the group.
           sampling: how to draw.
-          on_tokens: called every `check_every` steps with the tokens [B, G, R] and lengths [B, G]
-            so far, on the host. It makes the device wait.
-          stop_at: [B, G] int32 tokens after which samples end whatever they are, for timings.
+          prompt_tokens: of the longest prompts of all batches, padding included.
+          on_tokens: see `generate`.
 
         Returns:
-          The responses to this process's prompts of each batch, one batch after another.
+          The responses to this process's prompts of each batch, in the order of its prefills. What
+          leftovers used counts for the last one.
 
         Raises:
           UserError: `max_new_tokens` is not a multiple of `check_every`.
@@ -189,100 +282,157 @@ class Engine:
                 f"max_new_tokens={max_new_tokens} must be a multiple of "
                 f"rollout.check_every={self.check_every}."
             )
-        hidden, prefix, prompt_lengths, prefilled = self._prefilled(params, prompts)
-        total, prompt_tokens = prefix.valid.shape
-        schedule = self.schedule(total, group_size, max_new_tokens, prompt_tokens, sampling)
-        shape, settings, spans = schedule.shapes[0], self.settings(sampling), list[Span]()
-        state = initial_samples(
-            self.config.text, group_size, shape.slots, max_new_tokens, hidden, self.layout
+        size = sum(map(len, batches[0].index))
+        merged = jax.process_count() == 1 and not sampling.greedy_last
+        count = len(batches) if merged else 1
+        shape = self.leftovers(count, size, group_size, max_new_tokens, prompt_tokens)
+        run = _Run(
+            engine=self,
+            params=params,
+            weights=weights,
+            settings=self.settings(sampling),
+            schedule=partial(
+                self.schedule, size, group_size, max_new_tokens, sampling=sampling, leftovers=shape
+            ),
+            key=key,
+            leftovers=None if shape is None else Leftovers(shape, prompt_tokens, self.layout),
+            on_tokens=on_tokens,
         )
-        if stop_at is not None:
-            state = replace(state, stop_at=jnp.asarray(stop_at, jnp.int32))
-        index = jnp.concatenate([jnp.asarray(part, jnp.int32) for part in prompt_index])
-        sample = np.arange(shape.samples).reshape(total, group_size)
-        rows = _LiveRows(shape, state, prefix, sample_keys(key, index, group_size), sample)
-        ahead = DecodeAhead(self.queue, self.config, settings, schedule)
-        ahead.expect(weights, rows.state, rows.prefix, rows.keys)
-        cursor = 0
-        while True:
-            steps = self.check_every if on_tokens else schedule.steps(rows.shape, cursor)
-            args = (weights, rows.prefix, rows.state, rows.keys)
-            rows.state = decode_chunk(self.config, settings, steps, *args)
-            spans.append(Span(rows.shape, cursor, cursor + steps))
-            cursor += steps
-            if on_tokens:
-                on_tokens(*jax.device_get((rows.state.tokens, rows.state.length)))
-            live = ~gather_to_host(rows.state.finished)
-            if cursor >= max_new_tokens or not live.any():
-                break
-            # Who sees the tokens sees all rows.
-            live = np.ones_like(live) if on_tokens else live
-            shape = schedule.next_shape(rows.shape, live, cursor)
-            ahead.claim(shape)
-            rows.resize(shape, live, self.layout)
-        written = rows.write()
-        length = gather_to_host(written[2])
-        last = schedule.steps_taken(int(length.max()), spans[-1].start, spans[-1].steps)
-        spans[-1] = replace(spans[-1], end=spans[-1].start + last)
-        prompt_length = np.concatenate([gather_to_host(jnp.asarray(x)) for x in prompt_lengths])
-        use = RolloutUse.of(spans, length, prompt_length, prompt_tokens, prefilled)
-        return Rollout(*_local_rows(written, prompt_lengths), use=use)
-
-    def _prefilled(
-        self, params: Params, prompts: Iterable[PromptBatch[np.ndarray] | PromptBatch[Array]]
-    ) -> tuple[Array, Prefix[Array], list[np.ndarray | Array], int]:
-        """What all prefills give, the lengths of each batch's prompts, and tokens with padding.
-
-        No batch is kept, whose pixels would take memory while responses are decoded.
-        """
-        filled, lengths, tokens = [], [], 0
-        for batch in prompts:
-            filled.append(prefill(self.config, self.compute, params, batch, self.layout))
-            lengths.append(batch.length)
-            tokens += batch.ids.shape[0] * batch.ids.shape[1]
-        hidden, prefix = join_prefills(filled, self.layout)
-        return hidden, prefix, lengths, tokens
+        for batch in batches:
+            run.sample(batch)
+        return run.finish()
 
 
 @dataclass
-class _LiveRows:
-    """The rows that are decoded, and the results of those that have left.
+class _Run:
+    """One call of `Engine.generate_batches`.
 
     Attributes:
-      shape: their number, and slots of their caches.
-      state: what they have.
-      prefix: of their prompts.
-      keys: one PRNG key a sample.
-      sample: [b, g] int, which of all B·G samples each is; B·G where it is none.
-      written: the fields of `Rollout` of all samples when rows left last; None before.
+      engine, params, weights, key, on_tokens: see there.
+      settings: of the decode programs.
+      schedule: of a batch whose prompts have `prompt_tokens` tokens.
+      leftovers: the samples that wait for other batches; None where none does.
     """
 
-    shape: DecodeShape
-    state: DecodeState[Array]
-    prefix: Prefix[Array]
-    keys: Array
-    sample: np.ndarray
-    written: tuple[Array, Array, Array, Array] | None = None
+    engine: Engine
+    params: Params
+    weights: DecodeWeights
+    settings: DecodeSettings
+    schedule: Callable[..., Schedule]
+    key: Array
+    leftovers: Leftovers | None
+    on_tokens: Callable[[np.ndarray, np.ndarray], None] | None
 
     def __post_init__(self):
-        self._total = self.sample.size
+        self._results: list[_BatchResult] = []
+        self._use = RolloutUse()
 
-    def write(self) -> tuple[Array, Array, Array, Array]:
-        """The fields of `Rollout` of all samples."""
-        return _write(self.written, self.state, self.sample)
+    def sample(self, batch: RolloutBatch) -> None:
+        """Decodes a batch, or as much of it as comes before its last samples wait."""
+        config, layout = self.engine.config, self.engine.layout
+        hidden, prefix, prompt_lengths, prefilled = self._prefilled(batch.prompts)
+        prompt_tokens = prefix.valid.shape[1]
+        schedule = self.schedule(prompt_tokens=prompt_tokens)
+        shape = schedule.shapes[0]
+        limit = schedule.shapes[-1].slots
+        state = initial_samples(config.text, shape.group, shape.slots, limit, hidden, layout)
+        if batch.stop_at is not None:
+            state = replace(state, stop_at=jnp.asarray(batch.stop_at, jnp.int32))
+        index = jnp.concatenate([jnp.asarray(part, jnp.int32) for part in batch.index])
+        rows = LiveRows(shape, state, prefix, sample_keys(self.key, index, shape.group))
+        live = self._decode(rows, schedule)
+        self._results.append(_result(rows, prompt_lengths, prompt_tokens, prefilled))
+        if self.leftovers is not None and live.any():
+            if not self.leftovers.have_room(int(live.sum())):
+                self._finish_leftovers()
+            self.leftovers.add(len(self._results) - 1, rows, live)
 
-    def resize(self, shape: DecodeShape, live_BG: np.ndarray, layout: Layout | None) -> None:
-        """Continues with the live samples in another shape."""
-        if not shape.has_rows_of(self.shape):
-            self.written = self.write()
-            rows = select_rows(live_BG, shape)
-            self.state, self.prefix, self.keys = select(
-                self.state, self.prefix, self.keys, rows, layout
-            )
-            self.sample = np.where(rows.used, rows.of(self.sample), self._total)
-        if shape.slots > self.shape.slots:
-            self.state = grow(self.state, shape.slots - self.shape.slots, layout)
-        self.shape = shape
+    def finish(self) -> list[Rollout]:
+        """The responses to all batches; what leftovers used counts for the last one."""
+        self._finish_leftovers()
+        *rollouts, last = [result.rollout() for result in self._results]
+        return [*rollouts, replace(last, use=last.use + self._use)]
+
+    def _finish_leftovers(self) -> None:
+        if self.leftovers is None or (taken := self.leftovers.take()) is None:
+            return
+        rows, samples = taken
+        tokens = self.leftovers.prompt_tokens
+        self._decode(rows, self.schedule(prompt_tokens=tokens))
+        fields = jax.device_get(rows.write())
+        for place, (batch, sample) in enumerate(samples):
+            self._results[batch].replace(sample, [x[place, 0] for x in fields])
+        self._use += RolloutUse.of_spans(rows.spans, tokens)
+
+    def _decode(self, rows: LiveRows, schedule: Schedule) -> np.ndarray:
+        """Decodes rows until all have finished, or until they wait for those of other batches.
+
+        Returns:
+          [b, g] bool, which of them have not finished.
+        """
+        engine, start, limit = self.engine, rows.cursor, schedule.shapes[-1].slots
+        ahead = DecodeAhead(engine.queue, engine.config, self.settings, schedule)
+        if not start:
+            ahead.expect(self.weights, rows.state, rows.prefix, rows.keys)
+        while True:
+            if rows.cursor:
+                live = ~gather_to_host(rows.state.finished)
+                if rows.cursor >= limit or not live.any():
+                    break
+                if not start and schedule.may_wait(rows.shape, rows.cursor):
+                    if schedule.fits_leftovers(live):
+                        break
+                    self._finish_leftovers()  # the batch needs their memory
+                # Who sees the tokens sees all rows.
+                live = np.ones_like(live) if self.on_tokens else live
+                shape = schedule.next_shape(rows.shape, live, rows.cursor)
+                ahead.claim(shape)
+                rows.resize(shape, live, engine.layout)
+            steps = schedule.steps(rows.shape, rows.cursor)
+            if self.on_tokens:
+                steps = engine.check_every
+            args = (self.weights, rows.prefix, rows.state, rows.keys)
+            rows.state = decode_chunk(engine.config, self.settings, steps, *args)
+            rows.spans.append(Span(rows.shape, rows.cursor, rows.cursor + steps))
+            rows.cursor += steps
+            if self.on_tokens:
+                self.on_tokens(*jax.device_get((rows.state.tokens, rows.state.length)))
+        longest, last = int(gather_to_host(rows.state.length).max()), rows.spans[-1]
+        taken = schedule.steps_taken(longest, last.start, last.steps)
+        rows.spans[-1] = replace(last, end=last.start + taken)
+        return live & (rows.cursor < limit)
+
+    def _prefilled(
+        self, prompts: Iterable[PromptBatch[np.ndarray] | PromptBatch[Array]]
+    ) -> tuple[Array, Prefix[Array], list[np.ndarray | Array], int]:
+        """What all prefills give, the lengths of each batch's prompts, and tokens with padding.
+
+        At most two batches of pixels are on the device, and none while responses are decoded.
+        """
+        engine = self.engine
+        filled, lengths, tokens = [], [], 0
+        for batch in prompts:
+            if len(filled) > 1:
+                filled[-2][0].block_until_ready()
+            filled.append(prefill(engine.config, engine.compute, self.params, batch, engine.layout))
+            lengths.append(batch.length)
+            tokens += batch.ids.shape[0] * batch.ids.shape[1]
+        hidden, prefix = join_prefills(filled, engine.layout)
+        return hidden, prefix, lengths, tokens
+
+
+def _result(
+    rows: LiveRows, prompt_lengths: list[np.ndarray | Array], prompt_tokens: int, prefilled: int
+) -> _BatchResult:
+    """What a batch has, of the lengths of each prefill's prompts, padded to `prompt_tokens`."""
+    written, spans = rows.write(), rows.spans
+    prompt_length = np.concatenate([gather_to_host(jnp.asarray(x)) for x in prompt_lengths])
+
+    def use(length_BG: np.ndarray) -> RolloutUse:
+        return RolloutUse.of(spans, length_BG, prompt_length, prompt_tokens, prefilled)
+
+    length = np.array(gather_to_host(written[2]))
+    return _BatchResult(_local_rows(written, prompt_lengths), length, use)
 
 
 def _local_rows(
@@ -301,21 +451,3 @@ def _local_rows(
 def _slice(arrays: tuple[Array, ...], first: int, count: int) -> tuple[Array, ...]:
     """`count` rows of each array."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), arrays)
-
-
-@jax.jit
-def _write(
-    written: tuple[Array, Array, Array, Array] | None,
-    state: DecodeState[Array],
-    sample_BG: np.ndarray,
-) -> tuple[Array, Array, Array, Array]:
-    """The fields of `Rollout` of all samples, updated at those that are decoded."""
-    new = (state.tokens, state.logprobs, state.length, state.finished)
-    if written is None:
-        return new
-
-    def update(old: Array, x: Array) -> Array:
-        flat = old.reshape(-1, *old.shape[2:])
-        return flat.at[sample_BG].set(x, mode="drop").reshape(old.shape)
-
-    return jax.tree.map(update, written, new)

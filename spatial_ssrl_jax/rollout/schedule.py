@@ -8,6 +8,10 @@ own, so there are few: with 256 prompts x 5 samples, 2,048 tokens and blocks of 
     two samples of 128 prompts in 1,024 and 2,048 slots, one of 64 and one of 16 in 2,048
 
 A prompt with more unfinished samples than a size has a prompt takes several of its rows.
+
+Where memory holds fewer prompts than a step has, they are decoded in several batches, and their
+tails together: a batch stops where few of its samples are unfinished, which wait until there are as
+many as fit into the memory of a batch.
 """
 
 from collections.abc import Sequence
@@ -95,12 +99,15 @@ class Schedule:
       steps_between: steps between two decisions.
       check_every: steps between two checks on the device of whether all have finished.
       prompt_tokens: of each prompt's cache, padding included.
+      leftovers: rows in which unfinished samples of several batches wait for one another; a batch
+        whose unfinished samples fit stops when it has filled so many slots. None where all go on.
     """
 
     shapes: tuple[DecodeShape, ...]
     steps_between: int
     check_every: int
     prompt_tokens: int
+    leftovers: DecodeShape | None = None
 
     @classmethod
     def of(
@@ -114,6 +121,7 @@ class Schedule:
         prompt_tokens: int,
         shards: int = 1,
         whole_groups: bool = False,
+        leftovers: DecodeShape | None = None,
     ) -> "Schedule":
         """The schedule of a rollout.
 
@@ -125,12 +133,16 @@ class Schedule:
           prompt_tokens: of each prompt's cache.
           shards: of the batch axis, which divide every shape's prompts.
           whole_groups: groups leave when all of their samples have finished, and not before.
+          leftovers: see `leftovers_shape`.
         """
-        slots = [min(kv_block, limit)]
-        while slots[-1] < limit:
-            slots.append(min(2 * slots[-1], limit))
+        slots = _slots(kv_block, limit)
         shapes = [DecodeShape(prompts, group, width) for width in slots]
-        if len(slots) > 1:  # in one block there is no tail
+        if leftovers:
+            rows = leftovers.prompts
+            parts = [(rows, width) for width in slots if width > leftovers.slots]
+            parts += [(-(-rows // divisor // shards) * shards, limit) for divisor in (4, 16)]
+            shapes += dict.fromkeys(DecodeShape(count, 1, width) for count, width in parts)
+        elif len(slots) > 1:  # in one block there is no tail
             first, *rest = (
                 (-(-prompts // divisor // shards) * shards, group if whole_groups else few)
                 for divisor, few in ((divisor, min(few, group)) for divisor, few in _PARTS)
@@ -139,7 +151,7 @@ class Schedule:
             found = dict.fromkeys(DecodeShape(*part) for part in parts)
             shapes += [shape for shape in found if shape.samples < prompts * group]
         between = max(kv_block // _CHECKS // check_every, 1) * check_every
-        return cls(tuple(shapes), between, check_every, prompt_tokens)
+        return cls(tuple(shapes), between, check_every, prompt_tokens, leftovers)
 
     def next_shape(self, shape: DecodeShape, live_BG: np.ndarray, cursor: int) -> DecodeShape:
         """The shape of the next steps: that which reads the least.
@@ -169,10 +181,55 @@ class Schedule:
         """Of those steps, how many the device does until the longest response has ended."""
         return min(steps, -(-(longest - cursor) // self.check_every) * self.check_every)
 
-    def simulate(self, length_BG: np.ndarray) -> list[Span]:
-        """What `Engine.generate` does with responses of the given lengths, within the limit."""
-        shape, lengths, cursor, spans = self.shapes[0], length_BG, 0, list[Span]()
+    def may_wait(self, shape: DecodeShape, cursor: int) -> bool:
+        """Whether a batch comes to where its unfinished samples may wait for those of others.
+
+        One that has become small before goes on.
+        """
+        return self.leftovers is not None and shape.slots == cursor == self.leftovers.slots
+
+    def fits_leftovers(self, live_BG: np.ndarray) -> bool:
+        """Whether a batch's unfinished samples have room there."""
+        return self.leftovers is not None and live_BG.sum() <= self.leftovers.prompts
+
+    def simulate(self, *lengths: np.ndarray) -> list[Span]:
+        """What `Engine.generate_batches` does with responses of these lengths, within the limit.
+
+        Args:
+          lengths: [B, G] int tokens of each batch's responses.
+        """
+        spans, waiting = list[Span](), np.zeros(0, int)
+        for length_BG in lengths:
+            found, left = self._simulate(self.shapes[0], length_BG, 0)
+            spans += found
+            if self.leftovers is None:
+                continue
+            if left is None or len(waiting) + len(left) > self.leftovers.prompts:
+                spans += self._simulate_leftovers(waiting)
+                waiting = waiting[:0]
+            if left is not None:
+                waiting = np.concatenate((waiting, left))
+        return spans + self._simulate_leftovers(waiting)
+
+    def _simulate_leftovers(self, lengths: np.ndarray) -> list[Span]:
+        if self.leftovers is None or not len(lengths):
+            return []
+        padded = np.pad(lengths, (0, self.leftovers.prompts - len(lengths)))[:, None]
+        return self._simulate(self.leftovers, padded, self.leftovers.slots)[0]
+
+    def _simulate(
+        self, shape: DecodeShape, lengths: np.ndarray, start: int
+    ) -> tuple[list[Span], np.ndarray | None]:
+        """The spans of rows that have `start` tokens, and the lengths of those that wait.
+
+        None in their place where too many would have to.
+        """
+        cursor, spans, left = start, list[Span](), lengths[:0, 0]
         while (live := lengths > cursor).any():
+            if not start and self.may_wait(shape, cursor):
+                if self.fits_leftovers(live):
+                    return spans, lengths[live]
+                left = None
             new = self.next_shape(shape, live, cursor) if cursor else shape
             if not new.has_rows_of(shape):
                 rows = select_rows(live, new)
@@ -180,7 +237,56 @@ class Schedule:
             steps = self.steps_taken(int(lengths.max()), cursor, self.steps(new, cursor))
             spans.append(Span(new, cursor, end := cursor + steps))
             shape, cursor = new, end
-        return spans
+        return spans, left
+
+
+def _slots(kv_block: int, limit: int) -> list[int]:
+    """Of a sample's caches, one after another."""
+    slots = [min(kv_block, limit)]
+    while slots[-1] < limit:
+        slots.append(min(2 * slots[-1], limit))
+    return slots
+
+
+def leftovers_shape(
+    batches: int,
+    prompts: int,
+    group: int,
+    limit: int,
+    *,
+    kv_block: int,
+    prompt_tokens: int,
+    shards: int = 1,
+) -> DecodeShape | None:
+    """Where unfinished samples of several batches wait; None where they gain nothing by that.
+
+    As many rows as have room at the limit beside a batch that has stopped there, so that no more
+    memory is needed than a batch needs at the limit.
+
+    Args:
+      batches: of a rollout.
+      prompts, group, limit, kv_block, shards: see `Schedule.of`.
+      prompt_tokens: of the longest prompts of all batches.
+    """
+    slots = _slots(kv_block, limit)
+    if batches < 3 or len(slots) < 3:
+        return None
+    waiting = DecodeShape(prompts, group, slots[-3])
+    room = DecodeShape(prompts, group, limit).columns(prompt_tokens)
+    beside = room - waiting.columns(prompt_tokens)
+    rows = beside // (prompt_tokens + limit) // shards * shards
+    return DecodeShape(rows, 1, waiting.slots) if rows else None
+
+
+def leftover_rows(live_BG: np.ndarray, first: int, count: int) -> Rows:
+    """Unfinished samples in rows of their own, `count` in all, from row `first`."""
+    prompt, sample = np.nonzero(live_BG)
+    place = slice(first, first + len(prompt))
+    rows = Rows(
+        np.zeros(count, np.int32), np.zeros((count, 1), np.int32), np.zeros((count, 1), bool)
+    )
+    rows.prompt[place], rows.sample[place, 0], rows.used[place] = prompt, sample, True
+    return rows
 
 
 def select_rows(live_BG: np.ndarray, shape: DecodeShape) -> Rows:
@@ -251,6 +357,11 @@ class RolloutUse:
             int(prompt_length_B.sum()),
             prefilled,
         )
+
+    @classmethod
+    def of_spans(cls, spans: Sequence[Span], prompt_tokens: int) -> "RolloutUse":
+        """That of steps alone, whose tokens count elsewhere."""
+        return cls.of(spans, np.zeros((1, 1), int), np.zeros(1, int), prompt_tokens, 0)
 
     def metrics(self) -> dict[str, float]:
         """The decode steps, and fractions: of rows, cached and prefilled tokens."""

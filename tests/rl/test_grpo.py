@@ -87,10 +87,12 @@ def test_rollout_batches_of_like_length_draw_the_same_tokens(toy):
         fill, shards = engine.fill, engine.shards
 
         @staticmethod
-        def generate(params, weights, prompts, **settings):
-            prompts = list(prompts)
-            seen.append([(*part.ids.shape, part.vision.frame.shape[1]) for part in prompts])
-            return engine.generate(params, weights, prompts, **settings)
+        def generate_batches(params, weights, batches, **settings):
+            batches = [replace(batch, prompts=list(batch.prompts)) for batch in batches]
+            for batch in batches:
+                seen.append([(*p.ids.shape, p.vision.frame.shape[1]) for p in batch.prompts])
+            assert settings["prompt_tokens"] == 32
+            return engine.generate_batches(params, weights, batches, **settings)
 
     found = replace(grpo, engine=Watched).sample(toy.params, batch, key)
     assert seen == [[(2, 8, 0)], [(2, 32, 100)]]

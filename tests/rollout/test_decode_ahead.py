@@ -12,7 +12,7 @@ from spatial_ssrl_jax.parallel.compile_ahead import CompileAhead
 from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl.compute import Compute
-from spatial_ssrl_jax.rollout import engine
+from spatial_ssrl_jax.rollout import live_rows
 from spatial_ssrl_jax.rollout.engine import Engine, Rollout
 from spatial_ssrl_jax.rollout.sampling import Sampling
 from spatial_ssrl_jax.rollout.schedule import DecodeShape
@@ -107,14 +107,14 @@ class Asked(CompileAhead):
 
 
 def test_a_size_is_claimed_before_samples_are_moved_there(monkeypatch: pytest.MonkeyPatch):
-    queue, seen, resize = Asked(enabled=True), [], engine._LiveRows.resize
+    queue, seen, resize = Asked(enabled=True), [], live_rows.LiveRows.resize
 
     def watched(rows, shape, *args):
         seen.append(shape)
         assert shape in queue.shapes(claimed=True)
         resize(rows, shape, *args)
 
-    monkeypatch.setattr(engine._LiveRows, "resize", watched)
+    monkeypatch.setattr(live_rows.LiveRows, "resize", watched)
     rollout = sampled(1, queue)
     assert len(set(seen)) == 3
     assert set(queue.shapes(claimed=True)) == set(seen)

@@ -1,5 +1,6 @@
 """Rollouts: log-probabilities, where responses end, and what the draws depend on."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -15,11 +16,11 @@ from spatial_ssrl_jax.parallel.mesh import make_mesh
 from spatial_ssrl_jax.parallel.sharding import Layout
 from spatial_ssrl_jax.qwen_vl import model as qwen
 from spatial_ssrl_jax.qwen_vl.compute import XLA, AttentionKernel, Compute
-from spatial_ssrl_jax.rollout import engine
+from spatial_ssrl_jax.rollout import engine, live_rows
 from spatial_ssrl_jax.rollout.decode import prefill
-from spatial_ssrl_jax.rollout.engine import Engine
+from spatial_ssrl_jax.rollout.engine import Engine, RolloutBatch
 from spatial_ssrl_jax.rollout.sampling import GREEDY, Sampling
-from spatial_ssrl_jax.rollout.schedule import Schedule
+from spatial_ssrl_jax.rollout.schedule import DecodeShape, RolloutUse, Schedule
 from tests.helpers.groups import pack_groups, unpack
 
 LIMIT, GROUP = 24, 3
@@ -182,6 +183,66 @@ def test_prompts_are_prefilled_in_parts(generate, rollout, prompts, toy):
     )
     assert_same(found, rollout)
     assert found.use.prefilled == 28 + 3 * 32 and found.use.prompt_tokens == 23 + 9 + 15 + 23
+
+
+@pytest.mark.parametrize(("every", "kinds"), [(6, {"wait", "full"}), (9, {"wait", "go on"})])
+def test_last_samples_of_several_batches_are_decoded_together(
+    every, kinds, toy, prompts, generate, monkeypatch
+):
+    """Their responses are the same, and what is decoded is what the schedule says."""
+    seen, spans, add = set(), [], live_rows.Leftovers.add
+    monkeypatch.setattr(live_rows.Leftovers, "add", lambda *args: (seen.add("wait"), add(*args))[1])
+    room = live_rows.Leftovers.have_room
+
+    def have_room(leftovers, count):
+        found = room(leftovers, count)
+        seen.update(() if found else {"full"})
+        return found
+
+    fits = Schedule.fits_leftovers
+
+    def fits_leftovers(made, live):
+        found = fits(made, live)
+        seen.update(() if found else {"go on"})
+        return found
+
+    made = Engine(toy.config, Compute(attention_chunk=16), tuple(range(0, 680, every)), 4, 2)
+    settings = dict(group_size=4, max_new_tokens=LIMIT, key=jax.random.key(5), sampling=WARM)
+    pairs = [(0, 1), (2, 3), (3, 0), (1, 2), (2, 0)]
+    index = [np.array([100 + 2 * i, 101 + 2 * i]) for i in range(len(pairs))]
+    of_batch = [[prompts[i] for i in pair] for pair in pairs]
+    weights = made.fill(toy.params)
+    apart = [
+        made.generate(toy.params, weights, [pad_prompts(p, *BUCKET)], prompt_index=[i], **settings)
+        for p, i in zip(of_batch, index, strict=True)
+    ]
+    monkeypatch.setattr(live_rows.Leftovers, "have_room", have_room)
+    monkeypatch.setattr(Schedule, "fits_leftovers", fits_leftovers)
+    use = RolloutUse.of.__func__
+
+    def of(cls, found, *rest):
+        spans.extend(found)
+        return use(cls, found, *rest)
+
+    monkeypatch.setattr(RolloutUse, "of", classmethod(of))
+    # The narrow bucket's prompts wait in caches of the widest.
+    buckets = [(28, 60) if i == 4 else BUCKET for i in range(len(pairs))]
+    batches = [
+        RolloutBatch([pad_prompts(p, *bucket)], [i])
+        for p, i, bucket in zip(of_batch, index, buckets, strict=True)
+    ]
+    merged = made.generate_batches(toy.params, weights, batches, prompt_tokens=32, **settings)
+    assert seen == kinds
+    for found, expected in zip(merged, apart, strict=True):
+        assert_same(found, expected, group=4)
+    left = made.leftovers(len(pairs), 2, 4, LIMIT, 32)
+    assert left == DecodeShape(2, 1, 8)
+    schedule = made.schedule(2, 4, LIMIT, 32, WARM, left)
+    monkeypatch.undo()
+    expected = schedule.simulate(*(found.length for found in merged))
+    assert Counter(spans) == Counter(expected)
+    assert sum(found.use.steps for found in merged) == sum(span.steps for span in expected)
+    assert sum(found.use.tokens for found in merged) == sum(f.length.sum() for f in merged)
 
 
 def test_tokens_are_shown_as_they_are_drawn(generate, rollout):

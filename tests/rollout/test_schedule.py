@@ -8,6 +8,7 @@ from spatial_ssrl_jax.rollout.schedule import (
     RolloutUse,
     Schedule,
     Span,
+    leftovers_shape,
     select_rows,
 )
 
@@ -147,3 +148,43 @@ def test_simulated_spans():
     assert use.live_columns == 9 * (7 * 7 + 50) + 15 * 28 + 50 * 51 // 2
     assert use.metrics()["prefill_padding_share"] == pytest.approx(1 - 8 * 9 / 96)
     assert (use + use).rows == 2 * use.rows
+
+
+def test_what_waits_has_room_beside_a_batch():
+    """At the limit, in as much memory as a batch needs there."""
+    made = leftovers_shape(16, 16, 5, 2048, kv_block=256, prompt_tokens=1824)
+    assert made == DecodeShape(31, 1, 512)
+    whole, stopped = DecodeShape(16, 5, 2048).columns(1824), DecodeShape(16, 5, 512).columns(1824)
+    row = DecodeShape(1, 1, 2048).columns(1824)
+    assert stopped + 31 * row <= whole < stopped + 32 * row
+    shapes = schedule(16, leftovers=made).shapes
+    assert [(s.prompts, s.group, s.slots) for s in shapes] == [
+        *((16, 5, slots) for slots in (256, 512, 1024, 2048)),
+        (31, 1, 1024), (31, 1, 2048), (8, 1, 2048), (2, 1, 2048),
+    ]  # fmt: skip
+    made = leftovers_shape(16, 16, 5, 2048, kv_block=256, prompt_tokens=1824, shards=4)
+    assert made == DecodeShape(28, 1, 512)
+
+
+@pytest.mark.parametrize("settings", [{"batches": 2}, {"limit": 512}, {"limit": 256}])
+def test_nothing_waits_where_it_gains_nothing(settings):
+    """For one other batch, or in responses of two blocks."""
+    given = {"batches": 16, "prompts": 16, "group": 5, "limit": 2048} | settings
+    assert leftovers_shape(**given, kv_block=256, prompt_tokens=1824) is None
+
+
+def test_tails_of_several_batches_are_one():
+    """Those that fit; a batch with more unfinished samples goes on when the others have ended."""
+    left = DecodeShape(6, 1, 512)
+    made = schedule(2, 4, leftovers=left)
+    few, many = np.full((2, 4), 40), np.full((2, 4), 600)
+    few[0, :3] = 520, 1000, 530
+    spans = made.simulate(few, few, few, many, few)
+    tails = [(span.shape, span.start, span.end) for span in spans if span.end > 512]
+    whole, rows = DecodeShape(2, 4, 1024), DecodeShape(6, 1, 1024)
+    assert [(s, start) for s, start, _ in tails if start == 512] == [
+        (rows, 512), (whole, 512), (rows, 512), (rows, 512)
+    ]  # fmt: skip
+    assert max(end for _, _, end in tails) == 1000
+    apart = [schedule(2, 4).simulate(lengths) for lengths in (few, few, few, many, few)]
+    assert sum(s.steps for s in spans) < sum(s.steps for one in apart for s in one)
