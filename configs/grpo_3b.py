@@ -24,8 +24,9 @@ of the weights by the network. One GPU of 80 GB holds it with
     --config.rollout.tensor=1 --config.rollout.batch_prompts=16 --config.grpo.micro_batch_rows=1
     --config.eval.batch_prompts=16 --config.optim.offload=True
 
-Compiled for `h100`, the optimizer's step takes most, 65 of 75 GiB. A step at these lengths takes 20
-minutes there at least: attention's scores go through memory, and cuDNN's kernel
+Compiled for `h100`, the optimizer's step takes most, 62 of 75 GiB. A step takes 16 minutes there at
+least at the longest prompts and responses, and four at prompts of 1,216 and responses of 300 tokens
+on average (BUILD.md's length model). Attention's scores go through memory, and cuDNN's kernel
 (`--config.model.attention=cudnn`), which spares that, could not be compiled without a GPU.
 """
 
