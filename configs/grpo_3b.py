@@ -17,7 +17,7 @@ Starts from `runs/sft_3b/export`, which `configs/sft_3b.py` leaves. Published re
 
 Meant for a TPU v5e-16, weights over `fsdp=16`, sampling over 8 x 2. Compiled for v5e:4x4, decoding
 256 prompts of 4,096 tokens with the widest caches takes 14.9 of 15.75 GiB a chip, and the gradients
-of a micro-batch 13.1; BUILD.md has the others. Gradients, log-probabilities
+of a micro-batch 12.6; BUILD.md has the others. Gradients, log-probabilities
 and prefill are bound by compute, decoding by the memory bandwidth of weights and caches, the copy
 of the weights by the network. One GPU of 80 GB holds it with
 

@@ -7,9 +7,9 @@ with three stacked strips; the others are in the table untrained. Seen on 128 he
 run a seed, after SFT -> after GRPO; chance is 0.20:
 
     seed   greedy accuracy    sampled accuracy   format
-    0      0.703 -> 0.977     0.457 -> 0.928     0.973 -> 0.992
-    1      0.680 -> 0.961     0.471 -> 0.893     0.963 -> 0.984
-    2      0.000 -> 0.805     0.148 -> 0.754     0.977 -> 0.982
+    0      0.703 -> 0.930     0.457 -> 0.875     0.973 -> 0.992
+    1      0.680 -> 0.953     0.471 -> 0.893     0.963 -> 0.986
+    2      0.000 -> 0.805     0.148 -> 0.770     0.977 -> 0.984
 
 At least 0.10 more sampled accuracy, and no less greedy accuracy, is what GRPO is held to.
 """
@@ -34,7 +34,7 @@ def get_config() -> c.Config:
             max_pixels=112 * 112,
             prompt_buckets=(40, 72),
             patch_buckets=(64, 128),
-            threads=2,
+            threads=1,
         ),
         tasks=tasks,
         # Short on purpose: it ends when the format is learned and the answers are still unsure.
