@@ -57,7 +57,7 @@ class ModelSettings:
       attention: what computes attention of prompts, rows and whole images to themselves: `xla`
         anywhere, `splash` on TPUs, `cudnn` on NVIDIA GPUs in bfloat16; `auto` is `splash` on TPUs
         in bfloat16, else `xla`; `bench verify-kernels` says which is right on a device.
-      attention_chunk: queries that attend at a time, by `xla`, and by `cudnn` in rows.
+      attention_chunk: queries that attend at a time, by `xla`, by `cudnn` in rows, and in windows.
       vocab_block: entries of the vocabulary whose logits exist at a time, for all tokens.
     """
 

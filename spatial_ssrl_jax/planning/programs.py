@@ -377,14 +377,17 @@ class _Planned:
         """Prefill of some prompts at a time, and what all of a rollout batch give."""
         batch, setting = self.batches.prompts(prompts), "rollout.prefill_prompts"
         parts = self.rollout_prompts // prompts
-        tokens = (self.rollout_prompts - prompts) * max(self.config.data.prompt_buckets)
+        longest = max(self.config.data.prompt_buckets)
+        tokens = (self.rollout_prompts - prompts) * longest
+        if left := self._schedule(longest).leftovers:  # of the batches before
+            tokens += left.prompts * (longest + left.slots)
         others = {
             "prompts' caches": cache_bytes(self.config, self.model, self.rollout_layout, tokens)
         }
         program = prefill_program(self.model, self.compute, self.rollout_layout)
         runs, beside = self.config.grpo.prompts / prompts, beside | others
-        longest = runs if self.lengths is None else 0  # else it shows the memory alone
-        found = yield PlannedProgram("prefill", program, (params, batch), longest, beside, setting)
+        counted = runs if self.lengths is None else 0  # else it shows the memory alone
+        found = yield PlannedProgram("prefill", program, (params, batch), counted, beside, setting)
         if self.lengths is not None:
             batch = self.batches.prompts(prompts, self.lengths.bucket)
             name = f"prefill_{self.lengths.bucket.tokens}"
@@ -426,7 +429,7 @@ class _Planned:
             config.grpo.prompts // self.rollout_prompts if hosts == 1 else 1,
             *size,
             kv_block=config.rollout.kv_block,
-            prompt_tokens=max(config.data.prompt_buckets),
+            prompt_tokens=prompt_tokens,
             shards=shards,
         )
         return Schedule.of(

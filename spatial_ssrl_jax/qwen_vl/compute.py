@@ -38,7 +38,7 @@ class Compute:
 
     Attributes:
       dtype: compute dtype.
-      attention_chunk: queries that attend at a time, by `xla`, and by `cudnn` in rows.
+      attention_chunk: queries that attend at a time, by `xla`, by `cudnn` in rows, and in windows.
       vocab_block: entries of the vocabulary whose logits exist at a time, for all tokens.
       remat: what the backward pass recomputes of each layer: nothing (`none`), all but matmuls with
         weights and fused attention (`dots`), or all (`full`).

@@ -395,7 +395,8 @@ def pad_prefix(prefix: Prefix[Array], tokens: int, layout: Layout | None) -> Pre
     for caches in prefix.layers:
         layers.append(join_layers([caches], tokens, layout))
         delete(caches)
-    rows = (prefix.valid[:, :0], prefix.valid, prefix.next_position)
+    no_hidden = prefix.valid[:, :0]
+    rows = (no_hidden, prefix.valid, prefix.next_position)
     _, valid, position = join_rows([rows], tokens, layout)
     return Prefix(tuple(layers), valid, position)
 

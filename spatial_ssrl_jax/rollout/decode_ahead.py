@@ -1,4 +1,7 @@
-"""The programs of a rollout's later sizes, compiled in a thread before its samples come there."""
+"""The programs of a rollout's later sizes, compiled in a thread before its samples come there.
+
+Those of leftovers alone are compiled when they are called.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial

@@ -90,7 +90,8 @@ class RolloutBatch:
       prompts: batches of them, on the host or sharded over devices, B in all; each is prefilled by
         itself, when it is taken.
       index: int32, the index in the step of each prompt of each of these batches.
-      stop_at: [B, G] int32 tokens after which samples end whatever they are, for timings.
+      stop_at: [B, G] int32 tokens after which samples end whatever they are, for timings; of all
+        batches of a rollout or of none.
     """
 
     prompts: Iterable[PromptBatch[np.ndarray] | PromptBatch[Array]]
@@ -115,7 +116,7 @@ class _BatchResult:
     def replace(self, sample: int, values: Sequence[np.ndarray]) -> None:
         """The fields of one of the B·G samples; there is one process."""
         for whole, value in zip((*self.rows, self.length), (*values, values[2]), strict=True):
-            whole.reshape(-1, *whole.shape[2:])[sample] = value
+            whole[divmod(sample, whole.shape[1])] = value
 
     def rollout(self) -> Rollout:
         return Rollout(*self.rows, use=self.use(self.length))
@@ -239,6 +240,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             key=key,
             sampling=sampling,
+            prompt_tokens=0,  # one batch leaves nothing
             on_tokens=on_tokens,
         )
         return rollout
@@ -253,7 +255,7 @@ class Engine:
         max_new_tokens: int,
         key: Array,
         sampling: Sampling,
-        prompt_tokens: int = 0,
+        prompt_tokens: int,
         on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> list[Rollout]:
         """Samples `group_size` responses of at most `max_new_tokens` tokens to each prompt.
@@ -267,7 +269,8 @@ class Engine:
           max_new_tokens: R, a multiple of `check_every`.
           key: the step's key; draws depend only on it, the prompt's index and that in the group.
           sampling: how to draw.
-          prompt_tokens: of the longest prompts of all batches, padding included.
+          prompt_tokens: of the longest prompts of all batches, padding included, where leftovers'
+            are padded to.
           on_tokens: see `generate`.
 
         Returns:
@@ -283,7 +286,7 @@ class Engine:
                 f"rollout.check_every={self.check_every}."
             )
         size = sum(map(len, batches[0].index))
-        merged = jax.process_count() == 1 and not sampling.greedy_last
+        merged = jax.process_count() == 1 and not sampling.greedy_last and on_tokens is None
         count = len(batches) if merged else 1
         shape = self.leftovers(count, size, group_size, max_new_tokens, prompt_tokens)
         run = _Run(
@@ -370,16 +373,17 @@ class _Run:
         Returns:
           [b, g] bool, which of them have not finished.
         """
-        engine, start, limit = self.engine, rows.cursor, schedule.shapes[-1].slots
+        engine, limit = self.engine, schedule.shapes[-1].slots
+        are_leftovers = rows.cursor > 0
         ahead = DecodeAhead(engine.queue, engine.config, self.settings, schedule)
-        if not start:
+        if not are_leftovers:
             ahead.expect(self.weights, rows.state, rows.prefix, rows.keys)
         while True:
             if rows.cursor:
                 live = ~gather_to_host(rows.state.finished)
                 if rows.cursor >= limit or not live.any():
                     break
-                if not start and schedule.may_wait(rows.shape, rows.cursor):
+                if not are_leftovers and schedule.may_wait(rows.shape, rows.cursor):
                     if schedule.fits_leftovers(live):
                         break
                     self._finish_leftovers()  # the batch needs their memory
@@ -412,11 +416,11 @@ class _Run:
         engine = self.engine
         filled, lengths, tokens = [], [], 0
         for batch in prompts:
-            if len(filled) > 1:
-                filled[-2][0].block_until_ready()
             filled.append(prefill(engine.config, engine.compute, self.params, batch, engine.layout))
             lengths.append(batch.length)
             tokens += batch.ids.shape[0] * batch.ids.shape[1]
+            if len(filled) > 1:
+                filled[-2][0].block_until_ready()
         hidden, prefix = join_prefills(filled, engine.layout)
         return hidden, prefix, lengths, tokens
 

@@ -10,8 +10,8 @@ own, so there are few: with 256 prompts x 5 samples, 2,048 tokens and blocks of 
 A prompt with more unfinished samples than a size has a prompt takes several of its rows.
 
 Where memory holds fewer prompts than a step has, they are decoded in several batches, and their
-tails together: a batch stops where few of its samples are unfinished, which wait until there are as
-many as fit into the memory of a batch.
+leftovers together: a batch stops where few of its samples are unfinished, which wait until there
+are as many as fit beside another batch.
 """
 
 from collections.abc import Sequence
@@ -195,6 +195,8 @@ class Schedule:
     def simulate(self, *lengths: np.ndarray) -> list[Span]:
         """What `Engine.generate_batches` does with responses of these lengths, within the limit.
 
+        All prompts' caches are `prompt_tokens` wide, which there each batch has its own of.
+
         Args:
           lengths: [B, G] int tokens of each batch's responses.
         """
@@ -258,10 +260,11 @@ def leftovers_shape(
     prompt_tokens: int,
     shards: int = 1,
 ) -> DecodeShape | None:
-    """Where unfinished samples of several batches wait; None where they gain nothing by that.
+    """Where unfinished samples of several batches wait; None with fewer than three batches or
+    widths of caches.
 
-    As many rows as have room at the limit beside a batch that has stopped there, so that no more
-    memory is needed than a batch needs at the limit.
+    As many rows as have room at the limit beside a batch that has stopped there, so that decoding
+    needs no more memory than a batch needs at the limit.
 
     Args:
       batches: of a rollout.

@@ -27,6 +27,8 @@ from spatial_ssrl_jax.planning.report import lines, problems
 from spatial_ssrl_jax.planning.topology import Topology
 from spatial_ssrl_jax.qwen_vl.model import abstract_params
 from spatial_ssrl_jax.rl.bucketing import BatchShape
+from spatial_ssrl_jax.rollout.cache import kv_token_bytes
+from spatial_ssrl_jax.rollout.schedule import DecodeShape, leftovers_shape
 from tests.conftest import ROOT, SMALL_TEXT
 from tests.helpers.toy_runs import make_config
 
@@ -124,6 +126,21 @@ def test_decoding_takes_the_steps_that_lengths_need(toy_plan: c.Config):
     weights, prefix, samples, keys = decode["decode_4x2x32"].args[3:]
     assert prefix.valid.shape == (4, 160) and keys.shape == (4, 2)
     assert samples.finished.shape == (4, 2) and samples.layers[0][0].shape[3] == 32
+
+
+def test_leftovers_of_several_batches_are_decoded_together(toy_plan: c.Config):
+    """And lie beside the prefill of later ones."""
+    rollout = dataclasses.replace(toy_plan.rollout, kv_block=8, batch_prompts=4)
+    config = dataclasses.replace(toy_plan, rollout=rollout, sft=c.SftSettings(steps=0))
+    found = programs_of(config, RolloutLengths(LogNormalLengths(4, 0.6, 32, 0.4), *PROMPTS))
+    sizes = dict(batches=4, prompts=4, group=3, limit=32, kv_block=8)
+    left = leftovers_shape(**sizes, prompt_tokens=160)
+    assert left == DecodeShape(1, 1, 8)
+    assert found["decode_1x1x16"].args[4].valid.shape == (1, 160)
+    twice = dataclasses.replace(config, rollout=dataclasses.replace(rollout, batch_prompts=8))
+    beside = [programs_of(one)["prefill"].beside["prompts' caches"] for one in (config, twice)]
+    text = read_shape(config.model.path).text
+    assert beside == [(192 + 8) * kv_token_bytes(text, "float32"), 0]
 
 
 def test_updates_run_the_programs_of_the_shapes_that_lengths_need(toy_plan: c.Config):

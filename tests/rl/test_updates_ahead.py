@@ -30,7 +30,7 @@ class AtOnce(CompileAhead):
 
 
 # What fits the first shape is in it, and a longer group in the other.
-SHAPES = (RowShape(Content(60, 100, 16), 8), ROW)
+SHAPES = (RowShape(Content(60, 192, 16), 8), ROW)
 
 
 def test_updates_compile_nothing(small_params, grpo_step):

@@ -26,6 +26,7 @@ from tests.helpers.groups import pack_groups, unpack
 LIMIT, GROUP = 24, 3
 STOPS = tuple(range(0, 680, 17))  # some 6% of what is drawn ends a response
 WARM = Sampling(temperature=0.8)
+GREEDY_LAST = replace(WARM, greedy_last=True)
 BUCKET = (32, 100)
 
 
@@ -185,64 +186,99 @@ def test_prompts_are_prefilled_in_parts(generate, rollout, prompts, toy):
     assert found.use.prefilled == 28 + 3 * 32 and found.use.prompt_tokens == 23 + 9 + 15 + 23
 
 
-@pytest.mark.parametrize(("every", "kinds"), [(6, {"wait", "full"}), (9, {"wait", "go on"})])
-def test_last_samples_of_several_batches_are_decoded_together(
-    every, kinds, toy, prompts, generate, monkeypatch
+@pytest.mark.parametrize(
+    ("every", "parts", "kinds"), [(6, 1, {"wait", "full"}), (9, 2, {"wait", "go on"})]
+)
+def test_leftovers_of_several_batches_are_decoded_together(
+    every, parts, kinds, toy, prompts, monkeypatch
 ):
-    """Their responses are the same, and what is decoded is what the schedule says."""
-    seen, spans, add = set(), [], live_rows.Leftovers.add
-    monkeypatch.setattr(live_rows.Leftovers, "add", lambda *args: (seen.add("wait"), add(*args))[1])
-    room = live_rows.Leftovers.have_room
+    """Their responses are the same, and what is decoded is what the schedule says.
 
-    def have_room(leftovers, count):
-        found = room(leftovers, count)
+    A batch that goes on needs their memory: they have ended before.
+    """
+    seen, spans, waiting = set(), [], []
+    add, room = live_rows.Leftovers.add, live_rows.Leftovers.have_room
+    fits, resize, take = (
+        Schedule.fits_leftovers, live_rows.LiveRows.resize, live_rows.Leftovers.take
+    )  # fmt: skip
+    use = RolloutUse.of.__func__
+
+    def added(*args):
+        seen.add("wait")
+        waiting.append(args[0])
+        add(*args)
+
+    def taken(leftovers):
+        waiting.clear()
+        return take(leftovers)
+
+    def had_room(*args):
+        found = room(*args)
         seen.update(() if found else {"full"})
         return found
 
-    fits = Schedule.fits_leftovers
-
-    def fits_leftovers(made, live):
-        found = fits(made, live)
+    def fitted(*args):
+        found = fits(*args)
         seen.update(() if found else {"go on"})
         return found
 
-    made = Engine(toy.config, Compute(attention_chunk=16), tuple(range(0, 680, every)), 4, 2)
-    settings = dict(group_size=4, max_new_tokens=LIMIT, key=jax.random.key(5), sampling=WARM)
-    pairs = [(0, 1), (2, 3), (3, 0), (1, 2), (2, 0)]
-    index = [np.array([100 + 2 * i, 101 + 2 * i]) for i in range(len(pairs))]
-    of_batch = [[prompts[i] for i in pair] for pair in pairs]
-    weights = made.fill(toy.params)
-    apart = [
-        made.generate(toy.params, weights, [pad_prompts(p, *BUCKET)], prompt_index=[i], **settings)
-        for p, i in zip(of_batch, index, strict=True)
-    ]
-    monkeypatch.setattr(live_rows.Leftovers, "have_room", have_room)
-    monkeypatch.setattr(Schedule, "fits_leftovers", fits_leftovers)
-    use = RolloutUse.of.__func__
+    def resized(rows, shape, *args):
+        assert shape != DecodeShape(2, 4, 16) or not waiting
+        resize(rows, shape, *args)
 
     def of(cls, found, *rest):
         spans.extend(found)
         return use(cls, found, *rest)
 
-    monkeypatch.setattr(RolloutUse, "of", classmethod(of))
-    # The narrow bucket's prompts wait in caches of the widest.
-    buckets = [(28, 60) if i == 4 else BUCKET for i in range(len(pairs))]
-    batches = [
-        RolloutBatch([pad_prompts(p, *bucket)], [i])
-        for p, i, bucket in zip(of_batch, index, buckets, strict=True)
+    layout = Layout(make_mesh(MeshSettings())).rollout(1)
+    stops = tuple(range(0, 680, every))
+    made = Engine(toy.config, Compute(attention_chunk=16), stops, 4, 2, layout=layout)
+    settings = dict(group_size=4, max_new_tokens=LIMIT, key=jax.random.key(5), sampling=WARM)
+    pairs = [(0, 1), (2, 3), (3, 0), (1, 2), (2, 0)]
+    # The last bucket's prompts wait in caches of the others' size.
+    buckets = [BUCKET, BUCKET, BUCKET, BUCKET, (28, 60)]
+    batches = []
+    for i, (pair, bucket) in enumerate(zip(pairs, buckets, strict=True)):
+        split = np.split(np.arange(2), parts)
+        filled = [pad_prompts([prompts[pair[n]] for n in part], *bucket) for part in split]
+        batches.append(RolloutBatch(filled, [100 + 2 * i + part for part in split]))
+    weights = made.fill(toy.params)
+    apart = [
+        made.generate(toy.params, weights, b.prompts, prompt_index=b.index, **settings)
+        for b in batches
     ]
+    monkeypatch.setattr(live_rows.Leftovers, "add", added)
+    monkeypatch.setattr(live_rows.Leftovers, "take", taken)
+    monkeypatch.setattr(live_rows.Leftovers, "have_room", had_room)
+    monkeypatch.setattr(live_rows.LiveRows, "resize", resized)
+    monkeypatch.setattr(Schedule, "fits_leftovers", fitted)
+    monkeypatch.setattr(RolloutUse, "of", classmethod(of))
     merged = made.generate_batches(toy.params, weights, batches, prompt_tokens=32, **settings)
+    monkeypatch.undo()
     assert seen == kinds
     for found, expected in zip(merged, apart, strict=True):
         assert_same(found, expected, group=4)
     left = made.leftovers(len(pairs), 2, 4, LIMIT, 32)
     assert left == DecodeShape(2, 1, 8)
     schedule = made.schedule(2, 4, LIMIT, 32, WARM, left)
-    monkeypatch.undo()
     expected = schedule.simulate(*(found.length for found in merged))
     assert Counter(spans) == Counter(expected)
     assert sum(found.use.steps for found in merged) == sum(span.steps for span in expected)
     assert sum(found.use.tokens for found in merged) == sum(f.length.sum() for f in merged)
+
+
+@pytest.mark.parametrize("settings", [{"on_tokens": lambda *_: None}, {"sampling": GREEDY_LAST}])
+def test_nothing_waits_where_all_rows_are_needed(toy, prompts, settings, monkeypatch):
+    """Who sees tokens sees those of a batch, and whole groups stay together."""
+    monkeypatch.setattr(live_rows.Leftovers, "add", None)
+    made = Engine(toy.config, Compute(attention_chunk=16), tuple(range(0, 680, 6)), 4, 2)
+    batches = [RolloutBatch([pad_prompts(prompts[:2], *BUCKET)], [np.arange(2)])] * 3
+    given = {"group_size": 4, "max_new_tokens": LIMIT, "key": jax.random.key(5), "sampling": WARM}
+    weights = made.fill(toy.params)
+    found = made.generate_batches(
+        toy.params, weights, batches, prompt_tokens=32, **(given | settings)
+    )
+    assert len(found) == 3 and found[0].length.max() > 8
 
 
 def test_tokens_are_shown_as_they_are_drawn(generate, rollout):
@@ -288,7 +324,7 @@ def test_greedy_samples_are_equal_and_likeliest(toy, prompts, generate):
 
 def test_the_last_sample_alone_is_greedy(generate, rollout):
     """Greedy and sampled responses share the prompts; each is as if drawn apart."""
-    found = generate(group=GROUP + 1, sampling=replace(WARM, greedy_last=True))
+    found = generate(group=GROUP + 1, sampling=GREEDY_LAST)
     greedy = generate(group=1, sampling=GREEDY)
     for name in ("tokens", "length", "finished"):
         mixed, drawn = getattr(found, name), getattr(rollout, name)
@@ -300,7 +336,7 @@ def test_the_last_sample_alone_is_greedy(generate, rollout):
 
 def test_the_last_sample_stays_greedy_as_groups_leave(generate):
     often = dict(stops=tuple(range(0, 680, 8)), check_every=2, group=4)
-    often["sampling"] = replace(WARM, greedy_last=True)
+    often["sampling"] = GREEDY_LAST
     shrunk, whole = generate(**often, chunk=4), generate(**often, chunk=24)
     assert shrunk.use.rows < whole.use.rows
     assert (np.ptp(shrunk.length, axis=1) > 4).any()

@@ -58,6 +58,12 @@ class Recorder:
     def fill(self, params: object) -> None:
         return None
 
+    def generate_batches(self, params, weights, batches, *, prompt_tokens, **settings):
+        return [
+            self.generate(params, weights, [*batch.prompts], prompt_index=batch.index, **settings)
+            for batch in batches
+        ]
+
     def generate(self, params, weights, prompts, **settings) -> Rollout:
         lengths = [part.length for part in prompts]
         length = np.concatenate(lengths)
