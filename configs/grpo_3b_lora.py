@@ -8,7 +8,7 @@
 The cold start is that of `sft_3b.py`, without which the paper reports that the reward collapses;
 its adapters are merged before GRPO begins. GRPO is not the paper's: adapters of rank 64, fewer
 prompts a step, smaller images and shorter responses, of at most 512 tokens. The merged base in
-bfloat16 is the KL's reference. Compiled for `rtx4090` (24 GB), prefill takes most, 18.7 of 22.3
+bfloat16 is the KL's reference. Compiled for `rtx4090` (24 GB), prefill takes most, 19.6 of 22.3
 GiB, and a row of the cold start 12.6; its 75 steps of up to 48 rows take 0.7 hours there at least,
 and a step of GRPO at the longest prompts and responses two minutes. It has not been run on the real
 weights.
