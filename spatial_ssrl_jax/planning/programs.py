@@ -60,7 +60,7 @@ from spatial_ssrl_jax.rollout.decode import (
     reshard_program,
 )
 from spatial_ssrl_jax.rollout.sampling import Sampling
-from spatial_ssrl_jax.rollout.schedule import DecodeShape, Schedule, leftovers_shape
+from spatial_ssrl_jax.rollout.schedule import DecodeShape, Schedule
 
 _SIMULATED = 20  # rollouts, whose mean the times of decoding are
 
@@ -378,11 +378,12 @@ class _Planned:
         batch, setting = self.batches.prompts(prompts), "rollout.prefill_prompts"
         parts = self.rollout_prompts // prompts
         longest = max(self.config.data.prompt_buckets)
-        tokens = (self.rollout_prompts - prompts) * longest
+        columns = {"prompts' caches": (self.rollout_prompts - prompts) * longest}
         if left := self._schedule(longest).leftovers:  # of the batches before
-            tokens += left.prompts * (longest + left.slots)
+            columns["leftovers"] = left.columns(longest)
         others = {
-            "prompts' caches": cache_bytes(self.config, self.model, self.rollout_layout, tokens)
+            name: cache_bytes(self.config, self.model, self.rollout_layout, count)
+            for name, count in columns.items()
         }
         program = prefill_program(self.model, self.compute, self.rollout_layout)
         runs, beside = self.config.grpo.prompts / prompts, beside | others
@@ -422,23 +423,17 @@ class _Planned:
         return PlannedProgram(name, decode_chunk, args, runs, beside, setting, trip_count)
 
     def _schedule(self, prompt_tokens: int) -> Schedule:
-        config, shards = self.config, self.rollout_layout.batch_shards
-        hosts = len({device.process_index for device in self.layout.mesh.devices.flat})
-        size = self.rollout_prompts, config.grpo.group_size, config.rollout.max_new_tokens
-        leftovers = leftovers_shape(
-            config.grpo.prompts // self.rollout_prompts if hosts == 1 else 1,
-            *size,
-            kv_block=config.rollout.kv_block,
-            prompt_tokens=prompt_tokens,
-            shards=shards,
-        )
+        grpo, rollout = self.config.grpo, self.config.rollout
+        hosts = {device.process_index for device in self.layout.mesh.devices.flat}
         return Schedule.of(
-            *size,
-            kv_block=config.rollout.kv_block,
-            check_every=config.rollout.check_every,
+            self.rollout_prompts,
+            grpo.group_size,
+            rollout.max_new_tokens,
+            kv_block=rollout.kv_block,
+            check_every=rollout.check_every,
             prompt_tokens=prompt_tokens,
-            shards=shards,
-            leftovers=leftovers,
+            shards=self.rollout_layout.batch_shards,
+            batches=grpo.prompts // self.rollout_prompts if len(hosts) == 1 else 1,
         )
 
     def _mean_steps(self) -> dict[DecodeShape, float]:

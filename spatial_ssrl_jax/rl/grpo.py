@@ -222,7 +222,7 @@ class Grpo:
             max_new_tokens=settings.max_new_tokens,
             key=key,
             sampling=Sampling(self.settings.temperature),
-            prompt_tokens=max(part.shape.tokens for part in slices),
+            longest_prompt=max(part.shape.tokens for part in slices),
         )
         return concatenate_rollouts(rollouts, np.concatenate([part.rows for part in slices]))
 

@@ -36,11 +36,9 @@ from spatial_ssrl_jax.rollout.decode_ahead import DecodeAhead
 from spatial_ssrl_jax.rollout.live_rows import Leftovers, LiveRows
 from spatial_ssrl_jax.rollout.sampling import Sampling, sample_keys
 from spatial_ssrl_jax.rollout.schedule import (
-    DecodeShape,
     RolloutUse,
     Schedule,
     Span,
-    leftovers_shape,
 )
 
 
@@ -172,20 +170,6 @@ class Engine:
             sampling, self.stop_ids, suppressed, self.check_every, self.layout, kernel
         )
 
-    def leftovers(
-        self, batches: int, prompts: int, group_size: int, limit: int, prompt_tokens: int
-    ) -> DecodeShape | None:
-        """Where samples of several batches wait; see `leftovers_shape`."""
-        return leftovers_shape(
-            batches,
-            prompts,
-            group_size,
-            limit,
-            kv_block=self.kv_block,
-            prompt_tokens=prompt_tokens,
-            shards=self.shards,
-        )
-
     def schedule(
         self,
         prompts: int,
@@ -193,7 +177,8 @@ class Engine:
         limit: int,
         prompt_tokens: int,
         sampling: Sampling,
-        leftovers: DecodeShape | None = None,
+        batches: int = 1,
+        longest_prompt: int = 0,
     ) -> Schedule:
         """When which rows are decoded; see `Schedule.of`."""
         return Schedule.of(
@@ -205,7 +190,8 @@ class Engine:
             prompt_tokens=prompt_tokens,
             shards=self.shards,
             whole_groups=sampling.greedy_last,
-            leftovers=leftovers,
+            batches=batches,
+            longest_prompt=longest_prompt,
         )
 
     def generate(
@@ -240,7 +226,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             key=key,
             sampling=sampling,
-            prompt_tokens=0,  # one batch leaves nothing
+            longest_prompt=0,  # one batch leaves nothing
             on_tokens=on_tokens,
         )
         return rollout
@@ -255,7 +241,7 @@ class Engine:
         max_new_tokens: int,
         key: Array,
         sampling: Sampling,
-        prompt_tokens: int,
+        longest_prompt: int,
         on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> list[Rollout]:
         """Samples `group_size` responses of at most `max_new_tokens` tokens to each prompt.
@@ -263,14 +249,14 @@ class Engine:
         Args:
           params: the model.
           weights: `fill(params)`.
-          batches: of as many prompts each, decoded one after another; in one process the last
-            samples of several together.
+          batches: of as many prompts each, decoded one after another; in one process their
+            leftovers together, see `Schedule.of`.
           group_size: G.
           max_new_tokens: R, a multiple of `check_every`.
           key: the step's key; draws depend only on it, the prompt's index and that in the group.
           sampling: how to draw.
-          prompt_tokens: of the longest prompts of all batches, padding included, where leftovers'
-            are padded to.
+          longest_prompt: tokens of the longest prompts of all batches, padding included; caches of
+            leftovers' prompts are as long.
           on_tokens: see `generate`.
 
         Returns:
@@ -285,22 +271,19 @@ class Engine:
                 f"max_new_tokens={max_new_tokens} must be a multiple of "
                 f"rollout.check_every={self.check_every}."
             )
-        size = sum(map(len, batches[0].index))
-        merged = jax.process_count() == 1 and not sampling.greedy_last and on_tokens is None
-        count = len(batches) if merged else 1
-        shape = self.leftovers(count, size, group_size, max_new_tokens, prompt_tokens)
-        run = _Run(
-            engine=self,
-            params=params,
-            weights=weights,
-            settings=self.settings(sampling),
-            schedule=partial(
-                self.schedule, size, group_size, max_new_tokens, sampling=sampling, leftovers=shape
-            ),
-            key=key,
-            leftovers=None if shape is None else Leftovers(shape, prompt_tokens, self.layout),
-            on_tokens=on_tokens,
+        # Who sees the tokens sees all rows of a batch until it ends.
+        together = jax.process_count() == 1 and on_tokens is None
+        schedule = partial(
+            self.schedule,
+            sum(map(len, batches[0].index)),
+            group_size,
+            max_new_tokens,
+            sampling=sampling,
+            batches=len(batches) if together else 1,
+            longest_prompt=longest_prompt,
         )
+        settings = self.settings(sampling)
+        run = _Run(self, params, weights, settings, schedule, key, longest_prompt, on_tokens)
         for batch in batches:
             run.sample(batch)
         return run.finish()
@@ -311,10 +294,9 @@ class _Run:
     """One call of `Engine.generate_batches`.
 
     Attributes:
-      engine, params, weights, key, on_tokens: see there.
+      engine, params, weights, key, longest_prompt, on_tokens: see there.
       settings: of the decode programs.
       schedule: of a batch whose prompts have `prompt_tokens` tokens.
-      leftovers: the samples that wait for other batches; None where none does.
     """
 
     engine: Engine
@@ -323,12 +305,15 @@ class _Run:
     settings: DecodeSettings
     schedule: Callable[..., Schedule]
     key: Array
-    leftovers: Leftovers | None
+    longest_prompt: int
     on_tokens: Callable[[np.ndarray, np.ndarray], None] | None
 
     def __post_init__(self):
         self._results: list[_BatchResult] = []
         self._use = RolloutUse()
+        self._last = self.schedule(prompt_tokens=self.longest_prompt)
+        shape, layout = self._last.leftovers, self.engine.layout
+        self._leftovers = None if shape is None else Leftovers(shape, self.longest_prompt, layout)
 
     def sample(self, batch: RolloutBatch) -> None:
         """Decodes a batch, or as much of it as comes before its last samples wait."""
@@ -345,10 +330,10 @@ class _Run:
         rows = LiveRows(shape, state, prefix, sample_keys(self.key, index, shape.group))
         live = self._decode(rows, schedule)
         self._results.append(_result(rows, prompt_lengths, prompt_tokens, prefilled))
-        if self.leftovers is not None and live.any():
-            if not self.leftovers.have_room(int(live.sum())):
+        if self._leftovers is not None and live.any():
+            if not self._leftovers.have_room(int(live.sum())):
                 self._finish_leftovers()
-            self.leftovers.add(len(self._results) - 1, rows, live)
+            self._leftovers.add(len(self._results) - 1, rows, live)
 
     def finish(self) -> list[Rollout]:
         """The responses to all batches; what leftovers used counts for the last one."""
@@ -357,15 +342,14 @@ class _Run:
         return [*rollouts, replace(last, use=last.use + self._use)]
 
     def _finish_leftovers(self) -> None:
-        if self.leftovers is None or (taken := self.leftovers.take()) is None:
+        if self._leftovers is None or (taken := self._leftovers.take()) is None:
             return
         rows, samples = taken
-        tokens = self.leftovers.prompt_tokens
-        self._decode(rows, self.schedule(prompt_tokens=tokens))
+        self._decode(rows, self._last)
         fields = jax.device_get(rows.write())
         for place, (batch, sample) in enumerate(samples):
             self._results[batch].replace(sample, [x[place, 0] for x in fields])
-        self._use += RolloutUse.of_spans(rows.spans, tokens)
+        self._use += RolloutUse.of_spans(rows.spans, self.longest_prompt)
 
     def _decode(self, rows: LiveRows, schedule: Schedule) -> np.ndarray:
         """Decodes rows until all have finished, or until they wait for those of other batches.

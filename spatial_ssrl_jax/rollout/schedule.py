@@ -121,7 +121,8 @@ class Schedule:
         prompt_tokens: int,
         shards: int = 1,
         whole_groups: bool = False,
-        leftovers: DecodeShape | None = None,
+        batches: int = 1,
+        longest_prompt: int = 0,
     ) -> "Schedule":
         """The schedule of a rollout.
 
@@ -133,10 +134,15 @@ class Schedule:
           prompt_tokens: of each prompt's cache.
           shards: of the batch axis, which divide every shape's prompts.
           whole_groups: groups leave when all of their samples have finished, and not before.
-          leftovers: see `leftovers_shape`.
+          batches: rollout batches that are decoded one after another. The leftovers of three or
+            more wait for one another, if there are three widths of caches or more.
+          longest_prompt: tokens of the longest prompts' caches of all of these batches.
         """
         slots = _slots(kv_block, limit)
         shapes = [DecodeShape(prompts, group, width) for width in slots]
+        leftovers = None
+        if batches > 2 and len(slots) > 2 and not whole_groups:
+            leftovers = _leftovers(shapes, max(longest_prompt, prompt_tokens), shards)
         if leftovers:
             rows = leftovers.prompts
             parts = [(rows, width) for width in slots if width > leftovers.slots]
@@ -250,34 +256,20 @@ def _slots(kv_block: int, limit: int) -> list[int]:
     return slots
 
 
-def leftovers_shape(
-    batches: int,
-    prompts: int,
-    group: int,
-    limit: int,
-    *,
-    kv_block: int,
-    prompt_tokens: int,
-    shards: int = 1,
-) -> DecodeShape | None:
-    """Where unfinished samples of several batches wait; None with fewer than three batches or
-    widths of caches.
+def _leftovers(whole: Sequence[DecodeShape], prompt_tokens: int, shards: int) -> DecodeShape | None:
+    """Where a batch's unfinished samples wait for those of others; None where there is no room.
 
-    As many rows as have room at the limit beside a batch that has stopped there, so that decoding
-    needs no more memory than a batch needs at the limit.
+    It stops in the third-last of its shapes, and as many rows wait as have room at the limit beside
+    it: so decoding needs no more memory than a batch needs at the limit.
 
     Args:
-      batches: of a rollout.
-      prompts, group, limit, kv_block, shards: see `Schedule.of`.
-      prompt_tokens: of the longest prompts of all batches.
+      whole: the shapes of all samples of a batch, of ascending slots.
+      prompt_tokens: of each prompt's cache.
+      shards: which divide the rows.
     """
-    slots = _slots(kv_block, limit)
-    if batches < 3 or len(slots) < 3:
-        return None
-    waiting = DecodeShape(prompts, group, slots[-3])
-    room = DecodeShape(prompts, group, limit).columns(prompt_tokens)
-    beside = room - waiting.columns(prompt_tokens)
-    rows = beside // (prompt_tokens + limit) // shards * shards
+    waiting, last = whole[-3], whole[-1]
+    beside = last.columns(prompt_tokens) - waiting.columns(prompt_tokens)
+    rows = beside // (prompt_tokens + last.slots) // shards * shards
     return DecodeShape(rows, 1, waiting.slots) if rows else None
 
 

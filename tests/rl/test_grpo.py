@@ -91,7 +91,7 @@ def test_rollout_batches_of_like_length_draw_the_same_tokens(toy):
             batches = [replace(batch, prompts=list(batch.prompts)) for batch in batches]
             for batch in batches:
                 seen.append([(*p.ids.shape, p.vision.frame.shape[1]) for p in batch.prompts])
-            assert settings["prompt_tokens"] == 32
+            assert settings["longest_prompt"] == 32
             return engine.generate_batches(params, weights, batches, **settings)
 
     found = replace(grpo, engine=Watched).sample(toy.params, batch, key)

@@ -186,6 +186,41 @@ def test_prompts_are_prefilled_in_parts(generate, rollout, prompts, toy):
     assert found.use.prefilled == 28 + 3 * 32 and found.use.prompt_tokens == 23 + 9 + 15 + 23
 
 
+def test_pixels_of_two_prefills_are_on_the_device(toy, prompts, rollout, monkeypatch):
+    """A batch is taken when the prefill before the last one has ended."""
+    waited, prefill, join = [], engine.prefill, engine.join_prefills
+
+    class Hidden(list):
+        def block_until_ready(self):
+            waited.append(self)
+
+    def batches():
+        for n, prompt in enumerate(prompts):
+            assert len(waited) == max(n - 1, 0)
+            yield pad_prompts([prompt], *BUCKET)
+
+    def prefilled(*args):
+        hidden, prefix = prefill(*args)
+        return Hidden([hidden]), prefix
+
+    monkeypatch.setattr(engine, "prefill", prefilled)
+    monkeypatch.setattr(
+        engine, "join_prefills", lambda parts, layout: join([(h[0], p) for h, p in parts], layout)
+    )
+    made = Engine(toy.config, Compute(attention_chunk=16), STOPS, 12, 4)
+    found = made.generate(
+        toy.params,
+        made.fill(toy.params),
+        batches(),
+        group_size=GROUP,
+        max_new_tokens=LIMIT,
+        key=jax.random.key(5),
+        prompt_index=[np.array([100 + n]) for n in range(4)],
+        sampling=WARM,
+    )
+    assert_same(found, rollout)
+
+
 @pytest.mark.parametrize(
     ("every", "parts", "kinds"), [(6, 1, {"wait", "full"}), (9, 2, {"wait", "go on"})]
 )
@@ -196,40 +231,6 @@ def test_leftovers_of_several_batches_are_decoded_together(
 
     A batch that goes on needs their memory: they have ended before.
     """
-    seen, spans, waiting = set(), [], []
-    add, room = live_rows.Leftovers.add, live_rows.Leftovers.have_room
-    fits, resize, take = (
-        Schedule.fits_leftovers, live_rows.LiveRows.resize, live_rows.Leftovers.take
-    )  # fmt: skip
-    use = RolloutUse.of.__func__
-
-    def added(*args):
-        seen.add("wait")
-        waiting.append(args[0])
-        add(*args)
-
-    def taken(leftovers):
-        waiting.clear()
-        return take(leftovers)
-
-    def had_room(*args):
-        found = room(*args)
-        seen.update(() if found else {"full"})
-        return found
-
-    def fitted(*args):
-        found = fits(*args)
-        seen.update(() if found else {"go on"})
-        return found
-
-    def resized(rows, shape, *args):
-        assert shape != DecodeShape(2, 4, 16) or not waiting
-        resize(rows, shape, *args)
-
-    def of(cls, found, *rest):
-        spans.extend(found)
-        return use(cls, found, *rest)
-
     layout = Layout(make_mesh(MeshSettings())).rollout(1)
     stops = tuple(range(0, 680, every))
     made = Engine(toy.config, Compute(attention_chunk=16), stops, 4, 2, layout=layout)
@@ -247,20 +248,39 @@ def test_leftovers_of_several_batches_are_decoded_together(
         made.generate(toy.params, weights, b.prompts, prompt_index=b.index, **settings)
         for b in batches
     ]
-    monkeypatch.setattr(live_rows.Leftovers, "add", added)
-    monkeypatch.setattr(live_rows.Leftovers, "take", taken)
-    monkeypatch.setattr(live_rows.Leftovers, "have_room", had_room)
-    monkeypatch.setattr(live_rows.LiveRows, "resize", resized)
-    monkeypatch.setattr(Schedule, "fits_leftovers", fitted)
-    monkeypatch.setattr(RolloutUse, "of", classmethod(of))
-    merged = made.generate_batches(toy.params, weights, batches, prompt_tokens=32, **settings)
+    seen, spans, waiting = set(), [], []
+
+    def watch(owner, name: str, note) -> None:
+        called = getattr(owner, name)
+
+        def noted(*args):
+            found = called(*args)
+            note(args, found)
+            return found
+
+        monkeypatch.setattr(owner, name, noted)
+
+    def added(args, _) -> None:
+        seen.add("wait")
+        waiting.append(args)
+
+    def resized(args, _) -> None:
+        assert args[1] != DecodeShape(2, 4, 16) or not waiting
+
+    leftovers = live_rows.Leftovers
+    watch(leftovers, "add", added)
+    watch(leftovers, "take", lambda *_: waiting.clear())
+    watch(leftovers, "have_room", lambda _, found: seen.update(() if found else {"full"}))
+    watch(Schedule, "fits_leftovers", lambda _, found: seen.update(() if found else {"go on"}))
+    watch(live_rows.LiveRows, "resize", resized)
+    watch(RolloutUse, "of", lambda args, _: spans.extend(args[0]))
+    merged = made.generate_batches(toy.params, weights, batches, longest_prompt=32, **settings)
     monkeypatch.undo()
     assert seen == kinds
     for found, expected in zip(merged, apart, strict=True):
         assert_same(found, expected, group=4)
-    left = made.leftovers(len(pairs), 2, 4, LIMIT, 32)
-    assert left == DecodeShape(2, 1, 8)
-    schedule = made.schedule(2, 4, LIMIT, 32, WARM, left)
+    schedule = made.schedule(2, 4, LIMIT, 32, WARM, len(pairs))
+    assert schedule.leftovers == DecodeShape(2, 1, 8)
     expected = schedule.simulate(*(found.length for found in merged))
     assert Counter(spans) == Counter(expected)
     assert sum(found.use.steps for found in merged) == sum(span.steps for span in expected)
@@ -276,7 +296,7 @@ def test_nothing_waits_where_all_rows_are_needed(toy, prompts, settings, monkeyp
     given = {"group_size": 4, "max_new_tokens": LIMIT, "key": jax.random.key(5), "sampling": WARM}
     weights = made.fill(toy.params)
     found = made.generate_batches(
-        toy.params, weights, batches, prompt_tokens=32, **(given | settings)
+        toy.params, weights, batches, longest_prompt=32, **(given | settings)
     )
     assert len(found) == 3 and found[0].length.max() > 8
 

@@ -8,7 +8,6 @@ from spatial_ssrl_jax.rollout.schedule import (
     RolloutUse,
     Schedule,
     Span,
-    leftovers_shape,
     select_rows,
 )
 
@@ -152,31 +151,36 @@ def test_simulated_spans():
 
 def test_what_waits_has_room_beside_a_batch():
     """At the limit, in as much memory as a batch needs there."""
-    made = leftovers_shape(16, 16, 5, 2048, kv_block=256, prompt_tokens=1824)
-    assert made == DecodeShape(31, 1, 512)
+    made = schedule(16, prompt_tokens=1824, batches=16)
+    assert made.leftovers == DecodeShape(31, 1, 512)
     whole, stopped = DecodeShape(16, 5, 2048).columns(1824), DecodeShape(16, 5, 512).columns(1824)
     row = DecodeShape(1, 1, 2048).columns(1824)
     assert stopped + 31 * row <= whole < stopped + 32 * row
-    shapes = schedule(16, leftovers=made).shapes
-    assert [(s.prompts, s.group, s.slots) for s in shapes] == [
+    assert sizes(made) == [
         *((16, 5, slots) for slots in (256, 512, 1024, 2048)),
         (31, 1, 1024), (31, 1, 2048), (8, 1, 2048), (2, 1, 2048),
     ]  # fmt: skip
-    made = leftovers_shape(16, 16, 5, 2048, kv_block=256, prompt_tokens=1824, shards=4)
-    assert made == DecodeShape(28, 1, 512)
+    made = schedule(16, prompt_tokens=1824, batches=16, shards=4)
+    assert made.leftovers == DecodeShape(28, 1, 512)
+    shorter = schedule(16, prompt_tokens=960, longest_prompt=1824, batches=16)
+    assert shorter.leftovers == DecodeShape(31, 1, 512)
+    assert schedule(1, 1, prompt_tokens=9999, batches=16).leftovers is None
 
 
-@pytest.mark.parametrize("settings", [{"batches": 2}, {"limit": 512}, {"limit": 256}])
+@pytest.mark.parametrize(
+    "settings", [{"batches": 2}, {"limit": 512}, {"limit": 256}, {"whole_groups": True}]
+)
 def test_nothing_waits_where_it_gains_nothing(settings):
-    """For one other batch, or in responses of two blocks."""
-    given = {"batches": 16, "prompts": 16, "group": 5, "limit": 2048} | settings
-    assert leftovers_shape(**given, kv_block=256, prompt_tokens=1824) is None
+    """For one other batch, in responses of two blocks, or in groups that stay together."""
+    made = schedule(16, prompt_tokens=1824, **({"batches": 16} | settings))
+    assert made.leftovers is None
+    assert made.shapes == schedule(16, prompt_tokens=1824, **(settings | {"batches": 1})).shapes
 
 
-def test_tails_of_several_batches_are_one():
+def test_leftovers_of_several_batches_are_decoded_together():
     """Those that fit; a batch with more unfinished samples goes on when the others have ended."""
-    left = DecodeShape(6, 1, 512)
-    made = schedule(2, 4, leftovers=left)
+    made = schedule(2, 4, prompt_tokens=0, batches=5)
+    assert made.leftovers == DecodeShape(6, 1, 512)
     few, many = np.full((2, 4), 40), np.full((2, 4), 600)
     few[0, :3] = 520, 1000, 530
     spans = made.simulate(few, few, few, many, few)

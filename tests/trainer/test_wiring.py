@@ -58,7 +58,7 @@ class Recorder:
     def fill(self, params: object) -> None:
         return None
 
-    def generate_batches(self, params, weights, batches, *, prompt_tokens, **settings):
+    def generate_batches(self, params, weights, batches, *, longest_prompt, **settings):
         return [
             self.generate(params, weights, [*batch.prompts], prompt_index=batch.index, **settings)
             for batch in batches
